@@ -1,0 +1,1 @@
+"""Bundle -> engines, each admitted only when it agrees with torch."""

@@ -1,0 +1,1 @@
+"""Recipe -> teacher -> one-step generator."""

@@ -1,0 +1,197 @@
+"""A generator on disk: a folder that is also a valid Hugging Face model repository."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.errors import BundleError, RequestError
+from uni_instruct.files import atomic_folder, sha256
+from uni_instruct.latents import ImageShape
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorSpec:
+    """What is needed to run a generator and to say where it comes from.
+
+    image_shape is [C, H, W]. num_classes is 0 for an unconditional generator. sigma_init is the noise level that latents are
+    scaled to. steps is 1 for a one-step generator; a teacher has more and is sampled with EDM's Heun sampler.
+    """
+
+    name: str
+    image_shape: ImageShape
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    sigma_init: float = 2.5
+    steps: int = 1
+    network: str = "ddpmpp"
+    network_args: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = "unknown"
+
+    def __post_init__(self) -> None:
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise BundleError(
+                f"image shape {self.image_shape} is not [C, H, W]", remedy="give three positive sizes"
+            )
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise BundleError(
+                f"{len(self.class_names)} names for {self.num_classes} classes",
+                remedy="name every class or none",
+            )
+        if self.sigma_init <= 0 or self.steps < 1:
+            raise BundleError(
+                f"sigma_init {self.sigma_init} or steps {self.steps} is out of range",
+                remedy="sigma_init > 0 and steps >= 1",
+            )
+
+    def class_id(self, label: int | str) -> int:
+        """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other."""
+        if label in self.class_names:
+            return self.class_names.index(str(label))
+        number = int(label) if isinstance(label, int) or str(label).isdecimal() else -1
+        if isinstance(label, bool) or not 0 <= number < self.num_classes:
+            raise RequestError(
+                f"class {label} is outside 0..{self.num_classes - 1}",
+                remedy="'uni-instruct inspect' lists the classes",
+                param="classes",
+            )
+        return number
+
+    def class_name(self, class_id: int) -> str:
+        """The name of a class, or its id in digits where classes have no names."""
+        return self.class_names[class_id] if self.class_names else str(class_id)
+
+
+class Bundle:
+    """A generator's folder, checked when opened: format version, spec, and the hash of the weights."""
+
+    def __init__(self, path: Path, spec: GeneratorSpec, weights_sha256: str):
+        self.path = path
+        self.spec = spec
+        self.weights_sha256 = weights_sha256
+
+    @classmethod
+    def open(cls, source: str | Path) -> "Bundle":
+        """A folder, or the name of a generator that ships with this package.
+
+        Raises RequestError where there is none, BundleError where it is incomplete, altered, or of a newer version.
+        """
+        path = find_bundle(source)
+        config = _read_config(path / CONFIG)
+        spec = _read_spec(path / CONFIG, config)
+        weights = path / WEIGHTS
+        if not weights.is_file():
+            raise BundleError(f"{path} has no {WEIGHTS}", remedy="copy the whole folder again")
+        if sha256(weights) != config["weights_sha256"]:
+            raise BundleError(
+                f"{weights} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again"
+            )
+        return cls(path, spec, config["weights_sha256"])
+
+    @classmethod
+    def write(
+        cls,
+        path: Path,
+        spec: GeneratorSpec,
+        weights: Mapping[str, np.ndarray],
+        card: str,
+        samples: bytes | None = None,
+    ) -> "Bundle":
+        """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
+
+        samples: a PNG. Raises DiskError where the disk is full or read-only.
+        """
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        with atomic_folder(path) as partial:
+            save_file(
+                {name: np.ascontiguousarray(array) for name, array in weights.items()}, partial / WEIGHTS
+            )
+            digest = sha256(partial / WEIGHTS)
+            config = {"format_version": FORMAT_VERSION, **asdict(spec), "weights_sha256": digest}
+            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (partial / CARD).write_text(card)
+            if samples is not None:
+                (partial / SAMPLES).write_bytes(samples)
+        return cls(path, spec, digest)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The parameters by name, as in EDM."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(self.path / WEIGHTS)
+        except SafetensorError as error:
+            raise BundleError(
+                f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again"
+            ) from error
+
+    def engine_folder(self, kind: str) -> Path:
+        """Where the exported engine of that kind stands, or would stand."""
+        return self.path / "engines" / kind
+
+
+def shipped_generators() -> list[str]:
+    """Names of the generators that ship with this package."""
+    folder = Path(str(files("uni_instruct") / "generators"))
+    return (
+        sorted(path.name for path in folder.iterdir() if (path / CONFIG).is_file()) if folder.is_dir() else []
+    )
+
+
+def find_bundle(source: str | Path) -> Path:
+    """The folder of a bundle given as a path or a shipped name. Raises RequestError where there is none."""
+    path = Path(source)
+    if (path / CONFIG).is_file():
+        return path
+    if str(source) in shipped_generators():
+        return Path(str(files("uni_instruct") / "generators" / str(source)))
+    shipped = ", ".join(shipped_generators()) or "none"
+    problem = (
+        f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
+    )
+    raise RequestError(
+        problem, remedy=f"give a folder that 'train' wrote or a shipped generator: {shipped}", param="bundle"
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not JSON: {error}", remedy="copy the whole folder again") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if not isinstance(version, int) or "weights_sha256" not in config:
+        raise BundleError(
+            f"{path} is not the configuration of a bundle", remedy="give a folder that 'train' wrote"
+        )
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {version}, this is {FORMAT_VERSION}", remedy="update uni-instruct"
+        )
+    return config
+
+
+def _read_spec(path: Path, config: dict[str, Any]) -> GeneratorSpec:
+    names = {f.name for f in fields(GeneratorSpec)}
+    values = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key in names
+    }
+    try:
+        return GeneratorSpec(**values)
+    except TypeError as error:
+        raise BundleError(
+            f"{path} does not describe a generator: {error}", remedy="copy the whole folder again"
+        ) from error

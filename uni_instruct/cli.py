@@ -1,0 +1,89 @@
+"""The command line. Sub-commands are named as strings and imported when called, so that help is instant."""
+
+import importlib
+import sys
+from typing import Any
+
+import rich_click as click
+
+from uni_instruct import __version__
+from uni_instruct.errors import UniInstructError
+
+# Name -> where the command is and what it does, in the order of a first use.
+COMMANDS = {
+    "quickstart": (
+        "uni_instruct.commands.quickstart:quickstart",
+        "Train, export, evaluate and serve a generator of digits.",
+    ),
+    "data": ("uni_instruct.commands.data:data", "Prepare a data set."),
+    "train": ("uni_instruct.train.command:train", "Train a teacher and distil it into a one-step generator."),
+    "export": (
+        "uni_instruct.export.command:export",
+        "Compile a generator to an engine proven equal to torch.",
+    ),
+    "generate": ("uni_instruct.commands.generate:generate", "Make images from seeds."),
+    "evaluate": (
+        "uni_instruct.commands.evaluate:evaluate",
+        "Score a generator or images against a data set.",
+    ),
+    "serve": ("uni_instruct.serve.command:serve", "Serve a generator over HTTP, with a web demo under /ui."),
+    "inspect": ("uni_instruct.commands.inspect:inspect", "Say what is in a bundle or a data set."),
+}
+
+
+class LazyCommand(click.RichCommand):
+    """Stands for a command in the group's help; the real one is imported when it is called."""
+
+    def __init__(self, name: str, target: str, summary: str):
+        super().__init__(name, help=summary, short_help=summary)
+        self.target = target
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The real command's context, which runs the real command."""
+        module, _, attribute = self.target.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command.make_context(info_name, args, parent, **extra)
+
+
+class LazyGroup(click.RichGroup):
+    """A group that knows its commands by name and summary only."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """What stands for the command, None for an unknown name."""
+        return LazyCommand(cmd_name, *COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="uni-instruct")
+def cli() -> None:
+    """One-step image generators: train, export, serve, sample, evaluate.
+
+    Example: uni-instruct quickstart
+    """
+
+
+def main() -> None:
+    """Entry point: the project's errors as one line on standard error, with their exit code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(f"{error.format_message()}", error.exit_code)
+    except UniInstructError as error:
+        _fail(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; run the same command again to go on", 130)
+    except ModuleNotFoundError as error:
+        _fail(f"package '{error.name}' is not installed; pip install 'uni-instruct[all]'", 2)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)

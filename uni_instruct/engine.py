@@ -1,0 +1,65 @@
+"""Engine: whatever turns latents into images. The caller never learns which runtime it holds."""
+
+import importlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.errors import RequestError
+
+
+class Engine(Protocol):
+    """A generator, ready to run on one device."""
+
+    spec: GeneratorSpec
+    name: str
+    device: str
+
+    def __call__(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        """Images of any batch B >= 1, a fresh array.
+
+        latents: float32 [B, C, H, W], N(0, 1); class_ids: int64 [B] in range, None exactly for an unconditional spec.
+        Returns uint8 [B, H, W, C].
+        """
+        ...
+
+
+# kind -> the class that runs it, imported when asked for; the order is the order of preference.
+ENGINES = {
+    "onnx": "uni_instruct.engines.onnxruntime:OnnxEngine",
+    "torch": "uni_instruct.engines.torch:TorchEngine",
+}
+
+
+def available_engines(bundle: Bundle) -> list[str]:
+    """Kinds that this bundle can be opened with, the fastest first. Torch needs no export."""
+    return [
+        kind for kind in ENGINES if kind == "torch" or (bundle.engine_folder(kind) / "engine.json").is_file()
+    ]
+
+
+def open_engine(bundle: Bundle | str | Path, kind: str | None = None) -> Engine:
+    """The bundle's engine of that kind; without a kind, the fastest that was exported, else torch.
+
+    Raises RequestError for an unknown kind or one that was not exported, BundleError where a file does not match its hash.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle)
+    present = available_engines(bundle)
+    if kind is None:
+        kind = present[0]
+    if kind not in ENGINES:
+        raise RequestError(
+            f"engine '{kind}' is unknown", remedy=f"choose one of {', '.join(ENGINES)}", param="engine"
+        )
+    if kind not in present:
+        raise RequestError(
+            f"bundle {bundle.path} has no {kind} engine",
+            remedy=f"uni-instruct export {bundle.path} --to {kind}",
+            param="engine",
+        )
+    module, _, name = ENGINES[kind].partition(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(bundle)
+    return engine

@@ -1,0 +1,53 @@
+"""The errors that users meet. Each message gives the problem with its value, then the remedy, in one line."""
+
+
+class UniInstructError(Exception):
+    """Something failed while running. `param` names the argument at fault, where there is one.
+
+    `exit_code` is what the command line returns, `http_status` what the server answers.
+    """
+
+    exit_code = 1
+    http_status = 500
+
+    def __init__(self, problem: str, *, remedy: str, param: str | None = None):
+        super().__init__(f"{problem}; {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+        self.param = param
+
+
+class RequestError(UniInstructError):
+    """The request was wrong: an unknown name, a bad value, a missing file."""
+
+    exit_code = 2
+    http_status = 400
+
+
+class FileFormatError(RequestError):
+    """A file is corrupt, truncated, or not what it was taken for."""
+
+
+class BundleError(FileFormatError):
+    """A bundle is incomplete, altered, or written by a newer version."""
+
+
+class MissingExtraError(RequestError):
+    """An optional dependency is not installed."""
+
+    http_status = 500
+
+    def __init__(self, package: str, *, extra: str):
+        super().__init__(
+            f"package '{package}' is not installed", remedy=f"pip install 'uni-instruct[{extra}]'"
+        )
+
+
+class ParityError(UniInstructError):
+    """An exported engine does not agree with torch."""
+
+
+class DiskError(UniInstructError):
+    """Writing failed: the disk is full or the folder is not writable."""
+
+    exit_code = 2

@@ -1,0 +1,61 @@
+"""Seeds and classes to images: the one pipeline that the command line, the HTTP service and the demo share."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.engine import Engine
+from uni_instruct.errors import RequestError
+from uni_instruct.latents import check_seeds, latents, random_class_ids
+
+
+def generate(
+    engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64
+) -> np.ndarray:
+    """Images of the seeds, in their order: uint8 [N, H, W, C]. class_ids: int64 [N], as `resolve_class_ids` gives them."""
+    parts = list(generate_batches(engine, seeds, class_ids, batch))
+    return np.concatenate(parts) if parts else np.empty((0, *image_size(engine.spec)), dtype=np.uint8)
+
+
+def generate_batches(
+    engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64
+) -> Iterator[np.ndarray]:
+    """The same, batch by batch: each uint8 [<=batch, H, W, C]."""
+    for start in range(0, len(seeds), batch):
+        part = slice(start, start + batch)
+        noise = latents(seeds[part], engine.spec.image_shape)
+        yield engine(noise, None if class_ids is None else class_ids[part])
+
+
+def resolve_class_ids(
+    spec: GeneratorSpec, seeds: Sequence[int], classes: Sequence[int | str] | None = None
+) -> np.ndarray | None:
+    """A class id per seed, int64 [N]; None for an unconditional generator.
+
+    classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class.
+    Raises RequestError for seeds out of range, unknown classes, or a number of classes that is neither 1 nor N.
+    """
+    check_seeds(seeds)
+    if not spec.num_classes:
+        if classes:
+            raise RequestError(
+                f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes"
+            )
+        return None
+    if not classes:
+        return random_class_ids(seeds, spec.num_classes)
+    if len(classes) not in (1, len(seeds)):
+        raise RequestError(
+            f"{len(classes)} classes were given for {len(seeds)} seeds",
+            remedy="give one class, or one for each seed",
+            param="classes",
+        )
+    ids = np.array([spec.class_id(label) for label in classes], dtype=np.int64)
+    return np.broadcast_to(ids, (len(seeds),)).copy()
+
+
+def image_size(spec: GeneratorSpec) -> tuple[int, int, int]:
+    """(H, W, C) of the images, from the spec's [C, H, W]."""
+    channels, height, width = spec.image_shape
+    return height, width, channels

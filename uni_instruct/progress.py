@@ -1,0 +1,69 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere. Written to standard error."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+LINE_EVERY_S = 10.0
+
+
+class Progress(Protocol):
+    """Told how far the work is."""
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Another amount done; note is a short state to show, such as a loss."""
+        ...
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """Shows `label` until the block ends; done is what an earlier run had finished."""
+    if sys.stderr.isatty():
+        yield from _bar(label, total, unit, done)
+    else:
+        yield _Lines(label, total, unit, done)
+
+
+class _Lines:
+    def __init__(self, label: str, total: int, unit: str, done: int):
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.first = done
+        self.start = self.last_line = time.monotonic()
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.last_line < LINE_EVERY_S and self.done < self.total:
+            return
+        self.last_line = now
+        rate = (self.done - self.first) / max(now - self.start, 1e-9)
+        left_s = (self.total - self.done) / max(rate, 1e-9)
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left_s:.0f} s left"
+        print(f"{line}, {note}" if note else line, file=sys.stderr, flush=True)
+
+
+def _bar(label: str, total: int, unit: str, done: int) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, completed=done, note="", rate="")
+
+        class OnBar:
+            def advance(self, amount: int, note: str = "") -> None:
+                speed = bar.tasks[0].speed
+                bar.update(task, advance=amount, note=note, rate=f"{speed:.1f}/s" if speed else "")
+
+        yield OnBar()

@@ -1,0 +1,56 @@
+"""Noise levels and EDM preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1). Works on NumPy and torch alike."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)."""
+
+    c_skip: Any
+    c_out: Any
+    c_in: Any
+
+
+def edm_preconditioning(sigma: Any, sigma_data: float) -> Preconditioning:
+    """EDM's coefficients at noise levels of any shape (c_noise is log(sigma) / 4)."""
+    total = sigma**2 + sigma_data**2
+    return Preconditioning(
+        c_skip=sigma_data**2 / total, c_out=sigma * sigma_data / total**0.5, c_in=1 / total**0.5
+    )
+
+
+def karras_sigma(u: Any, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> Any:
+    """EDM's rho schedule (equation 5) at u in [0, 1]: sigma_min at 0, sigma_max at 1."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (low + u * (high - low)) ** rho
+
+
+def sampling_sigmas(
+    steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+) -> np.ndarray:
+    """The sampler's noise levels, decreasing, with 0 at the end: float64 [steps + 1]."""
+    u = np.linspace(1, 0, steps) if steps > 1 else np.ones(1)
+    return np.append(karras_sigma(u, sigma_min, sigma_max, rho), 0.0)
+
+
+def lognormal_sigma(batch: int, p_mean: float, p_std: float, generator: "torch.Generator") -> "torch.Tensor":
+    """Training noise levels, log sigma ~ N(p_mean, p_std^2): float32 [B, 1, 1, 1]."""
+    import torch
+
+    return (torch.randn(batch, 1, 1, 1, generator=generator) * p_std + p_mean).exp()
+
+
+def karras_uniform_sigma(batch: int, tmax: float, generator: "torch.Generator") -> "torch.Tensor":
+    """Noise levels of a uniform position on the lowest tmax/1000 of the rho schedule (SiD): float32 [B, 1, 1, 1]."""
+    import torch
+
+    return karras_sigma(torch.rand(batch, 1, 1, 1, generator=generator) * (tmax / 1000))
