@@ -38,9 +38,7 @@ class GeneratorSpec:
 
     def __post_init__(self) -> None:
         if len(self.image_shape) != 3 or min(self.image_shape) < 1:
-            raise BundleError(
-                f"image shape {self.image_shape} is not [C, H, W]", remedy="give three positive sizes"
-            )
+            raise BundleError(f"image shape {self.image_shape} is not [C, H, W]", remedy="give three positive sizes")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise BundleError(
                 f"{len(self.class_names)} names for {self.num_classes} classes",
@@ -91,9 +89,7 @@ class Bundle:
         if not weights.is_file():
             raise BundleError(f"{path} has no {WEIGHTS}", remedy="copy the whole folder again")
         if sha256(weights) != config["weights_sha256"]:
-            raise BundleError(
-                f"{weights} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again"
-            )
+            raise BundleError(f"{weights} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again")
         return cls(path, spec, config["weights_sha256"])
 
     @classmethod
@@ -113,9 +109,7 @@ class Bundle:
 
         path = Path(path)
         with atomic_folder(path) as partial:
-            save_file(
-                {name: np.ascontiguousarray(array) for name, array in weights.items()}, partial / WEIGHTS
-            )
+            save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, partial / WEIGHTS)
             digest = sha256(partial / WEIGHTS)
             config = {"format_version": FORMAT_VERSION, **asdict(spec), "weights_sha256": digest}
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -144,9 +138,7 @@ class Bundle:
 def shipped_generators() -> list[str]:
     """Names of the generators that ship with this package."""
     folder = Path(str(files("uni_instruct") / "generators"))
-    return (
-        sorted(path.name for path in folder.iterdir() if (path / CONFIG).is_file()) if folder.is_dir() else []
-    )
+    return sorted(path.name for path in folder.iterdir() if (path / CONFIG).is_file()) if folder.is_dir() else []
 
 
 def find_bundle(source: str | Path) -> Path:
@@ -157,9 +149,7 @@ def find_bundle(source: str | Path) -> Path:
     if str(source) in shipped_generators():
         return Path(str(files("uni_instruct") / "generators" / str(source)))
     shipped = ", ".join(shipped_generators()) or "none"
-    problem = (
-        f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
-    )
+    problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     raise RequestError(
         problem, remedy=f"give a folder that 'train' wrote or a shipped generator: {shipped}", param="bundle"
     )
@@ -172,9 +162,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is not JSON: {error}", remedy="copy the whole folder again") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or "weights_sha256" not in config:
-        raise BundleError(
-            f"{path} is not the configuration of a bundle", remedy="give a folder that 'train' wrote"
-        )
+        raise BundleError(f"{path} is not the configuration of a bundle", remedy="give a folder that 'train' wrote")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"{path} has format version {version}, this is {FORMAT_VERSION}", remedy="update uni-instruct"
@@ -184,11 +172,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_spec(path: Path, config: dict[str, Any]) -> GeneratorSpec:
     names = {f.name for f in fields(GeneratorSpec)}
-    values = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in config.items()
-        if key in names
-    }
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in names}
     try:
         return GeneratorSpec(**values)
     except TypeError as error:

@@ -35,9 +35,7 @@ ENGINES = {
 
 def available_engines(bundle: Bundle) -> list[str]:
     """Kinds that this bundle can be opened with, the fastest first. Torch needs no export."""
-    return [
-        kind for kind in ENGINES if kind == "torch" or (bundle.engine_folder(kind) / "engine.json").is_file()
-    ]
+    return [kind for kind in ENGINES if kind == "torch" or (bundle.engine_folder(kind) / "engine.json").is_file()]
 
 
 def open_engine(bundle: Bundle | str | Path, kind: str | None = None) -> Engine:
@@ -51,9 +49,7 @@ def open_engine(bundle: Bundle | str | Path, kind: str | None = None) -> Engine:
     if kind is None:
         kind = present[0]
     if kind not in ENGINES:
-        raise RequestError(
-            f"engine '{kind}' is unknown", remedy=f"choose one of {', '.join(ENGINES)}", param="engine"
-        )
+        raise RequestError(f"engine '{kind}' is unknown", remedy=f"choose one of {', '.join(ENGINES)}", param="engine")
     if kind not in present:
         raise RequestError(
             f"bundle {bundle.path} has no {kind} engine",

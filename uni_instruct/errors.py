@@ -38,9 +38,7 @@ class MissingExtraError(RequestError):
     http_status = 500
 
     def __init__(self, package: str, *, extra: str):
-        super().__init__(
-            f"package '{package}' is not installed", remedy=f"pip install 'uni-instruct[{extra}]'"
-        )
+        super().__init__(f"package '{package}' is not installed", remedy=f"pip install 'uni-instruct[{extra}]'")
 
 
 class ParityError(UniInstructError):

@@ -10,9 +10,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.latents import check_seeds, latents, random_class_ids
 
 
-def generate(
-    engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64
-) -> np.ndarray:
+def generate(engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64) -> np.ndarray:
     """Images of the seeds, in their order: uint8 [N, H, W, C]. class_ids: int64 [N], as `resolve_class_ids` gives them."""
     parts = list(generate_batches(engine, seeds, class_ids, batch))
     return np.concatenate(parts) if parts else np.empty((0, *image_size(engine.spec)), dtype=np.uint8)
@@ -39,9 +37,7 @@ def resolve_class_ids(
     check_seeds(seeds)
     if not spec.num_classes:
         if classes:
-            raise RequestError(
-                f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes"
-            )
+            raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes")
         return None
     if not classes:
         return random_class_ids(seeds, spec.num_classes)

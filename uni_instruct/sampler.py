@@ -1,5 +1,7 @@
 """The teacher's many-step sampler (EDM, Karras et al. 2022, algorithm 1: deterministic, second order)."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,8 @@ def heun_sample(denoiser: EDMDenoiser, latents: Tensor, class_ids: Tensor | None
         level = torch.full((len(x), 1, 1, 1), sigma, device=x.device)
         return (x - denoiser(x.float(), level, class_ids).double()) / sigma
 
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, next_sigma in itertools.pairwise(sigmas):
         direction = slope(x, sigma)
         euler = x + (next_sigma - sigma) * direction
-        x = (
-            euler
-            if next_sigma == 0
-            else x + (next_sigma - sigma) * (direction + slope(euler, next_sigma)) / 2
-        )
+        x = euler if next_sigma == 0 else x + (next_sigma - sigma) * (direction + slope(euler, next_sigma)) / 2
     return x.float()

@@ -23,9 +23,7 @@ class Preconditioning:
 def edm_preconditioning(sigma: Any, sigma_data: float) -> Preconditioning:
     """EDM's coefficients at noise levels of any shape (c_noise is log(sigma) / 4)."""
     total = sigma**2 + sigma_data**2
-    return Preconditioning(
-        c_skip=sigma_data**2 / total, c_out=sigma * sigma_data / total**0.5, c_in=1 / total**0.5
-    )
+    return Preconditioning(c_skip=sigma_data**2 / total, c_out=sigma * sigma_data / total**0.5, c_in=1 / total**0.5)
 
 
 def karras_sigma(u: Any, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> Any:

@@ -131,10 +131,10 @@ class UNetBlock(nn.Module):
         return x if self.qkv is None else self._attend(x)
 
     def _attend(self, x: Tensor) -> Tensor:
-        assert self.norm2 is not None and self.qkv is not None and self.proj is not None
+        assert self.norm2 is not None
+        assert self.qkv is not None
+        assert self.proj is not None
         # EDM interleaves q, k and v: channel c of q is output 3 c of qkv.
-        q, k, v = (
-            self.qkv(self.norm2(x)).unflatten(1, (self.out_channels, 3)).flatten(3).transpose(1, 3).unbind(2)
-        )
+        q, k, v = self.qkv(self.norm2(x)).unflatten(1, (self.out_channels, 3)).flatten(3).transpose(1, 3).unbind(2)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         return (self.proj(attended) + x) * math.sqrt(0.5)

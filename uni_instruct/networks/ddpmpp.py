@@ -43,9 +43,7 @@ class DDPMPP(nn.Module):
             return UNetBlock(cin, cout, emb_channels, dropout=dropout, **kwargs)
 
         widths = [model_channels * mult for mult in channel_mult]
-        self.enc = nn.ModuleDict(
-            {f"{_level_name(height, width, 0)}_conv": Conv2d(image_channels, model_channels, 3)}
-        )
+        self.enc = nn.ModuleDict({f"{_level_name(height, width, 0)}_conv": Conv2d(image_channels, model_channels, 3)})
         cout, skips = model_channels, [model_channels]
         for level, channels in enumerate(widths):
             name, attention = _level_name(height, width, level), (height >> level) in attn_resolutions
@@ -86,9 +84,7 @@ class DDPMPP(nn.Module):
         features = self.encode(x, emb)
         return self.decode(features, emb)
 
-    def embed(
-        self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
-    ) -> Tensor:
+    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
         """The embedding that every block reads: [B, emb_channels]."""
         emb = self.map_noise(noise_labels)
         if self.map_label is not None and class_labels is not None:
