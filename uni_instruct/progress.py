@@ -12,8 +12,8 @@ LINE_EVERY_S = 10.0
 class Progress(Protocol):
     """Told how far the work is."""
 
-    def advance(self, amount: int, note: str = "") -> None:
-        """Another amount done; note is a short state to show, such as a loss."""
+    def advance(self, amount: int, note: str | None = None) -> None:
+        """Another amount done; note is a short state to show, such as a loss; None keeps the last."""
         ...
 
 
@@ -31,9 +31,11 @@ class _Lines:
         self.label, self.total, self.unit = label, total, unit
         self.done = self.first = done
         self.start = self.last_line = time.monotonic()
+        self.note = ""
 
-    def advance(self, amount: int, note: str = "") -> None:
+    def advance(self, amount: int, note: str | None = None) -> None:
         self.done += amount
+        self.note = self.note if note is None else note
         now = time.monotonic()
         if now - self.last_line < LINE_EVERY_S and self.done < self.total:
             return
@@ -41,7 +43,7 @@ class _Lines:
         rate = (self.done - self.first) / max(now - self.start, 1e-9)
         left_s = (self.total - self.done) / max(rate, 1e-9)
         line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left_s:.0f} s left"
-        print(f"{line}, {note}" if note else line, file=sys.stderr, flush=True)
+        print(f"{line}, {self.note}" if self.note else line, file=sys.stderr, flush=True)
 
 
 def _bar(label: str, total: int, unit: str, done: int) -> Iterator[Progress]:
@@ -62,8 +64,9 @@ def _bar(label: str, total: int, unit: str, done: int) -> Iterator[Progress]:
         task = bar.add_task(label, total=total, completed=done, note="", rate="")
 
         class OnBar:
-            def advance(self, amount: int, note: str = "") -> None:
+            def advance(self, amount: int, note: str | None = None) -> None:
                 speed = bar.tasks[0].speed
+                note = bar.tasks[0].fields["note"] if note is None else note
                 bar.update(task, advance=amount, note=note, rate=f"{speed:.1f}/s" if speed else "")
 
         yield OnBar()

@@ -32,9 +32,7 @@ def karras_sigma(u: Any, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_
     return (low + u * (high - low)) ** rho
 
 
-def sampling_sigmas(
-    steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
-) -> np.ndarray:
+def sampling_sigmas(steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> np.ndarray:
     """The sampler's noise levels, decreasing, with 0 at the end: float64 [steps + 1]."""
     u = np.linspace(1, 0, steps) if steps > 1 else np.ones(1)
     return np.append(karras_sigma(u, sigma_min, sigma_max, rho), 0.0)
@@ -52,3 +50,9 @@ def karras_uniform_sigma(batch: int, tmax: float, generator: "torch.Generator") 
     import torch
 
     return karras_sigma(torch.rand(batch, 1, 1, 1, generator=generator) * (tmax / 1000))
+
+
+def karras_density(sigma: "torch.Tensor", tmax: float) -> "torch.Tensor":
+    """The density that `karras_uniform_sigma` draws from, at noise levels inside its range."""
+    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    return sigma ** (1 / RHO - 1) / (RHO * (high - low) * (tmax / 1000))

@@ -134,7 +134,9 @@ class UNetBlock(nn.Module):
         assert self.norm2 is not None
         assert self.qkv is not None
         assert self.proj is not None
-        # EDM interleaves q, k and v: channel c of q is output 3 c of qkv.
-        q, k, v = self.qkv(self.norm2(x)).unflatten(1, (self.out_channels, 3)).flatten(3).transpose(1, 3).unbind(2)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        # EDM interleaves q, k and v: channel c of q is output 3 c of qkv. One head, as [B, 1, H W, channels]: the fused
+        # kernels and the ONNX exporter take four dimensions only.
+        qkv = self.qkv(self.norm2(x)).unflatten(1, (self.out_channels, 3)).flatten(3)
+        q, k, v = qkv.transpose(1, 3).unsqueeze(1).unbind(3)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
         return (self.proj(attended) + x) * math.sqrt(0.5)

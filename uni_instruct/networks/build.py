@@ -22,9 +22,7 @@ def build_denoiser(spec: GeneratorSpec) -> EDMDenoiser:
     try:
         model = NETWORKS[spec.network](spec.image_shape, spec.num_classes, **args)
     except TypeError as error:
-        raise RequestError(
-            f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments"
-        ) from error
+        raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
     return EDMDenoiser(model, spec.image_shape, spec.num_classes, sigma_data)
 
 

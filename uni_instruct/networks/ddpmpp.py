@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class DDPMPP(nn.Module):
         super().__init__()
         image_channels, height, width = image_shape
         _check_resolution(height, width, len(channel_mult))
-        emb_channels = model_channels * channel_mult_emb
+        emb_channels = self.emb_channels = model_channels * channel_mult_emb
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_label = Linear(num_classes, model_channels) if num_classes else None
         self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
@@ -114,6 +115,13 @@ class DDPMPP(nn.Module):
         return out
 
 
+class Encoded(NamedTuple):
+    """Every encoder output [B, C_i, H_i, W_i], the bottleneck's last, and the embedding [B, E]."""
+
+    features: list[Tensor]
+    emb: Tensor
+
+
 class EDMDenoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; log(sigma) / 4): the expected clean image, EDM equation 7."""
 
@@ -125,10 +133,20 @@ class EDMDenoiser(nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        """x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; class_ids int64 [B], None gives the zero label. In [-1, 1]."""
+        """x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; class_ids int64 [B], None gives the zero label."""
+        return self.decode(self.encode(x, sigma, class_ids, augment_labels), x, sigma)
+
+    def encode(
+        self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Encoded:
+        """The first half of the network; its bottleneck is what a discriminator sees."""
+        emb = self.model.embed(sigma.flatten().log() / 4, self.one_hot(class_ids), augment_labels)
+        return Encoded(self.model.encode(edm_preconditioning(sigma, self.sigma_data).c_in * x, emb), emb)
+
+    def decode(self, encoded: Encoded, x: Tensor, sigma: Tensor) -> Tensor:
+        """The second half: the expected clean image."""
         c = edm_preconditioning(sigma, self.sigma_data)
-        out = self.model(c.c_in * x, sigma.flatten().log() / 4, self.one_hot(class_ids), augment_labels)
-        return c.c_skip * x + c.c_out * out
+        return c.c_skip * x + c.c_out * self.model.decode(encoded.features, encoded.emb)
 
     def one_hot(self, class_ids: Tensor | None) -> Tensor | None:
         """float32 [B, num_classes]."""

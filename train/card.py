@@ -1,0 +1,61 @@
+"""The model card of a bundle: what it is, what it was trained on, what it scored, how to use it."""
+
+from collections.abc import Mapping
+
+from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.data import Dataset
+from uni_instruct.train.config import Recipe
+
+_CARD = """---
+library_name: uni-instruct
+pipeline_tag: {pipeline_tag}
+license: {licence_tag}
+tags: [one-step, diffusion-distillation]
+---
+# {name}
+
+{summary} Trained by the recipe `{recipe}` on {data} ({count} images of {size}{classes}).
+
+![samples](samples.png)
+
+## Scores of the weights that were kept
+{scores}
+
+Measured during training on {samples} seeds reserved for choosing the weights; `uni-instruct evaluate` measures on others.
+
+## Use
+```
+{usage}
+```
+
+Data: {source}. Licence of data: {licence}.
+"""
+
+
+def model_card(spec: GeneratorSpec, recipe: Recipe, dataset: Dataset, scores: Mapping[str, float]) -> str:
+    """README.md of a bundle, with a header that Hugging Face reads."""
+    channels, height, width = spec.image_shape
+    one_step = spec.steps == 1
+    summary = (
+        f"A one-step image generator, distilled with the expanded {recipe.distillation.divergence} divergence."
+        if one_step
+        else f"A diffusion teacher, sampled with {spec.steps} steps of EDM's Heun sampler."
+    )
+    return _CARD.format(
+        name=spec.name,
+        pipeline_tag="unconditional-image-generation",
+        licence_tag="other",
+        summary=summary,
+        recipe=recipe.name,
+        data=dataset.name,
+        count=len(dataset),
+        size=f"{width}x{height}x{channels}",
+        classes=f", {spec.num_classes} classes" if spec.num_classes else "",
+        scores="\n".join(f"- {name}: {value:.4g}" for name, value in scores.items()) or "- none",
+        samples=recipe.loop.samples,
+        usage="uni-instruct generate . --seeds 0-63 --out images/\nuni-instruct serve ."
+        if one_step
+        else "uni-instruct generate . --seeds 0-63 --out images/",
+        source=dataset.source,
+        licence=dataset.licence,
+    )

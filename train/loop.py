@@ -1,0 +1,207 @@
+"""The loop that both stages share: steps, log, samples, evaluation, the best weights, and states to resume from."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.engines.torch import to_uint8
+from uni_instruct.errors import UniInstructError
+from uni_instruct.evaluate import Evaluator
+from uni_instruct.latents import latents, random_class_ids
+from uni_instruct.progress import progress
+from uni_instruct.train.config import LoopConfig
+from uni_instruct.train.ema import Ema
+from uni_instruct.train.randomness import step_generator
+from uni_instruct.train.run import Run
+
+# Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
+FIRST_SELECTION_SEED = 2**40
+SAMPLE_BATCH = 256
+
+
+class Stage(Protocol):
+    """What is trained. A step must depend on its index, its generator and the state alone."""
+
+    name: str
+    batch: int
+    total_steps: int
+    evaluate_kimg: float
+    ema: Ema
+
+    def step(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Trains on one batch; returns scalars to log."""
+        ...
+
+    def sample(self, latents: Tensor, class_ids: Tensor | None) -> Tensor:
+        """Images [B, C, H, W] in about [-1, 1] of the averaged weights."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a step reads and changes."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        ...
+
+
+@dataclass
+class Best:
+    """The best evaluation so far: its scores, and the step after which it was made."""
+
+    value: float = math.inf
+    step: int = 0
+    scores: dict[str, float] | None = None
+
+
+class TrainingError(UniInstructError):
+    """Training cannot go on."""
+
+
+class Loop:
+    """Runs a stage from where its state stands to its end.
+
+    keep is called with scores and images whenever the averaged weights are the best so far.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: LoopConfig,
+        spec: GeneratorSpec,
+        evaluator: Evaluator,
+        keep: Callable[[dict[str, float], np.ndarray], None],
+    ):
+        self.run, self.config, self.spec, self.evaluator, self.keep = run, config, spec, evaluator, keep
+        self.best = Best()
+
+    def __call__(self, stage: Stage) -> Best:
+        """Trains to the end; raises KeyboardInterrupt after saving the state where the user interrupts."""
+        first = self._resume(stage)
+        if first == stage.total_steps:
+            return self.best
+        meter = _Meter(time.monotonic(), first)
+        with (
+            _deferred_interrupt() as interrupted,
+            progress(stage.name, stage.total_steps, "steps", done=first) as shown,
+        ):
+            for index in range(first, stage.total_steps):
+                generator = step_generator(self.config.seed, stage.name, index)
+                torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+                metrics = stage.step(index, generator)
+                done = index + 1
+                note = self._log(stage, done, metrics, meter) if _due(stage, done, self.config.log_kimg) else None
+                if _due(stage, done, stage.evaluate_kimg):
+                    note = self._evaluate(stage, done)
+                shown.advance(1, note)
+                if interrupted() or _due(stage, done, self.config.state_kimg):
+                    self._save(stage, done)
+                if interrupted():
+                    raise KeyboardInterrupt
+        return self.best
+
+    def _resume(self, stage: Stage) -> int:
+        state = self.run.load_state(stage.name)
+        if state is None:
+            self.run.forget_log_after(stage.name, -1)
+            return 0
+        stage.load_state_dict(state["stage"])
+        self.best = Best(**state["best"])
+        step = int(state["step"])
+        self.run.forget_log_after(stage.name, step)
+        return step
+
+    def _save(self, stage: Stage, done: int) -> None:
+        state = {"step": done, "best": dict(self.best.__dict__), "stage": stage.state_dict()}
+        self.run.save_state(stage.name, state)
+
+    def _log(self, stage: Stage, done: int, metrics: dict[str, Tensor], meter: "_Meter") -> str:
+        values = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"{bad[0]} is {values[bad[0]]} after step {done}",
+                remedy="lower the learning rates and run again to resume",
+            )
+        values["images_per_s"] = meter.steps_per_s(done) * stage.batch
+        self.run.log(stage.name, done, done * stage.batch / 1000, values)
+        return ", ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in list(values.items())[:1])
+
+    def _evaluate(self, stage: Stage, done: int) -> str:
+        images, class_ids = self._draw(stage)
+        scores = self.evaluator(images, class_ids).values
+        kimg = done * stage.batch / 1000
+        self.run.log(stage.name, done, kimg, scores)
+        self.run.save_samples(stage.name, kimg, images[: self.config.grid])
+        value = metric_value(scores, self.config.metric)
+        if value <= self.best.value:
+            self.best = Best(value, done, scores)
+            self.keep(scores, images[: self.config.grid])
+        return ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+
+    def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
+        seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + self.config.samples)
+        class_ids = random_class_ids(seeds, self.spec.num_classes) if self.spec.num_classes else None
+        device = next(stage.ema.module.parameters()).device
+        parts = []
+        for start in range(0, len(seeds), SAMPLE_BATCH):
+            part = slice(start, start + SAMPLE_BATCH)
+            noise = torch.from_numpy(latents(seeds[part], self.spec.image_shape)).to(device)
+            labels = None if class_ids is None else torch.from_numpy(class_ids[part]).to(device)
+            parts.append(to_uint8(stage.sample(noise, labels)).cpu().numpy())
+        return np.concatenate(parts), class_ids
+
+
+def metric_value(scores: dict[str, float], metric: str) -> float:
+    """The score that is minimised: 'FD' stands for FD(<extractor>) and for FID. 0 for 'none', so that the last one counts."""
+    if metric == "none":
+        return 0.0
+    names = [name for name in scores if name == metric or name.startswith(f"{metric}(")]
+    return scores[names[0]]
+
+
+def _due(stage: Stage, done: int, every_kimg: float) -> bool:
+    return done == stage.total_steps or done % max(1, round(every_kimg * 1000 / stage.batch)) == 0
+
+
+@dataclass
+class _Meter:
+    """Speed since the last log line."""
+
+    time_s: float
+    step: int
+
+    def steps_per_s(self, done: int) -> float:
+        now = time.monotonic()
+        rate = (done - self.step) / max(now - self.time_s, 1e-9)
+        self.time_s, self.step = now, done
+        return rate
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Lets a step finish before Ctrl-C or SIGTERM takes effect; a second Ctrl-C is immediate."""
+    received = False
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        if received:
+            raise KeyboardInterrupt
+        received = True
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
