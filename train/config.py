@@ -68,10 +68,11 @@ class TeacherConfig:
 class DistillationConfig:
     """One-step distillation by the expanded divergence (objective.py).
 
-    alpha scales the FGM term: 0.5 is exact, 1 and 1.2 are what the papers train images with. sigma_init is the noise level of
-    the generator's input. The generator's noise levels are uniform on the lowest tmax/1000 of EDM's schedule; weighting is
-    'sid' or 'exact'. critic_warmup_kimg trains the critic (fake score and discriminator) alone first; logit_clamp
-    bounds the log-ratio; discriminator_scale weighs its loss against the fake score's.
+    alpha scales the FGM term: 0.5 is exact, 1 and 1.2 are what the papers train images with. sigma_init is the noise level
+    of the generator's input. The generator's noise levels are uniform on EDM's schedule from tmin/1000 to tmax/1000; a larger
+    tmin steadies divergences that need a ratio. weighting is 'sid' or 'exact'. The critic (fake score and discriminator) is
+    updated critic_updates times a step, at first alone, for critic_warmup_kimg; logit_clamp bounds the log-ratio;
+    discriminator_scale weighs the discriminator's loss against the fake score's. One kimg is 1000 images of the generator's.
     """
 
     divergence: str = "reverse-kl"
@@ -85,7 +86,9 @@ class DistillationConfig:
     beta2: float = 0.999
     decay_kimg: float = 0.0
     critic_warmup_kimg: float = 0.0
+    critic_updates: int = 1
     sigma_init: float = 2.5
+    tmin: float = 0.0
     tmax: float = 800.0
     weighting: str = "sid"
     logit_clamp: float = 5.0
@@ -99,7 +102,9 @@ class DistillationConfig:
         _in_range("distillation.duration_kimg", self.duration_kimg, 1e-3, 1e9)
         _in_range("distillation.batch", self.batch, 1, 1_000_000)
         _in_range("distillation.sigma_init", self.sigma_init, 1e-3, 1e4)
+        _in_range("distillation.critic_updates", self.critic_updates, 1, 1000)
         _in_range("distillation.tmax", self.tmax, 1, 1000)
+        _in_range("distillation.tmin", self.tmin, 0, self.tmax - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +208,8 @@ def _all_keys(cls: type, prefix: str = "") -> list[str]:
     keys = []
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
-        keys += _all_keys(kind, f"{prefix}{f.name}.") if dataclasses.is_dataclass(kind) else [prefix + f.name]
+        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        keys += _all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
     return keys
 
 

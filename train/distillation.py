@@ -1,6 +1,7 @@
 """Distillation: a one-step generator, started from the teacher, follows the gradient of an expanded divergence."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ Metrics = dict[str, Tensor]
 
 
 class DistillationStage:
-    """One critic update and one generator update a step. State is generator, average, critic and optimizers.
+    """Critic updates and one generator update a step. State is generator, average, critic and optimizers.
 
     The critic (fake score, and discriminator where the divergence needs a ratio) is trained at the noise levels at which it is
     read, those of the generator's loss.
@@ -44,12 +45,12 @@ class DistillationStage:
         self.divergence = find_divergence(config.divergence)
         self.num_classes, self.image_shape = teacher.num_classes, teacher.image_shape
 
-        schedule = {"total_steps": self.total_steps, "batch": config.batch, "decay_kimg": config.decay_kimg}
-        self.generator_rate = RateSchedule(peak=config.generator_learning_rate, **schedule)
-        self.critic_rate = RateSchedule(peak=config.critic_learning_rate, **schedule)
+        rate = partial(RateSchedule, total_steps=self.total_steps, batch=config.batch, decay_kimg=config.decay_kimg)
+        self.generator_rate = rate(peak=config.generator_learning_rate)
+        self.critic_rate = rate(peak=config.critic_learning_rate)
 
         generator, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
-        self.ema = Ema(fabric.to_device(generator), config.ema_halflife_kimg)
+        self.ema = Ema(generator.to(fabric.device), config.ema_halflife_kimg)
         critic = Critic(fake_score.train(), with_discriminator=self.divergence.needs_ratio)
         self.teacher = fabric.setup_module(teacher.eval().requires_grad_(False))
         betas = (config.beta1, config.beta2)
@@ -62,12 +63,14 @@ class DistillationStage:
         self.critic.mark_forward_method("logits")
 
     def step(self, index: int, generator: torch.Generator) -> Metrics:
-        """Updates the critic on fresh samples, then the generator once the critic's warm-up is over."""
+        """Updates the critic on fresh samples, then the generator through the last of them once the warm-up is over."""
         warm = index * self.batch >= self.config.critic_warmup_kimg * 1000
-        class_ids = self._random_classes(generator)
-        with torch.set_grad_enabled(warm):
-            clean = self.generate(self.generator, self._noise(generator), class_ids)
-        metrics = self._update_critic(index, clean.detach(), class_ids, generator)
+        updates = self.config.critic_updates
+        for update in range(updates):
+            class_ids = self._random_classes(generator)
+            with torch.set_grad_enabled(warm and update == updates - 1):
+                clean = self.generate(self.generator, self._noise(generator), class_ids)
+            metrics = self._update_critic(index, index * updates + update, clean.detach(), class_ids, generator)
         if warm:
             metrics |= self._update_generator(index, clean, class_ids, generator)
         return metrics
@@ -83,7 +86,9 @@ class DistillationStage:
         with torch.no_grad():
             return self.generate(self.ema.module, latents, class_ids)
 
-    def _update_critic(self, index: int, fake: Tensor, class_ids: Tensor | None, generator: torch.Generator) -> Metrics:
+    def _update_critic(
+        self, index: int, data_index: int, fake: Tensor, class_ids: Tensor | None, generator: torch.Generator
+    ) -> Metrics:
         """Denoising of the student's samples, and real against fake at the same noise levels."""
         self.critic.requires_grad_(True)
         sigma = self._sigma(generator)
@@ -92,7 +97,7 @@ class DistillationStage:
         loss = denoising_loss(denoised, fake, sigma, self.teacher.sigma_data).mean()
         metrics = {"fake_score/loss": loss.detach()}
         if fake_logits is not None:
-            images, real_classes = self.batches(index, self.fabric.device)
+            images, real_classes = self.batches(data_index, self.fabric.device)
             real_logits = self.critic.logits(images + sigma * self._noise(generator), sigma, real_classes)
             discrimination = discriminator_loss(real_logits, fake_logits).mean()
             loss = loss + self.config.discriminator_scale * discrimination
@@ -125,13 +130,14 @@ class DistillationStage:
     def _weight(self, batch: DiffusedBatch) -> Tensor:
         if self.config.weighting == "sid":
             return sid_weight(batch)
-        return exact_weight(batch.sigma, karras_density(batch.sigma, self.config.tmax))
+        return exact_weight(batch.sigma, karras_density(batch.sigma, self.config.tmin, self.config.tmax))
 
     def _generator_kimg(self, index: int) -> float:
         return (index + 1) * self.batch / 1000 - self.config.critic_warmup_kimg
 
     def _sigma(self, generator: torch.Generator) -> Tensor:
-        return self.fabric.to_device(karras_uniform_sigma(self.batch, self.config.tmax, generator))
+        config = self.config
+        return self.fabric.to_device(karras_uniform_sigma(self.batch, config.tmin, config.tmax, generator))
 
     def _noise(self, generator: torch.Generator) -> Tensor:
         return self.fabric.to_device(torch.randn(self.batch, *self.image_shape, generator=generator))

@@ -2,18 +2,21 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Averaged = TypeVar("Averaged", bound=nn.Module)
+
 RAMPUP_RATIO = 0.05
 
 
-class Ema:
+class Ema(Generic[Averaged]):
     """The average of a module's weights; `module` is a copy that holds it."""
 
-    def __init__(self, module: nn.Module, halflife_kimg: float):
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, module: Averaged, halflife_kimg: float):
+        self.module: Averaged = copy.deepcopy(module).eval().requires_grad_(False)
         self.halflife_kimg = halflife_kimg
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ class Stage(Protocol):
     batch: int
     total_steps: int
     evaluate_kimg: float
-    ema: Ema
+    ema: Ema[Any]
 
     def step(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Trains on one batch; returns scalars to log."""
@@ -139,7 +139,7 @@ class Loop:
 
     def _evaluate(self, stage: Stage, done: int) -> str:
         images, class_ids = self._draw(stage)
-        scores = self.evaluator(images, class_ids).values
+        scores = self.evaluator(images, class_ids, metrics=("fd", "pr")).values
         kimg = done * stage.batch / 1000
         self.run.log(stage.name, done, kimg, scores)
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])

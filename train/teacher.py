@@ -31,7 +31,7 @@ class TeacherStage:
             warmup_kimg=config.warmup_kimg,
             decay_kimg=config.decay_kimg,
         )
-        self.ema = Ema(fabric.to_device(denoiser), config.ema_halflife_kimg)
+        self.ema = Ema(denoiser.to(fabric.device), config.ema_halflife_kimg)
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
         self.denoiser, self.optimizer = fabric.setup(denoiser, optimizer)
 

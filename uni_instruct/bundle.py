@@ -17,6 +17,21 @@ FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
 
 
+# What config.json may hold: the type of each field, and of the entries of a list.
+_FIELD_TYPES: dict[str, tuple[Any, Any]] = {
+    "name": (str, ()),
+    "image_shape": (tuple, int),
+    "num_classes": (int, ()),
+    "class_names": (tuple, str),
+    "sigma_init": ((int, float), ()),
+    "steps": (int, ()),
+    "network": (str, ()),
+    "network_args": (dict, ()),
+    "provenance": (dict, ()),
+    "licence": (str, ()),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneratorSpec:
     """What is needed to run a generator and to say where it comes from.
@@ -44,20 +59,21 @@ class GeneratorSpec:
                 f"{len(self.class_names)} names for {self.num_classes} classes",
                 remedy="name every class or none",
             )
-        if self.sigma_init <= 0 or self.steps < 1:
+        if not 0 < self.sigma_init < 1e6 or self.steps < 1 or self.num_classes < 0:
             raise BundleError(
-                f"sigma_init {self.sigma_init} or steps {self.steps} is out of range",
-                remedy="sigma_init > 0 and steps >= 1",
+                f"sigma_init {self.sigma_init}, steps {self.steps} or num_classes {self.num_classes} is out of range",
+                remedy="sigma_init in (0, 1e6), steps >= 1, num_classes >= 0",
             )
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other."""
         if label in self.class_names:
             return self.class_names.index(str(label))
-        number = int(label) if isinstance(label, int) or str(label).isdecimal() else -1
+        readable = isinstance(label, int) or (label.isdecimal() and len(label) < 10)
+        number = int(label) if readable else -1
         if isinstance(label, bool) or not 0 <= number < self.num_classes:
             raise RequestError(
-                f"class {label} is outside 0..{self.num_classes - 1}",
+                f"class {str(label)[:40]} is outside 0..{self.num_classes - 1}",
                 remedy="'uni-instruct inspect' lists the classes",
                 param="classes",
             )
@@ -105,11 +121,13 @@ class Bundle:
 
         samples: a PNG. Raises DiskError where the disk is full or read-only.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         path = Path(path)
         with atomic_folder(path) as partial:
-            save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, partial / WEIGHTS)
+            # Not its save_file: that tells a full disk by an error of its own.
+            contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+            (partial / WEIGHTS).write_bytes(save(contiguous))
             digest = sha256(partial / WEIGHTS)
             config = {"format_version": FORMAT_VERSION, **asdict(spec), "weights_sha256": digest}
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -125,10 +143,8 @@ class Bundle:
 
         try:
             return load_file(self.path / WEIGHTS)
-        except SafetensorError as error:
-            raise BundleError(
-                f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again"
-            ) from error
+        except (SafetensorError, TypeError, AttributeError) as error:  # the last two: types that NumPy does not have
+            raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
 
     def engine_folder(self, kind: str) -> Path:
         """Where the exported engine of that kind stands, or would stand."""
@@ -150,9 +166,7 @@ def find_bundle(source: str | Path) -> Path:
         return Path(str(files("uni_instruct") / "generators" / str(source)))
     shipped = ", ".join(shipped_generators()) or "none"
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
-    raise RequestError(
-        problem, remedy=f"give a folder that 'train' wrote or a shipped generator: {shipped}", param="bundle"
-    )
+    raise RequestError(problem, remedy=f"give a folder that 'train' wrote or a shipped generator: {shipped}", param="bundle")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -164,18 +178,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or "weights_sha256" not in config:
         raise BundleError(f"{path} is not the configuration of a bundle", remedy="give a folder that 'train' wrote")
     if version > FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format version {version}, this is {FORMAT_VERSION}", remedy="update uni-instruct"
-        )
+        raise BundleError(f"{path} has format version {version}, this is {FORMAT_VERSION}", remedy="update uni-instruct")
     return config
 
 
 def _read_spec(path: Path, config: dict[str, Any]) -> GeneratorSpec:
     names = {f.name for f in fields(GeneratorSpec)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in names}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in names
+    }
     try:
+        for name, value in values.items():
+            _check_type(name, value)
         return GeneratorSpec(**values)
     except TypeError as error:
-        raise BundleError(
-            f"{path} does not describe a generator: {error}", remedy="copy the whole folder again"
-        ) from error
+        raise BundleError(f"{path} does not describe a generator: {error}", remedy="copy the whole folder again") from error
+
+
+def _check_type(name: str, value: Any) -> None:
+    kind, entries = _FIELD_TYPES[name]
+    parts = value if entries and isinstance(value, tuple) else ()
+    if not isinstance(value, kind) or not all(isinstance(part, entries) for part in parts):
+        raise TypeError(f"{name} is {str(value)[:40]!r}")
+    if any(isinstance(part, bool) for part in (value, *parts)):
+        raise TypeError(f"{name} is {value}")

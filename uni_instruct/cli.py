@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import rich_click as click
+from click.exceptions import Exit
 
 from uni_instruct import __version__
 from uni_instruct.errors import UniInstructError
@@ -35,7 +36,7 @@ class LazyCommand(click.RichCommand):
     """Stands for a command in the group's help; the real one is imported when it is called."""
 
     def __init__(self, name: str, target: str, summary: str):
-        super().__init__(name, help=summary, short_help=summary)
+        super().__init__(name=name, help=summary, short_help=summary)
         self.target = target
 
     def make_context(
@@ -72,10 +73,10 @@ def main() -> None:
     """Entry point: the project's errors as one line on standard error, with their exit code."""
     try:
         cli.main(standalone_mode=False)
-    except click.exceptions.Exit as error:
+    except Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        _fail(f"{error.format_message()}", error.exit_code)
+        _fail(" ".join(error.format_message().split()), error.exit_code)
     except UniInstructError as error:
         _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

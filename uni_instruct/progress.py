@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 LINE_EVERY_S = 10.0
@@ -17,6 +17,16 @@ class Progress(Protocol):
         ...
 
 
+# How a library is told to show its long work: `progress` below, or `silent`.
+Track = Callable[[str, int, str], AbstractContextManager[Progress]]
+
+
+@contextmanager
+def silent(label: str, total: int, unit: str) -> Iterator[Progress]:
+    """Shows nothing."""
+    yield _Silent()
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
     """Shows `label` until the block ends; done is what an earlier run had finished."""
@@ -24,6 +34,11 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         yield from _bar(label, total, unit, done)
     else:
         yield _Lines(label, total, unit, done)
+
+
+class _Silent:
+    def advance(self, amount: int, note: str | None = None) -> None:
+        pass
 
 
 class _Lines:

@@ -45,14 +45,14 @@ def lognormal_sigma(batch: int, p_mean: float, p_std: float, generator: "torch.G
     return (torch.randn(batch, 1, 1, 1, generator=generator) * p_std + p_mean).exp()
 
 
-def karras_uniform_sigma(batch: int, tmax: float, generator: "torch.Generator") -> "torch.Tensor":
-    """Noise levels of a uniform position on the lowest tmax/1000 of the rho schedule (SiD): float32 [B, 1, 1, 1]."""
+def karras_uniform_sigma(batch: int, tmin: float, tmax: float, generator: "torch.Generator") -> "torch.Tensor":
+    """Noise levels at a uniform position from tmin/1000 to tmax/1000 of the rho schedule (SiD): float32 [B, 1, 1, 1]."""
     import torch
 
-    return karras_sigma(torch.rand(batch, 1, 1, 1, generator=generator) * (tmax / 1000))
+    return karras_sigma((tmin + (tmax - tmin) * torch.rand(batch, 1, 1, 1, generator=generator)) / 1000)
 
 
-def karras_density(sigma: "torch.Tensor", tmax: float) -> "torch.Tensor":
+def karras_density(sigma: "torch.Tensor", tmin: float, tmax: float) -> "torch.Tensor":
     """The density that `karras_uniform_sigma` draws from, at noise levels inside its range."""
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
-    return sigma ** (1 / RHO - 1) / (RHO * (high - low) * (tmax / 1000))
+    return sigma ** (1 / RHO - 1) / (RHO * (high - low) * (tmax - tmin) / 1000)

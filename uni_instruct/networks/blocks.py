@@ -110,14 +110,15 @@ class UNetBlock(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.out_channels, self.dropout = in_channels, out_channels, dropout
-        resampling = {"up": up, "down": down, "resample_filter": resample_filter}
         self.norm0 = GroupNorm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down, resample_filter=resample_filter)
         self.affine = Linear(emb_channels, out_channels)
         self.norm1 = GroupNorm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
         needs_skip = out_channels != in_channels or up or down
-        self.skip = Conv2d(in_channels, out_channels, 1, **resampling) if needs_skip else None
+        self.skip = (
+            Conv2d(in_channels, out_channels, 1, up=up, down=down, resample_filter=resample_filter) if needs_skip else None
+        )
         self.norm2 = GroupNorm(out_channels) if attention else None
         self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2)) if attention else None
         self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5) if attention else None

@@ -18,10 +18,10 @@ def build_denoiser(spec: GeneratorSpec) -> EDMDenoiser:
             param="network",
         )
     args = dict(spec.network_args)
-    sigma_data = float(args.pop("sigma_data", 0.5))
     try:
+        sigma_data = float(args.pop("sigma_data", 0.5))
         model = NETWORKS[spec.network](spec.image_shape, spec.num_classes, **args)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
     return EDMDenoiser(model, spec.image_shape, spec.num_classes, sigma_data)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,7 @@ class DDPMPP(nn.Module):
         self.map_layer0 = Linear(model_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
-        def block(cin: int, cout: int, **kwargs: bool) -> UNetBlock:
-            return UNetBlock(cin, cout, emb_channels, dropout=dropout, **kwargs)
+        block = partial(UNetBlock, emb_channels=emb_channels, dropout=dropout)
 
         widths = [model_channels * mult for mult in channel_mult]
         self.enc = nn.ModuleDict({f"{_level_name(height, width, 0)}_conv": Conv2d(image_channels, model_channels, 3)})

@@ -1,0 +1,45 @@
+# `make quickstart` and `make test` are all that a fresh machine needs; `make check` is what has to pass before a change lands.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: quickstart test check format lint types slow package-tree clean
+
+quickstart: $(INSTALLED)
+	@exec $(BIN)/uni-instruct quickstart --out runs/quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+check: test format lint types slow
+
+format: $(INSTALLED)
+	$(BIN)/ruff format --check .
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+types: $(INSTALLED) package-tree
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p uni_instruct
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+# The stages lie beside the core on disk; a type checker wants them where they are imported from.
+package-tree:
+	rm -rf build/types && mkdir -p build/types/uni_instruct
+	ln -s $(CURDIR)/uni_instruct/* build/types/uni_instruct/
+	ln -s $(CURDIR)/train $(CURDIR)/export $(CURDIR)/serve build/types/uni_instruct/
+
+$(INSTALLED): requirements/all.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; install a newer Python or set PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "error: $(PYTHON) cannot make virtual environments; apt install python3-venv"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -r requirements/all.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

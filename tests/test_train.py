@@ -1,0 +1,165 @@
+"""Training as a user runs it: a killed run, resumed, ends in the bytes of one that was not; bad recipes are refused first."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_cli
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.train.config import built_in_recipes, load_recipe
+
+TINY = [
+    "network.model_channels=16",
+    "teacher.batch=32",
+    "teacher.duration_kimg=0.96",
+    "teacher.warmup_kimg=0.1",
+    "teacher.decay_kimg=0.3",
+    "distillation.batch=32",
+    "distillation.duration_kimg=0.96",
+    "distillation.critic_warmup_kimg=0.1",
+    "distillation.evaluate_kimg=0.32",
+    "divergence=forward-kl",
+    "loop.samples=100",
+    "loop.log_kimg=0.032",
+    "loop.state_kimg=0.16",
+]
+
+
+def train_command(out: Path, *overrides: str) -> list[str]:
+    sets = [word for override in (*TINY, *overrides) for word in ("--set", override)]
+    return ["train", "digits", "--out", str(out), *sets]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run_cli(*train_command(out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_run_folder_holds_what_a_user_needs(finished: Path) -> None:
+    teacher, generator = Bundle.open(finished / "teacher"), Bundle.open(finished / "generator")
+    assert (teacher.spec.steps, generator.spec.steps) == (18, 1)
+    assert generator.spec.provenance["teacher_sha256"] == teacher.weights_sha256
+    assert "digits" in (generator.path / "README.md").read_text()
+    assert any((finished / "tensorboard").iterdir())
+    assert any((finished / "samples").glob("generator-*.png"))
+    records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert {record["stage"] for record in records} == {"teacher", "generator"}
+    assert any("FD(digits-classifier)" in record for record in records)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+@pytest.mark.parametrize("stage", ["teacher", "generator"])
+def test_resumed_run_is_the_uninterrupted_run(finished: Path, tmp_path: Path, stage: str, sign: signal.Signals) -> None:
+    out = tmp_path / "run"
+    process = start_cli(*train_command(out))
+    wait_for_step(out, stage, step=12, process=process)
+    process.send_signal(sign)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL)
+
+    done = run_cli(*train_command(out))
+    assert done.returncode == 0, done.stderr
+    for bundle in ("teacher", "generator"):
+        assert (out / bundle / "model.safetensors").read_bytes() == (finished / bundle / "model.safetensors").read_bytes()
+    assert timeless_log(out) == timeless_log(finished)
+
+
+def test_finished_run_is_left_as_it_is(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert run_cli(*train_command(finished)).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_generator_starts_from_a_given_teacher(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = (f"teacher.bundle={finished / 'teacher'}", "divergence=reverse-kl", "distillation.duration_kimg=0.32")
+    assert run_cli(*train_command(out, *given)).returncode == 0
+    assert not (out / "teacher").exists()
+    spec = Bundle.open(out / "generator").spec
+    assert spec.provenance["teacher_sha256"] == Bundle.open(finished / "teacher").weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "imagenet"], "recipe 'imagenet' is unknown; give a YAML file or one of digits"),
+        (["train", "digits", "--set", "divergence=kl"], "divergence 'kl' is unknown; choose one of reverse-kl"),
+        (["train", "digits", "--set", "colour=red"], "--set key 'colour' is unknown; choose one of name"),
+        (["train", "digits", "--set", "batch=64"], "--set key 'batch' is ambiguous; write teacher.batch or distillation.batch"),
+        (["train", "digits", "--set", "alpha"], "--set alpha has no value; write --set key=value"),
+        (["train", "digits", "--set", "alpha=high"], "recipe key 'distillation.alpha' is 'high'; give a value of type float"),
+        (["train", "digits", "--set", "teacher.batch=0"], "teacher.batch 0 is out of range; give 1"),
+        (["train", "digits", "--set", "channel_mult=[1,1,1,1,1]"], "resolution 8x8 is not divisible by 16"),
+        (["train", "digits", "--set", "data=digit"], "'digit'"),
+        (["train", "digits", "--set", "teacher.bundle=nowhere"], "there is no bundle nowhere"),
+    ],
+)
+def test_bad_recipe_is_refused_before_anything_is_written(tmp_path: Path, arguments: list[str], message: str) -> None:
+    out = tmp_path / "run"
+    done = run_cli(*arguments, "--out", str(out))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_another_recipe_into_the_same_run_is_refused(finished: Path) -> None:
+    done = run_cli(*train_command(finished, "distillation.alpha=0.7"))
+    assert done.returncode == 2
+    assert "holds a run with distillation.alpha=1.0, not 0.7" in done.stderr
+
+
+def test_corrupt_state_is_named(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / "state").mkdir(parents=True)
+    (out / "state" / "teacher.pt").write_bytes((finished / "state" / "teacher.pt").read_bytes()[:1000])
+    done = run_cli(*train_command(out))
+    assert done.returncode == 2
+    assert "teacher.pt cannot be read; delete it to train that stage anew" in done.stderr
+
+
+@pytest.mark.parametrize("name", built_in_recipes())
+def test_built_in_recipes_resolve_to_themselves(name: str, tmp_path: Path) -> None:
+    import yaml
+
+    recipe = load_recipe(name)
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(yaml.safe_dump(recipe.to_dict()))
+    assert load_recipe(str(copy)) == recipe
+
+
+def start_cli(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "uni_instruct", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+
+
+def wait_for_step(out: Path, stage: str, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the log says that the stage is past that step."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        records = [json.loads(line) for line in read_lines(out / "log.jsonl")]
+        if any(record["stage"] == stage and record["step"] >= step for record in records):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{stage} did not reach step {step}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Whole lines only: the last may be half written."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+
+
+def timeless_log(out: Path) -> list[dict[str, object]]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "images_per_s"} for record in records]

@@ -1,0 +1,5 @@
+"""`python -m uni_instruct`."""
+
+from uni_instruct.cli import main
+
+main()

@@ -1,0 +1,38 @@
+"""`uni-instruct quickstart`: the other commands, one after the other, each shown as a user would type it."""
+
+import shlex
+from pathlib import Path
+
+import rich_click as click
+
+from uni_instruct.cli import cli
+
+
+@click.command()
+@click.option("--out", default="runs/quickstart", type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--no-serve", is_flag=True, help="Stop before serving.")
+@click.option("--port", default=3000, help="Port of the HTTP service and the web demo.")
+def quickstart(out: Path, no_serve: bool, port: int) -> None:
+    """Train a generator of handwritten digits, export it, score it against its teacher, and serve it.
+
+    Needs no download: the digits come with scikit-learn. Takes minutes on two CPU cores; interrupted, the same command goes on
+    where it was.
+
+    Example: uni-instruct quickstart --out runs/quickstart
+    """
+    generator = out / "generator"
+    for arguments in (
+        ["train", "digits", "--out", out],
+        ["export", generator, "--to", "onnx"],
+        ["generate", generator, "--seeds", "0-99", "--out", out / "images.npz", "--grid", out / "grid.png"],
+        ["evaluate", generator, "--reference", "digits", "--teacher", out / "teacher"],
+    ):
+        _run(*arguments)
+    if not no_serve:
+        _run("serve", generator, "--port", port)
+
+
+def _run(*arguments: object) -> None:
+    words = [str(argument) for argument in arguments]
+    click.secho(f"\n$ uni-instruct {shlex.join(words)}", bold=True)
+    cli.main(words, prog_name="uni-instruct", standalone_mode=False)
