@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test check format lint types slow package-tree clean
+.PHONY: quickstart test check format lint types slow package-tree pins clean
 
 quickstart: $(INSTALLED)
 	@exec $(BIN)/uni-instruct quickstart --out runs/quickstart
@@ -40,6 +40,10 @@ $(INSTALLED): requirements/all.txt pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check -r requirements/all.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+# Rewrites the pinned set from what is installed in .venv.
+pins:
+	$(BIN)/python requirements/pin.py > requirements/all.txt.new && mv requirements/all.txt.new requirements/all.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info
