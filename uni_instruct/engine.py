@@ -2,7 +2,7 @@
 
 import importlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,9 +45,15 @@ def open_engine(bundle: Bundle | str | Path, kind: str | None = None) -> Engine:
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
+    engine: Engine = engine_class(engine_kind(bundle, kind))(bundle)
+    return engine
+
+
+def engine_kind(bundle: Bundle, kind: str | None = None) -> str:
+    """The kind that open_engine would open, without loading it. Raises the same RequestError."""
     present = available_engines(bundle)
     if kind is None:
-        kind = present[0]
+        return present[0]
     if kind not in ENGINES:
         raise RequestError(f"engine '{kind}' is unknown", remedy=f"choose one of {', '.join(ENGINES)}", param="engine")
     if kind not in present:
@@ -56,6 +62,10 @@ def open_engine(bundle: Bundle | str | Path, kind: str | None = None) -> Engine:
             remedy=f"uni-instruct export {bundle.path} --to {kind}",
             param="engine",
         )
+    return kind
+
+
+def engine_class(kind: str) -> Any:
+    """The class that runs engines of that kind, imported now: `cls(bundle)`; exported kinds also take their `folder`."""
     module, _, name = ENGINES[kind].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), name)(bundle)
-    return engine
+    return getattr(importlib.import_module(module), name)

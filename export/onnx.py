@@ -1,0 +1,103 @@
+"""Bundle -> ONNX, through torch.export: the whole one-step map, from N(0, 1) latents and class ids to uint8 pixels."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import onnxscript
+import torch
+from torch import Tensor, nn
+
+import uni_instruct
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, LATENTS
+from uni_instruct.engines.torch import to_uint8
+from uni_instruct.errors import RequestError
+from uni_instruct.networks.build import load_denoiser
+from uni_instruct.networks.ddpmpp import EDMDenoiser
+
+# The newest that keeps group normalisation in a form that CPU runtimes are fast at.
+OPSET = 20
+# A protobuf message, and so a file that holds its weights, ends here.
+LARGEST_FILE_BYTES = 2**31 - 1
+
+
+class OneStep(nn.Module):
+    """z -> (uint8 pixels [B, H, W, C], G(z) = D(sigma_init z; sigma_init) [B, C, H, W]).
+
+    sigma is one constant for the whole batch, so that exporters fold everything that depends on it alone.
+    """
+
+    def __init__(self, denoiser: EDMDenoiser, sigma_init: float):
+        super().__init__()
+        self.denoiser, self.sigma_init = denoiser, sigma_init
+
+    def forward(self, latents: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """latents float32 [B, C, H, W], N(0, 1); class_ids int64 [B], None for an unconditional generator."""
+        sigma = torch.full((1, 1, 1, 1), self.sigma_init)
+        denoised = self.denoiser(latents * self.sigma_init, sigma, class_ids)
+        return to_uint8(denoised), denoised
+
+
+def build(bundle: Bundle, path: Path) -> dict[str, str]:
+    """Writes the bundle's graph to `path`, weights inline. Returns the versions of the tools.
+
+    Raises RequestError for weights that do not fit into one file.
+    """
+    size = (bundle.path / "model.safetensors").stat().st_size
+    if size > LARGEST_FILE_BYTES:
+        raise RequestError(
+            f"{bundle.path} holds {size} bytes of weights, one ONNX file at most {LARGEST_FILE_BYTES}",
+            remedy="use the torch engine for it",
+        )
+    model = _export(OneStep(load_denoiser(bundle), bundle.spec.sigma_init).eval(), bundle)
+    _strip(model)
+    onnx.helper.set_model_props(model, _properties(bundle))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return {tool.__name__: tool.__version__ for tool in (torch, onnx, onnxscript, onnxruntime)}
+
+
+def _export(module: OneStep, bundle: Bundle) -> onnx.ModelProto:
+    # Two images: a batch of one would be taken for a constant.
+    example = [torch.zeros(2, *bundle.spec.image_shape)]
+    names = [LATENTS]
+    if bundle.spec.num_classes:
+        example.append(torch.zeros(2, dtype=torch.int64))
+        names.append(CLASS_IDS)
+    with warnings.catch_warnings():
+        # The exporter warns of its own deprecated calls, and that both inputs share the name of their batch axis.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            tuple(example),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=[IMAGES, DENOISED],
+            dynamic_shapes=tuple({0: "batch"} for _ in example),
+            verbose=False,
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Removes what the exporter notes on every node: stack traces with local paths, and a dump of the torch program."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+
+
+def _properties(bundle: Bundle) -> Mapping[str, str]:
+    return {
+        "uni_instruct.version": uni_instruct.__version__,
+        "uni_instruct.spec": json.dumps(asdict(bundle.spec)),
+        "uni_instruct.weights_sha256": bundle.weights_sha256,
+    }

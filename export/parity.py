@@ -1,0 +1,163 @@
+"""Does an exported engine agree with torch? The engine runs in a fresh process, through the class that serves it."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.engines.record import EngineRecord
+from uni_instruct.errors import ParityError
+from uni_instruct.latents import latents
+
+# One, two, an odd one, and the largest, which sees every class.
+BATCHES = (1, 2, 7, 64)
+_REFERENCE_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """The largest relative L2 distance before rounding, and the largest difference of a uint8 pixel."""
+
+    relative_l2: float
+    levels: int
+
+
+# precision -> what its engines must keep; docs/export.md has the measurements behind it.
+TOLERANCES = {"fp32": Tolerance(relative_l2=1e-5, levels=1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How an engine's images differ from torch's, the worst of all batch sizes. Before rounding, images are in [-1, 1]."""
+
+    first_seed: int
+    images: int
+    classes: int
+    batches: tuple[int, ...]
+    finite: bool
+    relative_l2: float
+    largest_difference: float
+    mean_difference: float
+    equal_pixels: float
+    largest_level_difference: int
+    worst_seed: int
+    batch_invariant: bool
+    latency_ms: Mapping[int, float]
+    machine: str
+    tolerance: Tolerance
+
+
+def verify(bundle: Bundle, record: EngineRecord, folder: Path, tolerance: Tolerance) -> dict[str, Any]:
+    """The report on the engine in `folder`, for engine.json. Raises ParityError where it is outside the tolerance."""
+    seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
+    noise = latents(seeds, bundle.spec.image_shape)
+    results = run_probe(bundle, record.kind, folder, noise, class_ids)
+    pixels, denoised = reference(bundle, noise, class_ids)
+    report = compare(seeds, bundle.spec, results, pixels, denoised, tolerance)
+    _check(record.kind, report)
+    return asdict(report)
+
+
+def fresh_inputs(spec: GeneratorSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
+    """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover every class."""
+    first, count = int(file_sha256[:15], 16), max(max(BATCHES), spec.num_classes)
+    class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
+    return list(range(first, first + count)), class_ids
+
+
+def run_probe(
+    bundle: Bundle, kind: str, folder: Path, noise: np.ndarray, class_ids: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """What `probe` writes: images, denoised and latency for each batch size. Raises ParityError where it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
+        labels = {} if class_ids is None else {"class_ids": class_ids}
+        np.savez(inputs, latents=noise, batches=np.array(BATCHES), **labels)
+        command = [sys.executable, "-m", "uni_instruct.export.probe"]
+        arguments = [str(bundle.path), str(folder), kind, str(inputs), str(outputs)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise ParityError(f"the {kind} engine does not run: {reason}", remedy="it was discarded")
+        with np.load(outputs) as data:
+            return dict(data)
+
+
+def reference(bundle: Bundle, noise: np.ndarray, class_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Torch's images, uint8 [N, H, W, C] and before rounding float32 [N, C, H, W], in fp32 on the CPU."""
+    import torch
+
+    from uni_instruct.engines.torch import one_step, to_uint8
+    from uni_instruct.networks.build import load_denoiser
+
+    denoiser = load_denoiser(bundle)
+    pixels, denoised = [], []
+    with torch.inference_mode():
+        for start in range(0, len(noise), _REFERENCE_BATCH):
+            part = slice(start, start + _REFERENCE_BATCH)
+            labels = None if class_ids is None else torch.from_numpy(class_ids[part])
+            images = one_step(denoiser, torch.from_numpy(noise[part]), labels, bundle.spec.sigma_init)
+            pixels.append(to_uint8(images).numpy())
+            denoised.append(images.numpy())
+    return np.concatenate(pixels), np.concatenate(denoised)
+
+
+def compare(
+    seeds: list[int],
+    spec: GeneratorSpec,
+    results: Mapping[str, np.ndarray],
+    pixels: np.ndarray,
+    denoised: np.ndarray,
+    tolerance: Tolerance,
+) -> Report:
+    """The report on a probe's results against torch's images. Where a value is not finite, so are the distances."""
+    found = {batch: results[f"denoised_{batch}"].astype(np.float64) for batch in BATCHES}
+    errors = {batch: images - denoised[: len(images)] for batch, images in found.items()}
+    levels = {batch: np.abs(results[f"images_{batch}"].astype(int) - pixels[: len(found[batch])]) for batch in BATCHES}
+    everything = found[max(BATCHES)]
+    per_image = np.abs(errors[max(BATCHES)]).reshape(len(seeds), -1).max(axis=1)
+    return Report(
+        first_seed=seeds[0],
+        images=len(seeds),
+        classes=spec.num_classes,
+        batches=BATCHES,
+        finite=bool(np.isfinite(denoised).all() and all(np.isfinite(images).all() for images in found.values())),
+        relative_l2=max(_norm_ratio(error, denoised[: len(error)]) for error in errors.values()),
+        largest_difference=max(float(np.abs(error).max()) for error in errors.values()),
+        mean_difference=max(float(np.abs(error).mean()) for error in errors.values()),
+        equal_pixels=min(float((level == 0).mean()) for level in levels.values()),
+        largest_level_difference=max(int(level.max()) for level in levels.values()),
+        worst_seed=seeds[int(per_image.argmax())],
+        batch_invariant=all(np.array_equal(images, everything[: len(images)]) for images in found.values()),
+        latency_ms={batch: round(float(results[f"latency_ms_{batch}"]), 3) for batch in BATCHES},
+        machine=str(results["machine"]),
+        tolerance=tolerance,
+    )
+
+
+def _norm_ratio(error: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(error) / max(float(np.linalg.norm(truth)), 1e-12))
+
+
+def _check(kind: str, report: Report) -> None:
+    remedy = "the engine was discarded; use torch, or export with other versions of torch and onnxruntime"
+    if not report.finite:
+        raise ParityError(f"the {kind} engine or torch gives values that are not finite", remedy=remedy)
+    if not report.relative_l2 <= report.tolerance.relative_l2:
+        raise ParityError(
+            f"the {kind} engine differs from torch by {report.relative_l2:.1e} (relative L2, worst seed "
+            f"{report.worst_seed}), more than {report.tolerance.relative_l2:.0e}",
+            remedy=remedy,
+        )
+    if report.largest_level_difference > report.tolerance.levels:
+        raise ParityError(
+            f"a pixel of the {kind} engine differs from torch by {report.largest_level_difference} levels, more than "
+            f"{report.tolerance.levels}",
+            remedy=remedy,
+        )

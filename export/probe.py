@@ -1,0 +1,55 @@
+"""Runs one exported engine in a process of its own, as a server would: no torch, everything from the files on disk.
+
+Called by `parity.run_probe` as `python -m uni_instruct.export.probe BUNDLE FOLDER KIND INPUTS.npz OUTPUTS.npz`.
+"""
+
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import Engine, engine_class
+from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.errors import UniInstructError
+
+SHORT = 8
+TIMED_ROUNDS = 5
+
+
+def main(bundle_path: str, folder: str, kind: str, inputs: str, outputs: str) -> None:
+    """Writes, for each batch size b of the inputs, images_b, denoised_b and latency_ms_b (one batch, median); and machine."""
+    engine = engine_class(kind)(Bundle.open(bundle_path), folder=Path(folder))
+    with np.load(inputs) as data:
+        latents, batches = data["latents"], data["batches"].tolist()
+        class_ids = data.get("class_ids")
+    results: dict[str, np.ndarray] = {}
+    for batch in batches:
+        # The largest batch size sees all images, the others a few batches' worth.
+        count = len(latents) if batch == max(batches) else max(batch, SHORT)
+        parts = [slice(start, start + batch) for start in range(0, count, batch)]
+        calls = [(latents[part], None if class_ids is None else class_ids[part]) for part in parts]
+        results[f"images_{batch}"] = np.concatenate([engine(*call) for call in calls])
+        results[f"denoised_{batch}"] = np.concatenate([engine.denoised(*call) for call in calls])
+        results[f"latency_ms_{batch}"] = np.array(_latency_ms(engine, *calls[0]))
+    machine = f"{platform.machine()}, {usable_cpus()} CPU threads, {engine.device}"
+    np.savez(outputs, machine=np.array(machine), **results)
+
+
+def _latency_ms(engine: Engine, latents: np.ndarray, class_ids: np.ndarray | None) -> float:
+    times = []
+    for _ in range(TIMED_ROUNDS):
+        start = time.perf_counter()
+        engine(latents, class_ids)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except UniInstructError as error:
+        sys.exit(str(error))

@@ -1,0 +1,212 @@
+"""The HTTP routes: a Starlette app that can be mounted in BentoML or run by any ASGI server."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive
+
+from uni_instruct.errors import UniInstructError
+from uni_instruct.serve.answer import Answer
+from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.demo import DemoMount
+from uni_instruct.serve.describe import describe, model_list, openapi
+from uni_instruct.serve.errors import MethodError, NotFoundError
+from uni_instruct.serve.guard import ApiKeyGuard, BodyLimit, error_response
+from uni_instruct.serve.metrics import exposition
+from uni_instruct.serve.schema import parse_request, resolve
+from uni_instruct.serve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+
+Handler = Callable[[Backend, Request], Awaitable[Response]]
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The whole server. It answers at once; loading starts with its lifespan and /readyz tells when it is done."""
+    backend = Backend(settings)
+    demo = DemoMount(backend)
+    app = Starlette(
+        routes=_routes(backend, demo),
+        middleware=guards(backend),
+        lifespan=_lifespan(backend, demo),
+        exception_handlers={HTTPException: _http_exception},
+    )
+    app.state.backend = backend
+    return app
+
+
+def guards(backend: Backend) -> list[Middleware]:
+    """The API key and the body limit, for this app and for what it is mounted in."""
+    settings, requests = backend.settings, backend.metrics.requests
+    return [
+        Middleware(ApiKeyGuard, key=settings.api_key, requests=requests),
+        Middleware(BodyLimit, limit_bytes=settings.max_body_bytes, requests=requests),
+    ]
+
+
+def _routes(backend: Backend, demo: DemoMount) -> list[BaseRoute]:
+    routes: list[BaseRoute] = [
+        Route(path, _endpoint(backend, handler, path), methods=[method]) for method, path, handler in _HANDLERS
+    ]
+    if backend.settings.serves_ui:
+        routes += [Route("/ui", demo), Route("/ui/{path:path}", demo)]
+    # The pages of Swagger that BentoML brings: nothing is loaded from elsewhere.
+    swagger = StaticFiles(packages=[("bentoml", "_internal/server/static_content")])
+    routes.append(Mount("/static_content", swagger))
+    routes.append(Route("/{path:path}", _endpoint(backend, _unknown, "unknown"), methods=_METHODS))
+    return routes
+
+
+def _lifespan(backend: Backend, demo: DemoMount) -> Callable[[Starlette], Any]:
+    async def load() -> None:
+        await backend.load()
+        if backend.failure is None and backend.settings.serves_ui:
+            await demo.start()
+        backend.mark_ready()
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(load())
+        yield
+        loading.cancel()
+        await demo.stop()
+        await backend.close()
+
+    return lifespan
+
+
+async def _generate(backend: Backend, request: Request) -> Response:
+    wanted = parse_request(await request.body())
+    job = resolve(wanted, backend.bundle.spec, backend.settings.request_images)
+    answer = await _unless_client_leaves(request.receive, backend.answer(job))
+    return Response(answer.body, headers=answer.headers, media_type=answer.media_type)
+
+
+async def _models(backend: Backend, request: Request) -> Response:
+    return JSONResponse(model_list(backend))
+
+
+async def _spec(backend: Backend, request: Request) -> Response:
+    return JSONResponse(describe(backend))
+
+
+async def _openapi(backend: Backend, request: Request) -> Response:
+    return JSONResponse(openapi())
+
+
+async def _metrics(backend: Backend, request: Request) -> Response:
+    text = await asyncio.to_thread(exposition, backend.metrics, backend.settings.workers)
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _livez(backend: Backend, request: Request) -> Response:
+    return PlainTextResponse("alive\n") if backend.alive else PlainTextResponse("not alive\n", 503)
+
+
+async def _readyz(backend: Backend, request: Request) -> Response:
+    return PlainTextResponse("ready\n") if backend.ready else PlainTextResponse("not ready\n", 503)
+
+
+async def _index(backend: Backend, request: Request) -> Response:
+    page = _page("index.html")
+    return HTMLResponse(page if backend.settings.serves_ui else page.replace('data-ui="on"', 'data-ui="off"'))
+
+
+async def _docs(backend: Backend, request: Request) -> Response:
+    return HTMLResponse(_page("docs.html"))
+
+
+async def _unknown(backend: Backend, request: Request) -> Response:
+    allowed = [method for method, path, _ in _HANDLERS if path == request.url.path]
+    raise HTTPException(405, headers={"Allow": ", ".join(allowed)}) if allowed else HTTPException(404)
+
+
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
+
+_HANDLERS: list[tuple[str, str, Handler]] = [
+    ("POST", "/v1/generate", _generate),
+    ("GET", "/v1/models", _models),
+    ("GET", "/v1/spec", _spec),
+    ("GET", "/livez", _livez),
+    ("GET", "/healthz", _livez),
+    ("GET", "/readyz", _readyz),
+    ("GET", "/metrics", _metrics),
+    ("GET", "/openapi.json", _openapi),
+    ("GET", "/docs", _docs),
+    ("GET", "/", _index),
+]
+
+
+def _endpoint(backend: Backend, handler: Handler, route: str) -> Callable[[Request], Awaitable[Response]]:
+    """The handler with its errors answered and counted: none escapes, for BentoML would close the connection."""
+
+    async def endpoint(request: Request) -> Response:
+        response = await _answered(backend, handler, request)
+        backend.metrics.requests.labels(route, str(response.status_code)).inc()
+        return response
+
+    return endpoint
+
+
+async def _answered(backend: Backend, handler: Handler, request: Request) -> Response:
+    try:
+        return await handler(backend, request)
+    except UniInstructError as error:
+        return error_response(error)
+    except HTTPException as error:
+        return await _http_exception(request, error)
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_LEFT)
+    except Exception:
+        logger.exception("%s %s failed", request.method, request.url.path)
+        return error_response(UniInstructError("something failed in the server", remedy="its log says more"))
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own errors (no such path, no such method) in the shape of ours."""
+    assert isinstance(error, HTTPException)
+    headers = error.headers or {}
+    if error.status_code == 405:
+        problem = f"{request.url.path} does not answer {request.method}"
+        response = error_response(MethodError(problem, remedy=f"use {headers.get('Allow', 'GET')}"))
+    else:
+        response = error_response(NotFoundError(f"there is no {request.url.path}", remedy="/docs lists what there is"))
+    response.headers.update(headers)
+    return response
+
+
+async def _unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """The result of the work, which is cancelled when the client goes away. Raises ClientDisconnect then."""
+    task = asyncio.create_task(work)
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if watcher.done() and not watcher.cancelled():
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+def _page(name: str) -> str:
+    return (files("uni_instruct.serve") / "pages" / name).read_text()

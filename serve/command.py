@@ -1,0 +1,112 @@
+"""`uni-instruct serve`: checks what can be checked, runs BentoML as a child process, and stops all of it."""
+
+import errno
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import FrameType
+
+import rich_click as click
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import engine_kind
+from uni_instruct.engines.record import verified_file
+from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.serve.settings import PREFIX, settings_from_environment
+
+
+class _StopRequested(Exception):
+    """Ctrl-C, or a polite kill."""
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
+@click.option("--port", default=3000, type=click.IntRange(1, 65535), help="Port to listen on.")
+@click.option("--engine", default=None, help="Engine to run.  [default: the fastest that was exported]")
+@click.option("--workers", default=1, type=click.IntRange(1, 64), help="Processes. The demo needs 1.")
+def serve(bundle: str, host: str, port: int, engine: str | None, workers: int) -> None:
+    """Serve BUNDLE, a folder or the name of a shipped generator, over HTTP, with a web demo under /ui.
+
+    Ctrl-C stops it. docs/serving.md has the API, the metrics and the settings.
+
+    Example: uni-instruct serve runs/digits/generator --port 3000
+    """
+    opened = Bundle.open(bundle)
+    kind = engine_kind(opened, engine)
+    if opened.engine_folder(kind).is_dir():
+        verified_file(opened, opened.engine_folder(kind))
+    settings_from_environment()
+    for package in ("bentoml", "prometheus_client"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, extra="serve")
+    from uni_instruct.serve.process import Server
+
+    address = _free_address(host, port)
+    environment = {
+        **os.environ,
+        "BENTOML_DO_NOT_TRACK": "true",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        f"{PREFIX}BUNDLE": str(opened.path.resolve()),
+        f"{PREFIX}ENGINE": kind,
+        f"{PREFIX}WORKERS": str(workers),
+    }
+    with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
+        # BentoML keeps its files in that folder, and imports nothing that happens to lie in the user's.
+        environment.setdefault("BENTOML_HOME", folder)
+        server = Server(address, port, environment, folder)
+        try:
+            server.wait_until_ready()
+            _announce(server.url, workers)
+            server.wait()
+        except _StopRequested:
+            click.echo("\nstopping", err=True)
+        finally:
+            with _signals(signal.SIG_IGN):
+                server.stop()
+
+
+def _free_address(host: str, port: int) -> str:
+    """The IP address of the host, after a trial that the port can be had there."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        raise RequestError(f"host {host} is unknown", remedy="choose another --host", param="host") from None
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(place)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            problem = f"port {port} is taken" if taken else f"cannot listen on {host}:{port}: {error.strerror}"
+            raise RequestError(problem, remedy="choose another --port", param="port") from None
+    return str(place[0])
+
+
+def _announce(url: str, workers: int) -> None:
+    click.echo(f"serving on {url}  (Ctrl-C stops)")
+    demo = f"{url}/ui" if workers == 1 else "off: its state lives in one process; use --workers 1"
+    click.echo(f"demo       {demo}")
+    click.echo(f"API        {url}/docs")
+
+
+def _request_stop(number: int, frame: FrameType | None) -> None:
+    raise _StopRequested
+
+
+@contextmanager
+def _signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Within, the handler answers Ctrl-C, a polite kill, and the terminal's end."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants it to stay so
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

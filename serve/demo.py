@@ -1,0 +1,215 @@
+"""The web demo under /ui: images follow the seed slider. It goes through the same batcher as the API."""
+
+import asyncio
+import base64
+import html
+import json
+import logging
+import math
+import os
+import random
+import shlex
+import time
+from contextlib import AsyncExitStack
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from starlette.responses import HTMLResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.errors import MissingExtraError, UniInstructError
+from uni_instruct.generate import resolve_class_ids
+from uni_instruct.images import encode
+from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.guard import error_response
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+logger = logging.getLogger(__name__)
+
+LARGEST_SEED = 9999
+LARGEST_COUNT = 64
+ANY_CLASS = -1
+# Up to this many classes are shown side by side, more in a list to choose from.
+_MOST_RADIO_BUTTONS = 12
+
+
+class DemoMount:
+    """The ASGI app under /ui: the Gradio page once it is built, a page that waits for it before."""
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        self._app: ASGIApp | None = None
+        self._failure: UniInstructError | None = None
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Builds the page in a thread, for importing Gradio takes seconds. Where that fails, /ui says why; the API serves."""
+        try:
+            app = await asyncio.to_thread(_gradio_app, self._backend)
+            await self._stack.enter_async_context(app.router.lifespan_context(app))
+        except MissingExtraError as error:
+            self._failure = error
+            logger.warning("no web demo: %s", error)
+        except Exception as error:
+            self._failure = UniInstructError(f"the web demo could not be built: {error}", remedy="the server's log says more")
+            logger.exception("no web demo")
+        else:
+            self._app = app
+
+    async def stop(self) -> None:
+        """Ends what the page runs in the background."""
+        await self._stack.aclose()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+        app = self._app
+        if app is None:
+            error = self._failure or self._backend.failure
+            waiting = HTMLResponse((files("uni_instruct.serve") / "pages" / "waiting.html").read_text(), 503)
+            app = error_response(error) if error else waiting
+        await app(scope, receive, send)
+
+
+def build_demo(backend: Backend) -> "gr.Blocks":
+    """The page for a loaded backend."""
+    import gradio as gr
+
+    spec = backend.bundle.spec
+    with gr.Blocks(title=f"{spec.name} · Uni-Instruct", analytics_enabled=False, fill_width=True) as demo:
+        gr.HTML(_header(backend), elem_id="header")
+        with gr.Row(elem_id="workbench"):
+            with gr.Column(scale=2, min_width=300):
+                seed = gr.Slider(0, LARGEST_SEED, 0, step=1, label="Seed", elem_id="seed")
+                dice = gr.Button("⚄  Roll the dice", elem_id="dice", variant="primary")
+                most = min(LARGEST_COUNT, backend.settings.request_images)
+                count = gr.Slider(1, most, min(16, most), step=1, label="Images", elem_id="count")
+                label = _class_picker(spec)
+                readout = gr.HTML(elem_id="readout")
+            with gr.Column(scale=3, min_width=320):
+                stage = gr.HTML(elem_id="stage")
+        curl = gr.Code(
+            label="The same over HTTP",
+            language="shell",
+            interactive=False,
+            lines=1,
+            wrap_lines=True,
+            show_line_numbers=False,
+            buttons=["copy"],
+            elem_id="curl",
+        )
+
+        async def show(seed: float | None, count: float | None, label: int | None, request: gr.Request) -> tuple[str, str, str]:
+            wanted = max(1, min(most, int(count or 1)))  # a field may be empty, and a client may send what it likes
+            return await _show(backend, int(seed or 0), wanted, label, str(request.base_url))
+
+        event: dict[str, Any] = {
+            "fn": show,
+            "inputs": [seed, count, label],
+            "outputs": [stage, readout, curl],
+            "queue": False,
+            "show_progress": "hidden",
+            "trigger_mode": "always_last",
+            "api_visibility": "private",
+        }
+        demo.load(**event)
+        for control in (seed, count, label):
+            if not isinstance(control, gr.State):
+                control.input(**event)
+        rolled = dice.click(lambda: random.randint(0, LARGEST_SEED), None, seed, queue=False, show_progress="hidden")
+        rolled.then(**event)
+    return demo
+
+
+def _gradio_app(backend: Backend) -> Any:
+    """A FastAPI app with the page under /ui. Raises MissingExtraError without Gradio."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio as gr
+        from fastapi import FastAPI
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "gradio", extra="serve") from error
+    css = (files("uni_instruct.serve") / "pages" / "demo.css").read_text()
+    return gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        build_demo(backend),
+        path="/ui",
+        theme=gr.themes.Base(primary_hue="indigo", neutral_hue="slate"),
+        css=css,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+    )
+
+
+def _class_picker(spec: GeneratorSpec) -> "gr.Radio | gr.Dropdown | gr.State":
+    """One choice of class, or nothing to see for an unconditional generator."""
+    import gradio as gr
+
+    if not spec.num_classes:
+        return gr.State(None)
+    choices = [("any", ANY_CLASS), *((spec.class_name(n), n) for n in range(spec.num_classes))]
+    picker = gr.Radio if spec.num_classes <= _MOST_RADIO_BUTTONS else gr.Dropdown
+    return picker(choices, value=ANY_CLASS, label="Class", elem_id="label")
+
+
+async def _show(backend: Backend, seed: int, count: int, label: int | None, base_url: str) -> tuple[str, str, str]:
+    """The images of `count` seeds from `seed` on, the readout of milliseconds, and the curl line."""
+    seeds = list(range(seed, seed + count))
+    start = time.perf_counter()
+    spec = backend.bundle.spec
+    try:
+        class_ids = resolve_class_ids(spec, seeds, None if label in (None, ANY_CLASS) else [label])
+        pngs, stages = await backend.make(seeds, class_ids, lambda images: [encode(image) for image in images])
+    except UniInstructError as error:
+        return f'<p class="problem">{html.escape(str(error))}</p>', "", ""
+    stages = {**stages, "total": 1e3 * (time.perf_counter() - start)}
+    captions = [_caption(spec, *pair) for pair in zip(seeds, _ids(class_ids, count), strict=True)]
+    return _gallery(pngs, captions), _readout(stages), _curl(backend, seeds, label, base_url)
+
+
+def _ids(class_ids: np.ndarray | None, count: int) -> list[int | None]:
+    return [None] * count if class_ids is None else [int(n) for n in class_ids]
+
+
+def _caption(spec: GeneratorSpec, seed: int, class_id: int | None) -> str:
+    return f"seed {seed}" if class_id is None else f"seed {seed}, class {spec.class_name(class_id)}"
+
+
+def _gallery(pngs: list[bytes], captions: list[str]) -> str:
+    columns = math.ceil(math.sqrt(len(pngs)))
+    cells = "".join(
+        f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{title}" title="{title}">'
+        for png, title in zip(pngs, map(html.escape, captions), strict=True)
+    )
+    return f'<div class="gallery" style="--columns: {columns}">{cells}</div>'
+
+
+def _readout(stages: dict[str, float]) -> str:
+    tiles = "".join(f"<div><dd>{ms:.1f}<small> ms</small></dd><dt>{stage}</dt></div>" for stage, ms in stages.items())
+    return f"<dl>{tiles}</dl>"
+
+
+def _header(backend: Backend) -> str:
+    spec = backend.bundle.spec
+    channels, height, width = spec.image_shape
+    classes = f" · {spec.num_classes} classes" if spec.num_classes else ""
+    steps = "one step" if spec.steps == 1 else f"{spec.steps} steps"
+    facts = f"{height}×{width}{' grey' if channels == 1 else ''}{classes} · {steps} · {backend.engine.name}"
+    return f'<h1>{html.escape(spec.name)}</h1><p>{html.escape(facts)} · <a href="/docs">HTTP API</a></p>'
+
+
+def _curl(backend: Backend, seeds: list[int], label: int | None, base_url: str) -> str:
+    """A command that fetches the same images."""
+    body: dict[str, Any] = {"seeds": seeds}
+    if label not in (None, ANY_CLASS):
+        body["class_ids"] = [label]
+    if len(seeds) > 1:
+        body["grid"] = True
+    key = ' -H "Authorization: Bearer $UNI_INSTRUCT_API_KEY"' if backend.settings.api_key else ""
+    origin = base_url.split("/ui")[0].rstrip("/")
+    data = shlex.quote(json.dumps(body, separators=(",", ":")))
+    return f"curl {origin}/v1/generate -H 'Content-Type: application/json'{key} -d {data} -o images.png"

@@ -1,0 +1,94 @@
+"""The errors of the server, beside those of the core: each with its HTTP status, and the body they all share."""
+
+from typing import Any
+
+from uni_instruct.errors import RequestError, UniInstructError
+
+
+class UnauthorizedError(RequestError):
+    """No API key, or a wrong one."""
+
+    http_status = 401
+
+
+class NotFoundError(RequestError):
+    """Nothing is served under that path."""
+
+    http_status = 404
+
+
+class MethodError(RequestError):
+    """The path exists, but not for that method."""
+
+    http_status = 405
+
+
+class BodyTooLargeError(RequestError):
+    """The body is larger than the server reads."""
+
+    http_status = 413
+
+
+class QueueFullError(UniInstructError):
+    """The queue has no room for that many images. retry_after_s is when it is likely to."""
+
+    http_status = 429
+
+    def __init__(self, queued: int, limit: int, retry_after_s: int):
+        super().__init__(f"the queue holds {queued} of at most {limit} images", remedy=f"try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class EngineFailedError(UniInstructError):
+    """The engine raised on one image, also when it ran alone."""
+
+
+class NotReadyError(UniInstructError):
+    """The generator is loading, could not be loaded, or is being stopped."""
+
+    http_status = 503
+
+
+class TimedOutError(UniInstructError):
+    """The images were not made in time."""
+
+    http_status = 504
+
+
+# HTTP status -> (type, code) as OpenAI's clients know them.
+_KINDS = {
+    400: ("invalid_request_error", "invalid_value"),
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    413: ("invalid_request_error", "body_too_large"),
+    429: ("rate_limit_error", "queue_full"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "not_ready"),
+    504: ("server_error", "timeout"),
+}
+
+
+def error_body(error: UniInstructError) -> dict[str, Any]:
+    """What the server answers: {"error": {message, type, param, code, remedy}}."""
+    kind, code = _KINDS.get(error.http_status, _KINDS[500])
+    return {
+        "error": {
+            "message": str(error),
+            "type": kind,
+            "param": error.param,
+            "code": code,
+            "remedy": error.remedy,
+        }
+    }
+
+
+def error_headers(error: UniInstructError) -> dict[str, str]:
+    """Headers that belong to the error: when to try again, how to authenticate."""
+    if isinstance(error, QueueFullError):
+        return {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, NotReadyError):
+        return {"Retry-After": "1"}
+    if isinstance(error, UnauthorizedError):
+        return {"WWW-Authenticate": 'Basic realm="uni-instruct"'}
+    return {}

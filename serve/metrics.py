@@ -1,0 +1,48 @@
+"""What the server measures, for Prometheus. Every label has a fixed set of values: nothing grows with the requests."""
+
+import os
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+_STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """One worker's counters, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "uni_instruct_requests", "Answers by route and HTTP status.", ["route", "status"], registry=registry
+        )
+        self.images = Counter("uni_instruct_images", "Images made and answered.", registry=registry)
+        self.dropped = Counter(
+            "uni_instruct_dropped_images",
+            "Images refused or given up: the queue was full, the client left, time ran out, or the engine failed.",
+            ["reason"],
+            registry=registry,
+        )
+        self.queue = Gauge("uni_instruct_queue_images", "Images waiting.", registry=registry, multiprocess_mode="livesum")
+        self.ready = Gauge("uni_instruct_ready", "Workers that are ready.", registry=registry, multiprocess_mode="livesum")
+        self.batch = Histogram(
+            "uni_instruct_batch_images", "Images per engine call.", buckets=_BATCH_BUCKETS, registry=registry
+        )
+        self.stage = Histogram(
+            "uni_instruct_stage_seconds",
+            "Time of a request in the queue, in the model, and in encoding.",
+            ["stage"],
+            buckets=_STAGE_BUCKETS_S,
+            registry=registry,
+        )
+
+
+def exposition(metrics: Metrics, workers: int) -> bytes:
+    """The text that Prometheus scrapes: of this worker, or summed over all where there are several."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if workers == 1 or not folder:
+        return generate_latest(metrics.registry)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, folder)
+    return generate_latest(registry)

@@ -1,0 +1,96 @@
+"""BentoML's server as a child process: started, watched, and stopped with everything that it has started."""
+
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from typing import NoReturn
+
+import psutil
+
+from uni_instruct.errors import UniInstructError
+from uni_instruct.serve.settings import PREFIX
+
+SERVICE = "uni_instruct.serve.service:UniInstruct"
+# Open pages of the demo would hold the server for longer; with what follows, all of it ends within 5 s.
+GRACEFUL_SHUTDOWN_S = 3
+KILL_AFTER_S = 4.0
+
+
+class Server:
+    """BentoML's supervisor and the workers it has started, listening on an IP address.
+
+    It has a session of its own: Ctrl-C reaches this process alone, which then stops all of them.
+    """
+
+    def __init__(self, address: str, port: int, environment: dict[str, str], folder: str):
+        self.url = _url(address, port)
+        self._workers = int(environment[f"{PREFIX}WORKERS"])
+        self._key = environment.get(f"{PREFIX}API_KEY", "")
+        self._family: set[psutil.Process] = set()
+        command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", address, "--port", str(port)]
+        command += ["--timeout-graceful-shutdown", str(GRACEFUL_SHUTDOWN_S)]
+        self._supervisor = psutil.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def wait_until_ready(self) -> None:
+        """Until every worker is warm. Raises UniInstructError where the server ends or cannot load the generator."""
+        while self._ready_workers() < self._workers:
+            self._check()
+            if self._get("/livez")[0] == 503:
+                raise UniInstructError("the generator could not be loaded", remedy="the log above says why")
+            time.sleep(0.1)
+
+    def wait(self) -> NoReturn:
+        """Until the server ends by itself, which is an error."""
+        while True:
+            self._check()
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """Ends the supervisor, and with it its workers: politely, and after KILL_AFTER_S not."""
+        self._note_workers()
+        for process in [self._supervisor] if self._supervisor.poll() is None else self._family:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs([self._supervisor, *self._family], timeout=KILL_AFTER_S)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=1)
+
+    def _check(self) -> None:
+        status = self._supervisor.poll()
+        if status is not None:
+            raise UniInstructError(f"the server ended with exit code {status}", remedy="the log above says why")
+        self._note_workers()
+
+    def _note_workers(self) -> None:
+        """Remembers the workers, so that they can be stopped also when the supervisor is gone."""
+        with suppress(psutil.NoSuchProcess):
+            self._family.update(self._supervisor.children(recursive=True))
+
+    def _ready_workers(self) -> float:
+        """What the workers' metrics add up to; /readyz is answered by only one of them."""
+        found = re.search(r"^uni_instruct_ready (\S+)", self._get("/metrics")[1], re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def _get(self, path: str) -> tuple[int, str]:
+        """The HTTP status and the text of a page, 0 where nothing answers. No proxy is asked."""
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(f"{self.url}{path}", headers={"Authorization": f"Bearer {self._key}"})
+        try:
+            with direct.open(request, timeout=2) as response:
+                return int(response.status), response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, ""
+        except OSError:
+            return 0, ""
+
+
+def _url(address: str, port: int) -> str:
+    """Where a browser on this machine finds it."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

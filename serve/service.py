@@ -1,0 +1,78 @@
+"""The BentoML service: the app's routes, mounted at the root, and one method for BentoML's own client.
+
+Settings come from the environment (settings.py): UNI_INSTRUCT_BUNDLE, UNI_INSTRUCT_ENGINE and so on. Importing this
+module loads no model.
+"""
+
+import os
+from http import HTTPStatus
+
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import bentoml
+import numpy as np
+
+from uni_instruct.errors import UniInstructError
+from uni_instruct.serve.app import create_app, guards
+from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.schema import GenerateRequest, resolve
+from uni_instruct.serve.settings import settings_from_environment
+
+_settings = settings_from_environment()
+_app = create_app(_settings)
+
+# The package is installed from the bento's own sources, which is what finds its stages beside it.
+_image = (
+    bentoml.images.Image(python_version="3.11", lock_python_packages=False)
+    .build_include("pyproject.toml", "README.md", "LICENSE", "uni_instruct", "serve", "export", "train")
+    .python_packages("prometheus-client")
+    .run("uv pip install -e './src[serve]'")
+)
+
+
+@bentoml.service(
+    name="uni-instruct",
+    image=_image,
+    workers=_settings.workers,
+    # Our own answer to slowness, 504, comes first.
+    traffic={"timeout": _settings.timeout_s + 30},
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+    # A span costs as much as all of the rest of the request's Python.
+    tracing={} if _settings.tracing else {"excluded_urls": ".*"},
+)
+@bentoml.asgi_app(_app, path="/")
+class UniInstruct:
+    """A one-step image generator. POST /v1/generate answers files; this method answers arrays to BentoML's client."""
+
+    def __init__(self) -> None:
+        self._backend: Backend = _app.state.backend
+
+    @bentoml.api
+    async def generate(
+        self,
+        seeds: list[int] | None = None,
+        num_images: int | None = None,
+        class_ids: list[int] | None = None,
+        classes: list[str] | None = None,
+    ) -> np.ndarray:
+        """Images uint8 [N, H, W, C]."""
+        wanted = GenerateRequest(
+            seeds=seeds, num_images=num_images, class_ids=class_ids, classes=classes, format="npz", grid=False
+        )
+        try:
+            job = resolve(wanted, self._backend.bundle.spec, _settings.request_images)
+            return (await self._backend.generate(job.seeds, job.class_ids)).images
+        except UniInstructError as error:
+            raise bentoml.exceptions.BentoMLException(str(error), error_code=HTTPStatus(error.http_status)) from error
+
+    def __is_alive__(self) -> bool:
+        return self._backend.alive
+
+    def __is_ready__(self) -> bool:
+        return self._backend.ready
+
+
+for _guard in guards(_app.state.backend):
+    UniInstruct.add_asgi_middleware(_guard.cls, **_guard.kwargs)  # type: ignore[attr-defined]

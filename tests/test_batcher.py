@@ -1,0 +1,258 @@
+"""The batcher's truths, on a real engine behind a gate that the test opens."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import Engine, open_engine
+from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.latents import latents
+from uni_instruct.serve import batcher as batcher_module
+from uni_instruct.serve.batcher import Batcher, prewarm
+from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
+from uni_instruct.serve.metrics import Metrics
+
+FOREVER_S = 60.0
+POISON = 666
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Bundle) -> Engine:
+    return open_engine(tiny_bundle, "torch")
+
+
+class Gate:
+    """An engine that waits for the test before each call, remembers its batches, and fails on the poisoned seed."""
+
+    def __init__(self, engine: Engine, is_open: bool = False):
+        self.spec, self.name, self.device = engine.spec, engine.name, engine.device
+        self.batches: list[np.ndarray] = []
+        self._engine = engine
+        self._open = threading.Semaphore(10**6 if is_open else 0)
+        self._poison = latents([POISON], engine.spec.image_shape)[0]
+
+    def let(self, calls: int) -> None:
+        self._open.release(calls)
+
+    def saw(self, seed: int) -> bool:
+        noise = latents([seed], self.spec.image_shape)[0]
+        return any((row == noise).all() for batch in self.batches for row in batch)
+
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        self.batches.append(noise)
+        self._open.acquire()
+        if any((row == self._poison).all() for row in noise):
+            raise RuntimeError("poisoned")
+        return self._engine(noise, class_ids)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, FOREVER_S))
+
+
+def make(gate: Gate, largest: int = 4, queue_images: int = 64) -> Batcher:
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= largest]
+    return Batcher(gate, sizes, queue_images, Metrics())
+
+
+def ask(batcher: Batcher, gate: Gate, seeds: list[int], timeout_s: float = FOREVER_S) -> "asyncio.Task[Any]":
+    return asyncio.create_task(batcher.submit(seeds, resolve_class_ids(gate.spec, seeds), timeout_s))
+
+
+async def until(true: Any) -> None:
+    while not true():
+        await asyncio.sleep(0.001)
+
+
+def expected(engine: Engine, seeds: list[int]) -> np.ndarray:
+    return generate(engine, seeds, resolve_class_ids(engine.spec, seeds), batch=1)
+
+
+def assert_same_images(images: np.ndarray, truth: np.ndarray) -> None:
+    """Equal but for the last rounding, which torch may do differently in another batch."""
+    assert np.abs(images.astype(int) - truth).max() <= 1
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests=st.lists(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=9), min_size=1, max_size=6))
+def test_an_image_does_not_depend_on_its_batch_mates(engine: Engine, requests: list[list[int]]) -> None:
+    async def work() -> None:
+        gate = Gate(engine, is_open=True)
+        batcher = make(gate, queue_images=64)
+        tasks = [ask(batcher, gate, seeds) for seeds in requests]
+        for seeds, task in zip(requests, tasks, strict=True):
+            assert_same_images((await task).images, expected(engine, seeds))
+        await batcher.close()
+
+    run(work())
+
+
+def test_an_idle_engine_starts_at_once_and_a_busy_one_gathers(engine: Engine) -> None:
+    async def work() -> None:
+        gate = Gate(engine)
+        batcher = make(gate)
+        first = ask(batcher, gate, [1])
+        await until(lambda: len(gate.batches) == 1)
+        rest = [ask(batcher, gate, [seed]) for seed in (2, 3, 4)]
+        await asyncio.sleep(0)
+        gate.let(2)
+        await asyncio.gather(first, *rest)
+        assert [len(batch) for batch in gate.batches] == [1, 4]  # three items, padded to a prewarmed size
+        await batcher.close()
+
+    run(work())
+
+
+def test_a_request_of_64_cannot_starve_one_of_1(engine: Engine) -> None:
+    async def work() -> None:
+        gate = Gate(engine)
+        batcher = make(gate, queue_images=128)
+        large = ask(batcher, gate, list(range(64)))
+        await until(lambda: gate.batches)
+        small = ask(batcher, gate, [100])
+        await asyncio.sleep(0)
+        gate.let(2)
+        assert_same_images((await small).images, expected(engine, [100]))
+        assert not large.done()
+        assert len(gate.batches) <= 3
+        gate.let(64)
+        assert_same_images((await large).images, expected(engine, list(range(64))))
+        await batcher.close()
+
+    run(work())
+
+
+def test_requests_take_turns(engine: Engine) -> None:
+    async def work() -> None:
+        gate = Gate(engine)
+        batcher = make(gate)
+        blocker = ask(batcher, gate, [0])
+        await until(lambda: gate.batches)
+        pair = [ask(batcher, gate, list(range(start, start + 8))) for start in (10, 20)]
+        await asyncio.sleep(0)
+        gate.let(1)
+        await until(lambda: len(gate.batches) == 2)
+        turns = latents([10, 20, 11, 21], gate.spec.image_shape)
+        np.testing.assert_array_equal(gate.batches[1], turns)
+        gate.let(16)
+        await asyncio.gather(blocker, *pair)
+        await batcher.close()
+
+    run(work())
+
+
+def test_the_queue_is_bounded_in_images(engine: Engine) -> None:
+    async def work() -> None:
+        gate = Gate(engine)
+        batcher = make(gate, queue_images=8)
+        running = ask(batcher, gate, [1])
+        await until(lambda: gate.batches)
+        waiting = ask(batcher, gate, list(range(10, 16)))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError, match="holds 6 of at most 8 images; try again in") as refused:
+            await ask(batcher, gate, [20, 21, 22])
+        assert refused.value.retry_after_s >= 1
+        fits = ask(batcher, gate, [20, 21])
+        gate.let(10)
+        await asyncio.gather(running, waiting, fits)
+        assert not gate.saw(22)
+        await ask(batcher, gate, list(range(30, 38)))  # there is room again
+        await batcher.close()
+
+    run(work())
+
+
+def test_what_was_cancelled_or_expired_never_runs(engine: Engine) -> None:
+    async def work() -> None:
+        gate = Gate(engine)
+        batcher = make(gate, queue_images=8)
+        running = ask(batcher, gate, [1])
+        await until(lambda: gate.batches)
+        left, expired = ask(batcher, gate, [2, 3, 4]), ask(batcher, gate, [5, 6], timeout_s=0.01)
+        await asyncio.sleep(0)
+        left.cancel()
+        with pytest.raises(TimedOutError, match="2 images were not made in"):
+            await expired
+        full = ask(batcher, gate, list(range(10, 18)))  # they no longer take up room
+        gate.let(10)
+        await asyncio.gather(running, full)
+        assert left.cancelled()
+        assert not any(map(gate.saw, (2, 3, 4, 5, 6)))
+        await batcher.close()
+
+    run(work())
+
+
+def test_a_bad_item_fails_alone(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        gate = Gate(engine, is_open=True)
+        batcher = make(gate, largest=16)
+        good = [ask(batcher, gate, seeds) for seeds in ([1], [2, 3], [4])]
+        bad = ask(batcher, gate, [5, POISON, 7])
+        for seeds, task in zip(([1], [2, 3], [4]), good, strict=True):
+            assert_same_images((await task).images, expected(engine, seeds))
+        with pytest.raises(EngineFailedError, match="failed on seed 666: poisoned"):
+            await bad
+        assert_same_images((await ask(batcher, gate, [5])).images, expected(engine, [5]))
+        await batcher.close()
+
+    with caplog.at_level(logging.CRITICAL):
+        run(work())
+
+
+def test_an_engine_that_answers_another_shape_is_an_error(engine: Engine) -> None:
+    class Cropping(Gate):
+        def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+            return super().__call__(noise, class_ids)[:, :4]
+
+    async def work() -> None:
+        gate = Cropping(engine, is_open=True)
+        batcher = make(gate)
+        with pytest.raises(EngineFailedError, match=r"\(1, 4, 8, 1\) for uint8 \(1, 8, 8, 1\)"):
+            await ask(batcher, gate, [1])
+        await batcher.close()
+
+    run(work())
+
+
+def test_closing_answers_what_runs_and_refuses_what_waits(engine: Engine) -> None:
+    async def work() -> None:
+        gate = Gate(engine)
+        batcher = make(gate)
+        running = ask(batcher, gate, [1])
+        await until(lambda: gate.batches)
+        waiting = ask(batcher, gate, [2])
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0)
+        gate.let(1)
+        assert_same_images((await running).images, expected(engine, [1]))
+        for task in (waiting, ask(batcher, gate, [3])):
+            with pytest.raises(NotReadyError, match="stopping"):
+                await task
+        await closing
+
+    run(work())
+
+
+def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+
+    class Slow(Gate):
+        def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+            clock.now += 0.1 * len(noise)
+            return super().__call__(noise, class_ids)
+
+    monkeypatch.setattr(batcher_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.5) == (1, 2, 4)
+    assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.05) == (1,)
+    assert prewarm(Gate(engine, is_open=True), max_batch=8, max_batch_s=0.5) == (1, 2, 4, 8)

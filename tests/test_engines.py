@@ -1,0 +1,218 @@
+"""Engines: torch-free where promised, byte-equal whatever the batch where promised, and nothing altered is ever run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import random_bundle
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import ENGINES, available_engines, engine_class, open_engine
+from uni_instruct.engines import onnxruntime as onnx_engine
+from uni_instruct.engines import threads
+from uni_instruct.engines.onnxruntime import OnnxEngine
+from uni_instruct.engines.record import RECORD, EngineRecord
+from uni_instruct.errors import BundleError, MissingExtraError, RequestError
+from uni_instruct.files import sha256
+from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.latents import latents
+
+BATCHES = (1, 2, 3, 7, 16, 64)
+SEEDS = list(range(70))
+
+
+@pytest.fixture
+def exported(exported_bundle: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(exported_bundle.path, tmp_path / "bundle"))
+
+
+def images_of(bundle: Bundle, kind: str, batch: int, seeds: list[int] = SEEDS) -> np.ndarray:
+    return generate(open_engine(bundle, kind), seeds, resolve_class_ids(bundle.spec, seeds), batch)
+
+
+def test_onnx_gives_the_same_bytes_whatever_the_batch(exported_bundle: Bundle) -> None:
+    alone = images_of(exported_bundle, "onnx", 1)
+    assert len(np.unique(alone, axis=0)) == len(SEEDS)
+    for batch in BATCHES:
+        np.testing.assert_array_equal(images_of(exported_bundle, "onnx", batch), alone)
+
+
+def test_torch_on_the_cpu_agrees_within_a_level_whatever_the_batch(exported_bundle: Bundle) -> None:
+    """Its kernels choose their summation order by the batch: docs/export.md says so."""
+    seeds = SEEDS[:20]
+    alone = images_of(exported_bundle, "torch", 1, seeds).astype(int)
+    for batch in (2, 7, 20):
+        difference = np.abs(images_of(exported_bundle, "torch", batch, seeds) - alone)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 1e-3
+
+
+def test_the_same_batches_give_the_same_bytes_on_every_engine(exported_bundle: Bundle) -> None:
+    for kind in available_engines(exported_bundle):
+        np.testing.assert_array_equal(images_of(exported_bundle, kind, 16), images_of(exported_bundle, kind, 16))
+
+
+def test_engines_agree_within_a_level(exported_bundle: Bundle) -> None:
+    reference = images_of(exported_bundle, "torch", 16).astype(int)
+    for kind in available_engines(exported_bundle):
+        assert np.abs(images_of(exported_bundle, kind, 16) - reference).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_results_are_fresh_arrays(kind: str, exported_bundle: Bundle) -> None:
+    engine = open_engine(exported_bundle, kind)
+    noise = latents([1, 2], exported_bundle.spec.image_shape)
+    first = engine(noise, np.array([1, 2]))
+    kept = first.copy()
+    first_noise = noise.copy()
+    engine(latents([3, 4], exported_bundle.spec.image_shape), np.array([3, 4]))
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(noise, first_noise)
+    first[...] = 0  # the caller's own, to write to
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENGINES if kind != "torch"])
+def test_an_engine_needs_no_torch(kind: str, exported_bundle: Bundle, tmp_path: Path) -> None:
+    expected = images_of(exported_bundle, kind, 64)
+    script = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnxscript"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocker())
+import numpy as np
+from uni_instruct.engine import open_engine
+from uni_instruct.generate import generate, resolve_class_ids
+engine = open_engine(sys.argv[1], sys.argv[2])
+seeds = list(range(70))
+np.save(sys.argv[3], generate(engine, seeds, resolve_class_ids(engine.spec, seeds), 64))
+assert "torch" not in sys.modules
+"""
+    result = tmp_path / "images.npy"
+    command = [sys.executable, "-c", script, str(exported_bundle.path), kind, str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    np.testing.assert_array_equal(np.load(result), expected)
+
+
+def test_the_fastest_engine_that_was_exported_is_opened(exported_bundle: Bundle, tiny_bundle: Bundle) -> None:
+    assert open_engine(exported_bundle).name == "onnx"
+    assert open_engine(tiny_bundle).name == "torch"
+    assert available_engines(exported_bundle) == ["onnx", "torch"]
+    with pytest.raises(RequestError, match=r"has no onnx engine; uni-instruct export .* --to onnx"):
+        open_engine(tiny_bundle, "onnx")
+    with pytest.raises(RequestError, match="engine 'gpu' is unknown; choose one of onnx, torch"):
+        open_engine(tiny_bundle, "gpu")
+    assert engine_class("onnx") is OnnxEngine
+
+
+def edit_record(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        record = json.loads((folder / RECORD).read_text()) | changes
+        (folder / RECORD).write_text(json.dumps(record))
+
+    return edit
+
+
+def replace_file(content: bytes) -> Callable[[Path], None]:
+    """Another file, whose hash engine.json knows."""
+
+    def edit(folder: Path) -> None:
+        path = folder / EngineRecord.read(folder).file
+        path.write_bytes(content)
+        edit_record(file_sha256=sha256(path))(folder)
+
+    return edit
+
+
+def flip_bit(folder: Path) -> None:
+    path = folder / EngineRecord.read(folder).file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# What happened to the engine -> what the user is told.
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "altered": (flip_bit, "does not match the sha256 in engine.json; run 'uni-instruct export"),
+    "file missing": (lambda folder: (folder / EngineRecord.read(folder).file).unlink(), "has no tiny-8x8-onnx-fp32.onnx"),
+    "other weights": (edit_record(weights_sha256="0" * 64), "was built from other weights than those of"),
+    "outside its folder": (edit_record(file="../../model.safetensors"), "names the file '../../model.safetensors'"),
+    "file no name": (edit_record(file=None), "names the file None"),
+    "record truncated": (lambda folder: (folder / RECORD).write_text('{"kind": "on'), "does not describe an engine"),
+    "record binary": (lambda folder: (folder / RECORD).write_bytes(bytes(range(256))), "does not describe an engine"),
+    "record foreign": (lambda folder: (folder / RECORD).write_text("[1, 2]"), "does not describe an engine"),
+    "no report": (edit_record(parity=None), "does not describe an engine"),
+    "file empty": (replace_file(b""), "ONNX Runtime cannot load"),
+    "file no graph": (replace_file(b"\x00not onnx" * 100), "ONNX Runtime cannot load"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_engine_is_one_line_and_never_runs(
+    damage: str, exported: Bundle, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    inflict, message = DAMAGE[damage]
+    inflict(exported.engine_folder("onnx"))
+    code, output, errors = cli("generate", exported.path, "--seeds", "0-3", "--out", tmp_path / "out")
+    assert (code, output) == (2, "")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_the_graph_of_another_generator_is_refused(exported: Bundle, tmp_path: Path) -> None:
+    other = random_bundle(tmp_path / "other", seed=3, num_classes=0)
+    shutil.copytree(exported.path / "engines", other.path / "engines")
+    with pytest.raises(BundleError, match="was built from other weights"):
+        OnnxEngine(other)
+    edit_record(weights_sha256=other.weights_sha256)(other.engine_folder("onnx"))
+    with pytest.raises(BundleError, match="which does not fit generator 'tiny'"):
+        OnnxEngine(other)
+
+
+def test_a_provider_that_is_not_in_use_is_refused(exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="provider 'GPU' is unknown; choose one of CPUExecutionProvider"):
+        OnnxEngine(exported_bundle, provider="GPU")
+    # ONNX Runtime itself falls back to the CPU; this machine's build, or the machine, has no such provider.
+    monkeypatch.setitem(onnx_engine.PROVIDERS, "DmlExecutionProvider", "gpu")
+    with pytest.raises(RequestError, match="uses CPUExecutionProvider, not DmlExecutionProvider"):
+        OnnxEngine(exported_bundle, provider="DmlExecutionProvider")
+
+
+def test_a_missing_runtime_names_the_extra(exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'uni-instruct\[serve\]'") as caught:
+        OnnxEngine(exported_bundle)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("quota", "wanted", "expected"),
+    [
+        ("max 100000", "", None),
+        ("100000 100000", "", 1),
+        ("150000 100000", "", 2),
+        ("max 100000", "1", 1),
+        ("max 100000", "4096", None),
+        ("max 100000", "0", 1),
+        ("max 100000", "2,1", None),
+        ("50000 100000", "8", 1),
+    ],
+)
+def test_threads_follow_the_cpus_the_quota_and_the_user(
+    quota: str, wanted: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    here = len(os.sched_getaffinity(0))
+    assert threads.usable_cpus() == min(here, expected or here)

@@ -1,0 +1,203 @@
+"""An interrupted generate goes on where it was, and ends in the bytes of one that was never interrupted."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import files_of_at_most, run_cli
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import Engine, open_engine
+from uni_instruct.files import sha256
+from uni_instruct.generate import resolve_class_ids
+from uni_instruct.progress import progress
+from uni_instruct.samples import SampleRequest, open_run
+
+Cli = Callable[..., tuple[int, str, str]]
+FORMS = ("out", "out.npz", "out.zip")
+COUNT, BATCH = 3000, 24  # three shards
+MANY = 8000
+
+
+def arguments(bundle: Bundle, out: Path, count: int = COUNT) -> list[str]:
+    return ["generate", str(bundle.path), "--seeds", f"0-{count - 1}", "--batch", str(BATCH), "--out", str(out)]
+
+
+def contents(path: Path) -> dict[str, str]:
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return {file.name: sha256(file) for file in files}
+
+
+def interrupt(command: list[str], folder: Path, shards: int, how: signal.Signals) -> int:
+    """Starts the command and ends it once that many shards are written. Returns its exit code."""
+    process = subprocess.Popen([sys.executable, "-m", "uni_instruct", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and len(list(folder.glob("*.npy"))) < shards:
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    if how is signal.SIGINT:
+        assert errors.decode().splitlines()[-1] == "error: interrupted; run the same command again to go on"
+    return process.returncode
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_interrupted_and_killed_runs_end_in_the_same_bytes(
+    form: str, exported_bundle: Bundle, tmp_path: Path, cli: Cli
+) -> None:
+    whole, broken = tmp_path / "whole" / form, tmp_path / "broken" / form
+    assert cli(*arguments(exported_bundle, whole, MANY))[0] == 0
+    work = broken.with_name(f".{form}.partial")
+    assert interrupt(arguments(exported_bundle, broken, MANY), work, 1, signal.SIGINT) == 130
+    first = contents(work)
+    assert not broken.exists()
+    assert interrupt(arguments(exported_bundle, broken, MANY), work, 3, signal.SIGKILL) == -signal.SIGKILL
+    second = contents(work)
+    assert not broken.exists()
+    # What the first run finished was not made again.
+    assert len(second) > len(first) > 1
+    assert all(second[name] == digest for name, digest in first.items())
+    code, output, _ = cli(*arguments(exported_bundle, broken, MANY))
+    assert (code, "written" in output) == (0, True)
+    assert contents(broken) == contents(whole)
+    assert os.listdir(broken.parent) == [form]
+
+
+class BreaksOff:
+    """An engine that is interrupted at a call."""
+
+    def __init__(self, engine: Engine, calls: int):
+        self.spec, self.name, self.device = engine.spec, engine.name, engine.device
+        self.engine, self.calls = engine, calls
+
+    def __call__(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return self.engine(latents, class_ids)
+
+
+@pytest.fixture
+def unfinished(exported_bundle: Bundle, tmp_path: Path) -> Path:
+    """The work folder of a run for `out.npz` that was interrupted in its third shard."""
+    seeds = list(range(COUNT))
+    class_ids = resolve_class_ids(exported_bundle.spec, seeds)
+    request = SampleRequest(bundle=exported_bundle, engine="onnx", seeds=seeds, class_ids=class_ids, batch=BATCH)
+    engine = BreaksOff(open_engine(exported_bundle), calls=100)
+    with suppress(KeyboardInterrupt), open_run(request, tmp_path / "out.npz") as run, progress("", COUNT, "") as bar:
+        run.fill(engine, bar)
+    folder = tmp_path / ".out.npz.partial"
+    assert sorted(contents(folder)) == ["000000000.npy", "000001032.npy", "request.json"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(exported_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of `out.npz` from a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out.npz"
+    assert run_cli(*arguments(exported_bundle, out)).returncode == 0
+    return out.read_bytes()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+# What a crash of the machine, or a hand, left in the work folder.
+CRASHES: dict[str, Callable[[Path], object]] = {
+    "nothing": lambda folder: None,
+    "last shard cut": lambda folder: cut(folder / "000001032.npy"),
+    "first shard cut": lambda folder: cut(folder / "000000000.npy"),
+    "shard empty": lambda folder: (folder / "000001032.npy").write_bytes(b""),
+    "shard missing": lambda folder: (folder / "000000000.npy").unlink(),
+    "shard of floats": lambda folder: np.save(folder / "000001032.npy", np.zeros((24, 8, 8, 1))),
+    "shard too long": lambda folder: np.save(folder / "000001032.npy", np.zeros((COUNT, 8, 8, 1), np.uint8)),
+    "half-written file": lambda folder: (folder / ".000002064.npy.1.tmp").write_bytes(b"x"),
+    "request lost": lambda folder: (folder / "request.json").unlink(),
+    "request cut": lambda folder: (folder / "request.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+def test_what_a_crash_left_is_made_good(crash: str, unfinished: Path, whole: bytes, exported_bundle: Bundle, cli: Cli) -> None:
+    CRASHES[crash](unfinished)
+    out = unfinished.with_name("out.npz")
+    assert cli(*arguments(exported_bundle, out))[0] == 0
+    assert out.read_bytes() == whole
+    assert os.listdir(out.parent) == ["out.npz"]
+
+
+def test_an_unfinished_run_is_not_mixed_with_another_request(
+    unfinished: Path, whole: bytes, exported_bundle: Bundle, cli: Cli
+) -> None:
+    out, before = unfinished.with_name("out.npz"), contents(unfinished)
+    for change, message in (
+        (("--batch", "32"), "batch 24 there, 32 here"),
+        (("--class", "2"), "other class_ids"),
+        (("--engine", "torch"), "engine onnx there, torch here"),
+        (("--seeds", "1-3000"), "other seeds, other class_ids"),
+    ):
+        code, _, errors = cli(*arguments(exported_bundle, out), *change)
+        assert code == 2
+        assert f"holds an unfinished run of another request ({message}); finish that" in errors
+        assert errors.count("\n") == 1
+        assert contents(unfinished) == before
+    assert cli(*arguments(exported_bundle, out))[0] == 0
+    assert out.read_bytes() == whole
+
+
+def test_two_processes_do_not_write_the_same_set(unfinished: Path, exported_bundle: Bundle, cli: Cli) -> None:
+    out, before = unfinished.with_name("out.npz"), contents(unfinished)
+    holder = os.open(unfinished, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    code, _, errors = cli(*arguments(exported_bundle, out))
+    assert code == 2
+    assert "another process is writing" in errors
+    assert contents(unfinished) == before
+    os.close(holder)
+    assert cli(*arguments(exported_bundle, out))[0] == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_disk_that_fills_up_costs_nothing_but_time(
+    form: str, small_disk: Path, exported_bundle: Bundle, tmp_path: Path, cli: Cli
+) -> None:
+    """64 KiB hold no shard; 300 KiB hold the shards, but not the set beside them; then there is room."""
+    out, work = small_disk / form, small_disk / f".{form}.partial"
+    for size, kept in (("64k", 0), ("300k", 3)):
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
+        code, _, errors = cli(*arguments(exported_bundle, out))
+        assert code == 2
+        assert "No space left on device; free space or choose another --out" in errors
+        assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
+        assert not out.exists()
+        assert len(list(work.glob("*.npy"))) == kept
+        assert work.exists() == bool(kept)
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    assert cli(*arguments(exported_bundle, out))[0] == 0
+    assert cli(*arguments(exported_bundle, tmp_path / form))[0] == 0
+    assert contents(out) == contents(tmp_path / form)
+    assert os.listdir(small_disk) == [form]
+
+
+def test_a_set_that_cannot_be_finished_keeps_its_images(
+    whole: bytes, exported_bundle: Bundle, tmp_path: Path, cli: Cli
+) -> None:
+    out = tmp_path / "out.npz"
+    with files_of_at_most(100_000):  # enough for a shard, not for the set
+        code, _, errors = cli(*arguments(exported_bundle, out))
+    assert code == 2
+    assert "cannot write" in errors
+    shards = contents(tmp_path / ".out.npz.partial")
+    assert len(shards) == 1 + -(-COUNT // 1032)
+    assert not out.exists()
+    code, _, errors = cli(*arguments(exported_bundle, out))
+    assert code == 0
+    assert out.read_bytes() == whole

@@ -1,0 +1,62 @@
+"""Pixels in files: lossless forms keep every pixel, grids put every image where it belongs."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uni_instruct.errors import RequestError
+from uni_instruct.images import IMAGE_FORMATS, encode, enlarge, grid
+
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (7, 12), (32, 32)])
+@pytest.mark.parametrize("format", IMAGE_FORMATS)
+def test_a_file_holds_the_image(format: str, size: tuple[int, int], channels: int) -> None:
+    image = RANDOM.integers(0, 256, (*size, channels), np.uint8)
+    read = Image.open(io.BytesIO(encode(image, format)))
+    assert (read.format, read.size) == (format.upper(), size[::-1])
+    if format == "png":
+        assert read.mode == {1: "L", 3: "RGB"}[channels]
+    pixels = np.asarray(read.convert("L" if channels == 1 else "RGB")).reshape(image.shape)
+    if format != "jpeg":
+        np.testing.assert_array_equal(pixels, image)
+
+
+def test_a_jpeg_is_close_to_a_smooth_image() -> None:
+    slope = np.linspace(0, 255, 32)
+    image = np.stack([np.add.outer(slope, slope) / 2] * 3, axis=2).astype(np.uint8)
+    read = np.asarray(Image.open(io.BytesIO(encode(image, "jpeg"))), dtype=int)
+    assert np.abs(read - image).mean() < 2
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(RequestError, match="image format 'bmp' is unknown; choose one of png, jpeg, webp"):
+        encode(np.zeros((1, 1, 1), np.uint8), "bmp")
+
+
+def test_a_grid_is_read_row_by_row() -> None:
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) + np.zeros((5, 2, 1, 1), np.uint8) + 1
+    expected = [[1, 2, 3], [1, 2, 3], [4, 5, 0], [4, 5, 0]]
+    assert grid(images)[:, :, 0].tolist() == expected
+    assert grid(images, columns=5)[:, :, 0].tolist() == [[1, 2, 3, 4, 5]] * 2
+    padded = [[1, 0, 2, 0], [1, 0, 2, 0], [0] * 4, [3, 0, 4, 0], [3, 0, 4, 0], [0] * 4, [5, 0, 0, 0], [5, 0, 0, 0], [0] * 4]
+    assert grid(images, columns=2, padding=1)[:, :, 0].tolist() == padded
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 64])
+def test_a_grid_holds_every_image_unchanged(count: int) -> None:
+    images = RANDOM.integers(0, 256, (count, 4, 6, 3), np.uint8)
+    sheet = grid(images)
+    columns = sheet.shape[1] // 6
+    for index, image in enumerate(images):
+        top, left = index // columns * 4, index % columns * 6
+        np.testing.assert_array_equal(sheet[top : top + 4, left : left + 6], image)
+
+
+def test_enlarging_makes_squares_of_pixels() -> None:
+    image = np.array([[1, 2], [3, 4]], np.uint8)[:, :, None]
+    assert enlarge(image, 2)[:, :, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]

@@ -1,0 +1,63 @@
+"""What a newcomer gets from one command: a generator about as good as its teacher, served, and gone after Ctrl-C."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import run_cli
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import open_engine
+from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.images import encode
+
+PORT = 3931
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_quickstart_ends_serving_a_generator_as_good_as_promised(tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    command = [sys.executable, "-m", "uni_instruct", "quickstart", "--out", str(out), "--port", str(PORT)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if f"http://127.0.0.1:{PORT}" in line:
+            break
+    else:
+        pytest.fail("".join(printed))
+
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{PORT}/v1/generate",
+        data=json.dumps({"seeds": [5]}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        served = answer.read()
+    engine = open_engine(Bundle.open(out / "generator"), "onnx")
+    assert served == encode(generate(engine, [5], resolve_class_ids(engine.spec, [5]))[0])
+
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    stopped = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    assert not psutil.wait_procs(family, timeout=5)[1], "processes are left"
+    assert time.monotonic() - stopped < 10
+
+    scores = run_cli(
+        "evaluate", out / "generator", "--reference", "digits", "--teacher", out / "teacher", "--json"
+    )
+    assert scores.returncode == 0, scores.stderr
+    answer = json.loads(scores.stdout)
+    assert answer["ratio"] <= 1.5, answer
+    assert answer["generator"]["class_accuracy"] >= 0.95, answer
+    again = run_cli("quickstart", "--out", out, "--no-serve")
+    assert again.returncode == 0, again.stderr

@@ -1,0 +1,220 @@
+"""uni-instruct evaluate: how far generated images are from a data set."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from uni_instruct import __version__
+from uni_instruct.bundle import CONFIG, Bundle, shipped_generators
+from uni_instruct.data import DATASETS, Dataset, open_dataset
+from uni_instruct.errors import RequestError
+from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
+from uni_instruct.evaluate.evaluator import check_shape
+from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics, frechet_name
+from uni_instruct.evaluate.subject import Subject, bundle_subject, images_subject
+from uni_instruct.latents import parse_seeds
+from uni_instruct.progress import progress
+
+BATCH = 64
+MAX_SAMPLES = 10_000_000
+
+
+@click.command()
+@click.argument("images", metavar="BUNDLE|IMAGES")
+@click.option("--reference", "reference_source", required=True, help="Data set, or .npz of mu and sigma, to compare with.")
+@click.option("--teacher", help="Bundle that is scored on the same seeds, for the ratio of the distances.")
+@click.option("--metrics", help=f"Some of {','.join(METRICS)}. [default: all that apply]")
+@click.option("--extractor", type=click.Choice(EXTRACTORS), default="auto", help="What turns images into features.")
+@click.option(
+    "--samples",
+    type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES),
+    help=f"How many images. [default: as many as the reference has, or {PUBLISHED_SAMPLES}]",
+)
+@click.option("--seed", type=click.IntRange(0), help="First seed. [default: 0]")
+@click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
+@click.option("--engine", "kind", help="Engine of the bundle. [default: the fastest that was exported]")
+@click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
+@click.option(
+    "--save-statistics",
+    type=click.Path(path_type=Path),
+    help="Also write the reference's mu and sigma to this .npz, a --reference for later.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+def evaluate(
+    images: str,
+    reference_source: str,
+    teacher: str | None,
+    metrics: str | None,
+    extractor: str,
+    samples: int | None,
+    seed: int | None,
+    seeds_text: str | None,
+    kind: str | None,
+    batch: int,
+    save_statistics: Path | None,
+    as_json: bool,
+) -> None:
+    """Score a generator, or images that are there (a folder, zip or npz), against a reference.
+
+    Colour images from 32 pixels on are compared by InceptionV3 (FID, KID, IS, precision, recall). For others a small classifier
+    is trained on the reference once; its distances are named after it and are no FID.
+
+    Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
+    """
+    names = check_metrics(metrics.split(",")) if metrics is not None else None
+    _check_statistics_path(save_statistics)
+    bundle = Bundle.open(images) if _is_bundle(images) else None
+    if bundle is None:
+        _check_images_options({"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--engine": kind})
+    reference = open_reference(reference_source)
+    seeds = _seeds(seeds_text, seed, samples, reference)
+    subjects = {}
+    if bundle is None:
+        subjects["images"] = images_subject(_open_images(images), samples, batch, reference)
+    else:
+        subjects["generator"] = bundle_subject(bundle, seeds, kind, batch, reference)
+        if teacher is not None:
+            subjects["teacher"] = bundle_subject(Bundle.open(teacher), seeds, None, batch, reference)
+    for subject in subjects.values():
+        if isinstance(reference, Dataset):
+            check_shape(subject.image_shape, reference.image_shape)
+    evaluator = Evaluator(reference, extractor, progress)
+    for subject in subjects.values():
+        evaluator.check(names, subject.count, subject.class_ids is not None)
+    if save_statistics is not None:
+        write_statistics(evaluator.statistics(), save_statistics)
+    scores = {role: _score(evaluator, role, subject, names) for role, subject in subjects.items()}
+    facts = _facts(evaluator, subjects, scores, _seeds_text(seeds) if bundle else None)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+
+
+def _is_bundle(images: str) -> bool:
+    return (Path(images) / CONFIG).is_file() or images in shipped_generators()
+
+
+def _open_images(images: str) -> Dataset:
+    if images not in DATASETS and not Path(images).exists():
+        raise RequestError(
+            f"there is no bundle and there are no images at {images}",
+            remedy="give a folder that 'train' wrote, or a folder, zip or npz of images",
+            param="images",
+        )
+    return open_dataset(images)
+
+
+def _check_images_options(options: dict[str, Any]) -> None:
+    """Raises RequestError for an option that only a bundle can follow."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given:
+        raise RequestError(f"{given} needs a bundle, and images were given", remedy=f"leave {given} out", param=given)
+
+
+def _check_statistics_path(path: Path | None) -> None:
+    if path is not None and path.suffix.lower() != ".npz":
+        raise RequestError(
+            f"--save-statistics {path} is not the name of an .npz",
+            remedy="give a file such as statistics.npz",
+            param="save_statistics",
+        )
+
+
+def _seeds(text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics) -> list[int]:
+    if text is not None:
+        if first is not None or samples is not None:
+            raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
+        return parse_seeds(text)
+    start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
+    return parse_seeds(f"{start}-{start + count - 1}")
+
+
+def _seeds_text(seeds: list[int]) -> str:
+    """'0-1796' where the seeds are consecutive, else how many there are."""
+    consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+    return f"{seeds[0]}-{seeds[-1]}" if consecutive else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
+
+
+def _score(evaluator: Evaluator, role: str, subject: Subject, metrics: list[str] | None) -> Scores:
+    with progress(f"score {role}", subject.count, "images") as bar:
+
+        def told() -> Any:
+            for batch in subject.batches():
+                yield batch
+                bar.advance(len(batch))
+
+        return evaluator.score_batches(told(), subject.class_ids, metrics)
+
+
+def _facts(evaluator: Evaluator, subjects: dict[str, Subject], scores: dict[str, Scores], seeds: str | None) -> dict[str, Any]:
+    extractor, reference = evaluator.extractor, evaluator.reference
+    notes = [note for role in subjects for note in (*scores[role].notes, subjects[role].note) if note]
+    return {
+        "reference": {"name": reference.name, "samples": len(reference)},
+        "extractor": {
+            "name": extractor.name,
+            "sha256": extractor.sha256,
+            "heldout_accuracy": extractor.heldout_accuracy,
+        },
+        "seeds": seeds,
+        "scores": {
+            role: {
+                "source": subject.source,
+                "engine": subject.engine or None,
+                "samples": subject.count,
+                "values": scores[role].values,
+            }
+            for role, subject in subjects.items()
+        },
+        "distance_to_teacher_ratio": _ratio(scores, frechet_name(extractor)),
+        "notes": list(dict.fromkeys(notes)),
+        "versions": {"uni-instruct": __version__}
+        | {package: version(package) for package in ("torch", "torch-fidelity", "numpy")},
+    }
+
+
+def _ratio(scores: dict[str, Scores], distance: str) -> float | None:
+    """The generator's Frechet distance over its teacher's; None where either was not measured."""
+    values = [scores[role].values.get(distance) for role in ("generator", "teacher") if role in scores]
+    if len(values) < 2 or values[0] is None or not values[1]:
+        return None
+    return values[0] / values[1]
+
+
+def _print(facts: dict[str, Any]) -> None:
+    roles: dict[str, Any] = facts["scores"]
+    for role, score in roles.items():
+        engine = f" on {score['engine']}, seeds {facts['seeds']}" if score["engine"] else ""
+        click.echo(f"{role}: {score['samples']} images of {score['source']}{engine}")
+    reference, extractor = facts["reference"], facts["extractor"]
+    size = f", {reference['samples']} images" if reference["samples"] else ""
+    click.echo(f"reference: {reference['name']}{size}")
+    accuracy = extractor["heldout_accuracy"]
+    skill = "" if accuracy is None else f", right on {accuracy:.1%} of held-out images"
+    click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}")
+    (_print_table if sys.stdout.isatty() else _print_lines)(roles)
+    if facts["distance_to_teacher_ratio"] is not None:
+        click.echo(f"distance to the reference: {facts['distance_to_teacher_ratio']:.2f} times the teacher's")
+    for note in facts["notes"]:
+        click.echo(f"note: {note}")
+
+
+def _print_table(roles: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", *roles)
+    for name in next(iter(roles.values()))["values"]:
+        table.add_row(name, *(f"{score['values'][name]:.4g}" if name in score["values"] else "" for score in roles.values()))
+    Console().print(table)
+
+
+def _print_lines(roles: dict[str, Any]) -> None:
+    for role, score in roles.items():
+        for name, value in score["values"].items():
+            click.echo(f"{role} {name}: {value:.4g}")

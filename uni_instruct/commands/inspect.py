@@ -1,0 +1,168 @@
+"""uni-instruct inspect: what is in a bundle or a data set."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich_click as click
+
+from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, shipped_generators
+from uni_instruct.data import DATASETS, open_dataset
+from uni_instruct.engines.record import RECORD, EngineRecord, verified_file
+from uni_instruct.errors import BundleError, RequestError
+
+# Fact -> what to print for it; facts without a row here are for --json alone.
+Row = tuple[str, str]
+CLASSES_SHOWN = 20
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("source")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(source: str, as_json: bool) -> None:
+    """Say what is in SOURCE: a bundle (a folder or a shipped generator) or a data set (a folder, zip, npz or name).
+
+    Example: uni-instruct inspect runs/digits/generator
+    """
+    if (Path(source) / CONFIG).is_file() or source in shipped_generators():
+        facts, rows = bundle_facts(Bundle.open(source)), bundle_rows
+    elif source in DATASETS or Path(source).exists():
+        facts, rows = data_facts(source), data_rows
+    else:
+        raise RequestError(
+            f"there is no bundle or data set {source}",
+            remedy=f"give a path, a data set ({', '.join(DATASETS)}) or a shipped generator "
+            f"({', '.join(shipped_generators()) or 'none'})",
+            param="source",
+        )
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _show(rows(facts))
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """Spec, sizes and engines of a bundle, for JSON. An engine that cannot be used has an `error`."""
+    weights = bundle.weights()
+    folder = bundle.path / "engines"
+    kinds = sorted(path.parent.name for path in folder.glob(f"[!.]*/{RECORD}"))
+    return {
+        "kind": "generator" if bundle.spec.steps == 1 else "teacher",
+        "path": str(bundle.path),
+        **asdict(bundle.spec),
+        "parameters": sum(array.size for array in weights.values()),
+        "tensors": len(weights),
+        "weights_bytes": (bundle.path / WEIGHTS).stat().st_size,
+        "weights_sha256": bundle.weights_sha256,
+        "engines": [_engine_facts(bundle, kind) for kind in kinds],
+    }
+
+
+def data_facts(source: str) -> dict[str, Any]:
+    """Count, shape and classes of a data set, for JSON."""
+    dataset = open_dataset(source)
+    counts = [] if dataset.labels is None else np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
+    return {
+        "kind": "data",
+        "name": dataset.name,
+        "images": len(dataset),
+        "image_shape": list(dataset.image_shape),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "class_counts": counts,
+        "licence": dataset.licence,
+        "source": dataset.source,
+    }
+
+
+def bundle_rows(facts: dict[str, Any]) -> list[Row]:
+    """A bundle's facts in words."""
+    provenance = [(f"provenance: {key}", _text(value)) for key, value in facts["provenance"].items()]
+    engines = [(f"engine {engine['kind']}", _engine_text(engine)) for engine in facts["engines"]]
+    return [
+        (facts["kind"], facts["name"]),
+        ("images", _shape_text(facts["image_shape"])),
+        ("classes", _classes_text(facts["class_names"], facts["num_classes"])),
+        ("steps", f"{facts['steps']}, from noise of sigma {facts['sigma_init']:g}"),
+        ("network", f"{facts['network']} {_text(facts['network_args'])}"),
+        ("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors, {facts['weights_bytes'] / 1e6:.1f} MB"),
+        ("weights", f"sha256 {facts['weights_sha256']}"),
+        ("licence", facts["licence"]),
+        *provenance,
+        *(engines or [("engines", f"none exported; uni-instruct export {facts['path']} --to onnx")]),
+    ]
+
+
+def data_rows(facts: dict[str, Any]) -> list[Row]:
+    """A data set's facts in words."""
+    counts = dict(zip(facts["class_names"], facts["class_counts"], strict=True))
+    shown = [(f"class {name}", f"{count:,} images") for name, count in list(counts.items())[:CLASSES_SHOWN]]
+    more = len(counts) - len(shown)
+    return [
+        ("data set", facts["name"]),
+        ("images", f"{facts['images']:,} of {_shape_text(facts['image_shape'])}"),
+        ("classes", str(facts["num_classes"] or "none")),
+        ("licence", facts["licence"]),
+        ("source", facts["source"]),
+        *shown,
+        *([("...", f"{more} more classes; --json lists them")] if more else []),
+    ]
+
+
+def _engine_facts(bundle: Bundle, kind: str) -> dict[str, Any]:
+    folder = bundle.engine_folder(kind)
+    try:
+        record = EngineRecord.read(folder)
+        size = verified_file(bundle, folder).stat().st_size
+    except BundleError as error:
+        return {"kind": kind, "error": str(error)}
+    return {**asdict(record), "file_bytes": size}
+
+
+def _engine_text(engine: dict[str, Any]) -> str:
+    if "error" in engine:
+        return f"cannot be used: {engine['error']}"
+    parity = engine["parity"]
+    return (
+        f"{engine['file']}, {engine['precision']}, {engine['file_bytes'] / 1e6:.1f} MB; against torch relative L2 "
+        f"{parity['relative_l2']:.1e}, equal pixels {parity['equal_pixels']:.3%}; batch invariant: "
+        f"{'yes' if parity['batch_invariant'] else 'no'}; by {_text(engine['versions'])}"
+    )
+
+
+def _shape_text(shape: Any) -> str:
+    channels, height, width = shape
+    return f"{height}x{width} (height x width), {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _classes_text(names: Any, count: int) -> str:
+    if not count:
+        return "none (unconditional)"
+    shown = ", ".join(list(names)[:CLASSES_SHOWN]) + (", ..." if len(names) > CLASSES_SHOWN else "")
+    return f"{count}: {shown}" if names else f"{count}, without names"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items())
+    return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _show(rows: list[Row]) -> None:
+    """A table on a terminal, lines elsewhere."""
+    if not sys.stdout.isatty():
+        print("\n".join(f"{name}: {text}" for name, text in rows))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(f"[bold]{escape(name)}", escape(text))
+    Console().print(table)

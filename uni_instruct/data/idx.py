@@ -1,0 +1,83 @@
+"""IDX files, as MNIST and Fashion-MNIST come in: big-endian header, then bytes; gzipped or not."""
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from uni_instruct.data.dataset import ArrayReader, Dataset, number_names
+from uni_instruct.errors import FileFormatError
+
+_UNSIGNED_BYTES = 0x08
+SPLITS = ("train", "t10k")
+
+
+def idx_files(split: str) -> tuple[str, str]:
+    """The names of a split's images and labels, without .gz."""
+    return f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
+
+
+def has_idx(folder: Path) -> bool:
+    """Whether a folder holds the images of either split."""
+    return any(_find(folder, idx_files(split)[0]) for split in SPLITS)
+
+
+def open_idx(folder: Path, split: str | None = None) -> Dataset:
+    """A split of the IDX files in a folder: by default 'train', or 't10k' where only that is there.
+
+    Raises FileFormatError where a file is missing, truncated, or of another kind.
+    """
+    split = split or next((s for s in SPLITS if _find(folder, idx_files(s)[0])), SPLITS[0])
+    images, labels = (read_idx(_require(folder, name)) for name in idx_files(split))
+    if images.ndim != 3 or labels.ndim != 1 or not labels.size:
+        raise FileFormatError(
+            f"IDX files in {folder} have shapes {images.shape} and {labels.shape}",
+            remedy="give images [N, H, W] and labels [N]",
+        )
+    num_classes = int(labels.max()) + 1
+    return Dataset(
+        name=folder.resolve().name,
+        image_shape=(1, *images.shape[1:]),
+        labels=labels.astype(np.int64),
+        num_classes=num_classes,
+        class_names=number_names(num_classes),
+        licence="unknown",
+        source=str(folder),
+        reader=ArrayReader(images[:, :, :, None]),
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file's array of bytes, uint8. Raises FileFormatError where it is not one or is not whole."""
+    content = read_plain(path)
+    if len(content) < 4 or content[:3] != bytes([0, 0, _UNSIGNED_BYTES]):
+        raise FileFormatError(f"{path} is not an IDX file of bytes", remedy="download it again")
+    header = 4 + 4 * content[3]
+    if len(content) < header:
+        raise FileFormatError(f"{path} is truncated", remedy="download it again")
+    shape = struct.unpack(f">{content[3]}I", content[4:header])
+    expected = int(np.prod(shape, dtype=np.float64)) + header
+    if len(content) != expected:
+        raise FileFormatError(f"{path} has {len(content)} bytes, its header says {expected}", remedy="download it again")
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def read_plain(path: Path) -> bytes:
+    """A file's content, unpacked where it is gzipped. Raises FileFormatError where the packing is broken."""
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise FileFormatError(f"{path} is not a whole gzip file: {error}", remedy="download it again") from error
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _require(folder: Path, name: str) -> Path:
+    path = _find(folder, name)
+    if path is None:
+        raise FileFormatError(f"{folder} has no {name} or {name}.gz", remedy="copy all IDX files of the data set")
+    return path

@@ -1,0 +1,196 @@
+"""Image files to pixels: from a folder or a zip, one at a time, none of them kept."""
+
+import io
+import os
+import re
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from uni_instruct.errors import FileFormatError
+from uni_instruct.images import to_pil
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_GREY_MODES = frozenset({"1", "L", "LA"})
+_COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
+_SIDEWAYS = frozenset({5, 6, 7, 8})
+_EXIF_ORIENTATION = 0x0112
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError)
+
+
+class Store(Protocol):
+    """Files by name: a folder or a zip."""
+
+    path: Path
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes."""
+        ...
+
+
+class FolderStore:
+    """The files below a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes."""
+        return (self.path / name).read_bytes()
+
+
+class ZipStore:
+    """The members of a zip. Every process opens the file for itself, as a forked handle would share its position."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._owner = 0
+        self._reopen()
+
+    def names(self) -> list[str]:
+        """All members, in natural order."""
+        return sorted(self._zip.namelist(), key=natural_order)
+
+    def read(self, name: str) -> bytes:
+        """The member's bytes, its checksum verified."""
+        if self._owner != os.getpid():
+            self._reopen()
+        return self._zip.read(name)
+
+    def _reopen(self) -> None:
+        try:
+            self._zip = zipfile.ZipFile(self.path)
+        except zipfile.BadZipFile as error:
+            raise FileFormatError(
+                f"{self.path} is not a whole zip: {str(error).lower()}", remedy="copy or prepare it again"
+            ) from error
+        self._owner = os.getpid()
+
+
+class PictureReader:
+    """Decodes the named files of a store to [size, size or H x W, channels].
+
+    size: (H, W) that every file must have, or that each is centre-cropped and resized to where `resize` is set.
+    """
+
+    def __init__(self, store: Store, names: list[str], size: tuple[int, int], channels: int, resize: bool = False):
+        self.store = store
+        self.names = names
+        self.size = size
+        self.channels = channels
+        self.resize = resize
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """See ImageReader. Raises FileFormatError that names the file at fault."""
+        out = np.empty((len(indices), *self.size, self.channels), dtype=np.uint8)
+        for row, index in zip(out, indices, strict=True):
+            row[...] = self._picture(self.names[index])
+        return out
+
+    def _picture(self, name: str) -> np.ndarray:
+        image = decode(self.store, name)
+        if self.resize:
+            image = fit(image, self.size[0])
+        if image.shape[2] == 1 and self.channels == 3:
+            image = image.repeat(3, axis=2)
+        if image.shape != (*self.size, self.channels):
+            raise _mixed(self.store, name, image.shape, (*self.size, self.channels))
+        return image
+
+
+def decode(store: Store, name: str) -> np.ndarray:
+    """A file's pixels, upright: uint8 [H, W, 1 or 3]. Transparency is dropped. Raises FileFormatError."""
+    try:
+        with _opened(store, name) as image:
+            mode = "L" if _channels(image) == 1 else "RGB"
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert(mode))
+    except _UNREADABLE as error:
+        raise _unreadable(store, name, error) from error
+    return pixels[:, :, None] if mode == "L" else pixels
+
+
+def picture_shape(store: Store, name: str) -> tuple[int, int, int]:
+    """(H, W, C) of a file, from its header alone. Raises FileFormatError."""
+    try:
+        with _opened(store, name) as image:
+            width, height = image.size
+            if image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
+                width, height = height, width
+            return height, width, _channels(image)
+    except _UNREADABLE as error:
+        raise _unreadable(store, name, error) from error
+
+
+def common_shape(store: Store, names: list[str], any_size: bool = False) -> tuple[int, int, int]:
+    """(H, W, C) that all files share; grey among colour counts as colour. Raises FileFormatError where sizes are mixed.
+
+    any_size: sizes may differ (the images will be resized), and the first one's is returned.
+    """
+    first = picture_shape(store, names[0])
+    channels = first[2]
+    for name in names[1:]:
+        shape = picture_shape(store, name)
+        if shape[:2] != first[:2] and not any_size:
+            raise _mixed(store, name, shape, first)
+        channels = max(channels, shape[2])
+    return (*first[:2], channels)
+
+
+def fit(image: np.ndarray, resolution: int) -> np.ndarray:
+    """The largest centred square of [H, W, C], resized with Lanczos: uint8 [resolution, resolution, C]."""
+    side = min(image.shape[:2])
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    square = image[top : top + side, left : left + side]
+    if side == resolution:
+        return square
+    resized = np.asarray(to_pil(square).resize((resolution, resolution), Image.Resampling.LANCZOS))
+    return resized.reshape(resolution, resolution, image.shape[2])
+
+
+def natural_order(name: str) -> tuple[list[tuple[str, int]], str]:
+    """A sort key that puts '2.png' before '10.png'."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", name)], name
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file name looks like an image, and is not hidden."""
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
+
+
+def _opened(store: Store, name: str) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow only warns up to twice its limit on pixels; a data set has no use for such a picture.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(io.BytesIO(store.read(name)))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(str(error)) from error
+
+
+def _channels(image: Image.Image) -> int:
+    if image.mode not in _GREY_MODES | _COLOUR_MODES:
+        raise ValueError(f"pixels of mode {image.mode} are not 8-bit")
+    return 1 if image.mode in _GREY_MODES else 3
+
+
+def _unreadable(store: Store, name: str, error: BaseException) -> FileFormatError:
+    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
+    return FileFormatError(f"{name} in {store.path} cannot be read: {reason}", remedy="replace or remove that file")
+
+
+def _mixed(store: Store, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> FileFormatError:
+    def text(shape: tuple[int, ...]) -> str:
+        return f"{shape[1]}x{shape[0]}{' grey' if shape[2] == 1 else ''}"
+
+    return FileFormatError(
+        f"{name} in {store.path} is {text(shape)}, other images are {text(expected)}",
+        remedy="bring them to one size with 'uni-instruct data prepare --resolution'",
+    )

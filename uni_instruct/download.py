@@ -1,0 +1,32 @@
+"""Downloads that are checked before they are kept."""
+
+import logging
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from uni_instruct.errors import RequestError
+from uni_instruct.files import atomic_file
+
+TIMEOUT_S = 60
+_log = logging.getLogger(__name__)
+
+
+def download(url: str, path: Path, is_right: Callable[[bytes], bool], what: str, remedy: str) -> None:
+    """The URL's content in `path`, whole and right or not at all.
+
+    is_right is told the content and compares it with a known checksum. what names the thing in the errors: RequestError, with
+    that remedy, where it cannot be had or is not right; DiskError where it cannot be written.
+    """
+    _log.info("downloading %s to %s", url, path)
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            content: bytes = answer.read()
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        text = getattr(reason, "strerror", None) or reason
+        raise RequestError(f"{what} cannot be downloaded ({text})", remedy=remedy) from error
+    if not is_right(content):
+        raise RequestError(f"{what} from {url} has another checksum than it should", remedy=remedy)
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)

@@ -1,0 +1,246 @@
+"""A small classifier, trained on a data set to judge images of its kind: where InceptionV3 says little.
+
+The recipe is one and fixed: the same data gives the same weights on the same machine. They are cached by the data's hash.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uni_instruct.data import Dataset
+from uni_instruct.errors import DiskError, FileFormatError, RequestError
+from uni_instruct.files import atomic_file, cache_folder, disk_errors
+from uni_instruct.latents import ImageShape
+from uni_instruct.progress import Track, silent
+
+RECIPE = 1  # counts up with every change to the network or its training, and is part of the cached file's name
+SEED = 20505
+BATCH = 64
+STEPS, MAX_STEPS, EPOCHS = 1000, 3000, 3  # at least STEPS, more for large data sets, at most MAX_STEPS
+LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 3e-3, 1e-2, 0.05
+WIDTH, FEATURES = 24, 64
+MAX_SIDE = 32  # larger images are averaged down to this
+SHIFT = 1 / 16  # of the image's side, either way, for every other image of a batch
+HOLD_OUT_EVERY = 10
+MIN_IMAGES, MAX_PROBE = 50, 10_000
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierInfo:
+    """What a classifier was trained for and how well it does on images it has not seen (every tenth)."""
+
+    recipe: int
+    image_shape: ImageShape
+    num_classes: int
+    heldout_accuracy: float
+    fingerprint: str
+
+
+class Classifier(nn.Module):
+    """Four convolutions and two linear layers; FEATURES are read before the last.
+
+    `scale` brings the features of the training data to a mean variance of 1, so that a Frechet distance has a unit.
+    """
+
+    scale: Tensor
+
+    def __init__(self, image_shape: ImageShape, num_classes: int):
+        super().__init__()
+        channels, *sides = image_shape
+        self.size = (min(sides[0], MAX_SIDE), min(sides[1], MAX_SIDE))
+        height, width = (math.ceil(side / 4) for side in self.size)
+        self.convs1 = nn.ModuleList([_conv(channels, WIDTH), _conv(WIDTH, WIDTH)])
+        self.convs2 = nn.ModuleList([_conv(WIDTH, 2 * WIDTH), _conv(2 * WIDTH, 2 * WIDTH)])
+        self.hidden = nn.Linear(2 * WIDTH * height * width, FEATURES)
+        self.out = nn.Linear(FEATURES, num_classes)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(features [B, FEATURES], logits [B, K]) of float [B, C, H, W] in [-1, 1]."""
+        x = F.adaptive_avg_pool2d(x, self.size)
+        for convs in (self.convs1, self.convs2):
+            for conv in convs:
+                x = F.silu(conv(x))
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        hidden = F.silu(self.hidden(x.flatten(1)))
+        return hidden * self.scale, self.out(hidden)
+
+
+def trained_classifier(dataset: Dataset, track: Track = silent) -> Path:
+    """The file of the data set's classifier, trained now unless it is in the cache.
+
+    Raises RequestError where the data has no classes or too few images, or the cache cannot be written.
+    """
+    if dataset.num_classes < 2 or len(dataset) < MIN_IMAGES:
+        raise RequestError(
+            f"data set '{dataset.name}' has {dataset.num_classes} classes and {len(dataset)} images, too few for a classifier",
+            remedy=f"give at least 2 classes and {MIN_IMAGES} images, or use --extractor inception",
+            param="extractor",
+        )
+    fingerprint = dataset.fingerprint()
+    path = classifier_path(fingerprint)
+    if path.is_file():
+        try:
+            load_classifier(path)
+            return path
+        except FileFormatError as error:
+            _log.warning("training again: %s", error)
+    with _cache_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the training, so that it is not in vain
+    with _one_thread():
+        model, heldout_accuracy = train_classifier(dataset, track)
+    info = ClassifierInfo(
+        recipe=RECIPE,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        heldout_accuracy=heldout_accuracy,
+        fingerprint=fingerprint,
+    )
+    content = save(model.state_dict(), metadata={"classifier": json.dumps(asdict(info))})
+    with _cache_errors(path), atomic_file(path) as partial:
+        partial.write_bytes(content)
+    return path
+
+
+def classifier_path(fingerprint: str) -> Path:
+    """Where the cache has, or would have, the classifier of the data set with that fingerprint."""
+    return cache_folder() / "classifiers" / f"{fingerprint[:32]}-v{RECIPE}.safetensors"
+
+
+def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
+    """A classifier in evaluation mode. Raises FileFormatError for a file that is no such classifier or corrupt."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            values = json.loads((file.metadata() or {})["classifier"])
+            info = ClassifierInfo(**(values | {"image_shape": tuple(values["image_shape"])}))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        model = _blank(info.image_shape, info.num_classes)
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileFormatError(f"{path} is not a classifier: {reason}", remedy="remove that file") from error
+    return model.eval(), info
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of names and values of all weights, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_classifier(dataset: Dataset, track: Track = silent) -> tuple[Classifier, float]:
+    """Trains the classifier on nine tenths of the data; also returns its accuracy on the other tenth.
+
+    On the CPU, all randomness from SEED. Images are read as they are needed.
+    """
+    indices = torch.arange(len(dataset))
+    held_out = indices % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
+    training, probe = indices[~held_out], _spread(indices[held_out])
+    generator = torch.Generator().manual_seed(SEED)
+    model = _initialised(_blank(dataset.image_shape, dataset.num_classes), generator)
+    steps = min(MAX_STEPS, max(STEPS, EPOCHS * len(training) // BATCH))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
+    with torch.enable_grad(), track(f"train {dataset.name}-classifier", steps, "steps") as progress:
+        for step in range(steps):
+            chosen = training[torch.randint(len(training), (BATCH,), generator=generator)]
+            _, logits = model(_shifted(_images(dataset, chosen), generator))
+            loss = F.cross_entropy(logits, _labels(dataset, chosen), label_smoothing=LABEL_SMOOTHING)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * _schedule(step / steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress.advance(1, f"loss {loss.item():.3f}")
+    features, _ = _outputs(model, dataset, _spread(training))
+    model.scale.fill_(1 / features.double().var(dim=0).mean().clamp(min=1e-12).sqrt())
+    _, logits = _outputs(model, dataset, probe)
+    return model.eval(), (logits.argmax(1) == _labels(dataset, probe)).double().mean().item()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are rounded in an order that depends on the number of threads; so small a network gains nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _conv(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+
+
+def _blank(image_shape: ImageShape, num_classes: int) -> Classifier:
+    """A classifier whose weights are still to be set; torch's global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return Classifier(image_shape, num_classes)
+
+
+@torch.no_grad()
+def _initialised(model: Classifier, generator: torch.Generator) -> Classifier:
+    """Normal weights of variance 2 / fan-in (He et al. 2015, arXiv 1502.01852), zero biases."""
+    for parameter in model.parameters():
+        fan_in = parameter[0].numel()
+        weight = torch.randn(parameter.shape, generator=generator) * math.sqrt(2 / fan_in)
+        parameter.copy_(weight if parameter.ndim > 1 else torch.zeros_like(parameter))
+    return model
+
+
+def _schedule(done: float) -> float:
+    """Linear warm-up over the first tenth, then a cosine to zero."""
+    return done / 0.1 if done < 0.1 else (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
+
+
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every other image moved by up to SHIFT of its side, by interpolation; the rest stay sharp."""
+    offsets = (torch.rand(len(images), 2, generator=generator) * 2 - 1) * 2 * SHIFT
+    offsets[::2] = 0
+    affine = torch.cat([torch.eye(2).expand(len(images), 2, 2), offsets[:, :, None]], dim=2)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _images(dataset: Dataset, indices: Tensor) -> Tensor:
+    return torch.from_numpy(dataset.images(indices.numpy())).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
+    assert dataset.labels is not None  # it has classes
+    return torch.from_numpy(dataset.labels[indices.numpy()])
+
+
+@torch.no_grad()
+def _outputs(model: Classifier, dataset: Dataset, indices: Tensor) -> tuple[Tensor, Tensor]:
+    parts = [model(_images(dataset, part)) for part in indices.split(256)]
+    return torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts])
+
+
+def _spread(indices: Tensor) -> Tensor:
+    """At most MAX_PROBE of them, evenly spaced."""
+    return indices[:: math.ceil(len(indices) / MAX_PROBE)]
+
+
+@contextmanager
+def _cache_errors(path: Path) -> Iterator[None]:
+    """A cache that cannot be written as a RequestError that says how to choose another."""
+    try:
+        with disk_errors(path):
+            yield
+    except DiskError as error:
+        remedy = "set XDG_CACHE_HOME to a folder with space that can be written"
+        raise RequestError(error.problem, remedy=remedy, param="extractor") from error

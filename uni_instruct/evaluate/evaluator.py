@@ -1,0 +1,136 @@
+"""Evaluator: scores images against one reference, whose features are computed once."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from uni_instruct.data import Dataset
+from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
+from uni_instruct.evaluate.scores import Comparison, Means, Scores, applicable, moments, score
+from uni_instruct.evaluate.statistics import Statistics
+from uni_instruct.latents import ImageShape
+from uni_instruct.progress import Progress, Track, silent
+
+BATCH = 256
+
+
+class Evaluator:
+    """Scores images against a data set or its statistics.
+
+    extractor: one of EXTRACTORS, or an Extractor; statistics bring their own. track is told of training and feature extraction.
+    Raises RequestError where the extractor is unknown or cannot be had.
+    """
+
+    def __init__(self, reference: Dataset | Statistics, extractor: str | Extractor = "auto", track: Track = silent):
+        self.reference = reference
+        if isinstance(reference, Statistics):
+            self.extractor = _extractor_of(reference, extractor)
+            self.features: Features | None = None
+            self.mu, self.sigma = reference.mu, reference.sigma
+        else:
+            chosen = choose_extractor(extractor, reference, track) if isinstance(extractor, str) else extractor
+            self.extractor = chosen
+            with track(f"features of {reference.name}", len(reference), "images") as progress:
+                self.features = self.extractor(_told(reference.batches(BATCH), progress))
+            self.mu, self.sigma = moments(self.features.features)
+
+    def check(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> None:
+        """Raises RequestError for a metric that is unknown or does not apply to that many images, before any is made."""
+        reference_images = len(self.features) if self.features else 0
+        applicable(metrics, Means(self.extractor, images, reference_images, has_class_ids))
+
+    def __call__(self, images: np.ndarray, class_ids: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> Scores:
+        """Scores of images uint8 [N, H, W, C]; see `score_batches`."""
+        return self.score_batches((images[i : i + BATCH] for i in range(0, len(images), BATCH)), class_ids, metrics)
+
+    def quick(self, images: np.ndarray, class_ids: np.ndarray | None = None) -> Scores:
+        """All scores that apply but the kernel distance, whose hundred subsets take seconds: for use while training."""
+        reference_images = len(self.features) if self.features else 0
+        names = applicable(None, Means(self.extractor, len(images), reference_images, class_ids is not None))
+        return self(images, class_ids, [name for name in names if name != "kd"])
+
+    def score_batches(
+        self,
+        batches: Iterable[np.ndarray],
+        class_ids: np.ndarray | None = None,
+        metrics: Sequence[str] | None = None,
+    ) -> Scores:
+        """Scores of images that come in batches uint8 [B, H, W, C], none of which is kept.
+
+        class_ids: int64 [N], the class each image should have, in the reference's numbering. metrics: names from METRICS; by
+        default all that apply. Raises RequestError for images of another shape than the reference's, fewer than 4 of them, or
+        a metric that is unknown or does not apply.
+        """
+        comparison = Comparison(
+            generated=self.extractor(self._checked(batches)),
+            class_ids=class_ids,
+            mu=self.mu,
+            sigma=self.sigma,
+            reference=self.features,
+        )
+        return score(self.extractor, comparison, metrics, self.reference.name)
+
+    def _checked(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        known = self.reference.image_shape if isinstance(self.reference, Dataset) else self.extractor.image_shape
+        for images in batches:
+            if known is not None:
+                check_shape((images.shape[3], *images.shape[1:3]), known)
+            yield images
+
+    def statistics(self) -> Statistics:
+        """The reference's statistics, to be kept in its place."""
+        return Statistics(
+            name=self.reference.name,
+            mu=self.mu,
+            sigma=self.sigma,
+            extractor=self.extractor.name,
+            extractor_sha256=self.extractor.sha256,
+            fingerprint=self.extractor.fingerprint,
+            samples=len(self.reference),
+        )
+
+
+def check_shape(shape: ImageShape, reference: ImageShape) -> None:
+    """Raises RequestError unless images of [C, H, W] are of the reference's shape."""
+    if tuple(shape) != tuple(reference):
+        raise RequestError(
+            f"images of shape {list(shape)} cannot be compared with a reference of {list(reference)}",
+            remedy="bring both to one shape with 'uni-instruct data prepare --resolution'",
+            param="reference",
+        )
+
+
+def _extractor_of(statistics: Statistics, wanted: str | Extractor) -> Extractor:
+    """The extractor that made the statistics. Raises RequestError where another is wanted or it cannot be had."""
+    if not isinstance(wanted, str):
+        return wanted
+    kind = "inception" if statistics.extractor == INCEPTION else "classifier"
+    if wanted not in ("auto", kind):
+        raise RequestError(
+            f"the statistics of {statistics.name} were made by {statistics.extractor}, not by '{wanted}'",
+            remedy="use --extractor auto, or give the data set itself",
+            param="extractor",
+        )
+    if kind == "inception":
+        return inception()
+    from uni_instruct.evaluate.classifier import classifier_path
+
+    remedy = "give the data set itself as --reference"
+    try:
+        extractor = open_classifier(classifier_path(statistics.fingerprint), statistics.extractor)
+    except FileFormatError as error:
+        raise RequestError(f"{statistics.extractor} is not in the cache", remedy=remedy, param="reference") from error
+    if extractor.sha256 != statistics.extractor_sha256:
+        raise RequestError(
+            f"the statistics of {statistics.name} were made by another {statistics.extractor} than the one in the cache",
+            remedy=remedy,
+            param="reference",
+        )
+    return extractor
+
+
+def _told(batches: Iterable[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
+    for images in batches:
+        yield images
+        progress.advance(len(images))

@@ -1,0 +1,189 @@
+"""What turns images into the features that are compared: InceptionV3, or a classifier of the reference's own kind."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uni_instruct.data import Dataset
+from uni_instruct.download import download
+from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.evaluate.fidelity import fidelity
+from uni_instruct.files import sha256
+from uni_instruct.latents import ImageShape
+from uni_instruct.progress import Track, silent
+
+if TYPE_CHECKING:
+    import torch
+
+INCEPTION = "inception-v3"
+INCEPTION_REGISTERED = "inception-v3-compat"
+INCEPTION_DIM = 2048
+INCEPTION_MIN_SIDE = 32
+BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Of N images: features float32 [N, D] and class logits float32 [N, K], torch tensors on the CPU."""
+
+    features: "torch.Tensor"
+    logits: "torch.Tensor"
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Extractor:
+    """A torch-fidelity feature extractor, ready to run.
+
+    image_shape is [C, H, W] where only such images are understood, else None. num_classes is that of the reference's classes,
+    0 where the logits are of other classes. heldout_accuracy is a trained classifier's, on images it has not seen.
+    """
+
+    name: str
+    sha256: str
+    dim: int
+    module: Any
+    device: str = "cpu"
+    image_shape: ImageShape | None = None
+    num_classes: int = 0
+    heldout_accuracy: float | None = None
+    fingerprint: str = ""
+
+    @property
+    def is_inception(self) -> bool:
+        """Whether the field's names (FID, KID, IS) are right for what it measures."""
+        return self.name == INCEPTION
+
+    def __call__(self, batches: Iterable[np.ndarray]) -> Features:
+        """Features of images uint8 [B, H, W, C], the same whatever their batches and memory layout.
+
+        Raises RequestError where there are no images.
+        """
+        import torch
+
+        features, logits = [], []
+        for images in _rebatched(batches):
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format).to(self.device)
+            if self.is_inception and pixels.shape[1] == 1:
+                pixels = pixels.expand(-1, 3, -1, -1)
+            with torch.inference_mode():
+                first, second = self.module(pixels)
+            features.append(first.cpu())
+            logits.append(second.cpu())
+        if not features:
+            raise RequestError("there are no images to score", remedy="give at least one", param="images")
+        with torch.inference_mode(False):
+            return Features(torch.cat(features).clone(), torch.cat(logits).clone())
+
+
+def choose_extractor(kind: str, dataset: Dataset, track: Track = silent) -> Extractor:
+    """The extractor of that kind (EXTRACTORS) for a reference.
+
+    auto: InceptionV3 for colour images from 32 pixels on, or where there are no classes; else the classifier.
+    Raises RequestError for an unknown kind, or where InceptionV3's weights cannot be had.
+    """
+    if kind not in EXTRACTORS:
+        raise RequestError(f"extractor '{kind}' is unknown", remedy=f"choose one of {', '.join(EXTRACTORS)}", param="extractor")
+    if kind == "auto":
+        channels, *sides = dataset.image_shape
+        suits = channels == 3 and min(sides) >= INCEPTION_MIN_SIDE
+        kind = "inception" if suits or dataset.num_classes < 2 else "classifier"
+    return inception(has_classes=dataset.num_classes > 1) if kind == "inception" else classifier(dataset, track)
+
+
+EXTRACTORS = ("auto", "inception", "classifier")
+
+
+def classifier(dataset: Dataset, track: Track = silent) -> Extractor:
+    """The data set's own classifier, trained or from the cache; it is always named after the data set."""
+    from uni_instruct.evaluate.classifier import trained_classifier
+
+    return open_classifier(trained_classifier(dataset, track), f"{dataset.name}-classifier")
+
+
+def open_classifier(path: Path, name: str) -> Extractor:
+    """A classifier from its file. Raises FileFormatError where it is corrupt."""
+    from uni_instruct.evaluate.classifier import FEATURES, load_classifier, weights_sha256
+    from uni_instruct.evaluate.registered import CLASSIFIER
+
+    model, info = load_classifier(path)
+    return Extractor(
+        name=name,
+        sha256=weights_sha256(model),
+        dim=FEATURES,
+        module=_create(CLASSIFIER, ["features", "logits"], path),
+        image_shape=info.image_shape,
+        num_classes=info.num_classes,
+        heldout_accuracy=info.heldout_accuracy,
+        fingerprint=info.fingerprint,
+    )
+
+
+def inception(has_classes: bool = False) -> Extractor:
+    """InceptionV3 with the weights that FID is defined by. Raises RequestError where they are neither here nor to be had.
+
+    has_classes: whether the error may offer the classifier instead.
+    """
+    return open_inception(*inception_weights(", or use --extractor classifier" if has_classes else ""))
+
+
+def open_inception(path: Path, digest: str) -> Extractor:
+    """InceptionV3 from a file with that SHA-256, on the GPU where there is one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(devices=[]):
+        module = _create(INCEPTION_REGISTERED, [str(INCEPTION_DIM), "logits_unbiased"], path).to(device)
+    return Extractor(name=INCEPTION, sha256=digest, dim=INCEPTION_DIM, module=module, device=device)
+
+
+def inception_weights(otherwise: str = "") -> tuple[Path, str]:
+    """The weights' file in torch's hub folder, downloaded where it is missing, and its SHA-256; the name has its start.
+
+    otherwise: what else the user may do, for the error. Raises RequestError where it cannot be had, FileFormatError where
+    it is corrupt.
+    """
+    import torch
+
+    url: str = fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
+    name = url.rsplit("/", 1)[1]
+    start = Path(name).stem.rsplit("-", 1)[1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.is_file():
+        remedy = f"put {name} from {url} into {path.parent}{otherwise}"
+        download(url, path, lambda content: _starts(content, start), "InceptionV3 weights", remedy)
+    digest = sha256(path)
+    if not digest.startswith(start):
+        raise FileFormatError(f"{path} is corrupt: its SHA-256 is {digest[:8]}...", remedy=f"get it again from {url}")
+    return path, digest
+
+
+def _rebatched(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same images in batches of BATCH: the last bits of features depend on the size of the batch."""
+    waiting: list[np.ndarray] = []
+    for images in batches:
+        waiting.append(images)
+        if sum(map(len, waiting)) >= BATCH:
+            joined = np.concatenate(waiting)
+            whole = len(joined) - len(joined) % BATCH
+            yield from np.split(joined[:whole], whole // BATCH)
+            waiting = [joined[whole:]]
+    rest = np.concatenate(waiting) if waiting else np.empty(0)
+    if len(rest):
+        yield rest
+
+
+def _starts(content: bytes, digest: str) -> bool:
+    return hashlib.sha256(content).hexdigest().startswith(digest)
+
+
+def _create(registered: str, layers: list[str], weights: Path) -> Any:
+    return fidelity("utils").create_feature_extractor(
+        registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
+    )

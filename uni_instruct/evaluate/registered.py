@@ -1,0 +1,49 @@
+"""The classifier as a feature extractor that torch-fidelity knows by name; importing this module registers it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from uni_instruct.evaluate.classifier import load_classifier
+from uni_instruct.evaluate.fidelity import fidelity
+
+CLASSIFIER = "uni-instruct-classifier"
+_fidelity = fidelity()
+_LAYERS = ("features", "logits")
+
+
+class ClassifierExtractor(_fidelity.FeatureExtractorBase):  # type: ignore[name-defined]
+    """Layers 'features' and 'logits' of the classifier whose file is given as feature_extractor_weights_path."""
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **options: Any):
+        super().__init__(name, features_list)
+        self.classifier, self.info = load_classifier(Path(feature_extractor_weights_path))
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the layers."""
+        return _LAYERS
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """The inception score reads logits, every other metric features."""
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """It is too small to gain."""
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> None:
+        """None, as it cannot be compiled."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The requested layers, in order, of images uint8 [B, C, H, W]; grey ones may come as RGB, as torch-fidelity reads."""
+        pixels = images[:, : self.info.image_shape[0]] / 127.5 - 1
+        outputs = dict(zip(_LAYERS, self.classifier(pixels), strict=True))
+        return tuple(outputs[layer] for layer in self.features_list)
+
+
+_fidelity.register_feature_extractor(CLASSIFIER, ClassifierExtractor)

@@ -1,0 +1,201 @@
+"""Features to numbers: every metric is torch-fidelity's, named after what it was measured with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from uni_instruct.errors import RequestError
+from uni_instruct.evaluate.extractors import Extractor, Features
+from uni_instruct.evaluate.fidelity import fidelity
+
+if TYPE_CHECKING:
+    import torch
+
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
+NEIGHBOURS, SPLITS = 3, 10
+MIN_SAMPLES = NEIGHBOURS + 1
+POOR_ACCURACY = 0.8
+_NEIGHBOUR_BATCH = 2000  # rows of a distance matrix that are in memory at once
+PUBLISHED_SAMPLES = 50_000
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The values of metrics by their full names, and what they depend on. notes are limits that a reader should know."""
+
+    extractor: str
+    samples: int
+    reference: str
+    values: dict[str, float]
+    extractor_sha256: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """Features of generated images, what was asked of them, and the reference's statistics and, if it has them, features."""
+
+    generated: Features
+    class_ids: np.ndarray | None
+    mu: np.ndarray
+    sigma: np.ndarray
+    reference: Features | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """measure gives values by full name; it is called where `missing` finds nothing missing, else says what is."""
+
+    measure: Callable[[Extractor, Comparison], dict[str, float]]
+    missing: Callable[["Means"], str | None]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What there is to measure with: `images` generated ones; reference_images is 0 where the reference is statistics."""
+
+    extractor: Extractor
+    images: int
+    reference_images: int
+    has_class_ids: bool
+
+
+def score(extractor: Extractor, comparison: Comparison, metrics: Sequence[str] | None, reference: str) -> Scores:
+    """The metrics of those names (METRICS), or all that apply. Raises RequestError for one that is unknown or cannot be had."""
+    count = len(comparison.generated)
+    if count < MIN_SAMPLES:
+        raise RequestError(
+            f"{count} images are too few to score", remedy=f"give at least {MIN_SAMPLES}, better 1000", param="samples"
+        )
+    if comparison.class_ids is not None and len(comparison.class_ids) != count:
+        raise RequestError(
+            f"{len(comparison.class_ids)} class ids were given for {count} images",
+            remedy="give one for each image",
+            param="class_ids",
+        )
+    values: dict[str, float] = {}
+    reference_images = len(comparison.reference) if comparison.reference else 0
+    for name in applicable(metrics, Means(extractor, count, reference_images, comparison.class_ids is not None)):
+        values |= METRICS[name].measure(extractor, comparison)
+    return Scores(extractor.name, count, reference, values, extractor.sha256, _notes(extractor, comparison))
+
+
+def check_metrics(names: Sequence[str]) -> list[str]:
+    """The names, once each. Raises RequestError for an unknown one, or none."""
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        problem = f"metric '{unknown[0]}' is unknown" if unknown else "no metric was named"
+        raise RequestError(problem, remedy=f"choose from {', '.join(METRICS)}", param="metrics")
+    return list(dict.fromkeys(names))
+
+
+def applicable(names: Sequence[str] | None, means: Means) -> list[str]:
+    """The named metrics, or all that those means suffice for. Raises RequestError for a named one that lacks something."""
+    if names is None:
+        return [name for name, metric in METRICS.items() if metric.missing(means) is None]
+    for name in check_metrics(names):
+        missing = METRICS[name].missing(means)
+        if missing is not None:
+            raise RequestError(f"metric '{name}' cannot be measured: {missing}", remedy="leave it out", param="metrics")
+    return check_metrics(names)
+
+
+def moments(features: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] (divided by N - 1) of features [N, D], in float64 as EDM's references are."""
+    statistics = fidelity("metric_fid").fid_features_to_statistics(features.double())
+    return statistics["mu"], statistics["sigma"]
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians (Heusel et al., arXiv 1706.08500)."""
+    metric_fid = fidelity("metric_fid")
+    first, second = {"mu": mu1, "sigma": sigma1}, {"mu": mu2, "sigma": sigma2}
+    distance: float = metric_fid.fid_statistics_to_metric(first, second, False)[metric_fid.KEY_METRIC_FID]
+    return max(distance, 0.0)  # rounding may leave -1e-9
+
+
+def frechet_name(extractor: Extractor) -> str:
+    """FID is said of InceptionV3 alone; any other extractor is named."""
+    return "FID" if extractor.is_inception else f"FD({extractor.name})"
+
+
+def _frechet(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
+    distance = frechet_distance(*moments(comparison.generated.features), comparison.mu, comparison.sigma)
+    return {frechet_name(extractor): distance}
+
+
+def _kernel(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
+    assert comparison.reference is not None  # not missing
+    metric_kid = fidelity("metric_kid")
+    generated, reference = comparison.generated.features, comparison.reference.features
+    size = min(KERNEL_SUBSET_SIZE, len(generated), len(reference))
+    options = {"kid_subsets": KERNEL_SUBSETS, "kid_subset_size": size, "verbose": False}
+    distance = metric_kid.kid_features_to_metric(generated, reference, **options)[metric_kid.KEY_METRIC_KID_MEAN]
+    return {"KID" if extractor.is_inception else f"KD({extractor.name})": distance}
+
+
+def _precision_recall(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
+    assert comparison.reference is not None  # not missing
+    metric_prc = fidelity("metric_prc")
+    generated, reference = comparison.generated.features, comparison.reference.features
+    # save_cpu_ram keeps a few rows of the distance matrix in memory, not all of it.
+    options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": _NEIGHBOUR_BATCH, "save_cpu_ram": True}
+    values = metric_prc.prc_features_to_metric(generated, reference, verbose=False, **options)
+    return {name: values[name] for name in (metric_prc.KEY_METRIC_PRECISION, metric_prc.KEY_METRIC_RECALL)}
+
+
+def _inception_score(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
+    metric_isc = fidelity("metric_isc")
+    return {"IS": metric_isc.isc_features_to_metric(comparison.generated.logits, SPLITS)[metric_isc.KEY_METRIC_ISC_MEAN]}
+
+
+def _class_accuracy(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
+    predicted = comparison.generated.logits.argmax(dim=1).numpy()
+    return {"class_accuracy": float((predicted == comparison.class_ids).mean())}
+
+
+def _nothing(means: Means) -> str | None:
+    return None
+
+
+def _reference_images(means: Means) -> str | None:
+    if not means.reference_images:
+        return "the reference is statistics, not images"
+    return None if means.reference_images >= MIN_SAMPLES else "the reference has too few images"
+
+
+def _inception(means: Means) -> str | None:
+    if not means.extractor.is_inception:
+        return f"it is defined by InceptionV3, not by {means.extractor.name}"
+    return None if means.images >= SPLITS else f"{means.images} images are fewer than its {SPLITS} splits"
+
+
+def _class_ids(means: Means) -> str | None:
+    if not means.extractor.num_classes:
+        return f"{means.extractor.name} does not know the reference's classes"
+    return None if means.has_class_ids else "it is not known which class each image should have"
+
+
+# Name, as --metrics takes it -> how it is measured and what it needs.
+METRICS = {
+    "fd": Metric(_frechet, _nothing),
+    "kd": Metric(_kernel, _reference_images),
+    "pr": Metric(_precision_recall, _reference_images),
+    "is": Metric(_inception_score, _inception),
+    "class_accuracy": Metric(_class_accuracy, _class_ids),
+}
+
+
+def _notes(extractor: Extractor, comparison: Comparison) -> tuple[str, ...]:
+    count = len(comparison.generated)
+    few = count <= extractor.dim
+    unpublished = extractor.is_inception and not few and count < PUBLISHED_SAMPLES
+    poor = extractor.heldout_accuracy is not None and extractor.heldout_accuracy < POOR_ACCURACY
+    notes = {
+        f"{count} images are no more than the {extractor.dim} features: their Frechet distance is too large": few,
+        f"published FIDs use {PUBLISHED_SAMPLES} images; fewer give a larger FID": unpublished,
+        f"{extractor.name} is right on only {extractor.heldout_accuracy or 0:.1%} of held-out images": poor,
+    }
+    return tuple(note for note, holds in notes.items() if holds)

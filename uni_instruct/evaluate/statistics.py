@@ -1,0 +1,79 @@
+"""A reference reduced to mean and covariance: EDM's .npz of mu and sigma, with what made them beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from uni_instruct.data import Dataset, open_dataset
+from uni_instruct.data.sources import read_npz
+from uni_instruct.errors import FileFormatError
+from uni_instruct.evaluate.extractors import INCEPTION, INCEPTION_DIM
+from uni_instruct.files import atomic_file
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics:
+    """mu float64 [D] and sigma float64 [D, D] (divided by N - 1) of a reference's features.
+
+    samples is 0 where it is not known. fingerprint is that of the data set whose classifier made them, empty for InceptionV3.
+    """
+
+    name: str
+    mu: np.ndarray
+    sigma: np.ndarray
+    extractor: str = INCEPTION
+    extractor_sha256: str = ""
+    fingerprint: str = ""
+    samples: int = 0
+
+    def __len__(self) -> int:
+        return self.samples
+
+
+def open_reference(source: str | Path) -> Dataset | Statistics:
+    """What images are compared with: a data set as `open_dataset` takes it, or an .npz that holds mu and sigma."""
+    path = Path(source)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        arrays = read_npz(path, ("mu", "sigma", "extractor", "extractor_sha256", "fingerprint", "samples", "name"))
+        if "mu" in arrays or "sigma" in arrays:
+            return _statistics(path, arrays)
+    return open_dataset(source)
+
+
+def write_statistics(statistics: Statistics, path: Path) -> None:
+    """Writes the .npz whole or not at all; EDM's tools read its mu and sigma. Raises DiskError."""
+    with atomic_file(Path(path)) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            mu=statistics.mu,
+            sigma=statistics.sigma,
+            extractor=statistics.extractor,
+            extractor_sha256=statistics.extractor_sha256,
+            fingerprint=statistics.fingerprint,
+            samples=statistics.samples,
+            name=statistics.name,
+        )
+
+
+def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics:
+    """Without the names that `write_statistics` adds they are EDM's, of InceptionV3."""
+    mu, sigma = (np.asarray(arrays.get(name, 0.0), dtype=np.float64) for name in ("mu", "sigma"))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise FileFormatError(
+            f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}", remedy="give finite mu [D] and sigma [D, D]"
+        )
+    extractor = str(arrays.get("extractor", INCEPTION))
+    if extractor == INCEPTION and len(mu) != INCEPTION_DIM:
+        raise FileFormatError(
+            f"{path} has {len(mu)} features, {INCEPTION} has {INCEPTION_DIM}", remedy="write it with --save-statistics"
+        )
+    return Statistics(
+        name=str(arrays.get("name", path.stem)),
+        mu=mu,
+        sigma=sigma,
+        extractor=extractor,
+        extractor_sha256=str(arrays.get("extractor_sha256", "")),
+        fingerprint=str(arrays.get("fingerprint", "")),
+        samples=int(arrays.get("samples", 0)),
+    )

@@ -1,0 +1,86 @@
+"""What is scored: the images of a bundle's seeds, or images that are there."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.data import Dataset
+from uni_instruct.data.dataset import number_names
+from uni_instruct.engine import open_engine
+from uni_instruct.evaluate.statistics import Statistics
+from uni_instruct.generate import generate_batches, resolve_class_ids
+from uni_instruct.latents import ImageShape
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """batches gives its images anew, uint8 [B, H, W, C]; class_ids is int64 [count] in the reference's numbering, or None.
+
+    engine is empty for images that are there. note says why class_ids is None where there are classes.
+    """
+
+    source: str
+    count: int
+    image_shape: ImageShape
+    batches: Callable[[], Iterator[np.ndarray]] = field(repr=False)
+    class_ids: np.ndarray | None = field(repr=False, default=None)
+    engine: str = ""
+    note: str = ""
+
+
+def bundle_subject(
+    bundle: Bundle, seeds: Sequence[int], kind: str | None, batch: int, reference: Dataset | Statistics
+) -> Subject:
+    """The images of those seeds, each of its seed's class. A teacher runs on torch whatever kind is asked of the student.
+
+    Raises RequestError where the bundle has no engine of that kind.
+    """
+    engine = open_engine(bundle, "torch" if bundle.spec.steps > 1 else kind)
+    class_ids = resolve_class_ids(bundle.spec, seeds)
+    names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))
+    mapped, note = reference_class_ids(class_ids, names, reference)
+    return Subject(
+        source=str(bundle.path),
+        count=len(seeds),
+        image_shape=bundle.spec.image_shape,
+        batches=lambda: generate_batches(engine, seeds, class_ids, batch),
+        class_ids=mapped,
+        engine=engine.name,
+        note=note,
+    )
+
+
+def images_subject(dataset: Dataset, samples: int | None, batch: int, reference: Dataset | Statistics) -> Subject:
+    """All images of a data set, or that many, evenly spaced."""
+    count = min(samples or len(dataset), len(dataset))
+    chosen = np.arange(count) * len(dataset) // count
+    labels = None if dataset.labels is None else dataset.labels[chosen]
+    mapped, note = reference_class_ids(labels, dataset.class_names, reference)
+    return Subject(
+        source=dataset.source,
+        count=count,
+        image_shape=dataset.image_shape,
+        batches=lambda: (dataset.images(chosen[start : start + batch]) for start in range(0, count, batch)),
+        class_ids=mapped,
+        note=note,
+    )
+
+
+def reference_class_ids(
+    class_ids: np.ndarray | None, names: tuple[str, ...], reference: Dataset | Statistics
+) -> tuple[np.ndarray | None, str]:
+    """The class ids in the reference's numbering, found by name; (None, why) where a name is not among its classes.
+
+    Classes without names of their own, and references that keep none (statistics), go by number.
+    """
+    if class_ids is None or (isinstance(reference, Dataset) and not reference.num_classes):
+        return None, ""
+    theirs = reference.class_names if isinstance(reference, Dataset) else names
+    if names == number_names(len(names)) and class_ids.max(initial=0) < len(theirs):
+        return class_ids, ""
+    unknown = next((name for name in names if name not in theirs), None)
+    if unknown is not None:
+        return None, f"no class_accuracy: class '{unknown}' is not among the reference's"
+    return np.array([theirs.index(name) for name in names], dtype=np.int64)[class_ids], ""

@@ -1,0 +1,170 @@
+"""The forms of a finished sample set: a folder of PNGs, an npz, a zip. Each is written whole or not at all."""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.data import Dataset, write_zip
+from uni_instruct.data.archive import META, dataset_meta
+from uni_instruct.data.dataset import ImageReader
+from uni_instruct.errors import RequestError
+from uni_instruct.files import atomic_file, atomic_folder
+from uni_instruct.images import encode
+
+# Beside the images: the seeds in the images' order, and the request.
+RECORD = "samples.json"
+READ_BATCH = 256
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same set gives the same bytes
+_FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".pt", ".tar", ".gz", ".json"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """Images of seeds, in the order of the seeds; class_ids int64 [N], None without classes."""
+
+    spec: GeneratorSpec
+    seeds: Sequence[int] = field(repr=False)
+    class_ids: np.ndarray | None = field(repr=False)
+    reader: ImageReader = field(repr=False)
+    request: dict[str, Any]
+
+    def dataset(self) -> Dataset:
+        """The set as a data set, for those who train on it or score it."""
+        spec = self.spec
+        return Dataset(
+            name=f"{spec.name}-samples",
+            image_shape=spec.image_shape,
+            labels=self.class_ids,
+            num_classes=spec.num_classes,
+            class_names=tuple(spec.class_name(class_id) for class_id in range(spec.num_classes)),
+            licence=spec.licence,
+            source=f"uni-instruct generate, weights {self.request['weights_sha256']}",
+            reader=self.reader,
+        )
+
+    def record(self) -> str:
+        """The text of samples.json."""
+        return json.dumps({"request": self.request, "seeds": list(self.seeds)})
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The images in order, each part uint8 [<=READ_BATCH, H, W, C]."""
+        for start in range(0, len(self.reader), READ_BATCH):
+            yield self.reader.read(np.arange(start, min(start + READ_BATCH, len(self.reader))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a set is written, and how the request is read back from one."""
+
+    check: Callable[[GeneratorSpec, Sequence[int]], None]
+    write: Callable[[SampleSet, Path], None]
+    read_request: Callable[[Path], Any]
+
+
+def form_of(out: Path) -> Form:
+    """The form that the suffix of `out` tells. Raises RequestError for a suffix that is neither a folder's nor known."""
+    suffix = out.suffix.lower()
+    if suffix in _FILE_SUFFIXES:
+        raise RequestError(
+            f"--out {out} ends in {suffix}", remedy="give a folder, or a file that ends in .npz or .zip", param="out"
+        )
+    return FORMS.get(suffix, FORMS[""])
+
+
+def finished_request(out: Path) -> dict[str, Any] | None:
+    """The request whose finished set stands at `out`, None where something else does."""
+    try:
+        found = form_of(out).read_request(out)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_folder(samples: SampleSet, out: Path) -> None:
+    """PNGs named by seed, classes in dataset.json as EDM's tools read them, seeds in samples.json."""
+    width = max(6, len(str(max(samples.seeds))))
+    names = [f"{seed:0{width}d}.png" for seed in samples.seeds]
+    with atomic_folder(out) as partial:
+        pictures = (image for part in samples.parts() for image in part)
+        for name, image in zip(names, pictures, strict=True):
+            (partial / name).write_bytes(encode(image))
+        (partial / META).write_text(json.dumps(dataset_meta(samples.dataset(), names)))
+        (partial / RECORD).write_text(samples.record())
+
+
+def write_zip_file(samples: SampleSet, out: Path) -> None:
+    """EDM's zip, as `data prepare` writes it, with samples.json."""
+    with atomic_file(out) as partial:
+        write_zip(samples.dataset(), partial)
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.writestr(zipfile.ZipInfo(RECORD, _EPOCH), samples.record())
+
+
+def write_npz(samples: SampleSet, out: Path) -> None:
+    """arr_0 (uint8 [N, H, W, C], as ADM's evaluator reads it), seeds, class_ids and the request."""
+    arrays = {"seeds": np.array(samples.seeds, dtype=np.int64), "request": np.array(json.dumps(samples.request))}
+    if samples.class_ids is not None:
+        arrays["class_ids"] = samples.class_ids
+    height, width = samples.spec.image_shape[1:]
+    shape = (len(samples.reader), height, width, samples.spec.image_shape[0])
+    with atomic_file(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy", _EPOCH), "w", force_zip64=True) as file:
+            write_npy(file, shape, samples.parts())
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def write_npy(file: IO[bytes], shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """An .npy of uint8, part by part. Unlike NumPy's own writer it tells a full disk by its errno."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in parts:
+        file.write(np.ascontiguousarray(part).data)
+
+
+def _read_folder(out: Path) -> Any:
+    return json.loads((out / RECORD).read_text())["request"]
+
+
+def _read_zip(out: Path) -> Any:
+    with zipfile.ZipFile(out) as archive:
+        return json.loads(archive.read(RECORD))["request"]
+
+
+def _read_npz(out: Path) -> Any:
+    with np.load(out, allow_pickle=False) as file:
+        return json.loads(str(file["request"]))
+
+
+def _check_pictures(spec: GeneratorSpec, seeds: Sequence[int]) -> None:
+    if spec.image_shape[0] not in (1, 3):
+        raise RequestError(f"images of {spec.image_shape[0]} channels cannot be PNGs", remedy="give an --out that ends in .npz")
+
+
+def _check_named_by_seed(spec: GeneratorSpec, seeds: Sequence[int]) -> None:
+    _check_pictures(spec, seeds)
+    if len(set(seeds)) < len(seeds):
+        raise RequestError(
+            f"{len(seeds) - len(set(seeds))} seeds are given twice, and a folder's files are named by seed",
+            remedy="give each once, or an --out that ends in .npz or .zip",
+            param="seeds",
+        )
+
+
+def _check_nothing(spec: GeneratorSpec, seeds: Sequence[int]) -> None:
+    """An npz holds images of any shape and order."""
+
+
+# Suffix of the output -> its form; any other is a folder.
+FORMS = {
+    "": Form(check=_check_named_by_seed, write=write_folder, read_request=_read_folder),
+    ".npz": Form(check=_check_nothing, write=write_npz, read_request=_read_npz),
+    ".zip": Form(check=_check_pictures, write=write_zip_file, read_request=_read_zip),
+}
