@@ -9,7 +9,7 @@ quickstart: $(INSTALLED)
 	@exec $(BIN)/uni-instruct quickstart --out runs/quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
 check: test format lint types slow
 

@@ -40,6 +40,8 @@ def export(bundle: str, kinds: tuple[str, ...], dry_run: bool, as_json: bool) ->
         return
     records = []
     for target in targets:
+        if not as_json:
+            click.echo(f"building the {target.kind} engine and checking it against torch ...", err=True)
         records.append(export_engine(opened, target.kind))
         if not as_json:
             print(_summary(opened, records[-1]))
@@ -77,7 +79,7 @@ def _summary(bundle: Bundle, record: EngineRecord) -> str:
             f"  relative L2 {parity['relative_l2']:.1e} (allowed {parity['tolerance']['relative_l2']:.0e}), "
             f"equal pixels {parity['equal_pixels']:.3%}, largest difference {parity['largest_level_difference']} level",
             f"  same image whatever the batch size: {'yes' if parity['batch_invariant'] else 'no'}; "
-            f"{parity['latency_ms'][smallest]:.1f} ms for {smallest} image, "
-            f"{parity['latency_ms'][largest]:.1f} ms for {largest}",
+            f"{parity['latency_ms'][str(smallest)]:.1f} ms for {smallest} image, "
+            f"{parity['latency_ms'][str(largest)]:.1f} ms for {largest}",
         )
     )

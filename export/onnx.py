@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def _strip(model: onnx.ModelProto) -> None:
         part.ClearField("metadata_props")
 
 
-def _properties(bundle: Bundle) -> Mapping[str, str]:
+def _properties(bundle: Bundle) -> dict[str, str]:
     return {
         "uni_instruct.version": uni_instruct.__version__,
         "uni_instruct.spec": json.dumps(asdict(bundle.spec)),

@@ -78,8 +78,8 @@ def run_probe(
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         labels = {} if class_ids is None else {"class_ids": class_ids}
-        np.savez(inputs, latents=noise, batches=np.array(BATCHES), **labels)
-        command = [sys.executable, "-m", "uni_instruct.export.probe"]
+        np.savez(inputs, allow_pickle=False, latents=noise, batches=np.array(BATCHES), **labels)
+        command = [sys.executable, "-P", "-m", "uni_instruct.export.probe"]  # -P: not what lies in the current folder
         arguments = [str(bundle.path), str(folder), kind, str(inputs), str(outputs)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:

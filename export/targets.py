@@ -86,12 +86,11 @@ def export_engine(bundle: Bundle, kind: str) -> EngineRecord:
         with atomic_folder(place) as folder:
             record = _build(bundle, target, build, folder)
             report = verify(bundle, record, folder, TOLERANCES[target.precision])
-            record = replace(record, parity=report)
-            record.write(folder)
+            replace(record, parity=report).write(folder)
     finally:
         with suppress(OSError):  # an empty engines folder, where nothing was admitted
             place.parent.rmdir()
-    return record
+    return EngineRecord.read(place)
 
 
 def _build(bundle: Bundle, target: Target, build: Callable[[Bundle, Path], dict[str, str]], folder: Path) -> EngineRecord:

@@ -8,6 +8,7 @@ BUILD = ("setuptools", "wheel")  # the editable install is built with what is pi
 
 
 def main() -> None:
+    """Follows the extras that the pinned set is for."""
     names: set[str] = set(BUILD)
     for requirement in distribution("uni-instruct").requires or []:
         follow(Requirement(requirement), {"train", "export", "serve", "evaluate", "test"}, names)

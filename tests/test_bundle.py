@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import files_of_at_most
+from safetensors.numpy import save as save_numpy
 from safetensors.torch import save_file
 
 from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, GeneratorSpec
@@ -154,6 +155,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights in bfloat16": (
         with_weights(lambda p: save_file({"a": torch.zeros(1, dtype=torch.bfloat16)}, p)),
         "model.safetensors cannot be read",
+    ),
+    "weights in bfloat16, taught to NumPy": (
+        with_weights(lambda p: p.write_bytes(save_numpy({"a": np.zeros(1, pytest.importorskip("ml_dtypes").bfloat16)}))),
+        "model.safetensors cannot be read: a is bfloat16",
     ),
     "weights of another network": (
         with_weights(lambda p: save_file({"a": torch.zeros(1)}, p)),

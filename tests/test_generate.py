@@ -20,7 +20,7 @@ from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import sha256
 from uni_instruct.generate import generate, generate_batches, resolve_class_ids
-from uni_instruct.images import grid
+from uni_instruct.images import contact_sheet
 from uni_instruct.latents import random_class_ids
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -71,7 +71,7 @@ def test_no_seeds_give_no_images() -> None:
 def test_classes_are_the_user_s_or_the_seed_s(tiny_bundle: Bundle) -> None:
     spec = tiny_bundle.spec
     assert resolve_class_ids(spec, [4, 5, 6], ["3"]).tolist() == [3, 3, 3]  # type: ignore[union-attr]
-    assert resolve_class_ids(spec, [4, 5], [1, "2"]).tolist() == [1, 2]  # type: ignore[union-attr]
+    assert resolve_class_ids(spec, [4, 5], [1, "2"]).tolist() == [1, 2]
     np.testing.assert_array_equal(resolve_class_ids(spec, [4, 5, 6]), random_class_ids([4, 5, 6], 10))
     with pytest.raises(RequestError, match="2 classes were given for 3 seeds; give one class, or one for each seed"):
         resolve_class_ids(spec, [4, 5, 6], [1, 2])
@@ -163,7 +163,7 @@ def test_colour_without_classes(tmp_path: Path, cli: Cli) -> None:
 
 def test_the_grid_shows_the_images_in_the_order_of_the_seeds(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
     arguments = ("generate", exported_bundle.path, "--seeds", "8,1,5,3", "--out", tmp_path / "out", "--grid")
-    expected = grid(generate(open_engine(exported_bundle), [8, 1, 5, 3], random_class_ids([8, 1, 5, 3], 10)))
+    expected = contact_sheet(generate(open_engine(exported_bundle), [8, 1, 5, 3], random_class_ids([8, 1, 5, 3], 10)))
     # Of a new set, and of one that is there already.
     for name in ("first.png", "deep/second.png"):
         assert cli(*arguments, tmp_path / name)[0] == 0

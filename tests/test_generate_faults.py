@@ -1,12 +1,13 @@
 """generate with wrong requests: each is one line with exit code 2, and leaves nothing behind."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import random_bundle, run_cli
+from conftest import random_bundle
 
 from uni_instruct.bundle import Bundle
 
@@ -44,6 +45,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "out a file that is no npz": (["--seeds", "0", "--out", "taken.npz"], "taken.npz holds something else"),
     "out a file that is no zip": (["--seeds", "0", "--out", "taken.zip"], "taken.zip holds something else"),
     "out below a file": (["--seeds", "0", "--out", "taken/x"], "cannot write"),
+    "out a folder called npz": (["--seeds", "0", "--out", "folder.npz"], "folder.npz holds something else"),
+    "out of a long name": (["--seeds", "0", "--out", "n" * 255], "File name too long"),
     "grid no png": (["--seeds", "0", "--out", "x", "--grid", "g.jpg"], "--grid g.jpg is not the name of a PNG"),
 }
 
@@ -53,6 +56,7 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(
     wrong: str, tiny_bundle: Bundle, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()
+    (tmp_path / "folder.npz").mkdir()
     for name in ("taken", "taken.npz", "taken.zip", "full/letter.txt"):
         (tmp_path / name).write_text("precious")
     before = sorted(tmp_path.rglob("*"))
@@ -103,16 +107,13 @@ def test_channels_that_no_picture_has_go_into_an_npz(tmp_path: Path, cli: Cli) -
     assert sorted(os.listdir(tmp_path)) == ["bundle", "x.npz"]
 
 
-def test_a_folder_without_permission_is_refused(exported_bundle: Bundle, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        sealed = Path("/proc/sys")  # not even root writes there
-    else:
-        sealed = tmp_path / "sealed"
-        sealed.mkdir(mode=0o500)
-    done = run_cli("generate", exported_bundle.path, "--seeds", "0", "--out", sealed / "x.npz")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot write")
-    assert done.stderr.count("\n") == 1
+def test_a_read_only_disk_is_refused(small_disk: Path, tiny_bundle: Bundle, cli: Cli) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for form in ("x", "x.npz", "deep/x.zip"):
+        code, output, errors = cli("generate", tiny_bundle.path, "--seeds", "0", "--out", small_disk / form)
+        assert (code, output) == (2, "")
+        assert errors.startswith("error: cannot write")
+        assert errors.count("\n") == 1
 
 
 def test_a_missing_torch_names_the_extra(

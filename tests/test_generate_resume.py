@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,11 +37,11 @@ def contents(path: Path) -> dict[str, str]:
     return {file.name: sha256(file) for file in files}
 
 
-def interrupt(command: list[str], folder: Path, shards: int, how: signal.Signals) -> int:
-    """Starts the command and ends it once that many shards are written. Returns its exit code."""
+def interrupt(command: list[str], folder: Path, files: str, count: int, how: signal.Signals) -> int:
+    """Starts the command and ends it once its work folder has that many files. Returns its exit code."""
     process = subprocess.Popen([sys.executable, "-m", "uni_instruct", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and len(list(folder.glob("*.npy"))) < shards:
-        time.sleep(0.002)
+    while process.poll() is None and len(list(folder.glob(files))) < count:
+        time.sleep(0.001)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     if how is signal.SIGINT:
@@ -55,10 +56,10 @@ def test_interrupted_and_killed_runs_end_in_the_same_bytes(
     whole, broken = tmp_path / "whole" / form, tmp_path / "broken" / form
     assert cli(*arguments(exported_bundle, whole, MANY))[0] == 0
     work = broken.with_name(f".{form}.partial")
-    assert interrupt(arguments(exported_bundle, broken, MANY), work, 1, signal.SIGINT) == 130
+    assert interrupt(arguments(exported_bundle, broken, MANY), work, "*.npy", 1, signal.SIGINT) == 130
     first = contents(work)
     assert not broken.exists()
-    assert interrupt(arguments(exported_bundle, broken, MANY), work, 3, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(arguments(exported_bundle, broken, MANY), work, "*.npy", 3, signal.SIGKILL) == -signal.SIGKILL
     second = contents(work)
     assert not broken.exists()
     # What the first run finished was not made again.
@@ -68,6 +69,26 @@ def test_interrupted_and_killed_runs_end_in_the_same_bytes(
     assert (code, "written" in output) == (0, True)
     assert contents(broken) == contents(whole)
     assert os.listdir(broken.parent) == [form]
+
+
+def test_a_run_that_is_killed_while_it_writes_the_set_is_finished(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.partial"
+    assert interrupt(arguments(exported_bundle, out, MANY), work, ".out.*.tmp/*.png", 9, signal.SIGKILL) < 0
+    assert not out.exists()
+    assert cli(*arguments(exported_bundle, out, MANY))[0] == 0
+    assert len(list(out.glob("*.png"))) == MANY
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_run_that_is_killed_after_its_last_step_leaves_nothing(
+    unfinished: Path, exported_bundle: Bundle, tmp_path: Path, cli: Cli
+) -> None:
+    out, saved = unfinished.with_name("out.npz"), tmp_path / "saved"
+    shutil.copytree(unfinished, saved)
+    assert cli(*arguments(exported_bundle, out))[0] == 0
+    saved.rename(unfinished)  # as if it had not come to removing it
+    assert "was complete" in cli(*arguments(exported_bundle, out))[1]
+    assert os.listdir(tmp_path) == ["out.npz"]
 
 
 class BreaksOff:

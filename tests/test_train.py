@@ -100,7 +100,7 @@ def test_generator_starts_from_a_given_teacher(finished: Path, tmp_path: Path) -
         (["train", "digits", "--set", "alpha=high"], "recipe key 'distillation.alpha' is 'high'; give a value of type float"),
         (["train", "digits", "--set", "teacher.batch=0"], "teacher.batch 0 is out of range; give 1"),
         (["train", "digits", "--set", "channel_mult=[1,1,1,1,1]"], "resolution 8x8 is not divisible by 16"),
-        (["train", "digits", "--set", "data=digit"], "'digit'"),
+        (["train", "digits", "--set", "data=digit"], "there is no data set digit; give one of digits"),
         (["train", "digits", "--set", "teacher.bundle=nowhere"], "there is no bundle nowhere"),
     ],
 )
@@ -116,7 +116,7 @@ def test_bad_recipe_is_refused_before_anything_is_written(tmp_path: Path, argume
 def test_another_recipe_into_the_same_run_is_refused(finished: Path) -> None:
     done = run_cli(*train_command(finished, "distillation.alpha=0.7"))
     assert done.returncode == 2
-    assert "holds a run with distillation.alpha=1.0, not 0.7" in done.stderr
+    assert "holds a run with distillation.alpha=0.5, not 0.7" in done.stderr
 
 
 def test_corrupt_state_is_named(finished: Path, tmp_path: Path) -> None:

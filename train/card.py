@@ -6,9 +6,12 @@ from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.data import Dataset
 from uni_instruct.train.config import Recipe
 
+# Licence -> the tag that the Hugging Face hub knows it by.
+HUB_LICENCES = {"CC-BY-4.0": "cc-by-4.0", "MIT": "mit"}
+
 _CARD = """---
 library_name: uni-instruct
-pipeline_tag: {pipeline_tag}
+pipeline_tag: unconditional-image-generation
 license: {licence_tag}
 tags: [one-step, diffusion-distillation]
 ---
@@ -43,8 +46,7 @@ def model_card(spec: GeneratorSpec, recipe: Recipe, dataset: Dataset, scores: Ma
     )
     return _CARD.format(
         name=spec.name,
-        pipeline_tag="unconditional-image-generation",
-        licence_tag="other",
+        licence_tag=HUB_LICENCES.get(dataset.licence, "other"),
         summary=summary,
         recipe=recipe.name,
         data=dataset.name,

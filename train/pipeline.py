@@ -12,14 +12,14 @@ from uni_instruct.bundle import CONFIG, Bundle, GeneratorSpec
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.images import encode
+from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.distillation import DistillationStage
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.randomness import Batches, initial_weights
-from uni_instruct.train.run import Run, sample_sheet
+from uni_instruct.train.run import Run
 from uni_instruct.train.teacher import TeacherStage
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class _Session:
         def keep(scores: dict[str, float], images: np.ndarray) -> None:
             weights = {key: tensor.cpu().numpy() for key, tensor in stage.ema.module.state_dict().items()}
             card = model_card(spec, self.recipe, self.dataset, scores)
-            Bundle.write(folder, spec, weights, card, encode(sample_sheet(images)))
+            Bundle.write(folder, spec, weights, card, encode(contact_sheet(images)))
 
         best: Best = Loop(self.run, self.recipe.loop, spec, self.evaluator, keep)(stage)
         if not (folder / CONFIG).exists():

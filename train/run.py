@@ -11,7 +11,7 @@ import yaml
 
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file, disk_errors
-from uni_instruct.images import encode, enlarge, grid
+from uni_instruct.images import contact_sheet, encode
 from uni_instruct.train.config import Recipe, parse_recipe, read_yaml
 
 
@@ -58,13 +58,16 @@ class Run:
         file = self.folder / "log.jsonl"
         if not file.exists():
             return
-        kept = [line for line in file.read_text().splitlines() if _line_precedes(line, stage, step)]
+        lines = file.read_text().splitlines()
+        kept = [line for line in lines if _line_precedes(line, stage, step)]
+        if kept == lines:
+            return
         with atomic_file(file) as partial:
             partial.write_text("".join(line + "\n" for line in kept))
 
     def save_samples(self, stage: str, kimg: float, images: np.ndarray) -> None:
         """A grid of images, uint8 [N, H, W, C], as samples/<stage>-<kimg>.png and in TensorBoard."""
-        sheet = sample_sheet(images)
+        sheet = contact_sheet(images)
         with atomic_file(self.folder / "samples" / f"{stage}-{kimg:08.1f}.png") as partial:
             partial.write_bytes(encode(sheet))
         self._writer().add_image(f"{stage}/samples", sheet, int(kimg * 1000), dataformats="HWC")
@@ -78,11 +81,6 @@ class Run:
 
             self._events = SummaryWriter(str(self.folder / "tensorboard"))
         return self._events
-
-
-def sample_sheet(images: np.ndarray) -> np.ndarray:
-    """A grid that shows small images large enough to look at: uint8 [H', W', C]."""
-    return enlarge(grid(images), factor=max(1, 32 // images.shape[1]))
 
 
 def _check_same_recipe(folder: Path, old: Recipe, new: Recipe) -> None:

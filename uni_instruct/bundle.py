@@ -142,7 +142,11 @@ class Bundle:
         from safetensors.numpy import load_file
 
         try:
-            return load_file(self.path / WEIGHTS)
+            weights = load_file(self.path / WEIGHTS)
+            for name, array in weights.items():
+                if array.dtype.isbuiltin != 1:  # bfloat16 and the like, where something has taught NumPy about them
+                    raise TypeError(f"{name} is {array.dtype}")
+            return weights
         except (SafetensorError, TypeError, AttributeError) as error:  # the last two: types that NumPy does not have
             raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
 

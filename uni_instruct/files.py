@@ -18,6 +18,7 @@ _UNWRITABLE = {
     errno.EPERM,
     errno.EROFS,
     errno.ENOTDIR,
+    errno.ENAMETOOLONG,
     errno.EEXIST,
 }
 

@@ -14,6 +14,7 @@ _ENCODERS: dict[str, tuple[str, dict[str, int | bool]]] = {
     "webp": ("WEBP", {"lossless": True, "method": 0}),
 }
 IMAGE_FORMATS = tuple(_ENCODERS)
+SHEET_GREY = 72
 
 
 def encode(image: np.ndarray, format: str = "png") -> bytes:
@@ -44,6 +45,14 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np
     cell[:count, :height, :width] = images
     sheet = cell.reshape(rows, columns, *cell.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(sheet.reshape(rows * cell.shape[1], columns * cell.shape[2], channels))
+
+
+def contact_sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """A grid to look at, uint8 [H', W', C]: a grey line round every image, small images enlarged to 32 pixels or so."""
+    count, height, width, channels = images.shape
+    framed = np.full((count, height + 2, width + 2, channels), SHEET_GREY, dtype=np.uint8)
+    framed[:, 1:-1, 1:-1] = images
+    return enlarge(grid(framed, columns), factor=max(1, 32 // height))
 
 
 def enlarge(image: np.ndarray, factor: int) -> np.ndarray:

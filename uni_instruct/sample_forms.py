@@ -65,6 +65,7 @@ class Form:
     check: Callable[[GeneratorSpec, Sequence[int]], None]
     write: Callable[[SampleSet, Path], None]
     read_request: Callable[[Path], Any]
+    is_folder: bool = False
 
 
 def form_of(out: Path) -> Form:
@@ -164,7 +165,7 @@ def _check_nothing(spec: GeneratorSpec, seeds: Sequence[int]) -> None:
 
 # Suffix of the output -> its form; any other is a folder.
 FORMS = {
-    "": Form(check=_check_named_by_seed, write=write_folder, read_request=_read_folder),
+    "": Form(check=_check_named_by_seed, write=write_folder, read_request=_read_folder, is_folder=True),
     ".npz": Form(check=_check_nothing, write=write_npz, read_request=_read_npz),
     ".zip": Form(check=_check_pictures, write=write_zip_file, read_request=_read_zip),
 }

@@ -101,7 +101,11 @@ class SampleRun:
             reader=self.shards,
             request=request.facts(),
         )
-        form_of(self.out).write(samples, self.out)
+        # First among the shards: what a kill leaves half-written there goes when the run is done.
+        staged = self.shards.folder / self.out.name
+        form_of(self.out).write(samples, staged)
+        with disk_errors(self.out):
+            os.replace(staged, self.out)
 
 
 @contextmanager
@@ -112,7 +116,7 @@ def open_run(request: SampleRequest, out: Path) -> Iterator[SampleRun]:
     be written.
     """
     form_of(out).check(request.spec, request.seeds)
-    folder = out.resolve().with_name(f".{out.resolve().name}.partial")
+    folder = _work_folder(out)
     with _claimed(folder, out):
         _check_same(folder, request)
         try:
@@ -124,11 +128,18 @@ def open_run(request: SampleRequest, out: Path) -> Iterator[SampleRun]:
 
 
 def is_finished(request: SampleRequest, out: Path) -> bool:
-    """Whether `out` is this request's finished set. Raises RequestError where something else stands there."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    """Whether `out` is this request's finished set, of which no work is then left.
+
+    Raises RequestError where something else stands there.
+    """
+    with disk_errors(out):
+        empty = not out.exists() or (out.is_dir() and form_of(out).is_folder and not any(out.iterdir()))
+    if empty:
         return False
     found = finished_request(out)
     if found == request.facts():
+        if _noted_request(_work_folder(out)) == found:  # the run was killed after its last step but one
+            shutil.rmtree(_work_folder(out))
         return True
     holds = f"the images of another request ({_difference(found, request.facts())})" if found else "something else"
     raise RequestError(f"{out} holds {holds}", remedy="choose another --out or delete it", param="out")
@@ -187,6 +198,10 @@ class Shards:
         return self.folder / f"{start:09d}.npy"
 
 
+def _work_folder(out: Path) -> Path:
+    return out.resolve().with_name(f".{out.resolve().name}.partial")
+
+
 @contextmanager
 def _claimed(folder: Path, out: Path) -> Iterator[None]:
     """Holds the folder, made if need be, against other processes; a lock ends with its process."""
@@ -194,22 +209,31 @@ def _claimed(folder: Path, out: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock, out)
         yield
-    except BlockingIOError as error:
-        raise RequestError(
-            f"another process is writing {out}", remedy="wait for it or choose another --out", param="out"
-        ) from error
     finally:
         os.close(lock)
 
 
+def _lock(folder: int, out: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RequestError(
+            f"another process is writing {out}", remedy="wait for it or choose another --out", param="out"
+        ) from error
+
+
+def _noted_request(folder: Path) -> Any:
+    with suppress(OSError, ValueError):
+        return json.loads((folder / REQUEST).read_text())
+    return None
+
+
 def _check_same(folder: Path, request: SampleRequest) -> None:
     """Notes the request in its folder, or compares it with the one noted there; shards of an unknown one are dropped."""
-    found = None
-    with suppress(FileNotFoundError, ValueError):
-        found = json.loads((folder / REQUEST).read_text())
-    if found is None:
+    found = _noted_request(folder)
+    if not isinstance(found, dict):
         for orphan in folder.glob("*.npy"):
             orphan.unlink()
         with atomic_file(folder / REQUEST) as partial:

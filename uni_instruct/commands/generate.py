@@ -13,7 +13,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file
 from uni_instruct.generate import generate as generate_images
 from uni_instruct.generate import resolve_class_ids
-from uni_instruct.images import encode, grid
+from uni_instruct.images import contact_sheet, encode
 from uni_instruct.latents import parse_seeds
 from uni_instruct.progress import progress
 from uni_instruct.samples import SampleRequest, is_finished, open_run
@@ -89,7 +89,7 @@ def _check_grid(path: Path | None) -> None:
 
 def _write_grid(images: np.ndarray, path: Path) -> None:
     with atomic_file(path) as partial:
-        partial.write_bytes(encode(grid(images)))
+        partial.write_bytes(encode(contact_sheet(images)))
 
 
 def _report(facts: dict[str, Any], as_json: bool) -> None:

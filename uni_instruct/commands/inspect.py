@@ -21,13 +21,15 @@ CLASSES_SHOWN = 20
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("source")
+@click.option("--data", "as_data", is_flag=True, help="Take SOURCE for a data set, where a generator has the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(source: str, as_json: bool) -> None:
+def inspect(source: str, as_data: bool, as_json: bool) -> None:
     """Say what is in SOURCE: a bundle (a folder or a shipped generator) or a data set (a folder, zip, npz or name).
 
     Example: uni-instruct inspect runs/digits/generator
     """
-    if (Path(source) / CONFIG).is_file() or source in shipped_generators():
+    is_bundle = (Path(source) / CONFIG).is_file() or source in shipped_generators()
+    if is_bundle and not as_data:
         facts, rows = bundle_facts(Bundle.open(source)), bundle_rows
     elif source in DATASETS or Path(source).exists():
         facts, rows = data_facts(source), data_rows
@@ -53,7 +55,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "kind": "generator" if bundle.spec.steps == 1 else "teacher",
         "path": str(bundle.path),
         **asdict(bundle.spec),
-        "parameters": sum(array.size for array in weights.values()),
+        # The resampling filters are stored too, but constant.
+        "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),
         "tensors": len(weights),
         "weights_bytes": (bundle.path / WEIGHTS).stat().st_size,
         "weights_sha256": bundle.weights_sha256,
@@ -82,6 +85,7 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
     """A bundle's facts in words."""
     provenance = [(f"provenance: {key}", _text(value)) for key, value in facts["provenance"].items()]
     engines = [(f"engine {engine['kind']}", _engine_text(engine)) for engine in facts["engines"]]
+    hint = [("engines", f"none exported; uni-instruct export {facts['path']} --to onnx")] if facts["steps"] == 1 else []
     return [
         (facts["kind"], facts["name"]),
         ("images", _shape_text(facts["image_shape"])),
@@ -92,7 +96,7 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
         ("weights", f"sha256 {facts['weights_sha256']}"),
         ("licence", facts["licence"]),
         *provenance,
-        *(engines or [("engines", f"none exported; uni-instruct export {facts['path']} --to onnx")]),
+        *(engines or hint),
     ]
 
 

@@ -1,0 +1,119 @@
+"""How fast each engine is, as a ratio to torch eager, and whether its images depend on the batch size.
+
+`python benchmarks/engines.py [BUNDLE | --network digits|fashion|cifar10] [--rounds 5]`: without a bundle, a generator of random
+weights and that shape is exported to every kind first. The engines take turns, round by round, on the same machine; ratios are
+medians over the rounds.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import describe_machine
+
+from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.engine import Engine, available_engines, open_engine
+from uni_instruct.export.targets import TARGETS, export_engine
+from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.latents import latents
+from uni_instruct.networks.build import build_denoiser
+
+BATCHES = (1, 16, 64)
+INVARIANCE_BATCHES = (1, 2, 3, 7, 16, 64)
+MIN_SECONDS = 0.3  # of calls, for one figure
+# name -> image shape and network arguments.
+NETWORKS = {
+    "digits": ((1, 8, 8), {"model_channels": 32, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4]}),
+    "fashion": ((1, 28, 28), {"model_channels": 32, "channel_mult": [1, 2, 2], "num_blocks": 1, "attn_resolutions": [14]}),
+    "cifar10": ((3, 32, 32), {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", nargs="?")
+    parser.add_argument("--network", choices=NETWORKS, default="digits", help="where no bundle is given")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Bundle.open(options.bundle) if options.bundle else random_bundle(options.network, Path(scratch) / "bundle")
+        engines = {kind: open_engine(bundle, kind) for kind in available_engines(bundle)}
+        result = {
+            "generator": bundle.spec.name,
+            "parameters": sum(array.size for array in bundle.weights().values()),
+            "speed": speed(engines, options.rounds),
+            "equal_to_batch_1": {kind: equal_to_batch_1(engine) for kind, engine in engines.items()},
+            "machine": describe_machine(),
+        }
+    print(json.dumps(result, indent=2))
+
+
+def random_bundle(network: str, path: Path) -> Bundle:
+    """A conditional generator with every weight drawn at random, exported to every kind."""
+    shape, arguments = NETWORKS[network]
+    spec = GeneratorSpec(name=f"random-{network}", image_shape=shape, num_classes=10, network_args=arguments)
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, tensor in build_denoiser(spec).state_dict().items():
+        # EDM starts its last convolutions near zero: a trained network's are not.
+        noise = torch.randn(tensor.shape, generator=generator) / max(tensor[0].numel(), 1) ** 0.5
+        weights[name] = (tensor if "resample" in name or tensor.dim() < 2 else noise).numpy()
+    bundle = Bundle.write(path, spec, weights, card="")
+    for kind in TARGETS:
+        export_engine(bundle, kind)
+    return bundle
+
+
+def speed(engines: dict[str, Engine], rounds: int) -> list[dict[str, object]]:
+    """A row for each engine and batch size: median latency, images per second, and the ratio to torch's."""
+    seconds: dict[tuple[str, int], list[float]] = {(kind, batch): [] for kind in engines for batch in BATCHES}
+    for _ in range(rounds):
+        for kind, batch in seconds:
+            seconds[kind, batch].append(seconds_per_call(engines[kind], batch))
+    rows = []
+    for (kind, batch), own in seconds.items():
+        ratios = [eager / time_s for eager, time_s in zip(seconds["torch", batch], own, strict=True)]
+        rows.append(
+            {
+                "engine": kind,
+                "batch": batch,
+                "latency_ms": round(statistics.median(own) * 1e3, 2),
+                "images_per_s": round(batch / statistics.median(own), 1),
+                "to_torch_eager": round(statistics.median(ratios), 2),
+            }
+        )
+    return rows
+
+
+def seconds_per_call(engine: Engine, batch: int) -> float:
+    """Median over the calls of at least MIN_SECONDS, after one that is not counted."""
+    noise = latents(range(batch), engine.spec.image_shape)
+    class_ids = resolve_class_ids(engine.spec, range(batch))
+    engine(noise, class_ids)
+    times: list[float] = []
+    while sum(times) < MIN_SECONDS:
+        start = time.perf_counter()
+        engine(noise, class_ids)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def equal_to_batch_1(engine: Engine) -> dict[int, dict[str, float]]:
+    """For each batch size, the share of images that are byte for byte those of batch size 1, and the same of pixels."""
+    seeds = range(max(INVARIANCE_BATCHES))
+    class_ids = resolve_class_ids(engine.spec, seeds)
+    images = {batch: generate(engine, seeds, class_ids, batch) for batch in INVARIANCE_BATCHES}
+    equal = {batch: found == images[1] for batch, found in images.items()}
+    return {
+        batch: {"images": float(same.all(axis=(1, 2, 3)).mean()), "pixels": float(np.round(same.mean(), 6))}
+        for batch, same in equal.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
