@@ -57,7 +57,7 @@ def test_quickstart_ends_serving_a_generator_as_good_as_promised(tmp_path: Path)
     )
     assert scores.returncode == 0, scores.stderr
     answer = json.loads(scores.stdout)
-    assert answer["ratio"] <= 1.5, answer
-    assert answer["generator"]["class_accuracy"] >= 0.95, answer
+    assert answer["distance_to_teacher_ratio"] <= 1.5, answer
+    assert answer["scores"]["generator"]["values"]["class_accuracy"] >= 0.95, answer
     again = run_cli("quickstart", "--out", out, "--no-serve")
     assert again.returncode == 0, again.stderr
