@@ -52,9 +52,7 @@ def test_quickstart_ends_serving_a_generator_as_good_as_promised(tmp_path: Path)
     assert not psutil.wait_procs(family, timeout=5)[1], "processes are left"
     assert time.monotonic() - stopped < 10
 
-    scores = run_cli(
-        "evaluate", out / "generator", "--reference", "digits", "--teacher", out / "teacher", "--json"
-    )
+    scores = run_cli("evaluate", out / "generator", "--reference", "digits", "--teacher", out / "teacher", "--json")
     assert scores.returncode == 0, scores.stderr
     answer = json.loads(scores.stdout)
     assert answer["distance_to_teacher_ratio"] <= 1.5, answer

@@ -41,9 +41,7 @@ def parse_seeds(text: str) -> list[int]:
         if stop < start:
             raise RequestError(f"seed range {part} is empty", remedy="put the smaller seed first", param="seeds")
         if len(seeds) + stop - start >= MAX_SEEDS:
-            raise RequestError(
-                f"seeds '{text[:60]}' are more than {MAX_SEEDS}", remedy="ask for fewer at once", param="seeds"
-            )
+            raise RequestError(f"seeds '{text[:60]}' are more than {MAX_SEEDS}", remedy="ask for fewer at once", param="seeds")
         seeds.extend(range(start, stop + 1))
     return seeds
 
