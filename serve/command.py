@@ -1,9 +1,7 @@
 """`uni-instruct serve`: checks what can be checked, runs BentoML as a child process, and stops all of it."""
 
-import errno
 import os
 import signal
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,8 @@ import rich_click as click
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import engine_kind
 from uni_instruct.engines.record import verified_file
-from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.errors import MissingExtraError
+from uni_instruct.ports import free_address
 from uni_instruct.serve.settings import PREFIX, settings_from_environment
 
 
@@ -46,7 +45,7 @@ def serve(bundle: str, host: str, port: int, engine: str | None, workers: int) -
             raise MissingExtraError(package, extra="serve")
     from uni_instruct.serve.process import Server
 
-    address = _free_address(host, port)
+    address = free_address(host, port)
     environment = {
         **os.environ,
         "BENTOML_DO_NOT_TRACK": "true",
@@ -68,23 +67,6 @@ def serve(bundle: str, host: str, port: int, engine: str | None, workers: int) -
         finally:
             with _signals(signal.SIG_IGN):
                 server.stop()
-
-
-def _free_address(host: str, port: int) -> str:
-    """The IP address of the host, after a trial that the port can be had there."""
-    try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror:
-        raise RequestError(f"host {host} is unknown", remedy="choose another --host", param="host") from None
-    with socket.socket(family, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(place)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            problem = f"port {port} is taken" if taken else f"cannot listen on {host}:{port}: {error.strerror}"
-            raise RequestError(problem, remedy="choose another --port", param="port") from None
-    return str(place[0])
 
 
 def _announce(url: str, workers: int) -> None:

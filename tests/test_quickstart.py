@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,3 +60,11 @@ def test_quickstart_ends_serving_a_generator_as_good_as_promised(tmp_path: Path)
     assert answer["scores"]["generator"]["values"]["class_accuracy"] >= 0.95, answer
     again = run_cli("quickstart", "--out", out, "--no-serve")
     assert again.returncode == 0, again.stderr
+
+
+def test_quickstart_names_a_taken_port_before_it_trains(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_cli("quickstart", "--out", tmp_path / "out", "--port", str(port))
+    assert (done.returncode, done.stderr) == (2, f"error: port {port} is taken; choose another --port\n")
+    assert not (tmp_path / "out").exists()

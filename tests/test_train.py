@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_cli
+from conftest import files_of_at_most, run_cli
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.train.config import built_in_recipes, load_recipe
@@ -126,6 +126,19 @@ def test_corrupt_state_is_named(finished: Path, tmp_path: Path) -> None:
     done = run_cli(*train_command(out))
     assert done.returncode == 2
     assert "teacher.pt cannot be read; delete it to train that stage anew" in done.stderr
+
+
+def test_full_disk_ends_in_one_line_and_can_be_resumed(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with files_of_at_most(300_000):  # the bundles fit, a state does not
+        done = run_cli(*train_command(out))
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: cannot write {out}/state/teacher.pt: File too large; free space or choose another --out"]
+    assert not any((out / "state").iterdir())
+
+    assert run_cli(*train_command(out)).returncode == 0
+    assert (out / "generator" / "model.safetensors").read_bytes() == (finished / "generator" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", built_in_recipes())

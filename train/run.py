@@ -42,8 +42,8 @@ class Run:
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
         """Replaces the stage's state; the old one stays where writing fails."""
-        with atomic_file(self._state_file(stage)) as partial:
-            torch.save(state, partial)
+        with atomic_file(self._state_file(stage)) as partial, partial.open("wb") as file:
+            torch.save(state, file)  # to a Python file, whose errors say that the disk is full
 
     def log(self, stage: str, step: int, kimg: float, values: Mapping[str, float]) -> None:
         """One line in log.jsonl, and the same values as TensorBoard scalars over images seen."""

@@ -6,12 +6,13 @@ from pathlib import Path
 import rich_click as click
 
 from uni_instruct.cli import cli
+from uni_instruct.ports import free_address
 
 
 @click.command()
 @click.option("--out", default="runs/quickstart", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--no-serve", is_flag=True, help="Stop before serving.")
-@click.option("--port", default=3000, help="Port of the HTTP service and the web demo.")
+@click.option("--port", default=3000, type=click.IntRange(1, 65535), help="Port of the HTTP service and the web demo.")
 def quickstart(out: Path, no_serve: bool, port: int) -> None:
     """Train a generator of handwritten digits, export it, score it against its teacher, and serve it.
 
@@ -20,6 +21,8 @@ def quickstart(out: Path, no_serve: bool, port: int) -> None:
 
     Example: uni-instruct quickstart --out runs/quickstart
     """
+    if not no_serve:
+        free_address("127.0.0.1", port)  # a taken port is better told before the training than after
     generator = out / "generator"
     for arguments in (
         ["train", "digits", "--out", out],

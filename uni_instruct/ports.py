@@ -1,0 +1,23 @@
+"""Whether a server can listen where it is asked to, before anything long is started for it."""
+
+import errno
+import socket
+
+from uni_instruct.errors import RequestError
+
+
+def free_address(host: str, port: int) -> str:
+    """The IP address of the host, after a trial that the port can be had there. Raises RequestError where it cannot."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        raise RequestError(f"host {host} is unknown", remedy="choose another --host", param="host") from None
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(place)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            problem = f"port {port} is taken" if taken else f"cannot listen on {host}:{port}: {error.strerror}"
+            raise RequestError(problem, remedy="choose another --port", param="port") from None
+    return str(place[0])
