@@ -124,7 +124,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         _one_of("loop.metric", self.metric, ("FD", "KD", "none"))
-        _one_of("loop.precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
+        _one_of("loop.precision", self.precision, ("32-true", "bf16-mixed"))
         for name in ("log_kimg", "state_kimg"):
             _in_range(f"loop.{name}", getattr(self, name), 1e-6, 1e9)
 
