@@ -31,7 +31,7 @@ def test_quickstart_ends_serving_a_generator_as_good_as_promised(tmp_path: Path)
     printed = []
     for line in process.stdout:
         printed.append(line)
-        if f"http://127.0.0.1:{PORT}" in line:
+        if line.startswith(f"serving on http://127.0.0.1:{PORT}"):
             break
     else:
         pytest.fail("".join(printed))
