@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import files_of_at_most, run_cli
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.train.config import built_in_recipes, load_recipe
+from uni_instruct.train.loop import metric_value
 
 TINY = [
     "network.model_channels=16",
@@ -87,6 +89,28 @@ def test_generator_starts_from_a_given_teacher(finished: Path, tmp_path: Path) -
     assert not (out / "teacher").exists()
     spec = Bundle.open(out / "generator").spec
     assert spec.provenance["teacher_sha256"] == Bundle.open(finished / "teacher").weights_sha256
+
+
+@pytest.mark.parametrize(("metric", "scored"), [("KD", {"KD(digits-classifier)", "precision", "recall"}), ("none", set())])
+def test_weights_are_chosen_by_the_recipes_metric(finished: Path, tmp_path: Path, metric: str, scored: set[str]) -> None:
+    out = tmp_path / "run"
+    given = (f"teacher.bundle={finished / 'teacher'}", f"loop.metric={metric}", "divergence=reverse-kl")
+    done = run_cli(*train_command(out, *given))
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    evaluated = [record for record in records if "precision" in record]
+    assert all(scored <= record.keys() for record in evaluated)
+    assert bool(evaluated) == bool(scored)
+    best = torch.load(out / "state" / "generator.pt", weights_only=True)["best"]
+    if metric == "none":
+        assert best["step"] == 30
+    else:
+        assert best["value"] == min(record["KD(digits-classifier)"] for record in evaluated)
+
+
+def test_a_metric_is_found_under_its_extractors_name() -> None:
+    assert metric_value({"precision": 0.5, "FID": 3.0}, "FD") == metric_value({"FD(x-classifier)": 3.0}, "FD") == 3
+    assert metric_value({"KID": 2.0, "FID": 3.0}, "KD") == 2
 
 
 @pytest.mark.parametrize(

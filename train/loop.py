@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,16 @@ from uni_instruct.train.run import Run
 # Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
 FIRST_SELECTION_SEED = 2**40
 SAMPLE_BATCH = 256
+
+
+class Metric(NamedTuple):
+    """What a recipe's metric asks the evaluator for, and how the answer's name begins."""
+
+    asked: str
+    printed: tuple[str, str]
+
+
+METRICS = {"FD": Metric("fd", ("FD(", "FID")), "KD": Metric("kd", ("KD(", "KID"))}
 
 
 class Stage(Protocol):
@@ -79,7 +89,7 @@ class Loop:
         run: Run,
         config: LoopConfig,
         spec: GeneratorSpec,
-        evaluator: Evaluator,
+        evaluator: Evaluator | None,
         keep: Callable[[dict[str, float], np.ndarray], None],
     ):
         self.run, self.config, self.spec, self.evaluator, self.keep = run, config, spec, evaluator, keep
@@ -139,11 +149,14 @@ class Loop:
 
     def _evaluate(self, stage: Stage, done: int) -> str:
         images, class_ids = self._draw(stage)
-        scores = self.evaluator(images, class_ids, metrics=("fd", "pr")).values
         kimg = done * stage.batch / 1000
-        self.run.log(stage.name, done, kimg, scores)
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
-        value = metric_value(scores, self.config.metric)
+        scores, value = {}, 0.0  # without a metric the last weights count
+        if self.evaluator is not None:
+            asked = METRICS[self.config.metric].asked
+            scores = self.evaluator(images, class_ids, metrics=(asked, "pr")).values
+            value = metric_value(scores, self.config.metric)
+            self.run.log(stage.name, done, kimg, scores)
         if value <= self.best.value:
             self.best = Best(value, done, scores)
             self.keep(scores, images[: self.config.grid])
@@ -163,11 +176,8 @@ class Loop:
 
 
 def metric_value(scores: dict[str, float], metric: str) -> float:
-    """The score that is minimised: 'FD' stands for FD(<extractor>) and for FID. 0 for 'none', so that the last one counts."""
-    if metric == "none":
-        return 0.0
-    names = [name for name in scores if name == metric or name.startswith(f"{metric}(")]
-    return scores[names[0]]
+    """The score that is minimised, under the name that its extractor gives it: FD(<extractor>) or FID, KD(...) or KID."""
+    return next(value for name, value in scores.items() if name.startswith(METRICS[metric].printed))
 
 
 def _due(stage: Stage, done: int, every_kimg: float) -> bool:

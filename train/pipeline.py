@@ -68,7 +68,7 @@ class _Session:
     def __init__(self, recipe: Recipe, dataset: Dataset, run: Run):
         self.recipe, self.dataset, self.run = recipe, dataset, run
         self.fabric = Fabric(accelerator="auto", devices=1, precision=recipe.loop.precision)  # type: ignore[arg-type]
-        self.evaluator = Evaluator(dataset)
+        self.evaluator = None if recipe.loop.metric == "none" else Evaluator(dataset)
 
     def train_teacher(self, spec: GeneratorSpec) -> Bundle:
         """The teacher/ bundle, trained unless its state says that it is done."""
