@@ -17,7 +17,7 @@ tags: [one-step, diffusion-distillation]
 ---
 # {name}
 
-{summary} Trained by the recipe `{recipe}` on {data} ({count} images of {size}{classes}).
+{summary} Trained by the recipe `{recipe}` {data} (images of {size}{classes}).
 
 ![samples](samples.png)
 
@@ -35,22 +35,22 @@ Data: {source}. Licence of data: {licence}.
 """
 
 
-def model_card(spec: GeneratorSpec, recipe: Recipe, dataset: Dataset, scores: Mapping[str, float]) -> str:
+def model_card(spec: GeneratorSpec, recipe: Recipe, dataset: Dataset | None, scores: Mapping[str, float]) -> str:
     """README.md of a bundle, with a header that Hugging Face reads."""
     channels, height, width = spec.image_shape
     one_step = spec.steps == 1
     summary = (
-        f"A one-step image generator, distilled with the expanded {recipe.distillation.divergence} divergence."
+        f"A one-step image generator, distilled by {recipe.objective.method} ({recipe.objective.family} family, "
+        f"{recipe.objective.divergence})."
         if one_step
         else f"A diffusion teacher, sampled with {spec.steps} steps of EDM's Heun sampler."
     )
     return _CARD.format(
         name=spec.name,
-        licence_tag=HUB_LICENCES.get(dataset.licence, "other"),
+        licence_tag=HUB_LICENCES.get(spec.licence, "other"),
         summary=summary,
         recipe=recipe.name,
-        data=dataset.name,
-        count=len(dataset),
+        data=f"on {len(dataset)} images of {dataset.name}" if dataset else "from its teacher alone",
         size=f"{width}x{height}x{channels}",
         classes=f", {spec.num_classes} classes" if spec.num_classes else "",
         scores="\n".join(f"- {name}: {value:.4g}" for name, value in scores.items()) or "- none",
@@ -58,6 +58,6 @@ def model_card(spec: GeneratorSpec, recipe: Recipe, dataset: Dataset, scores: Ma
         usage="uni-instruct generate . --seeds 0-63 --out images/\nuni-instruct serve ."
         if one_step
         else "uni-instruct generate . --seeds 0-63 --out images/",
-        source=dataset.source,
-        licence=dataset.licence,
+        source=dataset.source if dataset else "none, a teacher alone",
+        licence=spec.licence,
     )

@@ -1,37 +1,46 @@
 """`uni-instruct train`."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import rich_click as click
-import yaml
 
-from uni_instruct.train.config import Recipe, load_recipe
+from uni_instruct.train.recipe import load_recipe
 
 
 @click.command()
 @click.argument("recipe")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; needed except with --dry-run.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one line of the recipe; repeatable.")
-@click.option("--dry-run", is_flag=True, help="Check recipe, data and teacher, print what would be trained, and stop.")
+@click.option("--devices", default=1, type=click.IntRange(1, 1024), help="GPUs, or processes on the CPU. Not with torchrun.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check recipe, data and teacher, say what would be trained and its cost, and stop."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def train(recipe: str, out: Path, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def train(recipe: str, out: Path | None, overrides: tuple[str, ...], devices: int, dry_run: bool, as_json: bool) -> None:
     """Train a teacher and distil it into a one-step generator.
 
     RECIPE is the name of a built-in recipe or a YAML file. Run the same command again to resume. The run folder holds
     recipe.yaml, log.jsonl, TensorBoard events, samples/, state/, and the bundles teacher/ and generator/.
 
-    Example: uni-instruct train digits --out runs/digits --set divergence=forward-kl
+    Example: uni-instruct train digits --out runs/digits --set method=dmd2
     """
     resolved = load_recipe(recipe, overrides)
     if dry_run:
-        _explain(resolved, as_json)
+        from uni_instruct.train.dry_run import explain
+
+        click.echo(explain(resolved, as_json))
         return
+    if out is None:
+        raise click.UsageError("Missing option '--out': the folder of the run")
     from uni_instruct.train.pipeline import train as train_run
 
     start = time.monotonic()
-    bundle = train_run(resolved, out)
+    bundle = train_run(resolved, out, devices)
+    if is_later_process():
+        return
     answer = {"bundle": str(bundle.path), "weights_sha256": bundle.weights_sha256, "time_s": time.monotonic() - start}
     if as_json:
         click.echo(json.dumps(answer))
@@ -40,16 +49,6 @@ def train(recipe: str, out: Path, overrides: tuple[str, ...], dry_run: bool, as_
         click.echo(f"next: uni-instruct generate {bundle.path} --seeds 0-63 --out {out}/images --grid {out}/grid.png")
 
 
-def _explain(recipe: Recipe, as_json: bool) -> None:
-    from uni_instruct.data import open_dataset
-    from uni_instruct.networks.build import build_denoiser
-    from uni_instruct.train.pipeline import plan_teacher
-
-    dataset = open_dataset(recipe.data)
-    network = build_denoiser(plan_teacher(recipe, dataset))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    if as_json:
-        click.echo(json.dumps({"recipe": recipe.to_dict(), "images": len(dataset), "parameters": parameters}))
-        return
-    click.echo(yaml.safe_dump(recipe.to_dict(), sort_keys=False).rstrip())
-    click.echo(f"# {len(dataset)} images of {list(dataset.image_shape)}; {parameters / 1e6:.2f} M parameters a network")
+def is_later_process() -> bool:
+    """Whether this is one of the processes that work for the first, which alone speaks."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0

@@ -1,166 +1,184 @@
-"""Distillation: a one-step generator, started from the teacher, follows the gradient of an expanded divergence."""
+"""Distillation: a one-step generator, started from the teacher, follows the gradient of the objective."""
 
 import copy
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.divergence import find_divergence
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.ddpmpp import EDMDenoiser
-from uni_instruct.schedule import karras_density, karras_uniform_sigma
-from uni_instruct.train.config import DistillationConfig
-from uni_instruct.train.ema import Ema
-from uni_instruct.train.objective import (
-    DiffusedBatch,
-    density_ratio,
-    discriminator_loss,
-    exact_weight,
-    expanded_loss,
-    sid_weight,
-)
-from uni_instruct.train.optimizing import RateSchedule, optimize
+from uni_instruct.train.augment import AugmentPipe
+from uni_instruct.train.config import DistillationConfig, Recipe
+from uni_instruct.train.critic_update import CriticUpdate
+from uni_instruct.train.ema import Averages
+from uni_instruct.train.generator_update import GeneratorUpdate
+from uni_instruct.train.metrics import Metrics
+from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.optimizing import Clipping, Optimization, RateSchedule
+from uni_instruct.train.pairs import Pairs
+from uni_instruct.train.parallel import Share, prepared
 from uni_instruct.train.randomness import Batches
-from uni_instruct.train.teacher import denoising_loss
+from uni_instruct.train.ratio import DensityRatio
+from uni_instruct.train.reward import Reward
+from uni_instruct.train.student import StudentBatch, one_step
 
-Metrics = dict[str, Tensor]
+
+@dataclass(frozen=True, kw_only=True)
+class Players:
+    """The networks of a distillation. generator and fake score start as copies of the teacher, or of a given generator."""
+
+    teacher: EDMDenoiser
+    generator: EDMDenoiser
+    critic: Critic
+
+    @classmethod
+    def from_teacher(cls, teacher: EDMDenoiser, recipe: Recipe, start: EDMDenoiser | None = None) -> "Players":
+        """A discriminator is there where any phase of the recipe needs it."""
+        wanted = any(objective.needs_discriminator for objective in recipe.objectives)
+        critic = Critic(copy.deepcopy(teacher), recipe.objective.discriminator if wanted else None)
+        return cls(teacher=teacher, generator=start or copy.deepcopy(teacher), critic=critic)
 
 
 class DistillationStage:
-    """Critic updates and one generator update a step. State is generator, average, critic and optimizers.
+    """Critic updates and one generator update a step. State is generator, averages, critic, optimizers and ratio means.
 
-    The critic (fake score, and discriminator where the divergence needs a ratio) is trained at the noise levels at which it is
-    read, those of the generator's loss.
+    batches, reward and pairs are None where no phase needs them.
     """
 
     name = "generator"
 
-    def __init__(self, teacher: EDMDenoiser, batches: Batches, config: DistillationConfig, fabric: Fabric):
-        self.config, self.batches, self.fabric = config, batches, fabric
+    def __init__(
+        self,
+        players: Players,
+        recipe: Recipe,
+        fabric: Fabric,
+        batches: Batches | None,
+        reward: Reward | None = None,
+        pairs: Pairs | None = None,
+    ):
+        config = self.config = recipe.distillation
+        self.recipe, self.fabric = recipe, fabric
         self.batch, self.evaluate_kimg = config.batch, config.evaluate_kimg
         self.total_steps = max(1, round(config.duration_kimg * 1000 / config.batch))
-        self.divergence = find_divergence(config.divergence)
-        self.num_classes, self.image_shape = teacher.num_classes, teacher.image_shape
+        self.num_classes, self.image_shape = players.teacher.num_classes, players.teacher.image_shape
+        share = Share(fabric, config.batch, config.micro_batch)
+        self._one_pass = len(share.parts) == 1
 
-        rate = partial(RateSchedule, total_steps=self.total_steps, batch=config.batch, decay_kimg=config.decay_kimg)
-        self.generator_rate = rate(peak=config.generator_learning_rate)
-        self.critic_rate = rate(peak=config.critic_learning_rate)
-
-        generator, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
-        self.ema = Ema(generator.to(fabric.device), config.ema_halflife_kimg)
-        critic = Critic(fake_score.train(), with_discriminator=self.divergence.needs_ratio)
-        self.teacher = fabric.setup_module(teacher.eval().requires_grad_(False))
-        betas = (config.beta1, config.beta2)
-        self.generator, self.generator_optimizer = fabric.setup(
-            generator.train(), torch.optim.Adam(generator.parameters(), lr=config.generator_learning_rate, betas=betas)
+        self.averages = Averages(
+            players.generator.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=0.05
         )
-        self.critic, self.critic_optimizer = fabric.setup(
-            critic, torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate, betas=betas)
+        self.generator = self._optimization(players.generator, "generator")
+        self.critic = self._optimization(players.critic, "critic")
+        self.ratio = DensityRatio(fabric, recipe.objective.ratio_bins)
+        limit = recipe.loop.bad_steps_in_a_row
+        self.update_critic = CriticUpdate(
+            fabric=fabric,
+            optimization=self.critic,
+            share=share,
+            batches=batches,
+            class_weights=_class_weights(batches, self.num_classes),
+            pipe=AugmentPipe(probability=config.augment, mirror=config.augment_mirror and config.augment > 0),
+            sigma_data=players.teacher.sigma_data,
+            bad_limit=limit,
         )
-        self.critic.mark_forward_method("logits")
+        self.update_generator = GeneratorUpdate(
+            fabric=fabric,
+            optimization=self.generator,
+            critic=self.critic,
+            teacher=fabric.setup_module(prepared(players.teacher.eval().requires_grad_(False), recipe.loop)),
+            share=share,
+            ratio=self.ratio,
+            reward=reward,
+            pairs=pairs,
+            bad_limit=limit,
+        )
 
-    def step(self, index: int, generator: torch.Generator) -> Metrics:
+    def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:
         """Updates the critic on fresh samples, then the generator through the last of them once the warm-up is over."""
+        objective = self.objective_at(index)
         warm = index * self.batch >= self.config.critic_warmup_kimg * 1000
-        updates = self.config.critic_updates
-        for update in range(updates):
-            class_ids = self._random_classes(generator)
-            with torch.set_grad_enabled(warm and update == updates - 1):
-                clean = self.generate(self.generator, self._noise(generator), class_ids)
-            metrics = self._update_critic(index, index * updates + update, clean.detach(), class_ids, generator)
+        for update in range(objective.critic_updates):
+            last = update == objective.critic_updates - 1
+            students = self._draw_students(generator, keep=warm and last and self._one_pass)
+            data_index = index * objective.critic_updates + update
+            metrics = self.update_critic(index, data_index, objective, students, generator, closely and last)
         if warm:
-            metrics |= self._update_generator(index, clean, class_ids, generator)
+            bad = self.generator.bad
+            metrics |= self.update_generator(index, objective, students, generator, closely)
+            if self.generator.bad == bad:
+                self.averages.update(self.generator.module.parameters(), self.batch, self._generator_kimg(index))
         return metrics
 
-    def generate(self, network: Any, latents: Tensor, class_ids: Tensor | None) -> Tensor:
-        """G(z) = D(sigma_init z; sigma_init)."""
-        sigma = latents.new_full((len(latents), 1, 1, 1), self.config.sigma_init)
-        images: Tensor = network(latents * self.config.sigma_init, sigma, class_ids)
-        return images
+    def objective_at(self, index: int) -> ObjectiveConfig:
+        """What the step of that index minimises."""
+        kimg = index * self.batch / 1000
+        return next((phase.objective for phase in self.recipe.schedule if kimg < phase.until_kimg), self.recipe.objective)
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out because they were not finite."""
+        return self.generator.bad + self.critic.bad
 
     def sample(self, latents: Tensor, class_ids: Tensor | None) -> Tensor:
         """Images of the averaged generator."""
         with torch.no_grad():
-            return self.generate(self.ema.module, latents, class_ids)
-
-    def _update_critic(
-        self, index: int, data_index: int, fake: Tensor, class_ids: Tensor | None, generator: torch.Generator
-    ) -> Metrics:
-        """Denoising of the student's samples, and real against fake at the same noise levels."""
-        self.critic.requires_grad_(True)
-        sigma = self._sigma(generator)
-        noised = fake + sigma * self._noise(generator)
-        denoised, fake_logits = self.critic(noised, sigma, class_ids)
-        loss = denoising_loss(denoised, fake, sigma, self.teacher.sigma_data).mean()
-        metrics = {"fake_score/loss": loss.detach()}
-        if fake_logits is not None:
-            images, real_classes = self.batches(data_index, self.fabric.device)
-            real_logits = self.critic.logits(images + sigma * self._noise(generator), sigma, real_classes)
-            discrimination = discriminator_loss(real_logits, fake_logits).mean()
-            loss = loss + self.config.discriminator_scale * discrimination
-            accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
-            metrics |= {"discriminator/loss": discrimination.detach(), "discriminator/accuracy": accuracy}
-        optimize(self.fabric, self.critic_optimizer, loss, self.critic_rate.at(index))
-        return metrics
-
-    def _update_generator(self, index: int, clean: Tensor, class_ids: Tensor | None, generator: torch.Generator) -> Metrics:
-        """One step along the gradient of the expanded divergence."""
-        self.critic.requires_grad_(False)
-        sigma = self._sigma(generator)
-        noised = clean + sigma * self._noise(generator)
-        denoised, logits = self.critic(noised, sigma, class_ids)
-        batch = DiffusedBatch(
-            sigma=sigma, clean=clean, noised=noised, teacher=self.teacher(noised, sigma, class_ids), fake=denoised
-        )
-        ratio = clean.new_ones(len(clean)) if logits is None else density_ratio(logits, self.config.logit_clamp)
-        loss = (expanded_loss(self.divergence, batch, ratio, self.config.alpha) * self._weight(batch)).mean()
-        optimize(self.fabric, self.generator_optimizer, loss, self.generator_rate.at(index))
-        self.ema.update(self.generator.parameters(), self.batch, self._generator_kimg(index))
-        metrics = {
-            "generator/loss": loss.detach(),
-            "generator/score_distance": (batch.teacher - batch.fake).detach().square().mean().sqrt(),
-        }
-        if logits is not None:
-            metrics["ratio/effective_sample_size"] = ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)
-        return metrics
-
-    def _weight(self, batch: DiffusedBatch) -> Tensor:
-        if self.config.weighting == "sid":
-            return sid_weight(batch)
-        return exact_weight(batch.sigma, karras_density(batch.sigma, self.config.tmin, self.config.tmax))
-
-    def _generator_kimg(self, index: int) -> float:
-        return (index + 1) * self.batch / 1000 - self.config.critic_warmup_kimg
-
-    def _sigma(self, generator: torch.Generator) -> Tensor:
-        config = self.config
-        return self.fabric.to_device(karras_uniform_sigma(self.batch, config.tmin, config.tmax, generator))
-
-    def _noise(self, generator: torch.Generator) -> Tensor:
-        return self.fabric.to_device(torch.randn(self.batch, *self.image_shape, generator=generator))
-
-    def _random_classes(self, generator: torch.Generator) -> Tensor | None:
-        if not self.num_classes:
-            return None
-        return self.fabric.to_device(torch.randint(self.num_classes, (self.batch,), generator=generator))
+            return one_step(self.averages.primary.module, latents, self.config.sigma_init, class_ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step reads and changes; the teacher is fixed."""
         return {
             "generator": self.generator.state_dict(),
-            "ema": self.ema.module.state_dict(),
             "critic": self.critic.state_dict(),
-            "generator_optimizer": self.generator_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "averages": self.averages.state_dict(),
+            "ratio": self.ratio.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.generator.load_state_dict(state["generator"])
-        self.ema.module.load_state_dict(state["ema"])
         self.critic.load_state_dict(state["critic"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.averages.load_state_dict(state["averages"])
+        self.ratio.load_state_dict(state["ratio"])
+
+    def _optimization(self, module: torch.nn.Module, name: str) -> Optimization:
+        config = self.config
+        peak = config.generator_learning_rate if name == "generator" else config.critic_learning_rate
+        rate = RateSchedule(
+            peak=peak,
+            total_steps=self.total_steps,
+            batch=config.batch,
+            warmup_kimg=config.warmup_kimg,
+            decay_kimg=config.decay_kimg,
+            decay=config.decay,
+        )
+        module = prepared(module.train(), self.recipe.loop)
+        adam = torch.optim.Adam(module.parameters(), lr=peak, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+        return Optimization(self.fabric, module, adam, rate, _clipping(config, name))
+
+    def _draw_students(self, generator: torch.Generator, keep: bool) -> StudentBatch:
+        latents = torch.randn(self.batch, *self.image_shape, generator=generator)
+        class_ids = torch.randint(self.num_classes, (self.batch,), generator=generator) if self.num_classes else None
+        return StudentBatch(
+            self.generator.module, self.config.sigma_init, latents, class_ids, keep=keep, device=self.fabric.device
+        )
+
+    def _generator_kimg(self, index: int) -> float:
+        return (index + 1) * self.batch / 1000 - self.config.critic_warmup_kimg
+
+
+def _clipping(config: DistillationConfig, name: str) -> Clipping:
+    if name == "generator":
+        return Clipping(norm=config.generator_clip_norm, value=config.generator_clip_value)
+    return Clipping(norm=config.critic_clip_norm, value=config.critic_clip_value)
+
+
+def _class_weights(batches: Batches | None, num_classes: int) -> Tensor | None:
+    """What an image of each class counts in data, so that every class counts alike, as among the student's images."""
+    if batches is None or not num_classes or batches.dataset.labels is None:
+        return None
+    counts = np.bincount(batches.dataset.labels, minlength=num_classes)
+    return torch.from_numpy(counts.sum() / num_classes / np.maximum(counts, 1)).float()

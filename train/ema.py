@@ -1,27 +1,152 @@
-"""Exponential moving average of weights, with a half-life in images and EDM's ramp-up."""
+"""Averages of weights over training: exponential with a half-life (EDM), and by a power function (EDM2).
+
+An average has no state but its weights: how much it keeps at a step follows from the images seen, which the caller gives.
+"""
 
 import copy
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from uni_instruct.errors import FileFormatError, RequestError
+
 Averaged = TypeVar("Averaged", bound=nn.Module)
 
-RAMPUP_RATIO = 0.05
+# Relative widths that a power function is asked for; the upper end is just below 1 / sqrt(12), the mean of all weights.
+NARROWEST, WIDEST = 0.005, 0.28
 
 
-class Ema(Generic[Averaged]):
-    """The average of a module's weights; `module` is a copy that holds it."""
+class Average(ABC, Generic[Averaged]):
+    """An average of a module's weights; `module` is a copy that holds it, for evaluation only."""
 
-    def __init__(self, module: Averaged, halflife_kimg: float):
+    name: str
+
+    def __init__(self, module: Averaged):
         self.module: Averaged = copy.deepcopy(module).eval().requires_grad_(False)
-        self.halflife_kimg = halflife_kimg
+
+    @abstractmethod
+    def keep(self, batch: int, seen_kimg: float) -> float:
+        """beta, the share in 0..1 of the old average that a step of `batch` images keeps, seen_kimg counted after it."""
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[Tensor], batch: int, seen_kimg: float) -> None:
-        """One step of `batch` images; early on the half-life is at most RAMPUP_RATIO of what was seen."""
-        halflife = min(self.halflife_kimg, max(seen_kimg, 1e-3) * RAMPUP_RATIO) * 1000
-        keep = 0.5 ** (batch / max(halflife, 1e-8))
-        torch._foreach_lerp_(list(self.module.parameters()), list(parameters), 1 - keep)
+    def update(self, parameters: Iterable[Tensor], batch: int, seen_kimg: float, buffers: Iterable[Tensor] = ()) -> None:
+        """average = beta average + (1 - beta) parameters, after a step of `batch` images that brought training to seen_kimg.
+
+        Buffers are copied, not averaged: give the module's where training changes them. Both come in the module's order.
+        """
+        share = 1 - self.keep(batch, seen_kimg)
+        torch._foreach_lerp_(list(self.module.parameters()), list(parameters), share)
+        if changed := list(buffers):
+            torch._foreach_copy_(list(self.module.buffers()), changed)
+
+
+class Ema(Average[Averaged]):
+    """Exponential: beta = 0.5 ** (batch / halflife) with halflife = min(halflife, rampup_ratio * seen), all in images.
+
+    The ramp-up, which keeps the first weights from lingering, is EDM's (arXiv 2206.00364); rampup_ratio None leaves it out.
+    """
+
+    def __init__(self, module: Averaged, halflife_kimg: float, rampup_ratio: float | None):
+        super().__init__(module)
+        self.halflife_kimg, self.rampup_ratio = halflife_kimg, rampup_ratio
+        self.name = f"halflife-{halflife_kimg:g}kimg"
+
+    def keep(self, batch: int, seen_kimg: float) -> float:
+        """beta of a step of `batch` images that ends at seen_kimg."""
+        halflife_kimg = self.halflife_kimg
+        if self.rampup_ratio is not None:
+            halflife_kimg = min(halflife_kimg, self.rampup_ratio * seen_kimg)
+        return float(0.5 ** (batch / max(1000 * halflife_kimg, 1e-8)))
+
+
+class PowerEma(Average[Averaged]):
+    """EDM2's power function: the weights of time t count as t^gamma, so the average is always as wide relative to its age.
+
+    beta = (1 - batch / seen) ** (gamma + 1), in images: beta_t of Karras et al. 2024 (arXiv 2312.02696, section 3.1) for
+    steps of `batch`. std is the profile's standard deviation relative to training time (sigma_rel; EDM2 uses 0.05 and 0.10).
+    The first step forgets the weights that the average was built from. Raises RequestError for std outside 0.005..0.28.
+    """
+
+    def __init__(self, module: Averaged, std: float):
+        self.std, self.gamma = std, power_exponent(std)
+        super().__init__(module)
+        self.name = f"power-{std:g}"
+
+    def keep(self, batch: int, seen_kimg: float) -> float:
+        """beta of a step of `batch` images that ends at seen_kimg."""
+        seen = max(1000 * seen_kimg, batch)  # kimg are rounded, and the first step must not come out below zero
+        return float((1 - batch / seen) ** (self.gamma + 1))
+
+
+class Averages(Generic[Averaged]):
+    """Several averages of one module; each costs one copy of it. Names are as in 'halflife-5kimg' and 'power-0.05'.
+
+    `primary`, the first half-life's, is what is evaluated and published. Raises RequestError where there is no half-life or
+    where one is given twice.
+    """
+
+    def __init__(
+        self,
+        module: Averaged,
+        halflives_kimg: Sequence[float],
+        power_widths: Sequence[float] = (),
+        *,
+        rampup_ratio: float | None,
+    ):
+        emas = [Ema(module, halflife, rampup_ratio) for halflife in halflives_kimg]
+        averages: list[Average[Averaged]] = [*emas, *(PowerEma(module, std) for std in power_widths)]
+        if not emas:
+            raise RequestError("no half-life of an average is given", remedy="give at least one, in kimg")
+        self.primary: Ema[Averaged] = emas[0]
+        self._averages = {average.name: average for average in averages}
+        if len(self._averages) < len(averages):
+            names = ", ".join(average.name for average in averages)
+            raise RequestError(f"two of the averages {names} are the same", remedy="give each once")
+
+    def update(self, parameters: Iterable[Tensor], batch: int, seen_kimg: float, buffers: Iterable[Tensor] = ()) -> None:
+        """One step of all of them, as in `Average.update`."""
+        weights, changed = list(parameters), list(buffers)
+        for average in self._averages.values():
+            average.update(weights, batch, seen_kimg, changed)
+
+    def __iter__(self) -> Iterator[Average[Averaged]]:
+        """Every average, the primary one first."""
+        return iter(self._averages.values())
+
+    def modules(self) -> dict[str, Averaged]:
+        """The modules that hold the averages, by name; the primary one comes first."""
+        return {name: average.module for name, average in self._averages.items()}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The modules' states by name. The tensors are the averages' own, as in torch."""
+        return {name: dict(module.state_dict()) for name, module in self.modules().items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes back what `state_dict` gave. Raises FileFormatError for a state of other averages."""
+        modules = self.modules()
+        if state.keys() != modules.keys():
+            raise FileFormatError(
+                f"the state holds the averages {', '.join(state)}, not {', '.join(modules)}",
+                remedy="resume with the half-lives and widths that the run began with",
+            )
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+
+
+def power_exponent(std: float) -> float:
+    """gamma of the profile t^gamma on 0..1 whose standard deviation is std: 0.05 gives 16.97, 0.10 gives 6.94.
+
+    std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (arXiv 2312.02696, appendix C), a cubic whose largest root is meant.
+    Raises RequestError for std outside 0.005..0.28.
+    """
+    if not NARROWEST <= std <= WIDEST:
+        raise RequestError(
+            f"width {std:g} of an average is out of range", remedy=f"give {NARROWEST:g} to {WIDEST:g} of training time"
+        )
+    precision = std**-2
+    cubic = np.polynomial.Polynomial([12 - precision, 16 - precision, 7.0, 1.0])
+    return float(cubic.roots().real.max())

@@ -1,7 +1,9 @@
 """The loop that both stages share: steps, log, samples, evaluation, the best weights, and states to resume from."""
 
 import math
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,16 +13,18 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.engines.torch import to_uint8
-from uni_instruct.errors import UniInstructError
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.latents import latents, random_class_ids
-from uni_instruct.progress import progress
+from uni_instruct.progress import progress, silent
 from uni_instruct.train.config import LoopConfig
-from uni_instruct.train.ema import Ema
+from uni_instruct.train.ema import Averages
+from uni_instruct.train.health import Health
+from uni_instruct.train.metrics import Metrics
 from uni_instruct.train.randomness import step_generator
 from uni_instruct.train.run import Run
 
@@ -46,10 +50,11 @@ class Stage(Protocol):
     batch: int
     total_steps: int
     evaluate_kimg: float
-    ema: Ema[Any]
+    averages: Averages[Any]
+    skipped: int
 
-    def step(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Trains on one batch; returns scalars to log."""
+    def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:
+        """Trains on one batch; with `closely`, returns scalars to log, the same in every process."""
         ...
 
     def sample(self, latents: Tensor, class_ids: Tensor | None) -> Tensor:
@@ -74,26 +79,24 @@ class Best:
     scores: dict[str, float] | None = None
 
 
-class TrainingError(UniInstructError):
-    """Training cannot go on."""
-
-
 class Loop:
     """Runs a stage from where its state stands to its end.
 
-    keep is called with scores and images whenever the averaged weights are the best so far.
+    keep is called, in the first process, with scores and images whenever the averaged weights are the best so far.
     """
 
     def __init__(
         self,
         run: Run,
         config: LoopConfig,
+        fabric: Fabric,
         spec: GeneratorSpec,
         evaluator: Evaluator | None,
         keep: Callable[[dict[str, float], np.ndarray], None],
     ):
-        self.run, self.config, self.spec, self.evaluator, self.keep = run, config, spec, evaluator, keep
-        self.best = Best()
+        self.run, self.config, self.fabric, self.spec = run, config, fabric, spec
+        self.evaluator, self.keep = evaluator, keep
+        self.best, self.health = Best(), Health()
 
     def __call__(self, stage: Stage) -> Best:
         """Trains to the end; raises KeyboardInterrupt after saving the state where the user interrupts."""
@@ -101,53 +104,83 @@ class Loop:
         if first == stage.total_steps:
             return self.best
         meter = _Meter(time.monotonic(), first)
-        with (
-            _deferred_interrupt() as interrupted,
-            progress(stage.name, stage.total_steps, "steps", done=first) as shown,
-        ):
+        shows = progress(stage.name, stage.total_steps, "steps", done=first) if self._first else silent(stage.name, 0, "")
+        with _deferred_interrupt() as interrupted, shows as shown:
             for index in range(first, stage.total_steps):
-                generator = step_generator(self.config.seed, stage.name, index)
-                torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
-                metrics = stage.step(index, generator)
                 done = index + 1
-                note = self._log(stage, done, metrics, meter) if _due(stage, done, self.config.log_kimg) else None
-                if _due(stage, done, stage.evaluate_kimg):
+                generator = step_generator(self.config.seed, stage.name, index)
+                torch.manual_seed(generator.initial_seed() + self.fabric.global_rank)  # dropout draws from the global one
+                closely = _due(stage, done, self.config.log_kimg)
+                metrics = stage.step(index, generator, closely)
+                note = self._log(stage, done, metrics, meter) if closely else None
+                if self.run.snapshots and _due(stage, done, self.config.snapshot_kimg):
+                    self._snapshot(stage, done)
+                if done > 1 and _due(stage, done, stage.evaluate_kimg):
                     note = self._evaluate(stage, done)
                 shown.advance(1, note)
-                if interrupted() or _due(stage, done, self.config.state_kimg):
+                stop = self._anywhere(interrupted())
+                if stop or _due(stage, done, self.config.state_kimg):
                     self._save(stage, done)
-                if interrupted():
+                if stop:
                     raise KeyboardInterrupt
         return self.best
 
+    @property
+    def _first(self) -> bool:
+        return self.fabric.is_global_zero
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether the flag is up in any process: all of them have to stop at the same step."""
+        if self.fabric.world_size == 1:
+            return flag
+        total = self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum")
+        return bool(total)
+
     def _resume(self, stage: Stage) -> int:
         state = self.run.load_state(stage.name)
-        if state is None:
-            self.run.forget_log_after(stage.name, -1)
-            return 0
-        stage.load_state_dict(state["stage"])
-        self.best = Best(**state["best"])
-        step = int(state["step"])
-        self.run.forget_log_after(stage.name, step)
+        step = 0
+        if state is not None:
+            stage.load_state_dict(state["stage"])
+            self.best, step = Best(**state["best"]), int(state["step"])
+            self.health.load_state_dict(state["health"])
+        self.fabric.barrier()  # every process has read what the first is going to change
+        if self._first:
+            self.run.forget_log_after(stage.name, step if state is not None else -1)
         return step
 
     def _save(self, stage: Stage, done: int) -> None:
-        state = {"step": done, "best": dict(self.best.__dict__), "stage": stage.state_dict()}
-        self.run.save_state(stage.name, state)
+        if self._first:
+            state = {
+                "step": done,
+                "best": dict(self.best.__dict__),
+                "health": self.health.state_dict(),
+                "stage": stage.state_dict(),
+            }
+            self.run.save_state(stage.name, state)
+        self.fabric.barrier()
 
-    def _log(self, stage: Stage, done: int, metrics: dict[str, Tensor], meter: "_Meter") -> str:
+    def _snapshot(self, stage: Stage, done: int) -> None:
+        if self._first:
+            self.run.save_snapshots(stage.name, done * stage.batch / 1000, stage.averages)
+
+    def _log(self, stage: Stage, done: int, metrics: Metrics, meter: "_Meter") -> str:
         values = {name: float(value) for name, value in metrics.items()}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise TrainingError(
-                f"{bad[0]} is {values[bad[0]]} after step {done}",
-                remedy="lower the learning rates and run again to resume",
-            )
+        values["skipped_steps"] = stage.skipped
+        warnings = self.health.examine(values)
         values["images_per_s"] = meter.steps_per_s(done) * stage.batch
-        self.run.log(stage.name, done, done * stage.batch / 1000, values)
+        values["memory_mb"] = _memory_mb()
+        if self._first:
+            self.run.log(stage.name, done, done * stage.batch / 1000, values)
+            for warning in warnings:
+                self.run.warn(stage.name, done, warning)
         return ", ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in list(values.items())[:1])
 
     def _evaluate(self, stage: Stage, done: int) -> str:
+        note = self._judge(stage, done) if self._first else ""
+        self.fabric.barrier()
+        return note
+
+    def _judge(self, stage: Stage, done: int) -> str:
         images, class_ids = self._draw(stage)
         kimg = done * stage.batch / 1000
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
@@ -165,7 +198,7 @@ class Loop:
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
         seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + self.config.samples)
         class_ids = random_class_ids(seeds, self.spec.num_classes) if self.spec.num_classes else None
-        device = next(stage.ema.module.parameters()).device
+        device = next(stage.averages.primary.module.parameters()).device
         parts = []
         for start in range(0, len(seeds), SAMPLE_BATCH):
             part = slice(start, start + SAMPLE_BATCH)
@@ -196,6 +229,13 @@ class _Meter:
         rate = (done - self.step) / max(now - self.time_s, 1e-9)
         self.time_s, self.step = now, done
         return rate
+
+
+def _memory_mb() -> float:
+    """The most memory that this process has held: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @contextmanager

@@ -1,16 +1,23 @@
-"""The generator's loss: an f-divergence between teacher and student, expanded along the diffusion (docs/objective.md).
+"""The generator's gradient: an f-divergence between teacher and student, taken along the diffusion (docs/objective.md).
 
-Per noise level s, with r = q_s / p_s and d = grad log q_s - grad log p_s, the gradient of E[h(r) |d|^2] is the path
-gradient, through x_s = G(z) + s eps alone, of three terms: DI, FGM and SIM (arXiv 2505.20755, theorem 3.2; SIM's weight is
-differentiated as well, which the paper's code leaves out).
+With r = q_s / p_s and d = grad log q_s - grad log p_s at noise level s, two families share the divergences' table:
+
+expanded   D_f(q_0 || p_0) = integral s E[h(r) |d|^2] ds; the gradient of E[h |d|^2] is the path gradient, through
+           x_s = G(z) + s eps alone, of the terms DI, FGM and SIM (arXiv 2505.20755, theorem 3.2; SIM's weight is
+           differentiated as well, which the paper's code leaves out).
+integral   integral w(s) D_f(q_s || p_s) ds, whose gradient is -E[h(r) d . dx_s] at each level (Diff-Instruct, f-distill).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from uni_instruct.divergence import Divergence
+from uni_instruct.schedule import NoiseLevels
+
+Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +35,14 @@ class DiffusedBatch:
     fake: Tensor
 
 
-def expanded_loss(divergence: Divergence, batch: DiffusedBatch, ratio: Tensor, alpha: float = 0.5) -> Tensor:
-    """sigma^4 times the integrand of the expansion: [B]. Its gradient is meant, its value only indicates.
+def expanded_terms(
+    divergence: Divergence, batch: DiffusedBatch, ratio: Tensor, *, alpha: float = 0.5, exact_sim: bool = True
+) -> Terms:
+    """sigma^4 times the integrand of the expansion, as di, fgm and sim: [B] each. Their gradient is meant, not their value.
 
     ratio: r [B], no gradient (ones for reverse KL). alpha scales FGM by 2 (1 - alpha): 0.5 is exact, 1 drops it (SiD).
-    The factor sigma^4 turns scores into differences of denoised images; `loss_weight` takes it out again.
+    exact_sim differentiates SIM's weight; False holds it fixed, which is biased for every divergence but the reverse KL.
+    The factor sigma^4 turns scores into differences of denoised images; `exact_weight` takes it out again.
     """
     delta = batch.teacher - batch.fake  # sigma^2 d
     residual = batch.fake - batch.clean  # sigma^2 (s_p + eps / sigma)
@@ -41,26 +51,66 @@ def expanded_loss(divergence: Divergence, batch: DiffusedBatch, ratio: Tensor, a
     r = ratio.detach()
     h, dh, d2h = divergence.h(r), divergence.dh(r), divergence.d2h(r)
 
-    di = -(r**2) * d2h * square.detach() * _along_path(d, batch.noised)
-    fgm = 2 * (1 - alpha) * (h - r * dh) * square
-    sim = 2 * h * cross + 2 * dh * r * cross.detach() * _along_path(d, batch.noised)
-    return di + fgm + sim
+    sim = 2 * h * cross
+    if exact_sim:
+        sim = sim + 2 * dh * r * cross.detach() * _along_path(d, batch.noised)
+    return {
+        "di": -(r**2) * d2h * square.detach() * _along_path(d, batch.noised),
+        "fgm": 2 * (1 - alpha) * (h - r * dh) * square,
+        "sim": sim,
+    }
 
 
-def exact_weight(sigma: Tensor, density: Tensor) -> Tensor:
-    """sigma / sigma^4 / p(sigma), [B]: the expectation over sigma ~ p of the weighted loss is the divergence's integral."""
-    return (sigma**-3).flatten() / density.flatten()
+def integral_terms(divergence: Divergence, batch: DiffusedBatch, ratio: Tensor) -> Terms:
+    """sigma^2 times the integrand of the integral family, as one term [B]; its gradient is meant, not its value (zero)."""
+    delta = (batch.teacher - batch.fake).detach()  # sigma^2 d
+    return {"integral": -divergence.h(ratio.detach()) * _along_path(delta, batch.noised)}
 
 
-def sid_weight(batch: DiffusedBatch) -> Tensor:
-    """1 / mean |G(z) - D_q|, [B], no gradient: SiD's practical weight (arXiv 2404.04057)."""
+@dataclass(frozen=True)
+class Family:
+    """terms carry a factor sigma^power; names are the terms' names."""
+
+    power: int
+    names: tuple[str, ...]
+
+
+FAMILIES = {"expanded": Family(4, ("di", "fgm", "sim")), "integral": Family(2, ("integral",))}
+
+
+def exact_weight(batch: DiffusedBatch, levels: NoiseLevels, power: int) -> Tensor:
+    """sigma / sigma^power / p(sigma), [B]: the weighted terms' mean over sigma ~ p is the integral over noise levels."""
+    return (batch.sigma ** (1 - power) / levels.density(batch.sigma)).flatten()
+
+
+def sid_weight(batch: DiffusedBatch, levels: NoiseLevels, power: int) -> Tensor:
+    """1 / mean |G(z) - D_q|, [B], no gradient: the practical weight of DMD (arXiv 2311.18828) and SiD (arXiv 2404.04057)."""
     return 1 / (batch.clean - batch.teacher).detach().abs().mean(dim=(1, 2, 3)).clamp(min=1e-5)
 
 
-def density_ratio(logits: Tensor, clamp: float) -> Tensor:
-    """r = exp(logit) of a balanced real-against-fake discriminator, [B], with mean 1 over the batch as E_p[r] = 1."""
-    ratio = logits.detach().clamp(-clamp, clamp).exp()
-    return ratio / ratio.mean()
+def uniform_weight(batch: DiffusedBatch, levels: NoiseLevels, power: int) -> Tensor:
+    """1, [B]: every noise level counts by its difference of denoised images."""
+    return batch.sigma.new_ones(len(batch.sigma))
+
+
+WEIGHTINGS: dict[str, Callable[[DiffusedBatch, NoiseLevels, int], Tensor]] = {
+    "exact": exact_weight,
+    "sid": sid_weight,
+    "uniform": uniform_weight,
+}
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, real_weight: Tensor | float = 1.0) -> Tensor:
+    """Binary cross-entropy whose optimum is the log-ratio of real to fake density: [B].
+
+    real_weight [B], of mean 1, gives real images of each class the share that the generator's have.
+    """
+    return real_weight * torch.nn.functional.softplus(-real_logits) + torch.nn.functional.softplus(fake_logits)
+
+
+def adversarial_loss(fake_logits: Tensor) -> Tensor:
+    """The generator's side of the same game, non-saturating: [B]."""
+    return torch.nn.functional.softplus(-fake_logits)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -70,8 +120,3 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _along_path(field: Tensor, x: Tensor) -> Tensor:
     """Zero in value; its gradient is that of field . x with the field held fixed: [B]."""
     return _dot(field, x - x.detach())
-
-
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Binary cross-entropy whose optimum is the log-ratio of real to fake density: [B]."""
-    return torch.nn.functional.softplus(-real_logits) + torch.nn.functional.softplus(fake_logits)

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from uni_instruct.data import Dataset
 
@@ -20,25 +22,42 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 class Batches:
-    """Shuffled epochs over a data set; batch number `step` is the same however training got there."""
+    """Shuffled epochs over a data set; batch number `step` is the same however training got there.
+
+    Images are read when they are due, one batch ahead, by a thread of its own; none are kept.
+    """
 
     def __init__(self, dataset: Dataset, batch: int, seed: int):
         self.dataset, self.batch, self.seed = dataset, batch, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._reader = ThreadPoolExecutor(1, "batches")  # alone in touching the data set
+        self._ahead: dict[tuple[int, int, int], Future[_Read]] = {}
 
-    def __call__(self, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images float32 [B, C, H, W] in [-1, 1] and class ids int64 [B] (None without labels)."""
-        positions = range(step * self.batch, (step + 1) * self.batch)
+    def __call__(self, step: int, part: slice, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """That part of the batch: images float32 [B, C, H, W] in [-1, 1] and class ids int64 [B] (None without labels)."""
+        future = self._ahead.pop((step, part.start, part.stop), None) or self._start_reading(step, part)
+        self._ahead = {key: value for key, value in self._ahead.items() if key[0] >= step}
+        self._ahead[step + 1, part.start, part.stop] = self._start_reading(step + 1, part)
+        pixels, class_ids = future.result()
+        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return images, None if class_ids is None else torch.from_numpy(class_ids).to(device)
+
+    def _start_reading(self, step: int, part: slice) -> "Future[_Read]":
+        return self._reader.submit(self._read, step, part)
+
+    def _read(self, step: int, part: slice) -> "_Read":
+        positions = range(step * self.batch + part.start, step * self.batch + part.stop)
         index = np.array([self._permutation(p // len(self.dataset))[p % len(self.dataset)] for p in positions])
-        pixels = torch.from_numpy(self.dataset.images(index)).to(device)
         labels = self.dataset.labels
-        class_ids = None if labels is None else torch.from_numpy(labels[index]).to(device)
-        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, class_ids
+        return self.dataset.images(index), None if labels is None else labels[index]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
         return self._order
+
+
+_Read = tuple[np.ndarray, np.ndarray | None]
 
 
 def initial_weights(build: Callable[[], Module], seed: int) -> Module:

@@ -1,6 +1,7 @@
 """A run on disk: recipe, log, samples, states and bundles, in a folder that a later call can resume."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,30 @@ import yaml
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file, disk_errors
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.train.config import Recipe, parse_recipe, read_yaml
+from uni_instruct.train.config import Recipe
+from uni_instruct.train.ema import Averages, PowerEma
+from uni_instruct.train.posthoc import save_snapshot
+from uni_instruct.train.recipe import parse_recipe, read_yaml
+from uni_instruct.train.track import Tracker, open_trackers
+
+log = logging.getLogger(__name__)
 
 
 class Run:
-    """The folder of one run. Raises RequestError where it holds a run of another recipe."""
+    """The folder of one run, written to by the first process alone.
 
-    def __init__(self, folder: Path, recipe: Recipe):
+    Raises RequestError where it holds a run of another recipe.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, *, first_process: bool = True):
         self.folder = folder
         self.recipe = recipe
-        self._events: Any = None
+        self.snapshots = bool(recipe.teacher.ema_power_std or recipe.distillation.ema_power_std)
+        self._trackers: list[Tracker] | None = None
         file = folder / "recipe.yaml"
         if file.exists():
             _check_same_recipe(folder, parse_recipe(read_yaml(file)), recipe)
-        else:
+        elif first_process:
             with atomic_file(file) as partial:
                 partial.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
 
@@ -46,12 +57,27 @@ class Run:
             torch.save(state, file)  # to a Python file, whose errors say that the disk is full
 
     def log(self, stage: str, step: int, kimg: float, values: Mapping[str, float]) -> None:
-        """One line in log.jsonl, and the same values as TensorBoard scalars over images seen."""
-        line = json.dumps({"stage": stage, "step": step, "kimg": round(kimg, 3), **values})
-        with disk_errors(self.folder), (self.folder / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
-        for name, value in values.items():
-            self._writer().add_scalar(name if "/" in name else f"{stage}/{name}", value, int(kimg * 1000))
+        """One line in log.jsonl, and the same values to the trackers over images seen."""
+        self._write_line({"stage": stage, "step": step, "kimg": round(kimg, 3), **values})
+        named = {name if "/" in name else f"{stage}/{name}": value for name, value in values.items()}
+        for tracker in self._open_trackers():
+            tracker.scalars(named, int(kimg * 1000))
+
+    def warn(self, stage: str, step: int, warning: str) -> None:
+        """A warning in words, on standard error and in log.jsonl."""
+        self._write_line({"stage": stage, "step": step, "warning": warning})
+        log.warning("%s, step %d: %s", stage, step, warning)
+
+    def save_snapshots(self, stage: str, kimg: float, averages: Averages[Any]) -> None:
+        """Today's power-function averages into snapshots/<stage>/, from which any other width can be reconstructed."""
+        for average in averages:
+            if isinstance(average, PowerEma):
+                save_snapshot(self.folder / "snapshots" / stage, kimg, average.std, average.module.state_dict())
+
+    def close(self) -> None:
+        """Ends what trackers have open."""
+        for tracker in self._trackers or ():
+            tracker.close()
 
     def forget_log_after(self, stage: str, step: int) -> None:
         """Drops the lines that a resumed run is going to write again."""
@@ -66,21 +92,24 @@ class Run:
             partial.write_text("".join(line + "\n" for line in kept))
 
     def save_samples(self, stage: str, kimg: float, images: np.ndarray) -> None:
-        """A grid of images, uint8 [N, H, W, C], as samples/<stage>-<kimg>.png and in TensorBoard."""
+        """A grid of images, uint8 [N, H, W, C], as samples/<stage>-<kimg>.png and to the trackers."""
         sheet = contact_sheet(images)
         with atomic_file(self.folder / "samples" / f"{stage}-{kimg:08.1f}.png") as partial:
             partial.write_bytes(encode(sheet))
-        self._writer().add_image(f"{stage}/samples", sheet, int(kimg * 1000), dataformats="HWC")
+        for tracker in self._open_trackers():
+            tracker.picture(f"{stage}/samples", sheet, int(kimg * 1000))
 
     def _state_file(self, stage: str) -> Path:
         return self.folder / "state" / f"{stage}.pt"
 
-    def _writer(self) -> Any:
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def _write_line(self, record: Mapping[str, Any]) -> None:
+        with disk_errors(self.folder), (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
-            self._events = SummaryWriter(str(self.folder / "tensorboard"))
-        return self._events
+    def _open_trackers(self) -> list[Tracker]:
+        if self._trackers is None:
+            self._trackers = open_trackers(self.recipe.loop.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
+        return self._trackers
 
 
 def _check_same_recipe(folder: Path, old: Recipe, new: Recipe) -> None:

@@ -8,61 +8,93 @@ from torch import Tensor
 
 from uni_instruct.networks.ddpmpp import EDMDenoiser
 from uni_instruct.sampler import heun_sample
-from uni_instruct.schedule import lognormal_sigma
-from uni_instruct.train.config import TeacherConfig
-from uni_instruct.train.ema import Ema
-from uni_instruct.train.optimizing import RateSchedule, optimize
+from uni_instruct.schedule import LogNormalLevels
+from uni_instruct.train.augment import AugmentPipe
+from uni_instruct.train.config import Recipe
+from uni_instruct.train.ema import Averages
+from uni_instruct.train.fault import Suspects, stop_if_hopeless
+from uni_instruct.train.guidance import drop_classes
+from uni_instruct.train.metrics import Metrics, Tally
+from uni_instruct.train.optimizing import Clipping, Optimization, RateSchedule
+from uni_instruct.train.parallel import Share, prepared
 from uni_instruct.train.randomness import Batches
 
 
 class TeacherStage:
-    """One step of denoising a batch of data; state is the denoiser, its average and the optimizer."""
+    """One step of denoising a batch of data; state is the denoiser, its averages and the optimizer."""
 
     name = "teacher"
 
-    def __init__(self, denoiser: EDMDenoiser, batches: Batches, config: TeacherConfig, fabric: Fabric):
-        self.config, self.batches, self.fabric = config, batches, fabric
+    def __init__(self, denoiser: EDMDenoiser, batches: Batches, recipe: Recipe, fabric: Fabric):
+        config = self.config = recipe.teacher
+        self.batches, self.fabric, self.bad_limit = batches, fabric, recipe.loop.bad_steps_in_a_row
         self.batch, self.evaluate_kimg = config.batch, config.evaluate_kimg
         self.total_steps = max(1, round(config.duration_kimg * 1000 / config.batch))
-        self.rate = RateSchedule(
+        self.share = Share(fabric, config.batch, config.micro_batch)
+        self.levels = LogNormalLevels(config.p_mean, config.p_std)
+        self.sigma_data, self.image_shape, self.conditional = (
+            denoiser.sigma_data,
+            denoiser.image_shape,
+            denoiser.num_classes > 0,
+        )
+        self.pipe = AugmentPipe(probability=config.augment, mirror=config.augment_mirror and config.augment > 0)
+        self.averages = Averages(denoiser.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=0.05)
+        rate = RateSchedule(
             peak=config.learning_rate,
             total_steps=self.total_steps,
             batch=config.batch,
             warmup_kimg=config.warmup_kimg,
             decay_kimg=config.decay_kimg,
+            decay=config.decay,
         )
-        self.ema = Ema(denoiser.to(fabric.device), config.ema_halflife_kimg)
-        optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
-        self.denoiser, self.optimizer = fabric.setup(denoiser, optimizer)
+        denoiser = prepared(denoiser, recipe.loop)
+        adam = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
+        self.denoiser = Optimization(fabric, denoiser, adam, rate, Clipping(norm=config.clip_norm))
 
-    def step(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Trains on batch number `index`; returns the loss."""
-        images, class_ids = self.batches(index, self.fabric.device)
-        sigma = lognormal_sigma(len(images), self.config.p_mean, self.config.p_std, generator).to(images)
-        noised = images + sigma * torch.randn(images.shape, generator=generator).to(images)
-        denoised = self.denoiser(noised, sigma, class_ids)
-        loss = denoising_loss(denoised, images, sigma, self.denoiser.sigma_data).mean()
-        optimize(self.fabric, self.optimizer, loss, self.rate.at(index))
-        self.ema.update(self.denoiser.parameters(), self.batch, (index + 1) * self.batch / 1000)
-        return {"teacher/loss": loss.detach()}
+    def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:
+        """Trains on batch number `index`; with `closely`, returns loss and gradient norm."""
+        device, shape = self.fabric.device, (self.batch, *self.image_shape)
+        sigmas, noise = self.levels.draw(self.batch, generator), torch.randn(shape, generator=generator)
+        augmentation = self.pipe.draw(self.batch, generator)
+        hidden = drop_classes(torch.zeros(self.batch, dtype=torch.int64), self.config.label_dropout, generator)
+        suspects, tally = Suspects(), Tally(self.fabric)
+        for part in self.share.parts:
+            images, class_ids = self.batches(index, part, device)
+            sigma, augment = sigmas[part].to(device), augmentation[part].to(device)
+            if class_ids is not None and hidden is not None:
+                class_ids = torch.where(hidden[part].to(device) < 0, hidden[part].to(device), class_ids)
+            clean = augment(images)
+            labels = augment.labels if self.pipe.probability else None
+            denoised = self.denoiser.module(clean + sigma * noise[part].to(device), sigma, class_ids, labels)
+            losses = {"teacher": denoising_loss(denoised, clean, sigma, self.sigma_data)}
+            suspects.add(losses, sigma)
+            if closely:
+                tally.add({"teacher/loss": losses["teacher"]})
+            self.denoiser.backward(losses["teacher"].sum() / self.batch)
+        bad = self.denoiser.bad
+        norm = self.denoiser.step(index)
+        stop_if_hopeless(self.fabric, self.denoiser, self.bad_limit, suspects, index + 1)
+        if self.denoiser.bad == bad:
+            self.averages.update(self.denoiser.module.parameters(), self.batch, (index + 1) * self.batch / 1000)
+        return tally.means() | {"teacher/gradient_norm": norm} if closely else {}
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out because they were not finite."""
+        return self.denoiser.bad
 
     def sample(self, latents: Tensor, class_ids: Tensor | None) -> Tensor:
         """Images of the averaged teacher with its Heun sampler."""
-        return heun_sample(self.ema.module, latents, class_ids, self.config.steps)
+        return heun_sample(self.averages.primary.module, latents, class_ids, self.config.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step reads and changes."""
-        return {
-            "denoiser": self.denoiser.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return {"denoiser": self.denoiser.state_dict(), "averages": self.averages.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.denoiser.load_state_dict(state["denoiser"])
-        self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.averages.load_state_dict(state["averages"])
 
 
 def denoising_loss(denoised: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:

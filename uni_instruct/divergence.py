@@ -12,21 +12,55 @@ from uni_instruct.errors import RequestError
 
 Elementwise = Callable[[Any], Any]
 
+DEFAULT_ORDER = 0.5
+DEFAULT_MIX = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """One row of the table: f, and h with its first two derivatives in r."""
+    """One row of the table: f, and h with its first two derivatives in r.
+
+    needs_ratio: whether training needs a density ratio, and so real data: not where h is constant (reverse KL).
+    """
 
     name: str
     f: Elementwise
     h: Elementwise
     dh: Elementwise
     d2h: Elementwise
+    needs_ratio: bool = True
 
-    @property
-    def needs_ratio(self) -> bool:
-        """Whether training needs a density ratio, and so real data: not where h is constant (reverse KL)."""
-        return self.name != "reverse-kl"
+
+def alpha_divergence(order: float) -> Divergence:
+    """The alpha family, h = r^a: reverse KL at a = 0, forward KL at 1; 2 is half of chi-square, 1/2 squared Hellinger."""
+    a = order
+    if a == 0:
+        f = DIVERGENCES["reverse-kl"].f
+    elif a == 1:
+        f = DIVERGENCES["forward-kl"].f
+    else:
+        f = lambda r: (r**a - a * r - (1 - a)) / (a * (a - 1))  # noqa: E731
+    return Divergence(
+        name="alpha",
+        f=f,
+        h=lambda r: r**a,
+        dh=lambda r: a * r ** (a - 1),
+        d2h=lambda r: a * (a - 1) * r ** (a - 2),
+        needs_ratio=a != 0,
+    )
+
+
+def jeffreys(mix: float) -> Divergence:
+    """2 (mix KL(q||p) + (1 - mix) KL(p||q)): Jeffreys' divergence at 1/2, forward KL alone (twice) at 1."""
+    forward, reverse = 2 * mix, 2 * (1 - mix)
+    return Divergence(
+        name="jeffreys",
+        f=lambda r: (forward * r - reverse) * r.log(),
+        h=lambda r: forward * r + reverse,
+        dh=lambda r: forward * r**0,
+        d2h=lambda r: 0 * r,
+        needs_ratio=mix != 0,
+    )
 
 
 # Adding a divergence is adding a row; tests/test_divergence.py checks each against f by automatic differentiation.
@@ -39,6 +73,7 @@ DIVERGENCES = {
             h=lambda r: r**0,
             dh=lambda r: 0 * r,
             d2h=lambda r: 0 * r,
+            needs_ratio=False,
         ),
         Divergence(
             name="forward-kl",
@@ -47,13 +82,7 @@ DIVERGENCES = {
             dh=lambda r: r**0,
             d2h=lambda r: 0 * r,
         ),
-        Divergence(
-            name="jeffreys",
-            f=lambda r: (r - 1) * r.log(),
-            h=lambda r: r + 1,
-            dh=lambda r: r**0,
-            d2h=lambda r: 0 * r,
-        ),
+        jeffreys(DEFAULT_MIX),
         Divergence(
             name="jensen-shannon",
             f=lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
@@ -75,14 +104,36 @@ DIVERGENCES = {
             dh=lambda r: r**-0.5 / 2,
             d2h=lambda r: -(r**-1.5) / 4,
         ),
+        alpha_divergence(DEFAULT_ORDER),
+        Divergence(  # arXiv 2502.15681, table 1
+            name="softened-reverse-kl",
+            f=lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
+            h=lambda r: 1 / (r + 1),
+            dh=lambda r: -((r + 1) ** -2),
+            d2h=lambda r: 2 * (r + 1) ** -3,
+        ),
     )
 }
 
 
-def find_divergence(name: str) -> Divergence:
-    """The divergence of that name. Raises RequestError for an unknown one."""
-    if name not in DIVERGENCES:
-        raise RequestError(
-            f"divergence '{name}' is unknown", remedy=f"choose one of {', '.join(DIVERGENCES)}", param="divergence"
-        )
-    return DIVERGENCES[name]
+def find_divergence(name: str, *, order: float = DEFAULT_ORDER, mix: float = DEFAULT_MIX) -> Divergence:
+    """The divergence of that name, or of the user's own f: 'module:function', 'file.py:function' or an expression in r.
+
+    order is the alpha family's a, mix the share of the forward KL in Jeffreys' divergence. Raises RequestError for an unknown
+    name, and for an f that is not convex or not 0 at r = 1.
+    """
+    if name == "alpha":
+        return alpha_divergence(order)
+    if name == "jeffreys":
+        return jeffreys(mix)
+    if name in DIVERGENCES:
+        return DIVERGENCES[name]
+    from uni_instruct.custom_divergence import is_custom, read_divergence
+
+    if is_custom(name):
+        return read_divergence(name)
+    raise RequestError(
+        f"divergence '{name}' is unknown",
+        remedy=f"choose one of {', '.join(DIVERGENCES)}, or give f as module:function or as an expression in r",
+        param="divergence",
+    )

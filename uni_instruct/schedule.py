@@ -38,21 +38,44 @@ def sampling_sigmas(steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float =
     return np.append(karras_sigma(u, sigma_min, sigma_max, rho), 0.0)
 
 
-def lognormal_sigma(batch: int, p_mean: float, p_std: float, generator: "torch.Generator") -> "torch.Tensor":
-    """Training noise levels, log sigma ~ N(p_mean, p_std^2): float32 [B, 1, 1, 1]."""
-    import torch
+@dataclass(frozen=True)
+class LogNormalLevels:
+    """Noise levels with log sigma ~ N(mean, std^2), as EDM trains denoisers."""
 
-    return (torch.randn(batch, 1, 1, 1, generator=generator) * p_std + p_mean).exp()
+    mean: float = -1.2
+    std: float = 1.2
+
+    def draw(self, batch: int, generator: "torch.Generator") -> "torch.Tensor":
+        """float32 [B, 1, 1, 1]."""
+        import torch
+
+        return (torch.randn(batch, 1, 1, 1, generator=generator) * self.std + self.mean).exp()
+
+    def density(self, sigma: "torch.Tensor") -> "torch.Tensor":
+        """The density in sigma that `draw` draws from."""
+        z = (sigma.log() - self.mean) / self.std
+        return (-(z**2) / 2).exp() / (sigma * self.std * (2 * np.pi) ** 0.5)
 
 
-def karras_uniform_sigma(batch: int, tmin: float, tmax: float, generator: "torch.Generator") -> "torch.Tensor":
-    """Noise levels at a uniform position from tmin/1000 to tmax/1000 of the rho schedule (SiD): float32 [B, 1, 1, 1]."""
-    import torch
+@dataclass(frozen=True)
+class KarrasLevels:
+    """Noise levels at a uniform position from tmin/1000 to tmax/1000 of EDM's rho schedule, as SiD trains generators."""
 
-    return karras_sigma((tmin + (tmax - tmin) * torch.rand(batch, 1, 1, 1, generator=generator)) / 1000)
+    tmin: float = 0.0
+    tmax: float = 1000.0
+
+    def draw(self, batch: int, generator: "torch.Generator") -> "torch.Tensor":
+        """float32 [B, 1, 1, 1]."""
+        import torch
+
+        position = torch.rand(batch, 1, 1, 1, generator=generator)
+        levels: torch.Tensor = karras_sigma((self.tmin + (self.tmax - self.tmin) * position) / 1000)
+        return levels
+
+    def density(self, sigma: "torch.Tensor") -> "torch.Tensor":
+        """The density in sigma that `draw` draws from, at noise levels inside its range."""
+        low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+        return sigma ** (1 / RHO - 1) / (RHO * (high - low) * (self.tmax - self.tmin) / 1000)
 
 
-def karras_density(sigma: "torch.Tensor", tmin: float, tmax: float) -> "torch.Tensor":
-    """The density that `karras_uniform_sigma` draws from, at noise levels inside its range."""
-    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
-    return sigma ** (1 / RHO - 1) / (RHO * (high - low) * (tmax - tmin) / 1000)
+NoiseLevels = LogNormalLevels | KarrasLevels

@@ -1,4 +1,7 @@
-"""The critic of a student: its fake score, and a discriminator's head on the fake score's encoder."""
+"""The critic of a student: its fake score, and a discriminator that gives the log density ratio."""
+
+import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,27 +11,52 @@ from uni_instruct.networks.blocks import Conv2d, GroupNorm, Linear
 from uni_instruct.networks.ddpmpp import EDMDenoiser
 
 
-class Critic(nn.Module):
-    """Denoises the student's samples and, with a head, tells them from data at the same noise level."""
+class Criticism(NamedTuple):
+    """The fake score's denoised images [B, C, H, W] and the logits [B], real against fake; None where not asked for."""
 
-    def __init__(self, fake_score: EDMDenoiser, with_discriminator: bool):
+    denoised: Tensor | None
+    logits: Tensor | None
+
+
+class Critic(nn.Module):
+    """Denoises the student's samples and, with a discriminator, tells them from data at the same noise level.
+
+    discriminator: 'shared' puts a head on the fake score's encoder (as SiDA does), 'own' gives the head an encoder of its own
+    that starts from the fake score's, None leaves it out.
+    """
+
+    def __init__(self, fake_score: EDMDenoiser, discriminator: str | None):
         super().__init__()
         self.fake_score = fake_score
         network = fake_score.model
-        self.head = DiscriminatorHead(network.bottleneck_channels, network.emb_channels) if with_discriminator else None
+        self.head = DiscriminatorHead(network.bottleneck_channels, network.emb_channels) if discriminator else None
+        self.own_encoder = _encoder_of(fake_score) if discriminator == "own" else None
 
-    def forward(self, x: Tensor, sigma: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The denoised images [B, C, H, W] and the logits [B], real against fake (None without a discriminator)."""
-        encoded = self.fake_score.encode(x, sigma, class_ids)
-        logits = None if self.head is None else self.head(encoded.features[-1], encoded.emb)
-        return self.fake_score.decode(encoded, x, sigma), logits
-
-    def logits(self, x: Tensor, sigma: Tensor, class_ids: Tensor | None) -> Tensor:
-        """The logits [B] alone, without the decoder's cost."""
-        assert self.head is not None
-        encoded = self.fake_score.encode(x, sigma, class_ids)
-        out: Tensor = self.head(encoded.features[-1], encoded.emb)
-        return out
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        class_ids: Tensor | None,
+        augment_labels: Tensor | None = None,
+        *,
+        denoise: bool = True,
+        discriminate: bool = True,
+    ) -> Criticism:
+        """Criticism of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; what is not asked for costs nothing."""
+        discriminate = discriminate and self.head is not None
+        denoised = logits = None
+        shared = None
+        if denoise or (discriminate and self.own_encoder is None):
+            shared = self.fake_score.encode(x, sigma, class_ids, augment_labels)
+        if denoise:
+            assert shared is not None
+            denoised = self.fake_score.decode(shared, x, sigma)
+        if discriminate:
+            assert self.head is not None
+            encoded = shared if self.own_encoder is None else self.own_encoder.encode(x, sigma, class_ids, augment_labels)
+            assert encoded is not None
+            logits = self.head(encoded.features[-1], encoded.emb)
+        return Criticism(denoised, logits)
 
 
 class DiscriminatorHead(nn.Module):
@@ -49,3 +77,10 @@ class DiscriminatorHead(nn.Module):
         pooled = F.silu(self.conv(F.silu(self.norm(features)))).mean(dim=(2, 3))
         hidden = F.silu(self.hidden(torch.cat([pooled, emb], dim=1)))
         return self.logit(hidden).flatten()
+
+
+def _encoder_of(denoiser: EDMDenoiser) -> EDMDenoiser:
+    """A copy without its decoder."""
+    encoder = copy.deepcopy(denoiser)
+    encoder.model.dec = nn.ModuleDict()
+    return encoder

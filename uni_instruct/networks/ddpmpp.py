@@ -133,7 +133,7 @@ class EDMDenoiser(nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        """x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; class_ids int64 [B], None gives the zero label."""
+        """x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; class_ids int64 [B], -1 or None gives the zero label."""
         return self.decode(self.encode(x, sigma, class_ids, augment_labels), x, sigma)
 
     def encode(
@@ -149,10 +149,10 @@ class EDMDenoiser(nn.Module):
         return c.c_skip * x + c.c_out * self.model.decode(encoded.features, encoded.emb)
 
     def one_hot(self, class_ids: Tensor | None) -> Tensor | None:
-        """float32 [B, num_classes]."""
+        """float32 [B, num_classes]; zeros where the class is -1."""
         if class_ids is None or not self.num_classes:
             return None
-        return F.one_hot(class_ids, self.num_classes).float()
+        return (class_ids[:, None] == torch.arange(self.num_classes, device=class_ids.device)).float()
 
 
 def _level_name(height: int, width: int, level: int) -> str:

@@ -1,0 +1,136 @@
+"""The critic's update: denoising of the student's images, and telling them from data at the same noise levels."""
+
+from dataclasses import dataclass
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from uni_instruct.train.augment import Augmentation, AugmentPipe
+from uni_instruct.train.fault import Suspects, stop_if_hopeless
+from uni_instruct.train.guidance import drop_classes, guided_criticism
+from uni_instruct.train.metrics import Metrics, Tally
+from uni_instruct.train.objective import discriminator_loss
+from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.optimizing import Optimization
+from uni_instruct.train.parallel import Share
+from uni_instruct.train.randomness import Batches
+from uni_instruct.train.student import StudentBatch
+from uni_instruct.train.teacher import denoising_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticUpdate:
+    """What every update of the critic works with. batches is None where no data are given.
+
+    class_weights [num_classes] give data of each class the share that the student's images have: None without classes.
+    """
+
+    fabric: Fabric
+    optimization: Optimization
+    share: Share
+    batches: Batches | None
+    class_weights: Tensor | None
+    pipe: AugmentPipe
+    sigma_data: float
+    bad_limit: int
+
+    def __call__(
+        self,
+        index: int,
+        data_index: int,
+        objective: ObjectiveConfig,
+        students: StudentBatch,
+        generator: torch.Generator,
+        closely: bool,
+    ) -> Metrics:
+        """One step on the student's images, against batch number data_index of the data."""
+        self.optimization.module.requires_grad_(True)
+        draw = _Draw.of(objective, students, self.pipe, generator)
+        suspects, tally = Suspects(), Tally(self.fabric)
+        for part in self.share.parts:
+            losses, logits = self._losses(part, data_index, objective, students, draw)
+            suspects.add(losses, draw.sigma[part])
+            self.optimization.backward(_total(losses, objective) / len(students.latents))
+            if closely:
+                tally.add({f"{name}/loss": loss for name, loss in losses.items()} | _accuracy(*logits))
+        norm = self.optimization.step(index)
+        stop_if_hopeless(self.fabric, self.optimization, self.bad_limit, suspects, index + 1)
+        return tally.means() | {"critic/gradient_norm": norm} if closely else {}
+
+    def _losses(
+        self, part: slice, data_index: int, objective: ObjectiveConfig, students: StudentBatch, draw: "_Draw"
+    ) -> tuple[Metrics, tuple[Tensor | None, Tensor | None]]:
+        """Per image [b]: the fake score's loss and, where it is needed, the discriminator's; and its logits."""
+        device, critic = self.fabric.device, self.optimization.module
+        sigma, augment = draw.sigma[part].to(device), draw.augmentation[part].to(device)
+        clean = augment(students.fixed(part))
+        noised = clean + sigma * draw.noise[part].to(device)
+        criticism = guided_criticism(
+            critic,
+            noised,
+            sigma,
+            draw.classes_of(part, device),
+            self._labels(augment),
+            scale=objective.fake_training_guidance,
+            discriminate=objective.needs_discriminator,
+        )
+        assert criticism.denoised is not None
+        losses = {"fake_score": denoising_loss(criticism.denoised, clean, sigma, self.sigma_data)}
+        if not objective.needs_discriminator:
+            return losses, (None, None)
+        assert self.batches is not None
+        assert criticism.logits is not None
+        images, class_ids = self.batches(data_index, part, device)
+        real_augment = draw.real_augmentation[part].to(device)
+        noised = real_augment(images) + sigma * draw.real_noise[part].to(device)
+        seen_ids = class_ids if students.class_ids is not None else None
+        logits = critic(noised, sigma, seen_ids, self._labels(real_augment), denoise=False).logits
+        losses["discriminator"] = discriminator_loss(logits, criticism.logits, self._real_weight(seen_ids))
+        return losses, (logits, criticism.logits)
+
+    def _labels(self, augment: Augmentation) -> Tensor | None:
+        return augment.labels if self.pipe.probability else None
+
+    def _real_weight(self, class_ids: Tensor | None) -> Tensor | float:
+        if class_ids is None or self.class_weights is None:
+            return 1.0
+        return self.class_weights.to(class_ids.device)[class_ids]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Everything random in one update, for the whole global batch."""
+
+    sigma: Tensor
+    noise: Tensor
+    real_noise: Tensor
+    class_ids: Tensor | None
+    augmentation: Augmentation
+    real_augmentation: Augmentation
+
+    @classmethod
+    def of(cls, objective: ObjectiveConfig, students: StudentBatch, pipe: AugmentPipe, generator: torch.Generator) -> "_Draw":
+        shape, batch = students.latents.shape, len(students.latents)
+        return cls(
+            sigma=objective.critic_levels.draw(batch, generator),
+            noise=torch.randn(shape, generator=generator),
+            real_noise=torch.randn(shape, generator=generator),
+            class_ids=drop_classes(students.class_ids, objective.label_dropout, generator),
+            augmentation=pipe.draw(batch, generator),
+            real_augmentation=pipe.draw(batch, generator),
+        )
+
+    def classes_of(self, part: slice, device: torch.device) -> Tensor | None:
+        return None if self.class_ids is None else self.class_ids[part].to(device)
+
+
+def _total(losses: Metrics, objective: ObjectiveConfig) -> Tensor:
+    total = losses["fake_score"].sum()
+    return total + objective.discriminator_scale * losses["discriminator"].sum() if "discriminator" in losses else total
+
+
+def _accuracy(real: Tensor | None, fake: Tensor | None) -> Metrics:
+    if real is None or fake is None:
+        return {}
+    return {"discriminator/accuracy": ((real > 0).float() + (fake < 0).float()) / 2}

@@ -1,0 +1,66 @@
+"""What was not finite in an update, and the advice that fits."""
+
+from collections.abc import Mapping
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from uni_instruct.errors import UniInstructError
+from uni_instruct.train.optimizing import Optimization
+
+ADVICE = {
+    "di": "raise objective.tmin or lower objective.logit_clamp",
+    "fgm": "raise objective.tmin or lower distillation.generator_learning_rate",
+    "sim": "raise objective.tmin or lower distillation.generator_learning_rate",
+    "integral": "raise objective.tmin or lower distillation.generator_learning_rate",
+    "adversarial": "lower objective.adversarial_scale or distillation.critic_learning_rate",
+    "regression": "lower objective.regression_scale or distillation.generator_learning_rate",
+    "reward": "make the reward finite for every image, or lower objective.reward_scale",
+    "fake_score": "lower distillation.critic_learning_rate",
+    "discriminator": "lower objective.discriminator_scale or distillation.critic_learning_rate",
+    "teacher": "lower teacher.learning_rate or lengthen teacher.warmup_kimg",
+    "gradient": "clip it (generator_clip_norm, critic_clip_norm, teacher.clip_norm) or lower the learning rates",
+}
+
+
+class TrainingError(UniInstructError):
+    """Training cannot go on."""
+
+
+class Suspects:
+    """The per-image terms of one update, kept until it is known that they were finite."""
+
+    def __init__(self) -> None:
+        self._terms: list[tuple[str, Tensor, Tensor]] = []
+
+    def add(self, terms: Mapping[str, Tensor], sigma: Tensor) -> None:
+        """terms: name -> [b]; sigma [b, 1, 1, 1]."""
+        self._terms += [(name, values.detach(), sigma.detach().flatten()) for name, values in terms.items()]
+
+    def first_bad(self) -> tuple[str, float] | None:
+        """The first term that is not finite, and the noise level of its first such image."""
+        for name, values, sigma in self._terms:
+            bad = ~torch.isfinite(values)
+            if bad.any():
+                return name, float(sigma[bad][0])
+        return None
+
+
+def stop_if_hopeless(fabric: Fabric, optimization: Optimization, limit: int, suspects: Suspects, step: int) -> None:
+    """Raises TrainingError after `limit` updates in a row that were not finite, naming step, term and noise level."""
+    if optimization.bad_in_a_row < limit:
+        return
+    found = fabric.all_gather(_encode(suspects.first_bad(), fabric.device))
+    assert isinstance(found, Tensor)
+    named = [row for row in found.reshape(-1, 2).tolist() if row[0] >= 0]
+    names = list(ADVICE)
+    term, where = (names[int(named[0][0])], f" at noise level {named[0][1]:.4g}") if named else ("gradient", "")
+    raise TrainingError(
+        f"{term} is not finite{where}, {limit} updates in a row, the last in step {step}",
+        remedy=f"{ADVICE[term]}, and run again to resume from the last state",
+    )
+
+
+def _encode(bad: tuple[str, float] | None, device: torch.device) -> Tensor:
+    return torch.tensor([-1.0, 0.0] if bad is None else [list(ADVICE).index(bad[0]), bad[1]], device=device)

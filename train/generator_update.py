@@ -1,0 +1,201 @@
+"""The generator's update: one step along the gradient of the objective, whatever terms it is made of."""
+
+from dataclasses import dataclass
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from uni_instruct.divergence import Divergence, find_divergence
+from uni_instruct.networks.critic import Criticism
+from uni_instruct.train.fault import Suspects, stop_if_hopeless
+from uni_instruct.train.guidance import guided, guided_criticism
+from uni_instruct.train.metrics import Metrics, Tally
+from uni_instruct.train.objective import (
+    FAMILIES,
+    WEIGHTINGS,
+    DiffusedBatch,
+    Terms,
+    adversarial_loss,
+    expanded_terms,
+    integral_terms,
+)
+from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.optimizing import Optimization
+from uni_instruct.train.pairs import Pairs
+from uni_instruct.train.parallel import Share
+from uni_instruct.train.ratio import DensityRatio
+from uni_instruct.train.reward import Reward
+from uni_instruct.train.student import StudentBatch, one_step
+
+QUANTILES = {"ratio/q05": 0.05, "ratio/q50": 0.5, "ratio/q95": 0.95}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorUpdate:
+    """What every update of the generator works with; reward and pairs only where the objective asks for them."""
+
+    fabric: Fabric
+    optimization: Optimization
+    critic: Optimization
+    teacher: torch.nn.Module
+    share: Share
+    ratio: DensityRatio
+    reward: Reward | None
+    pairs: Pairs | None
+    bad_limit: int
+
+    def __call__(
+        self, index: int, objective: ObjectiveConfig, students: StudentBatch, generator: torch.Generator, closely: bool
+    ) -> Metrics:
+        """One step; with `closely`, terms, their gradients and the ratio are measured as well."""
+        self.critic.module.requires_grad_(False)
+        draw = _Draw.of(objective, students, self.pairs, generator)
+        ratios = self._ratios_beforehand(objective, students, draw)
+        suspects, tally = Suspects(), Tally(self.fabric)
+        for part in self.share.parts:
+            local = slice(part.start - self.share.whole.start, part.stop - self.share.whole.start)
+            diffused, criticism = self._diffuse(part, objective, students, draw)
+            ratio = self._ratio(criticism, diffused.sigma, objective) if ratios is None else ratios[local]
+            terms = self._terms(part, objective, students, draw, diffused, criticism, ratio)
+            suspects.add(terms, diffused.sigma)
+            if closely:
+                tally.add(_image_gradients(terms, diffused.clean) | _state_of(diffused, criticism, ratio, objective))
+                tally.add({f"generator/{name}": values for name, values in terms.items()})
+            self.optimization.backward(torch.stack([values.sum() for values in terms.values()]).sum() / len(students.latents))
+        norm = self.optimization.step(index)
+        stop_if_hopeless(self.fabric, self.optimization, self.bad_limit, suspects, index + 1)
+        return tally.means() | {"generator/gradient_norm": norm} if closely else {}
+
+    def _diffuse(
+        self, part: slice, objective: ObjectiveConfig, students: StudentBatch, draw: "_Draw"
+    ) -> tuple[DiffusedBatch, Criticism]:
+        """The student's images at their noise levels, as teacher and fake score see them."""
+        clean, class_ids = students.moving(part), students.classes(part)
+        sigma = draw.sigma[part].to(self.fabric.device)
+        noised = clean + sigma * draw.noise[part].to(self.fabric.device)
+        # The integral family's gradient does not run through the denoisers, so their graphs are never built.
+        differentiated = objective.family == "expanded"
+        with torch.set_grad_enabled(differentiated):
+            criticism = guided_criticism(
+                self.critic.module,
+                noised,
+                sigma,
+                class_ids,
+                scale=objective.fake_guidance,
+                discriminate=objective.needs_discriminator and (differentiated or not objective.adversarial_scale),
+            )
+            teacher = guided(self.teacher, noised, sigma, class_ids, objective.teacher_guidance)
+        if objective.adversarial_scale and not differentiated:
+            criticism = criticism._replace(logits=self.critic.module(noised, sigma, class_ids, denoise=False).logits)
+        assert criticism.denoised is not None
+        return DiffusedBatch(sigma=sigma, clean=clean, noised=noised, teacher=teacher, fake=criticism.denoised), criticism
+
+    def _ratios_beforehand(self, objective: ObjectiveConfig, students: StudentBatch, draw: "_Draw") -> Tensor | None:
+        """Ratios of this process's whole share, where they cannot be had on the way: their mean needs every micro-batch."""
+        if not objective.needs_ratio or len(self.share.parts) == 1:
+            return None
+        device, logits = self.fabric.device, []
+        with torch.no_grad():
+            for part in self.share.parts:
+                sigma = draw.sigma[part].to(device)
+                noised = students.fixed(part) + sigma * draw.noise[part].to(device)
+                logits.append(self.critic.module(noised, sigma, students.classes(part), denoise=False).logits)
+        return self.ratio(torch.cat(logits), draw.sigma[self.share.whole].to(device), objective)
+
+    def _ratio(self, criticism: Criticism, sigma: Tensor, objective: ObjectiveConfig) -> Tensor:
+        if not objective.needs_ratio:
+            return sigma.new_ones(len(sigma))
+        assert criticism.logits is not None
+        return self.ratio(criticism.logits, sigma, objective)
+
+    def _terms(
+        self,
+        part: slice,
+        objective: ObjectiveConfig,
+        students: StudentBatch,
+        draw: "_Draw",
+        diffused: DiffusedBatch,
+        criticism: Criticism,
+        ratio: Tensor,
+    ) -> Terms:
+        """Every term of the objective with its scale: name -> [b]."""
+        terms: Terms = {}
+        if objective.divergence_scale:
+            terms |= divergence_terms(objective, diffused, ratio)
+        if objective.adversarial_scale:
+            assert criticism.logits is not None
+            pixels = diffused.clean[0].numel()
+            terms["adversarial"] = objective.adversarial_scale * pixels * adversarial_loss(criticism.logits)
+        if objective.regression_scale:
+            terms["regression"] = objective.regression_scale * self._regression(part, students, draw)
+        if objective.reward_scale:
+            assert self.reward is not None
+            terms["reward"] = -objective.reward_scale * self.reward(diffused.clean, students.classes(part))
+        return terms
+
+    def _regression(self, part: slice, students: StudentBatch, draw: "_Draw") -> Tensor:
+        """Squared distance to the teacher's image of the same noise, summed over pixels: [b]."""
+        assert self.pairs is not None
+        assert draw.pair_index is not None
+        device, chosen = self.fabric.device, draw.pair_index[part]
+        class_ids = None if self.pairs.class_ids is None else self.pairs.class_ids[chosen].to(device)
+        images = one_step(students.network, self.pairs.latents[chosen].to(device), students.sigma_init, class_ids)
+        return (images - self.pairs.images[chosen].to(device)).square().flatten(1).sum(1)
+
+
+def divergence_terms(objective: ObjectiveConfig, diffused: DiffusedBatch, ratio: Tensor) -> Terms:
+    """The divergence's terms with weight and scale, those that are switched on: name -> [b]."""
+    family = FAMILIES[objective.family]
+    divergence: Divergence = find_divergence(objective.divergence, order=objective.order, mix=objective.mix)
+    if objective.family == "integral":
+        terms = integral_terms(divergence, diffused, ratio)
+    else:
+        switches = {"di": objective.di, "fgm": objective.fgm, "sim": objective.sim}
+        every = expanded_terms(divergence, diffused, ratio, alpha=objective.alpha, exact_sim=objective.exact_sim)
+        terms = {name: values for name, values in every.items() if switches[name]}
+    weight = objective.divergence_scale * WEIGHTINGS[objective.weighting](diffused, objective.levels, family.power)
+    return {name: weight * values for name, values in terms.items()}
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Everything random in one update, for the whole global batch."""
+
+    sigma: Tensor
+    noise: Tensor
+    pair_index: Tensor | None
+
+    @classmethod
+    def of(cls, objective: ObjectiveConfig, students: StudentBatch, pairs: Pairs | None, generator: torch.Generator) -> "_Draw":
+        batch = len(students.latents)
+        sigma = objective.levels.draw(batch, generator)
+        noise = torch.randn(students.latents.shape, generator=generator)
+        wanted = pairs is not None and objective.regression_scale
+        index = torch.randint(len(pairs.latents), (batch,), generator=generator) if pairs is not None and wanted else None
+        return cls(sigma, noise, index)
+
+
+def _image_gradients(terms: Terms, clean: Tensor) -> Metrics:
+    """Per term, the norm of its gradient with respect to each image: [b]."""
+    norms = {}
+    for name, values in terms.items():
+        (gradient,) = torch.autograd.grad(values.sum(), clean, retain_graph=True, materialize_grads=True)
+        norms[f"generator/{name}_gradient"] = gradient.flatten(1).norm(dim=1)
+    return norms
+
+
+def _state_of(diffused: DiffusedBatch, criticism: Criticism, ratio: Tensor, objective: ObjectiveConfig) -> Metrics:
+    """How far fake score and teacher are apart, how varied the images are, what the ratios are like; single numbers, as [1]."""
+    clean, teacher, fake = diffused.clean.detach(), diffused.teacher.detach(), diffused.fake.detach()
+    state = {
+        "generator/score_distance": (teacher - fake).square().mean().sqrt(),
+        "generator/diversity": clean.std(0).mean() / teacher.std(0).mean().clamp(min=1e-6),
+    }
+    if objective.needs_ratio:
+        assert criticism.logits is not None
+        ratio = ratio.float()
+        state |= {name: ratio.quantile(at) for name, at in QUANTILES.items()}
+        state["ratio/effective_sample_size"] = ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)
+        state["ratio/clamped"] = (criticism.logits.detach().abs() >= objective.logit_clamp).float().mean()
+    return {name: value.reshape(1) for name, value in state.items()}

@@ -1,0 +1,47 @@
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): D_none + scale (D_class - D_none); scale 1 is none."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from uni_instruct.networks.critic import Criticism
+
+NO_CLASS = -1
+
+
+def guided(denoiser: Callable[..., Tensor], x: Tensor, sigma: Tensor, class_ids: Tensor | None, scale: float) -> Tensor:
+    """The guided denoised images [B, C, H, W]; a second evaluation only where scale is not 1."""
+    denoised = denoiser(x, sigma, class_ids)
+    if scale == 1 or class_ids is None:
+        return denoised
+    without = denoiser(x, sigma, torch.full_like(class_ids, NO_CLASS))
+    return without + scale * (denoised - without)
+
+
+def guided_criticism(
+    critic: Callable[..., Criticism],
+    x: Tensor,
+    sigma: Tensor,
+    class_ids: Tensor | None,
+    augment_labels: Tensor | None = None,
+    *,
+    scale: float,
+    discriminate: bool,
+) -> Criticism:
+    """The critic's guided denoised images, and its logits, which are not guided."""
+    criticism = critic(x, sigma, class_ids, augment_labels, discriminate=discriminate)
+    if scale == 1 or class_ids is None:
+        return criticism
+    hidden = torch.full_like(class_ids, NO_CLASS)
+    without = critic(x, sigma, hidden, augment_labels, discriminate=False).denoised
+    assert without is not None
+    return criticism._replace(denoised=without + scale * (criticism.denoised - without))
+
+
+def drop_classes(class_ids: Tensor | None, share: float, generator: torch.Generator) -> Tensor | None:
+    """Class ids with that share of them hidden, so that the denoiser learns to do without."""
+    if class_ids is None or not share:
+        return class_ids
+    hidden = torch.rand(class_ids.shape, generator=generator) < share
+    return torch.where(hidden.to(class_ids.device), NO_CLASS, class_ids)

@@ -1,0 +1,102 @@
+"""Processes and devices, through Lightning Fabric: every process holds equal weights and works on its share of each batch."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
+from lightning_fabric.strategies import DDPStrategy
+
+from uni_instruct.errors import RequestError
+from uni_instruct.train.config import LoopConfig
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def start_fabric(devices: int, precision: str) -> Fabric:
+    """A launched Fabric on `devices` GPUs, or as many processes on the CPU. Raises RequestError for what this machine lacks.
+
+    Under torchrun the processes are torchrun's, on any number of machines. Otherwise the other processes are started here, by
+    running the same command again.
+    """
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    on_gpu, devices = torch.cuda.is_available(), launched or devices
+    if on_gpu and devices > torch.cuda.device_count():
+        raise RequestError(
+            f"--devices {devices} is more than the {torch.cuda.device_count()} GPUs of this machine",
+            remedy="ask for fewer, or use torchrun on several machines",
+            param="devices",
+        )
+    if precision == "16-mixed" and not on_gpu:
+        raise RequestError("loop.precision 16-mixed needs a GPU", remedy="--set precision=bf16-mixed", param="precision")
+    nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
+    device = "cuda" if on_gpu else "cpu"
+    fabric = Fabric(
+        accelerator=device,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=_Replicas() if devices * nodes > 1 else "auto",
+        plugins=None if precision == "32-true" else [_InnerAutocast(precision, device)],  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
+
+
+def prepared(module: Module, loop: LoopConfig) -> Module:
+    """The module in the memory format that the recipe asks for, compiled where it does. The arithmetic stays the same."""
+    if loop.channels_last:
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if loop.compile:
+        module.compile()
+    return module
+
+
+class Share:
+    """This process's part of every global batch, in micro-batches: slices of the global batch.
+
+    micro_batch is the most images at once, 0 for the whole share. Raises RequestError where the processes do not divide it.
+    """
+
+    def __init__(self, fabric: Fabric, batch: int, micro_batch: int):
+        if batch % fabric.world_size:
+            raise RequestError(
+                f"a batch of {batch} cannot be divided among {fabric.world_size} processes",
+                remedy="give a batch that their number divides",
+                param="devices",
+            )
+        local = batch // fabric.world_size
+        start = fabric.global_rank * local
+        step = micro_batch or local
+        self.whole = slice(start, start + local)
+        self.parts = [slice(at, min(at + step, start + local)) for at in range(start, start + local, step)]
+
+
+@contextmanager
+def first_process_only(fabric: Fabric) -> Iterator[bool]:
+    """True in the first process; the others wait for it at the end."""
+    yield fabric.is_global_zero
+    fabric.barrier()
+
+
+class _Replicas(DDPStrategy):
+    """Equal copies whose gradients `Optimization` sums itself.
+
+    Torch's wrapper would expect every forward pass to be followed by a backward pass into the same module; a generator's
+    gradient runs through the frozen critic, which breaks that.
+    """
+
+    def setup_module(self, module: torch.nn.Module) -> Any:
+        return module
+
+
+class _InnerAutocast(MixedPrecision):
+    """Autocast inside the networks; images and noise levels keep 32 bits.
+
+    Fabric's own converts inputs as well, which at sigma = 80 rounds away the image under the noise.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        return data

@@ -1,0 +1,126 @@
+"""What a recipe comes to on this machine: data, teacher and reward opened, and held against each other before any training."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from uni_instruct import __version__
+from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.data import Dataset, open_dataset
+from uni_instruct.errors import RequestError
+from uni_instruct.networks.build import build_denoiser
+from uni_instruct.train.augment import AUGMENT_LABELS
+from uni_instruct.train.config import Recipe
+from uni_instruct.train.reward import Reward, open_reward
+from uni_instruct.train.track import check_trackers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe whose parts fit each other. teacher_spec is the given teacher's, or that of the one to be trained."""
+
+    recipe: Recipe
+    dataset: Dataset | None
+    teacher_spec: GeneratorSpec
+    given_teacher: Bundle | None
+    start: Bundle | None
+    reward: Reward | None
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Opens what the recipe names. Raises RequestError where its parts do not fit each other."""
+    check_trackers(recipe.loop.trackers)
+    dataset = open_dataset(recipe.data) if recipe.data else None
+    given = Bundle.open(recipe.teacher.bundle) if recipe.teacher.bundle else None
+    if given is not None:
+        spec = given.spec
+        if dataset is not None:
+            _check_teacher_fits(given, dataset, any(o.needs_discriminator for o in recipe.objectives))
+    else:
+        assert dataset is not None, "Recipe checks this"
+        spec = plan_teacher(recipe, dataset)
+    build_denoiser(spec)
+    _check_classes(recipe, spec)
+    if recipe.distillation.augment and spec.network_args.get("augment_dim", 0) != AUGMENT_LABELS:
+        raise RequestError(
+            "distillation.augment needs a teacher that knows augmentation labels",
+            remedy="train one with teacher.augment, or --set distillation.augment=0",
+            param="recipe",
+        )
+    return Plan(
+        recipe=recipe,
+        dataset=dataset,
+        teacher_spec=spec,
+        given_teacher=given,
+        start=_open_start(recipe.distillation.start, spec) if recipe.distillation.start else None,
+        reward=_open_rewards(recipe, spec),
+    )
+
+
+def plan_teacher(recipe: Recipe, dataset: Dataset) -> GeneratorSpec:
+    """The spec of a teacher trained by this recipe on this data."""
+    args = dataclasses.asdict(recipe.network)
+    architecture, conditional = args.pop("architecture"), args.pop("conditional")
+    if conditional and dataset.labels is None:
+        raise RequestError(
+            f"data set '{dataset.name}' has no classes", remedy="--set network.conditional=false", param="recipe"
+        )
+    if recipe.teacher.augment or recipe.distillation.augment:
+        args["augment_dim"] = AUGMENT_LABELS
+    return GeneratorSpec(
+        name=f"{recipe.name}-teacher",
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes if conditional else 0,
+        class_names=dataset.class_names if conditional else (),
+        sigma_init=recipe.distillation.sigma_init,
+        steps=recipe.teacher.steps,
+        network=architecture,
+        network_args=args,
+        provenance={"recipe": recipe.to_dict(), "data": dataset.source, "uni_instruct": __version__},
+        licence=dataset.licence,
+    )
+
+
+def _open_start(source: str, teacher: GeneratorSpec) -> Bundle:
+    bundle = Bundle.open(source)
+    for what in ("image_shape", "num_classes", "network", "network_args"):
+        mine, theirs = getattr(bundle.spec, what), getattr(teacher, what)
+        if mine != theirs:
+            raise RequestError(
+                f"distillation.start {source} has {what} {mine}, the teacher {theirs}",
+                remedy="start from a generator of the teacher's network, or leave it out",
+                param="start",
+            )
+    return bundle
+
+
+def _open_rewards(recipe: Recipe, spec: GeneratorSpec) -> Reward | None:
+    names = {objective.reward for objective in recipe.objectives if objective.reward_scale}
+    if len(names) > 1:
+        raise RequestError(f"phases name {len(names)} rewards", remedy="give all of them the same", param="reward")
+    return open_reward(names.pop(), spec.image_shape, spec.num_classes) if names else None
+
+
+def _check_classes(recipe: Recipe, spec: GeneratorSpec) -> None:
+    guided = any(o.teacher_guidance != 1 or o.fake_guidance != 1 or o.fake_training_guidance != 1 for o in recipe.objectives)
+    if guided and not spec.num_classes:
+        raise RequestError(
+            "guidance needs a teacher with classes, this one has none",
+            remedy="set teacher_guidance, fake_guidance and fake_training_guidance to 1",
+            param="recipe",
+        )
+
+
+def _check_teacher_fits(teacher: Bundle, dataset: Dataset, needs_labels: bool) -> None:
+    if teacher.spec.image_shape != dataset.image_shape:
+        raise RequestError(
+            f"teacher {teacher.path} makes images of shape {list(teacher.spec.image_shape)}, "
+            f"data set '{dataset.name}' holds {list(dataset.image_shape)}",
+            remedy="give the data that the teacher was trained on",
+            param="teacher",
+        )
+    if needs_labels and teacher.spec.num_classes and teacher.spec.num_classes != dataset.num_classes:
+        raise RequestError(
+            f"teacher {teacher.path} has {teacher.spec.num_classes} classes, data set '{dataset.name}' {dataset.num_classes}",
+            remedy="give the data that the teacher was trained on",
+            param="teacher",
+        )

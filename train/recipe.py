@@ -1,0 +1,154 @@
+"""From a recipe's name or file, and the user's changes to it, to a Recipe."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uni_instruct.errors import RequestError
+from uni_instruct.train.checks import one_of
+from uni_instruct.train.config import Recipe
+from uni_instruct.train.methods import DEFINING, METHODS
+from uni_instruct.train.objective_config import ObjectiveConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+METHOD_KEY = "objective.method"
+
+
+def built_in_recipes() -> list[str]:
+    """Names of the recipes that ship with this package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by built-in name or YAML file, with 'key=value' overrides. Raises RequestError for anything unknown.
+
+    A key is written in full (objective.alpha), or by its last part where that is unique (alpha). A method named here replaces
+    what the recipe says about its own; the other overrides go on top.
+    """
+    path = RECIPES / f"{source}.yaml" if source in built_in_recipes() else Path(source)
+    if not path.is_file():
+        known = ", ".join(built_in_recipes())
+        raise RequestError(f"recipe '{source}' is unknown", remedy=f"give a YAML file or one of {known}", param="recipe")
+    values = read_yaml(path)
+    changes = [_read_override(override) for override in overrides]
+    for key, value in sorted(changes, key=lambda change: change[0] != METHOD_KEY):
+        if key == METHOD_KEY:
+            _change_method(values, value)
+        else:
+            _set(values, key, value)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values. Raises RequestError for unknown keys, wrong types and values out of range."""
+    recipe: Recipe = _build(Recipe, values, prefix="")
+    return recipe
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RequestError where it is none."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{path} is not YAML: {reason}", remedy="compare it with a built-in recipe") from error
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} holds no recipe", remedy="compare it with a built-in recipe", param="recipe")
+    return values
+
+
+def _change_method(values: dict[str, Any], name: Any) -> None:
+    """The method's own settings win over the recipe's, what defined the recipe's method is dropped, its tuning stays."""
+    one_of(METHOD_KEY, name, METHODS)
+    before = values.get("objective") or {}
+    tuning = {key: value for key, value in before.items() if key not in DEFINING} if isinstance(before, dict) else {}
+    values["objective"] = tuning | METHODS[name].settings | {"method": name}
+
+
+def _read_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RequestError(f"--set {override} has no value", remedy="write --set key=value", param="set")
+    full = _full_key(key.strip())
+    try:
+        return full, yaml.safe_load(text)
+    except yaml.YAMLError:
+        return full, text  # such as an expression that begins with a sign that YAML reserves
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[name] = value
+
+
+def _full_key(key: str) -> str:
+    keys = all_keys(Recipe)
+    matches = [k for k in keys if k == key] or [k for k in keys if k.rpartition(".")[2] == key]
+    if not matches:
+        raise RequestError(f"--set key '{key}' is unknown", remedy=f"choose one of {', '.join(keys)}", param="set")
+    if len(matches) > 1:
+        raise RequestError(f"--set key '{key}' is ambiguous", remedy=f"write {' or '.join(matches)}", param="set")
+    return matches[0]
+
+
+def all_keys(cls: type = Recipe, prefix: str = "") -> list[str]:
+    """Every key of a recipe, in full."""
+    hints = typing.get_type_hints(cls)
+    keys = []
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        keys += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+    return keys
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise RequestError(f"'{prefix.rstrip('.')}' is not a section", remedy="indent its keys below it", param="recipe")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise RequestError(
+                f"recipe key '{prefix}{key}' is unknown", remedy=f"choose one of {', '.join(names)}", param="recipe"
+            )
+    missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in values]
+    if missing:
+        raise RequestError(f"recipe has no '{prefix}{missing[0]}'", remedy="add that line", param="recipe")
+    if cls is ObjectiveConfig:
+        method = values.get("method", ObjectiveConfig.method)
+        one_of(METHOD_KEY, method, METHODS)
+        values = METHODS[method].settings | values
+    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, prefix=f"{key}.")
+    if isinstance(kind, types.GenericAlias):
+        item = typing.get_args(kind)[0]
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, v, key) for v in value)
+        if not dataclasses.is_dataclass(item):
+            return (_convert(item, value, key),)  # one value is a list of one
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        # YAML reads 1e-4 as a string.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    expected = getattr(kind, "__name__", str(kind))
+    raise RequestError(f"recipe key '{key}' is {value!r}", remedy=f"give a value of type {expected}", param="recipe")

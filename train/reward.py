@@ -1,0 +1,48 @@
+"""A reward of the user's own: images to numbers, differentiable, checked before anything is trained."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from uni_instruct.errors import RequestError
+from uni_instruct.importing import import_named
+from uni_instruct.latents import ImageShape
+
+Reward = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def open_reward(name: str, image_shape: ImageShape, num_classes: int) -> Reward:
+    """The function of that name, tried on two grey images. Raises RequestError unless it gives one finite reward an image.
+
+    It takes images [B, C, H, W] in about [-1, 1] and class ids [B] (None without classes), and gives rewards [B] with a
+    gradient to the images.
+    """
+    reward: Reward = import_named(name, param="reward")
+    images = torch.zeros(2, *image_shape, requires_grad=True)
+    class_ids = torch.zeros(2, dtype=torch.int64) if num_classes else None
+    try:
+        rewards = reward(images, class_ids)
+    except Exception as error:  # the user's own code may raise anything
+        reason = " ".join(str(error).split())
+        raise _refused(name, f"fails on images [2, {_listed(image_shape)}]: {reason}") from error
+    if not isinstance(rewards, Tensor) or rewards.shape != (2,):
+        got = f"shape {list(rewards.shape)}" if isinstance(rewards, Tensor) else f"a {type(rewards).__name__}"
+        raise _refused(name, f"gives {got} for 2 images, not [2]")
+    if not torch.isfinite(rewards).all():
+        raise _refused(name, f"gives {rewards.tolist()} for two grey images")
+    if not rewards.requires_grad:
+        raise _refused(name, "has no gradient to the images")
+    return reward
+
+
+def _refused(name: str, problem: str) -> RequestError:
+    return RequestError(
+        f"reward '{name}' {problem}",
+        remedy="take images [B, C, H, W] and class ids, give differentiable rewards [B]",
+        param="reward",
+    )
+
+
+def _listed(image_shape: ImageShape) -> str:
+    return ", ".join(str(side) for side in image_shape)

@@ -1,0 +1,222 @@
+"""Where a run's scalars and pictures go beside log.jsonl: TensorBoard always, Weights & Biases or Trackio where asked for."""
+
+import os
+import re
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from uni_instruct.errors import RequestError
+from uni_instruct.files import atomic_file, disk_errors
+from uni_instruct.images import to_pil
+
+PROJECT = "uni-instruct"
+ID_FILE = "tracking_id"
+
+
+class Tracker(Protocol):
+    """A place that curves and pictures are sent to. The x axis is `images`, the number of images the stage has seen.
+
+    A resumed run sends the values after its last saved state once more; they lie on the points that are there already.
+    """
+
+    def scalars(self, values: Mapping[str, float], images: int) -> None:
+        """One point of each curve."""
+        ...
+
+    def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
+        """One picture, uint8 [H, W, 1 or 3]."""
+        ...
+
+    def close(self) -> None:
+        """Sends what is still queued; nothing may be sent afterwards."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """What a tracker is told of a run: its folder, the name to show, and the recipe in plain values."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises RequestError for an unknown name and for a package that is not installed; imports none of them."""
+    for name in names:
+        if name not in TRACKERS:
+            raise RequestError(f"tracker '{name}' is unknown", remedy=f"choose one of {', '.join(TRACKERS)}", param="trackers")
+        if not _is_installed(TRACKERS[name].package):
+            raise RequestError(
+                f"tracker '{name}' needs package '{TRACKERS[name].package}', which is not installed",
+                remedy=TRACKERS[name].install,
+                param="trackers",
+            )
+
+
+def open_trackers(names: Sequence[str], folder: Path, run_name: str, config: Mapping[str, Any]) -> list[Tracker]:
+    """TensorBoard, and the named ones, each once; all or none. Raises RequestError where one is unknown or cannot start.
+
+    A later call with the same folder goes on with the same runs. config: plain values, as YAML takes them.
+    """
+    wanted = list(dict.fromkeys(("tensorboard", *names)))
+    check_trackers(wanted)
+    run = TrackedRun(folder=folder, name=run_name, config=config)
+    with ExitStack() as opened:
+        trackers = []
+        for name in wanted:
+            trackers.append(TRACKERS[name].open(run))
+            opened.callback(trackers[-1].close)
+        opened.pop_all()
+    return trackers
+
+
+def stable_id(folder: Path) -> str:
+    """The id under which trackers know the run in a folder: the folder's name and a part drawn once, kept in the folder.
+
+    The name alone would not do: a run trained anew into a folder of the same name would be drawn over the old one's curves,
+    and Weights & Biases refuses the id of a run that was deleted.
+    """
+    file = folder / ID_FILE
+    if not file.exists():
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.resolve().name)[:48]
+        with atomic_file(file) as partial:
+            partial.write_text(f"{readable}-{uuid.uuid4().hex[:8]}\n")
+    return file.read_text().strip()
+
+
+class TensorBoard:
+    """Event files in the run's tensorboard/. Nothing is written before the first value."""
+
+    def __init__(self, run: TrackedRun):
+        self._folder = run.folder / "tensorboard"
+        self._events: Any = None
+
+    def scalars(self, values: Mapping[str, float], images: int) -> None:
+        """One point of each curve, on disk when this returns."""
+        with disk_errors(self._folder):
+            for name, value in values.items():
+                self._writer().add_scalar(name, value, images)
+            self._writer().flush()  # once a state is saved, a killed run never sends again what came before it
+
+    def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
+        """One picture, on disk when this returns."""
+        with disk_errors(self._folder):
+            self._writer().add_image(name, sheet, images, dataformats="HWC")
+            self._writer().flush()
+
+    def close(self) -> None:
+        """Ends the event file."""
+        if self._events is not None:
+            with disk_errors(self._folder):
+                self._events.close()
+
+    def _writer(self) -> Any:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._folder))
+        return self._events
+
+
+class WeightsAndBiases:
+    """A run in the project $WANDB_PROJECT or 'uni-instruct', under `stable_id`. Raises RequestError where W&B refuses."""
+
+    def __init__(self, run: TrackedRun):
+        self._wandb: Any = import_module("wandb")
+        try:
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                id=stable_id(run.folder),
+                name=run.name,
+                dir=str(run.folder),
+                config=dict(run.config),
+                resume="allow",
+                reinit="create_new",  # leaves alone the run that the caller of this library may have open
+                settings=self._wandb.Settings(console="off"),  # the terminal is the user's, and full of progress bars
+            )
+        except self._wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
+            raise RequestError(
+                f"tracker 'wandb' cannot start: {reason}",
+                remedy="run 'wandb login', or set WANDB_MODE=offline",
+                param="trackers",
+            ) from error
+        # W&B's own step only ever rises, but both stages count their images from zero.
+        self._run.define_metric("images", hidden=True)
+        self._run.define_metric("*", step_metric="images")
+
+    def scalars(self, values: Mapping[str, float], images: int) -> None:
+        """One row of the run's history."""
+        self._run.log({**values, "images": images})
+
+    def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
+        """One row of the run's history with a PNG."""
+        self._run.log({name: self._wandb.Image(to_pil(sheet)), "images": images})
+
+    def close(self) -> None:
+        """Waits until everything is sent, or written where W&B is offline."""
+        self._run.finish()
+
+
+class Trackio:
+    """A run in the project 'uni-instruct' of the local Trackio store, or of the Space or server that its environment names.
+
+    Trackio resumes by name, so `stable_id` is the name.
+    """
+
+    def __init__(self, run: TrackedRun):
+        self._trackio: Any = import_module("trackio")
+        with redirect_stdout(sys.stderr):  # standard output is the command line's answer
+            self._run = self._trackio.init(
+                project=PROJECT,
+                name=stable_id(run.folder),
+                group=run.name,
+                config=dict(run.config),
+                resume="allow",
+                embed=False,
+            )
+
+    def scalars(self, values: Mapping[str, float], images: int) -> None:
+        """One row, its step the number of images."""
+        self._run.log(dict(values), step=images)
+
+    def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
+        """One row with a PNG."""
+        self._run.log({name: self._trackio.Image(to_pil(sheet))}, step=images)
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        with redirect_stdout(sys.stderr):
+            self._trackio.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerKind:
+    """One row: the package that a tracker needs, the command that installs it, and what opens it."""
+
+    package: str
+    install: str
+    open: Callable[[TrackedRun], Tracker]
+
+
+TRACKERS = {
+    "tensorboard": TrackerKind(package="tensorboard", install="pip install 'uni-instruct[train]'", open=TensorBoard),
+    "wandb": TrackerKind(package="wandb", install="pip install wandb", open=WeightsAndBiases),
+    "trackio": TrackerKind(package="trackio", install="pip install trackio", open=Trackio),
+}
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name is no package: W&B itself leaves a folder wandb/ where it ran, which Python would import."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -1,0 +1,124 @@
+"""A divergence from the user's own f, given as an importable function or as an expression in r, checked before it is used."""
+
+import ast
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uni_instruct.divergence import Divergence, Elementwise
+from uni_instruct.errors import RequestError
+from uni_instruct.importing import import_named, is_importable_name
+
+# Where f is checked: ratios from 1e-3 to 1e3.
+_CHECKED = torch.logspace(-3, 3, 241, dtype=torch.float64)
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+_FUNCTIONS = {"log": torch.log, "exp": torch.exp, "sqrt": torch.sqrt, "tanh": torch.tanh, "abs": torch.abs}
+
+
+def is_custom(text: str) -> bool:
+    """Whether the text can be a user's f: an importable name, or an expression that is more than one word."""
+    return is_importable_name(text) or (any(sign in text for sign in "+-*/(") and "r" in _names(text))
+
+
+def read_divergence(text: str) -> Divergence:
+    """The divergence whose f the text gives. Raises RequestError unless f(1) = 0 and f is convex for r in 1e-3..1e3."""
+    f = import_named(text, param="divergence") if is_importable_name(text) else _expression(text)
+    _check(text, f)
+    return divergence_of(f, name=text)
+
+
+def divergence_of(f: Elementwise, name: str) -> Divergence:
+    """h = r^2 f'' and its derivatives by automatic differentiation, in double precision."""
+
+    def h(r: Tensor) -> Tensor:
+        return r**2 * _derivative(_derivative(f))(r)
+
+    sample = _CHECKED.clone()
+    constant = bool((_derivative(h)(sample).abs() < 1e-9).all())
+    return Divergence(
+        name=name,
+        f=f,
+        h=_double(h),
+        dh=_double(_derivative(h)),
+        d2h=_double(_derivative(_derivative(h))),
+        needs_ratio=not constant,
+    )
+
+
+def _check(text: str, f: Elementwise) -> None:
+    try:
+        value = float(f(torch.ones(1, dtype=torch.float64)))
+        bend = _derivative(_derivative(f))(_CHECKED.clone()).detach()
+    except Exception as error:  # the user's own code may raise anything
+        reason = " ".join(str(error).split())
+        raise _refused(text, f"cannot be differentiated twice: {reason}", "write it with torch operations on r") from error
+    if not abs(value) < 1e-6:
+        raise _refused(text, f"is {value:.4g} at r = 1", "subtract that, so that f(1) = 0")
+    bad = ~(bend >= -1e-9)
+    if bad.any():
+        where, second = float(_CHECKED[bad][0]), float(bend[bad][0])
+        raise _refused(text, f"is not convex: its second derivative at r = {where:.3g} is {second:.3g}", "give a convex f")
+    if not (bend > 0).any():
+        raise _refused(text, "is a straight line, which tells no two distributions apart", "give a convex f")
+
+
+def _refused(text: str, problem: str, remedy: str) -> RequestError:
+    return RequestError(f"divergence f(r) = {text} {problem}", remedy=remedy, param="divergence")
+
+
+def _derivative(f: Elementwise) -> Elementwise:
+    def derivative(r: Tensor) -> Tensor:
+        with torch.enable_grad():
+            r = r if r.requires_grad else r.detach().requires_grad_()
+            value = f(r)
+            if not value.requires_grad:  # a constant
+                return torch.zeros_like(r)
+            (slope,) = torch.autograd.grad(value.sum(), r, create_graph=True, materialize_grads=True)
+        return slope
+
+    return derivative
+
+
+def _double(f: Elementwise) -> Elementwise:
+    return lambda r: f(r.detach().double()).detach().to(r.dtype)
+
+
+def _names(text: str) -> set[str]:
+    try:
+        return {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)}
+    except SyntaxError:
+        return set()
+
+
+def _expression(text: str) -> Elementwise:
+    """The function of r that the expression describes; it is read, never executed as code."""
+    tree = ast.parse(text, mode="eval").body
+    _value(tree, torch.ones(1, dtype=torch.float64), text)
+    return lambda r: _value(tree, r, text)
+
+
+def _value(node: ast.expr, r: Tensor, text: str) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return number
+        case ast.Name(id="r"):
+            return r
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(operand, r, text))
+        case ast.BinOp(op=op, left=left, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(left, r, text), _value(right, r, text))
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](torch.as_tensor(_value(argument, r, text), dtype=r.dtype))
+    known = ", ".join(_FUNCTIONS)
+    raise _refused(text, f"holds '{ast.unparse(node)}'", f"use r, numbers, + - * / ** and {known}")

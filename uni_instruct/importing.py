@@ -1,0 +1,52 @@
+"""Functions that a user gives by name: 'package.module:function', or 'file.py:function' for a file of theirs."""
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from uni_instruct.errors import RequestError
+
+
+def is_importable_name(text: str) -> bool:
+    """Whether the text has the form of such a name."""
+    return re.fullmatch(r"[^:()]+:[A-Za-z_]\w*", text) is not None
+
+
+def import_named(text: str, *, param: str) -> Callable[..., Any]:
+    """The function of that name. Importing runs the user's module. Raises RequestError where it cannot be had."""
+    if not is_importable_name(text):
+        raise RequestError(
+            f"{param} '{text}' names no function", remedy="write module:function or file.py:function", param=param
+        )
+    source, _, name = text.rpartition(":")
+    try:
+        module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except Exception as error:  # the user's own module may raise anything
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"{param} '{text}' cannot be imported: {reason}",
+            remedy="give a module that Python finds, or file.py:function",
+            param=param,
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise RequestError(f"{param} '{text}': {source} has no function {name}", remedy="correct the name", param=param)
+    found: Callable[..., Any] = function
+    return found
+
+
+def _import_file(file: Path) -> ModuleType:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    spec = importlib.util.spec_from_file_location(f"_user_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles of the file look their module up
+    spec.loader.exec_module(module)
+    return module
