@@ -60,7 +60,7 @@ def test_rampup_bounds_the_halflife_by_what_was_seen() -> None:
 
 def test_buffers_are_copied_and_the_source_is_left_alone() -> None:
     network = small_network()
-    ema = Ema(network, halflife_kimg=5.0)
+    ema = Ema(network, halflife_kimg=5.0, rampup_ratio=None)
     assert not any(p.requires_grad for p in ema.module.parameters())
     assert not ema.module.training
     network(torch.randn(16, 5, generator=torch.Generator().manual_seed(1)))

@@ -1,12 +1,12 @@
 """`uni-instruct train`."""
 
 import json
-import os
 import time
 from pathlib import Path
 
 import rich_click as click
 
+from uni_instruct.processes import is_later_process
 from uni_instruct.train.recipe import load_recipe
 
 
@@ -47,8 +47,3 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], devices: in
     else:
         click.echo(f"generator: {bundle.path} ({answer['time_s']:.0f} s)")
         click.echo(f"next: uni-instruct generate {bundle.path} --seeds 0-63 --out {out}/images --grid {out}/grid.png")
-
-
-def is_later_process() -> bool:
-    """Whether this is one of the processes that work for the first, which alone speaks."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0

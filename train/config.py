@@ -182,7 +182,7 @@ class Recipe:
         until = [phase.until_kimg for phase in self.schedule]
         if until != sorted(until) or (until and until[-1] >= self.distillation.duration_kimg):
             raise RequestError(
-                f"schedule's until_kimg {until} do not rise to below distillation.duration_kimg {self.distillation.duration_kimg}",
+                f"schedule's until_kimg {until} do not rise to below duration_kimg {self.distillation.duration_kimg:g}",
                 remedy="give them in order",
                 param="recipe",
             )

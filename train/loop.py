@@ -115,7 +115,7 @@ class Loop:
                 note = self._log(stage, done, metrics, meter) if closely else None
                 if self.run.snapshots and _due(stage, done, self.config.snapshot_kimg):
                     self._snapshot(stage, done)
-                if done > 1 and _due(stage, done, stage.evaluate_kimg):
+                if _due(stage, done, stage.evaluate_kimg) and (done > 1 or done == stage.total_steps):
                     note = self._evaluate(stage, done)
                 shown.advance(1, note)
                 stop = self._anywhere(interrupted())

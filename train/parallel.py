@@ -1,5 +1,6 @@
 """Processes and devices, through Lightning Fabric: every process holds equal weights and works on its share of each batch."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ def start_fabric(devices: int, precision: str) -> Fabric:
         )
     if precision == "16-mixed" and not on_gpu:
         raise RequestError("loop.precision 16-mixed needs a GPU", remedy="--set precision=bf16-mixed", param="precision")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
     device = "cuda" if on_gpu else "cpu"
     fabric = Fabric(

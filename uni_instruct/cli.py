@@ -9,6 +9,7 @@ from click.exceptions import Exit
 
 from uni_instruct import __version__
 from uni_instruct.errors import UniInstructError
+from uni_instruct.processes import is_later_process
 
 # Name -> where the command is and what it does, in the order of a first use.
 COMMANDS = {
@@ -86,5 +87,6 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    if not is_later_process():
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(exit_code)
