@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-
-from uni_instruct.train.health import COMPARISONS, SETTLING, SYMPTOMS, WINDOW, Comparison, Health  # noqa: E402
+from uni_instruct.train.health import COMPARISONS, SETTLING, SYMPTOMS, WINDOW, Comparison, Health
 
 PATIENCE = 3
 CALM = [1.0, 1.2, 0.9, 1.1, 1.0] * 4

@@ -19,7 +19,7 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.ddpmpp import EDMDenoiser
 from uni_instruct.sampler import heun_sample
-from uni_instruct.schedule import karras_density, karras_uniform_sigma, sampling_sigmas
+from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, sampling_sigmas
 
 # Classes, augmentation labels, resolution, multipliers, attention -> hash of names and shapes; of each image the norm,
 # element 11 and element -5.
@@ -67,15 +67,29 @@ def test_any_resolution_that_the_levels_divide() -> None:
         network(0, 0, (10, 8), (1, 2, 2), ())
 
 
-def test_critic_denoises_as_its_fake_score_and_starts_at_ratio_one() -> None:
+@pytest.mark.parametrize("discriminator", ["shared", "own"])
+def test_critic_denoises_as_its_fake_score_and_starts_at_ratio_one(discriminator: str) -> None:
     denoiser = network(*CONDITIONAL).eval()
-    critic = Critic(denoiser, with_discriminator=True)
+    critic = Critic(denoiser, discriminator)
     x, sigma, class_ids = torch.randn(4, 3, 16, 16), torch.rand(4, 1, 1, 1) + 0.1, torch.arange(4)
     denoised, logits = critic(x, sigma, class_ids)
     torch.testing.assert_close(denoised, denoiser(x, sigma, class_ids))
     assert logits.tolist() == [0, 0, 0, 0]
     torch.nn.init.normal_(critic.head.logit.weight)
-    torch.testing.assert_close(critic(x, sigma, class_ids)[1], critic.logits(x, sigma, class_ids))
+    both = critic(x, sigma, class_ids).logits
+    torch.testing.assert_close(critic(x, sigma, class_ids, denoise=False).logits, both)
+    assert both.abs().min() > 0
+    both.sum().backward()
+    reached = denoiser.model.enc["16x16_conv"].weight.grad
+    assert (reached is None) == (discriminator == "own")
+
+
+def test_hidden_class_is_the_zero_label() -> None:
+    denoiser = network(*CONDITIONAL).eval()
+    x, sigma = torch.randn(2, 3, 16, 16), torch.rand(2, 1, 1, 1) + 0.1
+    hidden, none = denoiser(x, sigma, torch.tensor([-1, -1])), denoiser(x, sigma, None)
+    torch.testing.assert_close(hidden, none)
+    assert not torch.equal(denoiser(x, sigma, torch.tensor([0, 1])), none)
 
 
 class GaussianDenoiser(EDMDenoiser):
@@ -108,12 +122,13 @@ def test_sampling_sigmas_fall_from_80_to_0002_to_0() -> None:
     assert (np.diff(sigmas) < 0).all()
 
 
-def test_karras_density_is_that_of_its_sampler() -> None:
-    sigma = karras_uniform_sigma(200_000, 100, 800, torch.Generator().manual_seed(0)).flatten().double()
+@pytest.mark.parametrize("levels", [KarrasLevels(100, 800), LogNormalLevels(-1.2, 1.2)], ids=["karras", "lognormal"])
+def test_density_of_noise_levels_is_that_of_their_sampler(levels: NoiseLevels) -> None:
+    sigma = levels.draw(200_000, torch.Generator().manual_seed(0)).flatten().double()
     edges = torch.quantile(sigma[:100_000], torch.linspace(0.05, 0.95, 19, dtype=torch.float64))
     for low, high in itertools.pairwise(edges):
         grid = torch.linspace(low.item(), high.item(), 201, dtype=torch.float64)
-        expected = torch.trapezoid(karras_density(grid, 100, 800), grid).item()
+        expected = torch.trapezoid(levels.density(grid), grid).item()
         share = ((sigma >= low) & (sigma < high)).double().mean().item()
         assert share == pytest.approx(expected, abs=0.004)
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import sqlite3
 import struct
 import subprocess
@@ -16,7 +18,16 @@ from conftest import files_of_at_most
 from PIL import Image
 
 from uni_instruct.errors import DiskError, RequestError
-from uni_instruct.train.track import TRACKERS, TrackedRun, Tracker, TrackerKind, check_trackers, open_trackers, stable_id
+from uni_instruct.train.track import (
+    TRACKERS,
+    TrackedRun,
+    Tracker,
+    TrackerKind,
+    WeightsAndBiases,
+    check_trackers,
+    open_trackers,
+    stable_id,
+)
 
 CONFIG = {"name": "digits", "objective": {"divergence": "reverse-kl", "alpha": 0.5}, "mult": [1, 2]}
 GREY, COLOUR = (np.random.default_rng(c).integers(0, 256, (6, 9, c), dtype=np.uint8) for c in (1, 3))
@@ -31,163 +42,187 @@ def send_stages(tracker: Tracker) -> None:
     tracker.picture("generator/samples", COLOUR, images=32)
 
 
-def pixels(png: bytes) -> np.ndarray:
-    image = np.asarray(Image.open(io.BytesIO(png)))
-    return image[:, :, None] if image.ndim == 2 else image
+def assert_same_picture(png: bytes, sheet: np.ndarray) -> None:
+    """Grey may have become RGB on the way, and either may have got an alpha channel."""
+    image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    np.testing.assert_array_equal(image, np.broadcast_to(sheet, image.shape))
 
 
-class TestTensorBoard:
-    @pytest.fixture(autouse=True)
-    def _needs_torch(self) -> None:
-        pytest.importorskip("torch")
+def tensorboard_events(folder: Path) -> Any:
+    """What TensorBoard reads in a run's folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def events(self, folder: Path) -> Any:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
 
-        return EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
 
-    def test_scalars_and_pictures_are_on_disk_at_once(self, tmp_path: Path) -> None:
-        (tracker,) = open_trackers([], tmp_path, "digits", CONFIG)
-        send_stages(tracker)
-        events = self.events(tmp_path)
-        assert [(e.step, e.value) for e in events.Scalars("teacher/loss")] == [(64, 0.5), (128, 0.25)]
-        assert [(e.step, e.value) for e in events.Scalars("skipped_steps")] == [(64, 0), (128, 1)]
-        assert [(e.step, e.value) for e in events.Scalars("generator/loss")] == [(32, -3.5)]
-        for name, sheet, step in (("teacher/samples", GREY, 64), ("generator/samples", COLOUR, 32)):
-            (picture,) = events.Images(name)
-            assert picture.step == step
-            np.testing.assert_array_equal(pixels(picture.encoded_image_string), sheet)
+def test_tensorboard_has_scalars_and_pictures_on_disk_at_once(tmp_path: Path) -> None:
+    (tracker,) = open_trackers([], tmp_path, "digits", CONFIG)
+    send_stages(tracker)
+    events = tensorboard_events(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("teacher/loss")] == [(64, 0.5), (128, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("skipped_steps")] == [(64, 0), (128, 1)]
+    assert [(e.step, e.value) for e in events.Scalars("generator/loss")] == [(32, -3.5)]
+    for name, sheet, step in (("teacher/samples", GREY, 64), ("generator/samples", COLOUR, 32)):
+        (picture,) = events.Images(name)
+        assert picture.step == step
+        assert_same_picture(picture.encoded_image_string, sheet)
+    tracker.scalars({"teacher/loss": 0.125}, images=192)
+    assert [e.step for e in tensorboard_events(tmp_path).Scalars("teacher/loss")] == [64, 128, 192]
+    tracker.close()
+
+
+def test_tensorboard_goes_on_with_the_curves_of_a_resumed_run(tmp_path: Path) -> None:
+    for images in (64, 128):
+        (tracker,) = open_trackers(["tensorboard"], tmp_path, "digits", CONFIG)
+        tracker.scalars({"teacher/loss": images / 64}, images)
         tracker.close()
+    assert [(e.step, e.value) for e in tensorboard_events(tmp_path).Scalars("teacher/loss")] == [(64, 1), (128, 2)]
 
-    def test_a_resumed_run_goes_on_with_the_same_curves(self, tmp_path: Path) -> None:
-        for images in (64, 128):
-            (tracker,) = open_trackers(["tensorboard"], tmp_path, "digits", CONFIG)
-            tracker.scalars({"teacher/loss": images / 64}, images)
+
+def test_tensorboard_leaves_the_folder_of_a_finished_run_alone(tmp_path: Path) -> None:
+    (tracker,) = open_trackers([], tmp_path, "digits", CONFIG)
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_tensorboard_names_a_full_disk(tmp_path: Path) -> None:
+    (tracker,) = open_trackers([], tmp_path, "digits", CONFIG)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    full = pytest.raises(DiskError, match=f"cannot write {tmp_path}/tensorboard: File too large; free space")
+    with files_of_at_most(4096):
+        with full:
+            for images in range(5):
+                tracker.picture("samples", noise, images)
+        with full:
+            tracker.scalars({"teacher/loss": 1.0}, 5)
+        with full:
             tracker.close()
-        assert [(e.step, e.value) for e in self.events(tmp_path).Scalars("teacher/loss")] == [(64, 1), (128, 2)]
-
-    def test_a_run_without_anything_to_say_leaves_its_folder_alone(self, tmp_path: Path) -> None:
-        (tracker,) = open_trackers([], tmp_path, "digits", CONFIG)
-        tracker.close()
-        assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
-    def test_a_full_disk_is_named(self, tmp_path: Path) -> None:
-        (tracker,) = open_trackers([], tmp_path, "digits", CONFIG)
-        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        full = pytest.raises(DiskError, match=f"cannot write {tmp_path}/tensorboard: File too large; free space")
-        with files_of_at_most(4096):
-            with full:
-                for images in range(5):
-                    tracker.picture("samples", noise, images)
-            with full:
-                tracker.scalars({"teacher/loss": 1.0}, 5)
-            with full:
-                tracker.close()
 
 
-class TestWeightsAndBiases:
-    @pytest.fixture
-    def offline(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        pytest.importorskip("wandb")
-        for name, value in {"WANDB_MODE": "offline", "WANDB_CACHE_DIR": "cache", "WANDB_CONFIG_DIR": "config"}.items():
-            monkeypatch.setenv(name, value if name == "WANDB_MODE" else str(tmp_path / value))
-        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_CACHE_DIR": "cache", "WANDB_CONFIG_DIR": "config"}.items():
+        monkeypatch.setenv(name, value if name == "WANDB_MODE" else str(tmp_path / value))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
 
-    def history(self, records: list[Any]) -> list[dict[str, Any]]:
-        """The rows that were logged; keys of nested values are joined by dots."""
-        rows = [record.history.item for record in records if record.HasField("history")]
-        return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
-    def test_scalars_and_pictures_arrive(self, offline: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def end_wandb() -> None:
+    """What the end of the process does: waits until W&B's own process has written all."""
+    import wandb
+
+    wandb.teardown()
+
+
+def wandb_history(records: list[Any]) -> list[dict[str, Any]]:
+    """The rows that were logged; keys of nested values are joined by dots."""
+    rows = [record.history.item for record in records if record.HasField("history")]
+    return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+
+
+def test_wandb_has_scalars_and_pictures(offline: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = open_trackers(["wandb"], tmp_path / "run", "digits", CONFIG)[1]
+    send_stages(tracker)
+    tracker.close()
+    end_wandb()
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    records = list(wandb_records(file))
+
+    (run,) = (record.run for record in records if record.HasField("run"))
+    assert (run.run_id, run.project, run.display_name) == (stable_id(tmp_path / "run"), "uni-instruct", "digits")
+    assert {c.key: json.loads(c.value_json) for c in run.config.update if c.key != "_wandb"} == CONFIG
+    metrics = {m.metric.name or m.metric.glob_name: m.metric for m in records if m.HasField("metric")}
+    assert metrics["*"].step_metric == "images"
+
+    rows = wandb_history(records)
+    assert [row["images"] for row in rows] == [64, 64, 128, 32, 32]
+    assert [row["_step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row.get("teacher/loss") for row in rows] == [0.5, None, 0.25, None, None]
+    assert rows[3]["generator/loss"] == -3.5
+    for row, name, sheet in ((rows[1], "teacher/samples", GREY), (rows[4], "generator/samples", COLOUR)):
+        assert_same_picture((file.parent / "files" / row[f"{name}.path"]).read_bytes(), sheet)
+    assert capfd.readouterr().out == ""
+
+
+def test_wandb_resumes_a_run_by_its_id(offline: None, tmp_path: Path) -> None:
+    for images in (64, 128):
         tracker = open_trackers(["wandb"], tmp_path / "run", "digits", CONFIG)[1]
-        send_stages(tracker)
+        assert isinstance(tracker, WeightsAndBiases)
+        assert tracker._run.settings.resume == "allow"  # only W&B's server can show what that does
+        tracker.scalars({"teacher/loss": 1.0}, images)
         tracker.close()
-        (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
-        records = list(wandb_records(file))
-
-        (run,) = (record.run for record in records if record.HasField("run"))
-        assert (run.run_id, run.project, run.display_name) == (stable_id(tmp_path / "run"), "uni-instruct", "digits")
-        assert {c.key: json.loads(c.value_json) for c in run.config.update if c.key != "_wandb"} == CONFIG
-        metrics = {m.metric.name or m.metric.glob_name: m.metric for m in records if m.HasField("metric")}
-        assert metrics["*"].step_metric == "images"
-
-        rows = self.history(records)
-        assert [row["images"] for row in rows] == [64, 64, 128, 32, 32]
-        assert [row["_step"] for row in rows] == [0, 1, 2, 3, 4]
-        assert [row.get("teacher/loss") for row in rows] == [0.5, None, 0.25, None, None]
-        assert rows[3]["generator/loss"] == -3.5
-        for row, name, sheet in ((rows[1], "teacher/samples", GREY), (rows[4], "generator/samples", COLOUR)):
-            np.testing.assert_array_equal(pixels((file.parent / "files" / row[f"{name}.path"]).read_bytes()), sheet)
-        assert capfd.readouterr().out == ""
-
-    def test_a_resumed_run_keeps_its_id(self, offline: None, tmp_path: Path) -> None:
-        for images in (64, 128):
-            tracker = open_trackers(["wandb"], tmp_path / "run", "digits", CONFIG)[1]
-            tracker.scalars({"teacher/loss": 1.0}, images)
-            tracker.close()
-        parts = [list(wandb_records(file)) for file in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")]
-        assert sorted(row["images"] for part in parts for row in self.history(part)) == [64, 128]
-        ids = {record.run.run_id for part in parts for record in part if record.HasField("run")}
-        assert ids == {stable_id(tmp_path / "run")}
-
-    def test_who_is_not_logged_in_is_told_so(self, offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("WANDB_MODE", "online")
-        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        monkeypatch.delenv("WANDB_API_KEY", raising=False)
-        with pytest.raises(RequestError, match=r"'wandb' cannot start: .*; run 'wandb login', or set WANDB_MODE=offline"):
-            open_trackers(["wandb"], tmp_path / "run", "digits", CONFIG)
+    end_wandb()
+    parts = [list(wandb_records(file)) for file in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")]
+    assert sorted(row["images"] for part in parts for row in wandb_history(part)) == [64, 128]
+    ids = {record.run.run_id for part in parts for record in part if record.HasField("run")}
+    assert ids == {stable_id(tmp_path / "run")}
 
 
-class TestTrackio:
-    @pytest.fixture(scope="class")
-    def store(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-        """Trackio reads where its store lies when it is imported."""
-        store = tmp_path_factory.mktemp("trackio")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRACKIO_DIR", str(store))
-            for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
-                patch.delenv(name, raising=False)
-            pytest.importorskip("trackio")
-            yield store
+def test_wandb_without_a_login_is_refused(offline: None, tmp_path: Path) -> None:
+    """In a process of its own: W&B reads its environment once."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    code = (
+        f"from uni_instruct.train.track import open_trackers\nopen_trackers(['wandb'], Path({str(tmp_path)!r}), 'digits', {{}})"
+    )
+    command = [sys.executable, "-c", f"from pathlib import Path\n{code}"]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert re.search(
+        r"RequestError: tracker 'wandb' cannot start: .+; run 'wandb login', or set WANDB_MODE=offline$", done.stderr.strip()
+    )
 
-    def rows(self, store: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
-        with sqlite3.connect(store / "uni-instruct.db") as database:
-            found = database.execute("select step, metrics from metrics where run_name = ? order by rowid", [name])
-            return [(step, json.loads(metrics)) for step, metrics in found]
 
-    def test_scalars_and_pictures_arrive(self, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Trackio reads where its store lies when it is imported."""
+    store = tmp_path_factory.mktemp("trackio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(store))
+        for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+            patch.delenv(name, raising=False)
+        pytest.importorskip("trackio")
+        yield store
+
+
+def trackio_rows(store: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
+    with sqlite3.connect(store / "uni-instruct.db") as database:
+        found = database.execute("select step, metrics from metrics where run_name = ? order by rowid", [name])
+        return [(step, json.loads(metrics)) for step, metrics in found]
+
+
+def test_trackio_has_scalars_and_pictures(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = open_trackers(["trackio"], tmp_path, "digits", CONFIG)[1]
+    send_stages(tracker)
+    tracker.close()
+    rows = trackio_rows(store, stable_id(tmp_path))
+    assert [step for step, _ in rows] == [64, 64, 128, 32, 32]
+    assert [rows[i][1] for i in (0, 2, 3)] == [
+        {"teacher/loss": 0.5, "skipped_steps": 0.0},
+        {"teacher/loss": 0.25, "skipped_steps": 1.0},
+        {"generator/loss": -3.5},
+    ]
+    for (_, row), name, sheet in ((rows[1], "teacher/samples", GREY), (rows[4], "generator/samples", COLOUR)):
+        assert_same_picture((store / "media" / row[name]["file_path"]).read_bytes(), sheet)
+    with sqlite3.connect(store / "uni-instruct.db") as database:
+        ((config,),) = database.execute("select config from configs where run_name = ?", [stable_id(tmp_path)])
+    assert CONFIG.items() <= json.loads(config).items()
+    assert capfd.readouterr().out == ""
+
+
+def test_trackio_goes_on_with_a_resumed_run(store: Path, tmp_path: Path) -> None:
+    for images in (64, 128):
         tracker = open_trackers(["trackio"], tmp_path, "digits", CONFIG)[1]
-        send_stages(tracker)
+        tracker.scalars({"teacher/loss": 1.0}, images)
         tracker.close()
-        rows = self.rows(store, stable_id(tmp_path))
-        assert [step for step, _ in rows] == [64, 64, 128, 32, 32]
-        assert [rows[i][1] for i in (0, 2, 3)] == [
-            {"teacher/loss": 0.5, "skipped_steps": 0.0},
-            {"teacher/loss": 0.25, "skipped_steps": 1.0},
-            {"generator/loss": -3.5},
-        ]
-        for (_, row), name, sheet in ((rows[1], "teacher/samples", GREY), (rows[4], "generator/samples", COLOUR)):
-            image = pixels((store / "media" / row[name]["file_path"]).read_bytes())
-            np.testing.assert_array_equal(image[..., :3], np.broadcast_to(sheet, image[..., :3].shape))
-        with sqlite3.connect(store / "uni-instruct.db") as database:
-            ((config,),) = database.execute("select config from configs where run_name = ?", [stable_id(tmp_path)])
-        assert CONFIG.items() <= json.loads(config).items()
-        assert capfd.readouterr().out == ""
-
-    def test_a_resumed_run_goes_on_with_the_same_run(self, store: Path, tmp_path: Path) -> None:
-        for images in (64, 128):
-            tracker = open_trackers(["trackio"], tmp_path, "digits", CONFIG)[1]
-            tracker.scalars({"teacher/loss": 1.0}, images)
-            tracker.close()
-        name = stable_id(tmp_path)
-        assert [step for step, _ in self.rows(store, name)] == [64, 128]
-        with sqlite3.connect(store / "uni-instruct.db") as database:
-            assert len(set(database.execute("select run_id from metrics where run_name = ?", [name]))) == 1
+    name = stable_id(tmp_path)
+    assert [step for step, _ in trackio_rows(store, name)] == [64, 128]
+    with sqlite3.connect(store / "uni-instruct.db") as database:
+        assert len(set(database.execute("select run_id from metrics where run_name = ?", [name]))) == 1
 
 
 def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="^tracker 'mlflow' is unknown; choose one of tensorboard, wandb, trackio$"):
+    with pytest.raises(RequestError, match=r"^tracker 'mlflow' is unknown; choose one of tensorboard, wandb, trackio$"):
         open_trackers(["mlflow"], tmp_path, "digits", CONFIG)
 
 
@@ -248,7 +283,7 @@ def test_where_one_tracker_cannot_start_the_others_are_closed(tmp_path: Path, mo
 
 
 def test_an_id_belongs_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It outlives the process and a move, and is shared neither with a run of the same name nor with a later one in its place."""
+    """It outlives a move, and is shared neither with a run of the same name nor with a later one in its place."""
     first, second = tmp_path / "a" / "fkl lr=1e-4/№2", tmp_path / "b" / "fkl lr=1e-4/№2"
     first.mkdir(parents=True)
     monkeypatch.chdir(first)
@@ -262,7 +297,7 @@ def test_an_id_belongs_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """The records in W&B's offline file: after 7 bytes a LevelDB log, 32 KiB blocks of parts (checksum, length, kind, bytes)."""
+    """The records in W&B's offline file: 7 bytes, then a LevelDB log: 32 KiB blocks of (checksum, length, kind, bytes)."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, whole = file.read_bytes(), 7, b""

@@ -13,9 +13,11 @@ import torch
 from conftest import files_of_at_most, run_cli
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.train.config import built_in_recipes, load_recipe
 from uni_instruct.train.loop import metric_value
+from uni_instruct.train.recipe import built_in_recipes, load_recipe
 
+# What a log says of the machine, not of the run.
+MACHINES = ("images_per_s", "memory_mb")
 TINY = [
     "network.model_channels=16",
     "teacher.batch=32",
@@ -24,9 +26,12 @@ TINY = [
     "teacher.decay_kimg=0.3",
     "distillation.batch=32",
     "distillation.duration_kimg=0.96",
-    "distillation.critic_warmup_kimg=0.1",
+    "critic_warmup_kimg=0.1",
     "distillation.evaluate_kimg=0.32",
     "divergence=forward-kl",
+    "ratio_mean=running",
+    "distillation.ema_power_std=0.1",
+    "snapshot_kimg=0.32",
     "loop.samples=100",
     "loop.log_kimg=0.032",
     "loop.state_kimg=0.16",
@@ -118,10 +123,21 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
     [
         (["train", "imagenet"], "recipe 'imagenet' is unknown; give a YAML file or one of digits"),
         (["train", "digits", "--set", "divergence=kl"], "divergence 'kl' is unknown; choose one of reverse-kl"),
+        (["train", "digits", "--set", "divergence=r**2"], "f(r) = r**2 is 1 at r = 1; subtract that, so that f(1) = 0"),
+        (
+            ["train", "digits", "--set", "method=gan"],
+            "objective.method 'gan' is unknown; choose one of diff-instruct, dmd, dmd2",
+        ),
+        (["train", "digits", "--set", "method=di++"], "method 'di++' needs a reward; --set reward=file.py:function"),
+        (["train", "digits", "--set", "method=di-star", "--set", "reward=nowhere:f"], "reward 'nowhere:f' cannot be imported"),
+        (["train", "digits", "--set", "data="], "a teacher is trained from data, and the recipe has none; --set data=..."),
+        (["train", "digits", "--set", "precision=16-mixed"], "loop.precision 16-mixed needs a GPU"),
+        (["train", "digits", "--set", "conditional=false", "--set", "method=sid-lsg"], "guidance needs a teacher with classes"),
+        (["train", "digits", "--set", "distillation.batch=63", "--devices", "2"], "batch of 63 cannot be divided among 2 proc"),
         (["train", "digits", "--set", "colour=red"], "--set key 'colour' is unknown; choose one of name"),
         (["train", "digits", "--set", "batch=64"], "--set key 'batch' is ambiguous; write teacher.batch or distillation.batch"),
         (["train", "digits", "--set", "alpha"], "--set alpha has no value; write --set key=value"),
-        (["train", "digits", "--set", "alpha=high"], "recipe key 'distillation.alpha' is 'high'; give a value of type float"),
+        (["train", "digits", "--set", "alpha=high"], "recipe key 'objective.alpha' is 'high'; give a value of type float"),
         (["train", "digits", "--set", "teacher.batch=0"], "teacher.batch 0 is out of range; give 1"),
         (["train", "digits", "--set", "channel_mult=[1,1,1,1,1]"], "resolution 8x8 is not divisible by 16"),
         (["train", "digits", "--set", "data=digit"], "there is no data set digit; give one of digits"),
@@ -138,9 +154,9 @@ def test_bad_recipe_is_refused_before_anything_is_written(tmp_path: Path, argume
 
 
 def test_another_recipe_into_the_same_run_is_refused(finished: Path) -> None:
-    done = run_cli(*train_command(finished, "distillation.alpha=0.7"))
+    done = run_cli(*train_command(finished, "objective.alpha=0.7"))
     assert done.returncode == 2
-    assert "holds a run with distillation.alpha=0.5, not 0.7" in done.stderr
+    assert "holds a run with objective.alpha=0.5, not 0.7" in done.stderr
 
 
 def test_corrupt_state_is_named(finished: Path, tmp_path: Path) -> None:
@@ -199,4 +215,4 @@ def read_lines(path: Path) -> list[str]:
 
 def timeless_log(out: Path) -> list[dict[str, object]]:
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "images_per_s"} for record in records]
+    return [{key: value for key, value in record.items() if key not in MACHINES} for record in records]

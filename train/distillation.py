@@ -9,6 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.ddpmpp import EDMDenoiser
 from uni_instruct.train.augment import AugmentPipe
@@ -24,7 +25,7 @@ from uni_instruct.train.parallel import Share, prepared
 from uni_instruct.train.randomness import Batches
 from uni_instruct.train.ratio import DensityRatio
 from uni_instruct.train.reward import Reward
-from uni_instruct.train.student import StudentBatch, one_step
+from uni_instruct.train.student import StudentBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,9 @@ class DistillationStage:
         warm = index * self.batch >= self.config.critic_warmup_kimg * 1000
         for update in range(objective.critic_updates):
             last = update == objective.critic_updates - 1
-            students = self._draw_students(generator, keep=warm and last and self._one_pass)
+            # A pair may lie in two processes, which then cannot share its evaluation.
+            keep = self._one_pass and not (objective.antithetic and self.fabric.world_size > 1)
+            students = self._draw_students(generator, keep=keep and warm and last)
             data_index = index * objective.critic_updates + update
             metrics = self.update_critic(index, data_index, objective, students, generator, closely and last)
         if warm:
@@ -126,7 +129,7 @@ class DistillationStage:
     def sample(self, latents: Tensor, class_ids: Tensor | None) -> Tensor:
         """Images of the averaged generator."""
         with torch.no_grad():
-            return one_step(self.averages.primary.module, latents, self.config.sigma_init, class_ids)
+            return one_step(self.averages.primary.module, latents, class_ids, self.config.sigma_init)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step reads and changes; the teacher is fixed."""

@@ -10,6 +10,7 @@ from uni_instruct.errors import UniInstructError
 from uni_instruct.train.optimizing import Optimization
 
 ADVICE = {
+    "generator": "lower distillation.generator_learning_rate",
     "di": "raise objective.tmin or lower objective.logit_clamp",
     "fgm": "raise objective.tmin or lower distillation.generator_learning_rate",
     "sim": "raise objective.tmin or lower distillation.generator_learning_rate",

@@ -7,6 +7,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.divergence import Divergence, find_divergence
+from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Criticism
 from uni_instruct.train.fault import Suspects, stop_if_hopeless
 from uni_instruct.train.guidance import guided, guided_criticism
@@ -26,7 +27,7 @@ from uni_instruct.train.pairs import Pairs
 from uni_instruct.train.parallel import Share
 from uni_instruct.train.ratio import DensityRatio
 from uni_instruct.train.reward import Reward
-from uni_instruct.train.student import StudentBatch, one_step
+from uni_instruct.train.student import StudentBatch
 
 QUANTILES = {"ratio/q05": 0.05, "ratio/q50": 0.5, "ratio/q95": 0.95}
 
@@ -50,6 +51,7 @@ class GeneratorUpdate:
     ) -> Metrics:
         """One step; with `closely`, terms, their gradients and the ratio are measured as well."""
         self.critic.module.requires_grad_(False)
+        students = students.paired() if objective.antithetic else students
         draw = _Draw.of(objective, students, self.pairs, generator)
         ratios = self._ratios_beforehand(objective, students, draw)
         suspects, tally = Suspects(), Tally(self.fabric)
@@ -58,7 +60,7 @@ class GeneratorUpdate:
             diffused, criticism = self._diffuse(part, objective, students, draw)
             ratio = self._ratio(criticism, diffused.sigma, objective) if ratios is None else ratios[local]
             terms = self._terms(part, objective, students, draw, diffused, criticism, ratio)
-            suspects.add(terms, diffused.sigma)
+            suspects.add(_sums(diffused) | terms, diffused.sigma)
             if closely:
                 tally.add(_image_gradients(terms, diffused.clean) | _state_of(diffused, criticism, ratio, objective))
                 tally.add({f"generator/{name}": values for name, values in terms.items()})
@@ -140,7 +142,7 @@ class GeneratorUpdate:
         assert draw.pair_index is not None
         device, chosen = self.fabric.device, draw.pair_index[part]
         class_ids = None if self.pairs.class_ids is None else self.pairs.class_ids[chosen].to(device)
-        images = one_step(students.network, self.pairs.latents[chosen].to(device), students.sigma_init, class_ids)
+        images = one_step(students.network, self.pairs.latents[chosen].to(device), class_ids, students.sigma_init)
         return (images - self.pairs.images[chosen].to(device)).square().flatten(1).sum(1)
 
 
@@ -171,9 +173,17 @@ class _Draw:
         batch = len(students.latents)
         sigma = objective.levels.draw(batch, generator)
         noise = torch.randn(students.latents.shape, generator=generator)
+        if objective.antithetic:
+            half = batch // 2
+            sigma, noise = torch.cat([sigma[:half]] * 2), torch.cat([noise[:half], -noise[:half]])
         wanted = pairs is not None and objective.regression_scale
         index = torch.randint(len(pairs.latents), (batch,), generator=generator) if pairs is not None and wanted else None
         return cls(sigma, noise, index)
+
+
+def _sums(diffused: DiffusedBatch) -> Metrics:
+    """Finite where every pixel is, [b]: the networks that terms are made of are suspected before the terms."""
+    return {"generator": diffused.clean.flatten(1).sum(1), "fake_score": diffused.fake.flatten(1).sum(1)}
 
 
 def _image_gradients(terms: Terms, clean: Tensor) -> Metrics:

@@ -76,7 +76,7 @@ def _read_override(override: str) -> tuple[str, Any]:
         raise RequestError(f"--set {override} has no value", remedy="write --set key=value", param="set")
     full = _full_key(key.strip())
     try:
-        return full, yaml.safe_load(text)
+        return full, yaml.safe_load(text) if text.strip() else ""
     except yaml.YAMLError:
         return full, text  # such as an expression that begins with a sign that YAML reserves
 

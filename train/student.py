@@ -1,17 +1,12 @@
-"""The student: images from latents in one evaluation, and the batch of them that critic and generator share in a step."""
+"""The student's images of one step, which critic and generator share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def one_step(network: Any, latents: Tensor, sigma_init: float, class_ids: Tensor | None) -> Tensor:
-    """G(z) = D(sigma_init z; sigma_init): images [B, C, H, W] in about [-1, 1]."""
-    sigma = latents.new_full((len(latents), 1, 1, 1), sigma_init)
-    images: Tensor = network(latents * sigma_init, sigma, class_ids)
-    return images
+from uni_instruct.engines.torch import one_step
 
 
 @dataclass
@@ -50,9 +45,18 @@ class StudentBatch:
             self._kept = self._images(part)
         return self._kept
 
+    def paired(self) -> "StudentBatch":
+        """Its first half twice: each image then meets a noise and its negative (antithetic sampling)."""
+        half = len(self.latents) // 2
+        class_ids = None if self.class_ids is None else torch.cat([self.class_ids[:half]] * 2)
+        pairs = replace(self, latents=torch.cat([self.latents[:half]] * 2), class_ids=class_ids)
+        if self.keep:
+            pairs._kept = torch.cat([self.moving(slice(0, len(self.latents)))[:half]] * 2)
+        return pairs
+
     def classes(self, part: slice) -> Tensor | None:
         """Class ids of that part."""
         return None if self.class_ids is None else self.class_ids[part].to(self.device)
 
     def _images(self, part: slice) -> Tensor:
-        return one_step(self.network, self.latents[part].to(self.device), self.sigma_init, self.classes(part))
+        return one_step(self.network, self.latents[part].to(self.device), self.classes(part), self.sigma_init)

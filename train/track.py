@@ -164,7 +164,7 @@ class WeightsAndBiases:
         self._run.log({name: self._wandb.Image(to_pil(sheet)), "images": images})
 
     def close(self) -> None:
-        """Waits until everything is sent, or written where W&B is offline."""
+        """Waits until everything is sent; where W&B is offline, its files are whole once the process has ended."""
         self._run.finish()
 
 

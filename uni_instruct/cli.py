@@ -19,6 +19,10 @@ COMMANDS = {
     ),
     "data": ("uni_instruct.commands.data:data", "Prepare a data set."),
     "train": ("uni_instruct.train.command:train", "Train a teacher and distil it into a one-step generator."),
+    "average": (
+        "uni_instruct.train.average_command:average",
+        "Make another average of a run's weights, without training again.",
+    ),
     "export": (
         "uni_instruct.export.command:export",
         "Compile a generator to an engine proven equal to torch.",

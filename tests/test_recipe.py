@@ -1,0 +1,143 @@
+"""Recipes: what a method fixes, what a recipe adds, what a user changes, and what is refused before anything is opened."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from uni_instruct.errors import RequestError
+from uni_instruct.schedule import KarrasLevels, LogNormalLevels
+from uni_instruct.train.methods import METHODS
+from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.recipe import load_recipe, parse_recipe
+from uni_instruct.train.reward import open_reward
+
+REWARD = "def ink(images, class_ids):\n    return images.mean(dim=(1, 2, 3))\n"
+
+
+@pytest.fixture()
+def reward(tmp_path: Path) -> str:
+    (tmp_path / "rewards.py").write_text(REWARD)
+    return f"{tmp_path}/rewards.py:ink"
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda m: m.name)
+def test_method_sets_what_it_names_and_leaves_the_rest_as_it_is(method: object, reward: str) -> None:
+    recipe = load_recipe("digits", [f"method={method.name}", f"reward={reward}"])
+    objective = recipe.objective
+    for key, value in method.settings.items():
+        assert getattr(objective, key) == value
+    own = method.settings.keys() | {"method", "reward", "critic_updates"}
+    for key, default in ObjectiveConfig().__dict__.items():
+        assert key in own or getattr(objective, key) == default, key
+    assert objective.critic_updates == method.settings.get("critic_updates", 2)  # the recipe's own tuning
+
+
+def test_methods_are_told_apart() -> None:
+    assert len({str(sorted(m.settings.items())) for m in METHODS.values()}) == len(METHODS)
+
+
+def test_changes_go_on_top_of_a_method_in_any_order() -> None:
+    first = load_recipe("digits", ["method=uni-instruct", "divergence=jeffreys", "mix=0.3"])
+    second = load_recipe("digits", ["mix=0.3", "divergence=jeffreys", "method=uni-instruct"])
+    assert first == second
+    assert (first.objective.divergence, first.objective.mix, first.objective.adversarial_scale) == ("jeffreys", 0.3, 1e-4)
+
+
+def test_recipe_written_out_is_the_recipe(reward: str) -> None:
+    schedule = "schedule=[{until_kimg: 10, objective: {method: sid}}, {until_kimg: 20, objective: {method: sida}}]"
+    recipe = load_recipe("digits", [schedule, "method=di-star", f"reward={reward}", "ema_power_std=[0.05, 0.1]"][:3])
+    assert parse_recipe(recipe.to_dict()) == recipe
+    assert [objective.method for objective in recipe.objectives] == ["sid", "sida", "di-star"]
+    assert recipe.schedule[1].objective.adversarial_scale == 1e-4
+
+
+def test_one_value_stands_for_a_list_of_one() -> None:
+    assert load_recipe("digits", ["distillation.ema_halflife_kimg=7"]).distillation.ema_halflife_kimg == (7.0,)
+
+
+def test_noise_levels_are_the_objectives() -> None:
+    objective = ObjectiveConfig(noise="karras", tmin=100, tmax=700, critic_noise="lognormal", noise_mean=-0.5)
+    assert objective.levels == KarrasLevels(100, 700)
+    assert objective.critic_levels == LogNormalLevels(-0.5, 1.2)
+    assert ObjectiveConfig(tmax=700).critic_levels == KarrasLevels(0, 700)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ratio", "data"),
+    [
+        ({}, False, False),
+        ({"family": "integral"}, False, False),
+        ({"divergence": "jeffreys"}, True, True),
+        ({"divergence": "jeffreys", "mix": 0.0}, False, False),
+        ({"divergence": "alpha", "order": 0.0}, False, False),
+        ({"divergence": "-log(r)"}, False, False),
+        ({"divergence": "r*log(r)"}, True, True),
+        ({"adversarial_scale": 0.1}, False, True),
+        ({"divergence": "jeffreys", "divergence_scale": 0.0, "adversarial_scale": 0.1}, False, True),
+    ],
+)
+def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, data: bool) -> None:
+    objective = ObjectiveConfig(**settings)
+    assert (objective.needs_ratio, objective.needs_discriminator) == (ratio, data)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": {"metod": "sid"}}, "recipe key 'objective.metod' is unknown; choose one of method, family"),
+        ({"objective": {"family": "forward"}}, "objective.family 'forward' is unknown; choose one of expanded, integral"),
+        ({"objective": {"di": False, "fgm": False, "sim": False}}, "objective.di, fgm and sim are all off"),
+        ({"objective": {"tmin": 800}}, "objective.tmin 800"),
+        ({"objective": {"mix": 1.5}}, "objective.mix 1.5 is out of range; give 0 to 1"),
+        (
+            {"schedule": [{"until_kimg": 500, "objective": {}}]},
+            "schedule's until_kimg [500.0] do not rise to below duration_kimg 200",
+        ),
+        (
+            {"schedule": [{"until_kimg": 5, "objective": {"discriminator": "own"}}]},
+            "objective.discriminator differs between phases",
+        ),
+        ({"schedule": [{"objective": {}}]}, "recipe has no 'schedule.until_kimg'"),
+        ({"loop": {"trackers": ["clearml"]}}, "loop.trackers 'clearml' is unknown; choose one of tensorboard"),
+        ({"distillation": {"ema_halflife_kimg": []}}, "distillation.ema_halflife_kimg is empty"),
+        (
+            {"data": "", "teacher": {"bundle": "t"}, "objective": {"divergence": "jeffreys"}},
+            "divergence 'jeffreys' needs real data",
+        ),
+        ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sida"}}, "an adversarial term needs real data"),
+        ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sid"}}, "metric 'FD' compares with data"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_remedy(values: dict, message: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_recipe({"name": "x", "data": "digits"} | values)
+    assert message in str(refused.value)
+
+
+def test_a_teacher_alone_is_enough_where_nothing_needs_data() -> None:
+    values = {"name": "x", "teacher": {"bundle": "t"}, "objective": {"method": "sid"}, "loop": {"metric": "none"}}
+    assert parse_recipe(values).data == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return images.mean()", "gives shape [] for 2 images, not [2]"),
+        ("return images.mean(dim=1)", "gives shape [2, 8, 8] for 2 images, not [2]"),
+        ("return 3.0", "gives a float for 2 images, not [2]"),
+        ("return images.mean(dim=(1, 2, 3)).detach()", "has no gradient to the images"),
+        ("return (images.sum(dim=(1, 2, 3)) / 0)", "gives [nan, nan] for two grey images"),
+        ("return images.mean(dim=(1, 2, 3)) @ images", "fails on images [2, 1, 8, 8]"),
+    ],
+)
+def test_reward_is_tried_before_it_is_used(tmp_path: Path, body: str, message: str) -> None:
+    (tmp_path / "bad.py").write_text(f"def reward(images, class_ids):\n    {body}\n")
+    with pytest.raises(RequestError, match="take images") as refused:
+        open_reward(f"{tmp_path}/bad.py:reward", (1, 8, 8), 10)
+    assert message in str(refused.value)
+
+
+def test_reward_that_fits_is_given_back(reward: str) -> None:
+    images = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(open_reward(reward, (1, 8, 8), 0)(images, None), images.mean(dim=(1, 2, 3)))

@@ -1,0 +1,48 @@
+"""`uni-instruct average`: another average of a finished run's weights, without training again."""
+
+import dataclasses
+from pathlib import Path
+
+import rich_click as click
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.errors import RequestError
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--std", required=True, type=float, help="Width of the average, relative to training time; EDM2 tries 0.02 to 0.25."
+)
+@click.option("--kimg", type=float, help="As of this time of training, in thousands of images.  [default: the end]")
+@click.option("--stage", default="generator", type=click.Choice(["generator", "teacher"]), help="Whose weights.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
+def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) -> None:
+    """Make a bundle with an average of another width, from the snapshots that a run kept.
+
+    EDM2's post-hoc EMA (arXiv 2312.02696): training with distillation.ema_power_std=[0.05,0.1] keeps snapshots of two
+    power-function averages; any other width is reconstructed from them. Evaluate several, and keep the best.
+
+    Example: uni-instruct average runs/digits --std 0.08 --out runs/digits-0.08
+    """
+    from uni_instruct.data import open_dataset
+    from uni_instruct.engines.torch import TorchEngine
+    from uni_instruct.generate import generate, resolve_class_ids
+    from uni_instruct.images import contact_sheet, encode
+    from uni_instruct.train.card import model_card
+    from uni_instruct.train.posthoc import reconstruct
+    from uni_instruct.train.recipe import parse_recipe, read_yaml
+
+    if out.exists():
+        raise RequestError(f"{out} exists already", remedy="name another folder", param="out")
+    trained = Bundle.open(run / stage)
+    recipe = parse_recipe(read_yaml(run / "recipe.yaml"))
+    weights = {name: tensor.numpy() for name, tensor in reconstruct(run / "snapshots" / stage, std, kimg).items()}
+    origin = {"average_std": std, "average_kimg": kimg, "averaged_run": trained.weights_sha256}
+    spec = dataclasses.replace(trained.spec, provenance={**trained.spec.provenance, **origin})
+    card = model_card(spec, recipe, open_dataset(recipe.data) if recipe.data else None, {})
+    seeds = range(recipe.loop.grid)
+    images = generate(TorchEngine(Bundle.write(out, spec, weights, card)), seeds, resolve_class_ids(spec, seeds))
+    bundle = Bundle.write(out, spec, weights, card, encode(contact_sheet(images)))
+    click.echo(f"{stage}: {bundle.path} (width {std:g} of training time, reconstructed)")
+    click.echo(f"next: uni-instruct evaluate {bundle.path} --reference {recipe.data or 'DATA'}")

@@ -1,0 +1,225 @@
+"""What a plan costs: parameters, arithmetic, memory and time, of each stage and of the whole run."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from uni_instruct.networks.build import build_denoiser
+from uni_instruct.train.config import DistillationConfig, Recipe, TeacherConfig
+from uni_instruct.train.distillation import Players
+from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.plan import Plan
+from uni_instruct.train.trial import CountedSteps, Limits, TimedSteps, Timing, micro_batch_of
+
+MEASURE_S = 18.0
+FLOAT_BYTES = 4  # gradients and moments have 32 bits whatever the precision of products
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the distillation under one objective; critic_alone while the critic warms up. images are the generator's."""
+
+    from_kimg: float
+    until_kimg: float
+    images: int
+    objective: ObjectiveConfig
+    critic_alone: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one process. All are exact but activations: what autograd keeps of a micro-batch, without temporaries."""
+
+    weights: int
+    gradients: int
+    moments: int
+    averages: int
+    activations: int
+
+    @property
+    def fixed(self) -> int:
+        """What does not grow with the micro-batch."""
+        return self.weights + self.gradients + self.moments + self.averages
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.fixed + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """images and flops_per_image (one image's share of a step) have an entry for each phase; timing is the last phase's."""
+
+    images: tuple[int, ...]
+    flops_per_image: tuple[float, ...]
+    micro_batch: int
+    memory: Memory
+    timing: Timing | None
+
+    @property
+    def flops(self) -> float:
+        """Of the whole stage."""
+        return sum(images * flops for images, flops in zip(self.images, self.flops_per_image, strict=True))
+
+    @property
+    def time_s(self) -> float | None:
+        """Of the whole stage; other phases are taken to be as fast, FLOP for FLOP, as the timed one. None if none was timed."""
+        return None if self.timing is None else self.timing.s_per_image * self.flops / self.flops_per_image[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """teacher is None where one is given. pairs_flops and pairs_time_s are those of sampling pairs from the teacher."""
+
+    parameters: dict[str, int]
+    phases: tuple[Phase, ...]
+    teacher: StageCost | None
+    generator: StageCost
+    pairs_flops: float
+    device: str
+
+    @property
+    def stages(self) -> dict[str, StageCost]:
+        """Those that are trained, in order."""
+        return ({"teacher": self.teacher} if self.teacher else {}) | {"generator": self.generator}
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run but for evaluation."""
+        return sum(stage.flops for stage in self.stages.values()) + self.pairs_flops
+
+    @property
+    def time_s(self) -> float | None:
+        """Of the whole run but for evaluation; None unless every stage was timed."""
+        times = [stage.time_s for stage in self.stages.values()]
+        pairs = self.pairs_flops / self.generator.flops * (self.generator.time_s or 0)
+        return None if None in times else sum(time for time in times if time is not None) + pairs
+
+
+def cost_of(plan: Plan, budget_s: float = MEASURE_S) -> Cost:
+    """Counts and times a step of each stage; timing takes about budget_s."""
+    counted = CountedSteps(plan)
+    evaluation_flops = counted.evaluation()
+    timed = TimedSteps(plan, evaluation_flops)
+    players = players_without_storage(plan)
+    given, recipe = plan.given_teacher is not None, plan.recipe
+    pairs = max((o.regression_pairs for o in recipe.objectives if o.regression_scale), default=0)
+    return Cost(
+        parameters=count_parameters(players),
+        phases=phases(recipe),
+        teacher=None if given else _teacher(plan, players, counted, timed, budget_s / 3),
+        generator=_generator(plan, players, counted, timed, budget_s * (1 if given else 2 / 3)),
+        pairs_flops=pairs * evaluations(recipe.teacher.steps) * evaluation_flops,
+        device=timed.device,
+    )
+
+
+def phases(recipe: Recipe) -> tuple[Phase, ...]:
+    """The distillation as its steps fall into warm-up, the schedule's objectives and the final one."""
+    config = recipe.distillation
+
+    def first_step(kimg: float) -> int:
+        return min(_steps(config), math.ceil(kimg * 1000 / config.batch - 1e-9))
+
+    warm = first_step(config.critic_warmup_kimg)
+    edges = sorted({0, warm, _steps(config), *(first_step(phase.until_kimg) for phase in recipe.schedule)})
+    return tuple(
+        Phase(
+            from_kimg=start * config.batch / 1000,
+            until_kimg=stop * config.batch / 1000,
+            images=(stop - start) * config.batch,
+            objective=next((p.objective for p in recipe.schedule if start < first_step(p.until_kimg)), recipe.objective),
+            critic_alone=start < warm,
+        )
+        for start, stop in pairwise(edges)
+    )
+
+
+def evaluations(steps: int) -> int:
+    """How often Heun's sampler of that many steps evaluates the network."""
+    return 2 * steps - 1
+
+
+def players_without_storage(plan: Plan) -> Players:
+    """The networks of the distillation, of full size, on the meta device."""
+    with torch.device("meta"):
+        return Players.from_teacher(build_denoiser(plan.teacher_spec), plan.recipe)
+
+
+def count_parameters(players: Players) -> dict[str, int]:
+    """Of each network; the discriminator's are those that it adds to the fake score's."""
+    fake_score, critic = _size(players.critic.fake_score), _size(players.critic)
+    return {
+        "generator": _size(players.generator),
+        "fake_score": fake_score,
+        "discriminator": critic - fake_score,
+        "teacher": _size(players.teacher),
+    }
+
+
+def _teacher(plan: Plan, players: Players, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
+    config, counts, networks = plan.recipe.teacher, counted.teacher(), [players.teacher]
+    memory = _memory(networks, networks, players.teacher, config, counts.activations)
+    return StageCost(
+        images=(_steps(config) * config.batch,),
+        flops_per_image=(counts.flops,),
+        micro_batch=micro_batch_of(config),
+        memory=memory,
+        timing=timed.teacher(counts.flops, _limits(memory, config, budget_s)),
+    )
+
+
+def _generator(plan: Plan, players: Players, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
+    config, stretches = plan.recipe.distillation, phases(plan.recipe)
+    counts = [counted.distillation(phase.objective, phase.critic_alone) for phase in stretches]
+    trained, last = [players.generator, players.critic], stretches[-1]
+    activations = max(c.activations for c in counts)
+    memory = _memory([players.teacher, *trained], trained, players.generator, config, activations)
+    limits = _limits(memory, config, budget_s)
+    return StageCost(
+        images=tuple(phase.images for phase in stretches),
+        flops_per_image=tuple(c.flops for c in counts),
+        micro_batch=micro_batch_of(config),
+        memory=memory,
+        timing=timed.distillation(last.objective, last.critic_alone, counts[-1].flops, limits),
+    )
+
+
+def _memory(
+    networks: Sequence[nn.Module],
+    trained: Sequence[nn.Module],
+    averaged: nn.Module,
+    config: TeacherConfig | DistillationConfig,
+    activations_per_image: float,
+) -> Memory:
+    sizes = [FLOAT_BYTES * _size(network) for network in trained]
+    return Memory(
+        weights=sum(_bytes(network) for network in networks),
+        gradients=max(sizes),  # each network's are forgotten before the next one's are made
+        moments=2 * sum(sizes),
+        averages=(len(config.ema_halflife_kimg) + len(config.ema_power_std)) * _bytes(averaged),
+        activations=round(activations_per_image * micro_batch_of(config)),
+    )
+
+
+def _limits(memory: Memory, config: TeacherConfig | DistillationConfig, budget_s: float) -> Limits:
+    images = micro_batch_of(config)
+    per_image = max(1.0, memory.activations / images)
+    return Limits(images=images, fixed_bytes=memory.fixed, bytes_per_image=per_image, budget_s=budget_s)
+
+
+def _steps(config: TeacherConfig | DistillationConfig) -> int:
+    return max(1, round(config.duration_kimg * 1000 / config.batch))
+
+
+def _size(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))

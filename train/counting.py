@@ -1,0 +1,106 @@
+"""FLOPs and activations of a step, counted while it runs; on the meta device it needs neither arithmetic nor memory."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """FLOPs, and the bytes that autograd keeps, both per image."""
+
+    flops: float
+    activations: float
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of matrix products, convolutions and attention; a multiplication with its addition counts as 2."""
+    # Attention as plain products: the counter knows no other kind on the CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
+class SavedTensors(saved_tensors_hooks):
+    """Bytes that autograd keeps for the backward pass inside the `with` block, at their most: `peak`.
+
+    Each storage counts once, and for as long as it is kept; the networks' weights do not count.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module] = ()):
+        super().__init__(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor)
+        self.peak = self._now = 0
+        self._uses: Counter[int] = Counter()
+        self._weights = [t.untyped_storage() for network in networks for t in (*network.parameters(), *network.buffers())]
+        self._addresses = {storage._cdata for storage in self._weights}
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in a network's storage."""
+        return tensor.untyped_storage()._cdata in self._addresses
+
+    def add_weight(self, tensor: Tensor) -> None:
+        """Leaves this tensor out as well."""
+        self._weights.append(tensor.untyped_storage())  # held, so that no other storage gets its address
+        self._addresses.add(self._weights[-1]._cdata)
+
+    def use(self, tensor: Tensor, change: int) -> None:
+        """One use more of the tensor's storage (1), or one less (-1)."""
+        if self.is_weight(tensor):
+            return
+        storage = tensor.untyped_storage()
+        self._uses[storage._cdata] += change
+        if self._uses[storage._cdata] == max(change, 0):  # the first use began, or the last one ended
+            self._now += change * storage.nbytes()
+            self.peak = max(self.peak, self._now)
+
+
+class _Kept:
+    """What autograd holds in place of a tensor, for as long as it needs it."""
+
+    def __init__(self, saved: SavedTensors, tensor: Tensor):
+        self.saved, self.tensor = saved, tensor
+        saved.use(tensor, 1)
+
+    def __del__(self) -> None:
+        self.saved.use(self.tensor, -1)
+
+
+_IN_16_BITS = (F.conv2d, F.conv_transpose2d, F.linear, F.scaled_dot_product_attention, torch.matmul, torch.bmm)
+_IN_32_BITS = (F.group_norm, F.layer_norm, F.softmax)
+
+
+class MixedPrecision(TorchFunctionMode):
+    """What autocast does on a GPU, for tensors of the meta device, which autocast passes over. Copies of weights are weights."""
+
+    def __init__(self, precision: str, saved: SavedTensors):
+        super().__init__()
+        kinds = () if precision == "32-true" else ((_IN_16_BITS, torch.bfloat16), (_IN_32_BITS, torch.float32))
+        self.saved = saved
+        self.dtypes = {function: dtype for functions, dtype in kinds for function in functions}
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.dtypes:
+            args = [self._cast(value, self.dtypes[func]) for value in args]
+            kwargs = {name: self._cast(value, self.dtypes[func]) for name, value in kwargs.items()}
+        result = func(*args, **kwargs)
+        if func is Tensor.to and self.saved.is_weight(args[0]):
+            self.saved.add_weight(result)
+        return result
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        cast = value.to(dtype)
+        if self.saved.is_weight(value):
+            self.saved.add_weight(cast)
+        return cast
