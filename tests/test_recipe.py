@@ -1,5 +1,6 @@
 """Recipes: what a method fixes, what a recipe adds, what a user changes, and what is refused before anything is opened."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,15 +8,17 @@ import torch
 
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels
+from uni_instruct.train.fault import ADVICE
+from uni_instruct.train.health import SYMPTOMS
 from uni_instruct.train.methods import METHODS
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.recipe import load_recipe, parse_recipe
+from uni_instruct.train.recipe import all_keys, load_recipe, parse_recipe
 from uni_instruct.train.reward import open_reward
 
 REWARD = "def ink(images, class_ids):\n    return images.mean(dim=(1, 2, 3))\n"
 
 
-@pytest.fixture()
+@pytest.fixture
 def reward(tmp_path: Path) -> str:
     (tmp_path / "rewards.py").write_text(REWARD)
     return f"{tmp_path}/rewards.py:ink"
@@ -61,6 +64,13 @@ def test_noise_levels_are_the_objectives() -> None:
     assert objective.levels == KarrasLevels(100, 700)
     assert objective.critic_levels == LogNormalLevels(-0.5, 1.2)
     assert ObjectiveConfig(tmax=700).critic_levels == KarrasLevels(0, 700)
+
+
+def test_every_advice_names_keys_that_exist() -> None:
+    advice = [*ADVICE.values(), *(symptom.remedy for symptom in SYMPTOMS.values())]
+    named = {key for words in advice for key in re.findall(r"(?:objective|distillation|teacher|loop)\.\w+", words)}
+    assert len(named) > 5
+    assert named <= set(all_keys())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,8 +86,9 @@ def test_tensorboard_leaves_the_folder_of_a_finished_run_alone(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
-def test_tensorboard_names_a_full_disk(tmp_path: Path) -> None:
+def test_tensorboard_names_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's own thread dies of it, too
+    others = threading.enumerate()
     (tracker,) = open_trackers([], tmp_path, "digits", CONFIG)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     full = pytest.raises(DiskError, match=f"cannot write {tmp_path}/tensorboard: File too large; free space")
@@ -98,6 +100,8 @@ def test_tensorboard_names_a_full_disk(tmp_path: Path) -> None:
             tracker.scalars({"teacher/loss": 1.0}, 5)
         with full:
             tracker.close()
+    for thread in set(threading.enumerate()) - set(others):
+        thread.join()
 
 
 @pytest.fixture

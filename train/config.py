@@ -186,12 +186,6 @@ class Recipe:
                 remedy="give them in order",
                 param="recipe",
             )
-        if self.distillation.batch % 2 and any(objective.antithetic for objective in self.objectives):
-            raise RequestError(
-                f"objective.antithetic pairs images, and distillation.batch {self.distillation.batch} is odd",
-                remedy="give an even batch",
-                param="recipe",
-            )
         if len({objective.discriminator for objective in self.objectives}) > 1:
             raise RequestError("objective.discriminator differs between phases", remedy="give one to all", param="recipe")
         if not self.data:

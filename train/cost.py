@@ -16,6 +16,7 @@ from uni_instruct.train.plan import Plan
 from uni_instruct.train.trial import CountedSteps, Limits, TimedSteps, Timing, micro_batch_of
 
 MEASURE_S = 18.0
+MB = 2**20
 FLOAT_BYTES = 4  # gradients and moments have 32 bits whatever the precision of products
 
 
@@ -68,13 +69,13 @@ class StageCost:
 
     @property
     def time_s(self) -> float | None:
-        """Of the whole stage; other phases are taken to be as fast, FLOP for FLOP, as the timed one. None if none was timed."""
+        """Of the whole stage; other phases are taken to be as fast, FLOP for FLOP, as the timed one. None without a timing."""
         return None if self.timing is None else self.timing.s_per_image * self.flops / self.flops_per_image[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """teacher is None where one is given. pairs_flops and pairs_time_s are those of sampling pairs from the teacher."""
+    """teacher is None where one is given. pairs_flops are those of sampling pairs from the teacher."""
 
     parameters: dict[str, int]
     phases: tuple[Phase, ...]
@@ -103,10 +104,9 @@ class Cost:
 
 def cost_of(plan: Plan, budget_s: float = MEASURE_S) -> Cost:
     """Counts and times a step of each stage; timing takes about budget_s."""
-    counted = CountedSteps(plan)
+    counted, players = CountedSteps(plan), players_without_storage(plan)
     evaluation_flops = counted.evaluation()
-    timed = TimedSteps(plan, evaluation_flops)
-    players = players_without_storage(plan)
+    timed = TimedSteps(plan, evaluation_flops, _bytes(players.teacher))
     given, recipe = plan.given_teacher is not None, plan.recipe
     pairs = max((o.regression_pairs for o in recipe.objectives if o.regression_scale), default=0)
     return Cost(

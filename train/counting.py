@@ -75,17 +75,21 @@ class _Kept:
 
 
 _IN_16_BITS = (F.conv2d, F.conv_transpose2d, F.linear, F.scaled_dot_product_attention, torch.matmul, torch.bmm)
-_IN_32_BITS = (F.group_norm, F.layer_norm, F.softmax)
+_IN_32_BITS = {"cuda": (F.group_norm, F.layer_norm, F.softmax), "cpu": ()}
 
 
 class MixedPrecision(TorchFunctionMode):
-    """What autocast does on a GPU, for tensors of the meta device, which autocast passes over. Copies of weights are weights."""
+    """What autocast does on that kind of device ('cuda', 'cpu'), for tensors on the meta device, which it passes over.
 
-    def __init__(self, precision: str, saved: SavedTensors):
+    The copies of weights that it makes are weights.
+    """
+
+    def __init__(self, precision: str, device_type: str, saved: SavedTensors):
         super().__init__()
-        kinds = () if precision == "32-true" else ((_IN_16_BITS, torch.bfloat16), (_IN_32_BITS, torch.float32))
-        self.saved = saved
-        self.dtypes = {function: dtype for functions, dtype in kinds for function in functions}
+        wanted = ((_IN_16_BITS, torch.bfloat16), (_IN_32_BITS[device_type], torch.float32))
+        self.saved, self.dtypes = saved, {}
+        if precision != "32-true":
+            self.dtypes = {function: dtype for functions, dtype in wanted for function in functions}
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -104,9 +104,7 @@ class DistillationStage:
         warm = index * self.batch >= self.config.critic_warmup_kimg * 1000
         for update in range(objective.critic_updates):
             last = update == objective.critic_updates - 1
-            # A pair may lie in two processes, which then cannot share its evaluation.
-            keep = self._one_pass and not (objective.antithetic and self.fabric.world_size > 1)
-            students = self._draw_students(generator, keep=keep and warm and last)
+            students = self._draw_students(generator, keep=warm and last and self._one_pass)
             data_index = index * objective.critic_updates + update
             metrics = self.update_critic(index, data_index, objective, students, generator, closely and last)
         if warm:

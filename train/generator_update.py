@@ -51,7 +51,6 @@ class GeneratorUpdate:
     ) -> Metrics:
         """One step; with `closely`, terms, their gradients and the ratio are measured as well."""
         self.critic.module.requires_grad_(False)
-        students = students.paired() if objective.antithetic else students
         draw = _Draw.of(objective, students, self.pairs, generator)
         ratios = self._ratios_beforehand(objective, students, draw)
         suspects, tally = Suspects(), Tally(self.fabric)
@@ -173,9 +172,6 @@ class _Draw:
         batch = len(students.latents)
         sigma = objective.levels.draw(batch, generator)
         noise = torch.randn(students.latents.shape, generator=generator)
-        if objective.antithetic:
-            half = batch // 2
-            sigma, noise = torch.cat([sigma[:half]] * 2), torch.cat([noise[:half], -noise[:half]])
         wanted = pairs is not None and objective.regression_scale
         index = torch.randint(len(pairs.latents), (batch,), generator=generator) if pairs is not None and wanted else None
         return cls(sigma, noise, index)
@@ -187,11 +183,12 @@ def _sums(diffused: DiffusedBatch) -> Metrics:
 
 
 def _image_gradients(terms: Terms, clean: Tensor) -> Metrics:
-    """Per term, the norm of its gradient with respect to each image: [b]."""
+    """Per term that acts on the images, the norm of its gradient with respect to each: [b]."""
     norms = {}
     for name, values in terms.items():
-        (gradient,) = torch.autograd.grad(values.sum(), clean, retain_graph=True, materialize_grads=True)
-        norms[f"generator/{name}_gradient"] = gradient.flatten(1).norm(dim=1)
+        (gradient,) = torch.autograd.grad(values.sum(), clean, retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            norms[f"generator/{name}_gradient"] = gradient.flatten(1).norm(dim=1)
     return norms
 
 

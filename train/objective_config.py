@@ -19,8 +19,7 @@ class ObjectiveConfig:
     family, divergence (a name, or the user's own f), order of the alpha family, mix of Jeffreys' two halves.
     Expanded family: di, fgm, sim switch its terms; alpha scales FGM (0.5 is exact); exact_sim differentiates SIM's weight.
     Noise levels: 'karras' is uniform on EDM's schedule from tmin/1000 to tmax/1000, 'lognormal' has noise_mean and noise_std;
-    weighting is exact, sid or uniform; antithetic pairs every noise with its negative. critic_noise 'same' trains the critic
-    where it is read.
+    weighting is exact, sid or uniform. critic_noise 'same' trains the critic where it is read.
     Ratio: discriminator 'shared' is a head on the fake score's encoder, 'own' has an encoder of its own; discriminator_scale
     weighs its loss against the fake score's; logit_clamp bounds the log-ratio; ratio_mean scales ratios to mean 1 over the
     'batch', over a 'running' average of each of ratio_bins noise bins, or not ('none').
@@ -46,7 +45,6 @@ class ObjectiveConfig:
     tmax: float = 800.0
     noise_mean: float = -1.2
     noise_std: float = 1.2
-    antithetic: bool = False
     critic_noise: str = "same"
     critic_updates: int = 1
     discriminator: str = "shared"

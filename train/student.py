@@ -1,6 +1,6 @@
 """The student's images of one step, which critic and generator share."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,15 +44,6 @@ class StudentBatch:
         if self._kept is None:
             self._kept = self._images(part)
         return self._kept
-
-    def paired(self) -> "StudentBatch":
-        """Its first half twice: each image then meets a noise and its negative (antithetic sampling)."""
-        half = len(self.latents) // 2
-        class_ids = None if self.class_ids is None else torch.cat([self.class_ids[:half]] * 2)
-        pairs = replace(self, latents=torch.cat([self.latents[:half]] * 2), class_ids=class_ids)
-        if self.keep:
-            pairs._kept = torch.cat([self.moving(slice(0, len(self.latents)))[:half]] * 2)
-        return pairs
 
     def classes(self, part: slice) -> Tensor | None:
         """Class ids of that part."""

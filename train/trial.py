@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ from uni_instruct.train.randomness import Batches, initial_weights
 from uni_instruct.train.teacher import TeacherStage
 
 REWARD_IMAGES = 2  # as many as a reward is tried on when it is opened
+GROWTH = 4
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -36,6 +38,7 @@ class CountedSteps:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.fabric = Fabric(strategy=SingleDeviceStrategy(torch.device("meta"), accelerator=_NoDevice()))
+        self._counted: dict[tuple[ObjectiveConfig, bool], Counts] = {}
 
     def evaluation(self) -> float:
         """FLOPs of one image's way through the teacher."""
@@ -45,7 +48,7 @@ class CountedSteps:
 
     def teacher(self) -> Counts:
         """A step of the teacher's training."""
-        stage = _teacher_stage(self.plan, self.fabric, images=1)
+        stage = teacher_stage(self.plan, self.fabric, images=1)
         stage.denoiser = _Unstepped(stage.denoiser)
         return self._count(stage, [stage.denoiser.module])
 
@@ -59,9 +62,12 @@ class CountedSteps:
 
     def _one_update(self, objective: ObjectiveConfig, critic_alone: bool) -> Counts:
         objective = dataclasses.replace(objective, critic_updates=1)
-        plan = dataclasses.replace(self.plan, reward=lambda images, class_ids: images.mean(dim=(1, 2, 3)))
-        stage = _distillation_stage(plan, self.fabric, objective, critic_alone, images=1, kind=_CountedDistillation)
-        return self._count(stage, [stage.generator.module, stage.critic.module, stage.update_generator.teacher])
+        if (objective, critic_alone) not in self._counted:
+            plan = dataclasses.replace(self.plan, reward=lambda images, class_ids: images.mean(dim=(1, 2, 3)))
+            stage = distillation_stage(plan, self.fabric, objective, critic_alone, images=1, kind=_CountedDistillation)
+            networks = [stage.generator.module, stage.critic.module, stage.update_generator.teacher]
+            self._counted[objective, critic_alone] = self._count(stage, networks)
+        return self._counted[objective, critic_alone]
 
     def _reward(self) -> float:
         """FLOPs an image. The function is the user's own and may hold networks of its own: it gets real images."""
@@ -72,7 +78,8 @@ class CountedSteps:
 
     def _count(self, stage: TeacherStage | DistillationStage, networks: Iterable[nn.Module]) -> Counts:
         saved = SavedTensors(networks)
-        with saved, MixedPrecision(self.plan.recipe.loop.precision, saved):
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        with saved, MixedPrecision(self.plan.recipe.loop.precision, kind, saved):
             flops = count_flops(lambda: stage.step(0, _generator(), False))
         return Counts(flops=flops / stage.batch, activations=saved.peak)  # one image at once
 
@@ -101,8 +108,9 @@ class _CountedDistillation(DistillationStage):
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """s_per_image of a timed step on that many images. With images 0 one evaluation of the teacher was timed instead, because
-    a step would take too long, and scaled by FLOPs. peak_bytes is the GPU memory that the step took, None on the CPU.
+    """s_per_image of a timed step on that many images; with images 0, of one evaluation of the teacher, scaled by FLOPs.
+
+    peak_bytes is the GPU memory that the step took, None on the CPU.
     """
 
     s_per_image: float
@@ -112,7 +120,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """images at once that a stage may take; its bytes without activations, those of an image; and the time to measure in."""
+    """The most images at once, the bytes that a stage takes without and for each of them, and the time to measure in."""
 
     images: int
     fixed_bytes: int
@@ -123,54 +131,66 @@ class Limits:
 class TimedSteps:
     """Times a step of each stage with random weights, on one GPU or on the CPU."""
 
-    def __init__(self, plan: Plan, evaluation_flops: float):
-        precision, on_gpu = plan.recipe.loop.precision, torch.cuda.is_available()
-        self.plan, self.evaluation_flops = plan, evaluation_flops
-        self.fabric = start_fabric(1, "32-true" if precision == "16-mixed" and not on_gpu else precision)
+    def __init__(self, plan: Plan, evaluation_flops: float, weights_bytes: int):
+        asked = plan.recipe.loop.precision
+        self.precision = "32-true" if asked == "16-mixed" and not torch.cuda.is_available() else asked
+        self.plan, self.evaluation_flops, self.weights_bytes = plan, evaluation_flops, weights_bytes
+        self.fabric = start_fabric(1, self.precision)
 
     @property
     def device(self) -> str:
-        """The machine, in words."""
-        if self.fabric.device.type == "cuda":
-            return torch.cuda.get_device_name(self.fabric.device)
-        return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        """The machine and how it was used, in words."""
+        on_gpu, threads, loop = self.fabric.device.type == "cuda", torch.get_num_threads(), self.plan.recipe.loop
+        words = torch.cuda.get_device_name(self.fabric.device) if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
+        words += f", {self.precision}" + (f" as {loop.precision} needs a GPU" if self.precision != loop.precision else "")
+        return words + (", not compiled" if loop.compile else "")
 
     def teacher(self, flops: float, limits: Limits) -> Timing | None:
-        """A step of the teacher's training; None where memory does not allow it."""
-        return self._time(lambda images: _teacher_stage(self.plan, self.fabric, images), flops, limits)
+        """A step of the teacher's training; None where memory allows not even an evaluation."""
+        return self._time(lambda images: teacher_stage(self.plan, self.fabric, images), flops, limits)
 
     def distillation(self, objective: ObjectiveConfig, critic_alone: bool, flops: float, limits: Limits) -> Timing | None:
-        """A step of the distillation; None where memory does not allow it."""
+        """A step of the distillation; None where memory allows not even an evaluation."""
         return self._time(
-            lambda images: _distillation_stage(self.plan, self.fabric, objective, critic_alone, images), flops, limits
+            lambda images: distillation_stage(self.plan, self.fabric, objective, critic_alone, images), flops, limits
         )
 
     def _time(self, build: Callable[[int], TeacherStage | DistillationStage], flops: float, limits: Limits) -> Timing | None:
-        """After a step to warm up, on as many images as half of the free memory and a quarter of the time allow."""
-        room = (_free_bytes(self.fabric.device) / 2 - limits.fixed_bytes) / limits.bytes_per_image
-        if room < 1:
+        """On more images at once from try to try, as far as half of the free memory and the time allow."""
+        if self.evaluation_s is None:
             return None
-        guess_s = self._evaluation_s() * flops / self.evaluation_flops
-        if 4 * guess_s > limits.budget_s:
+        start, images, free = time.monotonic(), 1, _free_bytes(self.fabric.device) / 2
+        guess_s = self.evaluation_s * flops / self.evaluation_flops
+        room = (free - limits.fixed_bytes) / limits.bytes_per_image
+        if room < 1 or GROWTH * guess_s > limits.budget_s:
             return Timing(s_per_image=guess_s, images=0)
-        _, one_s = self._steps_s(build(1))
-        stage = build(max(1, int(min(limits.images, room, limits.budget_s / 4 / one_s))))
+        while True:
+            before = time.monotonic()
+            timing = self._measure(build(images))
+            now = time.monotonic()
+            more = int(min(limits.images, room, GROWTH * images))
+            if more <= images or now - start + GROWTH * (now - before) > limits.budget_s:
+                return timing
+            images = more
+
+    def _measure(self, stage: TeacherStage | DistillationStage) -> Timing:
         on_gpu = self.fabric.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        _, step_s = self._steps_s(stage)
+        step_s = self._twice_s(lambda: stage.step(0, _generator(), False))[1]
         peak = torch.cuda.max_memory_allocated() if on_gpu else None
         return Timing(s_per_image=step_s / stage.batch, images=stage.batch, peak_bytes=peak)
 
-    def _evaluation_s(self) -> float:
+    @cached_property
+    def evaluation_s(self) -> float | None:
+        """Seconds that one image takes through the teacher; None where its weights do not fit."""
+        if self.weights_bytes > _free_bytes(self.fabric.device) / 2:
+            return None
         with self.fabric.device:
             denoiser, inputs = build_denoiser(self.plan.teacher_spec).eval(), _inputs(self.plan)
         network = self.fabric.setup_module(denoiser)
         with torch.no_grad():
             return self._twice_s(lambda: network(*inputs))[1]
-
-    def _steps_s(self, stage: TeacherStage | DistillationStage) -> tuple[float, float]:
-        return self._twice_s(lambda: stage.step(0, _generator(), False))
 
     def _twice_s(self, work: Callable[[], object]) -> tuple[float, float]:
         """How long it took, first and second time."""
@@ -189,7 +209,8 @@ def micro_batch_of(config: TeacherConfig | DistillationConfig) -> int:
     return min(config.micro_batch or config.batch, config.batch)
 
 
-def _teacher_stage(plan: Plan, fabric: Fabric, images: int) -> TeacherStage:
+def teacher_stage(plan: Plan, fabric: Fabric, images: int) -> TeacherStage:
+    """The teacher's training with random weights, in steps that take that many images at once."""
     assert plan.dataset is not None
     config, loop = _taking(plan.recipe.teacher, images), dataclasses.replace(plan.recipe.loop, compile=False)
     recipe = dataclasses.replace(plan.recipe, teacher=config, loop=loop)
@@ -198,7 +219,7 @@ def _teacher_stage(plan: Plan, fabric: Fabric, images: int) -> TeacherStage:
     return TeacherStage(denoiser, Batches(plan.dataset, config.batch, loop.seed), recipe, fabric)
 
 
-def _distillation_stage(
+def distillation_stage(
     plan: Plan,
     fabric: Fabric,
     objective: ObjectiveConfig,
@@ -206,7 +227,10 @@ def _distillation_stage(
     images: int,
     kind: type[DistillationStage] = DistillationStage,
 ) -> DistillationStage:
-    """A distillation by one objective, with or without the generator's update from its first step on."""
+    """The distillation with random weights, by one objective, in steps that take that many images at once.
+
+    critic_alone: its steps are those of the critic's warm-up, else those after it.
+    """
     warmup_kimg = math.inf if critic_alone else 0.0
     config = dataclasses.replace(_taking(plan.recipe.distillation, images), critic_warmup_kimg=warmup_kimg)
     objective = dataclasses.replace(objective, antithetic=False)  # other noise at the same cost, for even batches only
@@ -217,7 +241,7 @@ def _distillation_stage(
         assert plan.dataset is not None
         batches = Batches(plan.dataset, config.batch, loop.seed)
     with fabric.device:
-        players = initial_weights(lambda: Players.from_teacher(build_denoiser(plan.teacher_spec), recipe), loop.seed)
+        players = Players.from_teacher(initial_weights(lambda: build_denoiser(plan.teacher_spec), loop.seed), recipe)
     pair, _, class_ids = _inputs(plan)
     return kind(players, recipe, fabric, batches, plan.reward, Pairs(latents=pair, images=pair, class_ids=class_ids))
 
