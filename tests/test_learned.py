@@ -28,7 +28,7 @@ from uni_instruct.train.student import one_step
 SIGMA_DATA = 0.5
 # The level at which densities are compared: below every width of the data.
 CLEAN_ENOUGH = 0.1
-START_STD = 0.35
+START_MEAN, START_STD = 0.3, 0.35
 
 
 def data() -> toy.Mixture:
@@ -80,7 +80,7 @@ class Generator(Denoiser):
     def forward(
         self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        return START_STD * x / sigma + toy.as_images(self.model(x, sigma))
+        return START_MEAN + START_STD * x / sigma + toy.as_images(self.model(x, sigma))
 
 
 class Teacher(nn.Module):
@@ -126,7 +126,9 @@ class Draws:
         return toy.as_images(data().sample(self.batch, step_generator(0, "data", step)))[part], None
 
 
-def stage_of(objective: dict[str, Any], steps: int, batch: int, rates: tuple[float, float], **more: Any) -> DistillationStage:
+def stage_of(
+    objective: dict[str, Any], steps: int, batch: int, rates: tuple[float, float], seed: int = 0, **more: Any
+) -> DistillationStage:
     recipe = parse_recipe(
         {
             "name": "mixture",
@@ -144,7 +146,7 @@ def stage_of(objective: dict[str, Any], steps: int, batch: int, rates: tuple[flo
             | more,
         }
     )
-    generator, judge = initial_weights(Generator, seed=0), initial_weights(Judge, seed=1)
+    generator, judge = initial_weights(Generator, seed), initial_weights(Judge, seed + 1000)
     players = Players(teacher=cast(Any, Teacher()), generator=cast(Any, generator), critic=cast(Any, judge))
     return DistillationStage(players, recipe, Fabric(accelerator="cpu", devices=1), cast(Any, Draws(batch)))
 

@@ -73,15 +73,12 @@ def test_gradient_of_training_is_that_of_the_divergence_closely(dims: int, seed:
     assert_gradient_is_true(random_pair(dims, seed), draws=1_000_000)
 
 
-def test_the_comparison_tells_a_weight_held_fixed() -> None:
-    """SIM without the gradient of its weight, as in the paper's code, is told from the truth on most mixtures."""
-    key = ("forward-kl", "expanded")
-    told = 0
-    for seed in MIXTURES:
-        pair = random_pair(1, seed)
-        found = training_gradient(pair, {key: exact_config(*key, exact_sim=False)}, 400_000, seed=0)[key]
-        told += found.far_from(quadrature_gradient(pair, [key])[key], errors=4)
-    assert told >= 4
+@pytest.mark.parametrize("seed", MIXTURES)
+def test_the_comparison_tells_a_weight_held_fixed(seed: int) -> None:
+    """SIM without the gradient of its weight, as in the paper's code, is no gradient of the forward KL."""
+    key, pair = ("forward-kl", "expanded"), random_pair(1, seed)
+    found = training_gradient(pair, {key: exact_config(*key, exact_sim=False)}, 100_000, seed=0)[key]
+    assert found.far_from(quadrature_gradient(pair, [key])[key], errors=4)
 
 
 def assert_gradient_is_true(pair: Pair, draws: int) -> None:
@@ -105,7 +102,7 @@ def far_from_truth(pair: Pair, keys: Sequence[Key], draws: int, seed: int) -> li
 def exact_config(divergence: str, family: str, exact_sim: bool = True) -> ObjectiveConfig:
     """Noise levels over all of EDM's schedule, weighted so that their mean is the integral over sigma.
 
-    What the expanded family misses outside 0.002..80 is a thousandth of a standard error.
+    What the expanded family misses outside 0.002..80 is at most a fiftieth of a standard error.
     """
     return ObjectiveConfig(divergence=divergence, family=family, exact_sim=exact_sim, weighting="exact", tmin=0, tmax=1000)
 
@@ -164,7 +161,7 @@ def likelihood_ratio_gradient(pair: Pair, keys: Sequence[Key], draws: int, seed:
     sums = {key: torch.zeros(2, 2, dtype=torch.float64) for key in keys}
     span = math.log(SIGMA_MAX / SIGMA_MIN)
     for _ in range(draws // CHUNK):
-        for family in {family for _, family in keys}:
+        for family in dict.fromkeys(family for _, family in keys):
             clean = pair.student.sample(CHUNK, generator)
             sigma = SIGMA_MIN * (span * torch.rand(CHUNK, generator=generator, dtype=torch.float64)).exp()
             sigma, weight = (sigma, sigma**2 * span) if family == "integral" else (0 * sigma, torch.ones_like(sigma))
@@ -172,7 +169,7 @@ def likelihood_ratio_gradient(pair: Pair, keys: Sequence[Key], draws: int, seed:
             slopes = log_density_slopes(pair, noised, sigma)
             ratio = (pair.teacher.log_density(noised, sigma) - pair.student.log_density(noised, sigma)).exp()
             for name in (name for name, other in keys if other == family):
-                gradient = weight * path_free(DIVERGENCES[name], ratio) * slopes
+                gradient = weight * slope_in_density(DIVERGENCES[name], ratio) * slopes
                 sums[name, family] += torch.stack([gradient.sum(1), (gradient**2).sum(1)])
     return {key: estimate(total, square, draws) for key, (total, square) in sums.items()}
 
@@ -198,8 +195,8 @@ def quadrature_gradient(pair: Pair, keys: Sequence[Key]) -> dict[Key, Estimate]:
     return found
 
 
-def path_free(divergence: Divergence, ratio: Tensor) -> Tensor:
-    """f(r) - r f'(r), less its value at r = 1."""
+def slope_in_density(divergence: Divergence, ratio: Tensor) -> Tensor:
+    """d(p f(q / p)) / dp = f(r) - r f'(r), less its value at r = 1."""
     r = torch.cat([ratio, ratio.new_ones(1)]).requires_grad_()
     f = divergence.f(r)
     (slope,) = torch.autograd.grad(f.sum(), r)

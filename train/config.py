@@ -89,6 +89,7 @@ class DistillationConfig:
 
     start names a bundle whose weights the generator starts from, instead of the teacher's. The critic (fake score and
     discriminator) is trained alone for critic_warmup_kimg. sigma_init is the noise level of the generator's input.
+    The discriminator's head, and its encoder where it has one, learn at discriminator_learning_rate (0: at the critic's).
     The rates rise over warmup_kimg and fall as `decay` says over the last decay_kimg. micro_batch is the most images a
     process takes at once (0: all of its share). Gradients are clipped to *_clip_norm and *_clip_value (0: not). augment is the
     probability of EDM's augmentations of what the critic sees. The first of ema_halflife_kimg is published;
@@ -101,6 +102,7 @@ class DistillationConfig:
     micro_batch: int = 0
     generator_learning_rate: float = 1e-5
     critic_learning_rate: float = 1e-5
+    discriminator_learning_rate: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.999
     adam_eps: float = 1e-8
@@ -195,6 +197,11 @@ class Recipe:
     def objectives(self) -> tuple[ObjectiveConfig, ...]:
         """Every phase's, in order."""
         return (*(phase.objective for phase in self.schedule), self.objective)
+
+    @property
+    def needs_discriminator(self) -> bool:
+        """Whether any phase tells real images from the generator's, and so needs real data beside the teacher."""
+        return any(objective.needs_discriminator for objective in self.objectives)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML takes them."""

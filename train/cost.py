@@ -146,9 +146,10 @@ def evaluations(steps: int) -> int:
 
 
 def players_without_storage(plan: Plan) -> Players:
-    """The networks of the distillation, of full size, on the meta device."""
+    """The networks of the distillation, of full size, on the meta device but for what a discriminator adds."""
     with torch.device("meta"):
-        return Players.from_teacher(build_denoiser(plan.teacher_spec), plan.recipe)
+        teacher = build_denoiser(plan.teacher_spec)
+    return Players.from_teacher(teacher, plan.recipe)
 
 
 def count_parameters(players: Players) -> dict[str, int]:

@@ -30,18 +30,25 @@ def count_flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-class SavedTensors(saved_tensors_hooks):
+class SavedTensors:
     """Bytes that autograd keeps for the backward pass inside the `with` block, at their most: `peak`.
 
     Each storage counts once, and for as long as it is kept; the networks' weights do not count.
     """
 
     def __init__(self, networks: Iterable[nn.Module] = ()):
-        super().__init__(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor)
+        self._hooks = saved_tensors_hooks(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor)
         self.peak = self._now = 0
         self._uses: Counter[int] = Counter()
         self._weights = [t.untyped_storage() for network in networks for t in (*network.parameters(), *network.buffers())]
         self._addresses = {storage._cdata for storage in self._weights}
+
+    def __enter__(self) -> "SavedTensors":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in a network's storage."""
@@ -78,10 +85,11 @@ _IN_16_BITS = (F.conv2d, F.conv_transpose2d, F.linear, F.scaled_dot_product_atte
 _IN_32_BITS = {"cuda": (F.group_norm, F.layer_norm, F.softmax), "cpu": ()}
 
 
-class MixedPrecision(TorchFunctionMode):
-    """What autocast does on that kind of device ('cuda', 'cpu'), for tensors on the meta device, which it passes over.
+class OnMeta(TorchFunctionMode):
+    """For tensors on the meta device, what autocast does on that kind of device ('cuda', 'cpu'): it passes over them itself.
 
-    The copies of weights that it makes are weights.
+    The copies of weights that it makes are weights. Resampling gets no more than its shape, as it is no work that counts and
+    takes as long to trace as a network.
     """
 
     def __init__(self, precision: str, device_type: str, saved: SavedTensors):
@@ -93,6 +101,8 @@ class MixedPrecision(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.grid_sample and args[0].is_meta and not args[0].requires_grad:
+            return args[0].new_empty(*args[0].shape[:2], *args[1].shape[1:3])
         if func in self.dtypes:
             args = [self._cast(value, self.dtypes[func]) for value in args]
             kwargs = {name: self._cast(value, self.dtypes[func]) for name, value in kwargs.items()}

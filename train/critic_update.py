@@ -21,8 +21,9 @@ from uni_instruct.train.teacher import denoising_loss
 
 @dataclass(frozen=True, kw_only=True)
 class CriticUpdate:
-    """What every update of the critic works with. batches is None where no data are given.
+    """What every update of the critic works with. batches is None where no phase needs data.
 
+    The discriminator learns in every phase of a recipe that needs it in one, so that the ratio is there when it is first read.
     class_weights [num_classes] give data of each class the share that the student's images have: None without classes.
     """
 
@@ -73,13 +74,12 @@ class CriticUpdate:
             draw.classes_of(part, device),
             self._labels(augment),
             scale=objective.fake_training_guidance,
-            discriminate=objective.needs_discriminator,
+            discriminate=self.batches is not None,
         )
         assert criticism.denoised is not None
         losses = {"fake_score": denoising_loss(criticism.denoised, clean, sigma, self.sigma_data)}
-        if not objective.needs_discriminator:
+        if self.batches is None:
             return losses, (None, None)
-        assert self.batches is not None
         assert criticism.logits is not None
         images, class_ids = self.batches(data_index, part, device)
         real_augment = draw.real_augmentation[part].to(device)

@@ -39,8 +39,7 @@ class Players:
     @classmethod
     def from_teacher(cls, teacher: EDMDenoiser, recipe: Recipe, start: EDMDenoiser | None = None) -> "Players":
         """A discriminator is there where any phase of the recipe needs it."""
-        wanted = any(objective.needs_discriminator for objective in recipe.objectives)
-        critic = Critic(copy.deepcopy(teacher), recipe.objective.discriminator if wanted else None)
+        critic = Critic(copy.deepcopy(teacher), recipe.objective.discriminator if recipe.needs_discriminator else None)
         return cls(teacher=teacher, generator=start or copy.deepcopy(teacher), critic=critic)
 
 
@@ -157,7 +156,8 @@ class DistillationStage:
             decay=config.decay,
         )
         module = prepared(module.train(), self.recipe.loop)
-        adam = torch.optim.Adam(module.parameters(), lr=peak, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+        groups = _critic_groups(module, config) if isinstance(module, Critic) else [{"params": list(module.parameters())}]
+        adam = torch.optim.Adam(groups, lr=peak, betas=(config.beta1, config.beta2), eps=config.adam_eps)
         return Optimization(self.fabric, module, adam, rate, _clipping(config, name))
 
     def _draw_students(self, generator: torch.Generator, keep: bool) -> StudentBatch:
@@ -169,6 +169,14 @@ class DistillationStage:
 
     def _generator_kimg(self, index: int) -> float:
         return (index + 1) * self.batch / 1000 - self.config.critic_warmup_kimg
+
+
+def _critic_groups(critic: Critic, config: DistillationConfig) -> list[dict[str, Any]]:
+    """The fake score, and the discriminator with a rate of its own."""
+    rest = [parameter for name, parameter in critic.named_parameters() if not name.startswith("fake_score.")]
+    scale = config.discriminator_learning_rate / config.critic_learning_rate if config.discriminator_learning_rate else 1.0
+    groups: list[dict[str, Any]] = [{"params": list(critic.fake_score.parameters())}]
+    return [*groups, {"params": rest, "rate_scale": scale}] if rest else groups
 
 
 def _clipping(config: DistillationConfig, name: str) -> Clipping:

@@ -65,7 +65,7 @@ def facts(plan: Plan, cost: Cost) -> dict[str, Any]:
 
 def phase_lines(plan: Plan, phase: Phase) -> list[str]:
     """What a phase minimises and trains."""
-    critic = critic_lines(phase.objective, plan.recipe.distillation.augment)
+    critic = critic_lines(phase.objective, plan.recipe)
     return critic if phase.critic_alone else [*method_lines(phase.objective), *objective_lines(phase.objective), *critic]
 
 
@@ -101,11 +101,15 @@ def cost_lines(plan: Plan, cost: Cost) -> list[str]:
 
 
 def _comment(line: str) -> str:
-    """As a YAML comment, whatever the line holds."""
-    text = " ".join(line.split())
+    """As a YAML comment of lines that a terminal holds; newlines become spaces."""
     indent = "#   " + " " * (len(line) - len(line.lstrip()))
     return textwrap.fill(
-        text, WIDTH, initial_indent=indent, subsequent_indent=indent + "    ", break_long_words=False, break_on_hyphens=False
+        line.strip(),
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "    ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from uni_instruct.divergence import find_divergence
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, karras_sigma
+from uni_instruct.train.config import Recipe
 from uni_instruct.train.methods import METHODS
 from uni_instruct.train.objective_config import ObjectiveConfig
 
@@ -64,8 +65,6 @@ def objective_lines(objective: ObjectiveConfig) -> list[str]:
         lines += _zero_terms(objective)
         lines.append(WEIGHTING_WORDS[objective.weighting] + (" (the divergence alone)" if others else ""))
     lines.append(f"at noise levels {_levels(objective.levels)}")
-    if objective.antithetic:
-        lines.append("half of the batch's images, each with a noise and with its negative")
     if objective.needs_ratio:
         scaled = RATIO_MEAN_WORDS[objective.ratio_mean].format(bins=objective.ratio_bins)
         lines.append(
@@ -75,10 +74,10 @@ def objective_lines(objective: ObjectiveConfig) -> list[str]:
     return lines + [f"{name} under classifier-free guidance of {scale:g}" for name, scale in guidance.items() if scale != 1]
 
 
-def critic_lines(objective: ObjectiveConfig, augment: float) -> list[str]:
-    """What is learned beside the generator, and how; augment is the probability of augmentations."""
-    networks = "fake score"
-    if objective.needs_discriminator:
+def critic_lines(objective: ObjectiveConfig, recipe: Recipe) -> list[str]:
+    """What is learned beside the generator in that phase of the recipe, and how."""
+    networks, augment = "fake score", recipe.distillation.augment
+    if recipe.needs_discriminator:
         encoder = DISCRIMINATOR_WORDS[objective.discriminator]
         networks += f", and discriminator {encoder} (its loss x {objective.discriminator_scale:g})"
     same = objective.critic_levels == objective.levels

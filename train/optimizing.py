@@ -49,7 +49,7 @@ class Optimization:
     """A module's optimizer. Gradients of any number of `backward` calls, in all processes, add up to those of one step.
 
     A step whose gradient is not finite leaves the module as it was and is counted: `bad` in all, `bad_in_a_row` since the last
-    good one. With precision 16-mixed the loss scaler lowers its scale instead, and only steps at the lowest scale count.
+    good one. A parameter group's rate_scale multiplies its rate. With precision 16-mixed the loss scaler lowers its scale instead, and only steps at the lowest scale count.
     """
 
     def __init__(self, fabric: Fabric, module: nn.Module, optimizer: Any, rate: RateSchedule, clipping: Clipping):
@@ -64,7 +64,7 @@ class Optimization:
     def step(self, index: int) -> Tensor:
         """Takes the step at the rate of `index`; returns the norm of its gradient before clipping, a scalar."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate.at(index)
+            group["lr"] = self.rate.at(index) * group.get("rate_scale", 1.0)
         self._sum_over_processes()
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.clipping.norm or math.inf, error_if_nonfinite=False

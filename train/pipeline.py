@@ -78,8 +78,7 @@ class _Session:
         pairs = self._pairs(denoiser)
         start = load_denoiser(self.plan.start) if self.plan.start else None
         players = initial_weights(lambda: Players.from_teacher(denoiser, self.recipe, start), self.recipe.loop.seed)
-        needs_data = any(objective.needs_discriminator for objective in self.recipe.objectives)
-        batches = self._batches(config.batch) if needs_data else None
+        batches = self._batches(config.batch) if self.recipe.needs_discriminator else None
         stage = DistillationStage(players, self.recipe, self.fabric, batches, self.plan.reward, pairs)
         return self._train(stage, spec, "generator")
 

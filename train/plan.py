@@ -34,7 +34,7 @@ def make_plan(recipe: Recipe) -> Plan:
     if given is not None:
         spec = given.spec
         if dataset is not None:
-            _check_teacher_fits(given, dataset, any(o.needs_discriminator for o in recipe.objectives))
+            _check_teacher_fits(given, dataset, recipe.needs_discriminator)
     else:
         assert dataset is not None, "Recipe checks this"
         spec = plan_teacher(recipe, dataset)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import DistillationConfig, TeacherConfig
-from uni_instruct.train.counting import Counts, MixedPrecision, SavedTensors, count_flops
+from uni_instruct.train.counting import Counts, OnMeta, SavedTensors, count_flops
 from uni_instruct.train.distillation import DistillationStage, Players
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.optimizing import Optimization
@@ -79,7 +79,7 @@ class CountedSteps:
     def _count(self, stage: TeacherStage | DistillationStage, networks: Iterable[nn.Module]) -> Counts:
         saved = SavedTensors(networks)
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        with saved, MixedPrecision(self.plan.recipe.loop.precision, kind, saved):
+        with saved, OnMeta(self.plan.recipe.loop.precision, kind, saved):
             flops = count_flops(lambda: stage.step(0, _generator(), False))
         return Counts(flops=flops / stage.batch, activations=saved.peak)  # one image at once
 
@@ -233,15 +233,16 @@ def distillation_stage(
     """
     warmup_kimg = math.inf if critic_alone else 0.0
     config = dataclasses.replace(_taking(plan.recipe.distillation, images), critic_warmup_kimg=warmup_kimg)
-    objective = dataclasses.replace(objective, antithetic=False)  # other noise at the same cost, for even batches only
     loop = dataclasses.replace(plan.recipe.loop, compile=False)
     recipe = dataclasses.replace(plan.recipe, objective=objective, schedule=(), distillation=config, loop=loop)
     batches = None
-    if objective.needs_discriminator:
+    if plan.recipe.needs_discriminator:  # it learns in every phase, whichever needs it
         assert plan.dataset is not None
         batches = Batches(plan.dataset, config.batch, loop.seed)
     with fabric.device:
-        players = Players.from_teacher(initial_weights(lambda: build_denoiser(plan.teacher_spec), loop.seed), recipe)
+        teacher = initial_weights(lambda: build_denoiser(plan.teacher_spec), loop.seed)
+    players = Players.from_teacher(teacher, plan.recipe)
+    players.critic.to(fabric.device)
     pair, _, class_ids = _inputs(plan)
     return kind(players, recipe, fabric, batches, plan.reward, Pairs(latents=pair, images=pair, class_ids=class_ids))
 
