@@ -1,5 +1,6 @@
 """What several test modules share: small bundles with random weights, and the rule for Debian packages."""
 
+import dataclasses
 import os
 import resource
 import subprocess
@@ -44,6 +45,14 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A many-step teacher of the same shape."""
     return random_bundle(tmp_path_factory.mktemp("bundles") / "teacher", seed=2, steps=4)
+
+
+@pytest.fixture(scope="session")
+def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A many-step teacher with the weights of the digits that ship: real ones, though of one noise level only."""
+    shipped = Bundle.open("digits")
+    spec = dataclasses.replace(shipped.spec, steps=4)
+    return Bundle.write(tmp_path_factory.mktemp("bundles") / "digits", spec, shipped.weights(), "test").path
 
 
 @pytest.fixture(scope="session")

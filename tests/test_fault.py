@@ -11,7 +11,6 @@ from conftest import run_cli
 from uni_instruct.bundle import Bundle
 
 SETTINGS = [
-    "teacher.bundle=digits",
     "method=di-star",
     "critic_updates=1",
     "distillation.batch=16",
@@ -41,16 +40,16 @@ def gradient(images, class_ids):
 """
 
 
-def train(out: Path, reward: str, *overrides: str) -> tuple[int, str, list[dict]]:
+def train(out: Path, teacher: Path, reward: str, *overrides: str) -> tuple[int, str, list[dict]]:
     (out.parent / "rewards.py").write_text(REWARDS)
-    given = [*SETTINGS, f"reward={out.parent}/rewards.py:{reward}", *overrides]
+    given = [f"teacher.bundle={teacher}", *SETTINGS, f"reward={out.parent}/rewards.py:{reward}", *overrides]
     done = run_cli("train", "digits", "--out", str(out), *[word for one in given for word in ("--set", one)])
     lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
     return done.returncode, done.stderr, [json.loads(line) for line in lines]
 
 
-def test_run_goes_on_without_the_updates_that_are_not_finite(tmp_path: Path) -> None:
-    code, errors, records = train(tmp_path / "run", "every_third")
+def test_run_goes_on_without_the_updates_that_are_not_finite(digits_teacher: Path, tmp_path: Path) -> None:
+    code, errors, records = train(tmp_path / "run", digits_teacher, "every_third")
     assert code == 0, errors
     skipped = [record["skipped_steps"] for record in records if "skipped_steps" in record]
     assert skipped == [step // 3 for step in range(1, 13)]
@@ -60,8 +59,8 @@ def test_run_goes_on_without_the_updates_that_are_not_finite(tmp_path: Path) -> 
     assert optimizer["state"][0]["step"] == 12 - 4, "a skipped update leaves the moments alone"
 
 
-def test_run_ends_after_a_few_in_a_row(tmp_path: Path) -> None:
-    code, errors, records = train(tmp_path / "run", "always", "bad_steps_in_a_row=4")
+def test_run_ends_after_a_few_in_a_row(digits_teacher: Path, tmp_path: Path) -> None:
+    code, errors, records = train(tmp_path / "run", digits_teacher, "always", "bad_steps_in_a_row=4")
     assert code == 1
     assert re.search(
         r"error: reward is not finite at noise level [\d.e+-]+, 4 updates in a row, the last in step 4; "
@@ -71,20 +70,20 @@ def test_run_ends_after_a_few_in_a_row(tmp_path: Path) -> None:
     assert [record["step"] for record in records] == [1, 2, 3]
 
 
-def test_gradient_that_is_not_finite_under_a_finite_loss_is_caught(tmp_path: Path) -> None:
-    code, errors, _ = train(tmp_path / "run", "gradient")
+def test_gradient_that_is_not_finite_under_a_finite_loss_is_caught(digits_teacher: Path, tmp_path: Path) -> None:
+    code, errors, _ = train(tmp_path / "run", digits_teacher, "gradient")
     assert code == 1
     assert "error: gradient is not finite, 5 updates in a row, the last in step 5; clip it (generator_clip_norm" in errors
 
 
 @pytest.mark.parametrize("key", ["critic_learning_rate", "learning_rate"])
-def test_diverging_network_is_named(tmp_path: Path, key: str) -> None:
+def test_diverging_network_is_named(digits_teacher: Path, tmp_path: Path, key: str) -> None:
     term, advice = {
         "critic_learning_rate": ("fake_score", "lower distillation.critic_learning_rate"),
         "learning_rate": ("teacher", "lower teacher.learning_rate"),
     }[key]
     own = ["teacher.bundle=", "teacher.duration_kimg=1.28", "network.model_channels=8"] if term == "teacher" else []
-    code, errors, _ = train(tmp_path / "run", "every_third", f"{key}=1e25", *own)
+    code, errors, _ = train(tmp_path / "run", digits_teacher, "every_third", f"{key}=1e25", *own)
     assert code == 1
     assert re.search(rf"error: {term} is not finite at noise level [\d.e+-]+, 5 updates in a row", errors), errors
     assert advice in errors

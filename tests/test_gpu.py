@@ -31,8 +31,8 @@ def test_torch_makes_the_same_images_on_gpu_and_cpu(tiny_bundle: Bundle, tmp_pat
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_training_runs_on_the_gpu(tmp_path: Path, precision: str) -> None:
-    state = train(tmp_path / "run", f"precision={precision}")
+def test_training_runs_on_the_gpu(digits_teacher: Path, tmp_path: Path, precision: str) -> None:
+    state = train(tmp_path / "run", digits_teacher, f"precision={precision}")
     assert Bundle.open(tmp_path / "run" / "generator").spec.steps == 1
     for name in ("generator", "critic"):
         assert all(tensor.isfinite().all() for tensor in state[name]["module"].values())
@@ -41,16 +41,16 @@ def test_training_runs_on_the_gpu(tmp_path: Path, precision: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_give_the_gradient_of_one(tmp_path: Path) -> None:
-    one, two = train(tmp_path / "one"), train(tmp_path / "two", options=("--devices", "2"))
+def test_two_gpus_give_the_gradient_of_one(digits_teacher: Path, tmp_path: Path) -> None:
+    one, two = train(tmp_path / "one", digits_teacher), train(tmp_path / "two", digits_teacher, options=("--devices", "2"))
     for name in ("generator", "critic"):
         for key, tensor in one[name]["module"].items():
             torch.testing.assert_close(two[name]["module"][key], tensor, rtol=1e-3, atol=1e-4)
 
 
-def train(out: Path, *overrides: str, options: tuple[str, ...] = ()) -> dict:
+def train(out: Path, teacher: Path, *overrides: str, options: tuple[str, ...] = ()) -> dict:
     """The state of a short distillation of the shipped digits."""
-    short = ("teacher.bundle=digits", "distillation.duration_kimg=1", "critic_warmup_kimg=0", "divergence=jeffreys")
+    short = (f"teacher.bundle={teacher}", "distillation.duration_kimg=1", "critic_warmup_kimg=0", "divergence=jeffreys")
     sets = [word for setting in (*short, "loop.samples=64", *overrides) for word in ("--set", setting)]
     done = run_cli("train", "digits", "--out", out, *sets, *options)
     assert done.returncode == 0, done.stderr

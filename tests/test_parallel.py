@@ -14,7 +14,6 @@ from torch import Tensor
 # Two steps of everything that couples the images of a batch: ratios of mean 1, per-bin running means, adversarial and regression
 # terms. A large Adam epsilon keeps the first step from blowing rounding errors up to the size of the learning rate.
 SETTINGS = [
-    "teacher.bundle=digits",
     "method=f-distill",
     "critic_updates=1",
     "regression_scale=0.1",
@@ -37,9 +36,9 @@ WAYS = {
 }
 
 
-def train(out: Path, *overrides: str, options: tuple[str, ...] = ()) -> dict:
+def train(out: Path, teacher: Path, *overrides: str, options: tuple[str, ...] = ()) -> dict:
     """The stage's state after the run."""
-    sets = [word for override in (*SETTINGS, *overrides) for word in ("--set", override)]
+    sets = [word for override in (f"teacher.bundle={teacher}", *SETTINGS, *overrides) for word in ("--set", override)]
     done = run_cli("train", "digits", "--out", str(out), *sets, *options)
     assert done.returncode == 0, done.stderr
     return torch.load(out / "state" / "generator.pt", weights_only=True)["stage"]
@@ -52,9 +51,10 @@ def gradient(state: dict, network: str) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
+def whole(tmp_path_factory: pytest.TempPathFactory, digits_teacher: Path) -> Callable[[str], dict]:
     """Trained with the whole batch at once, in one process, once per family."""
-    return functools.cache(lambda family: train(tmp_path_factory.mktemp("whole") / "run", f"family={family}"))
+    folder = tmp_path_factory.mktemp("whole")
+    return functools.cache(lambda family: train(folder / family, digits_teacher, f"family={family}"))
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
     ],
 )
 def test_division_of_the_batch_does_not_change_the_gradient(
-    whole: Callable[[str], dict], tmp_path: Path, family: str, way: str
+    whole: Callable[[str], dict], digits_teacher: Path, tmp_path: Path, family: str, way: str
 ) -> None:
     overrides, options = WAYS[way]
     expected = whole(family)
-    state = train(tmp_path / "run", f"family={family}", *overrides, options=tuple(options))
+    state = train(tmp_path / "run", digits_teacher, f"family={family}", *overrides, options=tuple(options))
     for network in ("generator", "critic"):
         truth = gradient(expected, network)
         assert truth.norm() > 1e-3
@@ -83,10 +83,10 @@ def test_division_of_the_batch_does_not_change_the_gradient(
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_processes_as_well(tmp_path: Path) -> None:
-    ours = train(tmp_path / "ours", options=("--devices", "2"))
+def test_torchrun_starts_the_processes_as_well(digits_teacher: Path, tmp_path: Path) -> None:
+    ours = train(tmp_path / "ours", digits_teacher, options=("--devices", "2"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uni_instruct"]
-    sets = [word for override in SETTINGS for word in ("--set", override)]
+    sets = [word for override in (f"teacher.bundle={digits_teacher}", *SETTINGS) for word in ("--set", override)]
     command = [*launcher, "train", "digits", "--out", str(tmp_path / "theirs"), *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,11 @@ TRANSLATION_STD = 0.125  # of the width and of the height
 AXIS_PROBABILITY = 0.5  # that a stretch is along x or y rather than along any direction
 
 
+def open_pipe(probability: float, mirror: bool) -> "AugmentPipe | None":
+    """The pipe of a recipe; None with probability 0, as EDM does: then not even half of the images are flipped."""
+    return AugmentPipe(probability=probability, mirror=mirror) if probability else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class AugmentPipe:
     """How often images are transformed. EDM's probability is 0.12 on CIFAR-10 and 0.15 on FFHQ and AFHQ at 64x64.
@@ -102,6 +107,14 @@ class Augmentation:
         )
         moved = labels[:, 2:].any(dim=1)[:, None, None, None]
         return torch.where(moved, resampled.to(images.dtype), images)
+
+
+def augmented(images: Tensor, augmentation: Augmentation | None, part: slice) -> tuple[Tensor, Tensor | None]:
+    """Images [b, C, H, W] of that part of a batch, transformed as drawn for it, and the labels that tell the network."""
+    if augmentation is None:
+        return images, None
+    own = augmentation[part].to(images.device)
+    return own(images), own.labels
 
 
 def _source_grid(labels: Tensor, height: int, width: int) -> Tensor:

@@ -188,8 +188,9 @@ class Recipe:
                 remedy="give them in order",
                 param="recipe",
             )
-        if len({objective.discriminator for objective in self.objectives}) > 1:
-            raise RequestError("objective.discriminator differs between phases", remedy="give one to all", param="recipe")
+        for key in ("discriminator", "ratio_bins"):
+            if len({getattr(objective, key) for objective in self.objectives}) > 1:
+                raise RequestError(f"objective.{key} differs between phases", remedy="give one to all", param="recipe")
         if not self.data:
             self._check_without_data()
 

@@ -6,7 +6,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.train.augment import Augmentation, AugmentPipe
+from uni_instruct.train.augment import Augmentation, AugmentPipe, augmented
 from uni_instruct.train.fault import Suspects, stop_if_hopeless
 from uni_instruct.train.guidance import drop_classes, guided_criticism
 from uni_instruct.train.metrics import Metrics, Tally
@@ -32,7 +32,7 @@ class CriticUpdate:
     share: Share
     batches: Batches | None
     class_weights: Tensor | None
-    pipe: AugmentPipe
+    pipe: AugmentPipe | None
     sigma_data: float
     bad_limit: int
 
@@ -64,15 +64,15 @@ class CriticUpdate:
     ) -> tuple[Metrics, tuple[Tensor | None, Tensor | None]]:
         """Per image [b]: the fake score's loss and, where it is needed, the discriminator's; and its logits."""
         device, critic = self.fabric.device, self.optimization.module
-        sigma, augment = draw.sigma[part].to(device), draw.augmentation[part].to(device)
-        clean = augment(students.fixed(part))
+        sigma = draw.sigma[part].to(device)
+        clean, labels = augmented(students.fixed(part), draw.augmentation, part)
         noised = clean + sigma * draw.noise[part].to(device)
         criticism = guided_criticism(
             critic,
             noised,
             sigma,
             draw.classes_of(part, device),
-            self._labels(augment),
+            labels,
             scale=objective.fake_training_guidance,
             discriminate=self.batches is not None,
         )
@@ -82,15 +82,12 @@ class CriticUpdate:
             return losses, (None, None)
         assert criticism.logits is not None
         images, class_ids = self.batches(data_index, part, device)
-        real_augment = draw.real_augmentation[part].to(device)
-        noised = real_augment(images) + sigma * draw.real_noise[part].to(device)
+        real, labels = augmented(images, draw.real_augmentation, part)
+        noised = real + sigma * draw.real_noise[part].to(device)
         seen_ids = class_ids if students.class_ids is not None else None
-        logits = critic(noised, sigma, seen_ids, self._labels(real_augment), denoise=False).logits
+        logits = critic(noised, sigma, seen_ids, labels, denoise=False).logits
         losses["discriminator"] = discriminator_loss(logits, criticism.logits, self._real_weight(seen_ids))
         return losses, (logits, criticism.logits)
-
-    def _labels(self, augment: Augmentation) -> Tensor | None:
-        return augment.labels if self.pipe.probability else None
 
     def _real_weight(self, class_ids: Tensor | None) -> Tensor | float:
         if class_ids is None or self.class_weights is None:
@@ -106,19 +103,21 @@ class _Draw:
     noise: Tensor
     real_noise: Tensor
     class_ids: Tensor | None
-    augmentation: Augmentation
-    real_augmentation: Augmentation
+    augmentation: Augmentation | None
+    real_augmentation: Augmentation | None
 
     @classmethod
-    def of(cls, objective: ObjectiveConfig, students: StudentBatch, pipe: AugmentPipe, generator: torch.Generator) -> "_Draw":
+    def of(
+        cls, objective: ObjectiveConfig, students: StudentBatch, pipe: AugmentPipe | None, generator: torch.Generator
+    ) -> "_Draw":
         shape, batch = students.latents.shape, len(students.latents)
         return cls(
             sigma=objective.critic_levels.draw(batch, generator),
             noise=torch.randn(shape, generator=generator),
             real_noise=torch.randn(shape, generator=generator),
             class_ids=drop_classes(students.class_ids, objective.label_dropout, generator),
-            augmentation=pipe.draw(batch, generator),
-            real_augmentation=pipe.draw(batch, generator),
+            augmentation=pipe.draw(batch, generator) if pipe else None,
+            real_augmentation=pipe.draw(batch, generator) if pipe else None,
         )
 
     def classes_of(self, part: slice, device: torch.device) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.ddpmpp import EDMDenoiser
-from uni_instruct.train.augment import AugmentPipe
+from uni_instruct.train.augment import open_pipe
 from uni_instruct.train.config import DistillationConfig, Recipe
 from uni_instruct.train.critic_update import CriticUpdate
 from uni_instruct.train.ema import Averages
@@ -81,7 +81,7 @@ class DistillationStage:
             share=share,
             batches=batches,
             class_weights=_class_weights(batches, self.num_classes),
-            pipe=AugmentPipe(probability=config.augment, mirror=config.augment_mirror and config.augment > 0),
+            pipe=open_pipe(config.augment, config.augment_mirror),
             sigma_data=players.teacher.sigma_data,
             bad_limit=limit,
         )

@@ -36,6 +36,7 @@ def guided_criticism(
     hidden = torch.full_like(class_ids, NO_CLASS)
     without = critic(x, sigma, hidden, augment_labels, discriminate=False).denoised
     assert without is not None
+    assert criticism.denoised is not None
     return criticism._replace(denoised=without + scale * (criticism.denoised - without))
 
 

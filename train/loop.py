@@ -51,7 +51,11 @@ class Stage(Protocol):
     total_steps: int
     evaluate_kimg: float
     averages: Averages[Any]
-    skipped: int
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out because they were not finite."""
+        ...
 
     def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:
         """Trains on one batch; with `closely`, returns scalars to log, the same in every process."""

@@ -48,8 +48,9 @@ class Clipping:
 class Optimization:
     """A module's optimizer. Gradients of any number of `backward` calls, in all processes, add up to those of one step.
 
-    A step whose gradient is not finite leaves the module as it was and is counted: `bad` in all, `bad_in_a_row` since the last
-    good one. A parameter group's rate_scale multiplies its rate. With precision 16-mixed the loss scaler lowers its scale instead, and only steps at the lowest scale count.
+    A parameter group's rate_scale multiplies its rate. A step whose gradient is not finite leaves the module as it was and is
+    counted: `bad` in all, `bad_in_a_row` since the last good one. With precision 16-mixed the loss scaler lowers its scale
+    instead, and only steps at the lowest scale count.
     """
 
     def __init__(self, fabric: Fabric, module: nn.Module, optimizer: Any, rate: RateSchedule, clipping: Clipping):

@@ -32,6 +32,7 @@ def make_plan(recipe: Recipe) -> Plan:
     dataset = open_dataset(recipe.data) if recipe.data else None
     given = Bundle.open(recipe.teacher.bundle) if recipe.teacher.bundle else None
     if given is not None:
+        _check_is_teacher(given)
         spec = given.spec
         if dataset is not None:
             _check_teacher_fits(given, dataset, recipe.needs_discriminator)
@@ -107,6 +108,15 @@ def _check_classes(recipe: Recipe, spec: GeneratorSpec) -> None:
             "guidance needs a teacher with classes, this one has none",
             remedy="set teacher_guidance, fake_guidance and fake_training_guidance to 1",
             param="recipe",
+        )
+
+
+def _check_is_teacher(bundle: Bundle) -> None:
+    if bundle.spec.steps == 1:
+        raise RequestError(
+            f"teacher {bundle.path} is a one-step generator, which knows one noise level only",
+            remedy="give the teacher that it was distilled from, or start from it with distillation.start",
+            param="teacher",
         )
 
 

@@ -18,7 +18,7 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-Module = TypeVar("Module", bound=torch.nn.Module)
+Built = TypeVar("Built")
 
 
 class Batches:
@@ -60,7 +60,7 @@ class Batches:
 _Read = tuple[np.ndarray, np.ndarray | None]
 
 
-def initial_weights(build: Callable[[], Module], seed: int) -> Module:
+def initial_weights(build: Callable[[], Built], seed: int) -> Built:
     """What `build` makes, with weights that depend on the seed alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -125,7 +125,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     if cls is ObjectiveConfig:
         method = values.get("method", ObjectiveConfig.method)
         one_of(METHOD_KEY, method, METHODS)
-        values = METHODS[method].settings | values
+        values = METHODS[method].settings | dict(values)
     return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
 
 

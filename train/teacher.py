@@ -9,7 +9,7 @@ from torch import Tensor
 from uni_instruct.networks.ddpmpp import EDMDenoiser
 from uni_instruct.sampler import heun_sample
 from uni_instruct.schedule import LogNormalLevels
-from uni_instruct.train.augment import AugmentPipe
+from uni_instruct.train.augment import augmented, open_pipe
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.ema import Averages
 from uni_instruct.train.fault import Suspects, stop_if_hopeless
@@ -37,7 +37,7 @@ class TeacherStage:
             denoiser.image_shape,
             denoiser.num_classes > 0,
         )
-        self.pipe = AugmentPipe(probability=config.augment, mirror=config.augment_mirror and config.augment > 0)
+        self.pipe = open_pipe(config.augment, config.augment_mirror)
         self.averages = Averages(denoiser.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=0.05)
         rate = RateSchedule(
             peak=config.learning_rate,
@@ -55,16 +55,15 @@ class TeacherStage:
         """Trains on batch number `index`; with `closely`, returns loss and gradient norm."""
         device, shape = self.fabric.device, (self.batch, *self.image_shape)
         sigmas, noise = self.levels.draw(self.batch, generator), torch.randn(shape, generator=generator)
-        augmentation = self.pipe.draw(self.batch, generator)
+        augmentation = self.pipe.draw(self.batch, generator) if self.pipe else None
         hidden = drop_classes(torch.zeros(self.batch, dtype=torch.int64), self.config.label_dropout, generator)
         suspects, tally = Suspects(), Tally(self.fabric)
         for part in self.share.parts:
             images, class_ids = self.batches(index, part, device)
-            sigma, augment = sigmas[part].to(device), augmentation[part].to(device)
+            sigma = sigmas[part].to(device)
             if class_ids is not None and hidden is not None:
                 class_ids = torch.where(hidden[part].to(device) < 0, hidden[part].to(device), class_ids)
-            clean = augment(images)
-            labels = augment.labels if self.pipe.probability else None
+            clean, labels = augmented(images, augmentation, part)
             denoised = self.denoiser.module(clean + sigma * noise[part].to(device), sigma, class_ids, labels)
             losses = {"teacher": denoising_loss(denoised, clean, sigma, self.sigma_data)}
             suspects.add(losses, sigma)
