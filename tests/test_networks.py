@@ -15,6 +15,7 @@ from torch import Tensor
 
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.errors import RequestError
+from uni_instruct.networks.blocks import ChannelsLastGroupNorm, Conv2d, GroupNorm, attention
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.ddpmpp import EDMDenoiser
@@ -57,6 +58,42 @@ def test_names_and_numerics_are_those_of_edm(variant: tuple) -> None:
     assert out.norm(dim=1).tolist() == pytest.approx(norms, rel=1e-5)
     assert out[:, 11].tolist() == pytest.approx(element_11, rel=1e-4, abs=1e-4)
     assert out[:, -5].tolist() == pytest.approx(element_minus_5, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_of_bfloat16_channels_last_has_torchs_values_and_gradients(silu: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, towards = (torch.randn(3, 12, 5, 4, generator=generator).bfloat16() for _ in range(2))
+    norm = GroupNorm(12)
+    norm.load_state_dict({"weight": torch.linspace(0.5, 2, 12), "bias": torch.linspace(-1, 1, 12)})
+    x = (3 * images + 2).to(memory_format=torch.channels_last).requires_grad_()
+    wide = x.detach().float().contiguous().requires_grad_()
+    out, expected = norm(x, silu), norm(wide, silu)
+    assert ChannelsLastGroupNorm.__name__ in out.grad_fn.name()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    ours = (out, *torch.autograd.grad(out, (x, norm.weight, norm.bias), towards))
+    truth = (expected, *torch.autograd.grad(expected, (wide, norm.weight, norm.bias), towards.float()))
+    for value, true in zip(ours, truth, strict=True):
+        assert (value.float() - true).norm() < 0.006 * true.norm()
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_default_filter_resamples_as_its_convolution_does(direction: str) -> None:
+    conv = Conv2d(3, 3, 0, **{direction: True})
+    x, taps = torch.randn(2, 3, 4, 6), conv.resample_filter.expand(3, 1, 2, 2)
+    convolve = torch.nn.functional.conv_transpose2d if direction == "up" else torch.nn.functional.conv2d
+    expected = convolve(x, taps * 4 if direction == "up" else taps, stride=2, groups=3)
+    torch.testing.assert_close(conv(x), expected)
+
+
+def test_attention_of_autocast_is_that_of_torch() -> None:
+    q, k, v = torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attention(q, k, v), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        attended = attention(q, k, v)
+    assert attended.dtype == torch.bfloat16
+    torch.testing.assert_close(attended.float(), expected, atol=0.03, rtol=0.03)
 
 
 def test_any_resolution_that_the_levels_divide() -> None:
