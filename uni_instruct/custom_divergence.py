@@ -14,6 +14,8 @@ from uni_instruct.importing import import_named, is_importable_name
 
 # Where f is checked: ratios from 1e-3 to 1e3.
 _CHECKED = torch.logspace(-3, 3, 241, dtype=torch.float64)
+FINITE = "give one that is finite for r in 1e-3..1e3"
+LONGEST = 500  # characters of an expression, so that its tree is never too deep to walk
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -65,12 +67,15 @@ def _check(text: str, f: Elementwise) -> None:
         raise _refused(text, f"cannot be differentiated twice: {reason}", "write it with torch operations on r") from error
     if not abs(value) < 1e-6:
         raise _refused(text, f"is {value:.4g} at r = 1", "subtract that, so that f(1) = 0")
-    bad = ~(bend >= -1e-9)
+    if not torch.isfinite(bend).all():
+        where = float(_CHECKED[~torch.isfinite(bend)][0])
+        raise _refused(text, f"has a second derivative that is not finite at r = {where:.3g}", FINITE)
+    bad = bend < -1e-9
     if bad.any():
         where, second = float(_CHECKED[bad][0]), float(bend[bad][0])
         raise _refused(text, f"is not convex: its second derivative at r = {where:.3g} is {second:.3g}", "give a convex f")
     if not (bend > 0).any():
-        raise _refused(text, "is a straight line, which tells no two distributions apart", "give a convex f")
+        raise _refused(text, "has no curvature, so that its weight h = r^2 f'' is zero", "give a strictly convex f")
 
 
 def _refused(text: str, problem: str, remedy: str) -> RequestError:
@@ -95,6 +100,8 @@ def _double(f: Elementwise) -> Elementwise:
 
 
 def _names(text: str) -> set[str]:
+    if len(text) > LONGEST:
+        return set()
     try:
         return {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)}
     except SyntaxError:
@@ -104,14 +111,17 @@ def _names(text: str) -> set[str]:
 def _expression(text: str) -> Elementwise:
     """The function of r that the expression describes; it is read, never executed as code."""
     tree = ast.parse(text, mode="eval").body
-    _value(tree, torch.ones(1, dtype=torch.float64), text)
+    try:
+        _value(tree, torch.ones(1, dtype=torch.float64), text)
+    except ArithmeticError as error:
+        raise _refused(text, f"cannot be computed: {error}", FINITE) from error
     return lambda r: _value(tree, r, text)
 
 
 def _value(node: ast.expr, r: Tensor, text: str) -> Any:
     match node:
         case ast.Constant(value=int() | float() as number):
-            return number
+            return float(number)
         case ast.Name(id="r"):
             return r
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:

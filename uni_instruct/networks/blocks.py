@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class Conv2d(nn.Module):
         taps = torch.tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
         self.register_buffer("resample_filter", taps if up or down else None)
+        # The default filter repeats pixels and averages four, which CPUs do many times as fast as a depthwise convolution.
+        self._repeats = tuple(resample_filter) == (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H', W'], H' = 2 H, H / 2 or H."""
@@ -64,6 +67,8 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.weight.shape[-1] // 2)
 
     def _resample(self, x: Tensor, taps: Tensor) -> Tensor:
+        if self._repeats:
+            return F.interpolate(x, scale_factor=2.0) if self.up else F.avg_pool2d(x, 2)
         channels, padding = self.in_channels, (taps.shape[-1] - 1) // 2
         depthwise = taps.expand(channels, 1, -1, -1)
         if self.up:
@@ -76,6 +81,14 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, channels: int, eps: float = 1e-6):
         super().__init__(max(1, min(32, channels // 4)), channels, eps=eps)
+
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        """[B, C, H, W], normalised; with silu, through SiLU as well."""
+        if _lacks_kernel(x):
+            out: Tensor = ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
+            return out
+        normed = super().forward(x)
+        return F.silu(normed) if silu else normed
 
 
 class PositionalEmbedding(nn.Module):
@@ -125,8 +138,8 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H', W']."""
-        hidden = self.conv0(F.silu(self.norm0(x)))
-        hidden = F.silu(self.norm1(hidden + self.affine(emb)[:, :, None, None].to(hidden.dtype)))
+        hidden = self.conv0(self.norm0(x, silu=True))
+        hidden = self.norm1(hidden + self.affine(emb)[:, :, None, None].to(hidden.dtype), silu=True)
         hidden = self.conv1(F.dropout(hidden, self.dropout, self.training))
         x = (hidden + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         return x if self.qkv is None else self._attend(x)
@@ -135,9 +148,87 @@ class UNetBlock(nn.Module):
         assert self.norm2 is not None
         assert self.qkv is not None
         assert self.proj is not None
-        # EDM interleaves q, k and v: channel c of q is output 3 c of qkv. One head, as [B, 1, H W, channels]: the fused
-        # kernels and the ONNX exporter take four dimensions only.
-        qkv = self.qkv(self.norm2(x)).unflatten(1, (self.out_channels, 3)).flatten(3)
-        q, k, v = qkv.transpose(1, 3).unsqueeze(1).unbind(3)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+        # EDM interleaves q, k and v: channel c of q is output 3 c of qkv. The weights are sorted, not the activations.
+        normed = self.norm2(x).flatten(2).transpose(1, 2)
+        weight, bias = (_apart(parameter, self.out_channels) for parameter in (self.qkv.weight, self.qkv.bias))
+        q, k, v = F.linear(normed, weight.to(x.dtype), bias.to(x.dtype)).chunk(3, dim=2)
+        attended = attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
         return (self.proj(attended) + x) * math.sqrt(0.5)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v of one head, [B, N, C] each."""
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # Torch's fused CPU kernel takes three times as long as these products, forward and backward.
+        weights = torch.bmm(q, k.transpose(1, 2)).mul(q.shape[-1] ** -0.5).softmax(dim=2)
+        return torch.bmm(weights, v)
+    # One head, as [B, 1, N, C]: the fused kernels and the ONNX exporter take four dimensions only.
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
+
+
+def _apart(parameter: Tensor | None, channels: int) -> Tensor:
+    """Outputs q0 k0 v0 q1 k1 v1 ... of a pointwise convolution as q, then k, then v of a linear layer."""
+    assert parameter is not None
+    return parameter.reshape(channels, 3, *parameter.shape[1:2]).transpose(0, 1).flatten(0, 1)
+
+
+def _lacks_kernel(x: Tensor) -> bool:
+    """Whether torch's group normalisation would go through x element by element (torch 2.13: up to 20 times as long)."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return on_cpu and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class ChannelsLastGroupNorm(torch.autograd.Function):
+    """Group normalisation of bfloat16 [B, C, H, W] in channels_last on the CPU, by whole rows; statistics have 32 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        """With silu, through SiLU as well."""
+        pixels = _rows(x)
+        batch, number, channels = pixels.shape
+        count = number * channels // groups
+        wide = pixels.float()
+        mean = _by_group(wide.sum(1), groups).sum(2, keepdim=True) / count
+        square = _by_group(pixels.float().square_().sum(1), groups).sum(2, keepdim=True) / count
+        rstd = ((square - mean**2).clamp_(min=0) + eps).rsqrt()
+        scale = rstd * weight.view(groups, -1)
+        shift = bias.view(groups, -1) - mean * scale
+        scale, shift = scale.view(batch, 1, channels), shift.view(batch, 1, channels)
+        normed = torch.addcmul(shift, wide, scale, out=wide).to(x.dtype)
+        ctx.save_for_backward(pixels, normed if silu else None, weight, mean, rstd)
+        ctx.silu = silu
+        return _images(F.silu(normed) if silu else normed, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With y = (x - mean) rstd and g the gradient of weight y + bias: rstd (w g - mean(w g) - y mean(w g y))."""
+        pixels, normed, weight, mean, rstd = ctx.saved_tensors
+        image, grad = grad, _rows(grad)
+        if ctx.silu:
+            grad = torch.ops.aten.silu_backward(grad, normed)
+        groups, count = mean.shape[1], pixels[0].numel() // mean.shape[1]
+        weight = weight.view(groups, -1)
+        first = _by_group(grad.sum(1, dtype=torch.float32), groups)
+        second = (_by_group((grad * pixels).sum(1, dtype=torch.float32), groups) - mean * first) * rstd
+        slope = -(rstd**2) * (weight * second).sum(2, keepdim=True) / count
+        offset = -rstd * (weight * first).sum(2, keepdim=True) / count - slope * mean
+        offset, slope, scale = (
+            t.expand_as(first).reshape(len(grad), 1, -1).to(grad.dtype) for t in (offset, slope, rstd * weight)
+        )
+        moved = torch.addcmul(offset, pixels, slope).addcmul_(grad, scale)
+        return _images(moved, image), second.sum(0).flatten(), first.sum(0).flatten(), None, None, None
+
+
+def _rows(images: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, H W, C], without a copy from channels_last."""
+    return images.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _by_group(values: Tensor, groups: int) -> Tensor:
+    """[B, C] as [B, groups, C / groups]."""
+    return values.unflatten(1, (groups, -1))

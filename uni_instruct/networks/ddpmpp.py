@@ -111,7 +111,7 @@ class DDPMPP(nn.Module):
             if x.shape[1] != block.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
-        out: Tensor = conv(F.silu(norm(x)))
+        out: Tensor = conv(norm(x, silu=True))
         return out
 
 
