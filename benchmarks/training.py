@@ -32,13 +32,13 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.ddpmpp import EDMDenoiser
 from uni_instruct.train.config import DistillationConfig, LoopConfig, Recipe
-from uni_instruct.train.counting import count_flops
-from uni_instruct.train.distillation import DistillationStage, Players
-from uni_instruct.train.objective import DiffusedBatch, discriminator_loss, expanded_terms, sid_weight
+from uni_instruct.train.dry_run.counting import count_flops
+from uni_instruct.train.objective.terms import DiffusedBatch, discriminator_loss, expanded_terms, sid_weight
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.parallel import start_fabric
-from uni_instruct.train.randomness import Batches, initial_weights, step_generator
-from uni_instruct.train.teacher import denoising_loss
+from uni_instruct.train.optimization.parallel import start_fabric
+from uni_instruct.train.stages.distillation import DistillationStage, Players
+from uni_instruct.train.stages.randomness import Batches, initial_weights, step_generator
+from uni_instruct.train.stages.teacher import denoising_loss
 
 OBJECTIVE = ObjectiveConfig(divergence="jeffreys")
 IMAGES = 1024

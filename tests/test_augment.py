@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uni_instruct.errors import RequestError
-from uni_instruct.train.augment import AUGMENT_LABELS, Augmentation, AugmentPipe
+from uni_instruct.train.stages.augment import AUGMENT_LABELS, Augmentation, AugmentPipe
 
 X_FLIP, Y_FLIP, SCALE, COS, SIN, ALONG, ACROSS, X_SHIFT, Y_SHIFT = range(AUGMENT_LABELS)
 

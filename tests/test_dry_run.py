@@ -16,17 +16,17 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.divergence import DIVERGENCES
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser
-from uni_instruct.train.cost import cost_of, count_parameters, phases, players_without_storage
-from uni_instruct.train.counting import SavedTensors, count_flops
-from uni_instruct.train.distillation import DistillationStage, Players
-from uni_instruct.train.dry_run import needs
-from uni_instruct.train.formula import DIVERGENCE_WORDS, critic_lines, method_lines, objective_lines
+from uni_instruct.train.dry_run.cost import cost_of, count_parameters, phases, players_without_storage
+from uni_instruct.train.dry_run.counting import SavedTensors, count_flops
+from uni_instruct.train.dry_run.formula import DIVERGENCE_WORDS, critic_lines, method_lines, objective_lines
+from uni_instruct.train.dry_run.report import needs
+from uni_instruct.train.dry_run.trial import CountedSteps, Limits, TimedSteps, distillation_stage, teacher_stage
 from uni_instruct.train.methods import METHODS
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.parallel import start_fabric
+from uni_instruct.train.optimization.parallel import start_fabric
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.recipe import load_recipe, parse_recipe
-from uni_instruct.train.trial import CountedSteps, Limits, TimedSteps, distillation_stage, teacher_stage
+from uni_instruct.train.stages.distillation import DistillationStage, Players
 
 REWARD = "def brightness(images, class_ids):\n    return images.mean(dim=(1, 2, 3))\n"
 TINY = [

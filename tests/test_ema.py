@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.train.ema import Average, Averages, Ema, PowerEma, power_exponent
+from uni_instruct.train.optimization.ema import Average, Averages, Ema, PowerEma, power_exponent
 
 
 class Vector(nn.Module):

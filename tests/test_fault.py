@@ -1,4 +1,4 @@
-"""Updates that are not finite: skipped and counted; after a few in a row the run ends with step, noise level, term and advice."""
+"""Updates that are not finite are skipped and counted; after a few in a row the run ends with term, noise level and advice."""
 
 import json
 import re

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from uni_instruct.divergence import DIVERGENCES, Divergence
 from uni_instruct.networks.critic import Criticism
 from uni_instruct.schedule import edm_preconditioning
-from uni_instruct.train.distillation import DistillationStage, Players
-from uni_instruct.train.randomness import initial_weights, step_generator
 from uni_instruct.train.recipe import parse_recipe
+from uni_instruct.train.stages.distillation import DistillationStage, Players
+from uni_instruct.train.stages.randomness import initial_weights, step_generator
 
 SIGMA_DATA = 0.5
 # The untrained generator's Gaussian, in each pixel: beside the data, and too narrow for them.

@@ -11,10 +11,16 @@ from torch import Tensor
 from uni_instruct.divergence import DIVERGENCES
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN, karras_sigma
-from uni_instruct.train.generator_update import divergence_terms
-from uni_instruct.train.objective import DiffusedBatch, adversarial_loss, discriminator_loss, expanded_terms, integral_terms
+from uni_instruct.train.objective.ratio import DensityRatio, noise_bin
+from uni_instruct.train.objective.terms import (
+    DiffusedBatch,
+    adversarial_loss,
+    discriminator_loss,
+    expanded_terms,
+    integral_terms,
+)
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.ratio import DensityRatio, noise_bin
+from uni_instruct.train.stages.generator_update import divergence_terms
 
 M, B = -0.3, 0.4
 CHUNKS, CHUNK = 60, 10_000

@@ -11,8 +11,8 @@ import torch
 from conftest import run_cli
 from torch import Tensor
 
-# Two steps of everything that couples the images of a batch: ratios of mean 1, per-bin running means, adversarial and regression
-# terms. A large Adam epsilon keeps the first step from blowing rounding errors up to the size of the learning rate.
+# Two steps of everything that couples the images of a batch: ratios of mean 1, running means per bin, adversarial and
+# regression terms. A large Adam epsilon keeps the first step from blowing rounding errors up to the size of the learning rate.
 SETTINGS = [
     "method=f-distill",
     "critic_updates=1",

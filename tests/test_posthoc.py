@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from uni_instruct.errors import DiskError, FileFormatError, RequestError
-from uni_instruct.train.ema import PowerEma, power_exponent
-from uni_instruct.train.posthoc import list_snapshots, reconstruct, save_snapshot, solve_coefficients
+from uni_instruct.train.optimization.ema import PowerEma, power_exponent
+from uni_instruct.train.optimization.posthoc import list_snapshots, reconstruct, save_snapshot, solve_coefficients
 
 STORED, FOLLOWED = (0.05, 0.10), (0.05, 0.075, 0.10, 0.12)
 STEPS, BATCH, EVERY = 400, 128, 20

@@ -30,7 +30,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     from uni_instruct.generate import generate, resolve_class_ids
     from uni_instruct.images import contact_sheet, encode
     from uni_instruct.train.card import model_card
-    from uni_instruct.train.posthoc import reconstruct
+    from uni_instruct.train.optimization.posthoc import reconstruct
     from uni_instruct.train.recipe import parse_recipe, read_yaml
 
     if out.exists():

@@ -29,7 +29,7 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], devices: in
     """
     resolved = load_recipe(recipe, overrides)
     if dry_run:
-        from uni_instruct.train.dry_run import explain
+        from uni_instruct.train.dry_run.report import explain
 
         click.echo(explain(resolved, as_json))
         return

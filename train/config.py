@@ -8,8 +8,8 @@ from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import NETWORKS
 from uni_instruct.train.checks import in_range, one_of
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimizing import DECAYS
-from uni_instruct.train.track import TRACKERS
+from uni_instruct.train.optimization.optimizing import DECAYS
+from uni_instruct.train.watch.track import TRACKERS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 

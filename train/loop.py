@@ -22,11 +22,11 @@ from uni_instruct.evaluate import Evaluator
 from uni_instruct.latents import latents, random_class_ids
 from uni_instruct.progress import progress, silent
 from uni_instruct.train.config import LoopConfig
-from uni_instruct.train.ema import Averages
-from uni_instruct.train.health import Health
-from uni_instruct.train.metrics import Metrics
-from uni_instruct.train.randomness import step_generator
+from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.run import Run
+from uni_instruct.train.stages.randomness import step_generator
+from uni_instruct.train.watch.health import Health
+from uni_instruct.train.watch.metrics import Metrics
 
 # Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
 FIRST_SELECTION_SEED = 2**40

@@ -7,7 +7,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels
 from uni_instruct.train.checks import in_range, one_of
 from uni_instruct.train.methods import METHODS
-from uni_instruct.train.objective import FAMILIES, WEIGHTINGS
+from uni_instruct.train.objective.terms import FAMILIES, WEIGHTINGS
 
 NOISES = ("karras", "lognormal")
 

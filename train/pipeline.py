@@ -17,14 +17,14 @@ from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.ddpmpp import EDMDenoiser
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.distillation import DistillationStage, Players
 from uni_instruct.train.loop import Best, Loop, Stage
-from uni_instruct.train.pairs import Pairs, teacher_pairs
-from uni_instruct.train.parallel import Share, start_fabric
+from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
+from uni_instruct.train.optimization.parallel import Share, start_fabric
 from uni_instruct.train.plan import Plan, make_plan
-from uni_instruct.train.randomness import Batches, initial_weights
 from uni_instruct.train.run import Run
-from uni_instruct.train.teacher import TeacherStage
+from uni_instruct.train.stages.distillation import DistillationStage, Players
+from uni_instruct.train.stages.randomness import Batches, initial_weights
+from uni_instruct.train.stages.teacher import TeacherStage
 
 log = logging.getLogger(__name__)
 

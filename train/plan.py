@@ -8,10 +8,10 @@ from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser
-from uni_instruct.train.augment import AUGMENT_LABELS
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.reward import Reward, open_reward
-from uni_instruct.train.track import check_trackers
+from uni_instruct.train.objective.reward import Reward, open_reward
+from uni_instruct.train.stages.augment import AUGMENT_LABELS
+from uni_instruct.train.watch.track import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,11 +148,10 @@ class UNetBlock(nn.Module):
         assert self.norm2 is not None
         assert self.qkv is not None
         assert self.proj is not None
-        # EDM interleaves q, k and v: channel c of q is output 3 c of qkv. The weights are sorted, not the activations.
-        normed = self.norm2(x).flatten(2).transpose(1, 2)
-        weight, bias = (_apart(parameter, self.out_channels) for parameter in (self.qkv.weight, self.qkv.bias))
-        q, k, v = F.linear(normed, weight.to(x.dtype), bias.to(x.dtype)).chunk(3, dim=2)
-        attended = attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
+        # EDM interleaves q, k and v: channel c of q is output 3 c of qkv.
+        qkv = self.qkv(self.norm2(x)).unflatten(1, (self.out_channels, 3)).flatten(3)
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        attended = attention(q, k, v).transpose(1, 2).reshape(x.shape)
         return (self.proj(attended) + x) * math.sqrt(0.5)
 
 
@@ -164,12 +163,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.bmm(weights, v)
     # One head, as [B, 1, N, C]: the fused kernels and the ONNX exporter take four dimensions only.
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
-
-
-def _apart(parameter: Tensor | None, channels: int) -> Tensor:
-    """Outputs q0 k0 v0 q1 k1 v1 ... of a pointwise convolution as q, then k, then v of a linear layer."""
-    assert parameter is not None
-    return parameter.reshape(channels, 3, *parameter.shape[1:2]).transpose(0, 1).flatten(0, 1)
 
 
 def _lacks_kernel(x: Tensor) -> bool:

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import DistillationConfig, TeacherConfig
-from uni_instruct.train.counting import Counts, OnMeta, SavedTensors, count_flops
-from uni_instruct.train.distillation import DistillationStage, Players
+from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, count_flops
+from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimizing import Optimization
-from uni_instruct.train.pairs import Pairs
-from uni_instruct.train.parallel import start_fabric
+from uni_instruct.train.optimization.optimizing import Optimization
+from uni_instruct.train.optimization.parallel import start_fabric
 from uni_instruct.train.plan import Plan
-from uni_instruct.train.randomness import Batches, initial_weights
-from uni_instruct.train.teacher import TeacherStage
+from uni_instruct.train.stages.distillation import DistillationStage, Players
+from uni_instruct.train.stages.randomness import Batches, initial_weights
+from uni_instruct.train.stages.teacher import TeacherStage
 
 REWARD_IMAGES = 2  # as many as a reward is tried on when it is opened
 GROWTH = 4

@@ -9,10 +9,11 @@ from torch import Tensor
 from uni_instruct.divergence import Divergence, find_divergence
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Criticism
-from uni_instruct.train.fault import Suspects, stop_if_hopeless
-from uni_instruct.train.guidance import guided, guided_criticism
-from uni_instruct.train.metrics import Metrics, Tally
-from uni_instruct.train.objective import (
+from uni_instruct.train.objective.guidance import guided, guided_criticism
+from uni_instruct.train.objective.pairs import Pairs
+from uni_instruct.train.objective.ratio import DensityRatio
+from uni_instruct.train.objective.reward import Reward
+from uni_instruct.train.objective.terms import (
     FAMILIES,
     WEIGHTINGS,
     DiffusedBatch,
@@ -22,12 +23,11 @@ from uni_instruct.train.objective import (
     integral_terms,
 )
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimizing import Optimization
-from uni_instruct.train.pairs import Pairs
-from uni_instruct.train.parallel import Share
-from uni_instruct.train.ratio import DensityRatio
-from uni_instruct.train.reward import Reward
-from uni_instruct.train.student import StudentBatch
+from uni_instruct.train.optimization.optimizing import Optimization
+from uni_instruct.train.optimization.parallel import Share
+from uni_instruct.train.stages.student import StudentBatch
+from uni_instruct.train.watch.fault import Suspects, stop_if_hopeless
+from uni_instruct.train.watch.metrics import Metrics, Tally
 
 QUANTILES = {"ratio/q05": 0.05, "ratio/q50": 0.5, "ratio/q95": 0.95}
 

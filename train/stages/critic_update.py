@@ -6,17 +6,17 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.train.augment import Augmentation, AugmentPipe, augmented
-from uni_instruct.train.fault import Suspects, stop_if_hopeless
-from uni_instruct.train.guidance import drop_classes, guided_criticism
-from uni_instruct.train.metrics import Metrics, Tally
-from uni_instruct.train.objective import discriminator_loss
+from uni_instruct.train.objective.guidance import drop_classes, guided_criticism
+from uni_instruct.train.objective.terms import discriminator_loss
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimizing import Optimization
-from uni_instruct.train.parallel import Share
-from uni_instruct.train.randomness import Batches
-from uni_instruct.train.student import StudentBatch
-from uni_instruct.train.teacher import denoising_loss
+from uni_instruct.train.optimization.optimizing import Optimization
+from uni_instruct.train.optimization.parallel import Share
+from uni_instruct.train.stages.augment import Augmentation, AugmentPipe, augmented
+from uni_instruct.train.stages.randomness import Batches
+from uni_instruct.train.stages.student import StudentBatch
+from uni_instruct.train.stages.teacher import denoising_loss
+from uni_instruct.train.watch.fault import Suspects, stop_if_hopeless
+from uni_instruct.train.watch.metrics import Metrics, Tally
 
 
 @dataclass(frozen=True, kw_only=True)

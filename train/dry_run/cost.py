@@ -10,10 +10,10 @@ from torch import nn
 
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import DistillationConfig, Recipe, TeacherConfig
-from uni_instruct.train.distillation import Players
+from uni_instruct.train.dry_run.trial import CountedSteps, Limits, TimedSteps, Timing, micro_batch_of
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.plan import Plan
-from uni_instruct.train.trial import CountedSteps, Limits, TimedSteps, Timing, micro_batch_of
+from uni_instruct.train.stages.distillation import Players
 
 MEASURE_S = 18.0
 MB = 2**20

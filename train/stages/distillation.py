@@ -12,20 +12,20 @@ from torch import Tensor
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.ddpmpp import EDMDenoiser
-from uni_instruct.train.augment import open_pipe
 from uni_instruct.train.config import DistillationConfig, Recipe
-from uni_instruct.train.critic_update import CriticUpdate
-from uni_instruct.train.ema import Averages
-from uni_instruct.train.generator_update import GeneratorUpdate
-from uni_instruct.train.metrics import Metrics
+from uni_instruct.train.objective.pairs import Pairs
+from uni_instruct.train.objective.ratio import DensityRatio
+from uni_instruct.train.objective.reward import Reward
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimizing import Clipping, Optimization, RateSchedule
-from uni_instruct.train.pairs import Pairs
-from uni_instruct.train.parallel import Share, prepared
-from uni_instruct.train.randomness import Batches
-from uni_instruct.train.ratio import DensityRatio
-from uni_instruct.train.reward import Reward
-from uni_instruct.train.student import StudentBatch
+from uni_instruct.train.optimization.ema import Averages
+from uni_instruct.train.optimization.optimizing import Clipping, Optimization, RateSchedule
+from uni_instruct.train.optimization.parallel import Share, prepared
+from uni_instruct.train.stages.augment import open_pipe
+from uni_instruct.train.stages.critic_update import CriticUpdate
+from uni_instruct.train.stages.generator_update import GeneratorUpdate
+from uni_instruct.train.stages.randomness import Batches
+from uni_instruct.train.stages.student import StudentBatch
+from uni_instruct.train.watch.metrics import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file
-from uni_instruct.train.ema import power_exponent
+from uni_instruct.train.optimization.ema import power_exponent
 
 _FILE_NAME = re.compile(r"power-(\d\.\d+)-(\d+\.\d{3})kimg\.safetensors")
 # Distance of the profiles, relative to the wanted one's norm, above which the user should know. With widths 0.05 and 0.10 at a

@@ -9,15 +9,15 @@ from torch import Tensor
 from uni_instruct.networks.ddpmpp import EDMDenoiser
 from uni_instruct.sampler import heun_sample
 from uni_instruct.schedule import LogNormalLevels
-from uni_instruct.train.augment import augmented, open_pipe
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.ema import Averages
-from uni_instruct.train.fault import Suspects, stop_if_hopeless
-from uni_instruct.train.guidance import drop_classes
-from uni_instruct.train.metrics import Metrics, Tally
-from uni_instruct.train.optimizing import Clipping, Optimization, RateSchedule
-from uni_instruct.train.parallel import Share, prepared
-from uni_instruct.train.randomness import Batches
+from uni_instruct.train.objective.guidance import drop_classes
+from uni_instruct.train.optimization.ema import Averages
+from uni_instruct.train.optimization.optimizing import Clipping, Optimization, RateSchedule
+from uni_instruct.train.optimization.parallel import Share, prepared
+from uni_instruct.train.stages.augment import augmented, open_pipe
+from uni_instruct.train.stages.randomness import Batches
+from uni_instruct.train.watch.fault import Suspects, stop_if_hopeless
+from uni_instruct.train.watch.metrics import Metrics, Tally
 
 
 class TeacherStage:

@@ -9,8 +9,8 @@ import yaml
 
 from uni_instruct.data import Dataset
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.cost import MB, Cost, Memory, Phase, StageCost, cost_of, evaluations
-from uni_instruct.train.formula import critic_lines, method_lines, objective_lines
+from uni_instruct.train.dry_run.cost import MB, Cost, Memory, Phase, StageCost, cost_of, evaluations
+from uni_instruct.train.dry_run.formula import critic_lines, method_lines, objective_lines
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.plan import Plan, make_plan
 

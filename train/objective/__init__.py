@@ -1,0 +1,1 @@
+"""What is minimised: the divergences' terms, and the ratio, reward, pairs and guidance that they need."""

@@ -1,0 +1,1 @@
+"""What every step goes through: optimizers, processes, averages of weights."""
