@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,6 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
         (["train", "digits", "--set", "data="], "a teacher is trained from data, and the recipe has none; --set data=..."),
         (["train", "digits", "--set", "precision=16-mixed"], "loop.precision 16-mixed needs a GPU"),
         (["train", "digits", "--set", "conditional=false", "--set", "method=sid-lsg"], "guidance needs a teacher with classes"),
-        (["train", "digits", "--set", "distillation.batch=63", "--devices", "2"], "batch of 63 cannot be divided among 2 proc"),
         (["train", "digits", "--set", "colour=red"], "--set key 'colour' is unknown; choose one of name"),
         (["train", "digits", "--set", "batch=64"], "--set key 'batch' is ambiguous; write teacher.batch or distillation.batch"),
         (["train", "digits", "--set", "alpha"], "--set alpha has no value; write --set key=value"),
@@ -145,12 +145,22 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
         (["train", "digits", "--set", "teacher.bundle=nowhere"], "there is no bundle nowhere"),
     ],
 )
-def test_bad_recipe_is_refused_before_anything_is_written(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_recipe_is_refused_before_anything_is_written(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path, arguments: list[str], message: str
+) -> None:
     out = tmp_path / "run"
-    done = run_cli(*arguments, "--out", str(out))
+    code, _, errors = cli(*arguments, "--out", str(out))
+    assert code == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not out.exists()
+
+
+def test_batch_that_the_processes_do_not_divide_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run_cli("train", "digits", "--out", out, "--devices", "2", "--set", "distillation.batch=63")
     assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert "error: a batch of 63 cannot be divided among 2 processes; give a batch that their number divides\n" in done.stderr
     assert not out.exists()
 
 
