@@ -99,6 +99,7 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
         ({"objective": {"family": "forward"}}, "objective.family 'forward' is unknown; choose one of expanded, integral"),
         ({"objective": {"di": False, "fgm": False, "sim": False}}, "objective.di, fgm and sim are all off"),
         ({"objective": {"tmin": 800}}, "objective.tmin 800"),
+        ({"objective": {"method": "sid", "divergence_scale": 0}}, "every scale of the objective is 0; leave one term on"),
         ({"objective": {"mix": 1.5}}, "objective.mix 1.5 is out of range; give 0 to 1"),
         (
             {"schedule": [{"until_kimg": 500, "objective": {}}]},

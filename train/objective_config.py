@@ -77,6 +77,8 @@ class ObjectiveConfig:
         find_divergence(self.divergence, order=self.order, mix=self.mix)
         if self.family == "expanded" and not (self.di or self.fgm or self.sim):
             raise RequestError("objective.di, fgm and sim are all off", remedy="leave one of them on", param="recipe")
+        if not (self.divergence_scale or self.adversarial_scale or self.regression_scale or self.reward_scale):
+            raise RequestError("every scale of the objective is 0", remedy="leave one term on", param="recipe")
         if self.reward_scale and not self.reward:
             raise RequestError(
                 f"method '{self.method}' needs a reward",

@@ -57,8 +57,6 @@ def objective_lines(objective: ObjectiveConfig) -> list[str]:
     """The formula that the generator minimises; terms that are switched off are left out."""
     terms = [("+", _divergence(objective))] if objective.divergence_scale else []
     terms += [(sign, words(objective)) for scale, sign, words in _TERMS if getattr(objective, scale)]
-    if not terms:
-        return ["minimise nothing: every scale is 0"]
     (sign, first), *others = terms
     lines = [f"minimise {'- ' if sign == '-' else ''}{first}", *(f"{sign} {words}" for sign, words in others)]
     if objective.divergence_scale:
