@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import files_of_at_most, run_cli
@@ -162,6 +163,32 @@ def test_batch_that_the_processes_do_not_divide_is_refused(tmp_path: Path) -> No
     assert done.returncode == 2
     assert "error: a batch of 63 cannot be divided among 2 processes; give a batch that their number divides\n" in done.stderr
     assert not out.exists()
+
+
+def test_generator_starts_from_another_where_one_is_given(finished: Path, tmp_path: Path) -> None:
+    first, still = finished / "generator", ("generator_learning_rate=0", "distillation.duration_kimg=0.32", "method=sid")
+    given = (f"teacher.bundle={finished / 'teacher'}", f"distillation.start={first}", *still)
+    assert run_cli(*train_command(tmp_path / "run", *given)).returncode == 0
+    started, other = Bundle.open(tmp_path / "run" / "generator").weights(), Bundle.open(first).weights()
+    assert all((array == other[name]).all() for name, array in started.items())
+
+
+@pytest.mark.parametrize("role", ["teacher.bundle", "distillation.start"])
+def test_networks_of_another_shape_are_refused(
+    cli: Callable[..., tuple[int, str, str]], finished: Path, tiny_bundle: Bundle, tmp_path: Path, role: str
+) -> None:
+    np.savez(tmp_path / "made.npz", arr_0=np.zeros((8, 16, 16, 3), np.uint8))
+    given = {"teacher.bundle": f"data={tmp_path}/made.npz", "distillation.start": f"distillation.start={tiny_bundle.path}"}[
+        role
+    ]
+    code, _, errors = cli(*train_command(tmp_path / "run", f"teacher.bundle={finished / 'teacher'}", given))
+    assert code == 2
+    expected = {
+        "teacher.bundle": "makes images of shape [1, 8, 8], data set 'made' holds [3, 16, 16]; give the data that the teacher",
+        "distillation.start": f"distillation.start {tiny_bundle.path} has network_args",
+    }[role]
+    assert expected in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_recipe_into_the_same_run_is_refused(finished: Path) -> None:
