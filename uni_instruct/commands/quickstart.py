@@ -25,7 +25,7 @@ def quickstart(out: Path, no_serve: bool, port: int) -> None:
         free_address("127.0.0.1", port)  # a taken port is better told before the training than after
     generator = out / "generator"
     for arguments in (
-        ["train", "digits", "--out", out],
+        ["train", "digits-jeffreys", "--out", out],
         ["export", generator, "--to", "onnx"],
         ["generate", generator, "--seeds", "0-99", "--out", out / "images.npz", "--grid", out / "grid.png"],
         ["evaluate", generator, "--reference", "digits", "--teacher", out / "teacher"],
