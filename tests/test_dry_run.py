@@ -112,7 +112,6 @@ def objective(**changes: object) -> ObjectiveConfig:
             ["minimise - 1 x reward r.py:f"],
             ["KL", "weight"],
         ),
-        (objective(divergence_scale=0.0), ["minimise nothing"], ["KL"]),
         (objective(weighting="sid"), ["weighted by 1 / mean |G(z) - D_q|"], ["exactly", "alike"]),
         (objective(weighting="exact"), ["weighted exactly"], ["mean |G(z)"]),
         (objective(weighting="uniform"), ["weighted alike"], ["mean |G(z)"]),
