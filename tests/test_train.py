@@ -173,6 +173,24 @@ def test_generator_starts_from_another_where_one_is_given(finished: Path, tmp_pa
     assert all((array == other[name]).all() for name, array in started.items())
 
 
+def test_bfloat16_trains_to_about_the_same_losses(finished: Path, tmp_path: Path) -> None:
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        given = (
+            f"teacher.bundle={finished / 'teacher'}",
+            "metric=none",
+            "distillation.duration_kimg=0.16",
+            f"precision={precision}",
+        )
+        more = ("critic_warmup_kimg=0", "channels_last=true", "distillation.micro_batch=24")
+        done = run_cli(*train_command(tmp_path / precision, *given, *more))
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / precision / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["fake_score/loss"] for line in lines])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 @pytest.mark.parametrize("role", ["teacher.bundle", "distillation.start"])
 def test_networks_of_another_shape_are_refused(
     cli: Callable[..., tuple[int, str, str]], finished: Path, tiny_bundle: Bundle, tmp_path: Path, role: str

@@ -83,6 +83,11 @@ class Optimization:
             self.bad, self.bad_in_a_row = self.bad + 1, self.bad_in_a_row + 1
         return norm.detach()
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a loss scaler stands between losses and gradients, which then are no gradients of single terms."""
+        return self._scaler() is not None
+
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments, counts, and the loss scale where there is one."""
         scaler = self._scaler()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.precision import MixedPrecision
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies import DDPStrategy
 
 from uni_instruct.errors import RequestError
@@ -41,7 +41,7 @@ def start_fabric(devices: int, precision: str) -> Fabric:
         devices=devices,
         num_nodes=nodes,
         strategy=_Replicas() if devices * nodes > 1 else "auto",
-        plugins=None if precision == "32-true" else [_InnerAutocast(precision, device)],  # type: ignore[arg-type]
+        plugins=None if precision == "32-true" else [AUTOCASTS[precision](precision, device)],  # type: ignore[arg-type]
     )
     fabric.launch()
     return fabric
@@ -102,3 +102,12 @@ class _InnerAutocast(MixedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
+
+
+class _InnerBFloat16(_InnerAutocast):
+    """Needs no loss scaler, and so no backward pass but torch's: gradients of single terms can be taken."""
+
+    backward = Precision.backward
+
+
+AUTOCASTS = {"bf16-mixed": _InnerBFloat16, "16-mixed": _InnerAutocast}

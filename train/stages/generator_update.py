@@ -61,7 +61,9 @@ class GeneratorUpdate:
             terms = self._terms(part, objective, students, draw, diffused, criticism, ratio)
             suspects.add(_sums(diffused) | terms, diffused.sigma)
             if closely:
-                tally.add(_image_gradients(terms, diffused.clean) | _state_of(diffused, criticism, ratio, objective))
+                if not self.optimization.scales_loss:
+                    tally.add(_image_gradients(terms, diffused.clean))
+                tally.add(_state_of(diffused, criticism, ratio, objective))
                 tally.add({f"generator/{name}": values for name, values in terms.items()})
             self.optimization.backward(torch.stack([values.sum() for values in terms.values()]).sum() / len(students.latents))
         norm = self.optimization.step(index)
