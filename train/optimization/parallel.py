@@ -2,8 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -74,13 +72,6 @@ class Share:
         step = micro_batch or local
         self.whole = slice(start, start + local)
         self.parts = [slice(at, min(at + step, start + local)) for at in range(start, start + local, step)]
-
-
-@contextmanager
-def first_process_only(fabric: Fabric) -> Iterator[bool]:
-    """True in the first process; the others wait for it at the end."""
-    yield fabric.is_global_zero
-    fabric.barrier()
 
 
 class _Replicas(DDPStrategy):
