@@ -30,7 +30,7 @@ from uni_instruct.train.watch.metrics import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class Players:
-    """The networks of a distillation. generator and fake score start as copies of the teacher, or the generator from a given one."""
+    """The networks of a distillation. All start as copies of the teacher, but for a generator that is given."""
 
     teacher: EDMDenoiser
     generator: EDMDenoiser
