@@ -59,6 +59,7 @@ class TeacherConfig:
     augment: float = 0.0
     augment_mirror: bool = True
     ema_halflife_kimg: tuple[float, ...] = (5.0,)
+    ema_rampup: float = 0.05
     ema_power_std: tuple[float, ...] = ()
     evaluate_kimg: float = 50.0
     steps: int = 18
@@ -93,7 +94,8 @@ class DistillationConfig:
     The rates rise over warmup_kimg and fall as `decay` says over the last decay_kimg. micro_batch is the most images a
     process takes at once (0: all of its share). Gradients are clipped to *_clip_norm and *_clip_value (0: not). augment is the
     probability of EDM's augmentations of what the critic sees. The first of ema_halflife_kimg is published;
-    ema_power_std adds EDM2's power-function averages, for reconstruction after training.
+    ema_power_std adds EDM2's power-function averages, for reconstruction after training; ema_rampup bounds a half-life by that
+    share of what was seen.
     """
 
     start: str = ""
@@ -118,6 +120,7 @@ class DistillationConfig:
     augment: float = 0.0
     augment_mirror: bool = True
     ema_halflife_kimg: tuple[float, ...] = (5.0,)
+    ema_rampup: float = 0.05
     ema_power_std: tuple[float, ...] = ()
     evaluate_kimg: float = 20.0
 
@@ -232,6 +235,7 @@ def _check_optimization(section: str, config: TeacherConfig | DistillationConfig
     in_range(f"{section}.micro_batch", config.micro_batch, 0, 1_000_000)
     if not config.ema_halflife_kimg:
         raise RequestError(f"{section}.ema_halflife_kimg is empty", remedy="give one: it is what is published", param="recipe")
+    in_range(f"{section}.ema_rampup", config.ema_rampup, 1e-6, 1e6)
     for std in config.ema_power_std:
         in_range(f"{section}.ema_power_std", std, 0.01, 0.25)
 

@@ -69,7 +69,7 @@ class DistillationStage:
         self._one_pass = len(share.parts) == 1
 
         self.averages = Averages(
-            players.generator.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=0.05
+            players.generator.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=config.ema_rampup
         )
         self.generator = self._optimization(players.generator, "generator")
         self.critic = self._optimization(players.critic, "critic")

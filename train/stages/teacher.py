@@ -38,7 +38,9 @@ class TeacherStage:
             denoiser.num_classes > 0,
         )
         self.pipe = open_pipe(config.augment, config.augment_mirror)
-        self.averages = Averages(denoiser.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=0.05)
+        self.averages = Averages(
+            denoiser.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=config.ema_rampup
+        )
         rate = RateSchedule(
             peak=config.learning_rate,
             total_steps=self.total_steps,
