@@ -2,13 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import NETWORKS
 from uni_instruct.train.checks import in_range, one_of
 from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizing import DECAYS
+from uni_instruct.train.optimization.optimizing import DECAYS, RateSchedule
 from uni_instruct.train.watch.track import TRACKERS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -35,42 +35,88 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """EDM training of the teacher; `bundle` names a trained one instead.
+class StageConfig:
+    """What teacher and distillation have in common: how long, how fast, which averages.
 
-    Noise levels are log-normal with p_mean and p_std; the rate rises over warmup_kimg and falls as `decay` says over the last
-    decay_kimg. micro_batch is the most images a process takes at once (0: all of its share); gradients are clipped to
-    clip_norm (0: not). label_dropout hides the class of that share of images, for guidance; augment is the probability of
-    EDM's augmentations. steps is the number of steps of the Heun sampler that the teacher is sampled and compared with.
+    The rate rises over warmup_kimg and falls as `decay` says over the last decay_kimg. micro_batch is the most images a process
+    takes at once (0: all of its share). augment is the probability of EDM's augmentations of the images. The first of
+    ema_halflife_kimg is published; ema_power_std adds EDM2's power-function averages, for reconstruction after training;
+    ema_rampup bounds a half-life by that share of what was seen.
     """
 
-    bundle: str = ""
+    section: ClassVar[str]
     duration_kimg: float = 200.0
     batch: int = 128
     micro_batch: int = 0
-    learning_rate: float = 1e-3
-    warmup_kimg: float = 10.0
+    warmup_kimg: float = 0.0
     decay_kimg: float = 0.0
     decay: str = "linear"
-    clip_norm: float = 0.0
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    label_dropout: float = 0.0
     augment: float = 0.0
     augment_mirror: bool = True
     ema_halflife_kimg: tuple[float, ...] = (5.0,)
     ema_rampup: float = 0.05
     ema_power_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of(f"{self.section}.decay", self.decay, DECAYS)
+        for name, low, high in _STAGE_RANGES:
+            in_range(f"{self.section}.{name}", getattr(self, name), low, high)
+        if not self.ema_halflife_kimg:
+            remedy = "give one: it is what is published"
+            raise RequestError(f"{self.section}.ema_halflife_kimg is empty", remedy=remedy, param="recipe")
+        for std in self.ema_power_std:
+            in_range(f"{self.section}.ema_power_std", std, 0.01, 0.25)
+
+    @property
+    def total_steps(self) -> int:
+        """The whole number of batches that comes nearest to duration_kimg, at least one."""
+        return max(1, round(self.duration_kimg * 1000 / self.batch))
+
+    def rate(self, peak: float) -> RateSchedule:
+        """The learning rate over the steps, from its highest."""
+        return RateSchedule(
+            peak=peak,
+            total_steps=self.total_steps,
+            batch=self.batch,
+            warmup_kimg=self.warmup_kimg,
+            decay_kimg=self.decay_kimg,
+            decay=self.decay,
+        )
+
+
+_STAGE_RANGES = (
+    ("duration_kimg", 1e-3, 1e9),
+    ("batch", 1, 1_000_000),
+    ("micro_batch", 0, 1_000_000),
+    ("augment", 0, 1),
+    ("ema_rampup", 1e-6, 1e6),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(StageConfig):
+    """EDM training of the teacher; `bundle` names a trained one instead.
+
+    Noise levels are log-normal with p_mean and p_std; gradients are clipped to clip_norm (0: not). label_dropout hides the
+    class of that share of images, for guidance. steps is the number of steps of the Heun sampler that the teacher is
+    sampled and compared with.
+    """
+
+    section = "teacher"
+    bundle: str = ""
+    learning_rate: float = 1e-3
+    warmup_kimg: float = 10.0
+    clip_norm: float = 0.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    label_dropout: float = 0.0
     evaluate_kimg: float = 50.0
     steps: int = 18
 
     def __post_init__(self) -> None:
-        in_range("teacher.duration_kimg", self.duration_kimg, 1e-3, 1e9)
-        in_range("teacher.batch", self.batch, 1, 1_000_000)
+        super().__post_init__()
         in_range("teacher.steps", self.steps, 2, 1000)
         in_range("teacher.label_dropout", self.label_dropout, 0, 1)
-        in_range("teacher.augment", self.augment, 0, 1)
-        _check_optimization("teacher", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,51 +131,34 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
+class DistillationConfig(StageConfig):
     """One-step distillation: how long, how fast. One kimg is 1000 images of the generator's.
 
     start names a bundle whose weights the generator starts from, instead of the teacher's. The critic (fake score and
     discriminator) is trained alone for critic_warmup_kimg. sigma_init is the noise level of the generator's input.
     The discriminator's head, and its encoder where it has one, learn at discriminator_learning_rate (0: at the critic's).
-    The rates rise over warmup_kimg and fall as `decay` says over the last decay_kimg. micro_batch is the most images a
-    process takes at once (0: all of its share). Gradients are clipped to *_clip_norm and *_clip_value (0: not). augment is the
-    probability of EDM's augmentations of what the critic sees. The first of ema_halflife_kimg is published;
-    ema_power_std adds EDM2's power-function averages, for reconstruction after training; ema_rampup bounds a half-life by that
-    share of what was seen.
+    Gradients are clipped to *_clip_norm and *_clip_value (0: not). augment concerns what the critic sees.
     """
 
+    section = "distillation"
     start: str = ""
-    duration_kimg: float = 200.0
-    batch: int = 128
-    micro_batch: int = 0
     generator_learning_rate: float = 1e-5
     critic_learning_rate: float = 1e-5
     discriminator_learning_rate: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.999
     adam_eps: float = 1e-8
-    warmup_kimg: float = 0.0
-    decay_kimg: float = 0.0
-    decay: str = "linear"
     generator_clip_norm: float = 0.0
     generator_clip_value: float = 0.0
     critic_clip_norm: float = 0.0
     critic_clip_value: float = 0.0
     critic_warmup_kimg: float = 0.0
     sigma_init: float = 2.5
-    augment: float = 0.0
-    augment_mirror: bool = True
-    ema_halflife_kimg: tuple[float, ...] = (5.0,)
-    ema_rampup: float = 0.05
-    ema_power_std: tuple[float, ...] = ()
     evaluate_kimg: float = 20.0
 
     def __post_init__(self) -> None:
-        in_range("distillation.duration_kimg", self.duration_kimg, 1e-3, 1e9)
-        in_range("distillation.batch", self.batch, 1, 1_000_000)
+        super().__post_init__()
         in_range("distillation.sigma_init", self.sigma_init, 1e-3, 1e4)
-        in_range("distillation.augment", self.augment, 0, 1)
-        _check_optimization("distillation", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +167,8 @@ class LoopConfig:
 
     metric is minimised over `samples` generated images; 'none' keeps the last weights instead of the best. precision is that
     of matrix products; channels_last and compile change speed, not the arithmetic. After bad_steps_in_a_row updates that were
-    not finite the run stops. trackers gets the scalars and pictures. snapshot_kimg is how often power-function averages
-    are kept for reconstruction.
+    not finite the run stops; what looks sick for warn_after_lines log lines is said in words. trackers gets the scalars and
+    pictures. snapshot_kimg is how often power-function averages are kept for reconstruction.
     """
 
     seed: int = 0
@@ -150,6 +179,7 @@ class LoopConfig:
     state_kimg: float = 20.0
     snapshot_kimg: float = 20.0
     bad_steps_in_a_row: int = 5
+    warn_after_lines: int = 3
     metric: str = "FD"
     samples: int = 1797
     grid: int = 100
@@ -159,6 +189,7 @@ class LoopConfig:
         one_of("loop.metric", self.metric, ("FD", "KD", "none"))
         one_of("loop.precision", self.precision, PRECISIONS)
         in_range("loop.bad_steps_in_a_row", self.bad_steps_in_a_row, 1, 1_000_000)
+        in_range("loop.warn_after_lines", self.warn_after_lines, 1, 1_000_000)
         for name in ("log_kimg", "state_kimg", "snapshot_kimg"):
             in_range(f"loop.{name}", getattr(self, name), 1e-6, 1e9)
         for tracker in self.trackers:
@@ -228,16 +259,6 @@ class Recipe:
             "adversarial_scale=0 and metric=none",
             param="data",
         )
-
-
-def _check_optimization(section: str, config: TeacherConfig | DistillationConfig) -> None:
-    one_of(f"{section}.decay", config.decay, DECAYS)
-    in_range(f"{section}.micro_batch", config.micro_batch, 0, 1_000_000)
-    if not config.ema_halflife_kimg:
-        raise RequestError(f"{section}.ema_halflife_kimg is empty", remedy="give one: it is what is published", param="recipe")
-    in_range(f"{section}.ema_rampup", config.ema_rampup, 1e-6, 1e6)
-    for std in config.ema_power_std:
-        in_range(f"{section}.ema_power_std", std, 0.01, 0.25)
 
 
 def _plain(value: Any) -> Any:

@@ -100,7 +100,7 @@ class Loop:
     ):
         self.run, self.config, self.fabric, self.spec = run, config, fabric, spec
         self.evaluator, self.keep = evaluator, keep
-        self.best, self.health = Best(), Health()
+        self.best, self.health = Best(), Health(config.warn_after_lines)
 
     def __call__(self, stage: Stage) -> Best:
         """Trains to the end; raises KeyboardInterrupt after saving the state where the user interrupts."""

@@ -22,7 +22,8 @@ class ObjectiveConfig:
     weighting is exact, sid or uniform. critic_noise 'same' trains the critic where it is read.
     Ratio: discriminator 'shared' is a head on the fake score's encoder, 'own' has an encoder of its own; discriminator_scale
     weighs its loss against the fake score's; logit_clamp bounds the log-ratio; ratio_mean scales ratios to mean 1 over the
-    'batch', over a 'running' average of each of ratio_bins noise bins, or not ('none').
+    'batch', over a 'running' average of each of ratio_bins noise bins as well (it keeps ratio_momentum of itself per sample),
+    or not ('none').
     Terms: every *_scale multiplies its term, 0 leaves it out. The adversarial term counts per pixel. reward is
     module:function or file.py:function, images [B, C, H, W] in about [-1, 1] and class ids [B] (or None) to rewards [B].
     Guidance: 1 is none; label_dropout hides the class of that share of the fake score's samples.
@@ -52,6 +53,7 @@ class ObjectiveConfig:
     logit_clamp: float = 5.0
     ratio_mean: str = "batch"
     ratio_bins: int = 16
+    ratio_momentum: float = 0.99
     divergence_scale: float = 1.0
     adversarial_scale: float = 0.0
     regression_scale: float = 0.0
@@ -122,6 +124,7 @@ _OBJECTIVE_RANGES = (
     ("discriminator_scale", 0, 1e6),
     ("logit_clamp", 0.1, 50),
     ("ratio_bins", 1, 1000),
+    ("ratio_momentum", 0, 1),
     ("divergence_scale", 0, 1e9),
     ("adversarial_scale", 0, 1e9),
     ("regression_scale", 0, 1e9),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from uni_instruct.networks.build import build_denoiser
-from uni_instruct.train.config import DistillationConfig, Recipe, TeacherConfig
+from uni_instruct.train.config import Recipe, StageConfig
 from uni_instruct.train.dry_run.trial import CountedSteps, Limits, TimedSteps, Timing, micro_batch_of
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.plan import Plan
@@ -124,10 +124,10 @@ def phases(recipe: Recipe) -> tuple[Phase, ...]:
     config = recipe.distillation
 
     def first_step(kimg: float) -> int:
-        return min(_steps(config), math.ceil(kimg * 1000 / config.batch - 1e-9))
+        return min(config.total_steps, math.ceil(kimg * 1000 / config.batch - 1e-9))
 
     warm = first_step(config.critic_warmup_kimg)
-    edges = sorted({0, warm, _steps(config), *(first_step(phase.until_kimg) for phase in recipe.schedule)})
+    edges = sorted({0, warm, config.total_steps, *(first_step(phase.until_kimg) for phase in recipe.schedule)})
     return tuple(
         Phase(
             from_kimg=start * config.batch / 1000,
@@ -167,7 +167,7 @@ def _teacher(plan: Plan, players: Players, counted: CountedSteps, timed: TimedSt
     config, counts, networks = plan.recipe.teacher, counted.teacher(), [players.teacher]
     memory = _memory(networks, networks, players.teacher, config, counts.activations)
     return StageCost(
-        images=(_steps(config) * config.batch,),
+        images=(config.total_steps * config.batch,),
         flops_per_image=(counts.flops,),
         micro_batch=micro_batch_of(config),
         memory=memory,
@@ -195,7 +195,7 @@ def _memory(
     networks: Sequence[nn.Module],
     trained: Sequence[nn.Module],
     averaged: nn.Module,
-    config: TeacherConfig | DistillationConfig,
+    config: StageConfig,
     activations_per_image: float,
 ) -> Memory:
     sizes = [FLOAT_BYTES * _size(network) for network in trained]
@@ -208,14 +208,10 @@ def _memory(
     )
 
 
-def _limits(memory: Memory, config: TeacherConfig | DistillationConfig, budget_s: float) -> Limits:
+def _limits(memory: Memory, config: StageConfig, budget_s: float) -> Limits:
     images = micro_batch_of(config)
     per_image = max(1.0, memory.activations / images)
     return Limits(images=images, fixed_bytes=memory.fixed, bytes_per_image=per_image, budget_s=budget_s)
-
-
-def _steps(config: TeacherConfig | DistillationConfig) -> int:
-    return max(1, round(config.duration_kimg * 1000 / config.batch))
 
 
 def _size(network: nn.Module) -> int:

@@ -16,7 +16,7 @@ from lightning_fabric.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from uni_instruct.networks.build import build_denoiser
-from uni_instruct.train.config import DistillationConfig, TeacherConfig
+from uni_instruct.train.config import StageConfig
 from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, count_flops
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective_config import ObjectiveConfig
@@ -204,7 +204,7 @@ class TimedSteps:
         return times[0], times[1]
 
 
-def micro_batch_of(config: TeacherConfig | DistillationConfig) -> int:
+def micro_batch_of(config: StageConfig) -> int:
     """The most images that one process, alone, takes at once."""
     return min(config.micro_batch or config.batch, config.batch)
 
@@ -247,7 +247,7 @@ def distillation_stage(
     return kind(players, recipe, fabric, batches, plan.reward, Pairs(latents=pair, images=pair, class_ids=class_ids))
 
 
-Config = TypeVar("Config", TeacherConfig, DistillationConfig)
+Config = TypeVar("Config", bound=StageConfig)
 
 
 def _taking(config: Config, images: int) -> Config:

@@ -9,14 +9,13 @@ from torch import Tensor
 from uni_instruct.schedule import RHO, SIGMA_MAX, SIGMA_MIN
 from uni_instruct.train.objective_config import ObjectiveConfig
 
-MOMENTUM = 0.99
-
 
 class DensityRatio:
     """Clamped, exponentiated, and scaled to mean 1 over the global batch: all processes, all micro-batches.
 
     With ratio_mean 'running', ratios are first divided by a running mean of their noise bin (equal widths of EDM's rho
-    schedule), so that noise levels at which the discriminator is off do not outweigh the others.
+    schedule; it keeps ratio_momentum of itself per sample of the bin), so that noise levels at which the discriminator is off
+    do not outweigh the others.
     """
 
     def __init__(self, fabric: Fabric, bins: int):
@@ -29,7 +28,7 @@ class DensityRatio:
         if config.ratio_mean == "none":
             return ratio
         if config.ratio_mean == "running":
-            ratio = ratio / self._running_means(ratio, sigma)
+            ratio = ratio / self._running_means(ratio, sigma, config.ratio_momentum)
         total, count = self._sum(torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))]))
         return ratio * count / total
 
@@ -41,14 +40,14 @@ class DensityRatio:
         """Takes back what `state_dict` gave."""
         self.running = state["running"].to(self.running)
 
-    def _running_means(self, ratio: Tensor, sigma: Tensor) -> Tensor:
+    def _running_means(self, ratio: Tensor, sigma: Tensor, momentum: float) -> Tensor:
         index = noise_bin(sigma, self.bins)
         sums = torch.zeros(2, self.bins, device=ratio.device)
         sums[0].index_add_(0, index, ratio)
         sums[1].index_add_(0, index, torch.ones_like(ratio))
         totals, counts = self._sum(sums)
         # A bin learns by as many samples as it saw.
-        keep = MOMENTUM**counts
+        keep = momentum**counts
         self.running = torch.where(counts > 0, self.running * keep + totals / counts.clamp(min=1) * (1 - keep), self.running)
         return self.running[index]
 

@@ -18,7 +18,7 @@ from uni_instruct.train.objective.ratio import DensityRatio
 from uni_instruct.train.objective.reward import Reward
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizing import Clipping, Optimization, RateSchedule
+from uni_instruct.train.optimization.optimizing import Clipping, Optimization
 from uni_instruct.train.optimization.parallel import Share, prepared
 from uni_instruct.train.stages.augment import open_pipe
 from uni_instruct.train.stages.critic_update import CriticUpdate
@@ -62,8 +62,7 @@ class DistillationStage:
     ):
         config = self.config = recipe.distillation
         self.recipe, self.fabric = recipe, fabric
-        self.batch, self.evaluate_kimg = config.batch, config.evaluate_kimg
-        self.total_steps = max(1, round(config.duration_kimg * 1000 / config.batch))
+        self.batch, self.total_steps, self.evaluate_kimg = config.batch, config.total_steps, config.evaluate_kimg
         self.num_classes, self.image_shape = players.teacher.num_classes, players.teacher.image_shape
         share = Share(fabric, config.batch, config.micro_batch)
         self._one_pass = len(share.parts) == 1
@@ -147,18 +146,10 @@ class DistillationStage:
     def _optimization(self, module: torch.nn.Module, name: str) -> Optimization:
         config = self.config
         peak = config.generator_learning_rate if name == "generator" else config.critic_learning_rate
-        rate = RateSchedule(
-            peak=peak,
-            total_steps=self.total_steps,
-            batch=config.batch,
-            warmup_kimg=config.warmup_kimg,
-            decay_kimg=config.decay_kimg,
-            decay=config.decay,
-        )
         module = prepared(module.train(), self.recipe.loop)
         groups = _critic_groups(module, config) if isinstance(module, Critic) else [{"params": list(module.parameters())}]
         adam = torch.optim.Adam(groups, lr=peak, betas=(config.beta1, config.beta2), eps=config.adam_eps)
-        return Optimization(self.fabric, module, adam, rate, _clipping(config, name))
+        return Optimization(self.fabric, module, adam, config.rate(peak), _clipping(config, name))
 
     def _draw_students(self, generator: torch.Generator, keep: bool) -> StudentBatch:
         latents = torch.randn(self.batch, *self.image_shape, generator=generator)

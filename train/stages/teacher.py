@@ -12,7 +12,7 @@ from uni_instruct.schedule import LogNormalLevels
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.guidance import drop_classes
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizing import Clipping, Optimization, RateSchedule
+from uni_instruct.train.optimization.optimizing import Clipping, Optimization
 from uni_instruct.train.optimization.parallel import Share, prepared
 from uni_instruct.train.stages.augment import augmented, open_pipe
 from uni_instruct.train.stages.randomness import Batches
@@ -28,8 +28,7 @@ class TeacherStage:
     def __init__(self, denoiser: EDMDenoiser, batches: Batches, recipe: Recipe, fabric: Fabric):
         config = self.config = recipe.teacher
         self.batches, self.fabric, self.bad_limit = batches, fabric, recipe.loop.bad_steps_in_a_row
-        self.batch, self.evaluate_kimg = config.batch, config.evaluate_kimg
-        self.total_steps = max(1, round(config.duration_kimg * 1000 / config.batch))
+        self.batch, self.total_steps, self.evaluate_kimg = config.batch, config.total_steps, config.evaluate_kimg
         self.share = Share(fabric, config.batch, config.micro_batch)
         self.levels = LogNormalLevels(config.p_mean, config.p_std)
         self.sigma_data, self.image_shape, self.conditional = (
@@ -41,17 +40,9 @@ class TeacherStage:
         self.averages = Averages(
             denoiser.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=config.ema_rampup
         )
-        rate = RateSchedule(
-            peak=config.learning_rate,
-            total_steps=self.total_steps,
-            batch=config.batch,
-            warmup_kimg=config.warmup_kimg,
-            decay_kimg=config.decay_kimg,
-            decay=config.decay,
-        )
         denoiser = prepared(denoiser, recipe.loop)
         adam = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
-        self.denoiser = Optimization(fabric, denoiser, adam, rate, Clipping(norm=config.clip_norm))
+        self.denoiser = Optimization(fabric, denoiser, adam, config.rate(config.learning_rate), Clipping(norm=config.clip_norm))
 
     def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:
         """Trains on batch number `index`; with `closely`, returns loss and gradient norm."""

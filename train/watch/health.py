@@ -183,7 +183,7 @@ class Health:
     It is reported once, and again only after it has been absent for as many lines.
     """
 
-    def __init__(self, patience: int = 3):
+    def __init__(self, patience: int):
         self.patience = patience
         self._trails: dict[str, Trail] = {}
         self._courses: dict[str, Course] = {}
