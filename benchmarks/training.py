@@ -30,7 +30,7 @@ from uni_instruct.divergence import find_divergence
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.train.config import DistillationConfig, LoopConfig, Recipe
 from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.objective.terms import DiffusedBatch, discriminator_loss, expanded_terms, sid_weight
@@ -60,7 +60,7 @@ class Case:
     attn_resolution: int = 16
     batch: int = 32
 
-    def network(self, seed: int = 0) -> EDMDenoiser:
+    def network(self, seed: int = 0) -> Denoiser:
         """With weights of a trained network's size: EDM starts its last convolutions near zero."""
         shape = (self.image_channels, self.resolution, self.resolution)
         arguments = {

@@ -17,7 +17,7 @@ from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, LATENT
 from uni_instruct.engines.torch import to_uint8
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import load_denoiser
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
 
 # The newest that keeps group normalisation in a form that CPU runtimes are fast at.
 OPSET = 20
@@ -31,7 +31,7 @@ class OneStep(nn.Module):
     sigma is one constant for the whole batch, so that exporters fold everything that depends on it alone.
     """
 
-    def __init__(self, denoiser: EDMDenoiser, sigma_init: float):
+    def __init__(self, denoiser: Denoiser, sigma_init: float):
         super().__init__()
         self.denoiser, self.sigma_init = denoiser, sigma_init
 

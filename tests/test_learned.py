@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from uni_instruct.divergence import DIVERGENCES, Divergence
 from uni_instruct.networks.critic import Criticism
-from uni_instruct.schedule import edm_preconditioning
+from uni_instruct.networks.preconditioning import EDM
 from uni_instruct.train.recipe import parse_recipe
 from uni_instruct.train.stages.distillation import DistillationStage, Players
 from uni_instruct.train.stages.randomness import initial_weights, step_generator
@@ -115,13 +115,13 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         sigma = sigma.flatten(1)
-        inner = edm_preconditioning(sigma, SIGMA_DATA).c_in * x.flatten(1)
+        inner = EDM(sigma_data=SIGMA_DATA)(sigma).c_in * x.flatten(1)
         angles = sigma.log() * torch.tensor([0.25, 0.5, 1.0, 2.0])
         return self.last(self.rest(self.first(inner) + self.noise(torch.cat([angles.sin(), angles.cos()], dim=1))))
 
 
-class Denoiser(nn.Module):
-    """Called as EDMDenoiser is. Untrained, it is that of a Gaussian of standard deviation SIGMA_DATA."""
+class PerceptronDenoiser(nn.Module):
+    """Called as Denoiser is. Untrained, it is that of a Gaussian of standard deviation SIGMA_DATA."""
 
     image_shape, num_classes, sigma_data = (2, 1, 1), 0, SIGMA_DATA
 
@@ -132,11 +132,11 @@ class Denoiser(nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        c = edm_preconditioning(sigma, SIGMA_DATA)
+        c = EDM(sigma_data=SIGMA_DATA)(sigma)
         return c.c_skip * x + c.c_out * toy.as_images(self.model(x, sigma))
 
 
-class Generator(Denoiser):
+class Generator(PerceptronDenoiser):
     """Untrained, it makes a Gaussian of its noise."""
 
     def forward(
@@ -161,7 +161,7 @@ class Judge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake_score, self.head = Denoiser(), Perceptron(outputs=1)
+        self.fake_score, self.head = PerceptronDenoiser(), Perceptron(outputs=1)
 
     def forward(
         self,

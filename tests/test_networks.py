@@ -15,10 +15,11 @@ from torch import Tensor
 
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.errors import RequestError
-from uni_instruct.networks.blocks import ChannelsLastGroupNorm, Conv2d, GroupNorm, attention
+from uni_instruct.networks.blocks import Conv2d, attention
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.group_norm import ChannelsLastGroupNorm, GroupNorm
 from uni_instruct.sampler import heun_sample
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, sampling_sigmas
 
@@ -130,7 +131,7 @@ def test_hidden_class_is_the_zero_label() -> None:
     assert not torch.equal(denoiser(x, sigma, torch.tensor([0, 1])), none)
 
 
-class GaussianDenoiser(EDMDenoiser):
+class GaussianDenoiser(Denoiser):
     """The exact denoiser of N(mean, std^2 I)."""
 
     def __init__(self, mean: float, std: float):
@@ -171,7 +172,7 @@ def test_density_of_noise_levels_is_that_of_their_sampler(levels: NoiseLevels) -
         assert share == pytest.approx(expected, abs=0.004)
 
 
-def network(classes: int, augment_dim: int, resolution: object, channel_mult: tuple, attention: tuple) -> EDMDenoiser:
+def network(classes: int, augment_dim: int, resolution: object, channel_mult: tuple, attention: tuple) -> Denoiser:
     height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
     args = {
         "model_channels": 16,

@@ -14,7 +14,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
@@ -96,7 +96,7 @@ class _Session:
         log.info("%s: best after step %d: %s", name, best.step, best.scores)
         return Bundle.open(folder)
 
-    def _pairs(self, teacher: EDMDenoiser) -> Pairs | None:
+    def _pairs(self, teacher: Denoiser) -> Pairs | None:
         objectives = [objective for objective in self.recipe.objectives if objective.regression_scale]
         if not objectives:
             return None

@@ -5,12 +5,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.schedule import sampling_sigmas
 
 
 @torch.no_grad()
-def heun_sample(denoiser: EDMDenoiser, latents: Tensor, class_ids: Tensor | None, steps: int = 18) -> Tensor:
+def heun_sample(denoiser: Denoiser, latents: Tensor, class_ids: Tensor | None, steps: int = 18) -> Tensor:
     """Images [B, C, H, W] in about [-1, 1] from N(0, 1) latents, with 2 * steps - 1 network evaluations."""
     sigmas = sampling_sigmas(steps)
     x = latents.double() * sigmas[0]

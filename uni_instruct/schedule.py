@@ -1,4 +1,4 @@
-"""Noise levels and EDM preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1). Works on NumPy and torch alike."""
+"""Noise levels (Karras et al. 2022, arXiv 2206.00364, table 1)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,21 +9,6 @@ if TYPE_CHECKING:
     import torch
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
-
-
-@dataclass(frozen=True)
-class Preconditioning:
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)."""
-
-    c_skip: Any
-    c_out: Any
-    c_in: Any
-
-
-def edm_preconditioning(sigma: Any, sigma_data: float) -> Preconditioning:
-    """EDM's coefficients at noise levels of any shape (c_noise is log(sigma) / 4)."""
-    total = sigma**2 + sigma_data**2
-    return Preconditioning(c_skip=sigma_data**2 / total, c_out=sigma * sigma_data / total**0.5, c_in=1 / total**0.5)
 
 
 def karras_sigma(u: Any, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uni_instruct.files import atomic_file
 from uni_instruct.latents import latents, random_class_ids
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.progress import progress
 from uni_instruct.sampler import heun_sample
 
@@ -27,7 +27,7 @@ class Pairs:
     class_ids: Tensor | None
 
 
-def teacher_pairs(file: Path, teacher: EDMDenoiser, count: int, steps: int, device: torch.device) -> Pairs:
+def teacher_pairs(file: Path, teacher: Denoiser, count: int, steps: int, device: torch.device) -> Pairs:
     """The pairs in `file`, drawn from the teacher with its Heun sampler where they are not there yet."""
     if not file.exists():
         _draw(file, teacher.to(device).eval(), count, steps, device)
@@ -35,7 +35,7 @@ def teacher_pairs(file: Path, teacher: EDMDenoiser, count: int, steps: int, devi
     return Pairs(latents=stored["latents"], images=stored["images"], class_ids=stored.get("class_ids"))
 
 
-def _draw(file: Path, teacher: EDMDenoiser, count: int, steps: int, device: torch.device) -> None:
+def _draw(file: Path, teacher: Denoiser, count: int, steps: int, device: torch.device) -> None:
     seeds = range(FIRST_PAIR_SEED, FIRST_PAIR_SEED + count)
     noise = torch.from_numpy(latents(seeds, teacher.image_shape))
     class_ids = torch.from_numpy(random_class_ids(seeds, teacher.num_classes)) if teacher.num_classes else None

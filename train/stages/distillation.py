@@ -11,7 +11,7 @@ from torch import Tensor
 
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Critic
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.train.config import DistillationConfig, Recipe
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective.ratio import DensityRatio
@@ -32,12 +32,12 @@ from uni_instruct.train.watch.metrics import Metrics
 class Players:
     """The networks of a distillation. All start as copies of the teacher, but for a generator that is given."""
 
-    teacher: EDMDenoiser
-    generator: EDMDenoiser
+    teacher: Denoiser
+    generator: Denoiser
     critic: Critic
 
     @classmethod
-    def from_teacher(cls, teacher: EDMDenoiser, recipe: Recipe, start: EDMDenoiser | None = None) -> "Players":
+    def from_teacher(cls, teacher: Denoiser, recipe: Recipe, start: Denoiser | None = None) -> "Players":
         """A discriminator is there where any phase of the recipe needs it."""
         critic = Critic(copy.deepcopy(teacher), recipe.objective.discriminator if recipe.needs_discriminator else None)
         return cls(teacher=teacher, generator=start or copy.deepcopy(teacher), critic=critic)

@@ -6,7 +6,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.sampler import heun_sample
 from uni_instruct.schedule import LogNormalLevels
 from uni_instruct.train.config import Recipe
@@ -25,7 +25,7 @@ class TeacherStage:
 
     name = "teacher"
 
-    def __init__(self, denoiser: EDMDenoiser, batches: Batches, recipe: Recipe, fabric: Fabric):
+    def __init__(self, denoiser: Denoiser, batches: Batches, recipe: Recipe, fabric: Fabric):
         config = self.config = recipe.teacher
         self.batches, self.fabric, self.bad_limit = batches, fabric, recipe.loop.bad_steps_in_a_row
         self.batch, self.total_steps, self.evaluate_kimg = config.batch, config.total_steps, config.evaluate_kimg

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.networks.build import load_denoiser
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.sampler import heun_sample
 
 
@@ -34,7 +34,7 @@ class TorchEngine:
         return one_step(self._denoiser, noise, labels, self.spec.sigma_init)
 
 
-def one_step(denoiser: EDMDenoiser, latents: Tensor, class_ids: Tensor | None, sigma_init: float) -> Tensor:
+def one_step(denoiser: Denoiser, latents: Tensor, class_ids: Tensor | None, sigma_init: float) -> Tensor:
     """G(z) = D(sigma_init z; sigma_init): float32 [B, C, H, W] in about [-1, 1]."""
     sigma = latents.new_full((len(latents), 1, 1, 1), sigma_init)
     out: Tensor = denoiser(latents * sigma_init, sigma, class_ids)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uni_instruct.networks.blocks import Conv2d, GroupNorm, Linear
-from uni_instruct.networks.ddpmpp import EDMDenoiser
+from uni_instruct.networks.blocks import Conv2d, Linear
+from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.group_norm import GroupNorm
 
 
 class Criticism(NamedTuple):
@@ -25,7 +26,7 @@ class Critic(nn.Module):
     that starts from the fake score's, None leaves it out.
     """
 
-    def __init__(self, fake_score: EDMDenoiser, discriminator: str | None):
+    def __init__(self, fake_score: Denoiser, discriminator: str | None):
         super().__init__()
         self.fake_score = fake_score
         network = fake_score.model
@@ -79,7 +80,7 @@ class DiscriminatorHead(nn.Module):
         return self.logit(hidden).flatten()
 
 
-def _encoder_of(denoiser: EDMDenoiser) -> EDMDenoiser:
+def _encoder_of(denoiser: Denoiser) -> Denoiser:
     """A copy without its decoder."""
     encoder = copy.deepcopy(denoiser)
     encoder.model.dec = nn.ModuleDict()

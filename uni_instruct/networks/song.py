@@ -1,9 +1,8 @@
-"""DDPM++ (Song et al. 2021, arXiv 2011.13456) in EDM's form, and its EDM-preconditioned denoiser."""
+"""DDPM++ (Song et al. 2021, arXiv 2011.13456) in EDM's form."""
 
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,12 @@ from torch.nn import functional as F
 
 from uni_instruct.errors import RequestError
 from uni_instruct.latents import ImageShape
-from uni_instruct.networks.blocks import Conv2d, GroupNorm, Linear, PositionalEmbedding, UNetBlock
-from uni_instruct.schedule import edm_preconditioning
+from uni_instruct.networks.blocks import Conv2d, Linear, PositionalEmbedding, UNetBlock
+from uni_instruct.networks.group_norm import GroupNorm
+from uni_instruct.networks.network import Network
 
 
-class DDPMPP(nn.Module):
+class SongUNet(Network):
     """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i]."""
 
     def __init__(
@@ -73,18 +73,6 @@ class DDPMPP(nn.Module):
         self.dec[f"{_level_name(height, width, 0)}_aux_norm"] = GroupNorm(cout)
         self.dec[f"{_level_name(height, width, 0)}_aux_conv"] = Conv2d(cout, image_channels, 3, gain=1e-5)
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """x [B, C, H, W], noise_labels [B], class_labels one-hot [B, num_classes], augment_labels [B, augment_dim]."""
-        emb = self.embed(noise_labels, class_labels, augment_labels)
-        features = self.encode(x, emb)
-        return self.decode(features, emb)
-
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
         """The embedding that every block reads: [B, emb_channels]."""
         emb = self.map_noise(noise_labels)
@@ -113,46 +101,6 @@ class DDPMPP(nn.Module):
             x = block(x, emb)
         out: Tensor = conv(norm(x, silu=True))
         return out
-
-
-class Encoded(NamedTuple):
-    """Every encoder output [B, C_i, H_i, W_i], the bottleneck's last, and the embedding [B, E]."""
-
-    features: list[Tensor]
-    emb: Tensor
-
-
-class EDMDenoiser(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; log(sigma) / 4): the expected clean image, EDM equation 7."""
-
-    def __init__(self, model: DDPMPP, image_shape: ImageShape, num_classes: int = 0, sigma_data: float = 0.5):
-        super().__init__()
-        self.model = model
-        self.image_shape, self.num_classes, self.sigma_data = image_shape, num_classes, sigma_data
-
-    def forward(
-        self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
-    ) -> Tensor:
-        """x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; class_ids int64 [B], -1 or None gives the zero label."""
-        return self.decode(self.encode(x, sigma, class_ids, augment_labels), x, sigma)
-
-    def encode(
-        self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
-    ) -> Encoded:
-        """The first half of the network; its bottleneck is what a discriminator sees."""
-        emb = self.model.embed(sigma.flatten().log() / 4, self.one_hot(class_ids), augment_labels)
-        return Encoded(self.model.encode(edm_preconditioning(sigma, self.sigma_data).c_in * x, emb), emb)
-
-    def decode(self, encoded: Encoded, x: Tensor, sigma: Tensor) -> Tensor:
-        """The second half: the expected clean image."""
-        c = edm_preconditioning(sigma, self.sigma_data)
-        return c.c_skip * x + c.c_out * self.model.decode(encoded.features, encoded.emb)
-
-    def one_hot(self, class_ids: Tensor | None) -> Tensor | None:
-        """float32 [B, num_classes]; zeros where the class is -1."""
-        if class_ids is None or not self.num_classes:
-            return None
-        return (class_ids[:, None] == torch.arange(self.num_classes, device=class_ids.device)).float()
 
 
 def _level_name(height: int, width: int, level: int) -> str:

@@ -1,0 +1,59 @@
+"""A denoiser: a network with its preconditioning, class labels, and the encoder's view that a discriminator takes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from uni_instruct.latents import ImageShape
+from uni_instruct.networks.network import Network
+from uni_instruct.networks.preconditioning import EDM
+
+
+class Encoded(NamedTuple):
+    """Every encoder output [B, C_i, H_i, W_i], the bottleneck's last, and the embedding [B, E]."""
+
+    features: list[Tensor]
+    emb: Tensor
+
+
+class Denoiser(nn.Module):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (EDM, equation 7)."""
+
+    def __init__(self, model: Network, image_shape: ImageShape, num_classes: int = 0, preconditioning: EDM | None = None):
+        super().__init__()
+        self.model = model
+        self.image_shape, self.num_classes = image_shape, num_classes
+        self.preconditioning = preconditioning or EDM()
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; class_ids int64 [B], -1 or None gives the zero label."""
+        return self.decode(self.encode(x, sigma, class_ids, augment_labels), x, sigma)
+
+    def encode(
+        self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Encoded:
+        """The first half of the network; its bottleneck is what a discriminator sees."""
+        c = self.preconditioning(sigma)
+        emb = self.model.embed(c.c_noise.flatten(), self._class_labels(class_ids, x), augment_labels)
+        return Encoded(self.model.encode(c.c_in * x, emb), emb)
+
+    def decode(self, encoded: Encoded, x: Tensor, sigma: Tensor) -> Tensor:
+        """The second half: the expected clean image."""
+        c = self.preconditioning(sigma)
+        return c.c_skip * x + c.c_out * self.model.decode(encoded.features, encoded.emb)
+
+    @property
+    def sigma_data(self) -> float:
+        """The deviation of the data."""
+        return self.preconditioning.sigma_data
+
+    def _class_labels(self, class_ids: Tensor | None, x: Tensor) -> Tensor | None:
+        """One-hot float32 [B, num_classes], zeros where the class is -1 or not given; None without classes."""
+        if not self.num_classes:
+            return None
+        if class_ids is None:
+            return x.new_zeros(len(x), self.num_classes)
+        return (class_ids[:, None] == torch.arange(self.num_classes, device=class_ids.device)).float()
