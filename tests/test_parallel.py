@@ -1,6 +1,7 @@
 """However a global batch is divided, among processes or into micro-batches, the gradient is that of the whole batch."""
 
 import functools
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,3 +94,7 @@ def test_torchrun_starts_the_processes_as_well(digits_teacher: Path, tmp_path: P
     theirs = torch.load(tmp_path / "theirs" / "state" / "generator.pt", weights_only=True)["stage"]
     assert torch.equal(gradient(ours, "generator"), gradient(theirs, "generator"))
     assert done.stdout.count("generator:") == 1, "only the first process speaks"
+
+    dry = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, timeout=200)
+    assert dry.returncode == 0, dry.stderr
+    assert json.loads(dry.stdout)["images"]["generator"] == 64

@@ -83,6 +83,23 @@ def test_resumed_run_is_the_uninterrupted_run(finished: Path, tmp_path: Path, st
     assert timeless_log(out) == timeless_log(finished)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_two_processes_stop_together_and_go_on_as_if_they_had_not(tmp_path: Path, sign: signal.Signals) -> None:
+    """The signal reaches the first process alone."""
+    both = ("--devices", "2")
+    assert run_cli(*train_command(tmp_path / "whole"), *both).returncode == 0
+    process = start_cli(*train_command(tmp_path / "run"), *both)
+    wait_for_step(tmp_path / "run", "generator", step=12, process=process)
+    process.send_signal(sign)
+    process.communicate(timeout=60)  # waits for the second too, which holds the same pipes
+
+    assert run_cli(*train_command(tmp_path / "run"), *both).returncode == 0
+    weights = [(tmp_path / run / "generator" / "model.safetensors").read_bytes() for run in ("whole", "run")]
+    assert weights[0] == weights[1]
+    assert timeless_log(tmp_path / "run") == timeless_log(tmp_path / "whole")
+
+
 def test_finished_run_is_left_as_it_is(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert run_cli(*train_command(finished)).returncode == 0

@@ -29,6 +29,8 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], devices: in
     """
     resolved = load_recipe(recipe, overrides)
     if dry_run:
+        if is_later_process():
+            return
         from uni_instruct.train.dry_run.report import explain
 
         click.echo(explain(resolved, as_json))

@@ -21,7 +21,7 @@ from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, co
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.optimization.optimizing import Optimization
-from uni_instruct.train.optimization.parallel import start_fabric
+from uni_instruct.train.optimization.parallel import lone_fabric
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.stages.distillation import DistillationStage, Players
 from uni_instruct.train.stages.randomness import Batches, initial_weights
@@ -135,7 +135,7 @@ class TimedSteps:
         asked = plan.recipe.loop.precision
         self.precision = "32-true" if asked == "16-mixed" and not torch.cuda.is_available() else asked
         self.plan, self.evaluation_flops, self.weights_bytes = plan, evaluation_flops, weights_bytes
-        self.fabric = start_fabric(1, self.precision)
+        self.fabric = lone_fabric(self.precision)
 
     @property
     def device(self) -> str:

@@ -22,18 +22,27 @@ def start_fabric(devices: int, precision: str) -> Fabric:
     running the same command again.
     """
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-    on_gpu, devices = torch.cuda.is_available(), launched or devices
-    if on_gpu and devices > torch.cuda.device_count():
+    devices = launched or devices
+    if torch.cuda.is_available() and devices > torch.cuda.device_count():
         raise RequestError(
             f"--devices {devices} is more than the {torch.cuda.device_count()} GPUs of this machine",
             remedy="ask for fewer, or use torchrun on several machines",
             param="devices",
         )
-    if precision == "16-mixed" and not on_gpu:
+    nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
+    return _launch(precision, devices, nodes)
+
+
+def lone_fabric(precision: str) -> Fabric:
+    """A launched Fabric of this process alone, even where torchrun started it among others."""
+    return _launch(precision, 1, 1)
+
+
+def _launch(precision: str, devices: int, nodes: int) -> Fabric:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "16-mixed" and device == "cpu":
         raise RequestError("loop.precision 16-mixed needs a GPU", remedy="--set precision=bf16-mixed", param="precision")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
-    device = "cuda" if on_gpu else "cpu"
     fabric = Fabric(
         accelerator=device,
         devices=devices,

@@ -1,0 +1,310 @@
+"""EDM2's U-Net (Karras et al. 2024, arXiv 2312.02696, figure 21), whose layers keep the magnitude of what they are given.
+
+Parameter names and arithmetic are those of EDM2's `unet`, so that its weights load unchanged. The head that estimates the
+loss's uncertainty (`logvar_*` there) serves EDM2's training alone and is left out.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uni_instruct.errors import RequestError
+from uni_instruct.latents import ImageShape
+from uni_instruct.networks.blocks import attention
+from uni_instruct.networks.network import Network
+
+EPS = 1e-4  # added to every magnitude that is divided by
+UNIT_TOLERANCE = 1e-5  # rows this near to unit magnitude stay as they are, to the bit
+
+
+class EDM2(Network):
+    """The U-Net F(x; noise label, class). Level i works at resolution >> i with model_channels * channel_mult[i].
+
+    channel_mult_noise and channel_mult_emb size the noise label's features and the embedding; None takes the first and the
+    widest level's. Balances run from 0 (the main branch alone) to 1 (the other alone). clip_act bounds activations, None
+    does not. A block with fewer channels than channels_per_head has no attention, as in EDM2.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        num_classes: int = 0,
+        *,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256,
+        channels_per_head: int = 64,
+        resample_filter: Sequence[float] = (1, 1),
+    ):
+        super().__init__()
+        image_channels, height, width = image_shape
+        _check_shape(height, width, len(channel_mult), resample_filter)
+        widths = [model_channels * mult for mult in channel_mult]
+        noise_channels = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
+        self.emb_channels = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
+        self.label_balance, self.concat_balance = label_balance, concat_balance
+        self.emb_fourier = MPFourier(noise_channels)
+        self.emb_noise = MPConv(noise_channels, self.emb_channels, 0)
+        self.emb_label = MPConv(num_classes, self.emb_channels, 0) if num_classes else None
+
+        block = partial(
+            Block,
+            emb_channels=self.emb_channels,
+            dropout=dropout,
+            res_balance=res_balance,
+            attn_balance=attn_balance,
+            clip_act=clip_act,
+            channels_per_head=channels_per_head,
+            resample_filter=tuple(resample_filter),
+        )
+        names = [f"{height >> level}x{width >> level}" for level in range(len(widths))]
+        attends = [(height >> level) in attn_resolutions for level in range(len(widths))]
+        cout, skips = widths[0], [widths[0]]
+        self.enc = nn.ModuleDict({f"{names[0]}_conv": MPConv(image_channels + 1, cout, 3)})
+        for level, channels in enumerate(widths):
+            if level:
+                self.enc[f"{names[level]}_down"] = block(cout, cout, down=True)
+                skips.append(cout)
+            for index in range(num_blocks):
+                self.enc[f"{names[level]}_block{index}"] = block(cout, channels, attends=attends[level])
+                cout = channels
+                skips.append(cout)
+        self.bottleneck_channels = cout
+
+        block = partial(block, decodes=True)
+        self.dec = nn.ModuleDict()
+        for level, channels in reversed(list(enumerate(widths))):
+            if level == len(widths) - 1:
+                self.dec[f"{names[level]}_in0"] = block(cout, cout, attends=True)
+                self.dec[f"{names[level]}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{names[level]}_up"] = block(cout, cout, up=True)
+            for index in range(num_blocks + 1):
+                self.dec[f"{names[level]}_block{index}"] = block(cout + skips.pop(), channels, attends=attends[level])
+                cout = channels
+        self.out_conv = MPConv(cout, image_channels, 3)
+        self.out_gain = nn.Parameter(torch.zeros([]))
+
+    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
+        """The embedding that every block reads: [B, emb_channels]. No class is the zero label; augmentation labels are not read.
+
+        In training mode it first brings every weight that has changed to unit magnitude (equation 66).
+        """
+        if self.training and not torch._C._are_functorch_transforms_active():  # which may not change what they did not make
+            self._normalise_weights()
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            label = torch.zeros_like(emb)
+            if class_labels is not None:
+                label = self.emb_label(class_labels.to(emb.dtype) * math.sqrt(class_labels.shape[1]))
+            emb = mp_sum(emb, label, self.label_balance)
+        return mp_silu(emb)
+
+    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """Every encoder output, the bottleneck's last. A channel of ones stands for the biases that no layer has."""
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        features = []
+        for block in self.enc.values():
+            x = block(x, emb) if isinstance(block, Block) else block(x)
+            features.append(x)
+        return features
+
+    def decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
+        """The encoder's outputs to F(x): [B, C, H, W]."""
+        skips, x = list(features), features[-1]
+        for block in self.dec.values():
+            assert isinstance(block, Block)
+            if x.shape[1] != block.in_channels:
+                x = mp_cat(x, skips.pop(), self.concat_balance)
+            x = block(x, emb)
+        out: Tensor = self.out_conv(x, gain=self.out_gain)
+        return out
+
+    @torch.compiler.disable
+    def _normalise_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, MPConv):
+                module.normalise()
+
+
+class Block(nn.Module):
+    """Residual block of the encoder, or of the decoder with `decodes`: the embedding scales channels, attention comes last."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        dropout: float,
+        res_balance: float,
+        attn_balance: float,
+        clip_act: float | None,
+        channels_per_head: int,
+        resample_filter: tuple[float, ...],
+        decodes: bool = False,
+        up: bool = False,
+        down: bool = False,
+        attends: bool = False,
+    ):
+        super().__init__()
+        self.in_channels, self.decodes, self.up, self.down = in_channels, decodes, up, down
+        self.dropout, self.res_balance, self.attn_balance = dropout, res_balance, attn_balance
+        self.clip_act, self.resample_filter = clip_act, resample_filter
+        self.heads = out_channels // channels_per_head if attends else 0
+        if self.heads and out_channels % self.heads:
+            raise RequestError(
+                f"{out_channels} channels cannot be divided among {self.heads} attention heads",
+                remedy=f"choose channels_per_head so that {out_channels} // channels_per_head divides {out_channels}",
+                param="network",
+            )
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(in_channels if decodes else out_channels, out_channels, 3)
+        self.emb_linear = MPConv(emb_channels, out_channels, 0)
+        self.conv_res1 = MPConv(out_channels, out_channels, 3)
+        self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1) if self.heads else None
+        self.attn_proj = MPConv(out_channels, out_channels, 1) if self.heads else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H', W']."""
+        if self.up or self.down:
+            x = resample(x, self.resample_filter, up=self.up)
+        if not self.decodes:
+            x = normalised(x if self.conv_skip is None else self.conv_skip(x), (1,))
+        hidden = self.conv_res0(mp_silu(x))
+        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
+        hidden = mp_silu(hidden * scale[:, :, None, None].to(hidden.dtype))
+        hidden = self.conv_res1(F.dropout(hidden, self.dropout, self.training))
+        if self.decodes and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, hidden, self.res_balance)
+        if self.heads:
+            x = mp_sum(x, self._attended(x), self.attn_balance)
+        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+
+    def _attended(self, x: Tensor) -> Tensor:
+        """Attention with queries, keys and values of unit magnitude."""
+        assert self.attn_qkv is not None
+        assert self.attn_proj is not None
+        # EDM2 interleaves q, k and v within each head: [B heads, C / heads, 3, H W].
+        qkv = self.attn_qkv(x).flatten(2).unflatten(1, (self.heads, -1, 3)).flatten(0, 1)
+        q, k, v = normalised(qkv, (1,)).transpose(1, 3).unbind(2)
+        attended: Tensor = self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        return attended
+
+
+class MPConv(nn.Module):
+    """Convolution, or fully connected layer with kernel 0, that keeps its input's magnitude (equation 47); it has no bias.
+
+    Only the direction of each output's weights counts, so their magnitude is free to be kept at 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *((kernel, kernel) if kernel else ())))
+        self._normalised_at = (0, 0)
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """[B, in_channels, ...] -> [B, out_channels, ...], times gain."""
+        wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight = normalised(wide, tuple(range(1, wide.ndim))) * (gain / math.sqrt(wide[0].numel()))
+        weight = weight.to(x.dtype)
+        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Forced weight normalisation (equation 66): brings each output's weights to magnitude 1, in place.
+
+        Weights that have not changed since are not written to, for graphs of earlier passes would be lost, and rows that have
+        it are multiplied by exactly 1, for a resumed run must not differ. Weights that are not the module's own stay as they are.
+        """
+        weight = self.weight
+        if not isinstance(weight, nn.Parameter) or self._normalised_at == (id(weight), weight._version):
+            return
+        size = magnitude(weight, tuple(range(1, weight.ndim))).clamp(min=1e-30)
+        weight.mul_(torch.where((size - 1).abs() > UNIT_TOLERANCE, 1 / size, 1.0).to(weight.dtype))
+        self._normalised_at = (id(weight), weight._version)
+
+
+class MPFourier(nn.Module):
+    """Cosines of the noise label at random frequencies and phases, of magnitude 1 (equation 75): [B] -> [B, channels]."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("freqs", 2 * torch.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * torch.pi * torch.rand(channels))
+
+    def forward(self, noise_labels: Tensor) -> Tensor:
+        """noise_labels: float32 [B]."""
+        angles = torch.outer(noise_labels, self.freqs.to(noise_labels.dtype)) + self.phases.to(noise_labels.dtype)
+        return angles.cos() * math.sqrt(2)
+
+
+def magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Root mean square over dims, which stay as 1; at least 32 bits."""
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm / math.sqrt(math.prod(x.shape[dim] for dim in dims))
+
+
+def normalised(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """x with magnitude 1 over dims."""
+    return x / (magnitude(x, dims) + EPS).to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """SiLU that keeps the magnitude of N(0, 1) (equation 81)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a: Tensor, b: Tensor, balance: float) -> Tensor:
+    """a and b in the shares 1 - balance and balance; independent ones of magnitude 1 sum to magnitude 1 (equation 88)."""
+    return a.lerp(b, balance) / math.hypot(1 - balance, balance)
+
+
+def mp_cat(a: Tensor, b: Tensor, balance: float) -> Tensor:
+    """Channels of a, then of b, which contribute to a layer in the shares 1 - balance and balance (equation 103)."""
+    whole = math.sqrt(a.shape[1] + b.shape[1]) / math.hypot(1 - balance, balance)
+    first, second = (1 - balance) / math.sqrt(a.shape[1]), balance / math.sqrt(b.shape[1])
+    return torch.cat([whole * first * a, whole * second * b], dim=1)
+
+
+def resample(x: Tensor, resample_filter: tuple[float, ...], *, up: bool) -> Tensor:
+    """Twice the resolution with `up`, else half of it, by a separable filter."""
+    if resample_filter == (1, 1):  # repeats pixels, averages four: many times as fast on CPUs as a depthwise convolution
+        return F.interpolate(x, scale_factor=2.0) if up else F.avg_pool2d(x, 2)
+    taps = x.new_tensor(resample_filter) / sum(resample_filter)
+    depthwise = torch.outer(taps, taps).expand(x.shape[1], 1, -1, -1)
+    padding = (len(resample_filter) - 1) // 2
+    if up:
+        return F.conv_transpose2d(x, depthwise * 4, stride=2, padding=padding, groups=x.shape[1])
+    return F.conv2d(x, depthwise, stride=2, padding=padding, groups=x.shape[1])
+
+
+def _check_shape(height: int, width: int, levels: int, resample_filter: Sequence[float]) -> None:
+    divisor = 2 ** (levels - 1)
+    if height % divisor or width % divisor:
+        raise RequestError(
+            f"resolution {height}x{width} is not divisible by {divisor}",
+            remedy=f"use fewer than {levels} levels or resize the data",
+        )
+    if not resample_filter or len(resample_filter) % 2:
+        raise RequestError(
+            f"resample_filter {list(resample_filter)} has {len(resample_filter)} taps", remedy="give an even number, as in 1,1"
+        )
