@@ -11,6 +11,7 @@ import numpy as np
 
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import atomic_folder, sha256
+from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.latents import ImageShape
 
 FORMAT_VERSION = 1
@@ -85,20 +86,24 @@ class GeneratorSpec:
 
 
 class Bundle:
-    """A generator's folder, checked when opened: format version, spec, and the hash of the weights."""
+    """A generator's folder, checked when opened: format version, spec, and the hash of the weights.
 
-    def __init__(self, path: Path, spec: GeneratorSpec, weights_sha256: str):
+    origin is its path, or its address on the hub with the commit that it was taken from.
+    """
+
+    def __init__(self, path: Path, spec: GeneratorSpec, weights_sha256: str, origin: str = ""):
         self.path = path
         self.spec = spec
         self.weights_sha256 = weights_sha256
+        self.origin = origin or str(path)
 
     @classmethod
     def open(cls, source: str | Path) -> "Bundle":
-        """A folder, or the name of a generator that ships with this package.
+        """A folder, the name of a generator that ships with this package, or an address on the hub: hf://owner/name[@revision].
 
         Raises RequestError where there is none, BundleError where it is incomplete, altered, or of a newer version.
         """
-        path = find_bundle(source)
+        path, origin = find_bundle(source)
         config = _read_config(path / CONFIG)
         spec = _read_spec(path / CONFIG, config)
         weights = path / WEIGHTS
@@ -106,7 +111,7 @@ class Bundle:
             raise BundleError(f"{path} has no {WEIGHTS}", remedy="copy the whole folder again")
         if sha256(weights) != config["weights_sha256"]:
             raise BundleError(f"{weights} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again")
-        return cls(path, spec, config["weights_sha256"])
+        return cls(path, spec, config["weights_sha256"], origin)
 
     @classmethod
     def write(
@@ -121,13 +126,9 @@ class Bundle:
 
         samples: a PNG. Raises DiskError where the disk is full or read-only.
         """
-        from safetensors.numpy import save
-
         path = Path(path)
         with atomic_folder(path) as partial:
-            # Not its save_file: that tells a full disk by an error of its own.
-            contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
-            (partial / WEIGHTS).write_bytes(save(contiguous))
+            write_safetensors(partial / WEIGHTS, weights)
             digest = sha256(partial / WEIGHTS)
             config = {"format_version": FORMAT_VERSION, **asdict(spec), "weights_sha256": digest}
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -155,22 +156,47 @@ class Bundle:
         return self.path / "engines" / kind
 
 
+def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """float32 arrays as safetensors, one after the other: safetensors' own `save` holds a second copy of them all."""
+    header, end = {}, 0
+    for name, array in weights.items():
+        if array.dtype != np.float32:
+            raise TypeError(f"{name} is {array.dtype}, not float32")
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in weights.values():
+            file.write(np.ascontiguousarray(array).data)
+
+
 def shipped_generators() -> list[str]:
     """Names of the generators that ship with this package."""
     folder = Path(str(files("uni_instruct") / "generators"))
     return sorted(path.name for path in folder.iterdir() if (path / CONFIG).is_file()) if folder.is_dir() else []
 
 
-def find_bundle(source: str | Path) -> Path:
-    """The folder of a bundle given as a path or a shipped name. Raises RequestError where there is none."""
+def is_bundle(source: str | Path) -> bool:
+    """Whether the source is meant for a bundle: a folder of one, a shipped generator, or a repository on the hub."""
+    return is_on_hub(source) or (Path(source) / CONFIG).is_file() or str(source) in shipped_generators()
+
+
+def find_bundle(source: str | Path) -> tuple[Path, str]:
+    """The folder of a bundle and its origin. Raises RequestError where there is none."""
+    if is_on_hub(source):
+        download = fetch(str(source))
+        return download.path, download.origin
     path = Path(source)
     if (path / CONFIG).is_file():
-        return path
+        return path, str(path)
     if str(source) in shipped_generators():
-        return Path(str(files("uni_instruct") / "generators" / str(source)))
+        return Path(str(files("uni_instruct") / "generators" / str(source))), str(source)
     shipped = ", ".join(shipped_generators()) or "none"
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
-    raise RequestError(problem, remedy=f"give a folder that 'train' wrote or a shipped generator: {shipped}", param="bundle")
+    remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"
+    raise RequestError(problem, remedy=remedy, param="bundle")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

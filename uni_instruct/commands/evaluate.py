@@ -9,7 +9,7 @@ from typing import Any
 import rich_click as click
 
 from uni_instruct import __version__
-from uni_instruct.bundle import CONFIG, Bundle, shipped_generators
+from uni_instruct.bundle import Bundle, is_bundle
 from uni_instruct.data import DATASETS, Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
@@ -67,7 +67,7 @@ def evaluate(
     """
     names = check_metrics(metrics.split(",")) if metrics is not None else None
     _check_statistics_path(save_statistics)
-    bundle = Bundle.open(images) if _is_bundle(images) else None
+    bundle = Bundle.open(images) if is_bundle(images) else None
     if bundle is None:
         _check_images_options({"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--engine": kind})
     reference = open_reference(reference_source)
@@ -93,10 +93,6 @@ def evaluate(
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(facts)
-
-
-def _is_bundle(images: str) -> bool:
-    return (Path(images) / CONFIG).is_file() or images in shipped_generators()
 
 
 def _open_images(images: str) -> Dataset:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import rich_click as click
 
-from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, shipped_generators
+from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, shipped_generators
 from uni_instruct.data import DATASETS, open_dataset
 from uni_instruct.engines.record import RECORD, EngineRecord, verified_file
 from uni_instruct.errors import BundleError, RequestError
@@ -28,8 +28,7 @@ def inspect(source: str, as_data: bool, as_json: bool) -> None:
 
     Example: uni-instruct inspect runs/digits/generator
     """
-    is_bundle = (Path(source) / CONFIG).is_file() or source in shipped_generators()
-    if is_bundle and not as_data:
+    if is_bundle(source) and not as_data:
         facts, rows = bundle_facts(Bundle.open(source)), bundle_rows
     elif source in DATASETS or Path(source).exists():
         facts, rows = data_facts(source), data_rows
@@ -53,7 +52,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     kinds = sorted(path.parent.name for path in folder.glob(f"[!.]*/{RECORD}"))
     return {
         "kind": "generator" if bundle.spec.steps == 1 else "teacher",
-        "path": str(bundle.path),
+        "path": bundle.origin,
         **asdict(bundle.spec),
         # The resampling filters are stored too, but constant.
         "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),

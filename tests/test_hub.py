@@ -1,0 +1,122 @@
+"""Bundles on the Hugging Face hub, through the real client, against a server on this machine that answers as the hub does."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import run_cli
+
+from uni_instruct.bundle import Bundle
+
+COMMIT = "5" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """One repository, someone/generator, at one commit; `asked` collects the paths that were asked for."""
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder, self.asked = folder, []
+
+    def environment(self, cache: Path, **more: str) -> dict[str, str]:
+        address = f"http://127.0.0.1:{self.server_port}"
+        return {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **more}
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+    def do_GET(self, body: bool = True) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append(path)
+        names = [str(f.relative_to(self.server.folder)) for f in self.server.folder.rglob("*") if f.is_file()]
+        if not path.removeprefix("/api/models").startswith("/someone/generator/"):
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+        elif "/revision/" in path or "/resolve/" in path:
+            revision = path.split("/revision/")[-1] if "/revision/" in path else path.split("/resolve/")[1].split("/")[0]
+            if revision not in ("main", "v1", COMMIT):
+                self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+            elif "/revision/" in path:
+                found = {"id": "someone/generator", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+                self.answer(200, json.dumps(found).encode(), {}, body)
+            elif (name := path.split(f"/resolve/{revision}/")[1]) in names:
+                content = (self.server.folder / name).read_bytes()
+                headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+                self.answer(200, content, headers, body)
+            else:
+                self.answer(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+        else:  # the tree
+            sizes = {name: (self.server.folder / name).stat().st_size for name in names}
+            tree = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()]
+            self.answer(200, json.dumps(tree).encode(), {}, body)
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tiny_bundle: Bundle, tmp_path: Path) -> Iterator[Hub]:
+    folder = shutil.copytree(tiny_bundle.path, tmp_path / "repository")
+    (folder / "private-notes.txt").write_text("no part of the bundle")
+    server = Hub(folder)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_bundle_of_the_hub_is_fetched_once_and_then_used_offline(hub: Hub, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    online = hub.environment(tmp_path / "cache")
+    done = run_cli("inspect", "hf://someone/generator@v1", "--json", env=online)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["path"] == f"hf://someone/generator@{COMMIT}"
+    assert facts["weights_sha256"] == tiny_bundle.weights_sha256
+    assert any(path.endswith("model.safetensors") for path in hub.asked)
+    assert not any(path.endswith("private-notes.txt") for path in hub.asked)
+
+    hub.asked.clear()
+    offline = hub.environment(tmp_path / "cache", HF_HUB_OFFLINE="1")
+    out = tmp_path / "made.npz"
+    done = run_cli("generate", "hf://someone/generator@v1", "--seeds", "0-3", "--out", out, env=offline)
+    assert done.returncode == 0, done.stderr
+    assert out.exists()
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("hf://someone/else", {}, "there is no such repository, or it is private; check the address"),
+        ("hf://someone/generator@v9", {}, "it has no such revision"),
+        ("hf://someone", {}, "hf://someone is no address on the hub; write hf://owner/name"),
+        ("hf://someone/generator", {"HF_HUB_OFFLINE": "1"}, "the cache does not hold it; unset HF_HUB_OFFLINE once"),
+        ("hf://someone/generator", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub was not reached"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_told(
+    hub: Hub, tmp_path: Path, source: str, settings: dict[str, str], message: str
+) -> None:
+    done = run_cli("inspect", source, env=hub.environment(tmp_path / "cache", **settings))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

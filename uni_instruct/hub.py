@@ -1,0 +1,79 @@
+"""Bundles and checkpoints on the Hugging Face hub: 'hf://owner/name[@revision]', 'hf://owner/name/file.pkl[@revision]'."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from uni_instruct.errors import MissingExtraError, RequestError
+
+SCHEME = "hf://"
+_NAME = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
+# A bundle's own files: whatever else lies in the repository stays there.
+BUNDLE_FILES = ["config.json", "model.safetensors", "README.md", "samples.png", "engines/**"]
+
+
+@dataclass(frozen=True)
+class Download:
+    """Where it lies now, and its address with the commit that it was taken from."""
+
+    path: Path
+    origin: str
+
+
+def is_on_hub(source: str | Path) -> bool:
+    """Whether the source is an address on the hub."""
+    return str(source).startswith(SCHEME)
+
+
+def fetch(source: str) -> Download:
+    """The repository's bundle, or its one file, in huggingface_hub's cache; from the cache alone with HF_HUB_OFFLINE=1.
+
+    Raises RequestError where the address is not one, the repository, file or revision is not there, or the hub cannot be
+    reached and the cache lacks it; MissingExtraError without huggingface_hub.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise MissingExtraError("huggingface_hub", extra="hub") from error
+    match = _NAME.fullmatch(source.removeprefix(SCHEME))
+    if match is None:
+        remedy = "write hf://owner/name, hf://owner/name/file, and @revision after either"
+        raise RequestError(f"{source} is no address on the hub", remedy=remedy, param="bundle")
+    repository, file, revision = f"{match['owner']}/{match['name']}", match["file"], match["revision"]
+    try:
+        if file:
+            path = Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+        else:
+            path = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=BUNDLE_FILES))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise RequestError(f"{source} cannot be had: {_reason(error)}", remedy=_remedy(), param="bundle") from error
+    commit = path.relative_to(_snapshots(path)).parts[0]
+    return Download(path, f"{SCHEME}{repository}{'/' + file if file else ''}@{commit}")
+
+
+def _snapshots(path: Path) -> Path:
+    """huggingface_hub keeps commits in <cache>/models--owner--name/snapshots/<commit>/."""
+    return next(parent for parent in path.parents if parent.name == "snapshots")
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    reasons: tuple[tuple[type[Exception], str], ...] = (
+        (errors.GatedRepoError, "its owner asks for consent first"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
+        (errors.RevisionNotFoundError, "it has no such revision"),
+        (errors.RemoteEntryNotFoundError, "it has no such file"),
+        (errors.LocalEntryNotFoundError, "the hub was not reached, and the cache does not hold it"),
+    )
+    known = next((reason for kind, reason in reasons if isinstance(error, kind)), None)
+    return known or " ".join(str(error).split())[:200]
+
+
+def _remedy() -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "unset HF_HUB_OFFLINE once to download it"
+    return "check the address and your connection; private repositories need HF_TOKEN"
