@@ -1,6 +1,8 @@
 """Recipes: what a method fixes, what a recipe adds, what a user changes, and what is refused before anything is opened."""
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,17 @@ def test_changes_go_on_top_of_a_method_in_any_order() -> None:
     second = load_recipe("digits", ["mix=0.3", "divergence=jeffreys", "method=uni-instruct"])
     assert first == second
     assert (first.objective.divergence, first.objective.mix, first.objective.adversarial_scale) == ("jeffreys", 0.3, 1e-4)
+
+
+def test_several_changes_may_follow_one_set_and_a_teacher_is_its_bundle(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, errors = cli("train", "digits", "--dry-run", "--json", "--set", "alpha=0.7", "teacher=digits", "tmax=900")
+    assert (code, out) == (2, "")
+    assert "teacher" in errors
+    assert "is a one-step generator" in errors
+    code, out, _ = cli("train", "digits", "--dry-run", "--json", "alpha=0.7", "--set", "teacher.duration_kimg=1", "tmax=900")
+    assert code == 0
+    resolved = parse_recipe(json.loads(out)["recipe"])
+    assert (resolved.objective.alpha, resolved.objective.tmax, resolved.teacher.duration_kimg) == (0.7, 900, 1)
 
 
 def test_recipe_written_out_is_the_recipe(reward: str) -> None:

@@ -12,22 +12,31 @@ from uni_instruct.train.recipe import load_recipe
 
 @click.command()
 @click.argument("recipe")
+@click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; needed except with --dry-run.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one line of the recipe; repeatable.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change lines of the recipe; repeatable.")
 @click.option("--devices", default=1, type=click.IntRange(1, 1024), help="GPUs, or processes on the CPU. Not with torchrun.")
 @click.option(
     "--dry-run", is_flag=True, help="Check recipe, data and teacher, say what would be trained and its cost, and stop."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def train(recipe: str, out: Path | None, overrides: tuple[str, ...], devices: int, dry_run: bool, as_json: bool) -> None:
+def train(
+    recipe: str,
+    more: tuple[str, ...],
+    out: Path | None,
+    overrides: tuple[str, ...],
+    devices: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Train a teacher and distil it into a one-step generator.
 
     RECIPE is the name of a built-in recipe or a YAML file. Run the same command again to resume. The run folder holds
     recipe.yaml, log.jsonl, TensorBoard events, samples/, state/, and the bundles teacher/ and generator/.
 
-    Example: uni-instruct train digits --out runs/digits --set method=dmd2
+    Example: uni-instruct train digits --out runs/digits --set method=dmd2 critic_updates=3
     """
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, (*overrides, *more))
     if dry_run:
         if is_later_process():
             return

@@ -17,6 +17,8 @@ from uni_instruct.train.objective_config import ObjectiveConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 METHOD_KEY = "objective.method"
+# What a section alone stands for in --set.
+SHORT = {"teacher": "teacher.bundle"}
 
 
 def built_in_recipes() -> list[str]:
@@ -27,7 +29,8 @@ def built_in_recipes() -> list[str]:
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by built-in name or YAML file, with 'key=value' overrides. Raises RequestError for anything unknown.
 
-    A key is written in full (objective.alpha), or by its last part where that is unique (alpha). A method named here replaces
+    A key is written in full (objective.alpha), or by its last part where that is unique (alpha); teacher is short for
+    teacher.bundle. A method named here replaces
     what the recipe says about its own; the other overrides go on top.
     """
     path = RECIPES / f"{source}.yaml" if source in built_in_recipes() else Path(source)
@@ -89,7 +92,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _full_key(key: str) -> str:
-    keys = all_keys(Recipe)
+    keys, key = all_keys(Recipe), SHORT.get(key, key)
     matches = [k for k in keys if k == key] or [k for k in keys if k.rpartition(".")[2] == key]
     if not matches:
         raise RequestError(f"--set key '{key}' is unknown", remedy=f"choose one of {', '.join(keys)}", param="set")
