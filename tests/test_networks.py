@@ -1,12 +1,17 @@
-"""DDPM++ has EDM's parameter names and numerics, and the sampler is EDM's.
+"""DDPM++, NCSN++ and ADM have EDM's parameter names and numerics, and the sampler is EDM's.
 
-The recorded numbers were made by EDM's own EDMPrecond (github.com/NVlabs/edm, commit 008a4e5, SongUNet, torch 2.13 on a CPU)
-from weights and inputs that are sine waves, as `fill` and `wave` write them below.
+peer_numbers/edm.json was made by EDM's own code (github.com/NVlabs/edm, commit 008a4e5: SongUNet and DhariwalUNet in each of
+its preconditionings; torch 2.13 on a CPU, 32 bits) from the weights and inputs that `fill` and `inputs` write below: of every
+variant a hash of names and shapes and, of every image, the norm and every stride-th value; of two variants the same of the
+gradient in the input; of the published sizes the number of parameters. Another pass of 32 bits differs by about 1e-6.
 """
 
 import hashlib
 import itertools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,50 +20,100 @@ from torch import Tensor
 
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.errors import RequestError
+from uni_instruct.networks.adm import ADM
 from uni_instruct.networks.blocks import Conv2d, attention
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.group_norm import ChannelsLastGroupNorm, GroupNorm
+from uni_instruct.networks.preconditioning import EDM
 from uni_instruct.sampler import heun_sample
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, sampling_sigmas
 
-# Classes, augmentation labels, resolution, multipliers, attention -> hash of names and shapes; of each image the norm,
-# element 11 and element -5.
-CONDITIONAL = (10, 9, 16, (1, 2, 2), (8,))
-UNCONDITIONAL = (0, 0, 8, (1, 2), ())
-RECORDED = {
-    CONDITIONAL: (
-        "32b367428efcdef87fbeba9b9c66fc198908e517095bdf1475ab79dbc0dc361a",
-        [39.98525619506836, 51.34379196166992, 49.594242095947266],
-        [-2.267763137817383, -2.3431460857391357, 3.377225160598755],
-        [0.18686853349208832, 0.20851123332977295, -2.080801486968994],
-    ),
-    UNCONDITIONAL: (
-        "5957e1f709cc7044b8898fb59f312aab8bb8cf3b7659b3005b6a90a1247cca03",
-        [19.610736846923828, 22.449642181396484, 25.774972915649414],
-        [-1.826826810836792, -0.7442139387130737, -0.8070619702339172],
-        [1.1314308643341064, 3.448345184326172, 3.6543357372283936],
-    ),
-}
+RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "peer_numbers" / "edm.json").read_text())
+SIGMA = torch.tensor([0.05, 0.9, 20.0]).reshape(3, 1, 1, 1)
+CRITICS = ("conditional", "three-levels-residual-skip", "three-levels-skip-skip", "adm-classes-augmented", "iddpm-adm")
 
 
-@pytest.mark.parametrize("variant", RECORDED, ids=["conditional", "unconditional"])
-def test_names_and_numerics_are_those_of_edm(variant: tuple) -> None:
-    classes, augment_dim, resolution, channel_mult, attention = variant
-    names_sha256, norms, element_11, element_minus_5 = RECORDED[variant]
-    denoiser = network(classes, augment_dim, resolution, channel_mult, attention)
-    names = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(denoiser.state_dict().items()))
-    assert hashlib.sha256(names.encode()).hexdigest() == names_sha256
-
-    fill(denoiser)
-    x, sigma = wave((3, 3, resolution, resolution), 0.5, 2.0), torch.tensor([0.05, 0.9, 20.0]).reshape(3, 1, 1, 1)
-    class_ids = torch.tensor([1, 7, 4]) if classes else None
+@pytest.mark.parametrize("name", RECORDED["variants"])
+def test_names_and_numerics_are_those_of_edm(name: str) -> None:
+    recorded = RECORDED["variants"][name]
+    denoiser = filled(name)
+    assert names_sha256(denoiser) == recorded["names_sha256"]
     with torch.no_grad():
-        out = denoiser(x, sigma, class_ids, wave((3, augment_dim), 1.5, 1.0) if augment_dim else None).flatten(1)
-    assert out.norm(dim=1).tolist() == pytest.approx(norms, rel=1e-5)
-    assert out[:, 11].tolist() == pytest.approx(element_11, rel=1e-4, abs=1e-4)
-    assert out[:, -5].tolist() == pytest.approx(element_minus_5, rel=1e-4, abs=1e-4)
+        out = denoiser(*inputs(name))
+    assert_recorded(out, recorded["norms"], recorded["outputs"], recorded["stride"])
+
+
+@pytest.mark.parametrize("name", [name for name, recorded in RECORDED["variants"].items() if "gradient" in recorded])
+def test_gradients_are_those_of_edm(name: str) -> None:
+    recorded = RECORDED["variants"][name]
+    x, *rest = inputs(name)
+    out = filled(name)(x.requires_grad_(), *rest)
+    (gradient,) = torch.autograd.grad((out * wave(tuple(out.shape), 1.0, 1.0)).sum(), x)
+    assert_recorded(gradient, recorded["gradient_norms"], recorded["gradient"], recorded["stride"])
+
+
+@pytest.mark.parametrize("name", RECORDED["sizes"])
+def test_published_sizes_have_the_names_and_parameters_of_edm(name: str) -> None:
+    recorded = RECORDED["sizes"][name]
+    with torch.device("meta"):
+        denoiser = build_denoiser(spec_of(recorded))
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == recorded["parameters"]
+    assert names_sha256(denoiser) == recorded["names_sha256"]
+
+
+@pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
+def test_untrained_networks_are_nearly_the_skip_connection(architecture: str) -> None:
+    """ADM exactly: its last layer starts at zero."""
+    torch.manual_seed(0)
+    spec = GeneratorSpec(
+        name="test", image_shape=(3, 16, 16), num_classes=10, network=architecture, network_args={"model_channels": 64}
+    )
+    denoiser = build_denoiser(spec).eval()
+    x, class_ids = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, -1])
+    c = denoiser.preconditioning(SIGMA)
+    out = denoiser(x, SIGMA, class_ids)
+    assert ((out - c.c_skip * x) / c.c_out).abs().max() < (1e-30 if architecture == "adm" else 1e-3)
+
+
+def test_adm_starts_within_the_inverse_root_of_the_fan_in() -> None:
+    """Kaiming's uniform with a gain of sqrt(1/3), biases too; classes at unit variance; the last layers at zero."""
+    torch.manual_seed(0)
+    model = ADM((3, 16, 16), 50, augment_dim=9, model_channels=64, num_blocks=1)
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner.endswith(("proj", "conv1", "out_conv", "map_augment")):
+            assert not parameter.any(), name
+        elif owner == "map_label":
+            assert parameter.std().item() == pytest.approx(1, rel=0.05)
+        elif "norm" not in owner:
+            bound = math.prod(model.get_submodule(owner).weight.shape[1:]) ** -0.5
+            assert parameter.abs().max() <= bound, name
+            assert parameter.numel() < 1000 or parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args", "message"),
+    [
+        ("ncsnpp", {"encoder_type": "dense"}, "encoder_type 'dense' is unknown; choose one of standard, skip, residual"),
+        ("ncsnpp", {"decoder_type": "residual"}, "decoder_type 'residual' is unknown; choose one of standard, skip"),
+        ("ddpmpp", {"embedding_type": "none"}, "embedding_type 'none' is unknown; choose one of positional, fourier"),
+        ("ddpmpp", {"resample_filter": [1, 2, 1]}, "resample_filter [1, 2, 1] does not double and halve"),
+        ("ddpmpp", {"resample_filter": [1, -1]}, "resample_filter [1, -1] does not double and halve"),
+        ("ddpmpp", {"channel_mult": []}, "channel_mult is empty; give one multiplier a level"),
+        ("adm", {"model_channels": 224}, "224 channels do not divide into 3 heads; make model_channels a multiple of 64"),
+        ("adm", {"encoder_type": "skip"}, "network 'adm': "),
+        ("adm", {"model_channels": 0}, "network 'adm': "),
+        ("adm", {"channel_mult_emb": 10**30}, "network 'adm': "),
+        ("adm", {"out_channels": 1}, "network_args name out_channels 1; leave it out"),
+    ],
+)
+def test_arguments_that_make_no_network_are_refused(architecture: str, args: dict[str, Any], message: str) -> None:
+    spec = GeneratorSpec(name="test", image_shape=(3, 16, 16), network=architecture, network_args=args)
+    with pytest.raises(RequestError) as caught:
+        build_denoiser(spec)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -88,7 +143,7 @@ def test_default_filter_resamples_as_its_convolution_does(direction: str) -> Non
 
 
 def test_attention_in_bfloat16_is_that_of_torch() -> None:
-    q, k, v = torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    q, k, v = torch.randn(3, 2, 3, 9, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attention(q, k, v), expected)
     attended = attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
@@ -96,35 +151,39 @@ def test_attention_in_bfloat16_is_that_of_torch() -> None:
     torch.testing.assert_close(attended.float(), expected, atol=0.03, rtol=0.03)
 
 
-def test_any_resolution_that_the_levels_divide() -> None:
-    denoiser = network(0, 0, (12, 8), (1, 2, 2), ())
+@pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
+def test_any_resolution_that_the_levels_divide(architecture: str) -> None:
+    denoiser = small((12, 8), architecture)
     x = torch.zeros(2, 3, 12, 8)
     assert denoiser(x, torch.ones(2, 1, 1, 1)).shape == x.shape
     with pytest.raises(RequestError, match="resolution 10x8 is not divisible by 4; use fewer than 3 levels"):
-        network(0, 0, (10, 8), (1, 2, 2), ())
+        small((10, 8), architecture)
 
 
 @pytest.mark.parametrize("discriminator", ["shared", "own"])
-def test_critic_denoises_as_its_fake_score_and_starts_at_ratio_one(discriminator: str) -> None:
-    denoiser = network(*CONDITIONAL).eval()
+@pytest.mark.parametrize("name", CRITICS)
+def test_critic_denoises_as_its_fake_score_and_starts_at_ratio_one(name: str, discriminator: str) -> None:
+    denoiser = filled(name)
     critic = Critic(denoiser, discriminator)
-    x, sigma, class_ids = torch.randn(4, 3, 16, 16), torch.rand(4, 1, 1, 1) + 0.1, torch.arange(4)
-    denoised, logits = critic(x, sigma, class_ids)
-    torch.testing.assert_close(denoised, denoiser(x, sigma, class_ids))
-    assert logits.tolist() == [0, 0, 0, 0]
+    views = inputs(name)
+    denoised, logits = critic(*views)
+    torch.testing.assert_close(denoised, denoiser(*views))
+    assert logits.tolist() == [0, 0, 0]
     torch.nn.init.normal_(critic.head.logit.weight)
-    both = critic(x, sigma, class_ids).logits
-    torch.testing.assert_close(critic(x, sigma, class_ids, denoise=False).logits, both)
+    both = critic(*views).logits
+    torch.testing.assert_close(critic(*views, denoise=False).logits, both)
     assert both.abs().min() > 0
     both.sum().backward()
-    reached = denoiser.model.enc["16x16_conv"].weight.grad
-    assert (reached is None) == (discriminator == "own")
+    encoder = denoiser.model if critic.own_encoder is None else critic.own_encoder.model
+    assert all(parameter.grad is not None for parameter in encoder.enc.parameters())
+    assert all(parameter.grad is not None for name, parameter in encoder.named_parameters() if name.startswith("map_"))
+    reached = [name for name, parameter in denoiser.named_parameters() if parameter.grad is not None]
+    assert bool(reached) == (discriminator == "shared")
+    assert not any(name.startswith(("model.dec", "model.out")) for name in reached)
 
 
 def test_hidden_class_is_the_zero_label() -> None:
-    torch.manual_seed(0)
-    denoiser = network(*CONDITIONAL).eval()
-    torch.nn.init.normal_(denoiser.model.map_label.weight)
+    denoiser = filled("conditional")
     x, sigma = torch.randn(2, 3, 16, 16), torch.rand(2, 1, 1, 1) + 0.1
     hidden, none = denoiser(x, sigma, torch.tensor([-1, -1])), denoiser(x, sigma, None)
     torch.testing.assert_close(hidden, none)
@@ -136,7 +195,7 @@ class GaussianDenoiser(Denoiser):
 
     def __init__(self, mean: float, std: float):
         torch.nn.Module.__init__(self)
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.preconditioning = mean, std, EDM()
 
     def forward(self, x: Tensor, sigma: Tensor, *labels: Tensor | None) -> Tensor:
         variance = self.std**2
@@ -172,24 +231,70 @@ def test_density_of_noise_levels_is_that_of_their_sampler(levels: NoiseLevels) -
         assert share == pytest.approx(expected, abs=0.004)
 
 
-def network(classes: int, augment_dim: int, resolution: object, channel_mult: tuple, attention: tuple) -> Denoiser:
-    height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
-    args = {
-        "model_channels": 16,
-        "channel_mult": channel_mult,
-        "num_blocks": 2,
-        "attn_resolutions": attention,
-        "augment_dim": augment_dim,
-    }
-    spec = GeneratorSpec(name="test", image_shape=(3, height, width), num_classes=classes, network_args=args)
-    return build_denoiser(spec).eval()
+def small(resolution: tuple[int, int], architecture: str) -> Denoiser:
+    args = {"model_channels": 16, "channel_mult": (1, 2, 2), "num_blocks": 1, "attn_resolutions": ()}
+    return build_denoiser(
+        GeneratorSpec(name="test", image_shape=(3, *resolution), network=architecture, network_args=args)
+    ).eval()
+
+
+def spec_of(recorded: dict[str, Any]) -> GeneratorSpec:
+    return GeneratorSpec(
+        name="test",
+        image_shape=(3, recorded["resolution"], recorded["resolution"]),
+        num_classes=recorded["num_classes"],
+        network=recorded["network"],
+        network_args=recorded["args"] | {"preconditioning": recorded["preconditioning"]},
+    )
+
+
+def filled(name: str) -> Denoiser:
+    denoiser = build_denoiser(spec_of(RECORDED["variants"][name])).eval()
+    fill(denoiser)
+    return denoiser
+
+
+def inputs(name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Images, noise levels, classes, augmentation labels."""
+    recorded = RECORDED["variants"][name]
+    augment_dim = recorded["args"].get("augment_dim")
+    return (
+        wave((3, *spec_of(recorded).image_shape), 0.5, 2.0),
+        SIGMA,
+        torch.tensor([1, 0, 3]) if recorded["num_classes"] else None,
+        wave((3, augment_dim), 1.5, 1.0) if augment_dim else None,
+    )
+
+
+def assert_recorded(images: Tensor, norms: list[float], outputs: list[list[float]], stride: int) -> None:
+    """To 1e-5 of every image's norm, and of the norm of its recorded values."""
+    rows, expected = images.flatten(1), torch.tensor(outputs)
+    assert rows.norm(dim=1).tolist() == pytest.approx(norms, rel=1e-5)
+    distance = (rows[:, ::stride] - expected).norm(dim=1) / expected.norm(dim=1)
+    assert distance.max() < 1e-5, distance
+
+
+def names_sha256(denoiser: Denoiser) -> str:
+    names = "\n".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(denoiser.state_dict().items()))
+    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def fill(module: torch.nn.Module) -> None:
-    """Parameter number k in the order of names: a sine wave of phase k; normalisation weights are about 1."""
+    """Number k in the order of names has phase k: vectors are waves, those of norms about 1, and all else chirps."""
     for k, (name, parameter) in enumerate(sorted(module.named_parameters())):
-        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        parameter.data = wave(tuple(parameter.shape), k, 0.2) + offset
+        if parameter.ndim == 1:
+            parameter.data = wave(tuple(parameter.shape), k, 0.2) + ("norm" in name and name.endswith("weight"))
+        else:
+            parameter.data = chirp(tuple(parameter.shape), k)
+    for name, buffer in module.named_buffers():
+        if name.endswith("freqs"):
+            buffer.copy_(wave(tuple(buffer.shape), 0.5, 2.0))
+
+
+def chirp(shape: tuple[int, ...], phase: float) -> Tensor:
+    """As good as random, of variance 1 / fan-in; sine waves would make matrices of rank two."""
+    steps = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (torch.sin(steps**2 * 0.37 + phase) * math.sqrt(2 / math.prod(shape[1:]))).reshape(shape).float()
 
 
 def wave(shape: tuple[int, ...], phase: float, scale: float) -> Tensor:

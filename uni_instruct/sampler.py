@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from uni_instruct.networks.denoiser import Denoiser
-from uni_instruct.schedule import sampling_sigmas
+from uni_instruct.networks.preconditioning import Preconditioning
+from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN, sampling_sigmas
 
 
 @torch.no_grad()
 def heun_sample(denoiser: Denoiser, latents: Tensor, class_ids: Tensor | None, steps: int = 18) -> Tensor:
     """Images [B, C, H, W] in about [-1, 1] from N(0, 1) latents, with 2 * steps - 1 network evaluations."""
-    sigmas = sampling_sigmas(steps)
+    sigmas = known_sigmas(denoiser.preconditioning, steps)
     x = latents.double() * sigmas[0]
 
     def slope(x: Tensor, sigma: float) -> Tensor:
@@ -24,3 +25,10 @@ def heun_sample(denoiser: Denoiser, latents: Tensor, class_ids: Tensor | None, s
         euler = x + (next_sigma - sigma) * direction
         x = euler if next_sigma == 0 else x + (next_sigma - sigma) * (direction + slope(euler, next_sigma)) / 2
     return x.float()
+
+
+def known_sigmas(preconditioning: Preconditioning, steps: int) -> list[float]:
+    """The sampler's noise levels, decreasing to 0: [steps + 1], of those that the network knows."""
+    low, high = max(SIGMA_MIN, preconditioning.sigma_min), min(SIGMA_MAX, preconditioning.sigma_max)
+    sigmas = torch.from_numpy(sampling_sigmas(steps, low, high)[:-1])
+    return [*preconditioning.round_sigma(sigmas).tolist(), 0.0]

@@ -1,36 +1,63 @@
-"""Building blocks of DDPM++: parameter names and arithmetic as in EDM, so that its weights load unchanged."""
+"""Building blocks of EDM's U-Nets: parameter names and arithmetic as in EDM, so that its weights load unchanged."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uni_instruct.errors import RequestError
 from uni_instruct.networks.group_norm import GroupNorm
 
+# Fills a weight, and a bias where there is one.
+Init = Callable[[Tensor, Tensor | None], None]
 
-def scaled_xavier_(weight: Tensor, gain: float) -> None:
-    """Xavier-uniform with fans over the whole kernel, times gain."""
+
+def xavier_(weight: Tensor, bias: Tensor | None, gain: float = 1.0) -> None:
+    """Xavier-uniform with fans over the whole kernel, times gain; zero biases. As DDPM++ and NCSN++ start."""
     nn.init.xavier_uniform_(weight)
     with torch.no_grad():
         weight.mul_(gain)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+@torch.no_grad()
+def fan_in_(weight: Tensor, bias: Tensor | None) -> None:
+    """Weights and biases uniform within 1 / sqrt(fan-in): Kaiming's with a gain of sqrt(1/3). As ADM starts."""
+    bound = math.prod(weight.shape[1:]) ** -0.5
+    for parameter in (weight, bias):
+        if parameter is not None:
+            parameter.uniform_(-bound, bound)
+
+
+@torch.no_grad()
+def zero_(weight: Tensor, bias: Tensor | None) -> None:
+    """Weights and biases of layers that end a branch in ADM."""
+    for parameter in (weight, bias):
+        if parameter is not None:
+            parameter.zero_()
 
 
 class Linear(nn.Linear):
-    """Fully connected, Xavier-uniform weights, zero bias."""
+    """Fully connected; Xavier-uniform weights and zero bias unless `init` says otherwise."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, init: Init = xavier_):
+        super().__init__(in_features, out_features, bias)
+        init(self.weight, self.bias)
 
     def reset_parameters(self) -> None:
-        """Called by the base class when built."""
-        scaled_xavier_(self.weight, 1.0)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        """Called by the base class when built; left to `init`."""
 
 
 class Conv2d(nn.Module):
     """Convolution after optional resampling by a separable filter (nearest and average for the default filter).
 
-    kernel 0 resamples only. gain scales the Xavier-uniform weights.
+    kernel 0 resamples only. convolve_first halves the convolution's outputs rather than its inputs, those just outside the
+    border included (EDM's fused_resample).
     """
 
     resample_filter: Tensor | None
@@ -43,16 +70,18 @@ class Conv2d(nn.Module):
         *,
         up: bool = False,
         down: bool = False,
+        convolve_first: bool = False,
         resample_filter: Sequence[float] = (1, 1),
-        gain: float = 1.0,
+        init: Init = xavier_,
     ):
         super().__init__()
+        assert not (up and (down or convolve_first))
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.up, self.down = up, down
+        self.up, self.down, self.convolve_first = up, down, convolve_first
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel)) if kernel else None
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if kernel else None
+        self.bias = nn.Parameter(torch.empty(out_channels)) if kernel else None
         if self.weight is not None:
-            scaled_xavier_(self.weight, gain)
+            init(self.weight, self.bias)
         taps = torch.tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
         self.register_buffer("resample_filter", taps if up or down else None)
@@ -61,16 +90,24 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H', W'], H' = 2 H, H / 2 or H."""
-        if self.resample_filter is not None:
-            x = self._resample(x, self.resample_filter.to(x.dtype))
+        if self.resample_filter is None:
+            return self._convolve(x)
+        taps = self.resample_filter.to(x.dtype)
+        reach = (taps.shape[-1] - 1) // 2
+        if self.convolve_first:
+            return self._resample(self._convolve(x, margin=reach), taps, padding=0)
+        return self._convolve(self._resample(x, taps, padding=reach))
+
+    def _convolve(self, x: Tensor, margin: int = 0) -> Tensor:
         if self.weight is None or self.bias is None:
             return x
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.weight.shape[-1] // 2)
+        padding = self.weight.shape[-1] // 2 + margin
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
 
-    def _resample(self, x: Tensor, taps: Tensor) -> Tensor:
+    def _resample(self, x: Tensor, taps: Tensor, padding: int) -> Tensor:
         if self._repeats:
             return F.interpolate(x, scale_factor=2.0) if self.up else F.avg_pool2d(x, 2)
-        channels, padding = self.in_channels, (taps.shape[-1] - 1) // 2
+        channels = x.shape[1]
         depthwise = taps.expand(channels, 1, -1, -1)
         if self.up:
             return F.conv_transpose2d(x, depthwise * 4, stride=2, padding=padding, groups=channels)
@@ -78,22 +115,72 @@ class Conv2d(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """Sinusoids of the noise label at geometric frequencies from 1 to 1/10000, sines first: [B] -> [B, channels]."""
+    """Sinusoids of the noise label at geometric frequencies from 1 to 1/10000: [B] -> [B, channels].
 
-    def __init__(self, channels: int):
+    endpoint: the last frequency is 1/10000 itself, else the one that would follow the last.
+    """
+
+    def __init__(self, channels: int, *, endpoint: bool = True, cosines_first: bool = False):
         super().__init__()
-        self.channels = channels
+        self.channels, self.endpoint, self.cosines_first = channels, endpoint, cosines_first
 
     def forward(self, noise_labels: Tensor) -> Tensor:
         """noise_labels: float32 [B]."""
         half = self.channels // 2
-        steps = torch.arange(half, dtype=torch.float32, device=noise_labels.device) / (half - 1)
+        steps = torch.arange(half, dtype=torch.float32, device=noise_labels.device) / (half - self.endpoint)
         angles = torch.outer(noise_labels, ((1 / 10000) ** steps).to(noise_labels.dtype))
+        waves = [angles.sin(), angles.cos()]
+        return torch.cat(waves[::-1] if self.cosines_first else waves, dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """Sines, then cosines, of the noise label at fixed random frequencies of deviation 16: [B] -> [B, channels]."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * 16)
+
+    def forward(self, noise_labels: Tensor) -> Tensor:
+        """noise_labels: float32 [B]."""
+        angles = torch.outer(noise_labels, (2 * math.pi * self.freqs).to(noise_labels.dtype))
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockStyle:
+    """What the blocks of one architecture have in common.
+
+    adaptive_scale: the embedding scales and shifts after the second normalisation; else it is added before it.
+    channels_per_head: of the attention, at the least; None is one head. skip_scale: of the sum of a branch and its input.
+    project_resampled: the input of a block that resamples goes through a 1x1 convolution even where the channels stay.
+    init_qkv: of the attention's first layer. init_last: of the last layer of either branch.
+    """
+
+    adaptive_scale: bool
+    channels_per_head: int | None
+    skip_scale: float
+    eps: float
+    project_resampled: bool
+    init: Init
+    init_qkv: Init
+    init_last: Init
+
+    def heads(self, channels: int) -> int:
+        """How many heads attend; none where channels are fewer than a head's, as in EDM."""
+        heads = channels // self.channels_per_head if self.channels_per_head else 1
+        if heads and channels % heads:
+            raise RequestError(
+                f"{channels} channels do not divide into {heads} heads",
+                remedy=f"make model_channels a multiple of {self.channels_per_head}",
+                param="network",
+            )
+        return heads
+
+
 class UNetBlock(nn.Module):
-    """Residual block with an additive embedding, optional resampling and single-head self-attention."""
+    """Residual block that reads the embedding, with optional resampling and self-attention."""
 
     def __init__(
         self,
@@ -101,6 +188,7 @@ class UNetBlock(nn.Module):
         out_channels: int,
         emb_channels: int,
         *,
+        style: BlockStyle,
         dropout: float,
         up: bool = False,
         down: bool = False,
@@ -109,43 +197,52 @@ class UNetBlock(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.out_channels, self.dropout = in_channels, out_channels, dropout
-        self.norm0 = GroupNorm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down, resample_filter=resample_filter)
-        self.affine = Linear(emb_channels, out_channels)
-        self.norm1 = GroupNorm(out_channels)
-        self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
-        needs_skip = out_channels != in_channels or up or down
-        self.skip = (
-            Conv2d(in_channels, out_channels, 1, up=up, down=down, resample_filter=resample_filter) if needs_skip else None
-        )
-        self.norm2 = GroupNorm(out_channels) if attention else None
-        self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2)) if attention else None
-        self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5) if attention else None
+        self.adaptive_scale, self.skip_scale = style.adaptive_scale, style.skip_scale
+        self.heads = style.heads(out_channels) if attention else 0
+        resampling = partial(Conv2d, up=up, down=down, resample_filter=resample_filter, init=style.init)
+        self.norm0 = GroupNorm(in_channels, style.eps)
+        self.conv0 = resampling(in_channels, out_channels, 3)
+        self.affine = Linear(emb_channels, out_channels * (2 if self.adaptive_scale else 1), init=style.init)
+        self.norm1 = GroupNorm(out_channels, style.eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, init=style.init_last)
+        projects = style.project_resampled or in_channels != out_channels
+        needs_skip = in_channels != out_channels or up or down
+        self.skip = resampling(in_channels, out_channels, 1 if projects else 0) if needs_skip else None
+        self.norm2 = GroupNorm(out_channels, style.eps) if self.heads else None
+        self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init=style.init_qkv) if self.heads else None
+        self.proj = Conv2d(out_channels, out_channels, 1, init=style.init_last) if self.heads else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H', W']."""
         hidden = self.conv0(self.norm0(x, silu=True))
-        hidden = self.norm1(hidden + self.affine(emb)[:, :, None, None].to(hidden.dtype), silu=True)
+        hidden = self._condition(hidden, self.affine(emb)[:, :, None, None].to(hidden.dtype))
         hidden = self.conv1(F.dropout(hidden, self.dropout, self.training))
-        x = (hidden + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
-        return x if self.qkv is None else self._attend(x)
+        x = self._sum(hidden, x if self.skip is None else self.skip(x))
+        return x if self.qkv is None else self._sum(self._attend(x), x)
+
+    def _condition(self, hidden: Tensor, affine: Tensor) -> Tensor:
+        if not self.adaptive_scale:
+            return self.norm1(hidden + affine, silu=True)
+        scale, shift = affine.chunk(2, dim=1)
+        return F.silu(torch.addcmul(shift, self.norm1(hidden), scale + 1))
+
+    def _sum(self, branch: Tensor, x: Tensor) -> Tensor:
+        return branch + x if self.skip_scale == 1 else (branch + x) * self.skip_scale
 
     def _attend(self, x: Tensor) -> Tensor:
         assert self.norm2 is not None
         assert self.qkv is not None
         assert self.proj is not None
-        # EDM interleaves q, k and v: channel c of q is output 3 c of qkv.
-        qkv = self.qkv(self.norm2(x)).unflatten(1, (self.out_channels, 3)).flatten(3)
-        q, k, v = qkv.transpose(1, 3).unbind(2)
-        attended = attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        return (self.proj(attended) + x) * math.sqrt(0.5)
+        # EDM interleaves q, k and v in every head: channel c of a head's q is output 3 c of its part of qkv.
+        qkv = self.qkv(self.norm2(x)).unflatten(1, (self.heads, self.out_channels // self.heads, 3)).flatten(4)
+        q, k, v = qkv.transpose(2, 4).unbind(3)
+        return self.proj(attention(q, k, v).transpose(2, 3).reshape(x.shape))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v of one head, [B, N, C] each."""
+    """softmax(q k^T / sqrt(C)) v, [B, heads, N, C] each."""
     if q.dtype == torch.bfloat16 and q.device.type != "cuda":
         # Torch's fused CPU kernel takes three times as long as these products, forward and backward.
-        weights = torch.bmm(q, k.transpose(1, 2)).mul(q.shape[-1] ** -0.5).softmax(dim=2)
-        return torch.bmm(weights, v)
-    # One head, as [B, 1, N, C]: the fused kernels and the ONNX exporter take four dimensions only.
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]).squeeze(1)
+        weights = (q @ k.transpose(2, 3)).mul(q.shape[-1] ** -0.5).softmax(dim=3)
+        return weights @ v
+    return F.scaled_dot_product_attention(q, k, v)

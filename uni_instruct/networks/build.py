@@ -1,18 +1,34 @@
 """From a spec to its denoiser."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
 from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.errors import BundleError, RequestError
+from uni_instruct.networks.adm import ADM
 from uni_instruct.networks.denoiser import Denoiser
-from uni_instruct.networks.preconditioning import EDM
-from uni_instruct.networks.song import SongUNet
+from uni_instruct.networks.edm2 import EDM2
+from uni_instruct.networks.network import Network
+from uni_instruct.networks.preconditioning import PRECONDITIONINGS, Preconditioning
+from uni_instruct.networks.song import NCSNPP, SongUNet
 
-NETWORKS = {"ddpmpp": SongUNet}
+NETWORKS: dict[str, Callable[..., Network]] = {
+    "ddpmpp": SongUNet,
+    "ncsnpp": NCSNPP,
+    "adm": ADM,
+    "edm2": EDM2,
+}
 
 
 def build_denoiser(spec: GeneratorSpec) -> Denoiser:
-    """The spec's denoiser with fresh weights. Raises RequestError for an unknown network or argument."""
+    """The spec's denoiser with fresh weights. Raises RequestError for an unknown network or argument.
+
+    Of network_args, `sigma_data` and `preconditioning` describe what stands around the network: the latter is a name of
+    PRECONDITIONINGS or {"name": ..., and its constants}, EDM's where it is not given. The rest are the network's own.
+    """
     if spec.network not in NETWORKS:
         raise RequestError(
             f"network '{spec.network}' is unknown",
@@ -20,12 +36,41 @@ def build_denoiser(spec: GeneratorSpec) -> Denoiser:
             param="network",
         )
     args = dict(spec.network_args)
+    if "out_channels" in args:
+        raise RequestError(
+            f"network_args name out_channels {args['out_channels']}",
+            remedy="leave it out: it follows from the image and the preconditioning",
+            param="network",
+        )
     try:
         sigma_data = float(args.pop("sigma_data", 0.5))
+        preconditioning = build_preconditioning(args.pop("preconditioning", "edm"), sigma_data)
+        if preconditioning.out_factor > 1:
+            args["out_channels"] = preconditioning.out_factor * spec.image_shape[0]
         model = NETWORKS[spec.network](spec.image_shape, spec.num_classes, **args)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
-    return Denoiser(model, spec.image_shape, spec.num_classes, EDM(sigma_data=sigma_data))
+    return Denoiser(model, spec.image_shape, spec.num_classes, preconditioning)
+
+
+def build_preconditioning(asked: str | Mapping[str, Any], sigma_data: float = 0.5) -> Preconditioning:
+    """By its name, or by {"name": ..., and its constants}. Raises RequestError for an unknown name or constant."""
+    constants = dict(asked) if isinstance(asked, Mapping) else {"name": asked}
+    name = constants.pop("name", None)
+    if name not in tuple(PRECONDITIONINGS):  # whatever a file holds there, hashable or not
+        raise RequestError(
+            f"preconditioning '{name}' is unknown",
+            remedy=f"choose one of {', '.join(PRECONDITIONINGS)}",
+            param="network",
+        )
+    known = [field.name for field in dataclasses.fields(PRECONDITIONINGS[name])]
+    if unknown := set(constants) - set(known):
+        raise RequestError(
+            f"preconditioning '{name}' has no constant '{min(unknown)}'",
+            remedy=f"choose from {', '.join(known)}",
+            param="network",
+        )
+    return PRECONDITIONINGS[name](**{"sigma_data": sigma_data} | constants)
 
 
 def load_denoiser(bundle: Bundle) -> Denoiser:

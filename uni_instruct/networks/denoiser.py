@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from uni_instruct.latents import ImageShape
 from uni_instruct.networks.network import Network
-from uni_instruct.networks.preconditioning import EDM
+from uni_instruct.networks.preconditioning import EDM, Preconditioning
 
 
 class Encoded(NamedTuple):
@@ -20,7 +20,13 @@ class Encoded(NamedTuple):
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (EDM, equation 7)."""
 
-    def __init__(self, model: Network, image_shape: ImageShape, num_classes: int = 0, preconditioning: EDM | None = None):
+    def __init__(
+        self,
+        model: Network,
+        image_shape: ImageShape,
+        num_classes: int = 0,
+        preconditioning: Preconditioning | None = None,
+    ):
         super().__init__()
         self.model = model
         self.image_shape, self.num_classes = image_shape, num_classes
@@ -43,7 +49,10 @@ class Denoiser(nn.Module):
     def decode(self, encoded: Encoded, x: Tensor, sigma: Tensor) -> Tensor:
         """The second half: the expected clean image."""
         c = self.preconditioning(sigma)
-        return c.c_skip * x + c.c_out * self.model.decode(encoded.features, encoded.emb)
+        out = self.model.decode(encoded.features, encoded.emb)
+        if out.shape[1] != x.shape[1]:  # a predicted variance follows
+            out = out[:, : x.shape[1]]
+        return c.c_skip * x + c.c_out * out
 
     @property
     def sigma_data(self) -> float:

@@ -99,7 +99,7 @@ class EDM2(Network):
         self.out_gain = nn.Parameter(torch.zeros([]))
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
-        """The embedding that every block reads: [B, emb_channels]. No class is the zero label; augmentation labels are not read.
+        """The embedding that every block reads: [B, emb_channels]. No class is the zero label; no augmentation label is read.
 
         In training mode it first brings every weight that has changed to unit magnitude (equation 66).
         """
@@ -200,10 +200,10 @@ class Block(nn.Module):
         """Attention with queries, keys and values of unit magnitude."""
         assert self.attn_qkv is not None
         assert self.attn_proj is not None
-        # EDM2 interleaves q, k and v within each head: [B heads, C / heads, 3, H W].
-        qkv = self.attn_qkv(x).flatten(2).unflatten(1, (self.heads, -1, 3)).flatten(0, 1)
-        q, k, v = normalised(qkv, (1,)).transpose(1, 3).unbind(2)
-        attended: Tensor = self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        # EDM2 interleaves q, k and v within each head: [B, heads, C / heads, 3, H W].
+        qkv = normalised(self.attn_qkv(x).flatten(2).unflatten(1, (self.heads, -1, 3)), (2,))
+        q, k, v = qkv.transpose(2, 4).unbind(3)
+        attended: Tensor = self.attn_proj(attention(q, k, v).transpose(2, 3).reshape(x.shape))
         return attended
 
 
@@ -229,8 +229,8 @@ class MPConv(nn.Module):
     def normalise(self) -> None:
         """Forced weight normalisation (equation 66): brings each output's weights to magnitude 1, in place.
 
-        Weights that have not changed since are not written to, for graphs of earlier passes would be lost, and rows that have
-        it are multiplied by exactly 1, for a resumed run must not differ. Weights that are not the module's own stay as they are.
+        Weights that have not changed since are not written to, or graphs of earlier passes would be lost; rows that have it are
+        multiplied by exactly 1, so that a resumed run does not differ. Weights that are not the module's own stay as they are.
         """
         weight = self.weight
         if not isinstance(weight, nn.Parameter) or self._normalised_at == (id(weight), weight._version):
@@ -260,7 +260,7 @@ class MPFourier(nn.Module):
 def magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Root mean square over dims, which stay as 1; at least 32 bits."""
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm / math.sqrt(math.prod(x.shape[dim] for dim in dims))
+    return norm / math.sqrt(math.prod([x.shape[dim] for dim in dims]))
 
 
 def normalised(x: Tensor, dims: tuple[int, ...]) -> Tensor:

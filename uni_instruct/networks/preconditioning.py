@@ -1,9 +1,16 @@
 """Preconditionings: what stands around a network so that it denoises at every noise level (arXiv 2206.00364, table 1)."""
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from uni_instruct.errors import RequestError
 
 
 class Coefficients(NamedTuple):
@@ -16,11 +23,50 @@ class Coefficients(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDM:
-    """EDM's: unit variance at the network's input and target at every noise level. sigma_data is the data's deviation."""
+class Preconditioning(ABC):
+    """What a network is fed and how its output is read.
+
+    sigma_data is the data's deviation, which the training losses read. The network has out_factor times the image's channels;
+    the first are read. Raises RequestError for constants that make no noise levels.
+    """
+
+    name: ClassVar[str]
+    out_factor: ClassVar[int] = 1
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "sigma_data")
+
+    @abstractmethod
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """The coefficients at noise levels [B, 1, 1, 1]."""
+
+    @property
+    @abstractmethod
+    def sigma_min(self) -> float:
+        """The lowest noise level that the network knows."""
+
+    @property
+    @abstractmethod
+    def sigma_max(self) -> float:
+        """The highest noise level that the network knows."""
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise levels that the network knows: of the same shape and type."""
+        return sigma
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM(Preconditioning):
+    """EDM's: unit variance at the network's input and target at every noise level."""
 
     name: ClassVar[str] = "edm"
-    sigma_data: float = 0.5
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self)
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """The coefficients at noise levels [B, 1, 1, 1]."""
@@ -31,3 +77,156 @@ class EDM:
             c_in=1 / total**0.5,
             c_noise=sigma.log() / 4,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VP(Preconditioning):
+    """That of variance-preserving diffusions: the network predicts the noise, at times t in [epsilon_t, 1] times M - 1.
+
+    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021, arXiv 2011.13456).
+    """
+
+    name: ClassVar[str] = "vp"
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    M: int = 1000
+    epsilon_t: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "beta_d", "beta_min", "epsilon_t")
+        _check_steps(self, self.M)
+        _check_range(self)
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """The coefficients at noise levels [B, 1, 1, 1]."""
+        return _noise_prediction(sigma, c_noise=(self.M - 1) * self._time(sigma))
+
+    @property
+    def sigma_min(self) -> float:
+        """sigma(epsilon_t)."""
+        return self._sigma(self.epsilon_t)
+
+    @property
+    def sigma_max(self) -> float:
+        """sigma(1)."""
+        return self._sigma(1.0)
+
+    def _sigma(self, time: float) -> float:
+        # In 32 bits, as the networks' own files have it: sigma(1e-5) is 2 % lower than in 64.
+        t = torch.tensor(time, dtype=torch.float32, device="cpu")
+        return float(((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt())
+
+    def _time(self, sigma: Tensor) -> Tensor:
+        return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
+
+
+@dataclass(frozen=True, kw_only=True)
+class VE(Preconditioning):
+    """That of variance-exploding diffusions: the network predicts the noise with its sign turned (arXiv 2011.13456)."""
+
+    name: ClassVar[str] = "ve"
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self)
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """The coefficients at noise levels [B, 1, 1, 1]."""
+        one = torch.ones_like(sigma)
+        return Coefficients(c_skip=one, c_out=sigma, c_in=one, c_noise=(0.5 * sigma).log())
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDDPM(Preconditioning):
+    """That of improved DDPM (arXiv 2102.09672): the network predicts the noise at M noise levels, and a variance, not read."""
+
+    name: ClassVar[str] = "iddpm"
+    out_factor: ClassVar[int] = 2
+    C_1: float = 0.001
+    C_2: float = 0.008
+    M: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "C_1", "C_2")
+        _check_steps(self, self.M)
+        _check_range(self)
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """The coefficients at noise levels [B, 1, 1, 1]."""
+        return _noise_prediction(sigma, c_noise=self.M - 1 - self._nearest(sigma).to(sigma.dtype))
+
+    @property
+    def table(self) -> Tensor:
+        """The noise levels that it knows, the highest first, then 0: float32 [M + 1]. EDM's files hold it as buffer `u`."""
+        return torch.from_numpy(_iddpm_table(self.M, self.C_1, self.C_2).copy())
+
+    @property
+    def sigma_min(self) -> float:
+        """The lowest level above 0."""
+        return float(_iddpm_table(self.M, self.C_1, self.C_2)[-2])
+
+    @property
+    def sigma_max(self) -> float:
+        """The highest level."""
+        return float(_iddpm_table(self.M, self.C_1, self.C_2)[0])
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest levels of the table: of the same shape and type."""
+        return self.table.to(sigma.device)[self._nearest(sigma)].to(sigma.dtype)
+
+    def _nearest(self, sigma: Tensor) -> Tensor:
+        distance = (sigma.detach().float()[..., None] - self.table.to(sigma.device)).abs()
+        return distance.argmin(-1)
+
+
+PRECONDITIONINGS: dict[str, type[Preconditioning]] = {kind.name: kind for kind in (EDM, VP, VE, IDDPM)}
+
+
+def _noise_prediction(sigma: Tensor, c_noise: Tensor) -> Coefficients:
+    """The input at unit variance for data of unit variance; the output is the noise."""
+    return Coefficients(c_skip=torch.ones_like(sigma), c_out=-sigma, c_in=1 / (sigma**2 + 1).sqrt(), c_noise=c_noise)
+
+
+@lru_cache(maxsize=8)
+def _iddpm_table(steps: int, c_1: float, c_2: float) -> np.ndarray:
+    """EDM's u_j (arXiv 2206.00364, table 1), j = 0..steps: float32.
+
+    In 32 bits throughout, as EDM's files have it: 64 bits differ by up to 5e-4. An array, which no mode of torch alters.
+    """
+    angles = 0.5 * math.pi * torch.arange(steps + 1, device="cpu") / steps / (c_2 + 1)
+    alpha_bar = angles.sin() ** 2
+    ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=c_1)
+    levels = torch.zeros(steps + 1, device="cpu")
+    for j in range(steps, 0, -1):
+        levels[j - 1] = ((levels[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
+    return levels.numpy()
+
+
+MAX_STEPS = 100_000
+
+
+def _check_positive(preconditioning: Preconditioning, *names: str) -> None:
+    for name in names:
+        value = getattr(preconditioning, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise _fault(preconditioning, f"{name} {value!r} is not a positive number", f"give {name} a number above 0")
+
+
+def _check_steps(preconditioning: Preconditioning, steps: int) -> None:
+    if type(steps) is not int or not 2 <= steps <= MAX_STEPS:
+        raise _fault(preconditioning, f"M {steps!r} is out of range", f"give M a whole number from 2 to {MAX_STEPS}")
+
+
+def _check_range(preconditioning: Preconditioning) -> None:
+    low, high = preconditioning.sigma_min, preconditioning.sigma_max
+    numbers = all(isinstance(level, int | float) and not isinstance(level, bool) for level in (low, high))
+    if not numbers or not 0 <= low < high:
+        raise _fault(preconditioning, f"noise levels {low!r} to {high!r} are no range", "give 0 <= sigma_min < sigma_max")
+
+
+def _fault(preconditioning: Preconditioning, problem: str, remedy: str) -> RequestError:
+    return RequestError(f"preconditioning '{preconditioning.name}': {problem}", remedy=remedy, param="network")

@@ -1,22 +1,46 @@
-"""DDPM++ (Song et al. 2021, arXiv 2011.13456) in EDM's form."""
+"""DDPM++ and NCSN++ (Song et al. 2021, arXiv 2011.13456) in EDM's form."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uni_instruct.errors import RequestError
 from uni_instruct.latents import ImageShape
-from uni_instruct.networks.blocks import Conv2d, Linear, PositionalEmbedding, UNetBlock
+from uni_instruct.networks.blocks import (
+    BlockStyle,
+    Conv2d,
+    FourierEmbedding,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    xavier_,
+)
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
+from uni_instruct.networks.skeleton import Level, Skeleton, ascend, levels, nothing, skip_channels
+
+STYLE = BlockStyle(
+    adaptive_scale=False,
+    channels_per_head=None,
+    skip_scale=math.sqrt(0.5),
+    eps=1e-6,
+    project_resampled=True,
+    init=xavier_,
+    init_qkv=partial(xavier_, gain=math.sqrt(0.2)),
+    init_last=partial(xavier_, gain=1e-5),
+)
 
 
 class SongUNet(Network):
-    """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i]."""
+    """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i].
+
+    The defaults are DDPM++; `NCSNPP` holds those of NCSN++. encoder_type 'skip' adds the image, made smaller, to the input of
+    every level, 'residual' a strided path beside the whole encoder; decoder_type 'skip' sums an image from every level.
+    resample_filter is of even length. out_channels is the image's where not given.
+    """
 
     def __init__(
         self,
@@ -27,51 +51,49 @@ class SongUNet(Network):
         model_channels: int = 128,
         channel_mult: Sequence[int] = (2, 2, 2),
         channel_mult_emb: int = 4,
+        channel_mult_noise: int = 1,
         num_blocks: int = 4,
         attn_resolutions: Sequence[int] = (16,),
         dropout: float = 0.1,
+        embedding_type: str = "positional",
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[float] = (1, 1),
+        out_channels: int | None = None,
     ):
         super().__init__()
-        image_channels, height, width = image_shape
-        _check_resolution(height, width, len(channel_mult))
-        emb_channels = self.emb_channels = model_channels * channel_mult_emb
-        self.map_noise = PositionalEmbedding(model_channels)
-        self.map_label = Linear(num_classes, model_channels) if num_classes else None
-        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(model_channels, emb_channels)
-        self.map_layer1 = Linear(emb_channels, emb_channels)
+        for choice, value, known in (
+            ("embedding_type", embedding_type, EMBEDDINGS),
+            ("encoder_type", encoder_type, ENCODERS),
+            ("decoder_type", decoder_type, DECODERS),
+        ):
+            _check_choice(choice, value, known)
+        _check_filter(resample_filter)
+        skeleton = Skeleton(
+            levels=levels(image_shape, model_channels, channel_mult, attn_resolutions),
+            num_blocks=num_blocks,
+            block=partial(
+                UNetBlock,
+                emb_channels=model_channels * channel_mult_emb,
+                style=STYLE,
+                dropout=dropout,
+                resample_filter=resample_filter,
+            ),
+            attend_often=False,
+        )
+        self.emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        self.map_noise = EMBEDDINGS[embedding_type](noise_channels)
+        self.map_label = Linear(num_classes, noise_channels) if num_classes else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, self.emb_channels)
+        self.map_layer1 = Linear(self.emb_channels, self.emb_channels)
 
-        block = partial(UNetBlock, emb_channels=emb_channels, dropout=dropout)
-
-        widths = [model_channels * mult for mult in channel_mult]
-        self.enc = nn.ModuleDict({f"{_level_name(height, width, 0)}_conv": Conv2d(image_channels, model_channels, 3)})
-        cout, skips = model_channels, [model_channels]
-        for level, channels in enumerate(widths):
-            name, attention = _level_name(height, width, level), (height >> level) in attn_resolutions
-            if level:
-                self.enc[f"{name}_down"] = block(cout, cout, down=True)
-                skips.append(cout)
-            for index in range(num_blocks):
-                self.enc[f"{name}_block{index}"] = block(cout, channels, attention=attention)
-                cout = channels
-                skips.append(cout)
-        self.bottleneck_channels = cout
-
-        self.dec = nn.ModuleDict()
-        for level, channels in reversed(list(enumerate(widths))):
-            name, attention = _level_name(height, width, level), (height >> level) in attn_resolutions
-            if level == len(widths) - 1:
-                self.dec[f"{name}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{name}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{name}_up"] = block(cout, cout, up=True)
-            for index in range(num_blocks + 1):
-                self.dec[f"{name}_block{index}"] = block(
-                    cout + skips.pop(), channels, attention=attention and index == num_blocks
-                )
-                cout = channels
-        self.dec[f"{_level_name(height, width, 0)}_aux_norm"] = GroupNorm(cout)
-        self.dec[f"{_level_name(height, width, 0)}_aux_conv"] = Conv2d(cout, image_channels, 3, gain=1e-5)
+        resample, image_channels = partial(Conv2d, resample_filter=resample_filter), image_shape[0]
+        beside = partial(ENCODERS[encoder_type], resample, image_channels)
+        self.enc = skeleton.encoder(Conv2d(image_channels, model_channels, 3), beside)
+        self.bottleneck_channels = skip_channels(self.enc)[-1]
+        output = partial(DECODERS[decoder_type], resample, out_channels or image_channels, skeleton.levels)
+        self.dec = skeleton.decoder(self.enc, output)
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
         """The embedding that every block reads: [B, emb_channels]."""
@@ -83,35 +105,96 @@ class SongUNet(Network):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Every encoder output, the bottleneck's last."""
-        features = []
-        for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-            features.append(x)
+        """Every encoder output that the decoder reads, the bottleneck's last."""
+        features: list[Tensor] = []
+        aux = x
+        for name, block in self.enc.items():
+            if isinstance(block, UNetBlock):
+                features.append(block(features[-1], emb))
+            elif name.endswith("_conv"):
+                features.append(block(x))
+            else:
+                features[-1], aux = _AUX_STEPS[name.partition("_aux_")[2]](block, features[-1], aux)
         return features
 
     def decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
         """The encoder's outputs to F(x): [B, C, H, W]."""
         skips, x = list(features), features[-1]
-        *blocks, norm, conv = self.dec.values()
-        for block in blocks:
-            assert isinstance(block, UNetBlock)
-            if x.shape[1] != block.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb)
-        out: Tensor = conv(norm(x, silu=True))
-        return out
+        image = normed = None
+        for name, block in self.dec.items():
+            if isinstance(block, UNetBlock):
+                x = ascend(block, x, skips, emb)
+            elif isinstance(block, GroupNorm):
+                normed = block(x, silu=True)
+            elif name.endswith("_aux_conv"):
+                image = block(normed) if image is None else image + block(normed)
+            else:
+                image = block(image)
+        assert image is not None
+        return image
 
 
-def _level_name(height: int, width: int, level: int) -> str:
-    # EDM names levels by a square resolution; other shapes keep the pattern.
-    return f"{height >> level}x{width >> level}"
+NCSNPP = partial(
+    SongUNet, embedding_type="fourier", encoder_type="residual", resample_filter=(1, 3, 3, 1), channel_mult_noise=2
+)
+
+_Resample = Callable[..., Conv2d]
+_Modules = dict[str, nn.Module]
 
 
-def _check_resolution(height: int, width: int, levels: int) -> None:
-    divisor = 2 ** (levels - 1)
-    if height % divisor or width % divisor:
+def _skip_path(resample: _Resample, image_channels: int, name: str, _: int, channels: int) -> _Modules:
+    return {
+        f"{name}_aux_down": resample(image_channels, image_channels, 0, down=True),
+        f"{name}_aux_skip": Conv2d(image_channels, channels, 1),
+    }
+
+
+def _residual_path(resample: _Resample, _: int, name: str, above: int, channels: int) -> _Modules:
+    return {f"{name}_aux_residual": resample(above, channels, 3, down=True, convolve_first=True)}
+
+
+def _output(_: _Resample, out_channels: int, plan: list[Level], level: Level, channels: int) -> _Modules:
+    if level is not plan[0]:
+        return {}
+    return {
+        f"{level.name}_aux_norm": GroupNorm(channels, STYLE.eps),
+        f"{level.name}_aux_conv": Conv2d(channels, out_channels, 3, init=STYLE.init_last),
+    }
+
+
+def _outputs(resample: _Resample, out_channels: int, plan: list[Level], level: Level, channels: int) -> _Modules:
+    enlarged = {} if level is plan[-1] else {f"{level.name}_aux_up": resample(out_channels, out_channels, 0, up=True)}
+    return enlarged | _output(resample, out_channels, [level], level, channels)
+
+
+EMBEDDINGS: dict[str, Callable[[int], nn.Module]] = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
+# What stands beside the blocks of a level: on the way down, and on the way up.
+ENCODERS: dict[str, Callable[..., _Modules]] = {"standard": nothing, "skip": _skip_path, "residual": _residual_path}
+DECODERS: dict[str, Callable[..., _Modules]] = {"standard": _output, "skip": _outputs}
+
+
+def _join_residual(block: nn.Module, x: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+    total = (x + block(aux)) * STYLE.skip_scale
+    return total, total
+
+
+# What a layer beside the encoder makes of the encoder's last feature and of the path that it stands on.
+_AUX_STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "down": lambda block, x, aux: (x, block(aux)),
+    "skip": lambda block, x, aux: (x + block(aux), aux),
+    "residual": _join_residual,
+}
+
+
+def _check_choice(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise RequestError(f"{name} '{value}' is unknown", remedy=f"choose one of {', '.join(known)}", param="network")
+
+
+def _check_filter(taps: Sequence[float]) -> None:
+    if len(taps) % 2 or not sum(taps):
         raise RequestError(
-            f"resolution {height}x{width} is not divisible by {divisor}",
-            remedy=f"use fewer than {levels} levels or resize the data",
+            f"resample_filter {list(taps)} does not double and halve",
+            remedy="give an even number of taps whose sum is not 0, such as [1, 1] or [1, 3, 3, 1]",
+            param="network",
         )
