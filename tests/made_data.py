@@ -2,7 +2,10 @@
 
 import gzip
 import io
+import json
 import struct
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,29 @@ def png(pixels: np.ndarray | Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", **options)
     return buffer.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def zip_of(path: Path, files: dict[str, bytes], meta: object = None) -> Path:
+    """Stored in the order given; `dataset.json` is left out without meta."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        if meta is not None:
+            archive.writestr("dataset.json", meta if isinstance(meta, str) else json.dumps(meta))
+    return path
+
+
+def grey_zip(path: Path, levels: Iterable[int], labels: list[object] | None = None, side: int = 4, **meta: object) -> Path:
+    """Square grey images of one level each."""
+    files = {f"00000/img{i:08d}.png": png(np.full((side, side), level, np.uint8)) for i, level in enumerate(levels)}
+    named = None if labels is None else [list(pair) for pair in zip(files, labels, strict=True)]
+    return zip_of(path, files, {"labels": named, **meta})
 
 
 def write_idx(folder: Path, images: np.ndarray, labels: np.ndarray, compress: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_data import all_images, arrays_dataset, png, write_idx
+from made_data import arrays_dataset, npy, png, write_idx
 
 from uni_instruct.data import open_dataset, write_zip
 from uni_instruct.errors import RequestError
@@ -85,15 +85,32 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "zip without images": (zip_with({}), r"made\.zip has no images"),
     "json": (zip_with("{", "a.png"), r"dataset\.json in .*made\.zip is not JSON"),
     "json list": (zip_with([], "a.png"), r"dataset\.json in .* is not an object"),
-    "label missing": (zip_with({"labels": [["b.png", 0]]}, "a.png"), r"has no label for a\.png"),
+    "label missing": (zip_with({"labels": [["b.png", 0]]}, "a.png"), r"a\.png in .* has no label in dataset\.json"),
     "labels": (zip_with({"labels": 3}, "a.png"), r"labels in .* are not a list of \[file, class\]"),
-    "label": (zip_with({"labels": [["a.png", [0.5, 1]]]}, "a.png"), r"label \[0\.5, 1\] in .* is not a class"),
-    "negative": (zip_with({"labels": [["a.png", -1]]}, "a.png"), r"label -1 in .* is not a class"),
+    "label": (zip_with({"labels": [["a.png", "cat"]]}, "a.png"), r"a\.png in .* has label cat, which is not a class"),
+    "negative": (zip_with({"labels": [["a.png", -1]]}, "a.png"), r"has label -1, which is not a class: an integer from 0"),
+    "beyond": (
+        zip_with({"labels": [["a.png", 1], ["b.png", 3]], "num_classes": 3}, "a.png", "b.png"),
+        r"b\.png in .* has label 3, outside the classes 0\.\.2; correct it in dataset\.json",
+    ),
+    "mixed labels": (
+        zip_with({"labels": [["a.png", [1, 0]], ["b.png", 1]]}, "a.png", "b.png"),
+        r"b\.png in .* has label 1, which is not a vector of 2 numbers",
+    ),
+    "uneven vectors": (
+        zip_with({"labels": [["a.png", [1, 0]], ["b.png", [1, 0, 0]]]}, "a.png", "b.png"),
+        r"b\.png in .* has label \[1, 0, 0\], which is not a vector of 2 numbers",
+    ),
     "num_classes": (
         zip_with({"labels": [["a.png", 1]], "num_classes": "x"}, "a.png"),
         r"num_classes x in .* is not a number",
     ),
-    "many classes": (zip_with({"labels": [["a.png", 10**12]]}, "a.png"), r"label 1000000000000 in .* is not a class"),
+    "many classes": (zip_with({"labels": [["a.png", 10**12]]}, "a.png"), r"has label 1000000000000, which is not a class"),
+    "one-hot beyond": (
+        zip_with({"labels": [["a.png", [0, 0, 1]]], "num_classes": 2}, "a.png"),
+        r"has labels in 2\.\.2; use 0\.\.1",
+    ),
+    "deep json": (zip_with("[" * 100_000, "a.png"), r"dataset\.json in .*made\.zip is not JSON"),
     "empty folder": (lambda folder: folder, r"has no images; give a folder of images"),
     "mixed sizes": (
         folder_with(a_png=GREY, b_png=WIDE),
@@ -116,6 +133,23 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "npz empty": (npz_with(arr_0=np.zeros((0, 4, 4, 1), np.uint8)), r"has no images"),
     "npz objects": (npz_with(arr_0=np.array([{}], dtype=object)), r"made\.npz is not a whole \.npz"),
+    "npz labels": (
+        npz_with(arr_0=np.zeros((2, 4, 4, 1), np.uint8), labels=np.zeros((2, 3))),
+        r"has labels of float64 \[2, 3\]; save them as integers",
+    ),
+    "latent shape": (
+        folder_with(a_npy=npy(np.zeros((4, 8, 8), np.float32))),
+        r"a\.npy in .* is float32 \[4, 8, 8\], not float32",
+    ),
+    "latent type": (folder_with(a_npy=npy(np.zeros((8, 8, 8), np.int64))), r"a\.npy in .* is int64 \[8, 8, 8\], not float32"),
+    "latent objects": (folder_with(a_npy=npy(np.array([{}], dtype=object))), r"a\.npy in .* cannot be read: Object arrays"),
+    "cut latent": (folder_with(a_npy=npy(np.zeros((8, 2, 2), np.float32))[:150]), r"a\.npy in .* cannot be read"),
+    "latent nan": (folder_with(a_npy=npy(np.full((8, 2, 2), np.nan, np.float32))), r"a\.npy in .* not finite"),
+    "latent deviation": (folder_with(a_npy=npy(np.full((8, 2, 2), -1, np.float32))), r"deviations below zero"),
+    "mixed latents": (
+        folder_with(a_npy=npy(np.ones((8, 2, 2), np.float32)), b_npy=npy(np.ones((8, 4, 2), np.float32))),
+        r"b\.npy in .* is 4x2, other latents are 2x2",
+    ),
     "cut npz": (truncated_npz, r"made\.npz is not a whole \.npz"),
 }
 
@@ -124,6 +158,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_faulty_data_is_one_clear_line(tmp_path: Path, fault: str) -> None:
     make, message = FAULTS[fault]
     with pytest.raises(RequestError, match=message) as error:
-        all_images(open_dataset(make(tmp_path)))
+        read_all(make(tmp_path))
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
+
+
+def read_all(path: Path) -> np.ndarray:
+    dataset = open_dataset(path)
+    return dataset.stored(range(len(dataset)))

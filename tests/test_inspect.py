@@ -115,7 +115,7 @@ def test_a_sample_set_without_classes(tmp_path: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing", None, "there is no bundle or data set missing; give a path, a data set (digits"),
+        ("missing", None, "there is no bundle, data set or checkpoint missing; give a path, a data set (digits"),
         ("text.txt", b"hello", "text.txt is not a data set"),
         ("cut.npz", b"PK\x03\x04rubbish", "cut.npz is not a whole .npz"),
         ("cut.zip", b"PK\x03\x04rubbish", "cut.zip is not a whole zip"),

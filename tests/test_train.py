@@ -141,7 +141,7 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
     ("arguments", "message"),
     [
         (["train", "digits", "--set", "teacher.bundle=digits"], "is a one-step generator, which knows one noise level only"),
-        (["train", "imagenet"], "recipe 'imagenet' is unknown; give a YAML file or one of digits"),
+        (["train", "imagenet"], "recipe 'imagenet' is unknown; give a YAML file or one of afhqv2-64, cifar10-cond"),
         (["train", "digits", "--set", "divergence=kl"], "divergence 'kl' is unknown; choose one of reverse-kl"),
         (["train", "digits", "--set", "divergence=r**2"], "f(r) = r**2 is 1 at r = 1; subtract that, so that f(1) = 0"),
         (

@@ -16,22 +16,35 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The denoiser that teacher, fake score and generator share."""
+    """The denoiser that teacher, fake score and generator share; a given teacher brings its own.
+
+    None leaves an argument to the architecture, which refuses those that it does not have.
+    """
 
     architecture: str = "ddpmpp"
     conditional: bool = True
-    model_channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)
-    channel_mult_emb: int = 4
-    num_blocks: int = 4
-    attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.1
     sigma_data: float = 0.5
+    model_channels: int | None = None
+    channel_mult: tuple[int, ...] | None = None
+    channel_mult_emb: int | None = None
+    channel_mult_noise: int | None = None
+    num_blocks: int | None = None
+    attn_resolutions: tuple[int, ...] | None = None
+    dropout: float | None = None
+    resample_filter: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         one_of("network.architecture", self.architecture, NETWORKS)
-        in_range("network.dropout", self.dropout, 0, 0.99)
-        in_range("network.num_blocks", self.num_blocks, 1, 64)
+        if self.dropout is not None:
+            in_range("network.dropout", self.dropout, 0, 0.99)
+        if self.num_blocks is not None:
+            in_range("network.num_blocks", self.num_blocks, 1, 64)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The architecture's arguments that are given."""
+        given = dataclasses.asdict(self).items()
+        return {key: value for key, value in given if value is not None and key not in ("architecture", "conditional")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,12 +214,13 @@ class Recipe:
     """All of it. `data` is whatever `open_dataset` takes, or empty where a given teacher is enough.
 
     schedule lists the objectives that come before `objective`, each until so many kimg. `measured` says what the recipe
-    reached, or 'unmeasured'.
+    reached, or 'unmeasured'; `published` what its paper reports, with the source.
     """
 
     name: str
     data: str = ""
     measured: str = "unmeasured"
+    published: str = ""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning_fabric import Fabric
@@ -12,6 +13,7 @@ from uni_instruct import __version__
 from uni_instruct.bundle import CONFIG, Bundle, GeneratorSpec
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator
+from uni_instruct.hub import is_on_hub
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
@@ -70,6 +72,7 @@ class _Session:
             provenance={
                 "recipe": self.recipe.to_dict(),
                 "data": self.dataset.source if self.dataset else "",
+                "teacher": _ancestry(teacher),
                 "teacher_sha256": teacher.weights_sha256,
                 "uni_instruct": __version__,
             },
@@ -109,3 +112,9 @@ class _Session:
     def _batches(self, batch: int) -> Batches:
         assert self.dataset is not None
         return Batches(self.dataset, batch, self.recipe.loop.seed)
+
+
+def _ancestry(teacher: Bundle) -> dict[str, Any]:
+    """Where the teacher comes from, without naming folders of this machine."""
+    source = {"hub": teacher.origin} if is_on_hub(teacher.origin) else {}
+    return {"name": teacher.spec.name, **source, **teacher.spec.provenance.get("imported", {})}

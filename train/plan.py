@@ -1,13 +1,16 @@
 """What a recipe comes to on this machine: data, teacher and reward opened, and held against each other before any training."""
 
-import dataclasses
 from dataclasses import dataclass
+
+import torch
 
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.checkpoints.importing import open_or_import
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.networks.preconditioning import Preconditioning
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.reward import Reward, open_reward
 from uni_instruct.train.stages.augment import AUGMENT_LABELS
@@ -30,7 +33,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """Opens what the recipe names. Raises RequestError where its parts do not fit each other."""
     check_trackers(recipe.loop.trackers)
     dataset = open_dataset(recipe.data) if recipe.data else None
-    given = Bundle.open(recipe.teacher.bundle) if recipe.teacher.bundle else None
+    given = open_or_import(recipe.teacher.bundle, "teacher") if recipe.teacher.bundle else None
     if given is not None:
         _check_is_teacher(given)
         spec = given.spec
@@ -39,7 +42,8 @@ def make_plan(recipe: Recipe) -> Plan:
     else:
         assert dataset is not None, "Recipe checks this"
         spec = plan_teacher(recipe, dataset)
-    build_denoiser(spec)
+    with torch.device("meta"):
+        build_denoiser(spec)
     _check_classes(recipe, spec)
     if recipe.distillation.augment and spec.network_args.get("augment_dim", 0) != AUGMENT_LABELS:
         raise RequestError(
@@ -59,11 +63,12 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def plan_teacher(recipe: Recipe, dataset: Dataset) -> GeneratorSpec:
     """The spec of a teacher trained by this recipe on this data."""
-    args = dataclasses.asdict(recipe.network)
-    architecture, conditional = args.pop("architecture"), args.pop("conditional")
+    args, conditional = recipe.network.args, recipe.network.conditional
     if conditional and dataset.labels is None:
         raise RequestError(
-            f"data set '{dataset.name}' has no classes", remedy="--set network.conditional=false", param="recipe"
+            f"data set '{dataset.name}' has no classes{f' ({dataset.note})' if dataset.note else ''}",
+            remedy="--set network.conditional=false",
+            param="recipe",
         )
     if recipe.teacher.augment or recipe.distillation.augment:
         args["augment_dim"] = AUGMENT_LABELS
@@ -74,7 +79,7 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> GeneratorSpec:
         class_names=dataset.class_names if conditional else (),
         sigma_init=recipe.distillation.sigma_init,
         steps=recipe.teacher.steps,
-        network=architecture,
+        network=recipe.network.architecture,
         network_args=args,
         provenance={"recipe": recipe.to_dict(), "data": dataset.source, "uni_instruct": __version__},
         licence=dataset.licence,
@@ -82,16 +87,29 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> GeneratorSpec:
 
 
 def _open_start(source: str, teacher: GeneratorSpec) -> Bundle:
-    bundle = Bundle.open(source)
-    for what in ("image_shape", "num_classes", "network", "network_args"):
-        mine, theirs = getattr(bundle.spec, what), getattr(teacher, what)
-        if mine != theirs:
-            raise RequestError(
-                f"distillation.start {source} has {what} {mine}, the teacher {theirs}",
-                remedy="start from a generator of the teacher's network, or leave it out",
-                param="start",
-            )
+    bundle = open_or_import(source, "generator")
+    mine, theirs = bundle.spec, teacher
+    for what in ("image_shape", "num_classes", "network"):
+        if getattr(mine, what) != getattr(theirs, what):
+            raise _unlike(source, what, getattr(mine, what), getattr(theirs, what))
+    # Dropout may differ, and what one names and the other leaves to the default.
+    if _weights_of(mine) != _weights_of(theirs):
+        raise _unlike(source, "network_args", dict(mine.network_args), dict(theirs.network_args))
     return bundle
+
+
+def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestError:
+    return RequestError(
+        f"distillation.start {source} has {what} {mine}, the teacher {theirs}",
+        remedy="start from a generator of the teacher's network, or leave it out",
+        param="start",
+    )
+
+
+def _weights_of(spec: GeneratorSpec) -> tuple[Preconditioning, dict[str, torch.Size]]:
+    with torch.device("meta"):
+        denoiser = build_denoiser(spec)
+    return denoiser.preconditioning, {name: tensor.shape for name, tensor in denoiser.state_dict().items()}
 
 
 def _open_rewards(recipe: Recipe, spec: GeneratorSpec) -> Reward | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import atomic_folder, sha256
-from uni_instruct.hub import fetch, is_on_hub
+from uni_instruct.hub import fetch, is_on_hub, names_file
 from uni_instruct.latents import ImageShape
 
 FORMAT_VERSION = 1
@@ -180,7 +180,8 @@ def shipped_generators() -> list[str]:
 
 def is_bundle(source: str | Path) -> bool:
     """Whether the source is meant for a bundle: a folder of one, a shipped generator, or a repository on the hub."""
-    return is_on_hub(source) or (Path(source) / CONFIG).is_file() or str(source) in shipped_generators()
+    on_hub = is_on_hub(source) and not names_file(source)
+    return on_hub or (Path(source) / CONFIG).is_file() or str(source) in shipped_generators()
 
 
 def find_bundle(source: str | Path) -> tuple[Path, str]:

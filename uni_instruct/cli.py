@@ -17,11 +17,19 @@ COMMANDS = {
         "uni_instruct.commands.quickstart:quickstart",
         "Train, export, evaluate and serve a generator of digits.",
     ),
-    "data": ("uni_instruct.commands.data:data", "Prepare a data set."),
+    "data": ("uni_instruct.commands.data:data", "Prepare or check a data set."),
     "train": ("uni_instruct.train.command:train", "Train a teacher and distil it into a one-step generator."),
+    "doctor": (
+        "uni_instruct.train.doctor_command:doctor",
+        "Look at data, teacher, devices and disk before a long training.",
+    ),
     "average": (
         "uni_instruct.train.average_command:average",
         "Make another average of a run's weights, without training again.",
+    ),
+    "import": (
+        "uni_instruct.commands.import_checkpoint:import_checkpoint",
+        "Make a bundle of another project's checkpoint.",
     ),
     "export": (
         "uni_instruct.export.command:export",

@@ -25,6 +25,12 @@ def is_on_hub(source: str | Path) -> bool:
     return str(source).startswith(SCHEME)
 
 
+def names_file(source: str | Path) -> bool:
+    """Whether the source is an address of one file on the hub."""
+    match = _NAME.fullmatch(str(source).removeprefix(SCHEME))
+    return is_on_hub(source) and match is not None and match["file"] is not None
+
+
 def fetch(source: str) -> Download:
     """The repository's bundle, or its one file, in huggingface_hub's cache; from the cache alone with HF_HUB_OFFLINE=1.
 

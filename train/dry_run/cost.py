@@ -17,6 +17,9 @@ from uni_instruct.train.stages.distillation import Players
 
 MEASURE_S = 18.0
 MB = 2**20
+# NVIDIA's data sheet of the H100 SXM, dense: TF32, which torch takes for convolutions in fp32, and 16-bit products.
+GPU_FLOPS_PER_S = {"32-true": 494e12, "bf16-mixed": 989e12, "16-mixed": 989e12}
+GPU_SHARE = 0.3
 FLOAT_BYTES = 4  # gradients and moments have 32 bits whatever the precision of products
 
 
@@ -54,12 +57,16 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """images and flops_per_image (one image's share of a step) have an entry for each phase; timing is the last phase's."""
+    """images and flops_per_image (one image's share of a step) have an entry for each phase; timing is the last phase's.
+
+    disk is bytes: of the state, twice while it is replaced, the bundle, and the snapshots of power-function averages.
+    """
 
     images: tuple[int, ...]
     flops_per_image: tuple[float, ...]
     micro_batch: int
     memory: Memory
+    disk: int
     timing: Timing | None
 
     @property
@@ -93,6 +100,15 @@ class Cost:
     def flops(self) -> float:
         """Of the whole run but for evaluation."""
         return sum(stage.flops for stage in self.stages.values()) + self.pairs_flops
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the run leaves or passes through, without log, pictures and pairs."""
+        return sum(stage.disk for stage in self.stages.values())
+
+    def gpu_days(self, precision: str) -> float:
+        """Days on one GPU of H100's peak at the share of it that training of such networks reaches: an assumption."""
+        return self.flops / (GPU_FLOPS_PER_S[precision] * GPU_SHARE * 86400)
 
     @property
     def time_s(self) -> float | None:
@@ -171,6 +187,7 @@ def _teacher(plan: Plan, players: Players, counted: CountedSteps, timed: TimedSt
         flops_per_image=(counts.flops,),
         micro_batch=micro_batch_of(config),
         memory=memory,
+        disk=_disk(networks, players.teacher, config, plan.recipe.loop.snapshot_kimg),
         timing=timed.teacher(counts.flops, _limits(memory, config, budget_s)),
     )
 
@@ -187,6 +204,7 @@ def _generator(plan: Plan, players: Players, counted: CountedSteps, timed: Timed
         flops_per_image=tuple(c.flops for c in counts),
         micro_batch=micro_batch_of(config),
         memory=memory,
+        disk=_disk(trained, players.generator, config, plan.recipe.loop.snapshot_kimg),
         timing=timed.distillation(last.objective, last.critic_alone, counts[-1].flops, limits),
     )
 
@@ -206,6 +224,13 @@ def _memory(
         averages=(len(config.ema_halflife_kimg) + len(config.ema_power_std)) * _bytes(averaged),
         activations=round(activations_per_image * micro_batch_of(config)),
     )
+
+
+def _disk(trained: Sequence[nn.Module], averaged: nn.Module, config: StageConfig, snapshot_kimg: float) -> int:
+    averages = (len(config.ema_halflife_kimg) + len(config.ema_power_std)) * _bytes(averaged)
+    state = sum(_bytes(network) + 2 * FLOAT_BYTES * _size(network) for network in trained) + averages
+    snapshots = len(config.ema_power_std) * math.ceil(config.duration_kimg / snapshot_kimg) * _bytes(averaged)
+    return 2 * state + _bytes(averaged) + snapshots
 
 
 def _limits(memory: Memory, config: StageConfig, budget_s: float) -> Limits:

@@ -9,7 +9,7 @@ import yaml
 
 from uni_instruct.data import Dataset
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.dry_run.cost import MB, Cost, Memory, Phase, StageCost, cost_of, evaluations
+from uni_instruct.train.dry_run.cost import GPU_SHARE, MB, Cost, Memory, Phase, StageCost, cost_of, evaluations
 from uni_instruct.train.dry_run.formula import critic_lines, method_lines, objective_lines
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.plan import Plan, make_plan
@@ -60,6 +60,8 @@ def facts(plan: Plan, cost: Cost) -> dict[str, Any]:
         "s_per_1000_images": {name: timing and 1000 * timing.s_per_image for name, timing in timings.items()},
         "measured_on": {"device": cost.device, "images": {name: timing and timing.images for name, timing in timings.items()}},
         "time_s": cost.time_s,
+        "disk_mb": cost.disk / MB,
+        "h100_days_assumed": cost.gpu_days(plan.recipe.loop.precision),
     }
 
 
@@ -97,7 +99,14 @@ def cost_lines(plan: Plan, cost: Cost) -> list[str]:
         lines.append(f"{name}, memory of a process: {_memory_words(stage)}")
         lines.append(f"{name}, time: {_time_words(stage)}")
     in_all = "" if cost.time_s is None else f", {_duration(cost.time_s)} in one process here"
-    return [*lines, f"whole run: {_flops(cost.flops)}{in_all}, without evaluation and writing", f"here: {cost.device}"]
+    precision = plan.recipe.loop.precision
+    days = f"{_number(cost.gpu_days(precision))} days of one H100, if it reaches {GPU_SHARE:.0%} of its peak in {precision}"
+    return [
+        *lines,
+        f"whole run: {_flops(cost.flops)}{in_all}, without evaluation and writing; about {days}",
+        f"disk: {_number(cost.disk / MB)} MB, without pictures and logs",
+        f"here: {cost.device}",
+    ]
 
 
 def _comment(line: str) -> str:

@@ -34,12 +34,12 @@ class Batches:
         self._ahead: dict[tuple[int, int, int], Future[_Read]] = {}
 
     def __call__(self, step: int, part: slice, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """That part of the batch: images float32 [B, C, H, W] in [-1, 1] and class ids int64 [B] (None without labels)."""
+        """That part of the batch: images float32 [B, C, H, W] (`Dataset.floats`), class ids int64 [B] (None without labels)."""
         future = self._ahead.pop((step, part.start, part.stop), None) or self._start_reading(step, part)
         self._ahead = {key: value for key, value in self._ahead.items() if key[0] >= step}
         self._ahead[step + 1, part.start, part.stop] = self._start_reading(step + 1, part)
-        pixels, class_ids = future.result()
-        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        values, class_ids = future.result()
+        images = torch.from_numpy(values).to(device).permute(0, 3, 1, 2)
         return images, None if class_ids is None else torch.from_numpy(class_ids).to(device)
 
     def _start_reading(self, step: int, part: slice) -> "Future[_Read]":
@@ -49,7 +49,14 @@ class Batches:
         positions = range(step * self.batch + part.start, step * self.batch + part.stop)
         index = np.array([self._permutation(p // len(self.dataset))[p % len(self.dataset)] for p in positions])
         labels = self.dataset.labels
-        return self.dataset.images(index), None if labels is None else labels[index]
+        return self.dataset.floats(index, self._seeds(positions)), None if labels is None else labels[index]
+
+    def _seeds(self, positions: range) -> list[int]:
+        """What latents are drawn by: of each place in the run, so that neither micro-batches nor processes change them."""
+        if not self.dataset.latents:
+            return [0] * len(positions)
+        states = (np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0] for position in positions)
+        return [int(state) >> 1 for state in states]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:

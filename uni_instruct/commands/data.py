@@ -1,19 +1,21 @@
-"""uni-instruct data: data sets in, EDM's zip out."""
+"""uni-instruct data: data sets in, EDM's zip out, or what is wrong with them."""
 
 import json
 from pathlib import Path
 
 import rich_click as click
 
-from uni_instruct.data import Dataset, open_dataset, write_zip
-from uni_instruct.errors import RequestError
+from uni_instruct.data import Dataset, check_data, open_dataset, write_zip
+from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import sha256
 from uni_instruct.progress import progress
+
+_COLOURS = {1: "grey", 3: "colour"}
 
 
 @click.group()
 def data() -> None:
-    """Prepare a data set.
+    """Prepare or check a data set.
 
     Example: uni-instruct data prepare digits --out digits.zip
     """
@@ -23,29 +25,57 @@ def data() -> None:
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The zip to write; replaced if there.")
 @click.option("--resolution", type=int, help="Centre-crop to a square and resize to this many pixels.")
+@click.option("--num-classes", type=int, help="How many classes there are, where the last of them have no image.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def prepare(source: str, out: Path, resolution: int | None, as_json: bool) -> None:
+def prepare(source: str, out: Path, resolution: int | None, num_classes: int | None, as_json: bool) -> None:
     """Write SOURCE as a zip that `train`, `evaluate` and EDM's tools read.
 
-    SOURCE is digits, fashion-mnist or fashion-mnist-test; a folder of images (classes are its sub-folders), a zip, an
-    .npz with arr_0, a folder of IDX files.
+    SOURCE is digits, fashion-mnist or fashion-mnist-test; a folder of images (classes are its sub-folders), a zip of images
+    or of EDM2's latents, an .npz with arr_0, a folder of IDX files; or several of them with commas between, such as
+    a.zip,b.zip, which become one.
 
     Example: uni-instruct data prepare photos/ --resolution 64 --out photos.zip
     """
     if out.suffix.lower() != ".zip" or out.is_dir():
         raise RequestError(f"--out {out} is not the name of a zip", remedy="give a file such as data.zip", param="out")
-    dataset = open_dataset(source, resolution)
+    dataset = open_dataset(source, resolution, num_classes)
     with progress("prepare", len(dataset), "images") as bar:
         write_zip(dataset, out, bar)
     click.echo(json.dumps(_facts(dataset, out), indent=2) if as_json else f"wrote {out}: {describe(dataset)}")
 
 
+@data.command()
+@click.argument("source")
+@click.option("--resolution", type=int, help="Sizes may differ: images will be brought to this many pixels.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def check(source: str, resolution: int | None, as_json: bool) -> None:
+    """Read every image and label of SOURCE and name each file that is wrong; the exit code is then 2.
+
+    Example: uni-instruct data check data.zip
+    """
+    found = check_data(source, resolution, progress)
+    if as_json:
+        wrong = [one._asdict() for one in found.wrong]
+        click.echo(json.dumps({"source": source, "images": found.images, "wrong": wrong}, indent=2))
+    elif found.wrong:
+        click.echo("\n".join(one.problem for one in found.wrong))
+    else:
+        click.echo(f"nothing is wrong: {describe(open_dataset(source, resolution))}")
+    if found.wrong:
+        files = len({(one.source, one.file) for one in found.wrong})
+        raise FileFormatError(
+            f"{source}: {files} file{'s are' if files > 1 else ' is'} wrong, {found.images} images were read",
+            remedy="replace, remove or label what is named",
+        )
+
+
 def describe(dataset: Dataset) -> str:
     """A data set in one line."""
     channels, height, width = dataset.image_shape
-    colours = {1: "grey", 3: "colour"}[channels]
+    kind = "latents" if dataset.latents else f"{_COLOURS[channels]} images"
     classes = f"{dataset.num_classes} classes" if dataset.num_classes else "no classes"
-    return f"{dataset.name}, {len(dataset)} {colours} images of {width}x{height}, {classes}, licence {dataset.licence}"
+    note = f"; {dataset.note}" if dataset.note else ""
+    return f"{dataset.name}, {len(dataset)} {kind} of {width}x{height}, {classes}, licence {dataset.licence}{note}"
 
 
 def _facts(dataset: Dataset, out: Path) -> dict[str, object]:

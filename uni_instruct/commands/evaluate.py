@@ -10,7 +10,7 @@ import rich_click as click
 
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle, is_bundle
-from uni_instruct.data import DATASETS, Dataset, open_dataset
+from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
 from uni_instruct.evaluate.evaluator import check_shape
@@ -25,7 +25,7 @@ MAX_SAMPLES = 10_000_000
 
 @click.command()
 @click.argument("images", metavar="BUNDLE|IMAGES")
-@click.option("--reference", "reference_source", required=True, help="Data set, or .npz of mu and sigma, to compare with.")
+@click.option("--reference", "reference_source", required=True, help="Data set, or .npz or .pkl of mu and sigma.")
 @click.option("--teacher", help="Bundle that is scored on the same seeds, for the ratio of the distances.")
 @click.option("--metrics", help=f"Some of {','.join(METRICS)}. [default: all that apply]")
 @click.option("--extractor", type=click.Choice(EXTRACTORS), default="auto", help="What turns images into features.")
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def _open_images(images: str) -> Dataset:
-    if images not in DATASETS and not Path(images).exists():
+    if not is_data(images):
         raise RequestError(
             f"there is no bundle and there are no images at {images}",
             remedy="give a folder that 'train' wrote, or a folder, zip or npz of images",

@@ -10,9 +10,11 @@ import numpy as np
 import rich_click as click
 
 from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, shipped_generators
-from uni_instruct.data import DATASETS, open_dataset
+from uni_instruct.commands.inspect_checkpoint import checkpoint_facts, checkpoint_rows, is_checkpoint
+from uni_instruct.data import DATASETS, is_data, open_dataset
 from uni_instruct.engines.record import RECORD, EngineRecord, verified_file
 from uni_instruct.errors import BundleError, RequestError
+from uni_instruct.hub import fetch, names_file
 
 # Fact -> what to print for it; facts without a row here are for --json alone.
 Row = tuple[str, str]
@@ -24,17 +26,23 @@ CLASSES_SHOWN = 20
 @click.option("--data", "as_data", is_flag=True, help="Take SOURCE for a data set, where a generator has the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(source: str, as_data: bool, as_json: bool) -> None:
-    """Say what is in SOURCE: a bundle (a folder or a shipped generator) or a data set (a folder, zip, npz or name).
+    """Say what is in SOURCE.
+
+    A bundle (a folder, a shipped generator, hf://owner/name), a data set (a folder, zip, npz or name), or another project's
+    checkpoint (.pkl, .pt, .safetensors, hf://owner/name/file), which is read without running anything in it.
 
     Example: uni-instruct inspect runs/digits/generator
     """
-    if is_bundle(source) and not as_data:
+    path = fetch(source).path if names_file(source) else Path(source)
+    if is_checkpoint(str(path)):
+        facts, rows = checkpoint_facts(path), checkpoint_rows
+    elif is_bundle(source) and not as_data:
         facts, rows = bundle_facts(Bundle.open(source)), bundle_rows
-    elif source in DATASETS or Path(source).exists():
+    elif is_data(source):
         facts, rows = data_facts(source), data_rows
     else:
         raise RequestError(
-            f"there is no bundle or data set {source}",
+            f"there is no bundle, data set or checkpoint {source}",
             remedy=f"give a path, a data set ({', '.join(DATASETS)}) or a shipped generator "
             f"({', '.join(shipped_generators()) or 'none'})",
             param="source",
@@ -72,9 +80,11 @@ def data_facts(source: str) -> dict[str, Any]:
         "name": dataset.name,
         "images": len(dataset),
         "image_shape": list(dataset.image_shape),
+        "latents": dataset.latents,
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names),
         "class_counts": counts,
+        "note": dataset.note,
         "licence": dataset.licence,
         "source": dataset.source,
     }
@@ -106,8 +116,9 @@ def data_rows(facts: dict[str, Any]) -> list[Row]:
     more = len(counts) - len(shown)
     return [
         ("data set", facts["name"]),
-        ("images", f"{facts['images']:,} of {_shape_text(facts['image_shape'])}"),
+        ("latents" if facts["latents"] else "images", f"{facts['images']:,} of {_shape_text(facts['image_shape'])}"),
         ("classes", str(facts["num_classes"] or "none")),
+        *([("note", facts["note"])] if facts["note"] else []),
         ("licence", facts["licence"]),
         ("source", facts["source"]),
         *shown,

@@ -7,7 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from uni_instruct.errors import FileFormatError
+from uni_instruct.data.vae import drawn
+from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.latents import ImageShape
 
 READ_BATCH = 256
@@ -22,7 +23,7 @@ class ImageReader(Protocol):
         ...
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Those images, a fresh array uint8 [B, H, W, C]; indices is int64 [B]."""
+        """Those images, a fresh array uint8 [B, H, W, C]; of latents, float32 [B, 8, H, W]. indices is int64 [B]."""
         ...
 
 
@@ -31,7 +32,8 @@ class Dataset:
     """Images of one shape and, where they have classes, the class of each.
 
     image_shape is [C, H, W]; labels is int64 [N] in 0..num_classes-1, or None; num_classes is 0 without labels;
-    class_names names every class. Raises FileFormatError where these do not fit together.
+    class_names names every class. latents: a VAE's latents stand in for images; they can be trained on, not looked at.
+    note is what a user should know about it. Raises FileFormatError where these do not fit together.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Dataset:
     licence: str
     source: str
     reader: ImageReader = field(repr=False)
+    latents: bool = False
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not len(self):
@@ -61,23 +65,51 @@ class Dataset:
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Those images: uint8 [B, H, W, C]. Reads only them and keeps none.
 
-        Raises FileFormatError for a file that is corrupt or of another size than the rest.
+        Raises FileFormatError for a file that is corrupt or of another size than the rest, RequestError for latents.
         """
+        self.require_images()
+        return self.stored(indices)
+
+    def require_images(self) -> None:
+        """Raises RequestError where it holds latents, which cannot be looked at."""
+        if self.latents:
+            raise RequestError(
+                f"data set '{self.name}' holds latents of a VAE, and images are needed here",
+                remedy="give the images that it was made from; to train on latents, --set metric=none",
+                param="data",
+            )
+
+    def floats(self, indices: Sequence[int] | np.ndarray, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Those images as networks take them: float32 [B, H, W, C], pixels in [-1, 1].
+
+        Latents are drawn from the VAE's distribution, image i by seeds[i] alone, and have a deviation of 0.5 (`vae.drawn`).
+        """
+        stored = self.stored(indices)
+        if self.latents:
+            return drawn(stored, [int(seed) for seed in seeds])
+        return stored.astype(np.float32) / 127.5 - 1
+
+    def stored(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Those images as they are kept: uint8 [B, H, W, C]; of latents, means and deviations, float32 [B, 8, H, W]."""
         return self.reader.read(np.asarray(indices, dtype=np.int64))
 
     def batches(self, batch: int = READ_BATCH) -> Iterator[np.ndarray]:
         """All images in their order, each part uint8 [<=batch, H, W, C]."""
-        for start in range(0, len(self), batch):
-            yield self.images(np.arange(start, min(start + batch, len(self))))
+        for part in self._parts(batch):
+            yield self.images(part)
 
     def fingerprint(self) -> str:
-        """SHA-256 of pixels and labels, in hex: the same data in another container has the same fingerprint."""
+        """SHA-256 of what is stored and of labels, in hex: the same data in another container has the same fingerprint."""
         digest = hashlib.sha256(f"{len(self)} {tuple(self.image_shape)} {self.num_classes}".encode())
-        for images in self.batches():
-            digest.update(images.tobytes())
+        for part in self._parts(READ_BATCH):
+            digest.update(self.stored(part).tobytes())
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def _parts(self, batch: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), batch):
+            yield np.arange(start, min(start + batch, len(self)))
 
     def _check_labels(self, labels: np.ndarray) -> None:
         if len(labels) != len(self):

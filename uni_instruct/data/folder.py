@@ -1,14 +1,16 @@
-"""A folder of images: classes are its sub-folders, or what a `dataset.json` beside the images says."""
+"""A folder of images or latents: classes are its sub-folders, or what a `dataset.json` beside the images says."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from uni_instruct.data.archive import META, described
+from uni_instruct.data.contents import content_fields, data_files
 from uni_instruct.data.dataset import Dataset
-from uni_instruct.data.pictures import FolderStore, PictureReader, common_shape, is_picture, natural_order
+from uni_instruct.data.labels import META, described, read_meta
+from uni_instruct.data.stores import FolderStore, natural_order
 from uni_instruct.errors import FileFormatError
+
+FOLDER_REMEDY = "give a folder of images, or of one sub-folder for each class"
 
 
 def open_folder(path: Path, resolution: int | None = None) -> Dataset:
@@ -18,31 +20,21 @@ def open_folder(path: Path, resolution: int | None = None) -> Dataset:
     Raises FileFormatError where there are none, sizes are mixed (without a resolution), or a class is empty.
     """
     store = FolderStore(path)
-    names = _picture_names(path)
-    if not names:
-        raise FileFormatError(f"{path} has no images", remedy="give a folder of images, or of one sub-folder for each class")
-    height, width, channels = common_shape(store, names, any_size=resolution is not None)
-    fields = described(store, names, has_meta=(path / META).is_file())
-    if fields["labels"] is None and not (path / META).is_file():
-        classes, labels = _classes(path, names)
+    names = store.names()
+    files, latents = data_files(store, names, FOLDER_REMEDY)
+    content = content_fields(store, files, latents, resolution, every_header=True)
+    fields = described(store, files, read_meta(store, names))
+    if META not in names:
+        classes, labels = folder_classes(path, files)
         fields |= {"labels": labels, "num_classes": len(classes), "class_names": classes, "name": path.resolve().name}
-    size = (resolution, resolution) if resolution else (height, width)
-    reader = PictureReader(store, names, size, channels, resize=resolution is not None)
-    return Dataset(image_shape=(channels, *size), reader=reader, **fields)
+    return Dataset(**content, **fields)
 
 
-def _picture_names(path: Path) -> list[str]:
-    """Names of the images, relative and with forward slashes, in natural order; hidden ones are passed over."""
-    found: list[str] = []
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = Path(folder).relative_to(path)
-        found.extend((relative / name).as_posix() for name in files if is_picture(name))
-    return sorted(found, key=natural_order)
+def folder_classes(path: Path, names: list[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """Class names and int64 labels [N] from the first part of each name; ((), None) where none is in a sub-folder.
 
-
-def _classes(path: Path, names: list[str]) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Class names and int64 labels [N] from the first part of each name; ((), None) where none is in a sub-folder."""
+    Raises FileFormatError where images lie beside class folders, or a class folder has none.
+    """
     parts = [name.split("/", 1) for name in names]
     loose = [name for name, part in zip(names, parts, strict=True) if len(part) == 1]
     if len(loose) == len(names):

@@ -1,75 +1,21 @@
-"""Image files to pixels: from a folder or a zip, one at a time, none of them kept."""
+"""Image files to pixels, one at a time, none of them kept."""
 
 import io
-import os
-import re
 import warnings
-import zipfile
-import zlib
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from uni_instruct.data.stores import UNREADABLE, Store, has_suffix, placed, reason_of
 from uni_instruct.errors import FileFormatError
 from uni_instruct.images import to_pil
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
+_COLOURS = {1: " grey", 3: " colour"}
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 _EXIF_ORIENTATION = 0x0112
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError)
-
-
-class Store(Protocol):
-    """Files by name: a folder or a zip."""
-
-    path: Path
-
-    def read(self, name: str) -> bytes:
-        """The file's bytes."""
-        ...
-
-
-class FolderStore:
-    """The files below a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def read(self, name: str) -> bytes:
-        """The file's bytes."""
-        return (self.path / name).read_bytes()
-
-
-class ZipStore:
-    """The members of a zip. Every process opens the file for itself, as a forked handle would share its position."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._owner = 0
-        self._reopen()
-
-    def names(self) -> list[str]:
-        """All members, in natural order."""
-        return sorted(self._zip.namelist(), key=natural_order)
-
-    def read(self, name: str) -> bytes:
-        """The member's bytes, its checksum verified."""
-        if self._owner != os.getpid():
-            self._reopen()
-        return self._zip.read(name)
-
-    def _reopen(self) -> None:
-        try:
-            self._zip = zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile as error:
-            raise FileFormatError(
-                f"{self.path} is not a whole zip: {str(error).lower()}", remedy="copy or prepare it again"
-            ) from error
-        self._owner = os.getpid()
 
 
 class PictureReader:
@@ -102,7 +48,7 @@ class PictureReader:
         if image.shape[2] == 1 and self.channels == 3:
             image = image.repeat(3, axis=2)
         if image.shape != (*self.size, self.channels):
-            raise _mixed(self.store, name, image.shape, (*self.size, self.channels))
+            raise mixed(self.store, name, image.shape, (*self.size, self.channels))
         return image
 
 
@@ -112,7 +58,7 @@ def decode(store: Store, name: str) -> np.ndarray:
         with _opened(store, name) as image:
             mode = "L" if _channels(image) == 1 else "RGB"
             pixels = np.asarray(ImageOps.exif_transpose(image).convert(mode))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(store, name, error) from error
     return pixels[:, :, None] if mode == "L" else pixels
 
@@ -125,7 +71,7 @@ def picture_shape(store: Store, name: str) -> tuple[int, int, int]:
             if image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
                 width, height = height, width
             return height, width, _channels(image)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(store, name, error) from error
 
 
@@ -139,7 +85,7 @@ def common_shape(store: Store, names: list[str], any_size: bool = False) -> tupl
     for name in names[1:]:
         shape = picture_shape(store, name)
         if shape[:2] != first[:2] and not any_size:
-            raise _mixed(store, name, shape, first)
+            raise mixed(store, name, shape, first)
         channels = max(channels, shape[2])
     return (*first[:2], channels)
 
@@ -155,14 +101,9 @@ def fit(image: np.ndarray, resolution: int) -> np.ndarray:
     return resized.reshape(resolution, resolution, image.shape[2])
 
 
-def natural_order(name: str) -> tuple[list[tuple[str, int]], str]:
-    """A sort key that puts '2.png' before '10.png'."""
-    return [(text, int(number or 0)) for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", name)], name
-
-
 def is_picture(name: str) -> bool:
     """Whether a file name looks like an image, and is not hidden."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
+    return has_suffix(name, IMAGE_SUFFIXES)
 
 
 def _opened(store: Store, name: str) -> Image.Image:
@@ -182,15 +123,17 @@ def _channels(image: Image.Image) -> int:
 
 
 def _unreadable(store: Store, name: str, error: BaseException) -> FileFormatError:
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
-    return FileFormatError(f"{name} in {store.path} cannot be read: {reason}", remedy="replace or remove that file")
+    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
+    return FileFormatError(f"{placed(store, name)} cannot be read: {reason}", remedy="replace or remove that file")
 
 
-def _mixed(store: Store, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> FileFormatError:
+def mixed(store: Store, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> FileFormatError:
+    """The error for a file of (H, W, C) among others of another."""
+
     def text(shape: tuple[int, ...]) -> str:
-        return f"{shape[1]}x{shape[0]}{' grey' if shape[2] == 1 else ''}"
+        return f"{shape[1]}x{shape[0]}{_COLOURS.get(shape[2], '')}"
 
     return FileFormatError(
-        f"{name} in {store.path} is {text(shape)}, other images are {text(expected)}",
+        f"{placed(store, name)} is {text(shape)}, other images are {text(expected)}",
         remedy="bring them to one size with 'uni-instruct data prepare --resolution'",
     )

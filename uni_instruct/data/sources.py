@@ -12,35 +12,70 @@ from uni_instruct.data.dataset import MAX_CLASSES, ArrayReader, Dataset, number_
 from uni_instruct.data.fashion_mnist import open_fashion_mnist, recognised
 from uni_instruct.data.folder import open_folder
 from uni_instruct.data.idx import has_idx, open_idx
+from uni_instruct.data.joined import joined, with_classes
 from uni_instruct.data.pictures import fit
+from uni_instruct.data.stores import UNREADABLE
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 
 _KINDS = "a zip, an .npz, a folder of images or a folder of IDX files"
 
 
-def open_dataset(source: str | Path, resolution: int | None = None) -> Dataset:
+def open_dataset(source: str | Path, resolution: int | None = None, num_classes: int | None = None) -> Dataset:
     """A data set by name (DATASETS), or from a zip, an .npz of samples, a folder of images, or a folder of IDX files.
 
-    resolution: centre-crop every image to a square and resize it to this many pixels. A name wins over a file or folder
+    Several, with commas between them, are one ('a.zip,b.zip'). resolution: centre-crop every image to a square and resize it to
+    this many pixels. num_classes: how many there are, where the last of them have no image. A name wins over a file or folder
     called so, unless that is written as a path ('./digits').
     Raises RequestError for an unknown source, FileFormatError for one that is corrupt or not what it was taken for.
     """
     if resolution is not None and not 1 <= resolution <= 4096:
         raise RequestError(f"resolution {resolution} is outside 1..4096", remedy="give pixels", param="resolution")
-    if str(source) in DATASETS:
-        return _resized(DATASETS[str(source)](), resolution)
+    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
+        raise RequestError(
+            f"num_classes {num_classes} is outside 1..{MAX_CLASSES}", remedy="give their number", param="num_classes"
+        )
+    parts = [_open_one(part, resolution) for part in source_parts(source)]
+    return joined([part if num_classes is None else with_classes(part, num_classes) for part in parts])
+
+
+def source_parts(source: str | Path) -> list[str]:
+    """The sources that a user has joined with commas; one whose own name has a comma stays whole."""
+    text = str(source)
+    whole = "," not in text or Path(text).exists()
+    return [text] if whole else [part.strip() for part in text.split(",") if part.strip()] or [text]
+
+
+def is_data(source: str) -> bool:
+    """Whether a source is a name, is there, or has a part that is."""
+    return any(part in DATASETS or Path(part).exists() for part in source_parts(source))
+
+
+def no_data(source: str) -> RequestError:
+    """The error for a source that is not there."""
+    return RequestError(
+        f"there is no data set {source}", remedy=f"give one of {', '.join(DATASETS)}, or {_KINDS}", param="source"
+    )
+
+
+def _open_one(source: str, resolution: int | None) -> Dataset:
+    if source in DATASETS:
+        return _resized(DATASETS[source](), resolution)
     path = Path(source)
     if path.is_dir():
         return _resized(recognised(open_idx(path)), resolution) if has_idx(path) else open_folder(path, resolution)
     if not path.is_file():
-        raise RequestError(
-            f"there is no data set {source}", remedy=f"give one of {', '.join(DATASETS)}, or {_KINDS}", param="source"
-        )
+        raise no_data(source)
     if path.suffix.lower() == ".npz":
         return _resized(open_npz(path), resolution)
-    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+    if is_zip(path):
         return open_zip(path, resolution)
     raise FileFormatError(f"{path} is not a data set", remedy=f"give {_KINDS}", param="source")
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file is, or is called, a zip; an .npz is none."""
+    suffix = path.suffix.lower()
+    return suffix == ".zip" or (suffix != ".npz" and zipfile.is_zipfile(path))
 
 
 def open_digits() -> Dataset:
@@ -63,23 +98,21 @@ def open_digits() -> Dataset:
 
 
 def open_npz(path: Path) -> Dataset:
-    """Samples as `generate` and ADM's tools write them: arr_0 uint8 [N, H, W, 1 or 3], class_ids int64 [N] if any."""
-    arrays = read_npz(path, ("arr_0", "class_ids"))
-    images, class_ids = arrays.get("arr_0"), arrays.get("class_ids")
+    """Samples as `generate`, ADM's tools and others write them: arr_0 uint8 [N, H, W, 1 or 3], and classes if any.
+
+    Classes are integers [N] called class_ids, labels or arr_1 (ADM's). All of it is in memory.
+    """
+    arrays = read_npz(path, ("arr_0", *_NPZ_CLASSES))
+    images = arrays.get("arr_0")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         found = "no arr_0" if images is None else f"arr_0 of {images.dtype} {list(images.shape)}"
         raise FileFormatError(f"{path} has {found}", remedy="save the images as arr_0, uint8 [N, H, W, 1 or 3]")
-    if class_ids is not None and (class_ids.dtype.kind not in "iu" or class_ids.ndim != 1 or not class_ids.size):
-        raise FileFormatError(
-            f"{path} has class_ids of {class_ids.dtype} {list(class_ids.shape)}", remedy="save them as integers [N]"
-        )
+    class_ids = _npz_classes(path, arrays)
     num_classes = 0 if class_ids is None else int(class_ids.max()) + 1
-    if num_classes > MAX_CLASSES:
-        raise FileFormatError(f"{path} has class id {num_classes - 1}", remedy=f"use ids below {MAX_CLASSES}")
     return Dataset(
         name=path.stem,
         image_shape=(images.shape[3], *images.shape[1:3]),
-        labels=None if class_ids is None else class_ids.astype(np.int64),
+        labels=class_ids,
         num_classes=num_classes,
         class_names=number_names(num_classes),
         licence="unknown",
@@ -88,12 +121,31 @@ def open_npz(path: Path) -> Dataset:
     )
 
 
+_NPZ_CLASSES = ("class_ids", "labels", "arr_1")
+
+
+def _npz_classes(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+    name = next((name for name in _NPZ_CLASSES if name in arrays), None)
+    class_ids = arrays.get(name or "")
+    if class_ids is None:
+        return None
+    if class_ids.dtype.kind not in "iu" or class_ids.ndim != 1 or not class_ids.size:
+        if name == "arr_1":  # whatever else was saved without a name
+            return None
+        raise FileFormatError(
+            f"{path} has {name} of {class_ids.dtype} {list(class_ids.shape)}", remedy="save them as integers [N]"
+        )
+    if class_ids.max() >= MAX_CLASSES:
+        raise FileFormatError(f"{path} has class id {class_ids.max()}", remedy=f"use ids below {MAX_CLASSES}")
+    return class_ids.astype(np.int64)
+
+
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Those of the named arrays that an .npz holds; nothing in it is executed. Raises FileFormatError if corrupt."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise FileFormatError(f"{path} is not a whole .npz: {error}", remedy="write or copy it again") from error
 
 

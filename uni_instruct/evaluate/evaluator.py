@@ -19,7 +19,7 @@ class Evaluator:
     """Scores images against a data set or its statistics.
 
     extractor: one of EXTRACTORS, or an Extractor; statistics bring their own. track is told of training and feature extraction.
-    Raises RequestError where the extractor is unknown or cannot be had.
+    Raises RequestError where the extractor is unknown or cannot be had, or the data set holds latents.
     """
 
     def __init__(self, reference: Dataset | Statistics, extractor: str | Extractor = "auto", track: Track = silent):
@@ -29,6 +29,7 @@ class Evaluator:
             self.features: Features | None = None
             self.mu, self.sigma = reference.mu, reference.sigma
         else:
+            reference.require_images()
             chosen = choose_extractor(extractor, reference, track) if isinstance(extractor, str) else extractor
             self.extractor = chosen
             with track(f"features of {reference.name}", len(reference), "images") as progress:

@@ -1,10 +1,13 @@
-"""A reference reduced to mean and covariance: EDM's .npz of mu and sigma, with what made them beside it."""
+"""A reference reduced to mean and covariance: EDM's .npz of mu and sigma, with what made them beside it, or EDM2's .pkl."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from uni_instruct.checkpoints.unpickle import read_pickle
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.data.sources import read_npz
 from uni_instruct.errors import FileFormatError
@@ -32,13 +35,22 @@ class Statistics:
 
 
 def open_reference(source: str | Path) -> Dataset | Statistics:
-    """What images are compared with: a data set as `open_dataset` takes it, or an .npz that holds mu and sigma."""
+    """What images are compared with: a data set as `open_dataset` takes it, or an .npz or .pkl that holds mu and sigma.
+
+    Where an .npz holds images as well (OpenAI's reference batches), mu and sigma are taken, which are of the whole data set.
+    Nothing in a .pkl is executed. Raises RequestError for latents, FileFormatError for a file that is corrupt or holds neither.
+    """
     path = Path(source)
-    if path.suffix.lower() == ".npz" and path.is_file():
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix == ".pkl":
+        return _edm2_statistics(path)
+    if suffix == ".npz":
         arrays = read_npz(path, ("mu", "sigma", "extractor", "extractor_sha256", "fingerprint", "samples", "name"))
         if "mu" in arrays or "sigma" in arrays:
             return _statistics(path, arrays)
-    return open_dataset(source)
+    dataset = open_dataset(source)
+    dataset.require_images()
+    return dataset
 
 
 def write_statistics(statistics: Statistics, path: Path) -> None:
@@ -56,9 +68,26 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
         )
 
 
-def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics:
+def _edm2_statistics(path: Path) -> Statistics:
+    """Those of InceptionV3 in EDM2's {'fid': {mu, sigma}, 'fd_dinov2': {mu, sigma}, num_images}."""
+    content = read_pickle(path)
+    fid = content.get("fid") if isinstance(content, dict) else None
+    if not isinstance(fid, dict):
+        found = f"keys {', '.join(map(str, content))[:80]}" if isinstance(content, dict) else type(content).__name__
+        raise FileFormatError(
+            f"{path} holds no reference statistics but {found}",
+            remedy="give a file that EDM2's calculate_metrics.py wrote, or an .npz of mu and sigma",
+        )
+    # Its num_images is left out: as many as all of ImageNet would be generated to compare with it, where 50,000 are the custom.
+    return _statistics(path, {name: fid[name] for name in ("mu", "sigma") if name in fid})
+
+
+def _statistics(path: Path, arrays: Mapping[str, Any]) -> Statistics:
     """Without the names that `write_statistics` adds they are EDM's, of InceptionV3."""
-    mu, sigma = (np.asarray(arrays.get(name, 0.0), dtype=np.float64) for name in ("mu", "sigma"))
+    try:
+        mu, sigma = (np.asarray(arrays.get(name, 0.0), dtype=np.float64) for name in ("mu", "sigma"))
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(f"mu and sigma in {path} are not numbers", remedy="give mu [D] and sigma [D, D]") from error
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise FileFormatError(
             f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}", remedy="give finite mu [D] and sigma [D, D]"

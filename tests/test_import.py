@@ -1,0 +1,191 @@
+"""`uni-instruct import`: a peer's file becomes a bundle that computes what the network in the file did, or nothing at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import made_checkpoints as made
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.checkpoints.contents import read_checkpoint
+from uni_instruct.checkpoints.translate import translate
+from uni_instruct.networks.build import build_denoiser, load_denoiser
+from uni_instruct.networks.denoiser import Denoiser
+
+Cli = Callable[..., tuple[int, str, str]]
+SIZE = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
+NCSN = {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": [1, 3, 3, 1], "channel_mult_noise": 2}
+# The peer's class, the class inside, classes, ours, and the arguments of the network inside.
+PEERS = {
+    "DDPM++": ("EDMPrecond", "SongUNet", 0, "ddpmpp", SIZE | {"augment_dim": 9, "dropout": 0.13}),
+    "DDPM++ of SiDA": ("EDMPrecond_EncoderDecoder", "SongUNet_EncoderDecoder", 10, "ddpmpp", SIZE),
+    "skip to skip": ("EDMPrecond", "SongUNet", 0, "ddpmpp", SIZE | {"encoder_type": "skip", "decoder_type": "skip"}),
+    "NCSN++, VE": ("VEPrecond", "SongUNet", 0, "ddpmpp", SIZE | NCSN),
+    "DDPM++, VP": ("VPPrecond", "SongUNet", 10, "ddpmpp", SIZE),
+    "ADM": ("EDMPrecond", "DhariwalUNet", 10, "adm", SIZE),
+    "ADM, iDDPM": ("iDDPMPrecond", "DhariwalUNet", 10, "adm", SIZE),
+    "EDM2": ("Precond", "UNet", 10, "edm2", SIZE | {"model_channels": 64}),
+}
+PRECONDITIONINGS = {"VEPrecond": "ve", "VPPrecond": "vp", "iDDPMPrecond": "iddpm"}
+
+
+def peer(name: str) -> tuple[nn.Module, Denoiser]:
+    """The network as a peer's module, and the same weights in ours."""
+    outer_class, inner_class, classes, ours, args = PEERS[name]
+    more = {"preconditioning": PRECONDITIONINGS.get(outer_class, "edm")}
+    torch.manual_seed(0)
+    denoiser = build_denoiser(
+        GeneratorSpec(name="peer", image_shape=(3, 8, 8), num_classes=classes, network=ours, network_args={**args, **more})
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    shape = {"img_resolution": 8, "img_channels": 3, "label_dim": classes}
+    outer = made.as_peer(nn.Module(), outer_class, {**shape, **args, "model_type": inner_class}, **shape, use_fp16=True)
+    setattr(outer, "unet" if inner_class == "UNet" else "model", made.as_peer(denoiser.model, inner_class, dict(args)))
+    if inner_class == "UNet":
+        outer.logvar_linear = made.as_peer(nn.Linear(4, 1, bias=False), "MPConv")
+    if outer_class == "iDDPMPrecond":
+        outer.register_buffer("u", denoiser.preconditioning.table)  # type: ignore[attr-defined]
+    return outer.eval(), denoiser.eval()
+
+
+def images_of(denoiser: Denoiser) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x, sigma = torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([0.1, 2.5]).reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        out: torch.Tensor = denoiser(x * sigma, sigma, torch.tensor([3, 7]) if denoiser.num_classes else None)
+    return out
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_what_is_imported_computes_what_the_file_did(cli: Cli, tmp_path: Path, name: str) -> None:
+    outer, denoiser = peer(name)
+    write = made.write_edm2_pickle if name == "EDM2" else made.write_sid_pickle
+    code, out, errors = cli("import", write(tmp_path / "snapshot.pkl", outer), "--out", tmp_path / "bundle", "--json")
+    assert code == 0, errors
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert json.loads(out)["weights_sha256"] == bundle.weights_sha256
+    imported = load_denoiser(bundle)
+    assert imported.preconditioning == denoiser.preconditioning
+    assert torch.equal(images_of(imported), images_of(denoiser))
+    said = bundle.spec.provenance["imported"]
+    assert (said["file"], said["network"], said["class"]) == ("snapshot.pkl", "ema", PEERS[name][0])
+    assert said["left_out"] == (["logvar_linear.weight"] if name == "EDM2" else ["u"] if "iDDPM" in name else [])
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_bare_weights_tell_their_architecture(tmp_path: Path, name: str) -> None:
+    _, denoiser = peer(name)
+    tensors = {f"module.{key}": tensor.numpy() for key, tensor in denoiser.state_dict().items()}
+    save_file(tensors, tmp_path / "weights.safetensors")
+    (stored,) = read_checkpoint(tmp_path / "weights.safetensors").networks
+    found = translate(stored)
+    assert (found.network, found.image_shape, found.num_classes) == (PEERS[name][3], (3, 8, 8), denoiser.num_classes)
+    spec = found.spec(name="found")
+    with torch.device("meta"):
+        rebuilt = build_denoiser(spec)
+    shapes = {key: tensor.shape for key, tensor in rebuilt.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in denoiser.state_dict().items()}
+
+
+def test_a_teachers_file_starts_a_distillation(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = made.write_edm_pickle(tmp_path / "teacher.pkl", peer("DDPM++")[0])
+    np.savez(tmp_path / "data.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    short = ["distillation.duration_kimg=0.008", "distillation.batch=4", "critic_warmup_kimg=0", "metric=none"]
+    sets = ["--set", f"teacher={file}", f"data={tmp_path / 'data.npz'}", *short]
+    code, _, errors = cli("train", "digits", "--out", tmp_path / "run", *sets)
+    assert code == 0, errors
+    spec = Bundle.open(tmp_path / "run" / "generator").spec
+    assert spec.provenance["teacher"]["file"] == "teacher.pkl"
+    assert (spec.network_args["dropout"], spec.steps) == (0.13, 1)
+    (kept,) = (tmp_path / "cache" / "uni-instruct" / "imported").iterdir()
+    assert Bundle.open(kept).spec.steps == 18
+
+
+def test_a_training_state_offers_its_networks(cli: Cli, tmp_path: Path) -> None:
+    nets = {role: peer("DDPM++")[0] for role in ("fake_score", "G", "G_ema")}
+    with torch.no_grad():
+        next(nets["G_ema"].parameters()).add_(1)
+    file = made.write_sid_state(tmp_path / "state.pt", nets, modules=False)
+    made_of = {}
+    for role, options in {"G_ema_state": [], "fake_score_state": ["--network", "fake_score_state", "--as", "teacher"]}.items():
+        code, out, errors = cli("import", file, "--out", tmp_path / role, "--json", *options)
+        assert code == 0, errors
+        made_of[role] = json.loads(out)
+    assert made_of["G_ema_state"]["kind"] == "generator"
+    assert made_of["G_ema_state"]["weights_sha256"] != made_of["fake_score_state"]["weights_sha256"]
+    assert made_of["G_ema_state"]["provenance"]["imported"]["class"] == "read off the weights"
+
+    code, _, errors = cli("import", file, "--out", tmp_path / "x", "--network", "G_average")
+    assert code == 2
+    assert "the file holds no network 'G_average'; choose one of fake_score_state, G_state, G_ema_state" in errors
+
+    code, out, errors = cli("inspect", file, "--json")
+    assert code == 0, errors
+    facts = json.loads(out)
+    assert (facts["format"], facts["imported_network"]) == ("sid training state", "G_ema_state")
+    assert [network["network"] for network in facts["networks"]] == ["ddpmpp"] * 3
+
+
+def forget(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda weights: weights.pop(name)
+
+
+def put(name: str, array: np.ndarray) -> Callable[[dict[str, Any]], None]:
+    return lambda weights: weights.update({name: array})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (forget("model.map_layer0.weight"), "do not fit together: 'map_layer0.weight'"),
+        (forget("model.map_layer1.bias"), "lacks weights: model.map_layer1.bias"),
+        (put("model.enc.8x8_extra.weight", np.zeros(3, np.float32)), "holds weights that are not its own: model.enc.8x8_extra"),
+        (put("extra", np.zeros(3, np.float32)), "holds weights that are not its own: extra"),
+        (
+            put("model.map_layer1.bias", np.zeros(3, np.float32)),
+            "of another shape: model.map_layer1.bias (3,) instead of (32,)",
+        ),
+        (put("model.map_layer1.bias", np.full(32, np.nan, np.float32)), "map_layer1.bias holds values that are not finite"),
+        (put("model.map_layer1.bias", np.zeros(32, np.int64)), "map_layer1.bias is of type int64, not a float"),
+        (put("model.dec.8x8_up.conv0.resample_filter", np.ones((1, 1, 2, 2), np.float32)), "conv0.resample_filter is not"),
+    ],
+)
+def test_every_weight_is_accounted_for(
+    cli: Cli, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    weights = {key: tensor.numpy() for key, tensor in peer("DDPM++")[1].state_dict().items()}
+    change(weights)
+    save_file(weights, tmp_path / "weights.safetensors")
+    code, out, errors = cli("import", tmp_path / "weights.safetensors", "--out", tmp_path / "bundle")
+    assert (code, out) == (2, "")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"peer_class": "StyleGenerator"}, "preconditioning 'StyleGenerator' is not known here; files of EDMPrecond"),
+        ({"spectral": True}, "the network was made with 'spectral', which is not known here"),
+        ({"img_channels": "three"}, "the file gives 'three' for img_channels"),
+    ],
+)
+def test_networks_that_are_not_known_are_refused(cli: Cli, tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    outer, _ = peer("DDPM++")
+    for name, value in changed.items():
+        setattr(outer, name, value)
+    code, _, errors = cli("import", made.write_sid_pickle(tmp_path / "x.pkl", outer), "--out", tmp_path / "bundle")
+    assert code == 2
+    assert message in errors
+    assert not (tmp_path / "bundle").exists()

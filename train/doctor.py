@@ -1,0 +1,174 @@
+"""What could spoil a long run, looked for before it starts: recipe, data, teacher, devices, memory, disk."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from uni_instruct.checkpoints.importing import open_or_import
+from uni_instruct.data import Dataset, open_dataset
+from uni_instruct.errors import UniInstructError
+from uni_instruct.networks.build import load_denoiser
+from uni_instruct.train.config import Recipe
+from uni_instruct.train.dry_run.cost import MB, Cost, cost_of
+from uni_instruct.train.plan import Plan, make_plan
+
+READ = 64  # images that are read, spread over the data
+DENOISED = 4
+SIGMA = 0.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, whether it is well, and what was seen, with the remedy where it is not."""
+
+    subject: str
+    well: bool
+    words: str
+
+
+class Patient:
+    """A run as it is asked for. What several checks look at is opened once."""
+
+    def __init__(self, recipe: Recipe, out: Path, devices: int):
+        self.recipe, self.out, self.devices = recipe, out, devices
+
+    @cached_property
+    def dataset(self) -> Dataset | None:
+        """The recipe's data."""
+        return open_dataset(self.recipe.data) if self.recipe.data else None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The recipe's parts, held against each other."""
+        return make_plan(self.recipe)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Counted, not timed."""
+        return cost_of(self.plan, budget_s=0)
+
+
+def examine(patient: Patient) -> list[Finding]:
+    """Every check's finding. A check that the project's own error ends is not well; what hangs on it is left out."""
+    findings: list[Finding] = []
+    for subject, check in CHECKS.items():
+        try:
+            words, well = check(patient), True
+        except UniInstructError as error:
+            words, well = str(error), False
+        findings.append(Finding(subject, well, words))
+        if subject == "recipe" and not well:
+            break  # the rest counts what the recipe comes to
+    return findings
+
+
+def _data(patient: Patient) -> str:
+    dataset = patient.dataset
+    if dataset is None:
+        return "none named"
+    indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
+    values = dataset.floats(indices, [int(index) for index in indices])
+    if values.std() < 1e-3:
+        raise Unwell(f"{len(indices)} images of '{dataset.name}' are all one colour", "look at the data with 'data check'")
+    classes = "no classes"
+    if dataset.labels is not None:
+        counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
+        classes = f"{dataset.num_classes} classes of {counts.min():,} to {counts.max():,} images"
+        if not counts.min():
+            raise Unwell(
+                f"{int((counts == 0).sum())} of the {dataset.num_classes} classes of '{dataset.name}' have no image",
+                "give all of the data, or data with the number of classes that it has",
+            )
+    channels, height, width = dataset.image_shape
+    read = f"{len(indices)} of {len(dataset):,} images of {width}x{height}x{channels} read"
+    return f"{dataset.name}: {read}, {classes}; 'uni-instruct data check' reads all"
+
+
+def _recipe(patient: Patient) -> str:
+    plan = patient.plan
+    trained = "trained first" if plan.given_teacher is None else f"given, {plan.given_teacher.spec.name}"
+    return f"{patient.recipe.name}: the parts fit each other, teacher {trained}"
+
+
+def _teacher(patient: Patient) -> str:
+    """Denoises some of the data: a teacher of other data, or one whose pixels have another range, does worse than nothing."""
+    if not patient.recipe.teacher.bundle:
+        return "none given: it is trained first"
+    bundle = open_or_import(patient.recipe.teacher.bundle, "teacher")
+    dataset = patient.dataset
+    if dataset is None:
+        return f"{bundle.spec.name}: there are no data to try it on"
+    indices = np.linspace(0, len(dataset) - 1, DENOISED).astype(np.int64)
+    clean = torch.from_numpy(dataset.floats(indices, [int(index) for index in indices])).permute(0, 3, 1, 2)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    conditional = bundle.spec.num_classes and dataset.labels is not None
+    class_ids = torch.from_numpy(dataset.labels[indices]) if conditional and dataset.labels is not None else None
+    with torch.no_grad():
+        denoised = load_denoiser(bundle)(clean + SIGMA * noise, torch.full((len(clean), 1, 1, 1), SIGMA), class_ids)
+    left = float(((denoised - clean) ** 2).mean() / SIGMA**2)
+    seen = f"of noise of {SIGMA} on {len(clean)} images it leaves {left:.0%}"
+    if not left < 1:
+        raise Unwell(f"{bundle.spec.name}: {seen}", "give the teacher of these data, whose pixels run from -1 to 1")
+    return f"{bundle.spec.name}: {seen}"
+
+
+def _devices(patient: Patient) -> str:
+    gpus, asked = torch.cuda.device_count(), patient.devices
+    if gpus and asked > gpus:
+        raise Unwell(f"--devices {asked} is more than the {gpus} GPUs of this machine", "ask for fewer, or use torchrun")
+    if patient.recipe.loop.precision == "16-mixed" and not gpus:
+        raise Unwell("loop.precision 16-mixed needs a GPU, and this machine has none", "--set precision=bf16-mixed")
+    for section in (patient.recipe.teacher, patient.recipe.distillation):
+        if section.batch % asked:
+            raise Unwell(f"{section.section}.batch {section.batch} is not divisible by {asked}", "choose another --devices")
+    days = patient.cost.gpu_days(patient.recipe.loop.precision)
+    on = f"{asked} of {gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else f"{asked} CPU processes, no GPU"
+    return f"{on}; the run takes about {days:.3g} days of one H100 (--dry-run says how that is reckoned)"
+
+
+def _memory(patient: Patient) -> str:
+    needed = max(stage.memory.total for stage in patient.cost.stages.values())
+    if torch.cuda.is_available():
+        there, whose = torch.cuda.get_device_properties(0).total_memory, "of a GPU"
+    else:
+        there, whose = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // patient.devices,
+            "of this machine for a process",
+        )
+    words = f"about {needed / MB:,.0f} MB needed, {there / MB:,.0f} MB {whose}"
+    if needed > there:
+        raise Unwell(words, "lower distillation.micro_batch and teacher.micro_batch, or use more or larger devices")
+    return words
+
+
+def _disk(patient: Patient) -> str:
+    folder = next(path for path in (patient.out.absolute(), *patient.out.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(folder).free, patient.cost.disk
+    words = f"about {needed / MB:,.0f} MB needed, {free / MB:,.0f} MB free in {folder}"
+    if needed > free:
+        raise Unwell(words, "free space, choose another --out, or raise loop.snapshot_kimg")
+    return words
+
+
+class Unwell(UniInstructError):
+    """A check's finding."""
+
+    def __init__(self, problem: str, remedy: str):
+        super().__init__(problem, remedy=remedy)
+
+
+# In the order in which a user would mend them.
+CHECKS: dict[str, Callable[[Patient], str]] = {
+    "data": _data,
+    "teacher": _teacher,
+    "recipe": _recipe,
+    "devices": _devices,
+    "memory": _memory,
+    "disk": _disk,
+}

@@ -1,0 +1,37 @@
+"""`uni-instruct doctor`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import rich_click as click
+
+from uni_instruct.train.recipe import load_recipe
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("."), help="Folder of the run: its disk is looked at.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change lines of the recipe; repeatable.")
+@click.option("--devices", default=1, type=click.IntRange(1, 1024), help="As the run will have.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(recipe: str, more: tuple[str, ...], out: Path, overrides: tuple[str, ...], devices: int, as_json: bool) -> None:
+    """Look at data, teacher, devices, memory and disk before a long training; nothing is trained or written.
+
+    Reads some of the data, lets the teacher denoise them, and holds what the run needs against what this machine has. Exits
+    with 2 where something is wrong.
+
+    Example: uni-instruct doctor cifar10-uncond --set teacher=edm-cifar10-32x32-uncond-vp.pkl data=cifar10-32x32.zip
+    """
+    from uni_instruct.train.doctor import Patient, examine
+
+    findings = examine(Patient(load_recipe(recipe, (*overrides, *more)), out, devices))
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{'ok   ' if finding.well else 'WRONG'} {finding.subject}: {finding.words}")
+    if not all(finding.well for finding in findings):
+        sys.exit(2)

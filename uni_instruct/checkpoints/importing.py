@@ -1,0 +1,143 @@
+"""From a checkpoint's file to a bundle, with where it comes from."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uni_instruct import __version__
+from uni_instruct.bundle import CONFIG, Bundle, GeneratorSpec
+from uni_instruct.checkpoints.contents import Checkpoint, StoredNetwork, read_checkpoint
+from uni_instruct.checkpoints.translate import Translation, translate
+from uni_instruct.errors import RequestError
+from uni_instruct.files import cache_folder, sha256
+from uni_instruct.hub import fetch, is_on_hub
+
+KINDS = ("generator", "teacher")
+# What a training state holds besides generators: networks that denoise at every noise level.
+DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
+# The average is what is published, in whatever file.
+PREFERRED = ("ema", "G_ema", "G_ema_state")
+# EDM's and EDM2's code and weights are NVIDIA's; what was trained with them carries their classes.
+NVIDIAS_LICENCE = "CC-BY-NC-SA-4.0, as far as it derives from NVIDIA's EDM"
+UNKNOWN_LICENCE = "unknown: that of the file's source"
+
+_CARD = """---
+library_name: uni-instruct
+pipeline_tag: unconditional-image-generation
+license: other
+tags: [{tags}]
+---
+# {name}
+
+{summary} Imported from `{file}` ({format}, network `{role}`, sha256 `{digest}`).
+
+## Use
+```
+uni-instruct generate . --seeds 0-63 --out images/
+{more}
+```
+
+Licence: {licence}. Nothing was measured at import: `uni-instruct evaluate` does.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRequest:
+    """What the file cannot tell. None takes what its format suggests.
+
+    kind: 'generator' of one step, or 'teacher' for many. network: its role in the file. sigma_init: the noise level of a
+    one-step generator's input. steps: of the teacher's sampler. origin: the address on the hub of a file from there.
+    """
+
+    kind: str | None = None
+    network: str | None = None
+    name: str | None = None
+    sigma_init: float = 2.5
+    steps: int = 18
+    licence: str | None = None
+    origin: str = ""
+
+
+def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
+    """The file's network as a bundle in `out`.
+
+    Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
+    """
+    checkpoint = read_checkpoint(path)
+    stored = choose_network(checkpoint, request.network)
+    translation = translate(stored)
+    spec = _spec(path, checkpoint, stored, translation, request)
+    return Bundle.write(out, spec, translation.weights, _card(spec))
+
+
+def open_or_import(source: str, kind: str) -> Bundle:
+    """A bundle, or a checkpoint's file as one: kept in the cache under the file's hash, so that it is imported once.
+
+    Takes whatever `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `import_checkpoint` do.
+    """
+    origin, path = source, Path(source)
+    if is_on_hub(source):
+        download = fetch(source)
+        origin, path = download.origin, download.path
+    if not path.is_file():
+        return Bundle.open(source)
+    folder = cache_folder() / "imported" / f"{sha256(path)}-{kind}"
+    if not (folder / CONFIG).is_file():
+        import_checkpoint(path, folder, ImportRequest(kind=kind, origin=origin))
+    return Bundle.open(folder)
+
+
+def choose_network(checkpoint: Checkpoint, role: str | None) -> StoredNetwork:
+    """The network of that role; without one the average. Raises RequestError where the file has none of that role."""
+    networks = {network.role: network for network in checkpoint.networks}
+    if role is None:
+        role = next((name for name in PREFERRED if name in networks), next(iter(networks)))
+    if role not in networks:
+        remedy = f"choose one of {', '.join(networks)}"
+        raise RequestError(f"the file holds no network '{role}'", remedy=remedy, param="network")
+    return networks[role]
+
+
+def likely_kind(checkpoint: Checkpoint, stored: StoredNetwork) -> str:
+    """A file that names the loss of a denoiser holds a teacher; SiD's and its successors' snapshots hold the average alone."""
+    return "teacher" if "loss_fn" in checkpoint.facts or stored.role in DENOISERS else "generator"
+
+
+def _spec(
+    path: Path, checkpoint: Checkpoint, stored: StoredNetwork, translation: Translation, request: ImportRequest
+) -> GeneratorSpec:
+    kind = request.kind or likely_kind(checkpoint, stored)
+    provenance: dict[str, Any] = {
+        "imported": {
+            "file": request.origin if is_on_hub(request.origin) else path.name,
+            "sha256": sha256(path),
+            "format": checkpoint.format,
+            "network": stored.role,
+            "class": stored.class_name or "read off the weights",
+            "left_out": list(translation.left_out),
+        },
+        "uni_instruct": __version__,
+    }
+    return translation.spec(
+        name=request.name or re.sub(r"[^\w.-]+", "-", path.stem),
+        sigma_init=request.sigma_init,
+        steps=1 if kind == "generator" else request.steps,
+        provenance=provenance,
+        licence=request.licence or (NVIDIAS_LICENCE if stored.class_name else UNKNOWN_LICENCE),
+    )
+
+
+def _card(spec: GeneratorSpec) -> str:
+    imported, one_step = spec.provenance["imported"], spec.steps == 1
+    return _CARD.format(
+        name=spec.name,
+        tags="one-step, diffusion-distillation" if one_step else "diffusion",
+        summary="A one-step image generator." if one_step else f"A diffusion model, sampled with {spec.steps} steps.",
+        file=imported["file"],
+        format=imported["format"],
+        role=imported["network"],
+        digest=imported["sha256"],
+        more="uni-instruct serve ." if one_step else "uni-instruct train RECIPE --set teacher=. data=DATA.zip",
+        licence=spec.licence,
+    )

@@ -1,0 +1,85 @@
+"""How much a checkpoint may ask for, what it has asked for so far, and how it is refused."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from uni_instruct.errors import FileFormatError, RequestError
+
+AGAIN = "copy or download it again"
+FOREIGN = "nothing in it was run; give a file as EDM, EDM2, SiD, SiDA or Uni-Instruct write it, or a .safetensors"
+_NAME_SHOWN = 80
+# The order of integers in a dict can be chosen so that every insertion walks through all the others.
+_NUMBER_KEYS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What reading one file may cost. The defaults are several times what the largest published files need.
+
+    opcodes: steps of all its pickles together. values and depth: of the tree that comes out, a value that occurs twice counted
+    twice. text_bytes: strings and bytes outside tensors. tensor_ratio: bytes of all tensors over those of the file; widening
+    bfloat16 doubles them, and tied weights count as often as they occur.
+    """
+
+    file_bytes: int = 64 << 30
+    opcodes: int = 1_000_000
+    values: int = 1_000_000
+    depth: int = 100
+    text_bytes: int = 64 << 20
+    tensor_ratio: float = 4.0
+
+
+class Fault(Exception):
+    """What is wrong with a file, without its name; `reading` adds that and makes it a FileFormatError."""
+
+    def __init__(self, problem: str, remedy: str = AGAIN):
+        super().__init__(problem)
+        self.problem, self.remedy = problem, remedy
+
+
+class Account:
+    """What one file may still ask for."""
+
+    def __init__(self, limits: Limits, file_bytes: int):
+        if file_bytes > limits.file_bytes:
+            raise Fault(f"has {file_bytes:,} bytes, more than {limits.file_bytes:,}", "raise Limits.file_bytes to read it")
+        self.limits = limits
+        self.file_bytes = file_bytes
+        self._allowed = {
+            "opcodes": limits.opcodes,
+            "bytes of text": limits.text_bytes,
+            # Every storage is a part of the file, and no two overlap.
+            "bytes of storages": file_bytes,
+            "bytes of tensors": int(limits.tensor_ratio * file_bytes),
+            "bytes of networks": int(limits.tensor_ratio * file_bytes),
+            "keys that are numbers": _NUMBER_KEYS,
+        }
+        self._left = dict(self._allowed)
+
+    def spend(self, what: str, amount: int) -> None:
+        """Raises Fault where the file asks for more than it may."""
+        self._left[what] -= amount
+        if self._left[what] < 0:
+            raise Fault(f"asks for more than {self._allowed[what]:,} {what}", FOREIGN)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turns what goes wrong while the named file is read into the project's errors."""
+    try:
+        yield
+    except Fault as fault:
+        raise FileFormatError(f"{name} {fault.problem}", remedy=fault.remedy, param="checkpoint") from fault
+    except OSError as error:
+        raise RequestError(f"cannot read {name}: {error.strerror or error}", remedy=AGAIN, param="checkpoint") from error
+    except MemoryError as error:
+        raise RequestError(
+            f"{name} does not fit into memory", remedy="free memory or use a larger machine", param="checkpoint"
+        ) from error
+
+
+def shown(name: object) -> str:
+    """A name out of a file as it may stand in a message: quoted, in ASCII, short."""
+    text = name if isinstance(name, str) else type(name).__name__
+    return ascii(text if len(text) <= _NAME_SHOWN else text[:_NAME_SHOWN] + "...")

@@ -1,0 +1,111 @@
+"""Modules as pickles store them, to what they are made of: parameters by state-dict name, and how they were configured."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.checkpoints.limits import FOREIGN, Fault, shown
+from uni_instruct.checkpoints.unpickle import SMALL, StoredModule
+
+# What a preconditioning calls the network inside it: EDM, SiD and SiDA; EDM2.
+_INNER = ("model", "unet")
+# A preconditioning derives these from img_channels; no one configures them.
+_DERIVED = frozenset({"in_channels", "out_channels"})
+# The part of a module's state that says in which mode it was, not what it is.
+_MODES = frozenset({"training"})
+_LONGEST_NAME = 500
+
+
+def is_network(value: Any) -> bool:
+    """Whether a value is a module, not another object that was pickled with its class."""
+    return isinstance(value, StoredModule) and "_modules" in value.state and "_parameters" in value.state
+
+
+def tensors_of(module: StoredModule) -> dict[str, np.ndarray]:
+    """Parameters and persistent buffers by state-dict name, in the order of torch's state_dict. Raises Fault."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in _walk(module, ""):
+        if name in tensors or len(name) > _LONGEST_NAME:
+            raise Fault(f"has two tensors {shown(name)}, or a name that is too long", FOREIGN)
+        tensors[name] = array
+    return tensors
+
+
+def config_of(module: StoredModule) -> dict[str, Any]:
+    """How a network was configured: its arguments, those of the network inside it, and its plain attributes, which win.
+
+    `model_type` is the class of the network inside. Raises Fault where two of these contradict each other.
+    """
+    inner = _inner(module)
+    arguments = _arguments(module)
+    if inner is not None:
+        within = {**_arguments(inner), "model_type": inner.class_name}
+        for name in sorted(within.keys() & arguments.keys()):
+            if within[name] != arguments[name]:
+                raise Fault(f"has a module {module.class_name} that contradicts its {inner.class_name} about {shown(name)}")
+        arguments |= {name: value for name, value in within.items() if name not in _DERIVED}
+    return arguments | attributes_of(module)
+
+
+def attributes_of(module: StoredModule) -> dict[str, Any]:
+    """The plain attributes: numbers, strings, containers of them. Small arrays become lists, others are left out."""
+    public = {name: value for name, value in module.state.items() if not name.startswith("_") and name not in _MODES}
+    return {name: plain for name, value in public.items() if (plain := plain_value(value)) is not None or value is None}
+
+
+def plain_value(value: Any) -> Any:
+    """The value with small arrays as lists and modules as their attributes; None for what has no plain form."""
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.size <= SMALL else None
+    if isinstance(value, StoredModule):
+        return {"class_name": value.class_name, **attributes_of(value)}
+    if isinstance(value, dict):
+        return {key: plain_value(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(part) for part in value]
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else value
+
+
+def _walk(module: StoredModule, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    left_out = module.state.get("_non_persistent_buffers_set", set())
+    if not isinstance(left_out, set | frozenset):
+        raise Fault(f"has a module {module.class_name} whose list of buffers is broken", FOREIGN)
+    for kind, skipped in (("_parameters", frozenset()), ("_buffers", left_out)):
+        for name, array in _children(module, kind).items():
+            if array is None or name in skipped:
+                continue
+            if not isinstance(array, np.ndarray):
+                raise Fault(f"has a module {module.class_name} whose {shown(name)} is no tensor", FOREIGN)
+            yield prefix + name, array
+    for name, child in _children(module, "_modules").items():
+        if child is None:
+            continue
+        if not is_network(child):
+            raise Fault(f"has a module {module.class_name} whose {shown(name)} is no module", FOREIGN)
+        yield from _walk(child, f"{prefix}{name}.")
+
+
+def _children(module: StoredModule, kind: str) -> dict[str, Any]:
+    """A module's parameters, buffers or modules by name."""
+    children = module.state.get(kind)
+    if not isinstance(children, dict):
+        raise Fault(f"has a module {module.class_name} whose {kind} is no dict", FOREIGN)
+    for name in children:
+        if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or "." in name:
+            raise Fault(f"has a module {module.class_name} with the name {shown(name)} in its {kind}", FOREIGN)
+    return children
+
+
+def _inner(module: StoredModule) -> StoredModule | None:
+    children = _children(module, "_modules")
+    found = [child for name in _INNER if (child := children.get(name)) is not None]
+    return found[0] if found and isinstance(found[0], StoredModule) else None
+
+
+def _arguments(module: StoredModule) -> dict[str, Any]:
+    """What a module was made with, by name."""
+    arguments = module.state.get("_init_kwargs") or {}
+    if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
+        raise Fault(f"has a module {module.class_name} with broken arguments", FOREIGN)
+    return {name: plain_value(value) for name, value in arguments.items()}

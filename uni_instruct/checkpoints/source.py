@@ -1,0 +1,114 @@
+"""Stretches of an open file, read from front to back and never beyond their end."""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from uni_instruct.checkpoints.limits import Fault
+from uni_instruct.errors import RequestError
+
+_BLOCK = 1 << 20
+
+
+class Source:
+    """Reads a file between two positions."""
+
+    def __init__(self, file: BinaryIO, start: int, end: int):
+        self._file = file
+        self.position, self.end = start, end
+        file.seek(start)
+
+    def read(self, size: int) -> bytes:
+        """The next bytes. Raises Fault where there are fewer."""
+        self._advance(size)
+        data = self._file.read(size)
+        if len(data) != size:
+            raise Fault("ends too early")
+        return data
+
+    def starts_with(self, magic: bytes) -> bool:
+        """Whether the next bytes are these; they stay unread."""
+        found = self._file.read(min(len(magic), self.end - self.position))
+        self._file.seek(self.position)
+        return found == magic
+
+    def unsigned(self, size: int) -> int:
+        """The next bytes as a little-endian number."""
+        return int.from_bytes(self.read(size), "little")
+
+    def line(self, limit: int) -> bytes:
+        """The next bytes up to a newline, which is left out. Raises Fault where none follows within the limit."""
+        line = self._file.readline(min(limit, self.end - self.position))
+        self._advance(len(line))
+        if not line.endswith(b"\n"):
+            raise Fault("ends too early or has a name that is too long")
+        return line[:-1]
+
+    def span(self, size: int) -> "Span":
+        """The next bytes, unread."""
+        start = self.position
+        self._advance(size)
+        self._file.seek(self.position)
+        return Span(self._file, start, size)
+
+    def _advance(self, size: int) -> None:
+        if size > self.end - self.position:
+            raise Fault(f"ends too early: {size:,} bytes are announced where {self.end - self.position:,} are left")
+        self.position += size
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A part of an open file that is read when it is needed."""
+
+    file: BinaryIO
+    start: int
+    size: int
+
+    @contextmanager
+    def opened(self) -> Iterator[Source]:
+        """Reads it; whoever else reads the file goes on where it was."""
+        position = self.file.tell()
+        try:
+            yield Source(self.file, self.start, self.start + self.size)
+        finally:
+            self.file.seek(position)
+
+    def content(self, most: int) -> bytes:
+        """Its first bytes, as many as there are."""
+        with self.opened() as source:
+            return source.read(min(self.size, most))
+
+    def crc(self) -> int:
+        """The CRC-32 of its bytes."""
+        crc = 0
+        with self.opened() as source:
+            while left := source.end - source.position:
+                crc = zlib.crc32(source.read(min(left, _BLOCK)), crc)
+        return crc
+
+    def read_into(self, array: np.ndarray) -> None:
+        """Fills a contiguous array of the span's size."""
+        self.file.seek(self.start)
+        # A view of nothing cannot be cast.
+        if array.nbytes and self.file.readinto(array.data.cast("B")) != self.size:  # type: ignore[attr-defined]
+            raise Fault("ends too early")
+
+
+@contextmanager
+def opened(source: str | Path | BinaryIO) -> Iterator[tuple[BinaryIO, str, int]]:
+    """The file, its name for messages, and its size. An open file is left open. Raises RequestError where there is none."""
+    if not isinstance(source, str | Path):
+        yield source, str(getattr(source, "name", "the file")), source.seek(0, 2)
+        return
+    path = Path(source)
+    if not path.is_file():
+        problem = f"{path} is not a file" if path.exists() else f"there is no file {path}"
+        raise RequestError(problem, remedy="give the path of a checkpoint", param="checkpoint")
+    with path.open("rb") as file:
+        yield file, str(path), file.seek(0, 2)

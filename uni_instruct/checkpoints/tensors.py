@@ -1,0 +1,123 @@
+"""Tensors as files store them: a flat storage, and how a tensor lies in it."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, shown
+from uni_instruct.checkpoints.source import Span
+
+_MOST_DIMENSIONS = 32
+_LARGEST_EMPTY = 1 << 20
+_LARGEST_SIZE = 1 << 62
+
+
+@dataclass(frozen=True)
+class Element:
+    """A type of element: as it stands in the file, and as it is handed out. The latter is wider for bfloat16 alone."""
+
+    name: str
+    stored: np.dtype[Any]
+    plain: np.dtype[Any]
+
+
+def _element(name: str, code: str) -> Element:
+    return Element(name, np.dtype(code), np.dtype(code))
+
+
+FLOAT16, FLOAT32, FLOAT64 = (_element(f"float{8 * n}", f"<f{n}") for n in (2, 4, 8))
+BFLOAT16 = Element("bfloat16", np.dtype("<u2"), np.dtype("<f4"))
+INT8, INT16, INT32, INT64 = (_element(f"int{8 * n}", f"<i{n}") for n in (1, 2, 4, 8))
+UINT8, UINT16, UINT32, UINT64 = (_element(f"uint{8 * n}", f"<u{n}") for n in (1, 2, 4, 8))
+BOOL = Element("bool", np.dtype("u1"), np.dtype("?"))
+
+# The globals by which torch names them.
+STORAGE_TYPES = {
+    "torch.HalfStorage": FLOAT16,
+    "torch.BFloat16Storage": BFLOAT16,
+    "torch.FloatStorage": FLOAT32,
+    "torch.DoubleStorage": FLOAT64,
+    "torch.CharStorage": INT8,
+    "torch.ShortStorage": INT16,
+    "torch.IntStorage": INT32,
+    "torch.LongStorage": INT64,
+    "torch.ByteStorage": UINT8,
+    "torch.BoolStorage": BOOL,
+}
+
+
+class Storage:
+    """Elements in a row. Where they stand may become known only after the tensors that lie in them."""
+
+    def __init__(self, account: Account, element: Element, numel: Any, span: Span | None = None, crc: int | None = None):
+        if type(numel) is not int or numel < 0:
+            raise Fault(f"has a storage of {shown(str(numel)[:20])} elements")
+        account.spend("bytes of storages", numel * element.stored.itemsize)
+        self.element, self.numel, self.span, self.crc = element, numel, span, crc
+
+    def read(self) -> np.ndarray:
+        """The elements [numel], checked against the file's checksum where it has one."""
+        if self.span is None or self.span.size != self.numel * self.element.stored.itemsize:
+            raise Fault("has a storage whose bytes are missing")
+        stored = np.empty(self.numel, self.element.stored)
+        self.span.read_into(stored)
+        if self.crc is not None and zlib.crc32(stored.data) != self.crc:
+            raise Fault("has a storage that does not match its checksum")
+        if self.element is BFLOAT16:
+            return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
+        # A byte of a bool may hold any value, which NumPy would not expect.
+        return stored != 0 if self.element is BOOL else stored
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """Where a tensor lies in its storage: offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def of(self, flat: np.ndarray) -> np.ndarray:
+        """The tensor, given its storage's elements: those themselves where it is all of them, else a copy."""
+        numel = math.prod(self.shape)
+        if not numel or self.strides == _contiguous(self.shape):
+            part = flat[self.offset : self.offset + numel].reshape(self.shape)
+            return part if numel == len(flat) else part.copy()
+        steps = [stride * flat.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps).copy()
+
+
+def stored_tensor(account: Account, storage: Storage, offset: Any, shape: Any, strides: Any) -> StoredTensor:
+    """A checked tensor; without strides it has no gaps. Raises Fault for one that is larger than its storage or leaves it."""
+    sizes = _sizes(shape, "shape")
+    steps = _contiguous(sizes) if strides is None else _sizes(strides, "strides")
+    if type(offset) is not int or offset < 0 or len(sizes) != len(steps):
+        raise Fault("has a tensor with broken strides")
+    numel = math.prod(sizes)
+    if not numel and math.prod(max(size, 1) for size in sizes) > _LARGEST_EMPTY:
+        raise Fault("has an empty tensor of absurd size", FOREIGN)
+    last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    if numel and (numel > storage.numel or last >= storage.numel):
+        raise Fault(f"has a tensor of {numel:,} elements that reaches beyond its storage of {storage.numel:,}", FOREIGN)
+    account.spend("bytes of tensors", numel * storage.element.plain.itemsize)
+    # The strides of a single element along an axis say nothing.
+    steps = tuple(plain if size < 2 else step for size, step, plain in zip(sizes, steps, _contiguous(sizes), strict=True))
+    return StoredTensor(storage, offset, sizes, steps)
+
+
+def _sizes(values: Any, what: str) -> tuple[int, ...]:
+    if type(values) is not tuple or len(values) > _MOST_DIMENSIONS:
+        raise Fault(f"has a tensor with a broken {what}")
+    if any(type(value) is not int or not 0 <= value < _LARGEST_SIZE for value in values):
+        raise Fault(f"has a tensor with a broken {what}")
+    return values
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor without gaps, last axis fastest."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -1,0 +1,232 @@
+"""From a stored network, in EDM's and EDM2's vocabulary, to a spec and weights: every weight is accounted for."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.checkpoints.architecture import infer_architecture
+from uni_instruct.checkpoints.contents import StoredNetwork
+from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.latents import ImageShape
+
+# What wrappers of a network put before its parameters' names.
+WRAPPERS = ("module.", "_orig_mod.")
+# Where EDM and EDM2 keep the network inside its preconditioning; here it is `model`.
+INNER = ("model.", "unet.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """How a class of the peers' is called here, and its arguments, which have the same names here.
+
+    What is passed over changes no image. defaults are the peers' where they are not ours.
+    """
+
+    name: str
+    arguments: frozenset[str]
+    passed_over: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_UNET = frozenset({"model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout"})
+NETWORKS = {
+    "SongUNet": Vocabulary(
+        name="ddpmpp",
+        arguments=_UNET
+        | {"augment_dim", "channel_mult_noise", "embedding_type", "encoder_type", "decoder_type", "resample_filter"},
+        passed_over=frozenset({"label_dropout"}),
+        defaults={"channel_mult": [1, 2, 2, 2]},
+    ),
+    "DhariwalUNet": Vocabulary(name="adm", arguments=_UNET | {"augment_dim"}, passed_over=frozenset({"label_dropout"})),
+    "UNet": Vocabulary(
+        name="edm2",
+        arguments=_UNET
+        | {"channel_mult_noise", "label_balance", "concat_balance", "resample_filter"}
+        | {"res_balance", "attn_balance", "clip_act", "channels_per_head"},
+    ),
+}
+_RANGE = frozenset({"sigma_min", "sigma_max"})
+PRECONDITIONINGS = {
+    "EDMPrecond": Vocabulary(name="edm", arguments=_RANGE | {"sigma_data"}),
+    "Precond": Vocabulary(
+        name="edm",
+        arguments=frozenset({"sigma_data"}),
+        passed_over=frozenset({"logvar_channels", "force_normalization", "use_gan"}),
+    ),
+    "VPPrecond": Vocabulary(name="vp", arguments=frozenset({"beta_d", "beta_min", "M", "epsilon_t"}), passed_over=_RANGE),
+    "VEPrecond": Vocabulary(name="ve", arguments=_RANGE),
+    "iDDPMPrecond": Vocabulary(name="iddpm", arguments=frozenset({"C_1", "C_2", "M"}), passed_over=_RANGE),
+}
+# What a preconditioning holds where the file does not say.
+DEFAULT_NETWORKS = {
+    "EDMPrecond": "DhariwalUNet",
+    "Precond": "UNet",
+    "VPPrecond": "SongUNet",
+    "VEPrecond": "SongUNet",
+    "iDDPMPrecond": "DhariwalUNet",
+}
+# SiDA's and Uni-Instruct's classes, which can also stop after the encoder.
+ALIASES = {
+    "EDMPrecond_EncoderDecoder": "EDMPrecond",
+    "EDM_2_Precond_EncoderDecoder": "Precond",
+    "EDM_2_Precond_Generator": "Precond",
+    "SongUNet_EncoderDecoder": "SongUNet",
+    "DhariwalUNet_EncoderDecoder": "DhariwalUNet",
+    "UNet_EncoderDecoder": "UNet",
+}
+# Arguments of every preconditioning: read by name below, or of no effect on images.
+COMMON = frozenset({"img_resolution", "img_channels", "label_dim", "model_type", "use_fp16"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """A network in this package's words. left_out names the tensors that serve the peer's training alone."""
+
+    image_shape: ImageShape
+    num_classes: int
+    network: str
+    network_args: dict[str, Any]
+    weights: dict[str, np.ndarray]
+    left_out: tuple[str, ...]
+
+    def spec(self, **more: Any) -> GeneratorSpec:
+        """The bundle's spec with what the file cannot tell."""
+        return GeneratorSpec(
+            image_shape=self.image_shape,
+            num_classes=self.num_classes,
+            network=self.network,
+            network_args=self.network_args,
+            **more,
+        )
+
+
+def translate(stored: StoredNetwork) -> Translation:
+    """The stored network with float32 weights under this package's names.
+
+    Raises RequestError for a class or argument that is not known here, FileFormatError where weights are missing, left over,
+    of another shape, or not finite.
+    """
+    tensors = _without_wrappers(stored.tensors)
+    bare, outer = _inner_tensors(tensors)
+    class_name, config = (stored.class_name, stored.config) if stored.class_name else infer_architecture(bare)
+    class_name = _known(class_name, PRECONDITIONINGS, "preconditioning")
+    network_name = _known(str(config.get("model_type", DEFAULT_NETWORKS[class_name])), NETWORKS, "network")
+    preconditioning, network = PRECONDITIONINGS[class_name], NETWORKS[network_name]
+    _check_arguments(config, preconditioning, network)
+    channels, size = int(config["img_channels"]), int(config["img_resolution"])
+    args = _chosen(config, network) | {"preconditioning": {"name": preconditioning.name, **_chosen(config, preconditioning)}}
+    translation = Translation(
+        image_shape=(channels, size, size),
+        num_classes=int(config.get("label_dim", 0)),
+        network=network.name,
+        network_args=args,
+        weights={f"model.{name}": _float32(name, array) for name, array in bare.items()},
+        left_out=tuple(outer),
+    )
+    _check_filters(bare, args.get("resample_filter", (1, 1)))
+    _check_outer(outer, translation)
+    _check_weights(translation)
+    return translation
+
+
+def _without_wrappers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    stripped = dict(tensors)
+    for wrapper in WRAPPERS:
+        if stripped and all(name.startswith(wrapper) for name in stripped):
+            stripped = {name.removeprefix(wrapper): array for name, array in stripped.items()}
+    return stripped
+
+
+def _inner_tensors(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The network's own tensors without their prefix, and those of its preconditioning."""
+    for prefix in INNER:
+        inner = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+        if inner:
+            return inner, {name: array for name, array in tensors.items() if not name.startswith(prefix)}
+    return tensors, {}
+
+
+def _known(name: str, table: Mapping[str, Vocabulary], what: str) -> str:
+    name = ALIASES.get(name, name)
+    if name not in table:
+        raise RequestError(f"{what} '{name}' is not known here", remedy=f"files of {', '.join(table)} are", param="checkpoint")
+    return name
+
+
+def _check_arguments(config: Mapping[str, Any], *vocabularies: Vocabulary) -> None:
+    known = COMMON.union(*(v.arguments for v in vocabularies), *(v.passed_over for v in vocabularies))
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise RequestError(
+            f"the network was made with '{unknown[0]}', which is not known here",
+            remedy="import a file of EDM, EDM2, SiD or Uni-Instruct",
+            param="checkpoint",
+        )
+    for name in ("img_resolution", "img_channels"):
+        if not isinstance(config.get(name), int):
+            raise FileFormatError(f"the file gives {config.get(name)!r} for {name}", remedy="download it again")
+
+
+def _chosen(config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """EDM's largest noise level is infinity, which is the default here too, and which JSON does not know."""
+    given = {name: config[name] for name in sorted(vocabulary.arguments) if name in config and config[name] != math.inf}
+    return {**vocabulary.defaults, **given}
+
+
+def _float32(name: str, array: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(array.dtype, np.floating):
+        raise FileFormatError(f"weight {name} is of type {array.dtype}, not a float", remedy="download it again")
+    wide = np.asarray(array, dtype=np.float32)
+    if not np.isfinite(wide).all():
+        raise FileFormatError(f"weight {name} holds values that are not finite", remedy="import an earlier state")
+    return wide
+
+
+def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> None:
+    """What lies outside the network: EDM2's estimate of uncertainty, and iDDPM's table of noise levels, which must be ours."""
+    for name, array in outer.items():
+        if name.startswith(("logvar_fourier.", "logvar_linear.")):
+            continue
+        if name != "u":
+            raise _misfit("holds weights that are not its own", [name])
+        from uni_instruct.networks.preconditioning import IDDPM
+
+        constants = {key: value for key, value in translation.network_args["preconditioning"].items() if key != "name"}
+        table = IDDPM(**constants).table if translation.network_args["preconditioning"]["name"] == IDDPM.name else np.zeros(0)
+        if array.shape != table.shape or not np.allclose(array, table, rtol=1e-3):
+            raise FileFormatError("the file's table of noise levels is not iDDPM's", remedy="download it again")
+
+
+def _check_filters(tensors: Mapping[str, np.ndarray], taps: Sequence[float]) -> None:
+    """Resampling filters are stored too, but follow from the configuration: they must be what it says."""
+    expected = np.outer(taps, taps) / np.sum(taps) ** 2
+    for name, array in tensors.items():
+        if name.endswith("resample_filter") and not np.allclose(array, expected, atol=1e-6):
+            remedy = "download it again"
+            raise FileFormatError(f"filter {name} is not {list(taps)}, as the network's arguments say", remedy=remedy)
+
+
+def _check_weights(translation: Translation) -> None:
+    import torch
+
+    from uni_instruct.networks.build import build_denoiser
+
+    with torch.device("meta"):
+        denoiser = build_denoiser(translation.spec(name="imported"))
+    expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    held = {name: array.shape for name, array in translation.weights.items()}
+    if missing := sorted(expected.keys() - held.keys()):
+        raise _misfit("lacks weights", missing)
+    if unexpected := sorted(held.keys() - expected.keys()):
+        raise _misfit("holds weights that are not its own", unexpected)
+    if wrong := [f"{name} {held[name]} instead of {expected[name]}" for name in expected if held[name] != expected[name]]:
+        raise _misfit("has weights of another shape", wrong)
+
+
+def _misfit(problem: str, names: list[str]) -> FileFormatError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return FileFormatError(f"the network {problem}: {', '.join(names[:3])}{more}", remedy="download it again")

@@ -1,0 +1,139 @@
+"""Reads pickles to plain values: numbers, strings, containers, NumPy arrays, and records of the modules that stood in them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from uni_instruct.checkpoints.allowed import CHECKPOINT, ArrayDraft, ModuleDraft
+from uni_instruct.checkpoints.legacy import MAGIC, read_stream
+from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, Limits, reading
+from uni_instruct.checkpoints.machine import Machine, Named
+from uni_instruct.checkpoints.source import Source, opened
+from uni_instruct.checkpoints.tensors import Storage, StoredTensor
+
+# Arrays of at most so many elements may be shown as lists, so their elements count as values.
+SMALL = 64
+_LEAVES = frozenset({str, bytes, int, float, bool, type(None), set, frozenset})
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """An object of a class of the project's: the class's name and the attributes. Its code is not kept."""
+
+    class_name: str
+    state: dict[str, Any]
+
+
+def read_pickle(source: str | Path | BinaryIO, limits: Limits | None = None) -> Any:
+    """The value of a pickle, or of a torch file from before version 1.6, without running anything in it.
+
+    Tensors and parameters come as NumPy arrays, bfloat16 widened to float32; dicts of any kind as dict; modules as
+    StoredModule. Raises FileFormatError for a file that is damaged, exceeds the limits, or names something foreign.
+    """
+    with opened(source) as (file, name, size), reading(name):
+        account = Account(limits or Limits(), size)
+        return plain(pickled(file, account, size), account)
+
+
+def pickled(file: BinaryIO, account: Account, size: int) -> Any:
+    """The value of a pickle or of torch's stream of pickles, with drafts and stored tensors in it. Raises Fault."""
+    source = Source(file, 0, size)
+    value = Machine(source, account, CHECKPOINT).run()
+    if value == MAGIC and type(value) is int and source.position < size:
+        return read_stream(source, account, CHECKPOINT, magic_read=True)
+    if source.position < size:
+        raise Fault(f"has {size - source.position:,} bytes after its end")
+    return value
+
+
+def plain(value: Any, account: Account) -> Any:
+    """The value with drafts and stored tensors replaced by what they stand for. Raises Fault, also for cycles and depth."""
+    return _Plain(account).of(value, 0).value
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A plain value, the number of values in it, and the number of containers within containers."""
+
+    value: Any
+    count: int = 1
+    height: int = 0
+
+
+class _Plain:
+    """Makes values plain. A value that occurs often is settled once and counted often, so that no tree outgrows its limit."""
+
+    def __init__(self, account: Account):
+        self._limits = account.limits
+        self._settled: dict[int, _Settled | None] = {}
+        self._storages: dict[int, np.ndarray] = {}
+
+    def of(self, value: Any, depth: int) -> _Settled:
+        if type(value) in _LEAVES:
+            return _Settled(value, 1 + len(value)) if isinstance(value, set | frozenset) else _Settled(value)
+        settle = _SETTLE.get(type(value))
+        if settle is None:
+            raise Fault(f"has {_described(value)} where data should be", FOREIGN)
+        known = self._settled.get(id(value), self)
+        if known is None:
+            raise Fault("has a value that contains itself", FOREIGN)
+        if not isinstance(known, _Settled):
+            self._settled[id(value)] = None
+            known = self._settled[id(value)] = settle(self, value, depth + 1)
+        if known.count > self._limits.values:
+            raise Fault(f"asks for more than {self._limits.values:,} values", FOREIGN)
+        if depth + known.height > self._limits.depth:
+            raise Fault(f"nests values deeper than {self._limits.depth}", FOREIGN)
+        return known
+
+    def container(self, parts: list[Any], depth: int, make: Callable[[list[Any]], Any]) -> _Settled:
+        if depth > self._limits.depth:
+            raise Fault(f"nests values deeper than {self._limits.depth}", FOREIGN)
+        settled = [self.of(part, depth) for part in parts]
+        height = 1 + max((part.height for part in settled), default=0)
+        return _Settled(make([part.value for part in settled]), 1 + sum(part.count for part in settled), height)
+
+    def tensor(self, tensor: StoredTensor) -> _Settled:
+        storage = tensor.storage
+        if id(storage) not in self._storages:
+            self._storages[id(storage)] = storage.read()
+        return _settled_array(tensor.of(self._storages[id(storage)]))
+
+
+def _settle_dict(plain: _Plain, value: dict[Any, Any], depth: int) -> _Settled:
+    return plain.container(list(value.values()), depth, lambda parts: dict(zip(value, parts, strict=True)))
+
+
+def _settle_module(plain: _Plain, draft: ModuleDraft, depth: int) -> _Settled:
+    if draft.state is None or not all(type(name) is str for name in draft.state):
+        raise Fault(f"has a module {draft.class_name} without a state", FOREIGN)
+    return plain.container([draft.state], depth, lambda parts: StoredModule(draft.class_name, parts[0]))
+
+
+def _settle_array(plain: _Plain, draft: ArrayDraft, depth: int) -> _Settled:
+    if draft.array is None:
+        raise Fault("has a NumPy array without content")
+    return _settled_array(draft.array)
+
+
+def _settled_array(array: np.ndarray) -> _Settled:
+    return _Settled(array, 1 + (array.size if array.size <= SMALL else 0))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Named):
+        return f"the bare function or class {value.name}"
+    return "a storage outside a tensor" if isinstance(value, Storage) else f"a {type(value).__name__}"
+
+
+_SETTLE: dict[type, Callable[[_Plain, Any, int], _Settled]] = {
+    dict: _settle_dict,
+    list: lambda plain, value, depth: plain.container(value, depth, list),
+    tuple: lambda plain, value, depth: plain.container(list(value), depth, tuple),
+    ModuleDraft: _settle_module,
+    ArrayDraft: _settle_array,
+    StoredTensor: lambda plain, value, depth: plain.tensor(value),
+}

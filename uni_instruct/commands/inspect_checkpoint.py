@@ -1,0 +1,83 @@
+"""What `inspect` says of another project's checkpoint: read, not imported."""
+
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
+Row = tuple[str, str]
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether the source is a file that is named as checkpoints are."""
+    return Path(source).suffix.lower() in SUFFIXES and Path(source).is_file()
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """Format, networks and facts of a checkpoint, for JSON. A network that cannot be imported has an `error`."""
+    from uni_instruct.checkpoints.contents import read_checkpoint
+    from uni_instruct.checkpoints.importing import choose_network, likely_kind
+
+    checkpoint = read_checkpoint(path)
+    chosen = choose_network(checkpoint, None)
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "file_bytes": path.stat().st_size,
+        "format": checkpoint.format,
+        "imported_as": likely_kind(checkpoint, chosen),
+        "imported_network": chosen.role,
+        "networks": [_network_facts(stored) for stored in checkpoint.networks],
+        "facts": checkpoint.facts,
+    }
+
+
+def checkpoint_rows(facts: dict[str, Any]) -> list[Row]:
+    """A checkpoint's facts in words."""
+    return [
+        ("checkpoint", f"{facts['format']}, {facts['file_bytes'] / 1e6:.1f} MB"),
+        *((f"network {network['role']}", _network_text(network)) for network in facts["networks"]),
+        *((name, _short(value)) for name, value in facts["facts"].items()),
+        ("imported", f"network {facts['imported_network']} as a {facts['imported_as']}; --network and --as choose otherwise"),
+        ("next", f"uni-instruct import {facts['path']} --out BUNDLE"),
+    ]
+
+
+def _network_facts(stored: Any) -> dict[str, Any]:
+    from uni_instruct.checkpoints.translate import translate
+    from uni_instruct.errors import UniInstructError
+
+    facts = {
+        "role": stored.role,
+        "class": stored.class_name,
+        "tensors": len(stored.tensors),
+        "values": sum(array.size for array in stored.tensors.values()),
+        "types": sorted({str(array.dtype) for array in stored.tensors.values()}),
+    }
+    try:
+        translation = translate(stored)
+    except UniInstructError as error:
+        return {**facts, "error": str(error)}
+    return {
+        **facts,
+        "image_shape": list(translation.image_shape),
+        "num_classes": translation.num_classes,
+        "network": translation.network,
+        "network_args": translation.network_args,
+        "left_out": list(translation.left_out),
+    }
+
+
+def _network_text(network: dict[str, Any]) -> str:
+    size = f"{network['values']:,} values in {network['tensors']} tensors of {', '.join(network['types'])}"
+    if "error" in network:
+        return f"{network['class'] or 'bare weights'}, {size}; cannot be imported: {network['error']}"
+    channels, height, width = network["image_shape"]
+    classes = f"{network['num_classes']} classes" if network["num_classes"] else "no classes"
+    what, args = f"{network['network']} of {width}x{height}x{channels}", _short(network["network_args"])
+    return f"{network['class'] or 'bare weights'}: {what}, {classes}, {size}; {args}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(part)}" for key, part in value.items())[:400]
+    return str(value)[:200]

@@ -1,0 +1,96 @@
+"""Several data sets as one, in the order in which they are given."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from uni_instruct.data.dataset import Dataset, ImageReader, number_names
+from uni_instruct.errors import FileFormatError, RequestError
+
+
+def joined(parts: Sequence[Dataset]) -> Dataset:
+    """The images of all parts. Raises FileFormatError where shapes, classes or kinds differ.
+
+    Class names may be missing (plain numbers) in some parts.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part in parts[1:]:
+        _check_fit(first, part)
+    return Dataset(
+        name="+".join(dict.fromkeys(part.name for part in parts)),
+        image_shape=first.image_shape,
+        labels=None if first.labels is None else np.concatenate([part.labels for part in parts if part.labels is not None]),
+        num_classes=first.num_classes,
+        class_names=next((part.class_names for part in parts if _has_names(part)), first.class_names),
+        licence=", ".join(dict.fromkeys(part.licence for part in parts)),
+        source=",".join(part.source for part in parts),
+        reader=JoinedReader([part.reader for part in parts]),
+        latents=first.latents,
+        note="; ".join(dict.fromkeys(part.note for part in parts if part.note)),
+    )
+
+
+class JoinedReader:
+    """Images of several readers, numbered through."""
+
+    def __init__(self, readers: Sequence[ImageReader]):
+        self.readers = readers
+        self.ends = np.cumsum([len(reader) for reader in readers])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """See ImageReader."""
+        indices = np.where(indices < 0, indices + len(self), indices)
+        owners = np.searchsorted(self.ends, indices, side="right")
+        if not len(indices):
+            return self.readers[0].read(indices)
+        out: np.ndarray | None = None
+        for owner in np.unique(owners):
+            chosen, reader = owners == owner, self.readers[owner]
+            images = reader.read(indices[chosen] - self.ends[owner] + len(reader))
+            out = np.empty((len(indices), *images.shape[1:]), images.dtype) if out is None else out
+            out[chosen] = images
+        assert out is not None
+        return out
+
+
+def with_classes(dataset: Dataset, num_classes: int) -> Dataset:
+    """The data set with its number of classes stated, for one that lacks the last of them.
+
+    Raises RequestError for a data set without classes, FileFormatError for labels beyond the number.
+    """
+    if dataset.labels is None:
+        raise RequestError(
+            f"data set '{dataset.name}' has no classes{f' ({dataset.note})' if dataset.note else ''}",
+            remedy="leave their number out",
+            param="num_classes",
+        )
+    names = dataset.class_names if len(dataset.class_names) == num_classes else number_names(num_classes)
+    return replace(dataset, num_classes=num_classes, class_names=names)
+
+
+def _check_fit(first: Dataset, part: Dataset) -> None:
+    remedy = "data sets are joined where they are alike"
+    if first.latents != part.latents or first.image_shape != part.image_shape:
+        remedy = "bring them to one shape with 'uni-instruct data prepare --resolution'"
+    elif first.num_classes != part.num_classes:
+        remedy = "state the number with 'uni-instruct data prepare --num-classes' where some lack the last classes"
+    if _kind(first) != _kind(part):
+        raise FileFormatError(f"{first.source} has {_kind(first)}, {part.source} {_kind(part)}", remedy=remedy)
+    if _has_names(first) and _has_names(part) and first.class_names != part.class_names:
+        mine, theirs = next(pair for pair in zip(first.class_names, part.class_names, strict=True) if pair[0] != pair[1])
+        raise FileFormatError(f"a class is '{mine}' in {first.source} and '{theirs}' in {part.source}", remedy=remedy)
+
+
+def _kind(dataset: Dataset) -> str:
+    what = "latents" if dataset.latents else "images"
+    return f"{what} of {list(dataset.image_shape)} and {dataset.num_classes or 'no'} classes"
+
+
+def _has_names(dataset: Dataset) -> bool:
+    return dataset.class_names != number_names(dataset.num_classes)
