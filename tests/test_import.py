@@ -1,6 +1,8 @@
 """`uni-instruct import`: a peer's file becomes a bundle that computes what the network in the file did, or nothing at all."""
 
+import dataclasses
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.checkpoints.contents import read_checkpoint
 from uni_instruct.checkpoints.translate import translate
+from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 
@@ -179,6 +182,9 @@ def test_every_weight_is_accounted_for(
         ({"peer_class": "StyleGenerator"}, "preconditioning 'StyleGenerator' is not known here; files of EDMPrecond"),
         ({"spectral": True}, "the network was made with 'spectral', which is not known here"),
         ({"img_channels": "three"}, "the file gives 'three' for img_channels"),
+        ({"num_blocks": 10**9}, "the file gives '1000000000' for num_blocks"),
+        ({"channel_mult": [1] * 1000}, "for channel_mult"),
+        ({"sigma_data": float("nan")}, "the file gives 'nan' for sigma_data"),
     ],
 )
 def test_networks_that_are_not_known_are_refused(cli: Cli, tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -189,3 +195,49 @@ def test_networks_that_are_not_known_are_refused(cli: Cli, tmp_path: Path, chang
     assert code == 2
     assert message in errors
     assert not (tmp_path / "bundle").exists()
+
+
+HOSTILE = [
+    0,
+    -1,
+    1,
+    3,
+    10**9,
+    2**63,
+    0.0,
+    -0.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    None,
+    True,
+    "",
+    "x" * 10**6,
+    "fourier",
+    "skip",
+]
+HOSTILE += [[], [0], [1] * 10**6, [[1]], {"a": 1}, [None], ["1"], [1, 3, 3, 1], [-1, 2], [1e-300, 1]]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_no_configuration_hangs_or_ends_in_anything_but_a_network_or_an_error(tmp_path: Path, name: str) -> None:
+    """Each argument in turn takes each hostile value, and pairs of them at random; memory is bounded."""
+    (stored,) = read_checkpoint(made.write_sid_pickle(tmp_path / "x.pkl", peer(name)[0])).networks
+    rng = np.random.default_rng(0)
+    keys = [*sorted(stored.config), "preconditioning", "out_channels"]
+    changes = [{key: value} for key in keys for value in HOSTILE]
+    changes += [{keys[rng.integers(len(keys))]: HOSTILE[rng.integers(len(HOSTILE))] for _ in range(2)} for _ in range(100)]
+    ends = set()
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), limit[1]))
+    try:
+        for change in changes:
+            try:
+                translate(dataclasses.replace(stored, config=stored.config | change))
+                ends.add("network")
+            except UniInstructError as error:
+                ends.add(type(error).__name__)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert ends == {"network", "FileFormatError", "RequestError"}

@@ -124,7 +124,7 @@ class Bundle:
     ) -> "Bundle":
         """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
 
-        samples: a PNG. Raises DiskError where the disk is full or read-only.
+        weights are written as float32; samples: a PNG. Raises DiskError where the disk is full or read-only.
         """
         path = Path(path)
         with atomic_folder(path) as partial:
@@ -157,19 +157,17 @@ class Bundle:
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """float32 arrays as safetensors, one after the other: safetensors' own `save` holds a second copy of them all."""
+    """Arrays as float32 safetensors, one after the other: safetensors' own `save` holds a second copy of them all."""
     header, end = {}, 0
     for name, array in weights.items():
-        if array.dtype != np.float32:
-            raise TypeError(f"{name} is {array.dtype}, not float32")
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [end, end + 4 * array.size]}
+        end += 4 * array.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin at a multiple of eight
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in weights.values():
-            file.write(np.ascontiguousarray(array).data)
+            file.write(np.ascontiguousarray(array, dtype="<f4").data)
 
 
 def shipped_generators() -> list[str]:

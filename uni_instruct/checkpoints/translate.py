@@ -78,6 +78,9 @@ ALIASES = {
     "DhariwalUNet_EncoderDecoder": "DhariwalUNet",
     "UNet_EncoderDecoder": "UNet",
 }
+# The largest values that any network of these has by far; beyond them building it would not end.
+LARGEST = {"num_blocks": 64, "M": 10_000, "img_resolution": 8192, "img_channels": 1024}
+LARGEST_NUMBER, LONGEST = 1_000_000, 32
 # Arguments of every preconditioning: read by name below, or of no effect on images.
 COMMON = frozenset({"img_resolution", "img_channels", "label_dim", "model_type", "use_fp16"})
 
@@ -105,7 +108,7 @@ class Translation:
 
 
 def translate(stored: StoredNetwork) -> Translation:
-    """The stored network with float32 weights under this package's names.
+    """The stored network, its weights under this package's names.
 
     Raises RequestError for a class or argument that is not known here, FileFormatError where weights are missing, left over,
     of another shape, or not finite.
@@ -124,12 +127,12 @@ def translate(stored: StoredNetwork) -> Translation:
         num_classes=int(config.get("label_dim", 0)),
         network=network.name,
         network_args=args,
-        weights={f"model.{name}": _float32(name, array) for name, array in bare.items()},
+        weights={f"model.{name}": _checked(name, array) for name, array in bare.items()},
         left_out=tuple(outer),
     )
+    _check_weights(translation)  # first: it builds the network, which refuses arguments of the wrong kind
     _check_filters(bare, args.get("resample_filter", (1, 1)))
     _check_outer(outer, translation)
-    _check_weights(translation)
     return translation
 
 
@@ -166,9 +169,25 @@ def _check_arguments(config: Mapping[str, Any], *vocabularies: Vocabulary) -> No
             remedy="import a file of EDM, EDM2, SiD or Uni-Instruct",
             param="checkpoint",
         )
-    for name in ("img_resolution", "img_channels"):
-        if not isinstance(config.get(name), int):
-            raise FileFormatError(f"the file gives {config.get(name)!r} for {name}", remedy="download it again")
+    for name, least in (("img_resolution", 1), ("img_channels", 1), ("label_dim", 0)):
+        value = config.get(name, 0)
+        if type(value) is not int or value < least:
+            raise _implausible(name, value)
+    for name, value in config.items():
+        if not _is_plausible(name, value):
+            raise _implausible(name, value)
+
+
+def _is_plausible(name: str, value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= LONGEST and all(isinstance(part, int | float) and _is_plausible(name, part) for part in value)
+    if isinstance(value, int | float):
+        return abs(value) <= LARGEST.get(name, LARGEST_NUMBER) or (name == "sigma_max" and value == math.inf)
+    return value is None or (isinstance(value, str) and len(value) <= 100)
+
+
+def _implausible(name: str, value: Any) -> FileFormatError:
+    return FileFormatError(f"the file gives {str(value)[:60]!r} for {name}", remedy="download it again")
 
 
 def _chosen(config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -177,13 +196,12 @@ def _chosen(config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]
     return {**vocabulary.defaults, **given}
 
 
-def _float32(name: str, array: np.ndarray) -> np.ndarray:
+def _checked(name: str, array: np.ndarray) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.floating):
         raise FileFormatError(f"weight {name} is of type {array.dtype}, not a float", remedy="download it again")
-    wide = np.asarray(array, dtype=np.float32)
-    if not np.isfinite(wide).all():
+    if not np.isfinite(array).all():
         raise FileFormatError(f"weight {name} holds values that are not finite", remedy="import an earlier state")
-    return wide
+    return array
 
 
 def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> None:

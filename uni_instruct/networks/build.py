@@ -48,7 +48,7 @@ def build_denoiser(spec: GeneratorSpec) -> Denoiser:
         if preconditioning.out_factor > 1:
             args["out_channels"] = preconditioning.out_factor * spec.image_shape[0]
         model = NETWORKS[spec.network](spec.image_shape, spec.num_classes, **args)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
     return Denoiser(model, spec.image_shape, spec.num_classes, preconditioning)
 
