@@ -4,6 +4,7 @@ Parameter names and arithmetic are those of EDM2's `unet`, so that its weights l
 loss's uncertainty (`logvar_*` there) serves EDM2's training alone and is left out.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.latents import ImageShape
 from uni_instruct.networks.blocks import attention
 from uni_instruct.networks.network import Network
+from uni_instruct.networks.skeleton import Skeleton, levels
 
 EPS = 1e-4  # added to every magnitude that is divided by
 UNIT_TOLERANCE = 1e-5  # rows this near to unit magnitude stay as they are, to the bit
@@ -50,9 +52,9 @@ class EDM2(Network):
         resample_filter: Sequence[float] = (1, 1),
     ):
         super().__init__()
-        image_channels, height, width = image_shape
-        _check_shape(height, width, len(channel_mult), resample_filter)
-        widths = [model_channels * mult for mult in channel_mult]
+        _check_filter(resample_filter)
+        plan = levels(image_shape, model_channels, channel_mult, attn_resolutions)
+        image_channels, widths = image_shape[0], [level.channels for level in plan]
         noise_channels = widths[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         self.emb_channels = max(widths) if channel_mult_emb is None else model_channels * channel_mult_emb
         self.label_balance, self.concat_balance = label_balance, concat_balance
@@ -70,32 +72,11 @@ class EDM2(Network):
             channels_per_head=channels_per_head,
             resample_filter=tuple(resample_filter),
         )
-        names = [f"{height >> level}x{width >> level}" for level in range(len(widths))]
-        attends = [(height >> level) in attn_resolutions for level in range(len(widths))]
-        cout, skips = widths[0], [widths[0]]
-        self.enc = nn.ModuleDict({f"{names[0]}_conv": MPConv(image_channels + 1, cout, 3)})
-        for level, channels in enumerate(widths):
-            if level:
-                self.enc[f"{names[level]}_down"] = block(cout, cout, down=True)
-                skips.append(cout)
-            for index in range(num_blocks):
-                self.enc[f"{names[level]}_block{index}"] = block(cout, channels, attends=attends[level])
-                cout = channels
-                skips.append(cout)
-        self.bottleneck_channels = cout
-
-        block = partial(block, decodes=True)
-        self.dec = nn.ModuleDict()
-        for level, channels in reversed(list(enumerate(widths))):
-            if level == len(widths) - 1:
-                self.dec[f"{names[level]}_in0"] = block(cout, cout, attends=True)
-                self.dec[f"{names[level]}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{names[level]}_up"] = block(cout, cout, up=True)
-            for index in range(num_blocks + 1):
-                self.dec[f"{names[level]}_block{index}"] = block(cout + skips.pop(), channels, attends=attends[level])
-                cout = channels
-        self.out_conv = MPConv(cout, image_channels, 3)
+        down = Skeleton(levels=plan, num_blocks=num_blocks, block=block, attend_often=True)
+        self.enc = down.encoder(MPConv(image_channels + 1, widths[0], 3))
+        self.bottleneck_channels = widths[-1]
+        self.dec = dataclasses.replace(down, block=partial(block, decodes=True)).decoder(self.enc)
+        self.out_conv = MPConv(widths[0], image_channels, 3)
         self.out_gain = nn.Parameter(torch.zeros([]))
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
@@ -158,13 +139,14 @@ class Block(nn.Module):
         decodes: bool = False,
         up: bool = False,
         down: bool = False,
-        attends: bool = False,
+        attention: bool = False,
     ):
         super().__init__()
-        self.in_channels, self.decodes, self.up, self.down = in_channels, decodes, up, down
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.decodes, self.up, self.down = decodes, up, down
         self.dropout, self.res_balance, self.attn_balance = dropout, res_balance, attn_balance
         self.clip_act, self.resample_filter = clip_act, resample_filter
-        self.heads = out_channels // channels_per_head if attends else 0
+        self.heads = out_channels // channels_per_head if attention else 0
         if self.heads and out_channels % self.heads:
             raise RequestError(
                 f"{out_channels} channels cannot be divided among {self.heads} attention heads",
@@ -215,6 +197,7 @@ class MPConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *((kernel, kernel) if kernel else ())))
         self._normalised_at = (0, 0)
 
@@ -297,13 +280,7 @@ def resample(x: Tensor, resample_filter: tuple[float, ...], *, up: bool) -> Tens
     return F.conv2d(x, depthwise, stride=2, padding=padding, groups=x.shape[1])
 
 
-def _check_shape(height: int, width: int, levels: int, resample_filter: Sequence[float]) -> None:
-    divisor = 2 ** (levels - 1)
-    if height % divisor or width % divisor:
-        raise RequestError(
-            f"resolution {height}x{width} is not divisible by {divisor}",
-            remedy=f"use fewer than {levels} levels or resize the data",
-        )
+def _check_filter(resample_filter: Sequence[float]) -> None:
     if not resample_filter or len(resample_filter) % 2:
         raise RequestError(
             f"resample_filter {list(resample_filter)} has {len(resample_filter)} taps", remedy="give an even number, as in 1,1"

@@ -1,4 +1,4 @@
-"""How EDM's U-Nets are put together from their blocks."""
+"""How EDM's and EDM2's U-Nets are put together from their blocks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from uni_instruct.errors import RequestError
 from uni_instruct.latents import ImageShape
-from uni_instruct.networks.blocks import Conv2d, UNetBlock
+from uni_instruct.networks.blocks import UNetBlock
 
 
 class Level(NamedTuple):
@@ -49,23 +49,23 @@ def nothing(*_: object) -> dict[str, nn.Module]:
 class Skeleton:
     """How blocks make up a U-Net: levels, the finest first, with num_blocks each on the way down and one more on the way up.
 
-    block makes a UNetBlock from its channels and what differs from block to block. attend_often: on the way up all blocks of a
-    level that attends do, else the last.
+    block makes a block, which knows its in_channels and out_channels, from these and what differs from block to block.
+    attend_often: on the way up all blocks of a level that attends do, else the last.
     """
 
     levels: list[Level]
     num_blocks: int
-    block: Callable[..., UNetBlock]
+    block: Callable[..., nn.Module]
     attend_often: bool
 
-    def encoder(self, stem: Conv2d, beside: Callable[[str, int, int], dict[str, nn.Module]] = nothing) -> nn.ModuleDict:
+    def encoder(self, stem: nn.Module, beside: Callable[[str, int, int], dict[str, nn.Module]] = nothing) -> nn.ModuleDict:
         """The stem and every level's blocks.
 
         beside(name of a level, channels that entered the level above it, channels that enter it) stands after the first block
         of a level that halves the resolution.
         """
         enc = nn.ModuleDict({f"{self.levels[0].name}_conv": stem})
-        above, channels = stem.in_channels, stem.out_channels
+        above, channels = int(stem.in_channels), int(stem.out_channels)  # type: ignore[arg-type]
         for level in self.levels:
             if level is not self.levels[0]:
                 enc[f"{level.name}_down"] = self.block(channels, channels, down=True)
@@ -97,7 +97,7 @@ class Skeleton:
 def skip_channels(encoder: nn.ModuleDict) -> list[int]:
     """The channels of every feature that the decoder takes back, the bottleneck's last."""
     blocks = [block for name, block in encoder.items() if "_aux_" not in name]
-    return [block.out_channels for block in blocks if isinstance(block, UNetBlock | Conv2d)]
+    return [int(block.out_channels) for block in blocks]  # type: ignore[arg-type]
 
 
 def ascend(block: UNetBlock, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
