@@ -74,7 +74,7 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("bundle", "message"),
     [
-        ("missing", "there is no bundle missing; give a folder that 'train' wrote or a shipped generator"),
+        ("missing", "there is no bundle missing; give a folder that 'train' wrote, hf://owner/name, or a shipped generator"),
         (".", ". is not a bundle (it has no config.json)"),
         ("", "is not a bundle"),
     ],
