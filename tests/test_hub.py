@@ -103,6 +103,22 @@ def test_bundle_of_the_hub_is_fetched_once_and_then_used_offline(hub: Hub, tiny_
     assert hub.asked == []
 
 
+def test_checkpoint_of_the_hub_is_imported_with_its_commit(hub: Hub, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    bundle = Bundle.open(hub.folder)
+    (hub.folder / "runs").mkdir()
+    weights = {name: torch.from_numpy(array) for name, array in bundle.weights().items()}
+    save_file(weights, hub.folder / "runs" / "weights.safetensors")
+    source = "hf://someone/generator/runs/weights.safetensors"
+    done = run_cli("import", source, "--out", tmp_path / "bundle", env=hub.environment(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    imported = Bundle.open(tmp_path / "bundle")
+    assert imported.spec.provenance["imported"]["file"] == f"{source}@{COMMIT}"
+    assert imported.weights().keys() == bundle.weights().keys()
+
+
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [

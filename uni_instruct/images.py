@@ -48,7 +48,11 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np
 
 
 def contact_sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """A grid to look at, uint8 [H', W', C]: a grey line round every image, small images enlarged to 32 pixels or so."""
+    """A grid to look at, uint8 [H', W', 1 or 3]: a grey line round every image, small images enlarged to 32 pixels or so.
+
+    Of latents, which have more channels, the first three.
+    """
+    images = images[..., :3]
     count, height, width, channels = images.shape
     framed = np.full((count, height + 2, width + 2, channels), SHEET_GREY, dtype=np.uint8)
     framed[:, 1:-1, 1:-1] = images
