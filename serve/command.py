@@ -13,7 +13,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import engine_kind
 from uni_instruct.engines.record import verified_file
-from uni_instruct.errors import MissingExtraError
+from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.ports import free_address
 from uni_instruct.serve.settings import PREFIX, settings_from_environment
 
@@ -36,6 +36,13 @@ def serve(bundle: str, host: str, port: int, engine: str | None, workers: int) -
     Example: uni-instruct serve runs/digits/generator --port 3000
     """
     opened = Bundle.open(bundle)
+    channels = opened.spec.image_shape[0]
+    if channels not in (1, 3):
+        raise RequestError(
+            f"{bundle} makes {channels} channels, no pictures",
+            remedy="latents take their VAE to decode, which is not built in; 'generate' writes them as an .npz",
+            param="bundle",
+        )
     kind = engine_kind(opened, engine)
     if opened.engine_folder(kind).is_dir():
         verified_file(opened, opened.engine_folder(kind))

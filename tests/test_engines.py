@@ -216,12 +216,3 @@ def test_threads_follow_the_cpus_the_quota_and_the_user(
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     here = len(os.sched_getaffinity(0))
     assert threads.usable_cpus() == min(here, expected or here)
-
-
-@pytest.mark.parametrize("command", [["generate", "{}", "--seeds", "0", "--out", "x"], ["serve", "{}"], ["evaluate", "{}"]])
-def test_latents_are_not_taken_for_images(cli: Callable[..., tuple[int, str, str]], tmp_path: Path, command: list[str]) -> None:
-    bundle = random_bundle(tmp_path / "latents", seed=0, image_shape=(4, 8, 8))
-    options = ["--reference", "digits"] if command[0] == "evaluate" else []
-    code, _, errors = cli(*[word.format(bundle.path) for word in command], *options)
-    assert code == 2
-    assert "makes latents of 4 channels, no images; decoding them takes their VAE" in errors

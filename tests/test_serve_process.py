@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import require_debian, run_cli
+from conftest import random_bundle, require_debian, run_cli
 from PIL import Image
 
 from uni_instruct.bundle import Bundle
@@ -378,6 +378,8 @@ def test_wrong_requests_are_one_line_and_exit_code_2(exported_bundle: Bundle, tm
     assert refused(str(tmp_path / "nothing")).startswith("error: there is no bundle")
     assert refused(str(exported_bundle.path), "--engine", "abacus").startswith("error: engine 'abacus' is unknown; choose one")
     assert refused(str(exported_bundle.path), "--host", "no.such.host.invalid").startswith("error: host no.such.host.invalid")
+    latents = random_bundle(tmp_path / "latents", seed=0, image_shape=(4, 8, 8))
+    assert "makes 4 channels, no pictures; latents take their VAE to decode" in refused(str(latents.path))
     assert "0 is not in the range" in refused(str(exported_bundle.path), "--port", "0")
     altered = Path(shutil.copytree(exported_bundle.path, tmp_path / "altered"))
     (altered / "engines/onnx/tiny-8x8-onnx-fp32.onnx").write_bytes(b"altered")

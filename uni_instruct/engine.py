@@ -41,8 +41,7 @@ def available_engines(bundle: Bundle) -> list[str]:
 def open_engine(bundle: Bundle | str | Path, kind: str | None = None) -> Engine:
     """The bundle's engine of that kind; without a kind, the fastest that was exported, else torch.
 
-    Raises RequestError for an unknown kind, one that was not exported, or a generator of latents; BundleError where a file does
-    not match its hash.
+    Raises RequestError for an unknown kind or one that was not exported, BundleError where a file does not match its hash.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
@@ -52,13 +51,6 @@ def open_engine(bundle: Bundle | str | Path, kind: str | None = None) -> Engine:
 
 def engine_kind(bundle: Bundle, kind: str | None = None) -> str:
     """The kind that open_engine would open, without loading it. Raises the same RequestError."""
-    channels = bundle.spec.image_shape[0]
-    if channels not in (1, 3):
-        raise RequestError(
-            f"{bundle.path} makes latents of {channels} channels, no images",
-            remedy="decoding them takes their VAE, which is not built in; load_denoiser gives the network to Python",
-            param="bundle",
-        )
     present = available_engines(bundle)
     if kind is None:
         return present[0]
