@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from test_checkpoint_fuzz import FORMATS, mutated
 from torch import nn
 
 from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.checkpoints.contents import read_checkpoint
+from uni_instruct.checkpoints.importing import ImportRequest, import_checkpoint
 from uni_instruct.checkpoints.translate import translate
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 
 Cli = Callable[..., tuple[int, str, str]]
+# pickletools' own, of strings that changes have broken.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 SIZE = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 NCSN = {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": [1, 3, 3, 1], "channel_mult_noise": 2}
 # The peer's class, the class inside, classes, ours, and the arguments of the network inside.
@@ -241,3 +245,37 @@ def test_no_configuration_hangs_or_ends_in_anything_but_a_network_or_an_error(tm
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
     assert ends == {"network", "FileFormatError", "RequestError"}
+
+
+def import_damaged(folder: Path, seeds: range) -> list[str]:
+    """How imports of damaged files end: 'Bundle', or the class of the project's own error; anything else fails the test."""
+    outer, denoiser = peer("DDPM++")
+    for form, write in FORMATS.items():
+        write(folder / form)
+    made.write_edm_pickle(folder / "EDM", outer)
+    made.write_edm_pickle(folder / "EDM, protocol 2", outer, 2)
+    made.write_torch(folder / "state dict", denoiser.state_dict())
+    save_file({key: tensor.numpy() for key, tensor in denoiser.state_dict().items()}, folder / "safetensors")
+    originals = {form: (folder / form).read_bytes() for form in FORMATS}
+    ends = []
+    for seed in seeds:
+        form = ("EDM", "EDM, protocol 2", "state dict", "safetensors")[seed % 4]
+        (folder / "damaged").write_bytes(mutated(originals, form, seed))
+        try:
+            import_checkpoint(folder / "damaged", folder / "bundle", ImportRequest())
+            load_denoiser(Bundle.open(folder / "bundle"))
+            ends.append("Bundle")
+        except UniInstructError as error:
+            ends.append(type(error).__name__)
+    return ends
+
+
+def test_a_damaged_file_becomes_a_whole_bundle_or_an_error(tmp_path: Path) -> None:
+    """Reading them is guarded in tests/test_checkpoint_fuzz.py; this goes on to the bundle."""
+    ends = import_damaged(tmp_path, range(200))
+    assert 10 < ends.count("Bundle") < 190
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_files_become_whole_bundles_or_errors(tmp_path: Path) -> None:
+    assert set(import_damaged(tmp_path, range(200, 3200))) <= {"Bundle", "FileFormatError", "RequestError"}
