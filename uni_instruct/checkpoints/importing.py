@@ -72,7 +72,7 @@ def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
 
 
 def open_or_import(source: str, kind: str) -> Bundle:
-    """A bundle, or a checkpoint's file as one: kept in the cache under the file's hash, so that it is imported once.
+    """A bundle, or a checkpoint's file as one: kept in the cache under the file's hash and this version: imported once.
 
     Takes whatever `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `import_checkpoint` do.
     """
@@ -82,7 +82,7 @@ def open_or_import(source: str, kind: str) -> Bundle:
         origin, path = download.origin, download.path
     if not path.is_file():
         return Bundle.open(source)
-    folder = cache_folder() / "imported" / f"{sha256(path)}-{kind}"
+    folder = cache_folder() / "imported" / f"{sha256(path)}-{__version__}-{kind}"
     if not (folder / CONFIG).is_file():
         import_checkpoint(path, folder, ImportRequest(kind=kind, origin=origin))
     return Bundle.open(folder)
