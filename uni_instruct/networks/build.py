@@ -8,6 +8,7 @@ import torch
 
 from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.errors import BundleError, RequestError
+from uni_instruct.latents import ImageShape
 from uni_instruct.networks.adm import ADM
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.edm2 import EDM2
@@ -22,12 +23,16 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "edm2": EDM2,
 }
 
+# Sides of the square of pixels that a network may take as one.
+PATCHES = (1, 2, 4)
+
 
 def build_denoiser(spec: GeneratorSpec) -> Denoiser:
     """The spec's denoiser with fresh weights. Raises RequestError for an unknown network or argument.
 
-    Of network_args, `sigma_data` and `preconditioning` describe what stands around the network: the latter is a name of
-    PRECONDITIONINGS or {"name": ..., and its constants}, EDM's where it is not given. The rest are the network's own.
+    Of network_args, `sigma_data`, `preconditioning` and `patch` describe what stands around the network: preconditioning is a
+    name of PRECONDITIONINGS or {"name": ..., and its constants}, EDM's where it is not given; patch is one of PATCHES. The rest
+    are the network's own.
     """
     if spec.network not in NETWORKS:
         raise RequestError(
@@ -45,12 +50,30 @@ def build_denoiser(spec: GeneratorSpec) -> Denoiser:
     try:
         sigma_data = float(args.pop("sigma_data", 0.5))
         preconditioning = build_preconditioning(args.pop("preconditioning", "edm"), sigma_data)
+        patch = args.pop("patch", 1)
+        shape = patched_shape(spec.image_shape, patch)
         if preconditioning.out_factor > 1:
-            args["out_channels"] = preconditioning.out_factor * spec.image_shape[0]
-        model = NETWORKS[spec.network](spec.image_shape, spec.num_classes, **args)
+            args["out_channels"] = preconditioning.out_factor * shape[0]
+        model = NETWORKS[spec.network](shape, spec.num_classes, **args)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
-    return Denoiser(model, spec.image_shape, spec.num_classes, preconditioning)
+    return Denoiser(model, spec.image_shape, spec.num_classes, preconditioning, patch=patch)
+
+
+def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:
+    """[C, H, W] as the network sees it. Raises RequestError for a patch that is none of PATCHES or does not divide the image."""
+    channels, height, width = image_shape
+    if patch not in PATCHES or isinstance(patch, bool):
+        known = ", ".join(map(str, PATCHES))
+        raise RequestError(f"network.patch is {patch!r}", remedy=f"choose one of {known}", param="network")
+    if height % patch or width % patch:
+        fitting = ", ".join(str(p) for p in PATCHES if height % p == 0 and width % p == 0)
+        raise RequestError(
+            f"network.patch {patch} does not divide images of {height}x{width}",
+            remedy=f"choose one of {fitting}, or resize the data",
+            param="network",
+        )
+    return channels * patch**2, height // patch, width // patch
 
 
 def build_preconditioning(asked: str | Mapping[str, Any], sigma_data: float = 0.5) -> Preconditioning:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from uni_instruct.latents import ImageShape
 from uni_instruct.networks.network import Network
@@ -18,7 +19,11 @@ class Encoded(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (EDM, equation 7)."""
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (EDM, equation 7).
+
+    The network sees patches of patch x patch pixels as the channels of one, [B, C patch^2, H / patch, W / patch]: a permutation of
+    pixels, so that noise, preconditioning and every formula stay what they are at full resolution.
+    """
 
     def __init__(
         self,
@@ -26,10 +31,12 @@ class Denoiser(nn.Module):
         image_shape: ImageShape,
         num_classes: int = 0,
         preconditioning: Preconditioning | None = None,
+        *,
+        patch: int = 1,
     ):
         super().__init__()
         self.model = model
-        self.image_shape, self.num_classes = image_shape, num_classes
+        self.image_shape, self.num_classes, self.patch = image_shape, num_classes, patch
         self.preconditioning = preconditioning or EDM()
 
     def forward(
@@ -44,12 +51,12 @@ class Denoiser(nn.Module):
         """The first half of the network; its bottleneck is what a discriminator sees."""
         c = self.preconditioning(sigma)
         emb = self.model.embed(c.c_noise.flatten(), self._class_labels(class_ids, x), augment_labels)
-        return Encoded(self.model.encode(c.c_in * x, emb), emb)
+        return Encoded(self.model.encode(F.pixel_unshuffle(c.c_in * x, self.patch), emb), emb)
 
     def decode(self, encoded: Encoded, x: Tensor, sigma: Tensor) -> Tensor:
         """The second half: the expected clean image."""
         c = self.preconditioning(sigma)
-        out = self.model.decode(encoded.features, encoded.emb)
+        out = F.pixel_shuffle(self.model.decode(encoded.features, encoded.emb), self.patch)
         if out.shape[1] != x.shape[1]:  # a predicted variance follows
             out = out[:, : x.shape[1]]
         return c.c_skip * x + c.c_out * out
