@@ -6,7 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from uni_instruct.processes import is_later_process
+from uni_instruct.processes import is_later_process, keep_freed_memory
 from uni_instruct.train.recipe import load_recipe
 
 
@@ -36,6 +36,7 @@ def train(
 
     Example: uni-instruct train digits --out runs/digits --set method=dmd2 critic_updates=3
     """
+    keep_freed_memory()
     resolved = load_recipe(recipe, (*overrides, *more))
     if dry_run:
         if is_later_process():

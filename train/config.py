@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from uni_instruct.errors import RequestError
+from uni_instruct.evaluate.extractors import EXTRACTORS
 from uni_instruct.networks.build import NETWORKS, PATCHES
 from uni_instruct.train.checks import in_range, one_of
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.optimization.optimizing import DECAYS, RateSchedule
 from uni_instruct.train.watch.track import TRACKERS
 
+AUTO = "auto"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -182,15 +184,16 @@ class DistillationConfig(StageConfig):
 class LoopConfig:
     """What happens beside the steps, for both stages.
 
-    metric is minimised over `samples` generated images; 'none' keeps the last weights instead of the best. precision is that
-    of matrix products; channels_last and compile change speed, not the arithmetic. After bad_steps_in_a_row updates that were
+    metric is minimised over `samples` generated images; 'none' keeps the last weights instead of the best, and makes `grid`
+    images. extractor names the features that it compares, as in `evaluate --extractor`. precision is that of matrix products; channels_last and compile change speed, not the arithmetic. 'auto' takes of
+    both what is fastest on this machine; the run's recipe.yaml says what that was. After bad_steps_in_a_row updates that were
     not finite the run stops; what looks sick for warn_after_lines log lines is said in words. trackers gets the scalars and
     pictures. snapshot_kimg is how often power-function averages are kept for reconstruction.
     """
 
     seed: int = 0
-    precision: str = "32-true"
-    channels_last: bool = False
+    precision: str = AUTO
+    channels_last: bool | str = AUTO
     compile: bool = False
     log_kimg: float = 2.0
     state_kimg: float = 20.0
@@ -198,13 +201,19 @@ class LoopConfig:
     bad_steps_in_a_row: int = 5
     warn_after_lines: int = 3
     metric: str = "FD"
+    extractor: str = "auto"
     samples: int = 1797
     grid: int = 100
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         one_of("loop.metric", self.metric, ("FD", "KD", "none"))
-        one_of("loop.precision", self.precision, PRECISIONS)
+        one_of("loop.extractor", self.extractor, EXTRACTORS)
+        one_of("loop.precision", self.precision, (AUTO, *PRECISIONS))
+        if not isinstance(self.channels_last, bool) and self.channels_last != AUTO:
+            raise RequestError(
+                f"loop.channels_last is {self.channels_last!r}", remedy="give true, false or auto", param="recipe"
+            )
         in_range("loop.bad_steps_in_a_row", self.bad_steps_in_a_row, 1, 1_000_000)
         in_range("loop.warn_after_lines", self.warn_after_lines, 1, 1_000_000)
         for name in ("log_kimg", "state_kimg", "snapshot_kimg"):

@@ -15,7 +15,8 @@ from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.dry_run.cost import MB, Cost, cost_of
+from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, settled
+from uni_instruct.train.optimization.precision import exact
 from uni_instruct.train.plan import Plan, make_plan
 
 READ = 64  # images that are read, spread over the data
@@ -51,7 +52,7 @@ class Patient:
     @cached_property
     def cost(self) -> Cost:
         """Counted, not timed."""
-        return cost_of(self.plan, budget_s=0)
+        return cost_of(settled(self.plan, measured=False), budget_s=0)
 
 
 def examine(patient: Patient) -> list[Finding]:
@@ -127,7 +128,7 @@ def _devices(patient: Patient) -> str:
     for section in (patient.recipe.teacher, patient.recipe.distillation):
         if section.batch % asked:
             raise Unwell(f"{section.section}.batch {section.batch} is not divisible by {asked}", "choose another --devices")
-    days = patient.cost.gpu_days(patient.recipe.loop.precision)
+    days = patient.cost.gpu_days(exact(patient.recipe.loop).precision)
     on = f"{asked} of {gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else f"{asked} CPU processes, no GPU"
     return f"{on}; the run takes about {days:.3g} days of one H100 (--dry-run says how that is reckoned)"
 

@@ -30,7 +30,7 @@ from uni_instruct.train.watch.metrics import Metrics
 
 # Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
 FIRST_SELECTION_SEED = 2**40
-SAMPLE_BATCH = 256
+SAMPLE_BATCH = 128
 
 
 class Metric(NamedTuple):
@@ -101,6 +101,7 @@ class Loop:
         self.run, self.config, self.fabric, self.spec = run, config, fabric, spec
         self.evaluator, self.keep = evaluator, keep
         self.best, self.health = Best(), Health(config.warn_after_lines)
+        self._began, self._evaluating_s = time.monotonic(), 0.0
 
     def __call__(self, stage: Stage) -> Best:
         """Trains to the end; raises KeyboardInterrupt after saving the state where the user interrupts."""
@@ -185,6 +186,7 @@ class Loop:
         return note
 
     def _judge(self, stage: Stage, done: int) -> str:
+        start = time.monotonic()
         images, class_ids = self._draw(stage)
         kimg = done * stage.batch / 1000
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
@@ -197,18 +199,28 @@ class Loop:
         if value <= self.best.value:
             self.best = Best(value, done, scores)
             self.keep(scores, images[: self.config.grid])
-        return ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        self._evaluating_s += time.monotonic() - start
+        return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), self._evaluation_share()])
+
+    def _evaluation_share(self) -> str:
+        """What evaluation cost of this call's time, for the user to weigh evaluate_kimg and samples by."""
+        share = self._evaluating_s / max(time.monotonic() - self._began, 1e-9)
+        return f"{share:.0%} of the time went into evaluation"
 
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
-        seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + self.config.samples)
+        count = self.config.samples if self.config.metric != "none" else self.config.grid
+        seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + count)
         class_ids = random_class_ids(seeds, self.spec.num_classes) if self.spec.num_classes else None
         device = next(stage.averages.primary.module.parameters()).device
         parts = []
-        for start in range(0, len(seeds), SAMPLE_BATCH):
-            part = slice(start, start + SAMPLE_BATCH)
-            noise = torch.from_numpy(latents(seeds[part], self.spec.image_shape)).to(device)
-            labels = None if class_ids is None else torch.from_numpy(class_ids[part]).to(device)
-            parts.append(to_uint8(stage.sample(noise, labels)).cpu().numpy())
+        with progress(f"{stage.name}: samples", len(seeds), "images") as shown:
+            for start in range(0, len(seeds), SAMPLE_BATCH):
+                part = slice(start, start + SAMPLE_BATCH)
+                noise = torch.from_numpy(latents(seeds[part], self.spec.image_shape)).to(device)
+                labels = None if class_ids is None else torch.from_numpy(class_ids[part]).to(device)
+                with self.fabric.autocast():  # choosing among weights needs no more digits than training them
+                    parts.append(to_uint8(stage.sample(noise, labels)).cpu().numpy())
+                shown.advance(len(parts[-1]))
         return np.concatenate(parts), class_ids
 
 

@@ -17,11 +17,13 @@ from uni_instruct.hub import is_on_hub
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.progress import progress
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.parallel import Share, start_fabric
+from uni_instruct.train.optimization.precision import settle_for_run
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.run import Run
 from uni_instruct.train.stages.distillation import DistillationStage, Players
@@ -37,12 +39,21 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     Raises RequestError, before anything is trained, where recipe, data, teacher, reward and devices do not fit each other.
     """
     plan = make_plan(recipe)
+    recipe = _settled(plan, out)
+    plan = dataclasses.replace(plan, recipe=recipe)
     fabric = start_fabric(devices, recipe.loop.precision)
     for config in (recipe.teacher, recipe.distillation):
         Share(fabric, config.batch, config.micro_batch)
     with closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
         session = _Session(plan, run, fabric)
         return session.distil(plan.given_teacher or session.train_teacher())
+
+
+def _settled(plan: Plan, out: Path) -> Recipe:
+    """The plan's recipe with every `auto` resolved for this run."""
+    recipe = plan.recipe
+    images = max(config.micro_batch or config.batch for config in (recipe.teacher, recipe.distillation))
+    return dataclasses.replace(recipe, loop=settle_for_run(recipe.loop, plan.teacher_spec, images, out))
 
 
 class _Session:
@@ -52,7 +63,9 @@ class _Session:
         self.plan, self.run, self.fabric = plan, run, fabric
         self.recipe, self.dataset = plan.recipe, plan.dataset
         judged = fabric.is_global_zero and self.recipe.loop.metric != "none" and self.dataset is not None
-        self.evaluator = Evaluator(self.dataset) if judged and self.dataset is not None else None
+        self.evaluator = None
+        if judged and self.dataset is not None:
+            self.evaluator = Evaluator(self.dataset, self.recipe.loop.extractor, progress)
 
     def train_teacher(self) -> Bundle:
         """The teacher/ bundle, trained unless its state says that it is done."""

@@ -139,8 +139,9 @@ def _required(f: dataclasses.Field[Any]) -> bool:
 def _convert(kind: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, prefix=f"{key}.")
-    if isinstance(kind, types.UnionType):  # X | None
-        return None if value is None else _convert(typing.get_args(kind)[0], value, key)
+    if isinstance(kind, types.UnionType):  # X | None, or X | str for a word that stands for no X
+        first, other = typing.get_args(kind)
+        return value if isinstance(value, other) else _convert(first, value, key)
     if isinstance(kind, types.GenericAlias):
         item = typing.get_args(kind)[0]
         if isinstance(value, list | tuple):

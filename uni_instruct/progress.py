@@ -47,6 +47,7 @@ class _Lines:
         self.done = self.first = done
         self.start = self.last_line = time.monotonic()
         self.note = ""
+        print(f"{label}: {done}/{total} {unit}", file=sys.stderr, flush=True)
 
     def advance(self, amount: int, note: str | None = None) -> None:
         self.done += amount

@@ -1,5 +1,6 @@
 """What a plan costs: parameters, arithmetic, memory and time, of each stage and of the whole run."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import Recipe, StageConfig
 from uni_instruct.train.dry_run.trial import CountedSteps, Limits, TimedSteps, Timing, micro_batch_of
 from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.optimization.precision import exact
+from uni_instruct.train.optimization.precision import settled as settled_loop
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.stages.distillation import Players
 
@@ -116,6 +119,13 @@ class Cost:
         times = [stage.time_s for stage in self.stages.values()]
         pairs = self.pairs_flops / self.generator.flops * (self.generator.time_s or 0)
         return None if None in times else sum(time for time in times if time is not None) + pairs
+
+
+def settled(plan: Plan, *, measured: bool = True) -> Plan:
+    """The plan with what is `auto` in its recipe resolved: to what is fastest here or, unmeasured, to what any machine does."""
+    recipe, images = plan.recipe, max(micro_batch_of(config) for config in (plan.recipe.teacher, plan.recipe.distillation))
+    loop = settled_loop(recipe.loop, plan.teacher_spec, images) if measured else exact(recipe.loop)
+    return dataclasses.replace(plan, recipe=dataclasses.replace(recipe, loop=loop))
 
 
 def cost_of(plan: Plan, budget_s: float = MEASURE_S) -> Cost:

@@ -9,7 +9,7 @@ import yaml
 
 from uni_instruct.data import Dataset
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.dry_run.cost import GPU_SHARE, MB, Cost, Memory, Phase, StageCost, cost_of, evaluations
+from uni_instruct.train.dry_run.cost import GPU_SHARE, MB, Cost, Memory, Phase, StageCost, cost_of, evaluations, settled
 from uni_instruct.train.dry_run.formula import critic_lines, method_lines, objective_lines
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.plan import Plan, make_plan
@@ -22,7 +22,7 @@ def explain(resolved: Recipe, as_json: bool) -> str:
 
     Raises RequestError where parts of the recipe do not fit each other.
     """
-    plan = make_plan(resolved)
+    plan = settled(make_plan(resolved))
     cost = cost_of(plan)
     if as_json:
         return json.dumps(facts(plan, cost))

@@ -143,6 +143,7 @@ class TimedSteps:
         on_gpu, threads, loop = self.fabric.device.type == "cuda", torch.get_num_threads(), self.plan.recipe.loop
         words = torch.cuda.get_device_name(self.fabric.device) if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
         words += f", {self.precision}" + (f" as {loop.precision} needs a GPU" if self.precision != loop.precision else "")
+        words += ", channels_last" if loop.channels_last is True else ""
         return words + (", not compiled" if loop.compile else "")
 
     def teacher(self, flops: float, limits: Limits) -> Timing | None:

@@ -45,6 +45,11 @@ class Clipping:
     value: float = 0.0
 
 
+def can_fuse(device: torch.device) -> bool:
+    """Whether torch's optimizers have one kernel for all of a step on that device."""
+    return device.type in ("cpu", "cuda")
+
+
 class Optimization:
     """A module's optimizer. Gradients of any number of `backward` calls, in all processes, add up to those of one step.
 

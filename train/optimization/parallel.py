@@ -55,11 +55,17 @@ def _launch(precision: str, devices: int, nodes: int) -> Fabric:
 
 
 def prepared(module: Module, loop: LoopConfig) -> Module:
-    """The module in the memory format that the recipe asks for, compiled where it does. The arithmetic stays the same."""
-    if loop.channels_last:
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """The module compiled, where the recipe asks for it, and in its memory format. The arithmetic stays the same."""
+    module = arranged(module, loop)
     if loop.compile:
         module.compile()
+    return module
+
+
+def arranged(module: Module, loop: LoopConfig) -> Module:
+    """The module in the memory format that the recipe asks for."""
+    if loop.channels_last is True:
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module
 
 

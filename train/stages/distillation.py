@@ -18,8 +18,8 @@ from uni_instruct.train.objective.ratio import DensityRatio
 from uni_instruct.train.objective.reward import Reward
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizing import Clipping, Optimization
-from uni_instruct.train.optimization.parallel import Share, prepared
+from uni_instruct.train.optimization.optimizing import Clipping, Optimization, can_fuse
+from uni_instruct.train.optimization.parallel import Share, arranged, prepared
 from uni_instruct.train.stages.augment import open_pipe
 from uni_instruct.train.stages.critic_update import CriticUpdate
 from uni_instruct.train.stages.generator_update import GeneratorUpdate
@@ -68,7 +68,10 @@ class DistillationStage:
         self._one_pass = len(share.parts) == 1
 
         self.averages = Averages(
-            players.generator.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=config.ema_rampup
+            arranged(players.generator.to(fabric.device), recipe.loop),
+            config.ema_halflife_kimg,
+            config.ema_power_std,
+            rampup_ratio=config.ema_rampup,
         )
         self.generator = self._optimization(players.generator, "generator")
         self.critic = self._optimization(players.critic, "critic")
@@ -148,7 +151,8 @@ class DistillationStage:
         peak = config.generator_learning_rate if name == "generator" else config.critic_learning_rate
         module = prepared(module.train(), self.recipe.loop)
         groups = _critic_groups(module, config) if isinstance(module, Critic) else [{"params": list(module.parameters())}]
-        adam = torch.optim.Adam(groups, lr=peak, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+        betas, fused = (config.beta1, config.beta2), can_fuse(self.fabric.device)
+        adam = torch.optim.Adam(groups, lr=peak, betas=betas, eps=config.adam_eps, fused=fused)
         return Optimization(self.fabric, module, adam, config.rate(peak), _clipping(config, name))
 
     def _draw_students(self, generator: torch.Generator, keep: bool) -> StudentBatch:

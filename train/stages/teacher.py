@@ -12,8 +12,8 @@ from uni_instruct.schedule import LogNormalLevels
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.guidance import drop_classes
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizing import Clipping, Optimization
-from uni_instruct.train.optimization.parallel import Share, prepared
+from uni_instruct.train.optimization.optimizing import Clipping, Optimization, can_fuse
+from uni_instruct.train.optimization.parallel import Share, arranged, prepared
 from uni_instruct.train.stages.augment import augmented, open_pipe
 from uni_instruct.train.stages.randomness import Batches
 from uni_instruct.train.watch.fault import Suspects, stop_if_hopeless
@@ -38,10 +38,15 @@ class TeacherStage:
         )
         self.pipe = open_pipe(config.augment, config.augment_mirror)
         self.averages = Averages(
-            denoiser.to(fabric.device), config.ema_halflife_kimg, config.ema_power_std, rampup_ratio=config.ema_rampup
+            arranged(denoiser.to(fabric.device), recipe.loop),
+            config.ema_halflife_kimg,
+            config.ema_power_std,
+            rampup_ratio=config.ema_rampup,
         )
         denoiser = prepared(denoiser, recipe.loop)
-        adam = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
+        adam = torch.optim.Adam(
+            denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=can_fuse(fabric.device)
+        )
         self.denoiser = Optimization(fabric, denoiser, adam, config.rate(config.learning_rate), Clipping(norm=config.clip_norm))
 
     def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:

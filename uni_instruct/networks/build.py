@@ -61,7 +61,7 @@ def build_denoiser(spec: GeneratorSpec) -> Denoiser:
 
 
 def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:
-    """[C, H, W] as the network sees it. Raises RequestError for a patch that is none of PATCHES or does not divide the image."""
+    """[C, H, W] as the network sees it. Raises RequestError for a patch that is none of PATCHES or does not fit the image."""
     channels, height, width = image_shape
     if patch not in PATCHES or isinstance(patch, bool):
         known = ", ".join(map(str, PATCHES))

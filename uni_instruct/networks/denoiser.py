@@ -21,8 +21,8 @@ class Encoded(NamedTuple):
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (EDM, equation 7).
 
-    The network sees patches of patch x patch pixels as the channels of one, [B, C patch^2, H / patch, W / patch]: a permutation of
-    pixels, so that noise, preconditioning and every formula stay what they are at full resolution.
+    The network sees patches of patch x patch pixels as the channels of one, [B, C patch^2, H / patch, W / patch]. That only
+    permutes pixels: noise, preconditioning and every formula stay what they are.
     """
 
     def __init__(
