@@ -184,11 +184,12 @@ class DistillationConfig(StageConfig):
 class LoopConfig:
     """What happens beside the steps, for both stages.
 
-    metric is minimised over `samples` generated images; 'none' keeps the last weights instead of the best, and makes `grid`
-    images. extractor names the features that it compares, as in `evaluate --extractor`. precision is that of matrix products; channels_last and compile change speed, not the arithmetic. 'auto' takes of
-    both what is fastest on this machine; the run's recipe.yaml says what that was. After bad_steps_in_a_row updates that were
-    not finite the run stops; what looks sick for warn_after_lines log lines is said in words. trackers gets the scalars and
-    pictures. snapshot_kimg is how often power-function averages are kept for reconstruction.
+    metric is minimised over `samples` generated images, in the features of `extractor` (as in `evaluate --extractor`); 'none'
+    keeps the last weights instead of the best, and makes `grid` images. precision is that of matrix products; channels_last and
+    compile change speed, not the arithmetic. 'auto' takes of precision and channels_last what is fastest on this machine, and
+    the run's recipe.yaml says what that was. After bad_steps_in_a_row updates that were not finite the run stops; what looks
+    sick for warn_after_lines log lines is said in words. trackers gets the scalars and pictures. snapshot_kimg is how often
+    power-function averages are kept for reconstruction.
     """
 
     seed: int = 0
