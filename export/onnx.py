@@ -1,10 +1,12 @@
 """Bundle -> ONNX, through torch.export: the whole one-step map, from N(0, 1) latents and class ids to uint8 pixels."""
 
 import json
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import onnxscript
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import uni_instruct
-from uni_instruct.bundle import Bundle
+from uni_instruct.bundle import WEIGHTS, Bundle
 from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, LATENTS
 from uni_instruct.engines.torch import to_uint8
 from uni_instruct.errors import RequestError
@@ -23,6 +25,8 @@ from uni_instruct.networks.denoiser import Denoiser
 OPSET = 20
 # A protobuf message, and so a file that holds its weights, ends here.
 LARGEST_FILE_BYTES = 2**31 - 1
+# A smaller tensor is not worth a node.
+SMALLEST_HALVED = 1024
 
 
 class OneStep(nn.Module):
@@ -47,14 +51,15 @@ def build(bundle: Bundle, path: Path) -> dict[str, str]:
 
     Raises RequestError for weights that do not fit into one file.
     """
-    size = (bundle.path / "model.safetensors").stat().st_size
+    size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
     if size > LARGEST_FILE_BYTES:
         raise RequestError(
-            f"{bundle.path} holds {size} bytes of weights, one ONNX file at most {LARGEST_FILE_BYTES}",
+            f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {LARGEST_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
     model = _export(OneStep(load_denoiser(bundle), bundle.spec.sigma_init).eval(), bundle)
     _strip(model)
+    _store_in_half(model)
     onnx.helper.set_model_props(model, _properties(bundle))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
@@ -84,6 +89,27 @@ def _export(module: OneStep, bundle: Bundle) -> onnx.ModelProto:
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _store_in_half(model: onnx.ModelProto) -> None:
+    """Stores as float16, with a Cast behind it, each weight that float16 holds exactly: those of a bundle in half precision.
+
+    Runtimes fold the casts when they load the file, so that the graph computes what it did before, from half the bytes.
+    """
+    graph, casts = model.graph, []
+    for tensor in graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or math.prod(tensor.dims) < SMALLEST_HALVED:
+            continue
+        array = onnx.numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if np.array_equal(half, array):
+            stored = f"{tensor.name}.fp16"
+            casts.append(onnx.helper.make_node("Cast", [stored], [tensor.name], to=onnx.TensorProto.FLOAT))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, stored))
+    nodes = [*casts, *graph.node]
+    graph.ClearField("node")
+    graph.node.extend(nodes)
 
 
 def _strip(model: onnx.ModelProto) -> None:

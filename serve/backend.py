@@ -129,7 +129,7 @@ class Backend:
 
     def _open(self) -> tuple[Bundle, Engine, tuple[int, ...]]:
         bundle = Bundle.open(self.settings.bundle)
-        engine = open_engine(bundle, self.settings.engine)
+        engine = open_engine(bundle, self.settings.engine, spin=False)
         return bundle, engine, prewarm(engine, self.settings.max_batch, self.settings.max_batch_ms / 1e3)
 
     def _not_ready(self) -> NotReadyError:

@@ -23,30 +23,31 @@ class _StopRequested(Exception):
 
 
 @click.command()
-@click.argument("bundle")
+@click.argument("bundle", required=False)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
 @click.option("--port", default=3000, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--engine", default=None, help="Engine to run.  [default: the fastest that was exported]")
 @click.option("--workers", default=1, type=click.IntRange(1, 64), help="Processes. The demo needs 1.")
-def serve(bundle: str, host: str, port: int, engine: str | None, workers: int) -> None:
-    """Serve BUNDLE, a folder or the name of a shipped generator, over HTTP, with a web demo under /ui.
+def serve(bundle: str | None, host: str, port: int, engine: str | None, workers: int) -> None:
+    """Serve BUNDLE over HTTP, with a web demo under /ui.
 
+    A folder, hf://owner/name, or the name of a shipped generator; without it UNI_INSTRUCT_BUNDLE, else the best that ships.
     Ctrl-C stops it. docs/serving.md has the API, the metrics and the settings.
 
     Example: uni-instruct serve runs/digits/generator --port 3000
     """
-    opened = Bundle.open(bundle)
+    settings = settings_from_environment()
+    opened = Bundle.open(bundle or settings.bundle)
     channels = opened.spec.image_shape[0]
     if channels not in (1, 3):
         raise RequestError(
-            f"{bundle} makes {channels} channels, no pictures",
+            f"{opened.origin} makes {channels} channels, no pictures",
             remedy="latents take their VAE to decode, which is not built in; 'generate' writes them as an .npz",
             param="bundle",
         )
-    kind = engine_kind(opened, engine)
+    kind = engine_kind(opened, engine or settings.engine)
     if opened.engine_folder(kind).is_dir():
         verified_file(opened, opened.engine_folder(kind))
-    settings_from_environment()
     for package in ("bentoml", "prometheus_client"):
         if find_spec(package) is None:
             raise MissingExtraError(package, extra="serve")
@@ -67,7 +68,7 @@ def serve(bundle: str, host: str, port: int, engine: str | None, workers: int) -
         server = Server(address, port, environment, folder)
         try:
             server.wait_until_ready()
-            _announce(server.url, workers)
+            _announce(opened.spec.name, server.url, workers)
             server.wait()
         except _StopRequested:
             click.echo("\nstopping", err=True)
@@ -76,8 +77,9 @@ def serve(bundle: str, host: str, port: int, engine: str | None, workers: int) -
                 server.stop()
 
 
-def _announce(url: str, workers: int) -> None:
+def _announce(name: str, url: str, workers: int) -> None:
     click.echo(f"serving on {url}  (Ctrl-C stops)")
+    click.echo(f"generator  {name}")
     demo = f"{url}/ui" if workers == 1 else "off: its state lives in one process; use --workers 1"
     click.echo(f"demo       {demo}")
     click.echo(f"API        {url}/docs")

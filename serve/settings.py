@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from uni_instruct.bundle import default_generator
 from uni_instruct.errors import RequestError
 
 PREFIX = "UNI_INSTRUCT_"
@@ -19,7 +20,7 @@ class Settings:
     BentoML is configured for it. The limits count images, per worker.
     """
 
-    bundle: str = "digits"
+    bundle: str = field(default_factory=default_generator)
     engine: str | None = None
     api_key: str | None = None
     ui: bool = True
@@ -48,10 +49,10 @@ class Settings:
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings; a variable that is absent or empty leaves the default. Raises RequestError for a bad value."""
     values: dict[str, Any] = {}
-    for field in fields(Settings):
-        text = environment.get(PREFIX + field.name.upper(), "")
+    for setting in fields(Settings):
+        text = environment.get(PREFIX + setting.name.upper(), "")
         if text:
-            values[field.name] = _parse(field.name, field.type, text)
+            values[setting.name] = _parse(setting.name, setting.type, text)
     return Settings(**values)
 
 

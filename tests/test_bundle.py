@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import files_of_at_most
+from safetensors.numpy import load_file
 from safetensors.numpy import save as save_numpy
+from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file
 
-from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, GeneratorSpec
+from uni_instruct import bundle as bundle_module
+from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, GeneratorSpec, default_generator, shipped_generators
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import BundleError, DiskError, RequestError
 from uni_instruct.files import sha256
+from uni_instruct.networks.build import build_denoiser, load_denoiser
 
 SPEC = GeneratorSpec(
     name="named",
@@ -44,6 +48,54 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, ARRAYS[name])
     assert (tmp_path / "b" / "README.md").read_text() == "# card\n"
     assert (tmp_path / "b" / "samples.png").read_bytes() == b"png"
+
+
+def test_half_weights_keep_the_nearest_half_and_read_as_float32(tmp_path: Path) -> None:
+    """IEEE 754: a float32 in half's range rounds to the nearest of 11 significant bits, ties to even."""
+    exact = np.float32([[1 + 2**-10, -65504, 2**-24, 0.0]])
+    rounded = np.float32([[1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-20, -(1 + 2**-13)]])
+    vector = np.float32([1 + 2**-20])
+    weights = {
+        "odd": rounded[:, :1],
+        "exact": exact,
+        "rounded": rounded,
+        "vector": vector,
+        "column": np.tile(rounded, (2, 1)).T,
+    }
+    written = Bundle.write(tmp_path / "b", SPEC, weights, card="", precision="fp16")
+    read = Bundle.open(tmp_path / "b")
+    assert (read.stored_precision(), written.weights_sha256) == ("fp16", read.weights_sha256)
+    assert {array.dtype for array in read.weights().values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(read.weights()["exact"], exact)
+    np.testing.assert_array_equal(read.weights()["rounded"], [[1, 1 + 2**-9, 1 + 2**-10, -1]])
+    np.testing.assert_array_equal(read.weights()["vector"], vector)  # 32 bits
+    np.testing.assert_array_equal(read.weights()["column"], np.float32([[1, 1 + 2**-9, 1 + 2**-10, -1]] * 2).T)
+    for name, tensor in load_torch_file(read.path / WEIGHTS).items():  # which wants every array aligned
+        np.testing.assert_array_equal(tensor.float().numpy(), read.weights()[name])
+    again = Bundle.write(tmp_path / "again", SPEC, read.weights(), card="", precision="fp16")
+    assert again.weights_sha256 == read.weights_sha256
+    assert Bundle.write(tmp_path / "full", SPEC, weights, card="").stored_precision() == "fp32"
+
+
+def test_a_reader_that_knows_no_half_runs_the_same_weights(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Format version 1: readers before half precision gave what NumPy reads to torch, which converts it."""
+    half = Bundle.write(tmp_path / "half", tiny_bundle.spec, tiny_bundle.weights(), "", precision="fp16")
+    before = build_denoiser(half.spec)
+    raw = load_file(half.path / WEIGHTS)
+    assert np.dtype(np.float16) in {array.dtype for array in raw.values()}
+    before.load_state_dict({name: torch.from_numpy(array) for name, array in raw.items()})
+    now = load_denoiser(half).state_dict()
+    for name, tensor in before.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, now[name], rtol=0, atol=0)
+    assert json.loads((half.path / CONFIG).read_text())["format_version"] == 1
+
+
+@pytest.mark.parametrize("shipped", [["digits"], ["digits", "emoji", "fashion-mnist"]])
+def test_what_is_served_by_default_ships(shipped: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_generator() in shipped_generators()
+    monkeypatch.setattr(bundle_module, "shipped_generators", lambda: shipped)
+    assert default_generator() == shipped[-1]
 
 
 def test_the_same_generator_has_the_same_bytes(tmp_path: Path) -> None:

@@ -114,6 +114,15 @@ def test_the_fastest_engine_that_was_exported_is_opened(exported_bundle: Bundle,
     assert engine_class("onnx") is OnnxEngine
 
 
+@pytest.mark.parametrize("spin", [True, False])
+def test_threads_spin_as_asked_and_images_do_not_depend_on_it(spin: bool, exported_bundle: Bundle) -> None:
+    engine: Any = open_engine(exported_bundle, "onnx", spin=spin)
+    options = engine._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
+    images = generate(engine, SEEDS, resolve_class_ids(exported_bundle.spec, SEEDS), 64)
+    np.testing.assert_array_equal(images, images_of(exported_bundle, "onnx", 64))
+
+
 def edit_record(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         record = json.loads((folder / RECORD).read_text()) | changes

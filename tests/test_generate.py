@@ -5,6 +5,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from uni_instruct.data import open_dataset
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import sha256
-from uni_instruct.generate import generate, generate_batches, resolve_class_ids
+from uni_instruct.generate import by_class, generate, generate_batches, resolve_class_ids
 from uni_instruct.images import contact_sheet
 from uni_instruct.latents import random_class_ids
 
@@ -168,6 +169,24 @@ def test_the_grid_shows_the_images_in_the_order_of_the_seeds(exported_bundle: Bu
     for name in ("first.png", "deep/second.png"):
         assert cli(*arguments, tmp_path / name)[0] == 0
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), expected[:, :, 0])
+
+
+def test_by_class_is_a_row_of_the_grid_for_each_class(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
+    arguments = ("generate", exported_bundle.path, "--seeds", "40-69", "--by-class", "--grid", tmp_path / "grid.png")
+    assert cli(*arguments)[0] == 0
+    assert os.listdir(tmp_path) == ["grid.png"]
+    class_ids = np.repeat(np.arange(10), 3)
+    images = generate(open_engine(exported_bundle), range(40, 70), class_ids)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), contact_sheet(images, columns=3)[:, :, 0])
+    assert cli(*arguments, "--out", tmp_path / "out.npz")[0] == 0
+    with np.load(tmp_path / "out.npz") as data:
+        np.testing.assert_array_equal(data["class_ids"], class_ids)
+        np.testing.assert_array_equal(data["arr_0"], images)
+
+
+def test_by_class_needs_classes(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="generator 'tiny' has no classes; leave --by-class out"):
+        by_class(replace(Bundle.open("digits").spec, name="tiny", num_classes=0, class_names=()), range(10))
 
 
 def test_engines_and_batches_give_the_same_set(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:

@@ -47,6 +47,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "out below a file": (["--seeds", "0", "--out", "taken/x"], "cannot write"),
     "out a folder called npz": (["--seeds", "0", "--out", "folder.npz"], "folder.npz holds something else"),
     "out of a long name": (["--seeds", "0", "--out", "n" * 255], "File name too long"),
+    "neither out nor grid": (["--seeds", "0"], "Missing option '--out', or '--grid' for a picture alone."),
+    "too many for a picture": (["--seeds", "0-1024", "--grid", "g.png"], "a picture alone holds 1024 images, not 1025"),
+    "no equal shares": (
+        ["--seeds", "0-24", "--grid", "g.png", "--by-class"],
+        "25 seeds cannot be shared out equally to 10 classes",
+    ),
+    "class and by class": (["--seeds", "0-9", "--out", "x", "--by-class", "--class", "1"], "--class and --by-class both say"),
     "grid no png": (["--seeds", "0", "--out", "x", "--grid", "g.jpg"], "--grid g.jpg is not the name of a PNG"),
 }
 

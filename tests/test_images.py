@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from uni_instruct.errors import RequestError
-from uni_instruct.images import IMAGE_FORMATS, SHEET_GREY, contact_sheet, encode, enlarge, grid
+from uni_instruct.images import IMAGE_FORMATS, SHEET_GREY, contact_sheet, encode, grid
 
 RANDOM = np.random.default_rng(0)
 
@@ -57,14 +57,14 @@ def test_a_grid_holds_every_image_unchanged(count: int) -> None:
         np.testing.assert_array_equal(sheet[top : top + 4, left : left + 6], image)
 
 
-def test_enlarging_makes_squares_of_pixels() -> None:
-    image = np.array([[1, 2], [3, 4]], np.uint8)[:, :, None]
-    assert enlarge(image, 2)[:, :, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
-
-
-def test_a_contact_sheet_frames_and_enlarges_every_image() -> None:
-    images = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1).repeat(8, 1).repeat(8, 2)
+@pytest.mark.parametrize(("size", "factor"), [(8, 8), (28, 2), (32, 2), (33, 1), (64, 1), (100, 1)])
+def test_a_contact_sheet_frames_every_image_and_makes_squares_of_its_pixels(size: int, factor: int) -> None:
+    images = RANDOM.integers(100, 256, (5, size, size, 3), np.uint8)
     sheet = contact_sheet(images, columns=3)
-    assert sheet.shape == (40, 120, 1)
-    assert [sheet[20, 40 * i + 20, 0] for i in range(3)] == [0, 1, 2]
-    assert set(sheet[:4].flat) == set(sheet[:, 36:44].flat) == {SHEET_GREY}
+    cell = size * factor + 4
+    assert sheet.shape == (2 * cell, 3 * cell, 3)
+    for index, image in enumerate(images):
+        top, left = index // 3 * cell, index % 3 * cell
+        framed = sheet[top : top + cell, left : left + cell]
+        np.testing.assert_array_equal(framed[2:-2, 2:-2], np.kron(image, np.ones((factor, factor, 1), np.uint8)))
+        assert {*framed[:2].flat, *framed[-2:].flat, *framed[:, :2].flat, *framed[:, -2:].flat} == {SHEET_GREY}

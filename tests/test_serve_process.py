@@ -22,7 +22,7 @@ import pytest
 from conftest import random_bundle, require_debian, run_cli
 from PIL import Image
 
-from uni_instruct.bundle import Bundle
+from uni_instruct.bundle import Bundle, default_generator
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate, resolve_class_ids
 
@@ -94,9 +94,10 @@ def free_port() -> int:
         return int(trial.getsockname()[1])
 
 
-def start(bundle: Bundle, folder: Path, *options: str, **environment: str) -> Running:
+def start(bundle: Bundle | None, folder: Path, *options: str, **environment: str) -> Running:
     port = free_port()
-    command = [sys.executable, "-m", "uni_instruct", "serve", str(bundle.path), "--port", str(port), *options]
+    named = [str(bundle.path)] if bundle else []
+    command = [sys.executable, "-m", "uni_instruct", "serve", *named, "--port", str(port), *options]
     return Running(command, environment, port, folder)
 
 
@@ -343,6 +344,35 @@ def test_a_dead_supervisor_leaves_no_orphans(exported_bundle: Bundle, tmp_path: 
         assert "error: the server ended with exit code -9" in running.log.read_text()
     finally:
         running.kill()
+
+
+def test_without_a_name_it_serves_what_ships(tmp_path: Path) -> None:
+    running = start(None, tmp_path, UNI_INSTRUCT_UI="false")
+    try:
+        running.until_announced()
+        assert f"generator  {default_generator()}\n" in running.log.read_text()
+        assert httpx.get(f"{running.url}/v1/spec").json()["name"] == default_generator()
+        answer = httpx.post(f"{running.url}/v1/generate", json={"seeds": [7]})
+        np.testing.assert_array_equal(pixels(answer.content), truth(Bundle.open(default_generator()), [7])[0])
+    finally:
+        running.kill()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "BUNDLE",
+            "missing",
+            "there is no bundle missing; give a folder that 'train' wrote, hf://owner/name, or a shipped generator: ",
+        ),
+        ("ENGINE", "gpu", "engine 'gpu' is unknown"),
+    ],
+)
+def test_the_environment_names_what_the_command_does_not(name: str, value: str, message: str) -> None:
+    done = run_cli("serve", env={**os.environ, f"UNI_INSTRUCT_{name}": value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
 
 
 def test_several_workers_serve_without_the_demo(exported_bundle: Bundle, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import GeneratorSpec, default_generator
 from uni_instruct.errors import RequestError
 from uni_instruct.images import grid
 from uni_instruct.latents import parse_seeds, random_class_ids
@@ -188,5 +188,5 @@ def test_a_wrong_setting_is_refused(name: str, value: str, message: str) -> None
 def test_settings_come_from_the_environment() -> None:
     environment = {"UNI_INSTRUCT_TIMEOUT_S": "2.5", "UNI_INSTRUCT_UI": "no", "UNI_INSTRUCT_ENGINE": "", "OTHER": "x"}
     settings = settings_from_environment(environment)
-    assert (settings.timeout_s, settings.ui, settings.engine, settings.bundle) == (2.5, False, None, "digits")
+    assert (settings.timeout_s, settings.ui, settings.engine, settings.bundle) == (2.5, False, None, default_generator())
     assert not settings_from_environment({"UNI_INSTRUCT_WORKERS": "2"}).serves_ui

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.data import Dataset
+from uni_instruct.hub import LICENCE_TAGS
 from uni_instruct.train.config import Recipe
-
-# Licence -> the tag that the Hugging Face hub knows it by.
-HUB_LICENCES = {"CC-BY-4.0": "cc-by-4.0", "MIT": "mit"}
 
 _CARD = """---
 library_name: uni-instruct
@@ -47,7 +45,7 @@ def model_card(spec: GeneratorSpec, recipe: Recipe, dataset: Dataset | None, sco
     )
     return _CARD.format(
         name=spec.name,
-        licence_tag=HUB_LICENCES.get(spec.licence, "other"),
+        licence_tag=LICENCE_TAGS.get(spec.licence, "other"),
         summary=summary,
         recipe=recipe.name,
         data=f"on {len(dataset)} images of {dataset.name}" if dataset else "from its teacher alone",

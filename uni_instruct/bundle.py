@@ -16,7 +16,10 @@ from uni_instruct.latents import ImageShape
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
-
+# What is served where nothing is named: the first of these that ships.
+PREFERRED_GENERATORS = ("fashion-mnist", "digits")
+# How a file stores matrices and filters -> safetensors' name and NumPy's.
+PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
 
 # What config.json may hold: the type of each field, and of the entries of a list.
 _FIELD_TYPES: dict[str, tuple[Any, Any]] = {
@@ -121,14 +124,17 @@ class Bundle:
         weights: Mapping[str, np.ndarray],
         card: str,
         samples: bytes | None = None,
+        *,
+        precision: str = "fp32",
     ) -> "Bundle":
         """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
 
-        weights are written as float32; samples: a PNG. Raises DiskError where the disk is full or read-only.
+        samples: a PNG. precision: one of PRECISIONS, of the stored file alone: whoever reads it computes in float32. Raises
+        DiskError where the disk is full or read-only.
         """
         path = Path(path)
         with atomic_folder(path) as partial:
-            write_safetensors(partial / WEIGHTS, weights)
+            write_safetensors(partial / WEIGHTS, weights, precision)
             digest = sha256(partial / WEIGHTS)
             config = {"format_version": FORMAT_VERSION, **asdict(spec), "weights_sha256": digest}
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -138,7 +144,7 @@ class Bundle:
         return cls(path, spec, digest)
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The parameters by name, as in EDM."""
+        """The parameters by name, as in EDM: float32, whatever the file stores."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -147,33 +153,54 @@ class Bundle:
             for name, array in weights.items():
                 if array.dtype.isbuiltin != 1:  # bfloat16 and the like, where something has taught NumPy about them
                     raise TypeError(f"{name} is {array.dtype}")
-            return weights
+            return {name: array.astype(np.float32, copy=False) for name, array in weights.items()}
         except (SafetensorError, TypeError, AttributeError) as error:  # the last two: types that NumPy does not have
             raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
+
+    def stored_precision(self) -> str:
+        """fp16 where the file holds matrices in half precision, else fp32. Raises BundleError as `weights` does."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path / WEIGHTS, framework="numpy") as file:
+                types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
+        return "fp16" if PRECISIONS["fp16"][0] in types else "fp32"
 
     def engine_folder(self, kind: str) -> Path:
         """Where the exported engine of that kind stands, or would stand."""
         return self.path / "engines" / kind
 
 
-def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Arrays as float32 safetensors, one after the other: safetensors' own `save` holds a second copy of them all."""
+def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], precision: str = "fp32") -> None:
+    """Arrays as safetensors, one after the other: safetensors' own `save` holds a second copy of them all."""
+    # Biases and scales keep 32 bits: they are 1 % of the bytes, and on digits half of what rounding changes. They come first,
+    # so that every array begins at a multiple of its own item size.
+    stored = {name: PRECISIONS[precision if array.ndim > 1 else "fp32"] for name, array in weights.items()}
+    ordered = sorted(weights, key=lambda name: stored[name] == PRECISIONS["fp16"])
     header, end = {}, 0
-    for name, array in weights.items():
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [end, end + 4 * array.size]}
-        end += 4 * array.size
+    for name in ordered:
+        start, end = end, end + weights[name].size * np.dtype(stored[name][1]).itemsize
+        header[name] = {"dtype": stored[name][0], "shape": list(weights[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin at a multiple of eight
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in weights.values():
-            file.write(np.ascontiguousarray(array, dtype="<f4").data)
+        for name in ordered:
+            file.write(np.ascontiguousarray(weights[name], dtype=stored[name][1]).data)
 
 
 def shipped_generators() -> list[str]:
     """Names of the generators that ship with this package."""
     folder = Path(str(files("uni_instruct") / "generators"))
     return sorted(path.name for path in folder.iterdir() if (path / CONFIG).is_file()) if folder.is_dir() else []
+
+
+def default_generator() -> str:
+    """The generator that is served where none is named."""
+    shipped = shipped_generators()
+    return next((name for name in PREFERRED_GENERATORS if name in shipped), PREFERRED_GENERATORS[-1])
 
 
 def is_bundle(source: str | Path) -> bool:

@@ -35,6 +35,10 @@ COMMANDS = {
         "uni_instruct.export.command:export",
         "Compile a generator to an engine proven equal to torch.",
     ),
+    "publish": (
+        "uni_instruct.export.publish_command:publish",
+        "Make a generator ready to ship: half-size weights, engine, samples, card.",
+    ),
     "generate": ("uni_instruct.commands.generate:generate", "Make images from seeds."),
     "evaluate": (
         "uni_instruct.commands.evaluate:evaluate",

@@ -38,14 +38,17 @@ def available_engines(bundle: Bundle) -> list[str]:
     return [kind for kind in ENGINES if kind == "torch" or (bundle.engine_folder(kind) / "engine.json").is_file()]
 
 
-def open_engine(bundle: Bundle | str | Path, kind: str | None = None) -> Engine:
+def open_engine(bundle: Bundle | str | Path, kind: str | None = None, *, spin: bool = True) -> Engine:
     """The bundle's engine of that kind; without a kind, the fastest that was exported, else torch.
 
+    spin: whether its threads keep their cores while they wait for each other. That is faster where the engine has the machine
+    to itself, slower where others want the cores, as in a server (docs/export.md, "Threads"); torch goes by OMP_WAIT_POLICY.
     Raises RequestError for an unknown kind or one that was not exported, BundleError where a file does not match its hash.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    engine: Engine = engine_class(engine_kind(bundle, kind))(bundle)
+    kind = engine_kind(bundle, kind)
+    engine: Engine = engine_class(kind)(bundle) if kind == "torch" else engine_class(kind)(bundle, spin=spin)
     return engine
 
 
@@ -66,6 +69,6 @@ def engine_kind(bundle: Bundle, kind: str | None = None) -> str:
 
 
 def engine_class(kind: str) -> Any:
-    """The class that runs engines of that kind, imported now: `cls(bundle)`; exported kinds also take their `folder`."""
+    """The class that runs engines of that kind, imported now: `cls(bundle)`; exported kinds also take `folder` and `spin`."""
     module, _, name = ENGINES[kind].partition(":")
     return getattr(importlib.import_module(module), name)

@@ -51,6 +51,22 @@ def resolve_class_ids(
     return np.broadcast_to(ids, (len(seeds),)).copy()
 
 
+def by_class(spec: GeneratorSpec, seeds: Sequence[int]) -> list[int]:
+    """The classes in equal shares of the seeds, one after the other: row r of a sheet with a row for each is class r.
+
+    Raises RequestError where there are no classes, or the seeds cannot be shared out equally.
+    """
+    if not spec.num_classes:
+        raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave --by-class out", param="by_class")
+    share, rest = divmod(len(seeds), spec.num_classes)
+    if rest or not share:
+        remedy = f"give {max(1, share) * spec.num_classes} seeds, or another multiple of {spec.num_classes}"
+        raise RequestError(
+            f"{len(seeds)} seeds cannot be shared out equally to {spec.num_classes} classes", remedy=remedy, param="by_class"
+        )
+    return [class_id for class_id in range(spec.num_classes) for _ in range(share)]
+
+
 def image_size(spec: GeneratorSpec) -> tuple[int, int, int]:
     """(H, W, C) of the images, from the spec's [C, H, W]."""
     channels, height, width = spec.image_shape

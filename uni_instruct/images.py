@@ -14,7 +14,8 @@ _ENCODERS: dict[str, tuple[str, dict[str, int | bool]]] = {
     "webp": ("WEBP", {"lossless": True, "method": 0}),
 }
 IMAGE_FORMATS = tuple(_ENCODERS)
-SHEET_GREY = 72
+# Of a contact sheet: the lines' grey level and width, and the height that small images are enlarged to.
+SHEET_GREY, SHEET_LINE, SHEET_PIXELS = 72, 2, 64
 
 
 def encode(image: np.ndarray, format: str = "png") -> bytes:
@@ -48,17 +49,13 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np
 
 
 def contact_sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """A grid to look at, uint8 [H', W', 1 or 3]: a grey line round every image, small images enlarged to 32 pixels or so.
+    """A grid to look at, uint8 [H', W', 1 or 3]: a grey line round every image, small images enlarged to 64 pixels or so.
 
     Of latents, which have more channels, the first three.
     """
     images = images[..., :3]
+    factor, line = max(1, SHEET_PIXELS // images.shape[1]), SHEET_LINE
     count, height, width, channels = images.shape
-    framed = np.full((count, height + 2, width + 2, channels), SHEET_GREY, dtype=np.uint8)
-    framed[:, 1:-1, 1:-1] = images
-    return enlarge(grid(framed, columns), factor=max(1, 32 // height))
-
-
-def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
-    """Each pixel of [H, W, C] as a square of factor x factor."""
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+    framed = np.full((count, factor * height + 2 * line, factor * width + 2 * line, channels), SHEET_GREY, dtype=np.uint8)
+    framed[:, line:-line, line:-line] = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    return grid(framed, columns)

@@ -9,7 +9,7 @@ from typing import Any
 import rich_click as click
 
 from uni_instruct import __version__
-from uni_instruct.bundle import Bundle, is_bundle
+from uni_instruct.bundle import Bundle, is_bundle, shipped_generators
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
@@ -99,7 +99,8 @@ def _open_images(images: str) -> Dataset:
     if not is_data(images):
         raise RequestError(
             f"there is no bundle and there are no images at {images}",
-            remedy="give a folder that 'train' wrote, or a folder, zip or npz of images",
+            remedy="give a folder that 'train' wrote, a folder, zip or npz of images, or a shipped generator: "
+            f"{', '.join(shipped_generators()) or 'none'}",
             param="images",
         )
     return open_dataset(images)
@@ -162,6 +163,7 @@ def _facts(evaluator: Evaluator, subjects: dict[str, Subject], scores: dict[str,
             role: {
                 "source": subject.source,
                 "engine": subject.engine or None,
+                "weights_sha256": subject.weights_sha256 or None,
                 "samples": subject.count,
                 "values": scores[role].values,
             }

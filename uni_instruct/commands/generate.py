@@ -11,8 +11,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file
+from uni_instruct.generate import by_class, resolve_class_ids
 from uni_instruct.generate import generate as generate_images
-from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.latents import parse_seeds
 from uni_instruct.progress import progress
@@ -29,14 +29,19 @@ GRID_IMAGES = 1024
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    required=True,
-    help="A file that ends in .npz or .zip, else a folder of PNGs named by seed.",
+    help="A file that ends in .npz or .zip, else a folder of PNGs named by seed. Not needed with --grid.",
 )
 @click.option(
     "--class",
     "classes",
     multiple=True,
     help="Class name or id: one for all seeds, or repeated, one for each. [default: each seed draws its own]",
+)
+@click.option(
+    "--by-class",
+    "by_classes",
+    is_flag=True,
+    help="The classes in equal shares of the seeds, one after the other: a row of --grid each.",
 )
 @click.option("--engine", "kind", help="onnx or torch. [default: the fastest that was exported]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
@@ -47,8 +52,9 @@ GRID_IMAGES = 1024
 def generate(
     bundle: str,
     seeds_text: str,
-    out: Path,
+    out: Path | None,
     classes: tuple[str, ...],
+    by_classes: bool,
     kind: str | None,
     batch: int,
     grid_path: Path | None,
@@ -58,38 +64,46 @@ def generate(
 
     Interrupted, the same command goes on where it was. An --out that holds something else is never overwritten.
 
-    Example: uni-instruct generate runs/digits/generator --seeds 0-63 --out samples --grid samples.png
+    Example: uni-instruct generate digits --seeds 0-159 --by-class --out samples --grid samples.png
     """
     seeds = parse_seeds(seeds_text)
-    _check_grid(grid_path)
+    _check_paths(out, grid_path, len(seeds))
     opened = Bundle.open(bundle)
-    class_ids = resolve_class_ids(opened.spec, seeds, classes)
+    if by_classes and classes:
+        raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
+    class_ids = resolve_class_ids(opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes)
     engine = open_engine(opened, kind)
     request = SampleRequest(bundle=opened, engine=engine.name, seeds=seeds, class_ids=class_ids, batch=batch)
-    already = is_finished(request, out)
+    already = out is not None and is_finished(request, out)
     images = None
-    if already and grid_path:
-        labels = None if class_ids is None else class_ids[:GRID_IMAGES]
-        images = generate_images(engine, seeds[:GRID_IMAGES], labels, batch)
-    if not already:
+    if out is not None and not already:
         with open_run(request, out) as run:
             with progress("generate", len(seeds), "images", done=run.done) as bar:
                 run.fill(engine, bar)
             images = run.first(GRID_IMAGES) if grid_path else None
             run.finish()
-    if grid_path and images is not None:
-        _write_grid(images, grid_path)
-    _report(request.facts() | {"out": str(out), "already": already}, as_json)
+    if grid_path:
+        if images is None:
+            labels = None if class_ids is None else class_ids[:GRID_IMAGES]
+            images = generate_images(engine, seeds[:GRID_IMAGES], labels, batch)
+        _write_grid(images, grid_path, len(seeds) // opened.spec.num_classes if by_classes else None)
+    _report(request.facts() | {"out": str(out or grid_path), "already": already}, as_json)
 
 
-def _check_grid(path: Path | None) -> None:
-    if path is not None and path.suffix.lower() != ".png":
-        raise RequestError(f"--grid {path} is not the name of a PNG", remedy="give a file such as grid.png", param="grid")
+def _check_paths(out: Path | None, grid: Path | None, count: int) -> None:
+    if grid is not None and grid.suffix.lower() != ".png":
+        raise RequestError(f"--grid {grid} is not the name of a PNG", remedy="give a file such as grid.png", param="grid")
+    if out is None and grid is None:
+        raise click.UsageError("Missing option '--out', or '--grid' for a picture alone.")
+    if out is None and count > GRID_IMAGES:
+        raise RequestError(
+            f"a picture alone holds {GRID_IMAGES} images, not {count}", remedy="give --out for the rest", param="out"
+        )
 
 
-def _write_grid(images: np.ndarray, path: Path) -> None:
+def _write_grid(images: np.ndarray, path: Path, columns: int | None) -> None:
     with atomic_file(path) as partial:
-        partial.write_bytes(encode(contact_sheet(images)))
+        partial.write_bytes(encode(contact_sheet(images, columns)))
 
 
 def _report(facts: dict[str, Any], as_json: bool) -> None:

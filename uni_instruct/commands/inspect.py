@@ -65,6 +65,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         # The resampling filters are stored too, but constant.
         "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),
         "tensors": len(weights),
+        "weights_precision": bundle.stored_precision(),
         "weights_bytes": (bundle.path / WEIGHTS).stat().st_size,
         "weights_sha256": bundle.weights_sha256,
         "engines": [_engine_facts(bundle, kind) for kind in kinds],
@@ -101,8 +102,11 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
         ("classes", _classes_text(facts["class_names"], facts["num_classes"])),
         ("steps", f"{facts['steps']}, from noise of sigma {facts['sigma_init']:g}"),
         ("network", f"{facts['network']} {_text(facts['network_args'])}"),
-        ("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors, {facts['weights_bytes'] / 1e6:.1f} MB"),
-        ("weights", f"sha256 {facts['weights_sha256']}"),
+        ("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors"),
+        (
+            "weights",
+            f"{facts['weights_bytes'] / 1e6:.1f} MB of {facts['weights_precision']}, sha256 {facts['weights_sha256']}",
+        ),
         ("licence", facts["licence"]),
         *provenance,
         *(engines or hint),

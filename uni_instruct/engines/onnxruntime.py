@@ -24,20 +24,28 @@ PROVIDERS = {"CPUExecutionProvider": "cpu"}
 class OnnxEngine:
     """Runs the bundle's exported graph in fp32; results do not depend on the batch (measured when it was exported).
 
-    folder: where the engine stands, by default the bundle's own. Raises BundleError where its files do not match
-    engine.json or the bundle's weights, RequestError where ONNX Runtime does not use the provider that was asked for.
+    folder: where the engine stands, by default the bundle's own. spin: as in `open_engine`. Raises BundleError where its files
+    do not match engine.json or the bundle's weights, RequestError where ONNX Runtime does not use the provider that was asked
+    for.
     """
 
     name = "onnx"
 
-    def __init__(self, bundle: Bundle, *, folder: Path | None = None, provider: str = "CPUExecutionProvider"):
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        folder: Path | None = None,
+        provider: str = "CPUExecutionProvider",
+        spin: bool = True,
+    ):
         if provider not in PROVIDERS:
             raise RequestError(
                 f"provider '{provider}' is unknown", remedy=f"choose one of {', '.join(PROVIDERS)}", param="engine"
             )
         self.spec = bundle.spec
         self.device = PROVIDERS[provider]
-        self._session = _session(verified_file(bundle, folder or bundle.engine_folder(self.name)), provider)
+        self._session = _session(verified_file(bundle, folder or bundle.engine_folder(self.name)), provider, spin)
         _check_interface(self._session, bundle.spec)
 
     def __call__(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
@@ -54,7 +62,7 @@ class OnnxEngine:
         return result
 
 
-def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
+def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSession":
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -62,6 +70,7 @@ def _session(path: Path, provider: str) -> "onnxruntime.InferenceSession":
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_cpus()
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[provider])

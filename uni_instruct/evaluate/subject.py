@@ -18,7 +18,7 @@ from uni_instruct.latents import ImageShape
 class Subject:
     """batches gives its images anew, uint8 [B, H, W, C]; class_ids is int64 [count] in the reference's numbering, or None.
 
-    engine is empty for images that are there. note says why class_ids is None where there are classes.
+    engine and weights_sha256 are empty for images that are there. note says why class_ids is None where there are classes.
     """
 
     source: str
@@ -27,6 +27,7 @@ class Subject:
     batches: Callable[[], Iterator[np.ndarray]] = field(repr=False)
     class_ids: np.ndarray | None = field(repr=False, default=None)
     engine: str = ""
+    weights_sha256: str = ""
     note: str = ""
 
 
@@ -48,6 +49,7 @@ def bundle_subject(
         batches=lambda: generate_batches(engine, seeds, class_ids, batch),
         class_ids=mapped,
         engine=engine.name,
+        weights_sha256=bundle.weights_sha256,
         note=note,
     )
 

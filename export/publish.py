@@ -1,0 +1,162 @@
+"""A trained generator made ready to ship: weights in half precision where nobody sees it, engine, samples and model card."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.bundle import CARD, CONFIG, SAMPLES, Bundle
+from uni_instruct.engine import open_engine
+from uni_instruct.engines.record import EngineRecord
+from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.export.card import published_card
+from uni_instruct.export.parity import reference
+from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
+from uni_instruct.files import atomic_folder
+from uni_instruct.generate import by_class, generate, resolve_class_ids
+from uni_instruct.images import contact_sheet, encode
+from uni_instruct.latents import latents
+
+ENGINE = "onnx"
+# Images that decide whether half precision may be seen, at least; every class is among them.
+CHECKED_IMAGES = 512
+# A pixel on the edge between two levels falls to either side whatever is rounded.
+ALLOWED_LEVELS = 1
+# The sheet: so many images of each class, of so many classes.
+SHEET_COLUMNS, SHEET_ROWS = 16, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What half precision would change, in uint8 levels, over that many images of seeds 0, 1, ...; whether it is stored."""
+
+    images: int
+    largest_difference: int
+    changed_pixels: float
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What was published where, and how large all of it is."""
+
+    path: str
+    name: str
+    rounding: Rounding
+    engine: EngineRecord
+    file_bytes: Mapping[str, int]
+
+
+def publish(source: str | Path, out: Path, scores: Sequence[Path] = ()) -> Publication:
+    """Publishes the generator of a run, or a bundle, to the folder `out`, whole or not at all.
+
+    scores: what `evaluate --json` printed, for the card. Raises RequestError for a teacher, for an `out` that holds anything
+    but an earlier publication of the same weights, and for scores of other weights; MissingExtraError, ParityError and
+    DiskError as `export_engine` does.
+    """
+    original = open_generator(source)
+    check_exportable(original)
+    TARGETS[ENGINE].check_packages()
+    _check_replaceable(out, original)
+    read = [read_scores(path) for path in scores]
+    with atomic_folder(out) as folder:
+        bundle, rounding = store(original, folder)
+        check_scores(read, original, bundle)
+        record = export_engine(bundle, ENGINE)
+        command, sheet = sample_sheet(bundle)
+        (folder / SAMPLES).write_bytes(encode(sheet))
+        card = published_card(bundle, asdict(rounding), record, read, command)
+        (folder / CARD).write_text(card)
+    sizes = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+    return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=record, file_bytes=sizes)
+
+
+def open_generator(source: str | Path) -> Bundle:
+    """The generator of a run's folder, or whatever `Bundle.open` takes."""
+    of_run = Path(source) / "generator"
+    return Bundle.open(of_run if not (Path(source) / CONFIG).is_file() and (of_run / CONFIG).is_file() else source)
+
+
+def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
+    """The bundle's weights in `folder`: in half precision where that moves no pixel by more than ALLOWED_LEVELS."""
+    spec, weights = original.spec, original.weights()
+    half = Bundle.write(folder, spec, weights, "", precision="fp16")
+    count = max(CHECKED_IMAGES, spec.num_classes)
+    noise = latents(range(count), spec.image_shape)
+    class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
+    before, after = (reference(bundle, noise, class_ids)[0].astype(int) for bundle in (original, half))
+    levels = np.abs(after - before)
+    rounding = Rounding(
+        images=count,
+        largest_difference=int(levels.max()),
+        changed_pixels=float((levels > 0).mean()),
+        precision="fp16" if levels.max() <= ALLOWED_LEVELS else "fp32",
+    )
+    published = {"weights_sha256": original.weights_sha256, **asdict(rounding)}
+    provenance = {**without_folders(dict(spec.provenance)), "published": published}
+    spec = replace(spec, provenance=provenance)
+    return Bundle.write(folder, spec, weights, "", precision=rounding.precision), rounding
+
+
+def without_folders(value: Any) -> Any:
+    """The value with each absolute path in it cut down to its last part: folders of this machine are nobody's business."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def sample_sheet(bundle: Bundle) -> tuple[str, np.ndarray]:
+    """The command that makes the sheet, and the sheet: a row for each class, or a square without classes or of many."""
+    spec = bundle.spec
+    rows = spec.num_classes if 0 < spec.num_classes <= SHEET_ROWS else 0
+    seeds = range((rows or SHEET_COLUMNS) * SHEET_COLUMNS)
+    class_ids = resolve_class_ids(spec, seeds, by_class(spec, seeds) if rows else None)
+    images = generate(open_engine(bundle, ENGINE), seeds, class_ids)
+    command = f"uni-instruct generate . --seeds 0-{len(seeds) - 1}{' --by-class' if rows else ''} --grid samples.png"
+    return command, contact_sheet(images, SHEET_COLUMNS)
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """What `evaluate --json` wrote of a generator. Raises FileFormatError for anything else."""
+    remedy = "give what 'uni-instruct evaluate GENERATOR --json' printed"
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text())
+        for score in facts["scores"].values():
+            {name: float(value) for name, value in score["values"].items()}
+        required = (facts["scores"]["generator"]["weights_sha256"], facts["reference"]["name"], facts["seeds"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path} holds no scores of a generator", remedy=remedy, param="scores") from error
+    if not all(isinstance(value, str) for value in required):
+        raise FileFormatError(f"{path} does not say what was scored", remedy=remedy, param="scores")
+    return facts
+
+
+def check_scores(scores: Sequence[Mapping[str, Any]], original: Bundle, published: Bundle) -> None:
+    """Raises RequestError where one was measured on weights that are neither the original's nor the published ones."""
+    for facts in scores:
+        found = facts["scores"]["generator"]["weights_sha256"]
+        if found not in (original.weights_sha256, published.weights_sha256):
+            raise RequestError(
+                f"scores of {facts['scores']['generator'].get('source')} are of other weights, sha256 {found[:16]}",
+                remedy="evaluate what is published",
+                param="scores",
+            )
+
+
+def _check_replaceable(out: Path, original: Bundle) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    published: Any = {}
+    if (out / CONFIG).is_file() and out.resolve() != original.path.resolve():
+        published = Bundle.open(out).spec.provenance.get("published")
+    if not isinstance(published, dict) or published.get("weights_sha256") != original.weights_sha256:
+        raise RequestError(
+            f"{out} holds something else than an earlier publication of these weights",
+            remedy="name another folder",
+            param="out",
+        )
