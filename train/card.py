@@ -7,7 +7,7 @@ from uni_instruct.data import Dataset
 from uni_instruct.train.config import Recipe
 
 # Licence -> the tag that the Hugging Face hub knows it by.
-HUB_LICENCES = {"CC-BY-4.0": "cc-by-4.0", "MIT": "mit"}
+HUB_LICENCES = {"CC-BY-4.0": "cc-by-4.0", "MIT": "mit", "OFL-1.1": "ofl-1.1"}
 
 _CARD = """---
 library_name: uni-instruct

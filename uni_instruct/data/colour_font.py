@@ -1,7 +1,9 @@
 """ColourFont: a font whose characters are small colour pictures, such as Noto Color Emoji. Needs fontTools."""
 
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 
 REMEDY = "apt install fonts-noto-color-emoji, or give a colour font's file as emoji:FILE"
 MAX_SIDE = 255  # a strike's metrics are bytes
+MAX_NAME_BYTES = 1 << 20  # of the table of names: it is addressed by 16 bits, and fontTools takes hours over a longer one
 _VARIATION = 0xFE0F  # asks for the colour form; fonts join sequences with it or without
 _LIGATURES = 4
 _NAME, _VERSION, _LICENCE = 4, 5, 13
+_TABLES = ("CBDT", "CBLC", "cmap", "name")
 
 
 class ColourFont:
@@ -29,9 +33,11 @@ class ColourFont:
         if not path.is_file():
             raise RequestError(f"there is no font {path}", remedy=REMEDY, param="source")
         self.path = path
+        unreadable = _unreadable()
         try:
-            self._read()
-        except _unreadable() as error:
+            with _quiet():
+                self._read()
+        except unreadable as error:
             problem = f"{path} is not a whole font: {reason_of(error)}"
             raise FileFormatError(problem, remedy=REMEDY, param="source") from error
 
@@ -51,12 +57,13 @@ class ColourFont:
         from fontTools.ttLib import TTFont
 
         with TTFont(self.path, fontNumber=0, lazy=True) as font:
-            if "CBDT" not in font or "CBLC" not in font:
-                problem = f"{self.path} has no colour pictures (no table CBDT)"
+            missing = [table for table in _TABLES if table not in font]
+            if missing:
+                problem = f"{self.path} has no colour pictures (no table {missing[0]})"
                 raise FileFormatError(problem, remedy=REMEDY, param="source")
-            self.name = font["name"].getDebugName(_NAME) or self.path.stem
-            self.version = font["name"].getDebugName(_VERSION) or "unknown version"
-            self.licence = font["name"].getDebugName(_LICENCE) or "unknown"
+            if (length := font.reader.tables["name"].length) > MAX_NAME_BYTES:
+                raise ValueError(f"table name has {length} bytes")
+            self.name, self.version, self.licence = (_named(font, number) for number in (_NAME, _VERSION, _LICENCE))
             self._characters: dict[int, str] = font.getBestCmap() or {}
             self._ligatures = _ligatures(font)
             sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes]
@@ -78,6 +85,10 @@ class ColourFont:
             raise FileFormatError(problem, remedy="install the font again", param="source") from error
 
 
+def _named(font: Any, number: int) -> str:
+    return " ".join((font["name"].getDebugName(number) or "unknown").split())
+
+
 def _ligatures(font: Any) -> dict[tuple[str, ...], str]:
     """Names of glyphs in a row -> the name of the one that replaces them."""
     found: dict[tuple[str, ...], str] = {}
@@ -88,6 +99,18 @@ def _ligatures(font: Any) -> dict[tuple[str, ...], str]:
                 for row in rows:
                     found.setdefault((first, *row.Component), row.LigGlyph)
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """fontTools warns of every oddity in a font, which may be thousands of lines."""
+    logger = logging.getLogger("fontTools")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _unreadable() -> tuple[type[BaseException], ...]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,25 +18,32 @@ SIDE = 32
 DEBIAN_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 _TABLE = "emoji_sequences.txt"
-_CANVAS = 17 / 16  # of the largest picture's side, which leaves a margin of 1 pixel in 32
+_CANVAS = 17 / 16  # of the largest picture's side, which leaves it a margin of almost a pixel
 _WHITE = (255, 255, 255)
 _LINEAR_MAX = 65535
 
 CodePoints = tuple[int, ...]
 
 
-def open_emoji(font: Path = DEBIAN_FONT) -> Dataset:
-    """Every emoji of the table that the font has one picture of, in the table's order; of equal pictures the first.
+def open_emoji(font: Path | None = None) -> Dataset:
+    """Every emoji of the table that the font (or else Debian's) has one picture of, in that order; of equal ones the first.
 
     Raises RequestError where there is no such font, FileFormatError for one that is damaged, has no colour pictures, or
     lacks most emoji.
     """
-    opened = ColourFont(font)
+    path = font or DEBIAN_FONT
+    return _drawn(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=1)
+def _drawn(path: Path, _changed_ns: int) -> Dataset:
+    """Kept, as one command may open its data several times, and drawing takes two seconds."""
+    opened = ColourFont(path)
     groups = emoji_groups()
     found = [(picture, label) for label, rows in enumerate(groups.values()) for row in rows if (picture := opened.picture(row))]
     total = sum(map(len, groups.values()))
     if len(found) < total / 2 or len({label for _, label in found}) < len(groups):
-        problem = f"{font} has {len(found)} of {total} emoji"
+        problem = f"{path} has {len(found)} of {total} emoji, too few or none of a group"
         raise FileFormatError(problem, remedy=REMEDY, param="source")
     images = reduced([picture for picture, _ in found])
     kept = _first_of_equals(images)

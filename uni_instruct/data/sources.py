@@ -25,9 +25,9 @@ _KINDS = "a zip, an .npz, a folder of images or a folder of IDX files"
 def open_dataset(source: str | Path, resolution: int | None = None, num_classes: int | None = None) -> Dataset:
     """A data set by name (DATASETS), or from a zip, an .npz of samples, a folder of images, or a folder of IDX files.
 
-    Several, with commas between them, are one ('a.zip,b.zip'). resolution: centre-crop every image to a square and resize it to
-    this many pixels. num_classes: how many there are, where the last of them have no image. A name wins over a file or folder
-    called so, unless that is written as a path ('./digits').
+    Several, with commas between them, are one ('a.zip,b.zip'). `emoji:FONT` is the emoji of that font's file. A name wins over
+    a file or folder called so, unless that is written as a path ('./digits'). resolution: centre-crop every image to a square
+    and resize it to this many pixels. num_classes: how many there are, where the last of them have no image.
     Raises RequestError for an unknown source, FileFormatError for one that is corrupt or not what it was taken for.
     """
     if resolution is not None and not 1 <= resolution <= 4096:
@@ -43,7 +43,7 @@ def open_dataset(source: str | Path, resolution: int | None = None, num_classes:
 def source_parts(source: str | Path) -> list[str]:
     """The sources that a user has joined with commas; one whose own name has a comma stays whole."""
     text = str(source)
-    whole = "," not in text or Path(text).exists()
+    whole = "," not in text or Path(text.removeprefix(_EMOJI_OF)).exists()
     return [text] if whole else [part.strip() for part in text.split(",") if part.strip()] or [text]
 
 
