@@ -30,9 +30,9 @@ def data() -> None:
 def prepare(source: str, out: Path, resolution: int | None, num_classes: int | None, as_json: bool) -> None:
     """Write SOURCE as a zip that `train`, `evaluate` and EDM's tools read.
 
-    SOURCE is digits, fashion-mnist or fashion-mnist-test; a folder of images (classes are its sub-folders), a zip of images
-    or of EDM2's latents, an .npz with arr_0, a folder of IDX files; or several of them with commas between, such as
-    a.zip,b.zip, which become one.
+    SOURCE is digits, fashion-mnist, fashion-mnist-test or emoji (emoji:FILE of another colour font); a folder of images
+    (classes are its sub-folders), a zip of images or of EDM2's latents, an .npz with arr_0, a folder of IDX files; or several
+    of them with commas between, such as a.zip,b.zip, which become one.
 
     Example: uni-instruct data prepare photos/ --resolution 64 --out photos.zip
     """

@@ -1,4 +1,4 @@
-"""Data sets in and out: digits, Fashion-MNIST, image folders, EDM's and EDM2's zips, arrays. NumPy and Pillow only."""
+"""Data sets in and out: digits, Fashion-MNIST, emoji, image folders, EDM's and EDM2's zips, arrays. NumPy and Pillow only."""
 
 from uni_instruct.data.archive import write_zip
 from uni_instruct.data.checking import Findings, check_data

@@ -12,7 +12,7 @@ from uni_instruct.data.folder import FOLDER_REMEDY, folder_classes
 from uni_instruct.data.idx import has_idx
 from uni_instruct.data.labels import META, label_entries, misfits, read_meta, stated_classes
 from uni_instruct.data.pictures import decode, mixed
-from uni_instruct.data.sources import DATASETS, is_data, is_zip, no_data, open_dataset, source_parts
+from uni_instruct.data.sources import is_data, is_named, is_zip, no_data, open_dataset, source_parts
 from uni_instruct.data.stores import FolderStore, Store, ZipStore, placed
 from uni_instruct.data.vae import read_moments
 from uni_instruct.errors import FileFormatError
@@ -64,7 +64,7 @@ def check_data(source: str, resolution: int | None = None, track: Track = silent
 def _check_part(source: str, resolution: int | None, track: Track) -> Findings:
     path = Path(source)
     is_folder = path.is_dir() and not has_idx(path)
-    if source in DATASETS or not (is_folder or (path.is_file() and is_zip(path))):
+    if is_named(source) or not (is_folder or (path.is_file() and is_zip(path))):
         return Findings(images=0, wrong=())  # arrays, which are whole once they are open
     try:
         store: Store = FolderStore(path) if is_folder else ZipStore(path)

@@ -9,6 +9,7 @@ import numpy as np
 
 from uni_instruct.data.archive import open_zip
 from uni_instruct.data.dataset import MAX_CLASSES, ArrayReader, Dataset, number_names
+from uni_instruct.data.emoji import open_emoji
 from uni_instruct.data.fashion_mnist import open_fashion_mnist, recognised
 from uni_instruct.data.folder import open_folder
 from uni_instruct.data.idx import has_idx, open_idx
@@ -17,15 +18,16 @@ from uni_instruct.data.pictures import fit
 from uni_instruct.data.stores import UNREADABLE
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 
+_EMOJI_OF = "emoji:"
 _KINDS = "a zip, an .npz, a folder of images or a folder of IDX files"
 
 
 def open_dataset(source: str | Path, resolution: int | None = None, num_classes: int | None = None) -> Dataset:
     """A data set by name (DATASETS), or from a zip, an .npz of samples, a folder of images, or a folder of IDX files.
 
-    Several, with commas between them, are one ('a.zip,b.zip'). resolution: centre-crop every image to a square and resize it to
-    this many pixels. num_classes: how many there are, where the last of them have no image. A name wins over a file or folder
-    called so, unless that is written as a path ('./digits').
+    Several, with commas between them, are one ('a.zip,b.zip'). `emoji:FONT` is the emoji of that font's file. A name wins over
+    a file or folder called so, unless that is written as a path ('./digits'). resolution: centre-crop every image to a square
+    and resize it to this many pixels. num_classes: how many there are, where the last of them have no image.
     Raises RequestError for an unknown source, FileFormatError for one that is corrupt or not what it was taken for.
     """
     if resolution is not None and not 1 <= resolution <= 4096:
@@ -41,13 +43,18 @@ def open_dataset(source: str | Path, resolution: int | None = None, num_classes:
 def source_parts(source: str | Path) -> list[str]:
     """The sources that a user has joined with commas; one whose own name has a comma stays whole."""
     text = str(source)
-    whole = "," not in text or Path(text).exists()
+    whole = "," not in text or Path(text.removeprefix(_EMOJI_OF)).exists()
     return [text] if whole else [part.strip() for part in text.split(",") if part.strip()] or [text]
 
 
 def is_data(source: str) -> bool:
     """Whether a source is a name, is there, or has a part that is."""
-    return any(part in DATASETS or Path(part).exists() for part in source_parts(source))
+    return any(is_named(part) or Path(part).exists() for part in source_parts(source))
+
+
+def is_named(source: str) -> bool:
+    """Whether one source is a name of DATASETS, or `emoji:FONT`, and no file."""
+    return source in DATASETS or source.startswith(_EMOJI_OF)
 
 
 def no_data(source: str) -> RequestError:
@@ -60,6 +67,8 @@ def no_data(source: str) -> RequestError:
 def _open_one(source: str, resolution: int | None) -> Dataset:
     if source in DATASETS:
         return _resized(DATASETS[source](), resolution)
+    if source.startswith(_EMOJI_OF):
+        return _resized(open_emoji(Path(source.removeprefix(_EMOJI_OF)).expanduser()), resolution)
     path = Path(source)
     if path.is_dir():
         return _resized(recognised(open_idx(path)), resolution) if has_idx(path) else open_folder(path, resolution)
@@ -168,9 +177,10 @@ class _ResizedReader:
         return np.stack([fit(image, self.resolution) for image in self.dataset.images(indices)])
 
 
-# Name -> how it is opened. The first is embedded in a dependency; the others may be downloaded.
+# Name -> how it is opened. Digits come with a dependency, Fashion-MNIST may be downloaded, emoji need a font.
 DATASETS: dict[str, Callable[[], Dataset]] = {
     "digits": open_digits,
     "fashion-mnist": open_fashion_mnist,
     "fashion-mnist-test": lambda: open_fashion_mnist("t10k"),
+    "emoji": open_emoji,
 }
