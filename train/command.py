@@ -1,13 +1,15 @@
 """`uni-instruct train`."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import rich_click as click
 
+from uni_instruct.errors import RequestError
 from uni_instruct.processes import is_later_process, keep_freed_memory
-from uni_instruct.train.recipe import load_recipe
+from uni_instruct.train.run_lock import refuse_taken
 
 
 @click.command()
@@ -19,6 +21,12 @@ from uni_instruct.train.recipe import load_recipe
 @click.option(
     "--dry-run", is_flag=True, help="Check recipe, data and teacher, say what would be trained and its cost, and stop."
 )
+@click.option(
+    "--status", is_flag=True, help="RECIPE is the folder of a run: say how far, how fast and how good it is, and stop."
+)
+@click.option(
+    "--nice", default=0, type=click.IntRange(0, 19), help="Leave the processors to others: 19 takes what is left over."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     recipe: str,
@@ -27,6 +35,8 @@ def train(
     overrides: tuple[str, ...],
     devices: int,
     dry_run: bool,
+    status: bool,
+    nice: int,
     as_json: bool,
 ) -> None:
     """Train a teacher and distil it into a one-step generator.
@@ -34,9 +44,19 @@ def train(
     RECIPE is the name of a built-in recipe or a YAML file. Run the same command again to resume. The run folder holds
     recipe.yaml, log.jsonl, TensorBoard events, samples/, state/, and the bundles teacher/ and generator/.
 
+    `uni-instruct train RUN --status` says how a run stands, running or not, and disturbs nothing.
+
     Example: uni-instruct train digits --out runs/digits --set method=dmd2 critic_updates=3
     """
+    if status:
+        _show_status(recipe, out, bool(more or overrides or dry_run or devices > 1 or nice), as_json)
+        return
+    _lower_priority(nice)
+    if out is not None and not dry_run and not is_later_process():
+        refuse_taken(out)  # before the seconds that torch takes
     keep_freed_memory()
+    from uni_instruct.train.recipe import load_recipe
+
     resolved = load_recipe(recipe, (*overrides, *more))
     if dry_run:
         if is_later_process():
@@ -59,3 +79,27 @@ def train(
     else:
         click.echo(f"generator: {bundle.path} ({answer['time_s']:.0f} s)")
         click.echo(f"next: uni-instruct generate {bundle.path} --seeds 0-63 --out {out}/images --grid {out}/grid.png")
+
+
+def _show_status(run: str, out: Path | None, others: bool, as_json: bool) -> None:
+    from uni_instruct.train.status import read_status
+    from uni_instruct.train.status_text import status_text
+
+    if out is not None:
+        raise RequestError(f"--status takes no --out: {run} is to be the run", remedy=f"uni-instruct train {out} --status")
+    if others:
+        raise RequestError("--status changes nothing, and takes --json alone", remedy=f"uni-instruct train {run} --status")
+    status = read_status(Path(run))
+    click.echo(json.dumps(status.to_dict()) if as_json else status_text(status))
+
+
+def _lower_priority(nice: int) -> None:
+    """Sets this process's niceness, unless it is as nice already; threads and processes that it starts have it too.
+
+    Linux holds one for each thread, so it has to come before any library starts threads.
+    """
+    if not nice:
+        return
+    if not hasattr(os, "nice"):
+        raise RequestError("--nice: this system has no niceness", remedy="leave it out", param="nice")
+    os.nice(max(0, nice - os.nice(0)))

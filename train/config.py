@@ -10,6 +10,7 @@ from uni_instruct.networks.build import NETWORKS, PATCHES
 from uni_instruct.train.checks import in_range, one_of
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.optimization.optimizing import DECAYS, RateSchedule
+from uni_instruct.train.recipe_file import steps_in
 from uni_instruct.train.watch.track import TRACKERS
 
 AUTO = "auto"
@@ -89,7 +90,7 @@ class StageConfig:
     @property
     def total_steps(self) -> int:
         """The whole number of batches that comes nearest to duration_kimg, at least one."""
-        return max(1, round(self.duration_kimg * 1000 / self.batch))
+        return steps_in(self.duration_kimg, self.batch)
 
     def rate(self, peak: float) -> RateSchedule:
         """The learning rate over the steps, from its highest."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,20 +27,11 @@ from uni_instruct.train.run import Run
 from uni_instruct.train.stages.randomness import step_generator
 from uni_instruct.train.watch.health import Health
 from uni_instruct.train.watch.metrics import Metrics
+from uni_instruct.train.watch.scores import METRICS, metric_value
 
 # Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
 FIRST_SELECTION_SEED = 2**40
 SAMPLE_BATCH = 128
-
-
-class Metric(NamedTuple):
-    """What a recipe's metric asks the evaluator for, and how the answer's name begins."""
-
-    asked: str
-    printed: tuple[str, str]
-
-
-METRICS = {"FD": Metric("fd", ("FD(", "FID")), "KD": Metric("kd", ("KD(", "KID"))}
 
 
 class Stage(Protocol):
@@ -222,11 +213,6 @@ class Loop:
                     parts.append(to_uint8(stage.sample(noise, labels)).cpu().numpy())
                 shown.advance(len(parts[-1]))
         return np.concatenate(parts), class_ids
-
-
-def metric_value(scores: dict[str, float], metric: str) -> float:
-    """The score that is minimised, under the name that its extractor gives it: FD(<extractor>) or FID, KD(...) or KID."""
-    return next(value for name, value in scores.items() if name.startswith(METRICS[metric].printed))
 
 
 def _due(stage: Stage, done: int, every_kimg: float) -> bool:

@@ -25,7 +25,7 @@ from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.parallel import Share, start_fabric
 from uni_instruct.train.optimization.precision import settle_for_run
 from uni_instruct.train.plan import Plan, make_plan
-from uni_instruct.train.run import Run
+from uni_instruct.train.run import Run, claimed
 from uni_instruct.train.stages.distillation import DistillationStage, Players
 from uni_instruct.train.stages.randomness import Batches, initial_weights
 from uni_instruct.train.stages.teacher import TeacherStage
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     """Trains what the recipe says, or goes on where an earlier call stopped; returns the generator's bundle.
 
-    Raises RequestError, before anything is trained, where recipe, data, teacher, reward and devices do not fit each other.
+    Raises RequestError, before anything is trained, where recipe, data, teacher, reward and devices do not fit each other, or
+    another process trains in the same folder.
     """
     plan = make_plan(recipe)
     recipe = _settled(plan, out)
@@ -44,7 +45,8 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     fabric = start_fabric(devices, recipe.loop.precision)
     for config in (recipe.teacher, recipe.distillation):
         Share(fabric, config.batch, config.micro_batch)
-    with closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
+    with claimed(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
+        lock.note(devices)
         session = _Session(plan, run, fabric)
         return session.distil(plan.given_teacher or session.train_teacher())
 

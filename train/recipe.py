@@ -14,16 +14,11 @@ from uni_instruct.train.checks import one_of
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.methods import DEFINING, METHODS
 from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.recipe_file import RECIPES, built_in_recipes, read_yaml
 
-RECIPES = Path(__file__).parent / "recipes"
 METHOD_KEY = "objective.method"
 # What a section alone stands for in --set.
 SHORT = {"teacher": "teacher.bundle"}
-
-
-def built_in_recipes() -> list[str]:
-    """Names of the recipes that ship with this package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -51,18 +46,6 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values. Raises RequestError for unknown keys, wrong types and values out of range."""
     recipe: Recipe = _build(Recipe, values, prefix="")
     return recipe
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RequestError where it is none."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(f"{path} is not YAML: {reason}", remedy="compare it with a built-in recipe") from error
-    if not isinstance(values, dict):
-        raise RequestError(f"{path} holds no recipe", remedy="compare it with a built-in recipe", param="recipe")
-    return values
 
 
 def _change_method(values: dict[str, Any], name: Any) -> None:

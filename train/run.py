@@ -2,13 +2,15 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from lightning_fabric import Fabric
 
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file, disk_errors
@@ -17,6 +19,7 @@ from uni_instruct.train.config import Recipe
 from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
 from uni_instruct.train.recipe import parse_recipe, read_yaml
+from uni_instruct.train.run_lock import RunLock, taken
 from uni_instruct.train.watch.track import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,8 @@ class Run:
         """Replaces the stage's state; the old one stays where writing fails."""
         with atomic_file(self._state_file(stage)) as partial, partial.open("wb") as file:
             torch.save(state, file)  # to a Python file, whose errors say that the disk is full
+        with atomic_file(self._state_file(stage).with_suffix(".json")) as partial:
+            partial.write_text(json.dumps({"step": state["step"]}))  # for those who ask without torch
 
     def log(self, stage: str, step: int, kimg: float, values: Mapping[str, float]) -> None:
         """One line in log.jsonl, and the same values to the trackers over images seen."""
@@ -110,6 +115,16 @@ class Run:
         if self._trackers is None:
             self._trackers = open_trackers(self.recipe.loop.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
         return self._trackers
+
+
+@contextmanager
+def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
+    """Holds the folder for the processes of fabric. Raises RequestError, in each of them, where others train there."""
+    with RunLock(folder) as lock:
+        free = lock.acquire() if fabric.is_global_zero else True
+        if not fabric.broadcast(free):
+            raise taken(folder)
+        yield lock
 
 
 def _check_same_recipe(folder: Path, old: Recipe, new: Recipe) -> None:

@@ -1,0 +1,233 @@
+"""How far, how fast and how good a run is, from its small files alone: without torch, and without a trace in the run."""
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.train.recipe_file import built_in_recipes, read_yaml, steps_in
+from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, Worker, is_locked, read_worker
+from uni_instruct.train.watch.history import History, read_history
+
+RECIPE, LOG = "recipe.yaml", "log.jsonl"
+# Stages by their names in the log, with their sections in the recipe.
+STAGES = {"teacher": "teacher", "generator": "distillation"}
+RUNNING, KILLED, PROBABLY_RUNNING, PROBABLY_STOPPED = "running", "killed", "probably running", "probably stopped"
+# Where only the last line tells whether a run goes on: so many times the longest time between two lines, and a minute.
+SILENCE, UNKNOWN_SILENCE_S = 3.0, 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStatus:
+    """One stage. saved_step is that of the state from which a resumed run goes on, None where it is not known.
+
+    images_per_s is the present speed, mean_images_per_s that of the whole stage with its evaluations; left_s is reckoned by
+    the present one. Scores are with their step and kimg.
+    """
+
+    name: str
+    step: int
+    steps: int
+    batch: int
+    saved_step: int | None
+    finished: bool
+    images_per_s: float | None
+    mean_images_per_s: float | None
+    left_s: float | None
+    skipped_steps: int
+    last_scores: dict[str, Any] | None
+    best_scores: dict[str, Any] | None
+
+    @property
+    def percent(self) -> float:
+        """Of the stage's steps."""
+        return 100 * self.step / self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A run as it stands. state is one of the words above, or how its process ended; known_by says how that is known.
+
+    left_s is of all stages, None while one is to come whose speed nobody knows. written is in seconds since 1970.
+    """
+
+    run: Path
+    recipe: str
+    metric: str
+    state: str
+    known_by: str
+    worker: Worker | None
+    stages: tuple[StageStatus, ...]
+    left_s: float | None
+    warnings: tuple[dict[str, Any], ...]
+    written: float
+    resume: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON takes them."""
+        stages = [
+            {**dataclasses.asdict(s), "kimg": s.step * s.batch / 1000, "kimgs": s.steps * s.batch / 1000, "percent": s.percent}
+            for s in self.stages
+        ]
+        return {
+            **dataclasses.asdict(self),
+            "run": str(self.run),
+            "stages": stages,
+            "age_s": max(0.0, time.time() - self.written),
+        }
+
+
+def read_status(folder: Path) -> Status:
+    """The status of the run in a folder. Raises RequestError where there is none, FileFormatError for a recipe of no use."""
+    _check_is_run(folder)
+    recipe = read_yaml(folder / RECIPE)
+    lengths = {name: _length(recipe, section, folder) for name, section in STAGES.items() if _is_trained(recipe, name)}
+    written = max(file.stat().st_mtime for file in _written(folder))
+    histories = read_history(folder / LOG, {name: batch for name, (_, batch) in lengths.items()})
+    metric = str(_section(recipe, "loop").get("metric", ""))
+    stages = tuple(_stage(folder, name, *lengths[name], history, metric) for name, history in histories.items())
+    worker = read_worker(folder)
+    longest_s = max(history.longest_s for history in histories.values())
+    state, known_by = _state(folder, worker, all(s.finished for s in stages), time.time() - written, longest_s)
+    return Status(
+        run=folder,
+        recipe=str(recipe.get("name", "")),
+        metric=metric,
+        state=state,
+        known_by=known_by,
+        worker=worker,
+        stages=stages,
+        left_s=_sum([stage.left_s for stage in stages]),
+        warnings=tuple(warning for history in histories.values() for warning in history.warnings),
+        written=written,
+        resume=None if state == FINISHED else resume_command(folder, worker),
+    )
+
+
+def resume_command(folder: Path, worker: Worker | None) -> str:
+    """What to type to go on, for a shell. It names the run's own recipe, which stays when a built-in one changes."""
+    program, words, moved = ["uni-instruct"], [], False
+    if worker is not None:
+        program = list(worker.program)
+        if (found := shutil.which("uni-instruct")) and program == [str(Path(found).absolute())]:
+            program = ["uni-instruct"]
+        words += ["--devices", str(worker.devices)] * (worker.devices > 1) + ["--nice", str(worker.nice)] * (worker.nice > 0)
+        moved = Path(worker.cwd) != Path.cwd()  # a recipe's data may be named from there
+    where = folder.absolute() if moved else folder
+    command = shlex.join([*program, "train", str(where / RECIPE), "--out", str(where), *words])
+    return f"cd {shlex.quote(worker.cwd)} && {command}" if moved and worker is not None else command
+
+
+def _check_is_run(folder: Path) -> None:
+    if (folder / RECIPE).is_file():
+        return
+    if not folder.exists():
+        if str(folder) in built_in_recipes():
+            problem, remedy = f"'{folder}' is a recipe, not a run", "give the folder that was given as --out"
+        else:
+            problem, remedy = f"there is no run {folder}", "give the folder that was given as --out"
+    elif not folder.is_dir():
+        problem, remedy = f"{folder} is a file, not the folder of a run", "give the folder that was given as --out"
+    else:
+        near = [parent for parent in (folder.absolute().parent, *sorted(folder.iterdir())) if (parent / RECIPE).is_file()]
+        problem = f"{folder} is no run: it has no {RECIPE}"
+        remedy = f"give {near[0]}" if near else "give the folder that was given as --out"
+    raise RequestError(problem, remedy=remedy, param="recipe")
+
+
+def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = recipe.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _is_trained(recipe: Mapping[str, Any], stage: str) -> bool:
+    """Whether the run trains that stage; a teacher may be given."""
+    return stage != "teacher" or not _section(recipe, "teacher").get("bundle")
+
+
+def _length(recipe: Mapping[str, Any], section: str, folder: Path) -> tuple[int, int]:
+    """Steps and batch of a stage."""
+    kimg, batch = (_section(recipe, section).get(key) for key in ("duration_kimg", "batch"))
+    if not isinstance(kimg, int | float) or not isinstance(batch, int) or batch < 1:
+        problem = f"{folder / RECIPE} does not say how long {section} is"
+        raise FileFormatError(problem, remedy="give the folder of a run, whose recipe.yaml is complete")
+    return steps_in(kimg, batch), batch
+
+
+def _written(folder: Path) -> Iterator[Path]:
+    """The files that tell when a run last wrote; those that a run replaces may be gone the next moment."""
+    candidates = [folder / RECIPE, folder / LOG, *folder.glob("state/*.pt"), *folder.glob("samples/*.png")]
+    return (file for file in candidates if file.is_file())
+
+
+def _stage(folder: Path, name: str, steps: int, batch: int, history: History, metric: str) -> StageStatus:
+    saved = _saved_step(folder, name)
+    step = min(steps, max(history.step, saved or 0))
+    # Without a saved step, from an earlier version, the bundle and the last line have to do.
+    finished = saved >= steps if saved is not None else step >= steps and (folder / name).is_dir()
+    speed = history.recent_images_per_s
+    left_s = 0.0 if finished else (steps - step) * batch / speed if speed else None
+    return StageStatus(
+        name=name,
+        step=step,
+        steps=steps,
+        batch=batch,
+        saved_step=saved,
+        finished=finished,
+        images_per_s=speed,
+        mean_images_per_s=history.images_per_s,
+        left_s=left_s,
+        skipped_steps=history.skipped_steps,
+        last_scores=history.scored[-1] if history.scored else None,
+        best_scores=history.best(metric),
+    )
+
+
+def _saved_step(folder: Path, stage: str) -> int | None:
+    """The step of the stage's state, where a note of it is as new as the state."""
+    state = folder / "state" / f"{stage}.pt"
+    note = state.with_suffix(".json")
+    try:
+        return int(json.loads(note.read_text())["step"]) if note.stat().st_mtime >= state.stat().st_mtime else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _state(folder: Path, worker: Worker | None, done: bool, age_s: float, longest_s: float) -> tuple[str, str]:
+    """In what state a run is, and how that is known."""
+    locked = is_locked(folder)
+    if locked:
+        return RUNNING, f"{worker or 'a process'} holds {LOCK}"
+    if done:
+        return FINISHED, "every stage's state is that of its last step"
+    if worker is not None and worker.ended is not None:
+        word, _, _ = worker.ended.partition(":")
+        return word, f"{worker} said so when it ended" + (f": {worker.ended[len(FAILED) + 2 :]}" if word == FAILED else "")
+    if worker is not None and worker.is_local and (locked is False or not _exists(worker.pid)):
+        return KILLED, f"{worker} is gone, and did not say that it ended"
+    silence_s = 60 + SILENCE * longest_s if longest_s else UNKNOWN_SILENCE_S
+    who = f"{worker} left no sign that it ended" if worker is not None else f"there is no {LOCK} to tell"
+    state = PROBABLY_RUNNING if age_s < silence_s else PROBABLY_STOPPED
+    return state, f"by the time of the last line, as {who}"
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sum(seconds: list[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return sum(known) if len(known) == len(seconds) else None

@@ -1,0 +1,85 @@
+"""A run's status in words."""
+
+import time
+from typing import Any
+
+from uni_instruct.train.run_lock import FINISHED
+from uni_instruct.train.status import RUNNING, StageStatus, Status
+from uni_instruct.train.watch.history import scores
+
+_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+
+
+def status_text(status: Status) -> str:
+    """Some ten lines for a terminal."""
+    now = time.time()
+    lines = [f"{status.run} ({status.recipe}): {status.state} ({status.known_by})"]
+    if status.worker is not None and status.state == RUNNING:
+        lines[0] += f", for {duration(now - status.worker.started)}"
+    for stage in status.stages:
+        lines.append(f"{stage.name}: {_progress(stage)}")
+        lines += [f"  {line}" for line in (*_quality(stage, status.metric), *_skipped(stage))]
+    if status.state != FINISHED:
+        lines.append(_whole(status))
+    lines += [f"warning: {w['stage']}, step {w['step']}: {w['warning']}" for w in status.warnings]
+    lines.append(f"last written: {duration(now - status.written)} ago")
+    if status.resume is not None:
+        label = "should it stop, go on with" if status.state.endswith(RUNNING) else "go on with"
+        lines.append(f"{label}: {status.resume}")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 42 s, 3 min 20 s, 5 h 10 min, 2 d 3 h."""
+    seconds = max(0, round(seconds))
+    for large_s, large, small_s, small in _UNITS:
+        if seconds >= large_s:
+            return f"{seconds // large_s} {large} {seconds % large_s // small_s} {small}"
+    return f"{seconds} s"
+
+
+def _progress(stage: StageStatus) -> str:
+    if not stage.step:
+        return f"not begun, {stage.steps:,} steps ({_kimg(stage, stage.steps)} kimg) to go"
+    how_far = f"step {stage.step:,} of {stage.steps:,} ({_kimg(stage, stage.step)} of {_kimg(stage, stage.steps)} kimg"
+    parts = [f"{how_far}, {int(stage.percent)} %)"]
+    if stage.images_per_s and stage.mean_images_per_s:
+        parts.append(f"{stage.images_per_s:,.0f} images/s lately, {stage.mean_images_per_s:,.0f} over the stage")
+    if stage.finished:
+        parts.append("finished")
+    else:
+        if stage.left_s is not None:
+            parts.append(f"{duration(stage.left_s)} left")
+        if stage.saved_step is not None:
+            parts.append(f"state saved at step {stage.saved_step:,}")
+    return "; ".join(parts)
+
+
+def _kimg(stage: StageStatus, steps: int) -> str:
+    kimg = steps * stage.batch / 1000
+    return f"{round(kimg, 1 if kimg >= 100 else 3):,}"
+
+
+def _quality(stage: StageStatus, metric: str) -> list[str]:
+    """The last scores and, where they are others, the best."""
+    last, best = stage.last_scores, stage.best_scores
+    if last is None:
+        return ["no scores: the recipe's metric is 'none'"] if metric == "none" and stage.step else []
+    if best is None or best["step"] == last["step"]:
+        return [f"{'best and last' if best else 'last'} scores {_scores(last)}"]
+    return [f"last scores {_scores(last)}", f"best scores {_scores(best)}"]
+
+
+def _scores(line: dict[str, Any]) -> str:
+    return f"at {line['kimg']:g} kimg: " + ", ".join(f"{name} {value:.4g}" for name, value in scores(line).items())
+
+
+def _skipped(stage: StageStatus) -> list[str]:
+    return [f"skipped steps: {stage.skipped_steps:,}"] if stage.step else []
+
+
+def _whole(status: Status) -> str:
+    if status.left_s is not None:
+        return f"whole run: {duration(status.left_s)} left at the present speed"
+    unknown = " and ".join(stage.name for stage in status.stages if stage.left_s is None)
+    return f"whole run: time left not known before the {unknown}'s first log line"

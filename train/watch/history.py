@@ -1,0 +1,116 @@
+"""What a run's log.jsonl says, read fast and without torch: a long run's is a hundred megabytes, nearly all of it curves."""
+
+import json
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uni_instruct.train.watch.scores import METRICS
+
+# The speed of so many of the last lines is the present one: a line alone may hold an evaluation.
+RECENT_LINES = 10
+WARNINGS = 3
+# Of a line of curves the head and the speed are all that counts; reading all of it as JSON takes ten times as long.
+_CURVES = re.compile(rb'\{"stage": "(\w+)", "step": (\d+),.*"images_per_s": (\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)[,}].*')
+
+
+@dataclass
+class History:
+    """One stage's past: the last step that was heard of, and what its lines hold.
+
+    images and time_s add up the curves' lines, longest_s is the longest time between two; recent has the last of both.
+    """
+
+    step: int = 0
+    curve_step: int = 0
+    images: int = 0
+    time_s: float = 0.0
+    longest_s: float = 0.0
+    recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_LINES))
+    scored: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    last_line: bytes = b"{}"
+
+    def add_speed(self, step: int, batch: int, images_per_s: float, line: bytes) -> None:
+        """Takes in a line of curves. Its speed is that since the line before it, whatever happened between the two."""
+        images = max(0, step - self.curve_step) * batch
+        self.step, self.curve_step, self.last_line = max(self.step, step), step, line
+        if images_per_s > 0:
+            seconds = images / images_per_s
+            self.images, self.time_s = self.images + images, self.time_s + seconds
+            self.longest_s = max(self.longest_s, seconds)
+            self.recent.append((images, seconds))
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Over the whole stage, evaluations included; None before the first line."""
+        return self.images / self.time_s if self.time_s else None
+
+    @property
+    def recent_images_per_s(self) -> float | None:
+        """Over the last lines."""
+        seconds = sum(s for _, s in self.recent)
+        return sum(images for images, _ in self.recent) / seconds if seconds else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates left out so far because they were not finite."""
+        return int((_record(self.last_line) or {}).get("skipped_steps", 0))
+
+    def best(self, metric: str) -> dict[str, Any] | None:
+        """The score line with the lowest value of a recipe's metric; None where there is none yet."""
+        valued = [(_value(line, metric), line) for line in self.scored]
+        found = [(value, line) for value, line in valued if value is not None and value == value]
+        return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def read_history(file: Path, batches: dict[str, int]) -> dict[str, History]:
+    """The past of each stage in `batches`, which gives its batch. A missing file is an empty one.
+
+    Lines that are half written, or written by nobody here, are passed over.
+    """
+    stages = {name: History() for name in batches}
+    for line in _lines(file):
+        curves = _CURVES.fullmatch(line)
+        record = None if curves else _record(line)
+        if curves and (name := curves[1].decode()) in stages and line.endswith(b"}"):
+            stages[name].add_speed(int(curves[2]), batches[name], float(curves[3]), line)
+        elif record is not None and record.get("stage") in stages and isinstance(record.get("step"), int):
+            history = stages[record["stage"]]
+            history.step = max(history.step, record["step"])
+            if "warning" in record:
+                history.warnings = [*history.warnings, record][-WARNINGS:]
+            elif "kimg" in record:
+                history.scored.append(record)
+    return stages
+
+
+def scores(line: dict[str, Any]) -> dict[str, float]:
+    """The scores of a line without its place in the run."""
+    return {name: value for name, value in line.items() if name not in ("stage", "step", "kimg")}
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as stream:
+            for line in stream:
+                yield line.rstrip(b"\n")
+    except FileNotFoundError:
+        return
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _value(line: dict[str, Any], metric: str) -> float | None:
+    printed: tuple[str, ...] = METRICS[metric].printed if metric in METRICS else ()
+    value = next((value for name, value in line.items() if name.startswith(printed)), None)
+    return value if isinstance(value, int | float) else None

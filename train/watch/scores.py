@@ -1,0 +1,19 @@
+"""Names of the score that the best weights are chosen by; apart from the loop, because a run's status needs no torch."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """What a recipe's metric asks the evaluator for, and how the answer's name begins."""
+
+    asked: str
+    printed: tuple[str, str]
+
+
+METRICS = {"FD": Metric("fd", ("FD(", "FID")), "KD": Metric("kd", ("KD(", "KID"))}
+
+
+def metric_value(scores: Mapping[str, float], metric: str) -> float:
+    """The score that is minimised, under the name that its extractor gives it: FD(<extractor>) or FID, KD(...) or KID."""
+    return next(value for name, value in scores.items() if name.startswith(METRICS[metric].printed))
