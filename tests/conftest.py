@@ -82,18 +82,21 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def random_bundle(path: Path, seed: int, steps: int = 1, num_classes: int = 10, image_shape: ImageShape = (1, 8, 8)) -> Bundle:
+def random_bundle(
+    path: Path, seed: int, steps: int = 1, num_classes: int = 10, image_shape: ImageShape = (1, 8, 8), patch: int = 1
+) -> Bundle:
     """A bundle whose images differ visibly between seeds and classes."""
     torch = pytest.importorskip("torch")
     from uni_instruct.networks.build import build_denoiser
 
+    around = {"patch": patch} if patch > 1 else {}
     spec = GeneratorSpec(
         name="tiny",
         image_shape=image_shape,
         num_classes=num_classes,
         class_names=DIGITS[:num_classes],
         steps=steps,
-        network_args={"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]},
+        network_args={"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], **around},
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

@@ -36,6 +36,15 @@ def odd_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return bundle
 
 
+@pytest.fixture(scope="module")
+def patched_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Conditional, in colour, of a network that sees squares of pixels as one, with its onnx engine."""
+    path = tmp_path_factory.mktemp("bundles") / "patched"
+    bundle = random_bundle(path, seed=6, image_shape=(3, 16, 12), patch=2)
+    export_engine(bundle, "onnx")
+    return bundle
+
+
 @pytest.fixture
 def unexported(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
@@ -46,7 +55,7 @@ def exported(exported_bundle: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(exported_bundle.path, tmp_path / "bundle"))
 
 
-@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle"])
+@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
 @pytest.mark.parametrize("batch", [1, 2, 5, 40])
 def test_the_engine_agrees_with_torch(name: str, batch: int, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
@@ -67,7 +76,7 @@ def test_the_engine_agrees_with_torch(name: str, batch: int, request: pytest.Fix
         assert (engine(noise, class_ids) != engine(noise, (class_ids + 1) % classes)).any(axis=(1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle"])
+@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
 def test_the_record_says_what_was_built_and_how_well_it_agrees(name: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
     folder = bundle.engine_folder("onnx")
@@ -90,7 +99,7 @@ def test_the_record_says_what_was_built_and_how_well_it_agrees(name: str, reques
     assert all(latency > 0 for latency in report["latency_ms"].values())
 
 
-@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle"])
+@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
 def test_the_file_stands_alone(name: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
     path = bundle.engine_folder("onnx") / EngineRecord.read(bundle.engine_folder("onnx")).file

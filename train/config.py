@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.extractors import EXTRACTORS
-from uni_instruct.networks.build import NETWORKS, PATCHES
+from uni_instruct.networks.build import NETWORKS, check_patch
 from uni_instruct.train.checks import in_range, one_of
 from uni_instruct.train.objective_config import ObjectiveConfig
 from uni_instruct.train.optimization.optimizing import DECAYS, RateSchedule
@@ -41,7 +41,7 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         one_of("network.architecture", self.architecture, NETWORKS)
         if self.patch is not None:
-            one_of("network.patch", self.patch, PATCHES)
+            check_patch(self.patch)
         if self.dropout is not None:
             in_range("network.dropout", self.dropout, 0, 0.99)
         if self.num_blocks is not None:

@@ -10,6 +10,7 @@ from uni_instruct.checkpoints.importing import open_or_import
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.preconditioning import Preconditioning
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.reward import Reward, open_reward
@@ -42,8 +43,7 @@ def make_plan(recipe: Recipe) -> Plan:
     else:
         assert dataset is not None, "Recipe checks this"
         spec = plan_teacher(recipe, dataset)
-    with torch.device("meta"):
-        build_denoiser(spec)
+    _without_storage(spec)  # refuses what makes no network
     _check_classes(recipe, spec)
     if recipe.distillation.augment and spec.network_args.get("augment_dim", 0) != AUGMENT_LABELS:
         raise RequestError(
@@ -92,8 +92,12 @@ def _open_start(source: str, teacher: GeneratorSpec) -> Bundle:
     for what in ("image_shape", "num_classes", "network"):
         if getattr(mine, what) != getattr(theirs, what):
             raise _unlike(source, what, getattr(mine, what), getattr(theirs, what))
+    networks = [_without_storage(spec) for spec in (mine, theirs)]
+    patches = [network.patch for network in networks]
+    if patches[0] != patches[1]:
+        raise _unlike(source, "network.patch", *patches)
     # Dropout may differ, and what one names and the other leaves to the default.
-    if _weights_of(mine) != _weights_of(theirs):
+    if _weights_of(networks[0]) != _weights_of(networks[1]):
         raise _unlike(source, "network_args", dict(mine.network_args), dict(theirs.network_args))
     return bundle
 
@@ -106,9 +110,12 @@ def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestErro
     )
 
 
-def _weights_of(spec: GeneratorSpec) -> tuple[Preconditioning, dict[str, torch.Size]]:
+def _without_storage(spec: GeneratorSpec) -> Denoiser:
     with torch.device("meta"):
-        denoiser = build_denoiser(spec)
+        return build_denoiser(spec)
+
+
+def _weights_of(denoiser: Denoiser) -> tuple[Preconditioning, dict[str, torch.Size]]:
     return denoiser.preconditioning, {name: tensor.shape for name, tensor in denoiser.state_dict().items()}
 
 

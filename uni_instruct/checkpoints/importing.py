@@ -47,7 +47,8 @@ class ImportRequest:
     """What the file cannot tell. None takes what its format suggests.
 
     kind: 'generator' of one step, or 'teacher' for many. network: its role in the file. sigma_init: the noise level of a
-    one-step generator's input. steps: of the teacher's sampler. origin: the address on the hub of a file from there.
+    one-step generator's input. steps: of the teacher's sampler. origin: the address on the hub of a file from there. patch: the
+    side of the squares of pixels that the network sees as one.
     """
 
     kind: str | None = None
@@ -57,6 +58,7 @@ class ImportRequest:
     steps: int = 18
     licence: str | None = None
     origin: str = ""
+    patch: int | None = None
 
 
 def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
@@ -66,7 +68,7 @@ def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
     """
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
-    translation = translate(stored)
+    translation = translate(stored, request.patch)
     spec = _spec(path, checkpoint, stored, translation, request)
     return Bundle.write(out, spec, translation.weights, _card(spec))
 

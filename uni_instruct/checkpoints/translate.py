@@ -107,8 +107,11 @@ class Translation:
         )
 
 
-def translate(stored: StoredNetwork) -> Translation:
+def translate(stored: StoredNetwork, patch: int | None = None) -> Translation:
     """The stored network, its weights under this package's names.
+
+    patch: the side of the squares of pixels that it sees as one, which weights do not tell: smaller images with more channels
+    have the same. None: 1, as the peers' have it, unless the config.json beside the file is a bundle's and says otherwise.
 
     Raises RequestError for a class or argument that is not known here, FileFormatError where weights are missing, left over,
     of another shape, or not finite.
@@ -120,13 +123,13 @@ def translate(stored: StoredNetwork) -> Translation:
     network_name = _known(str(config.get("model_type", DEFAULT_NETWORKS[class_name])), NETWORKS, "network")
     preconditioning, network = PRECONDITIONINGS[class_name], NETWORKS[network_name]
     _check_arguments(config, preconditioning, network)
-    channels, size = int(config["img_channels"]), int(config["img_resolution"])
+    patch = _patch_beside(stored) if patch is None else patch
     args = _chosen(config, network) | {"preconditioning": {"name": preconditioning.name, **_chosen(config, preconditioning)}}
     translation = Translation(
-        image_shape=(channels, size, size),
+        image_shape=_image_shape(int(config["img_channels"]), int(config["img_resolution"]), patch),
         num_classes=int(config.get("label_dim", 0)),
         network=network.name,
-        network_args=args,
+        network_args=args | ({"patch": patch} if patch > 1 else {}),
         weights={f"model.{name}": _checked(name, array) for name, array in bare.items()},
         left_out=tuple(outer),
     )
@@ -134,6 +137,27 @@ def translate(stored: StoredNetwork) -> Translation:
     _check_filters(bare, args.get("resample_filter", (1, 1)))
     _check_outer(outer, translation)
     return translation
+
+
+def _patch_beside(stored: StoredNetwork) -> int:
+    """That of a bundle's config.json."""
+    args = {} if stored.class_name else stored.config.get("network_args")
+    patch: int = args.get("patch", 1) if isinstance(args, dict) else 1
+    return patch
+
+
+def _image_shape(channels: int, size: int, patch: int) -> ImageShape:
+    """Of the images, from what the network is fed. Raises RequestError for a patch that makes no such channels."""
+    from uni_instruct.networks.build import check_patch
+
+    check_patch(patch)
+    if channels % patch**2:
+        raise RequestError(
+            f"the network is fed {channels} channels, which do not divide into patches of {patch}x{patch} pixels",
+            remedy="give the patch that it was trained with, or leave it out",
+            param="patch",
+        )
+    return channels // patch**2, size * patch, size * patch
 
 
 def _without_wrappers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -21,6 +21,12 @@ from uni_instruct.hub import fetch, is_on_hub
 @click.option("--name", help="Name of the bundle.  [default: the file's]")
 @click.option("--sigma-init", default=2.5, type=click.FloatRange(1e-3, 1e4), help="Noise level of a generator's input.")
 @click.option("--steps", default=18, type=click.IntRange(2, 1000), help="Steps of a teacher's sampler.")
+@click.option(
+    "--patch",
+    type=int,
+    help="Side of the squares of pixels that the network sees as one: 1, 2 or 4.  [default: what the config.json of a bundle "
+    "beside the file says, else 1]",
+)
 @click.option("--licence", help="Licence of the weights.  [default: NVIDIA's for what derives from EDM, else unknown]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def import_checkpoint(
@@ -31,6 +37,7 @@ def import_checkpoint(
     name: str | None,
     sigma_init: float,
     steps: int,
+    patch: int | None,
     licence: str | None,
     as_json: bool,
 ) -> None:
@@ -49,7 +56,14 @@ def import_checkpoint(
         download = fetch(checkpoint)
         path, origin = download.path, download.origin
     request = ImportRequest(
-        kind=kind, network=network, name=name, sigma_init=sigma_init, steps=steps, licence=licence, origin=origin
+        kind=kind,
+        network=network,
+        name=name,
+        sigma_init=sigma_init,
+        steps=steps,
+        licence=licence,
+        origin=origin,
+        patch=patch,
     )
     bundle = run(path, out, request)
     made = "teacher" if bundle.spec.steps > 1 else "generator"

@@ -14,6 +14,7 @@ from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.edm2 import EDM2
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import PRECONDITIONINGS, Preconditioning
+from uni_instruct.networks.skeleton import ResolutionError
 from uni_instruct.networks.song import NCSNPP, SongUNet
 
 NETWORKS: dict[str, Callable[..., Network]] = {
@@ -55,25 +56,49 @@ def build_denoiser(spec: GeneratorSpec) -> Denoiser:
         if preconditioning.out_factor > 1:
             args["out_channels"] = preconditioning.out_factor * shape[0]
         model = NETWORKS[spec.network](shape, spec.num_classes, **args)
+    except ResolutionError as error:
+        raise _too_coarse(spec.image_shape, patch, error) if patch > 1 else error from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
     return Denoiser(model, spec.image_shape, spec.num_classes, preconditioning, patch=patch)
 
 
 def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:
-    """[C, H, W] as the network sees it. Raises RequestError for a patch that is none of PATCHES or does not fit the image."""
+    """[C, H, W] as the network sees it. Raises RequestError for a patch that is no such side or does not divide the image."""
     channels, height, width = image_shape
-    if patch not in PATCHES or isinstance(patch, bool):
-        known = ", ".join(map(str, PATCHES))
-        raise RequestError(f"network.patch is {patch!r}", remedy=f"choose one of {known}", param="network")
+    check_patch(patch)
     if height % patch or width % patch:
-        fitting = ", ".join(str(p) for p in PATCHES if height % p == 0 and width % p == 0)
         raise RequestError(
             f"network.patch {patch} does not divide images of {height}x{width}",
-            remedy=f"choose one of {fitting}, or resize the data",
+            remedy=f"choose {_fitting(image_shape, 1)}, or resize the data",
             param="network",
         )
     return channels * patch**2, height // patch, width // patch
+
+
+def check_patch(patch: object) -> None:
+    """Raises RequestError unless it is one of PATCHES."""
+    if type(patch) is not int or patch not in PATCHES:  # True and 1.0 equal 1
+        known = ", ".join(map(str, PATCHES))
+        raise RequestError(f"network.patch is {patch!r}", remedy=f"choose one of {known}", param="network")
+
+
+def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> RequestError:
+    """That levels do not halve what a patch leaves of the image, in terms of both."""
+    _, height, width = image_shape
+    fitting = _fitting(image_shape, error.divisor)
+    first = f"choose network.patch {fitting}" if fitting else "resize the data"
+    return RequestError(
+        f"with network.patch {patch} the network sees {height}x{width} as {height // patch}x{width // patch}, "
+        f"which is not divisible by {error.divisor}",
+        remedy=f"{first}, or use fewer than {error.level_count} levels",
+        param="network",
+    )
+
+
+def _fitting(image_shape: ImageShape, divisor: int) -> str:
+    """The patches that leave a resolution which the divisor divides, in words; '' for none."""
+    return " or ".join(str(p) for p in PATCHES if all(size % (p * divisor) == 0 for size in image_shape[1:]))
 
 
 def build_preconditioning(asked: str | Mapping[str, Any], sigma_data: float = 0.5) -> Preconditioning:

@@ -21,8 +21,8 @@ class Encoded(NamedTuple):
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (EDM, equation 7).
 
-    The network sees patches of patch x patch pixels as the channels of one, [B, C patch^2, H / patch, W / patch]. That only
-    permutes pixels: noise, preconditioning and every formula stay what they are.
+    The network sees patch x patch pixels as the channels of one, [B, C patch^2, H / patch, W / patch]: a permutation of pixels,
+    so that noise, preconditioning and every formula stay what they are at full resolution.
     """
 
     def __init__(
@@ -51,15 +51,25 @@ class Denoiser(nn.Module):
         """The first half of the network; its bottleneck is what a discriminator sees."""
         c = self.preconditioning(sigma)
         emb = self.model.embed(c.c_noise.flatten(), self._class_labels(class_ids, x), augment_labels)
-        return Encoded(self.model.encode(F.pixel_unshuffle(c.c_in * x, self.patch), emb), emb)
+        return Encoded(self.model.encode(self._unshuffled(c.c_in * x), emb), emb)
 
     def decode(self, encoded: Encoded, x: Tensor, sigma: Tensor) -> Tensor:
         """The second half: the expected clean image."""
         c = self.preconditioning(sigma)
-        out = F.pixel_shuffle(self.model.decode(encoded.features, encoded.emb), self.patch)
+        out = self._shuffled(self.model.decode(encoded.features, encoded.emb))
         if out.shape[1] != x.shape[1]:  # a predicted variance follows
             out = out[:, : x.shape[1]]
         return c.c_skip * x + c.c_out * out
+
+    # A shuffle by 1 would change nothing, but torch copies, and exporters write a node for it.
+
+    def _unshuffled(self, x: Tensor) -> Tensor:
+        """What the network sees of images [B, C, H, W]."""
+        return x if self.patch == 1 else F.pixel_unshuffle(x, self.patch)
+
+    def _shuffled(self, out: Tensor) -> Tensor:
+        """The way back, at full resolution."""
+        return out if self.patch == 1 else F.pixel_shuffle(out, self.patch)
 
     @property
     def sigma_data(self) -> float:

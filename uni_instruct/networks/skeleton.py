@@ -20,19 +20,27 @@ class Level(NamedTuple):
     attention: bool
 
 
+class ResolutionError(RequestError):
+    """A resolution that so many levels cannot halve: level_count - 1 times is once too often."""
+
+    def __init__(self, height: int, width: int, level_count: int):
+        self.level_count, self.divisor = level_count, 2 ** (level_count - 1)
+        super().__init__(
+            f"resolution {height}x{width} is not divisible by {self.divisor}",
+            remedy=f"use fewer than {level_count} levels or resize the data",
+        )
+
+
 def levels(
     image_shape: ImageShape, model_channels: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]
 ) -> list[Level]:
-    """The finest first. Raises RequestError for a resolution that cannot be halved so often."""
+    """The finest first. Raises ResolutionError for a resolution that cannot be halved so often."""
     _, height, width = image_shape
-    divisor = 2 ** max(0, len(channel_mult) - 1)
     if not channel_mult:
         raise RequestError("channel_mult is empty", remedy="give one multiplier a level", param="network")
+    divisor = 2 ** (len(channel_mult) - 1)
     if height % divisor or width % divisor:
-        raise RequestError(
-            f"resolution {height}x{width} is not divisible by {divisor}",
-            remedy=f"use fewer than {len(channel_mult)} levels or resize the data",
-        )
+        raise ResolutionError(height, width, len(channel_mult))
     # EDM names levels by a square resolution; other shapes keep the pattern.
     return [
         Level(f"{height >> index}x{width >> index}", model_channels * mult, (height >> index) in attn_resolutions)
