@@ -309,7 +309,7 @@ def test_command_to_resume_is_quoted_and_says_where(tmp_path: Path, monkeypatch:
     ("arguments", "message"),
     [
         (["digits", "--status"], "'digits' is a recipe, not a run; give the folder that was given as --out"),
-        (["nowhere", "--status"], "there is no run nowhere; give the folder that was given as --out"),
+        (["nowhere", "--status"], "there is no run nowhere; give the folder that was given as --out; a training makes it"),
         (["empty", "--status"], "empty is no run: it has no recipe.yaml; give the folder that was given as --out"),
         (["run/teacher", "--status"], "run/teacher is no run: it has no recipe.yaml; give {root}/run"),
         ([".", "--status"], ". is no run: it has no recipe.yaml; give run"),

@@ -132,7 +132,8 @@ def _check_is_run(folder: Path) -> None:
         if str(folder) in built_in_recipes():
             problem, remedy = f"'{folder}' is a recipe, not a run", "give the folder that was given as --out"
         else:
-            problem, remedy = f"there is no run {folder}", "give the folder that was given as --out"
+            problem = f"there is no run {folder}"
+            remedy = "give the folder that was given as --out; a training makes it once recipe, data and teacher are checked"
     elif not folder.is_dir():
         problem, remedy = f"{folder} is a file, not the folder of a run", "give the folder that was given as --out"
     else:
