@@ -185,7 +185,8 @@ class LoopConfig:
     metric is minimised over `samples` generated images; 'none' keeps the last weights instead of the best. precision is that
     of matrix products; channels_last and compile change speed, not the arithmetic. After bad_steps_in_a_row updates that were
     not finite the run stops; what looks sick for warn_after_lines log lines is said in words. trackers gets the scalars and
-    pictures. snapshot_kimg is how often power-function averages are kept for reconstruction.
+    pictures. snapshot_kimg is how often power-function averages are kept for reconstruction. report: whether the run ends with
+    report.md, which takes a minute or so.
     """
 
     seed: int = 0
@@ -201,6 +202,7 @@ class LoopConfig:
     samples: int = 1797
     grid: int = 100
     trackers: tuple[str, ...] = ("tensorboard",)
+    report: bool = True
 
     def __post_init__(self) -> None:
         one_of("loop.metric", self.metric, ("FD", "KD", "none"))

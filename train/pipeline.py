@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from uni_instruct.hub import is_on_hub
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.progress import progress
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.parallel import Share, start_fabric
 from uni_instruct.train.plan import Plan, make_plan
+from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.run import Run
 from uni_instruct.train.stages.distillation import DistillationStage, Players
 from uni_instruct.train.stages.randomness import Batches, initial_weights
@@ -36,13 +39,18 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
 
     Raises RequestError, before anything is trained, where recipe, data, teacher, reward and devices do not fit each other.
     """
+    start = time.monotonic()
     plan = make_plan(recipe)
     fabric = start_fabric(devices, recipe.loop.precision)
     for config in (recipe.teacher, recipe.distillation):
         Share(fabric, config.batch, config.micro_batch)
     with closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
-        session = _Session(plan, run, fabric)
-        return session.distil(plan.given_teacher or session.train_teacher())
+        run.clock.add("run", "preparation", time.monotonic() - start)
+        with run.clock.during("run", "preparation"):
+            session = _Session(plan, run, fabric)
+            generator = session.distil(plan.given_teacher or session.train_teacher())
+        session.report()
+        return generator
 
 
 class _Session:
@@ -84,6 +92,17 @@ class _Session:
         batches = self._batches(config.batch) if self.recipe.needs_discriminator else None
         stage = DistillationStage(players, self.recipe, self.fabric, batches, self.plan.reward, pairs)
         return self._train(stage, spec, "generator")
+
+    def report(self) -> None:
+        """Writes report.md unless it is there. No failure takes back the training, which is done and its bundles written."""
+        wanted = self.recipe.loop.report and self.fabric.is_global_zero
+        if not wanted or report_is_current(self.run.folder):
+            return
+        try:
+            write_report(self.run.folder, self.plan, self.evaluator, progress)
+        except Exception as error:  # whatever drawing, scoring and disks raise
+            file, name = self.run.folder / REPORT, type(error).__name__
+            log.warning("%s was not made: %s: %s; the training is complete, and 'train' again makes it", file, name, error)
 
     def _train(self, stage: Stage, spec: GeneratorSpec, name: str) -> Bundle:
         folder = self.run.folder / name
