@@ -29,6 +29,7 @@ SETTINGS = [
     "metric=none",
     "loop.samples=16",
     "log_kimg=0.032",
+    "loop.report=false",
 ]
 WAYS = {
     "micro-batches": (["distillation.micro_batch=5"], []),

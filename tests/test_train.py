@@ -37,6 +37,7 @@ TINY = [
     "loop.samples=100",
     "loop.log_kimg=0.032",
     "loop.state_kimg=0.16",
+    "loop.report=false",
 ]
 
 

@@ -42,7 +42,7 @@ def train(
     """Train a teacher and distil it into a one-step generator.
 
     RECIPE is the name of a built-in recipe or a YAML file. Run the same command again to resume. The run folder holds
-    recipe.yaml, log.jsonl, TensorBoard events, samples/, state/, and the bundles teacher/ and generator/.
+    recipe.yaml, log.jsonl, TensorBoard events, samples/, state/, the bundles teacher/ and generator/, and report.md.
 
     `uni-instruct train RUN --status` says how a run stands, running or not, and disturbs nothing.
 
@@ -68,6 +68,7 @@ def train(
     if out is None:
         raise click.UsageError("Missing option '--out': the folder of the run")
     from uni_instruct.train.pipeline import train as train_run
+    from uni_instruct.train.report.page import REPORT
 
     start = time.monotonic()
     bundle = train_run(resolved, out, devices)
@@ -78,6 +79,8 @@ def train(
         click.echo(json.dumps(answer))
     else:
         click.echo(f"generator: {bundle.path} ({answer['time_s']:.0f} s)")
+        if (out / REPORT).exists():
+            click.echo(f"report: {out / REPORT}")
         click.echo(f"next: uni-instruct generate {bundle.path} --seeds 0-63 --out {out}/images --grid {out}/grid.png")
 
 

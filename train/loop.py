@@ -101,7 +101,8 @@ class Loop:
             return self.best
         meter = _Meter(time.monotonic(), first)
         shows = progress(stage.name, stage.total_steps, "steps", done=first) if self._first else silent(stage.name, 0, "")
-        with _deferred_interrupt() as interrupted, shows as shown:
+        clock = self.run.clock
+        with _deferred_interrupt() as interrupted, shows as shown, clock.during(stage.name, "steps"):
             for index in range(first, stage.total_steps):
                 done = index + 1
                 generator = step_generator(self.config.seed, stage.name, index)
@@ -112,11 +113,13 @@ class Loop:
                 if self.run.snapshots and _due(stage, done, self.config.snapshot_kimg):
                     self._snapshot(stage, done)
                 if _due(stage, done, stage.evaluate_kimg) and (done > 1 or done == stage.total_steps):
-                    note = self._evaluate(stage, done)
+                    with clock.during(stage.name, "evaluation"):
+                        note = self._evaluate(stage, done)
                 shown.advance(1, note)
                 stop = self._anywhere(interrupted())
                 if stop or _due(stage, done, self.config.state_kimg):
-                    self._save(stage, done)
+                    with clock.during(stage.name, "saving"):
+                        self._save(stage, done)
                 if stop:
                     raise KeyboardInterrupt
         return self.best

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.parallel import Share, start_fabric
 from uni_instruct.train.optimization.precision import settle_for_run
 from uni_instruct.train.plan import Plan, make_plan
+from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.run import Run, claimed
 from uni_instruct.train.stages.distillation import DistillationStage, Players
 from uni_instruct.train.stages.randomness import Batches, initial_weights
@@ -39,6 +41,7 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     Raises RequestError, before anything is trained, where recipe, data, teacher, reward and devices do not fit each other, or
     another process trains in the same folder.
     """
+    start = time.monotonic()
     plan = make_plan(recipe)
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
@@ -47,8 +50,12 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
         Share(fabric, config.batch, config.micro_batch)
     with claimed(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
         lock.note(devices)
-        session = _Session(plan, run, fabric)
-        return session.distil(plan.given_teacher or session.train_teacher())
+        run.clock.add("run", "preparation", time.monotonic() - start)
+        with run.clock.during("run", "preparation"):
+            session = _Session(plan, run, fabric)
+            generator = session.distil(plan.given_teacher or session.train_teacher())
+        session.report()
+        return generator
 
 
 def _settled(plan: Plan, out: Path) -> Recipe:
@@ -99,6 +106,17 @@ class _Session:
         batches = self._batches(config.batch) if self.recipe.needs_discriminator else None
         stage = DistillationStage(players, self.recipe, self.fabric, batches, self.plan.reward, pairs)
         return self._train(stage, spec, "generator")
+
+    def report(self) -> None:
+        """Writes report.md unless it is there. No failure takes back the training, which is done and its bundles written."""
+        wanted = self.recipe.loop.report and self.fabric.is_global_zero
+        if not wanted or report_is_current(self.run.folder):
+            return
+        try:
+            write_report(self.run.folder, self.plan, self.evaluator, progress)
+        except Exception as error:  # whatever drawing, scoring and disks raise
+            file, name = self.run.folder / REPORT, type(error).__name__
+            log.warning("%s was not made: %s: %s; the training is complete, and 'train' again makes it", file, name, error)
 
     def _train(self, stage: Stage, spec: GeneratorSpec, name: str) -> Bundle:
         folder = self.run.folder / name

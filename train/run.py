@@ -20,9 +20,13 @@ from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.run_lock import RunLock, taken
+from uni_instruct.train.watch.clock import Clock
 from uni_instruct.train.watch.track import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
+
+# Keys that may change between the calls of a run, as its training does not depend on them.
+NOT_TRAINING = ("measured", "loop.report")
 
 
 class Run:
@@ -34,6 +38,7 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, *, first_process: bool = True):
         self.folder = folder
         self.recipe = recipe
+        self.clock = Clock(folder, first_process=first_process)
         self.snapshots = bool(recipe.teacher.ema_power_std or recipe.distillation.ema_power_std)
         self._trackers: list[Tracker] | None = None
         file = folder / "recipe.yaml"
@@ -60,10 +65,12 @@ class Run:
             torch.save(state, file)  # to a Python file, whose errors say that the disk is full
         with atomic_file(self._state_file(stage).with_suffix(".json")) as partial:
             partial.write_text(json.dumps({"step": state["step"]}))  # for those who ask without torch
+        self.clock.write()
 
     def log(self, stage: str, step: int, kimg: float, values: Mapping[str, float]) -> None:
         """One line in log.jsonl, and the same values to the trackers over images seen."""
         self._write_line({"stage": stage, "step": step, "kimg": round(kimg, 3), **values})
+        self.clock.write()
         named = {name if "/" in name else f"{stage}/{name}": value for name, value in values.items()}
         for tracker in self._open_trackers():
             tracker.scalars(named, int(kimg * 1000))
@@ -130,7 +137,7 @@ def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
 def _check_same_recipe(folder: Path, old: Recipe, new: Recipe) -> None:
     before, after = _flat(old.to_dict()), _flat(new.to_dict())
     for key in before:
-        if before[key] != after[key] and key != "measured":
+        if before[key] != after[key] and key not in NOT_TRAINING:
             raise RequestError(
                 f"{folder} holds a run with {key}={before[key]}, not {after[key]}",
                 remedy="choose another --out, or the same recipe to resume",

@@ -1,0 +1,1 @@
+"""What a finished run has to show: report.md beside it, made from the run's folder and nothing else."""

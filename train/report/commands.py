@@ -1,0 +1,42 @@
+"""The commands of a run: how it was trained, and what to do with what came out."""
+
+import shlex
+
+from uni_instruct.hub import is_on_hub
+from uni_instruct.train.report.material import Material
+
+
+def command_section(material: Material) -> list[str]:
+    """Each command as it can be pasted into a shell, in the folder where the run was started."""
+    lines = ["```sh"]
+    for why, *words in _commands(material):
+        lines += [f"# {why}", f"uni-instruct {shlex.join(map(str, words))}"]
+    lines.append("```")
+    if not material.makes_pictures:
+        lines += ["", "`evaluate` and `serve` take pictures; these are latents, which their VAE decodes."]
+    elif material.plan.dataset is None:
+        lines += ["", "`evaluate` compares with real images, which this run was trained without: `--reference DATA`."]
+    return lines
+
+
+def _commands(material: Material) -> list[tuple[object, ...]]:
+    """(why, words...) of each."""
+    folder, generator = material.folder, material.folder / "generator"
+    plan, pictures = material.plan, material.makes_pictures
+    images = ("--out", folder / "images", "--grid", folder / "grid.png") if pictures else ("--out", folder / "latents.npz")
+    commands: list[tuple[object, ...]] = [
+        ("the same training once more", "train", folder / "recipe.yaml", "--out", f"{folder}-again"),
+        ("a faster engine, proven equal", "export", generator, "--to", "onnx"),
+        ("images of 64 seeds" if pictures else "latents of 64 seeds", "generate", generator, "--seeds", "0-63", *images),
+    ]
+    if pictures and plan.dataset is not None:
+        reference = ("--reference", plan.recipe.data, "--teacher", _source(material))
+        commands.append(("scores of as many samples as the data has", "evaluate", generator, *reference))
+    if pictures:
+        commands.append(("HTTP, and a web page to play with", "serve", generator))
+    return commands
+
+
+def _source(material: Material) -> str:
+    teacher = material.teacher
+    return teacher.origin if is_on_hub(teacher.origin) else str(teacher.path)

@@ -1,0 +1,83 @@
+"""What was trained, on what, for how long: the sections that need no images."""
+
+import torch
+
+from uni_instruct import __version__
+from uni_instruct.train.dry_run.cost import evaluations, phases
+from uni_instruct.train.dry_run.report import needs, phase_lines
+from uni_instruct.train.report.markdown import duration, table, text
+from uni_instruct.train.report.material import Material
+
+ACTIVITIES = {"steps": "steps", "evaluation": "evaluation", "saving": "writing states", "preparation": "preparation"}
+
+
+def subject_section(material: Material) -> list[str]:
+    """Recipe, data, network, teacher and student in a table."""
+    recipe, spec = material.plan.recipe, material.spec
+    channels, height, width = spec.image_shape
+    classes = f"{spec.num_classes} classes" if spec.num_classes else "no classes"
+    args = ", ".join(f"{name} {value}" for name, value in spec.network_args.items())
+    steps = material.teacher.spec.steps
+    wanted = needs(material.plan)
+    distillation = recipe.distillation
+    facts = {
+        "recipe": f"{recipe.name} (recipe.yaml has every key)",
+        "real data": wanted["real_data"],
+        "images": f"{width}x{height}x{channels}, {classes}",
+        "network": f"{spec.network}, {material.parameters:,} parameters: {args}",
+        "teacher": f"{wanted['teacher']}; sampled in {steps} steps ({evaluations(steps)} evaluations of the network)",
+        "student": f"one step from noise level {spec.sigma_init:g}; {distillation.duration_kimg:g} kimg "
+        f"in steps of {distillation.batch} images, method {recipe.objective.method}",
+        "student's start": wanted["generator_start"],
+        "density ratio": wanted["density_ratio"],
+        "random seed, precision": f"{recipe.loop.seed}, {recipe.loop.precision}",
+        "versions": f"uni-instruct {__version__}, torch {torch.__version__}",
+    }
+    lines = table(("", ""), ((name, text(words)) for name, words in facts.items()), numbers_from=2)
+    for stage in ("teacher", "generator"):
+        best = material.best(stage)
+        if best is not None:
+            lines += [
+                "",
+                f"The {stage}'s weights are those after step {best.step} ({best.kimg:.4g} kimg), the best by "
+                f"{text(best.name)}: {best.value:.4g}.",
+            ]
+    return lines
+
+
+def objective_section(material: Material) -> list[str]:
+    """What the generator minimised and the critic learned, phase by phase, in words."""
+    lines = []
+    for phase in phases(material.plan.recipe):
+        alone = ", the critic alone" if phase.critic_alone else ""
+        lines += ["", f"**{phase.from_kimg:g} to {phase.until_kimg:g} kimg{alone}**", ""]
+        lines += [f"- {text(line)}" for line in phase_lines(material.plan, phase)]
+    return lines[1:]
+
+
+def warning_section(material: Material) -> list[str]:
+    """What the run said of itself while it trained; nothing where it had nothing to say."""
+    return [
+        f"- {stage}, step {step}: {text(warning)}"
+        for stage, history in material.history.items()
+        for step, warning in history.warnings
+    ]
+
+
+def time_section(material: Material, report_s: float) -> list[str]:
+    """Seconds of every activity, over all calls of the run, and the sum."""
+    spent = [(stage, name, time_s) for stage, parts in material.times.items() for name, time_s in parts.items()]
+    spent += [("run", "this report", report_s)]
+    total_s = sum(time_s for *_, time_s in spent)
+    rows = [
+        ("" if stage == "run" else stage, ACTIVITIES.get(name, name), duration(time_s), f"{time_s / total_s:.1%}")
+        for stage, name, time_s in sorted(spent, key=lambda part: ("teacher", "generator", "run").index(part[0]))
+    ]
+    rows.append(("**in all**", "", f"**{duration(total_s)}**", ""))
+    lines = table(("stage", "", "time", "share"), rows, numbers_from=2)
+    for stage, history in material.history.items():
+        steps_s = material.times.get(stage, {}).get("steps", 0.0)
+        kimg = max((record["kimg"] for record in history.records), default=0.0)
+        if steps_s and kimg:
+            lines += ["", f"{stage}: {1000 * kimg / steps_s:,.0f} images a second, evaluation and writing left out."]
+    return [*lines, "", "Calls that were interrupted or killed count too, and what they did that had to be done again."]

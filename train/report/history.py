@@ -1,0 +1,82 @@
+"""log.jsonl read back: the curves of each stage, its best evaluation, and the warnings."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uni_instruct.train.loop import METRICS
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric's values over thousands of images seen, in the order of the log; both lists are as long."""
+
+    kimg: list[float]
+    values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The scores of one evaluation. name is that of the score that the recipe minimises, such as FD(digits-classifier)."""
+
+    step: int
+    kimg: float
+    name: str
+    scores: Mapping[str, float]
+
+    @property
+    def value(self) -> float:
+        """The score that is minimised."""
+        return self.scores[self.name]
+
+
+@dataclass(frozen=True)
+class StageHistory:
+    """What the log says of one stage; warnings are (step, words)."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
+
+    def curve(self, name: str) -> Curve:
+        """The metric of that name, empty where it was never logged; None and values that are not finite are left out."""
+        points = [(r["kimg"], r[name]) for r in self.records if math.isfinite(r.get(name, math.nan))]
+        return Curve([kimg for kimg, _ in points], [value for _, value in points])
+
+    def evaluations(self, metric: str) -> list[Evaluation]:
+        """Those by the recipe's metric, FD or KD, in order."""
+        found = []
+        for record in self.records:
+            name = next((n for n in record if n.startswith(METRICS[metric].printed)), None) if metric in METRICS else None
+            if name is not None:
+                scores = {n: v for n, v in record.items() if n not in ("stage", "step", "kimg")}
+                found.append(Evaluation(step=record["step"], kimg=record["kimg"], name=name, scores=scores))
+        return found
+
+    def best(self, metric: str) -> Evaluation | None:
+        """The evaluation whose weights were kept: the lowest, of equal ones the last, as the loop chooses."""
+        return min(reversed(self.evaluations(metric)), key=lambda e: e.value, default=None)
+
+
+def read_history(folder: Path) -> dict[str, StageHistory]:
+    """Stage -> its history, in the order of training; empty where the run has no log."""
+    file = folder / "log.jsonl"
+    return parse_history(file.read_text().splitlines()) if file.exists() else {}
+
+
+def parse_history(lines: Iterable[str]) -> dict[str, StageHistory]:
+    """The same from the log's lines; one that a killed run left half written is passed over."""
+    stages: dict[str, StageHistory] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        history = stages.setdefault(record["stage"], StageHistory())
+        if "warning" in record:
+            history.warnings.append((record["step"], record["warning"]))
+        else:
+            history.records.append(record)
+    return stages

@@ -1,0 +1,181 @@
+"""What came out: samples, scores, nearest training images and curves. These sections make and score images."""
+
+import numpy as np
+import torch
+
+from uni_instruct.evaluate import Evaluator
+from uni_instruct.files import atomic_file
+from uni_instruct.images import encode
+from uni_instruct.train.report.curves import draw, panels, phase_edges
+from uni_instruct.train.report.markdown import duration, picture, spread, table, text
+from uni_instruct.train.report.material import Material
+from uni_instruct.train.report.neighbours import Closeness, by_features, by_pixels, searched_indices
+from uni_instruct.train.report.pictures import columns_of_neighbours, sheet
+from uni_instruct.train.report.scores import MOST_REFERENCE_FOR_PR, SetScores, samples_of_a_set, score_data, score_sets
+
+SHOWN = 6  # samples of each kind above their neighbours
+NAMES = {"class_accuracy": "classified as asked"}
+_NO_PICTURES = "No pictures: this generator makes latents of a VAE, which is needed to decode them and is not built in."
+
+
+def sample_section(material: Material) -> list[str]:
+    """Teacher and student from the same noise and classes, one above the other."""
+    if not material.makes_pictures:
+        return [_NO_PICTURES]
+    grid, teacher = material.grid, material.teacher_drawn
+    student = material.samples
+    count = min(len(teacher.images), len(student.images))
+    for name, images in (("teacher", teacher.images[:count]), ("student", student.images[:count])):
+        with atomic_file(material.pictures / f"{name}.png") as partial:
+            partial.write_bytes(encode(sheet(images, grid.columns)))
+    names = ", ".join(material.spec.class_name(number) for number in range(grid.columns)) if grid.by_class else ""
+    return [
+        f"Seeds 0 to {count - 1}: at the same place, teacher and student start from the same noise"
+        + (" and class." if material.spec.num_classes else ".")
+        + (f" Columns: {text(names)}." if names else ""),
+        "",
+        f"**Teacher**, {material.teacher.spec.steps} steps, {1000 * teacher.s_per_image:.3g} ms an image here",
+        "",
+        picture("teacher.png", "samples of the teacher"),
+        "",
+        f"**Student**, one step, {1000 * student.s_per_image:.3g} ms an image here",
+        "",
+        picture("student.png", "samples of the student from the same noise"),
+    ]
+
+
+def score_section(material: Material) -> list[str]:
+    """Scores of student and teacher on seeds that no weights were chosen by, with the data's own beside them."""
+    recipe, evaluator = material.plan.recipe, material.evaluator
+    if evaluator is None:
+        return ["Nothing was scored: the recipe's metric is none. `uni-instruct evaluate` scores against any data set."]
+    samples = samples_of_a_set(recipe.loop.samples)
+    student = score_sets(evaluator, material.student_engine, recipe.loop.metric, samples, None)
+    s_per_image = material.teacher_drawn.s_per_image
+    teacher = score_sets(evaluator, material.teacher_engine, recipe.loop.metric, samples, s_per_image)
+    rows = {
+        "student, one step": student,
+        f"teacher, {material.teacher.spec.steps} steps": teacher,
+        "training images drawn at random": score_data(evaluator, recipe.loop.metric, samples),
+        "student while training, the best": _best_while_training(material, "generator"),
+        "teacher while training, the best": _best_while_training(material, "teacher"),
+    }
+    lines = _score_table({name: scores for name, scores in rows.items() if scores is not None})
+    sets = max(scores.sets for scores in (student, teacher) if scores is not None)
+    lines += [
+        "",
+        f"Mean ± standard deviation of sets of {samples:,} samples, from seeds 0 to at most {sets * samples - 1:,}, which "
+        f"played no part in choosing weights. Reference: {text(evaluator.reference.name)}, {len(evaluator.reference):,} "
+        "images. Distances depend on the number of samples. Last rows: on the seeds that the weights were chosen by.",
+    ]
+    if teacher is None:
+        lines += ["", f"The teacher was not scored again: {samples:,} samples take {duration(s_per_image * samples)} here."]
+    if len(evaluator.reference) > MOST_REFERENCE_FOR_PR:
+        lines += [
+            "",
+            "Precision and recall were left to the evaluations while training: they compare all images of the reference.",
+        ]
+    return lines + [f"\nNote: {text(note)}." for note in dict.fromkeys(n for s in (student, teacher) if s for n in s.notes)]
+
+
+def neighbour_section(material: Material) -> list[str]:
+    """Samples above their nearest training images, and how near they are, in numbers."""
+    if not material.makes_pictures:
+        return [_NO_PICTURES]
+    dataset = material.plan.dataset
+    if dataset is None:
+        return ["Nothing to compare with: the run was trained without data."]
+    samples = material.samples.images
+    found = [by_pixels(dataset, samples), _by_features(material.evaluator, samples)]
+    spaces = [space for space in found if space is not None]
+    searched = len(searched_indices(dataset))
+    among = f"{searched:,}" if searched == len(dataset) else f"{searched:,} of {len(dataset):,}, evenly spaced,"
+    lines = [
+        f"Of {len(samples)} samples, the nearest among {among} training images, beside the nearest other training image of "
+        f"{len(spaces[0].training.distances)} training images.",
+        "",
+    ]
+    lines += _closeness_table(spaces)
+    lines += [
+        "",
+        "Nearer: to a training image than half of the training images are to each other; 50 % is as near as the data are to "
+        "themselves, much more would be copying. Copies: the nearest is less than a third as far as the second nearest.",
+    ]
+    for number, space in enumerate(spaces):
+        file = f"neighbours-{('pixels', 'features')[number]}.png"
+        with atomic_file(material.pictures / file) as partial:
+            partial.write_bytes(encode(_neighbour_sheet(material, space)))
+        lines += [
+            "",
+            f"By {text(space.space)}. Top row: samples; below each, its nearest training images, the nearest first. Left: the "
+            "first seeds. Right: of all samples, those that are nearest to a training image.",
+            "",
+            picture(file, f"samples and their nearest training images by {space.space}"),
+        ]
+    return lines
+
+
+def curve_section(material: Material) -> list[str]:
+    """A picture of curves for each stage."""
+    lines = []
+    for stage, history in material.history.items():
+        teacher = material.best("teacher") if stage == "generator" else None
+        shown = panels(stage, history, material.plan.recipe, teacher)
+        edges = phase_edges(material.plan.recipe) if stage == "generator" else []
+        with atomic_file(material.pictures / f"curves-{stage}.png") as partial:
+            draw(partial, stage.capitalize(), shown, edges)
+        lines += ["", picture(f"curves-{stage}.png", f"curves of the {stage}")]
+        lines += ["", "Dotted lines: the objective changes."] if edges else []
+    return lines[1:]
+
+
+def _best_while_training(material: Material, stage: str) -> SetScores | None:
+    best = material.best(stage)
+    if best is None:
+        return None
+    return SetScores(samples=material.plan.recipe.loop.samples, values={name: [value] for name, value in best.scores.items()})
+
+
+def _score_table(rows: dict[str, SetScores]) -> list[str]:
+    student = next(iter(rows.values()))
+    names = list(
+        dict.fromkeys([*student.values, *(n for s in rows.values() for n in s.values if n in ("precision", "recall"))])
+    )
+    cells = (
+        [name, f"{scores.sets} x {scores.samples:,}", *(spread(scores.values[n]) if n in scores.values else "" for n in names)]
+        for name, scores in rows.items()
+    )
+    return table(("", "samples", *(NAMES.get(name, text(name)) for name in names)), cells)
+
+
+def _closeness_table(spaces: list[Closeness]) -> list[str]:
+    rows = []
+    for space in spaces:
+        (samples, data), (copies, twins) = space.medians, space.copied_share
+        unit = f" {space.unit}" if space.unit else ""
+        rows.append(
+            (
+                text(space.space),
+                f"{samples:.3g}{unit}",
+                f"{data:.3g}{unit}",
+                f"{space.nearer_share:.1%}",
+                f"{copies:.1%}",
+                f"{twins:.1%}",
+            )
+        )
+    header = ("by", "sample to data, median", "data to data, median", "nearer", "copies", "the same of the data")
+    return table(header, rows)
+
+
+def _by_features(evaluator: Evaluator | None, samples: np.ndarray) -> Closeness | None:
+    return by_features(evaluator, samples) if evaluator is not None else None
+
+
+def _neighbour_sheet(material: Material, space: Closeness) -> np.ndarray:
+    dataset, samples = material.plan.dataset, material.samples.images
+    assert dataset is not None
+    order = space.samples.distances[:, 0].argsort()
+    chosen = torch.cat([torch.arange(min(SHOWN, len(samples))), order[:SHOWN]])
+    indices = space.samples.indices[chosen].numpy()
+    neighbours = dataset.images(indices.flatten()).reshape(*indices.shape, *samples.shape[1:])
+    return columns_of_neighbours(samples[chosen.numpy()], neighbours)

@@ -1,0 +1,64 @@
+"""report.md: the sections of a run's report, each made on its own, so that one that fails leaves the others standing."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from uni_instruct.evaluate import Evaluator
+from uni_instruct.files import atomic_file, atomic_folder
+from uni_instruct.progress import Track, silent
+from uni_instruct.train.plan import Plan
+from uni_instruct.train.report.commands import command_section
+from uni_instruct.train.report.facts import objective_section, subject_section, time_section, warning_section
+from uni_instruct.train.report.looks import curve_section, neighbour_section, sample_section, score_section
+from uni_instruct.train.report.markdown import text
+from uni_instruct.train.report.material import Material, open_run
+
+REPORT, PICTURES = "report.md", "report"
+Section = Callable[[Material], list[str]]
+SECTIONS: dict[str, Section] = {
+    "What was trained": subject_section,
+    "Samples": sample_section,
+    "Scores": score_section,
+    "Nearest training images": neighbour_section,
+    "Curves": curve_section,
+    "Warnings": warning_section,
+    "Objective": objective_section,
+    "Commands": command_section,
+}
+_log = logging.getLogger(__name__)
+
+
+def write_report(folder: Path, plan: Plan | None = None, evaluator: Evaluator | None = None, track: Track = silent) -> Path:
+    """Makes a finished run's report.md anew, with its pictures in report/, from what the folder holds; returns its path.
+
+    plan and evaluator spare opening the data and computing its features again. A section that fails says why in its place.
+    Raises RequestError where the run is not finished, DiskError where nothing can be written.
+    """
+    start = time.monotonic()
+    with atomic_folder(folder / PICTURES) as pictures, track("report", len(SECTIONS), "sections") as shown:
+        material = open_run(folder, pictures, plan, evaluator)
+        blocks = [f"# {text(material.plan.recipe.name)}"]
+        for title, section in SECTIONS.items():
+            lines = _made(section, material, title)
+            blocks += [f"## {title}", "\n".join(lines)] if lines else []
+            shown.advance(1, title.lower())
+        blocks += ["## Time", "\n".join(time_section(material, time.monotonic() - start))]
+    with atomic_file(folder / REPORT) as partial:
+        partial.write_text("\n\n".join(blocks) + "\n")
+    return folder / REPORT
+
+
+def report_is_current(folder: Path) -> bool:
+    """Whether the report was made after the last line of the log."""
+    report, log = folder / REPORT, folder / "log.jsonl"
+    return report.exists() and (not log.exists() or report.stat().st_mtime_ns >= log.stat().st_mtime_ns)
+
+
+def _made(section: Section, material: Material, title: str) -> list[str]:
+    try:
+        return section(material)
+    except Exception as error:  # whatever drawing and scoring raise: a report with a gap is better than none
+        _log.warning("the report lacks '%s': %s: %s", title, type(error).__name__, error)
+        return [f"Not made: {text(str(error) or type(error).__name__)}"]

@@ -1,0 +1,82 @@
+"""Pictures of samples: teacher and student from the same noise, and samples above their nearest training images."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.engine import Engine
+from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.images import contact_sheet
+
+ROWS, COLUMNS, MOST_CLASSES = 6, 10, 16
+SIDE = 64  # pixels that a small image is enlarged to, about
+WHITE, GAP = 255, 14
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grid:
+    """What is to be drawn, row by row. class_ids is int64 [len(seeds)] or None; columns are classes where there are few."""
+
+    seeds: Sequence[int]
+    class_ids: np.ndarray | None
+    columns: int
+    by_class: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """The images of the grid's first rows, uint8 [N, H, W, C], and how long one took."""
+
+    images: np.ndarray
+    s_per_image: float
+
+
+def plan_grid(spec: GeneratorSpec, images: int = 0) -> Grid:
+    """Seeds from 0, at least `images`; a column for each class where they fit, else classes as the seeds draw them."""
+    by_class = 1 < spec.num_classes <= MOST_CLASSES
+    columns = spec.num_classes if by_class else COLUMNS
+    seeds = range(max(ROWS, -(-images // columns)) * columns)
+    ids = np.arange(len(seeds), dtype=np.int64) % spec.num_classes if by_class else resolve_class_ids(spec, seeds)
+    return Grid(seeds=seeds, class_ids=ids, columns=columns, by_class=by_class)
+
+
+def draw_rows(engine: Engine, grid: Grid, budget_s: float) -> Drawn:
+    """Rows of the grid while the time lasts, at least one."""
+    start, parts = time.monotonic(), list[np.ndarray]()
+    for first in range(0, len(grid.seeds), grid.columns):
+        if parts and (time.monotonic() - start) * (len(parts) + 1) / len(parts) > budget_s:
+            break
+        row = slice(first, first + grid.columns)
+        parts.append(generate(engine, grid.seeds[row], None if grid.class_ids is None else grid.class_ids[row]))
+    images = np.concatenate(parts)
+    return Drawn(images=images, s_per_image=(time.monotonic() - start) / len(images))
+
+
+def sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """A grid to look at, uint8 [H', W', 1 or 3], of images uint8 [N, H, W, 1 or 3]."""
+    factor = max(1, SIDE // images.shape[1])
+    return contact_sheet(images.repeat(factor, axis=1).repeat(factor, axis=2), columns)
+
+
+def columns_of_neighbours(samples: np.ndarray, neighbours: np.ndarray, blocks: int = 2) -> np.ndarray:
+    """Samples [N, H, W, C] in a row, each above its neighbours [N, k, H, W, C]; in equal blocks with a gap between them."""
+    count, k = neighbours.shape[:2]
+    width = count // blocks
+    made = []
+    for first in range(0, width * blocks, width):
+        block = slice(first, first + width)
+        below = neighbours[block].swapaxes(0, 1).reshape(k * width, *neighbours.shape[2:])
+        made.append(_joined([sheet(samples[block], width), sheet(below, width)], axis=0))
+    return _joined(made, axis=1)
+
+
+def _joined(sheets: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Sheets beside each other along the axis, with white between them."""
+    shape = list(sheets[0].shape)
+    shape[axis] = GAP
+    gap = np.full(shape, WHITE, dtype=np.uint8)
+    parts = [part for each in sheets for part in (gap, each)][1:]
+    return np.concatenate(parts, axis=axis)

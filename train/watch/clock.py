@@ -1,0 +1,66 @@
+"""Where a run's time goes: seconds by stage and activity, in a file of the run, so that they add up over stops and resumes."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from uni_instruct.files import atomic_file
+
+TIME_FILE = "time.json"
+Times = dict[str, dict[str, float]]  # stage -> activity -> seconds
+_log = logging.getLogger(__name__)
+
+
+class Clock:
+    """Adds to the seconds that earlier calls left in the folder's time.json. Only the first process writes."""
+
+    def __init__(self, folder: Path, *, first_process: bool = True):
+        self.file, self.first_process = folder / TIME_FILE, first_process
+        self._times = read_times(folder)
+        self._open: list[tuple[str, str]] = []
+        self._since = time.monotonic()
+
+    @contextmanager
+    def during(self, stage: str, activity: str) -> Iterator[None]:
+        """Counts the block as that activity, but for the blocks within it, which count as theirs alone."""
+        self._lap()
+        self._open.append((stage, activity))
+        try:
+            yield
+        finally:
+            self._lap()
+            self._open.pop()
+
+    def add(self, stage: str, activity: str, time_s: float) -> None:
+        """Counts seconds that passed before there was a clock."""
+        activities = self._times.setdefault(stage, {})
+        activities[activity] = activities.get(activity, 0.0) + time_s
+
+    def write(self) -> None:
+        """Leaves what has passed so far to the next call; a run that is killed loses only what came after."""
+        self._lap()
+        if self.first_process:
+            with atomic_file(self.file) as partial:
+                partial.write_text(json.dumps(self._times, indent=2) + "\n")
+
+    def _lap(self) -> None:
+        now = time.monotonic()
+        if self._open:
+            self.add(*self._open[-1], now - self._since)
+        self._since = now
+
+
+def read_times(folder: Path) -> Times:
+    """What a run's time.json says, nothing where there is none. A damaged one is begun anew, with a warning."""
+    file = folder / TIME_FILE
+    if not file.exists():
+        return {}
+    try:
+        stages = json.loads(file.read_text())
+        return {stage: {name: float(seconds) for name, seconds in parts.items()} for stage, parts in stages.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        _log.warning("%s cannot be read and is begun anew: %s", file, error)
+        return {}
