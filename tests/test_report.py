@@ -33,11 +33,11 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.report import page, scores
-from uni_instruct.train.report.history import parse_history, read_history
 from uni_instruct.train.report.markdown import duration, spread, text
 from uni_instruct.train.report.neighbours import by_features, by_pixels, nearest
 from uni_instruct.train.report.page import report_is_current, write_report
 from uni_instruct.train.report.pictures import sheet
+from uni_instruct.train.report.records import parse_history, read_history
 from uni_instruct.train.report.scores import score_sets
 from uni_instruct.train.run import Run
 from uni_instruct.train.watch.clock import Clock, read_times

@@ -190,7 +190,7 @@ class LoopConfig:
     compile change speed, not the arithmetic. 'auto' takes of precision and channels_last what is fastest on this machine, and
     the run's recipe.yaml says what that was. After bad_steps_in_a_row updates that were not finite the run stops; what looks
     sick for warn_after_lines log lines is said in words. trackers gets the scalars and pictures. snapshot_kimg is how often
-    power-function averages are kept for reconstruction. report: whether the run ends with report.md, which takes a minute or so.
+    power-function averages are kept for reconstruction. report: whether the run ends with report.md, which takes a minute.
     """
 
     seed: int = 0

@@ -92,7 +92,6 @@ class Loop:
         self.run, self.config, self.fabric, self.spec = run, config, fabric, spec
         self.evaluator, self.keep = evaluator, keep
         self.best, self.health = Best(), Health(config.warn_after_lines)
-        self._began, self._evaluating_s = time.monotonic(), 0.0
 
     def __call__(self, stage: Stage) -> Best:
         """Trains to the end; raises KeyboardInterrupt after saving the state where the user interrupts."""
@@ -180,7 +179,6 @@ class Loop:
         return note
 
     def _judge(self, stage: Stage, done: int) -> str:
-        start = time.monotonic()
         images, class_ids = self._draw(stage)
         kimg = done * stage.batch / 1000
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
@@ -193,13 +191,8 @@ class Loop:
         if value <= self.best.value:
             self.best = Best(value, done, scores)
             self.keep(scores, images[: self.config.grid])
-        self._evaluating_s += time.monotonic() - start
-        return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), self._evaluation_share()])
-
-    def _evaluation_share(self) -> str:
-        """What evaluation cost of this call's time, for the user to weigh evaluate_kimg and samples by."""
-        share = self._evaluating_s / max(time.monotonic() - self._began, 1e-9)
-        return f"{share:.0%} of the time went into evaluation"
+        share = f"{self.run.clock.share(stage.name, 'evaluation'):.0%} of the time went into evaluation"
+        return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), share])
 
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
         count = self.config.samples if self.config.metric != "none" else self.config.grid

@@ -10,7 +10,7 @@ import numpy as np
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.dry_run.cost import phases
-from uni_instruct.train.report.history import Curve, Evaluation, StageHistory
+from uni_instruct.train.report.records import Curve, Evaluation, StageHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

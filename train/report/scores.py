@@ -12,7 +12,7 @@ from uni_instruct.evaluate import METRICS, Evaluator, frechet_distance
 from uni_instruct.evaluate.scores import MIN_SAMPLES, Means, frechet_name, moments
 from uni_instruct.evaluate.subject import reference_class_ids
 from uni_instruct.generate import generate_batches, resolve_class_ids
-from uni_instruct.train import loop
+from uni_instruct.train.watch import scores as selection
 
 SETS, BUDGET_S = 3, 40.0
 MOST_SAMPLES = 5000  # of a set
@@ -81,7 +81,7 @@ def score_data(evaluator: Evaluator, metric: str, samples: int) -> SetScores | N
 
 def _asked(evaluator: Evaluator, metric: str, samples: int, has_class_ids: bool) -> list[str]:
     reference = len(evaluator.reference)
-    wanted = [loop.METRICS[metric].asked, "class_accuracy", *(["pr"] if reference <= MOST_REFERENCE_FOR_PR else [])]
+    wanted = [selection.METRICS[metric].asked, "class_accuracy", *(["pr"] if reference <= MOST_REFERENCE_FOR_PR else [])]
     means = Means(evaluator.extractor, samples, reference if isinstance(evaluator.reference, Dataset) else 0, has_class_ids)
     return [name for name in wanted if METRICS[name].missing(means) is None]
 

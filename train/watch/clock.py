@@ -39,6 +39,12 @@ class Clock:
         activities = self._times.setdefault(stage, {})
         activities[activity] = activities.get(activity, 0.0) + time_s
 
+    def share(self, stage: str, activity: str) -> float:
+        """The part of the stage's time, in 0..1, that the activity has taken so far."""
+        self._lap()
+        spent = self._times.get(stage, {})
+        return spent.get(activity, 0.0) / max(sum(spent.values()), 1e-9)
+
     def write(self) -> None:
         """Leaves what has passed so far to the next call; a run that is killed loses only what came after."""
         self._lap()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uni_instruct.train.loop import METRICS
+from uni_instruct.train.watch.scores import METRICS
 
 
 @dataclass(frozen=True)
