@@ -1,7 +1,9 @@
-"""What a figure was measured on: printed by every benchmark."""
+"""What a figure was measured on, which every benchmark prints, and how long a step took there."""
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +20,17 @@ def describe_machine() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def time_of(step: Callable[[], object]) -> float:
+    """Seconds of one call, with what it has left to the GPU."""
+    import torch
+
+    start = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _processor() -> str:

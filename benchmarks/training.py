@@ -7,6 +7,8 @@ one update of the critic and one of the generator, equal networks and batch. The
 what one writes first: eager fp32, torch's default Adam, an average updated parameter by parameter, new images for the
 generator's update. Shares of the peak are a loop's own FLOPs per second over those of a large bf16 matrix product. Threads are
 torch's: set OMP_NUM_THREADS.
+
+`--recipe fashion-mnist [--busy]` measures that recipe against what it was before instead (recipe_speed.py).
 """
 
 import argparse
@@ -15,13 +17,13 @@ import dataclasses
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from machine import describe_machine
+from machine import describe_machine, time_of
+from recipe_speed import SHAPES, compare_recipes
 from torch import Tensor
 
 from uni_instruct.bundle import GeneratorSpec
@@ -205,15 +207,6 @@ def compare(case: Case, options: argparse.Namespace) -> dict[str, object]:
     return row
 
 
-def time_of(step: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def matmul_flops_per_s(tries: int = 10) -> float:
     """Of the best of some large bf16 matrix products."""
     size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
@@ -231,17 +224,20 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed", help="the trainer's")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="the trainer's")
     parser.add_argument("--compile", action="store_true", help="the trainer's")
+    parser.add_argument("--recipe", choices=SHAPES, help="measure this recipe against what it was before")
+    parser.add_argument("--busy", action="store_true", help="with --recipe: beside one other busy process as well")
     options = parser.parse_args()
+    rows = [compare_recipes(options.recipe, options.rounds, options.busy)] if options.recipe else compare_loops(options)
+    result = {"options": vars(options), "threads": torch.get_num_threads(), "rows": rows, "machine": describe_machine()}
+    print(json.dumps(result, indent=2))
+
+
+def compare_loops(options: argparse.Namespace) -> list[dict[str, object]]:
+    """The trainer against a plain loop: a row for each case."""
     sizes = {name: getattr(options, name) for name in ("channels", "batch", "resolution") if getattr(options, name)}
     cases = (CIFAR10,) if torch.cuda.is_available() else CASES
     cases = (dataclasses.replace(cases[0], **sizes),) if sizes else cases
-    result = {
-        "options": vars(options),
-        "threads": torch.get_num_threads(),
-        "rows": [compare(case, options) for case in cases],
-        "machine": describe_machine(),
-    }
-    print(json.dumps(result, indent=2))
+    return [compare(case, options) for case in cases]
 
 
 if __name__ == "__main__":

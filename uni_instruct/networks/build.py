@@ -57,7 +57,7 @@ def build_denoiser(spec: GeneratorSpec) -> Denoiser:
             args["out_channels"] = preconditioning.out_factor * shape[0]
         model = NETWORKS[spec.network](shape, spec.num_classes, **args)
     except ResolutionError as error:
-        raise _too_coarse(spec.image_shape, patch, error) if patch > 1 else error from error
+        raise _too_coarse(spec.image_shape, patch, error) from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
     return Denoiser(model, spec.image_shape, spec.num_classes, preconditioning, patch=patch)
@@ -84,7 +84,9 @@ def check_patch(patch: object) -> None:
 
 
 def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> RequestError:
-    """That levels do not halve what a patch leaves of the image, in terms of both."""
+    """What levels cannot halve, in terms of the image and its patch."""
+    if patch == 1:
+        return RequestError(error.problem, remedy=error.remedy, param="network")
     _, height, width = image_shape
     fitting = _fitting(image_shape, error.divisor)
     first = f"choose network.patch {fitting}" if fitting else "resize the data"
