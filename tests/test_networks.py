@@ -33,6 +33,8 @@ from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, sa
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "peer_numbers" / "edm.json").read_text())
 SIGMA = torch.tensor([0.05, 0.9, 20.0]).reshape(3, 1, 1, 1)
 CRITICS = ("conditional", "three-levels-residual-skip", "three-levels-skip-skip", "adm-classes-augmented", "iddpm-adm")
+# Of 32-bit sums. Processors differ: VP, whose noise labels reach 999, is 1.6e-5 off on one with AMX, far less elsewhere.
+TOLERANCE = 3e-5
 
 
 @pytest.mark.parametrize("name", RECORDED["variants"])
@@ -267,11 +269,11 @@ def inputs(name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
 
 
 def assert_recorded(images: Tensor, norms: list[float], outputs: list[list[float]], stride: int) -> None:
-    """To 1e-5 of every image's norm, and of the norm of its recorded values."""
+    """To TOLERANCE of every image's norm, and of the norm of its recorded values."""
     rows, expected = images.flatten(1), torch.tensor(outputs)
-    assert rows.norm(dim=1).tolist() == pytest.approx(norms, rel=1e-5)
+    assert rows.norm(dim=1).tolist() == pytest.approx(norms, rel=TOLERANCE)
     distance = (rows[:, ::stride] - expected).norm(dim=1) / expected.norm(dim=1)
-    assert distance.max() < 1e-5, distance
+    assert distance.max() < TOLERANCE, distance
 
 
 def names_sha256(denoiser: Denoiser) -> str:
