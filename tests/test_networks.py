@@ -33,8 +33,9 @@ from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, sa
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "peer_numbers" / "edm.json").read_text())
 SIGMA = torch.tensor([0.05, 0.9, 20.0]).reshape(3, 1, 1, 1)
 CRITICS = ("conditional", "three-levels-residual-skip", "three-levels-skip-skip", "adm-classes-augmented", "iddpm-adm")
-# Of 32-bit sums. Processors differ: VP, whose noise labels reach 999, is 1.6e-5 off on one with AMX, far less elsewhere.
-TOLERANCE = 3e-5
+# Of 32-bit sums, on every processor. The noise labels of VP reach 999, and NCSN++ multiplies them by up to 300 before it takes
+# the sine: one last bit of a label, in which processors differ, is 1.4e-4 of an image.
+TOLERANCE, TOLERANCE_VP_NCSNPP = 3e-5, 5e-4
 
 
 @pytest.mark.parametrize("name", RECORDED["variants"])
@@ -44,7 +45,8 @@ def test_names_and_numerics_are_those_of_edm(name: str) -> None:
     assert names_sha256(denoiser) == recorded["names_sha256"]
     with torch.no_grad():
         out = denoiser(*inputs(name))
-    assert_recorded(out, recorded["norms"], recorded["outputs"], recorded["stride"])
+    tolerance = TOLERANCE_VP_NCSNPP if name == "vp-ncsnpp" else TOLERANCE
+    assert_recorded(out, recorded["norms"], recorded["outputs"], recorded["stride"], tolerance)
 
 
 @pytest.mark.parametrize("name", [name for name, recorded in RECORDED["variants"].items() if "gradient" in recorded])
@@ -268,12 +270,14 @@ def inputs(name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     )
 
 
-def assert_recorded(images: Tensor, norms: list[float], outputs: list[list[float]], stride: int) -> None:
-    """To TOLERANCE of every image's norm, and of the norm of its recorded values."""
+def assert_recorded(
+    images: Tensor, norms: list[float], outputs: list[list[float]], stride: int, tolerance: float = TOLERANCE
+) -> None:
+    """To the tolerance of every image's norm, and of the norm of its recorded values."""
     rows, expected = images.flatten(1), torch.tensor(outputs)
-    assert rows.norm(dim=1).tolist() == pytest.approx(norms, rel=TOLERANCE)
+    assert rows.norm(dim=1).tolist() == pytest.approx(norms, rel=tolerance)
     distance = (rows[:, ::stride] - expected).norm(dim=1) / expected.norm(dim=1)
-    assert distance.max() < TOLERANCE, distance
+    assert distance.max() < tolerance, distance
 
 
 def names_sha256(denoiser: Denoiser) -> str:
