@@ -2,7 +2,8 @@
 
 Both recipes' stages take the trainer's own steps on random images of the data's shape, in turns, round by round. The speed of a
 distillation is that of its phases, each for its share of the images, without the critic's warm-up. With `busy` every round is
-taken twice, alone and beside a process that spins.
+taken twice, alone and beside a process that spins. What the command line does for a training's process (threads that sleep,
+memory that is kept) and the fused Adam serve both recipes here, so the ratio is the recipes' own.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.train.config import PhaseConfig, Recipe
 from uni_instruct.train.loop import Stage
 from uni_instruct.train.optimization.parallel import start_fabric
+from uni_instruct.train.optimization.precision import settled
 from uni_instruct.train.plan import plan_teacher
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.stages.distillation import DistillationStage, Players
@@ -61,7 +63,9 @@ class Work:
 def compare_recipes(name: str, rounds: int, busy: bool) -> dict[str, object]:
     """Images a second of both stages of today's recipe and the former one, and their ratio: medians over the rounds."""
     dataset = random_dataset(SHAPES[name])
-    recipes = {"former": load_recipe(str(FORMER / f"{name}.yaml")), "today": load_recipe(name)}
+    today = load_recipe(name)
+    loop = settled(today.loop, plan_teacher(today, dataset), today.teacher.batch)
+    recipes = {"former": load_recipe(str(FORMER / f"{name}.yaml")), "today": dataclasses.replace(today, loop=loop)}
     works = [work for label, recipe in recipes.items() for work in works_of(label, recipe, dataset)]
     conditions = ("idle", "busy") if busy else ("idle",)
     for _, condition in itertools.product(range(rounds), conditions):

@@ -16,7 +16,9 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +35,7 @@ from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.processes import keep_freed_memory, sleep_while_waiting
 from uni_instruct.train.config import DistillationConfig, LoopConfig, Recipe
 from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.objective.terms import DiffusedBatch, discriminator_loss, expanded_terms, sid_weight
@@ -227,6 +230,10 @@ def main() -> None:
     parser.add_argument("--recipe", choices=SHAPES, help="measure this recipe against what it was before")
     parser.add_argument("--busy", action="store_true", help="with --recipe: beside one other busy process as well")
     options = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:  # which OpenMP reads when torch is loaded, so begin again
+        sleep_while_waiting()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    keep_freed_memory()
     rows = [compare_recipes(options.recipe, options.rounds, options.busy)] if options.recipe else compare_loops(options)
     result = {"options": vars(options), "threads": torch.get_num_threads(), "rows": rows, "machine": describe_machine()}
     print(json.dumps(result, indent=2))
