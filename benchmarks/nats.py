@@ -1,9 +1,9 @@
 """How far a student is from its teacher, in nats, from each noise level up: `python benchmarks/nats.py RUN [--images 256]`.
 
-RUN is the folder of a distillation that has a state. KL(student || teacher) of the distributions diffused to noise level s is the
-integral of u E|d|^2 du over all u >= s, d being the difference of their scores (docs/objective.md); the fake score in the state
-stands for the student's. It is also the size of a typical log-ratio, and the square root of its slope in log s, s |d|, is how
-much the exact gradient's noise exceeds its signal. Both are printed for a ladder of noise levels.
+RUN is the folder of a distillation that has a state. KL(student || teacher) of the distributions diffused to noise level s is
+the integral of u E|d|^2 du over all u >= s, d being the difference of their scores (docs/objective.md). The fake score in the
+state stands for the student's. This KL is the mean of the negative log-ratio. The root of its slope in log s, s |d|, is the
+noise of the term that makes the gradient exact, relative to the gradient. Both are printed for a ladder of noise levels.
 """
 
 import argparse

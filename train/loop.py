@@ -27,7 +27,7 @@ from uni_instruct.train.run import Run
 from uni_instruct.train.stages.randomness import step_generator
 from uni_instruct.train.watch.health import Health
 from uni_instruct.train.watch.metrics import Metrics
-from uni_instruct.train.watch.scores import METRICS, metric_value
+from uni_instruct.train.watch.scores import METRICS, MOST_REFERENCE_FOR_PR, metric_value
 
 # Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
 FIRST_SELECTION_SEED = 2**40
@@ -185,7 +185,8 @@ class Loop:
         scores, value = {}, 0.0  # without a metric the last weights count
         if self.evaluator is not None:
             asked = METRICS[self.config.metric].asked
-            scores = self.evaluator(images, class_ids, metrics=(asked, "pr")).values
+            few = self.evaluator.reference_images <= MOST_REFERENCE_FOR_PR
+            scores = self.evaluator(images, class_ids, metrics=(asked, "pr") if few else (asked,)).values
             value = metric_value(scores, self.config.metric)
             self.run.log(stage.name, done, kimg, scores)
         if value <= self.best.value:

@@ -16,8 +16,6 @@ from uni_instruct.train.watch import scores as selection
 
 SETS, BUDGET_S = 3, 40.0
 MOST_SAMPLES = 5000  # of a set
-# torch-fidelity compares all images of the reference with each other for precision and recall, at every call.
-MOST_REFERENCE_FOR_PR = 10_000
 BATCH = 64
 
 
@@ -81,7 +79,8 @@ def score_data(evaluator: Evaluator, metric: str, samples: int) -> SetScores | N
 
 def _asked(evaluator: Evaluator, metric: str, samples: int, has_class_ids: bool) -> list[str]:
     reference = len(evaluator.reference)
-    wanted = [selection.METRICS[metric].asked, "class_accuracy", *(["pr"] if reference <= MOST_REFERENCE_FOR_PR else [])]
+    compared = ["pr"] if reference <= selection.MOST_REFERENCE_FOR_PR else []
+    wanted = [selection.METRICS[metric].asked, "class_accuracy", *compared]
     means = Means(evaluator.extractor, samples, reference if isinstance(evaluator.reference, Dataset) else 0, has_class_ids)
     return [name for name in wanted if METRICS[name].missing(means) is None]
 

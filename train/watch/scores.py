@@ -11,6 +11,8 @@ class Metric(NamedTuple):
     printed: tuple[str, str]
 
 
+# torch-fidelity compares all images of the reference with each other for precision and recall, at every call: minutes for more.
+MOST_REFERENCE_FOR_PR = 10_000
 METRICS = {"FD": Metric("fd", ("FD(", "FID")), "KD": Metric("kd", ("KD(", "KID"))}
 
 

@@ -38,8 +38,12 @@ class Evaluator:
 
     def check(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> None:
         """Raises RequestError for a metric that is unknown or does not apply to that many images, before any is made."""
-        reference_images = len(self.features) if self.features else 0
-        applicable(metrics, Means(self.extractor, images, reference_images, has_class_ids))
+        applicable(metrics, Means(self.extractor, images, self.reference_images, has_class_ids))
+
+    @property
+    def reference_images(self) -> int:
+        """How many images there are to compare with one by one; 0 for statistics."""
+        return len(self.features) if self.features else 0
 
     def __call__(self, images: np.ndarray, class_ids: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> Scores:
         """Scores of images uint8 [N, H, W, C]; see `score_batches`."""
