@@ -1,7 +1,6 @@
 """A run's report: its numbers are the log's, its pictures the bundles' images; links, commands and times hold."""
 
 import dataclasses
-import io
 import itertools
 import json
 import logging
@@ -28,7 +27,7 @@ from uni_instruct.data.dataset import ArrayReader
 from uni_instruct.engine import open_engine
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.images import encode
+from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
@@ -36,7 +35,6 @@ from uni_instruct.train.report import page, scores
 from uni_instruct.train.report.markdown import duration, spread, text
 from uni_instruct.train.report.neighbours import by_features, by_pixels, nearest
 from uni_instruct.train.report.page import report_is_current, write_report
-from uni_instruct.train.report.pictures import sheet
 from uni_instruct.train.report.records import parse_history, read_history
 from uni_instruct.train.report.scores import score_sets
 from uni_instruct.train.run import Run
@@ -107,7 +105,7 @@ def test_pictures_are_the_images_of_the_same_noise_and_classes(finished: Path) -
     seeds, classes = range(60), np.arange(60) % 10
     for name, folder in (("teacher", "teacher"), ("student", "generator")):
         images = generate(open_engine(finished / folder, "torch"), seeds, classes)
-        assert (finished / "report" / f"{name}.png").read_bytes() == encode(sheet(images, 10))
+        assert (finished / "report" / f"{name}.png").read_bytes() == encode(contact_sheet(images, 10))
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -363,12 +361,3 @@ def test_words_are_not_taken_for_markdown() -> None:
     assert spread([1.0]) == "1"
     assert spread([1.0, 2.0, 3.0]) == "2 ± 1"
     assert [duration(s) for s in (3.21, 119, 3600, 7260)] == ["3.21 s", "119 s", "60 min", "2 h 01 min"]
-
-
-def test_pictures_in_the_report_are_sharp() -> None:
-    """Whole pixels: each of a small image is a square of one colour."""
-    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), dtype=np.uint8)
-    shown = np.asarray(Image.open(io.BytesIO(encode(sheet(images, 2)))))
-    assert shown.shape == (2 * 66, 2 * 66)
-    np.testing.assert_array_equal(shown[1:65:8, 1:65:8], images[0, :, :, 0])
-    np.testing.assert_array_equal(shown[8:65:8, 8:65:8], images[0, :, :, 0])

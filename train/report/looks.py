@@ -5,12 +5,12 @@ import torch
 
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.files import atomic_file
-from uni_instruct.images import encode
+from uni_instruct.images import contact_sheet, encode
 from uni_instruct.train.report.curves import draw, panels, phase_edges
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
 from uni_instruct.train.report.material import Material
 from uni_instruct.train.report.neighbours import Closeness, by_features, by_pixels, searched_indices
-from uni_instruct.train.report.pictures import columns_of_neighbours, sheet
+from uni_instruct.train.report.pictures import columns_of_neighbours
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_data, score_sets
 from uni_instruct.train.watch.scores import MOST_REFERENCE_FOR_PR
 
@@ -28,7 +28,7 @@ def sample_section(material: Material) -> list[str]:
     count = min(len(teacher.images), len(student.images))
     for name, images in (("teacher", teacher.images[:count]), ("student", student.images[:count])):
         with atomic_file(material.pictures / f"{name}.png") as partial:
-            partial.write_bytes(encode(sheet(images, grid.columns)))
+            partial.write_bytes(encode(contact_sheet(images, grid.columns)))
     names = ", ".join(material.spec.class_name(number) for number in range(grid.columns)) if grid.by_class else ""
     return [
         f"Seeds 0 to {count - 1}: at the same place, teacher and student start from the same noise"

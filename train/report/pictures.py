@@ -12,7 +12,6 @@ from uni_instruct.generate import generate, resolve_class_ids
 from uni_instruct.images import contact_sheet
 
 ROWS, COLUMNS, MOST_CLASSES = 6, 10, 16
-SIDE = 64  # pixels that a small image is enlarged to, about
 WHITE, GAP = 255, 14
 
 
@@ -55,12 +54,6 @@ def draw_rows(engine: Engine, grid: Grid, budget_s: float) -> Drawn:
     return Drawn(images=images, s_per_image=(time.monotonic() - start) / len(images))
 
 
-def sheet(images: np.ndarray, columns: int) -> np.ndarray:
-    """A grid to look at, uint8 [H', W', 1 or 3], of images uint8 [N, H, W, 1 or 3]."""
-    factor = max(1, SIDE // images.shape[1])
-    return contact_sheet(images.repeat(factor, axis=1).repeat(factor, axis=2), columns)
-
-
 def columns_of_neighbours(samples: np.ndarray, neighbours: np.ndarray, blocks: int = 2) -> np.ndarray:
     """Samples [N, H, W, C] in a row, each above its neighbours [N, k, H, W, C]; in equal blocks with a gap between them."""
     count, k = neighbours.shape[:2]
@@ -69,7 +62,7 @@ def columns_of_neighbours(samples: np.ndarray, neighbours: np.ndarray, blocks: i
     for first in range(0, width * blocks, width):
         block = slice(first, first + width)
         below = neighbours[block].swapaxes(0, 1).reshape(k * width, *neighbours.shape[2:])
-        made.append(_joined([sheet(samples[block], width), sheet(below, width)], axis=0))
+        made.append(_joined([contact_sheet(samples[block], width), contact_sheet(below, width)], axis=0))
     return _joined(made, axis=1)
 
 
