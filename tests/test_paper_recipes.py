@@ -30,7 +30,15 @@ PAPERS = {
 CLASSES = {"ddpmpp": ("EDMPrecond", "SongUNet"), "adm": ("EDMPrecond", "DhariwalUNet"), "edm2": ("Precond", "UNet")}
 INNER = {"UNet": "unet"}
 # One step of everything: no warm-up, no phase before the last, nothing evaluated.
-STEP = ["schedule=[]", "critic_warmup_kimg=0", "metric=none", "precision=32-true", "loop.samples=4", "loop.grid=4"]
+STEP = [
+    "schedule=[]",
+    "critic_warmup_kimg=0",
+    "metric=none",
+    "precision=32-true",
+    "loop.samples=4",
+    "loop.grid=4",
+    "loop.report=false",
+]
 
 
 def write_data(path: Path, name: str) -> Path:
