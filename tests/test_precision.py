@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_plan import tiny_plan
 
-from uni_instruct.errors import RequestError
+from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.optimization import precision
 from uni_instruct.train.optimization.precision import Way, exact, settle_for_run, settled
@@ -82,6 +82,23 @@ def test_a_run_is_settled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert settle_for_run(LoopConfig(), SPEC, 8, tmp_path) == first
     assert way_of(settle_for_run(replace(first, precision="32-true", channels_last="auto"), SPEC, 8, tmp_path)) == ROWS
     assert tried == []
+
+
+def test_a_resumed_run_keeps_what_its_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, {EXACT: 1.0, HALF: 0.1})
+    (tmp_path / "recipe.yaml").write_text("name: x\ndata: digits\nloop: {precision: 32-true, channels_last: true}\n")
+    assert way_of(settle_for_run(LoopConfig(), SPEC, 8, tmp_path)) == ROWS
+
+
+def test_a_damaged_note_is_told_and_mended_by_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, {EXACT: 1.0, HALF: 0.1})
+    note = tmp_path / "state" / "fastest.json"
+    note.parent.mkdir()
+    note.write_text('{"precision": ')
+    with pytest.raises(FileFormatError, match=r"fastest\.json cannot be read; delete it, and run the same command again"):
+        settle_for_run(LoopConfig(), SPEC, 8, tmp_path)
+    note.unlink()
+    assert way_of(settle_for_run(LoopConfig(), SPEC, 8, tmp_path)) == HALF
 
 
 def test_a_later_process_takes_what_the_first_has_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 
 from uni_instruct.bundle import GeneratorSpec
-from uni_instruct.errors import RequestError
+from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.processes import is_later_process
 from uni_instruct.progress import Track, progress, silent
 from uni_instruct.train.config import AUTO, LoopConfig
 from uni_instruct.train.optimization.parallel import lone_fabric, prepared
+from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.stages.randomness import initial_weights
 
 # Timings on a shared machine differ by as much, and the exact way is the one that needs no explaining.
@@ -81,7 +82,11 @@ def settle_for_run(loop: LoopConfig, spec: GeneratorSpec, images: int, folder: P
     """
     if is_settled(loop):
         return loop
-    file = folder / "state" / "fastest.json"
+    recipe, file = folder / "recipe.yaml", folder / "state" / "fastest.json"
+    if recipe.exists():  # a run that is resumed keeps what it began with
+        begun = parse_recipe(read_yaml(recipe)).loop
+        if is_settled(begun):
+            return _filled(loop, begun.precision, begun.channels_last)
     first = not is_later_process()
     if first and not file.exists():
         chosen = settled(loop, spec, images)
@@ -96,10 +101,20 @@ def settle_for_run(loop: LoopConfig, spec: GeneratorSpec, images: int, folder: P
                 param="out",
             )
         time.sleep(0.1)
-    noted = json.loads(file.read_text())
-    precision = noted["precision"] if loop.precision == AUTO else loop.precision
-    channels_last = noted["channels_last"] if loop.channels_last == AUTO else loop.channels_last
-    return replace(loop, precision=precision, channels_last=channels_last)
+    try:
+        noted = json.loads(file.read_text())
+        return _filled(loop, noted["precision"], noted["channels_last"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{file} cannot be read", remedy="delete it, and run the same command again") from error
+
+
+def _filled(loop: LoopConfig, precision: str, channels_last: bool | str) -> LoopConfig:
+    """loop with its `auto` replaced by these."""
+    return replace(
+        loop,
+        precision=precision if loop.precision == AUTO else loop.precision,
+        channels_last=channels_last if loop.channels_last == AUTO else loop.channels_last,
+    )
 
 
 def _ways() -> list[Way]:
