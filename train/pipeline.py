@@ -23,7 +23,7 @@ from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
-from uni_instruct.train.optimization.parallel import Share, start_fabric
+from uni_instruct.train.optimization.parallel import Share, ended_together, start_fabric
 from uni_instruct.train.optimization.precision import settle_for_run
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
@@ -46,8 +46,14 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
     fabric = start_fabric(devices, recipe.loop.precision)
-    for config in (recipe.teacher, recipe.distillation):
-        Share(fabric, config.batch, config.micro_batch)
+    with ended_together(fabric):
+        for config in (recipe.teacher, recipe.distillation):
+            Share(fabric, config.batch, config.micro_batch)
+        return _trained(plan, out, fabric, devices, start)
+
+
+def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float) -> Bundle:
+    recipe = plan.recipe
     with claimed(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
         lock.note(devices)
         run.clock.add("run", "preparation", time.monotonic() - start)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +33,21 @@ def start_fabric(devices: int, precision: str) -> Fabric:
         )
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
     return _launch(precision, devices, nodes)
+
+
+@contextmanager
+def ended_together(fabric: Fabric) -> Iterator[None]:
+    """Keeps the processes of fabric together to the block's end, and closes what connects them.
+
+    A process that left earlier would take gloo's threads with it in the middle of their work, which aborts it; the first
+    process is killed for that, whatever it is still writing.
+    """
+    try:
+        yield
+        fabric.barrier()
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def lone_fabric(precision: str) -> Fabric:
