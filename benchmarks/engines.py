@@ -20,7 +20,7 @@ from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.engine import Engine, available_engines, open_engine
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 from uni_instruct.networks.build import build_denoiser
 
 BATCHES = (1, 16, 64)

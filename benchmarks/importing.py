@@ -12,9 +12,9 @@ from pathlib import Path
 
 from machine import describe_machine
 
-READ = "from uni_instruct.checkpoints.contents import read_checkpoint; read_checkpoint(sys.argv[1])"
+READ = "from uni_instruct.checkpoints.checkpoint import read_checkpoint; read_checkpoint(sys.argv[1])"
 IMPORT = (
-    "from pathlib import Path; from uni_instruct.checkpoints.importing import ImportRequest, import_checkpoint; "
+    "from pathlib import Path; from uni_instruct.checkpoints.import_bundle import ImportRequest, import_checkpoint; "
     "import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]) / 'bundle', ImportRequest())"
 )
 MEASURED = """

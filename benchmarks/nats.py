@@ -15,7 +15,7 @@ import torch
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.torch import one_step
-from uni_instruct.latents import latents, random_class_ids
+from uni_instruct.noise import latents, random_class_ids
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 

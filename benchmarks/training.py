@@ -30,7 +30,7 @@ from torch import Tensor
 
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.data.dataset import ArrayReader, Dataset
-from uni_instruct.divergence import find_divergence
+from uni_instruct.train.objective.divergences import find_divergence
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
@@ -39,8 +39,8 @@ from uni_instruct.processes import keep_freed_memory, sleep_while_waiting
 from uni_instruct.train.config import DistillationConfig, LoopConfig, Recipe
 from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.objective.terms import DiffusedBatch, discriminator_loss, expanded_terms, sid_weight
-from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimization.parallel import start_fabric
+from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.stages.distillation import DistillationStage, Players
 from uni_instruct.train.stages.randomness import Batches, initial_weights, step_generator
 from uni_instruct.train.stages.teacher import denoising_loss

@@ -13,7 +13,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import ParityError
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
@@ -79,7 +79,7 @@ def run_probe(
         inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         labels = {} if class_ids is None else {"class_ids": class_ids}
         np.savez(inputs, allow_pickle=False, latents=noise, batches=np.array(BATCHES), **labels)
-        command = [sys.executable, "-P", "-m", "uni_instruct.export.probe"]  # -P: not what lies in the current folder
+        command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
         arguments = [str(bundle.path), str(folder), kind, str(inputs), str(outputs)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:

@@ -18,7 +18,7 @@ from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import atomic_folder
 from uni_instruct.generate import by_class, generate, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 
 ENGINE = "onnx"
 # Images that decide whether half precision may be seen, at least; every class is among them.

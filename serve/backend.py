@@ -15,7 +15,7 @@ from uni_instruct.engine import Engine, open_engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.images import IMAGE_FORMATS, encode
-from uni_instruct.serve.answer import Answer, encode_job, job_headers
+from uni_instruct.serve.responses import Answer, encode_job, job_headers
 from uni_instruct.serve.batcher import Batcher, Generated, prewarm
 from uni_instruct.serve.errors import NotReadyError
 from uni_instruct.serve.metrics import Metrics

@@ -18,7 +18,7 @@ import numpy as np
 
 from uni_instruct.engine import Engine
 from uni_instruct.generate import image_size
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
 from uni_instruct.serve.metrics import Metrics
 

@@ -23,7 +23,7 @@ from uni_instruct.errors import MissingExtraError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode
 from uni_instruct.serve.backend import Backend
-from uni_instruct.serve.guard import error_response
+from uni_instruct.serve.middleware import error_response
 
 if TYPE_CHECKING:
     import gradio as gr

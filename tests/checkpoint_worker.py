@@ -73,7 +73,7 @@ def _serve(unsafe: bool) -> None:
     import numpy as np
     import safetensors
 
-    from uni_instruct.checkpoints.contents import read_checkpoint
+    from uni_instruct.checkpoints.checkpoint import read_checkpoint
     from uni_instruct.errors import UniInstructError
 
     assert safetensors

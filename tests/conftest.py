@@ -14,7 +14,7 @@ import pytest
 
 from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.cli import main
-from uni_instruct.latents import ImageShape
+from uni_instruct.noise import ImageShape
 
 DIGITS = tuple(str(n) for n in range(10))
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("train", "export", "serve")
 # The core's rooms that are torch by nature.
 TORCH_MODULES = (
-    "uni_instruct.custom_divergence",
+    "uni_instruct.train.objective.custom_divergence",
     "uni_instruct.networks",
     "uni_instruct.sampler",
     "uni_instruct.engines.torch",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 from uni_instruct.serve import batcher as batcher_module
 from uni_instruct.serve.batcher import Batcher, prewarm
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError

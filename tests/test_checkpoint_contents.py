@@ -25,9 +25,9 @@ from made_checkpoints import (
 )
 from torch import nn
 
-from uni_instruct.checkpoints.allowed import CHECKPOINT
-from uni_instruct.checkpoints.contents import read_checkpoint
-from uni_instruct.checkpoints.machine import Machine
+from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
+from uni_instruct.checkpoints.checkpoint import read_checkpoint
+from uni_instruct.checkpoints.pickle.interpreter import Machine
 from uni_instruct.errors import FileFormatError, RequestError
 
 NETS = {role: tiny_peer(seed) for seed, role in enumerate(("fake_score", "G", "G_ema"))}
@@ -149,7 +149,7 @@ REAL_GLOBALS = {
 
 def test_names_and_values_are_those_of_the_peers_files(tmp_path: Path) -> None:
     from uni_instruct.networks.edm2 import EDM2
-    from uni_instruct.networks.song import SongUNet
+    from uni_instruct.networks.ddpmpp import SongUNet
 
     args: dict[str, Any] = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
     edm, edm2 = nn.Module(), nn.Module()

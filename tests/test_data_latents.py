@@ -11,7 +11,7 @@ import pytest
 from made_data import arrays_dataset, npy, png, zip_of
 
 from uni_instruct.data import Dataset, open_dataset, write_zip
-from uni_instruct.data.vae import RAW_MEAN, RAW_STD, drawn
+from uni_instruct.data.vae_latents import RAW_MEAN, RAW_STD, drawn
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.statistics import open_reference
 

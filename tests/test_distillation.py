@@ -12,7 +12,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.data.dataset import ArrayReader, number_names
 from uni_instruct.networks.build import load_denoiser
-from uni_instruct.train.methods import METHODS
+from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.guidance import NO_CLASS, drop_classes, guided
 from uni_instruct.train.objective.pairs import teacher_pairs
 from uni_instruct.train.recipe import load_recipe

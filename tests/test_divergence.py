@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from uni_instruct.divergence import DIVERGENCES, Divergence, alpha_divergence, find_divergence, jeffreys
+from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence, alpha_divergence, find_divergence, jeffreys
 from uni_instruct.errors import RequestError
 
 ORDERS = (-0.5, 0.0, 0.5, 1.0, 2.0)

@@ -10,16 +10,16 @@ import yaml
 from tiny_plan import TINY, tiny_plan
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.divergence import DIVERGENCES
+from uni_instruct.train.objective.divergences import DIVERGENCES
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.dry_run.cost import phases
 from uni_instruct.train.dry_run.formula import DIVERGENCE_WORDS, critic_lines, method_lines, objective_lines
 from uni_instruct.train.dry_run.report import needs
 from uni_instruct.train.dry_run.trial import CountedSteps
-from uni_instruct.train.methods import METHODS
-from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimization.parallel import start_fabric
+from uni_instruct.train.objective.methods import METHODS
+from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe, parse_recipe
 from uni_instruct.train.stages.distillation import DistillationStage, Players

@@ -14,7 +14,7 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.dry_run.cost import cost_of, count_parameters, players_without_storage
 from uni_instruct.train.dry_run.counting import SavedTensors, count_flops
 from uni_instruct.train.dry_run.trial import CountedSteps, Limits, TimedSteps, distillation_stage, teacher_stage
-from uni_instruct.train.optimization.parallel import start_fabric
+from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.stages.distillation import DistillationStage, Players
 
 

@@ -22,7 +22,7 @@ from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.files import sha256
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 
 BATCHES = (1, 2, 3, 7, 16, 64)
 SEEDS = list(range(70))

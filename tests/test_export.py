@@ -22,7 +22,7 @@ from uni_instruct.export import onnx as onnx_target
 from uni_instruct.export import parity
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.files import sha256
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -22,7 +22,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.files import sha256
 from uni_instruct.generate import by_class, generate, generate_batches, resolve_class_ids
 from uni_instruct.images import contact_sheet
-from uni_instruct.latents import random_class_ids
+from uni_instruct.noise import random_class_ids
 
 Cli = Callable[..., tuple[int, str, str]]
 FORMS = ("out", "out.npz", "out.zip")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uni_instruct.train.watch.health import COMPARISONS, SETTLING, SYMPTOMS, WINDOW, Comparison, Health
+from uni_instruct.train.monitoring.health import COMPARISONS, SETTLING, SYMPTOMS, WINDOW, Comparison, Health
 
 PATIENCE = 3
 CALM = [1.0, 1.2, 0.9, 1.1, 1.0] * 4

@@ -16,9 +16,9 @@ from test_checkpoint_fuzz import FORMATS, mutated
 from torch import nn
 
 from uni_instruct.bundle import Bundle, GeneratorSpec
-from uni_instruct.checkpoints.contents import read_checkpoint
-from uni_instruct.checkpoints.importing import ImportRequest, import_checkpoint
-from uni_instruct.checkpoints.translate import translate
+from uni_instruct.checkpoints.checkpoint import read_checkpoint
+from uni_instruct.checkpoints.import_bundle import ImportRequest, import_checkpoint
+from uni_instruct.checkpoints.state_dict_adapter import translate
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uni_instruct.errors import RequestError
-from uni_instruct.latents import check_seeds, latents, parse_seeds, random_class_ids
+from uni_instruct.noise import check_seeds, latents, parse_seeds, random_class_ids
 
 SEEDS = st.integers(0, 2**63 - 1)
 LAST = 2**63 - 1

@@ -16,7 +16,7 @@ import toy
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from uni_instruct.divergence import DIVERGENCES, Divergence
+from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence
 from uni_instruct.networks.critic import Criticism
 from uni_instruct.networks.preconditioning import EDM
 from uni_instruct.train.recipe import parse_recipe

@@ -7,7 +7,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from uni_instruct.train.optimization.optimizing import DECAYS, Clipping, Optimization, RateSchedule
+from uni_instruct.train.optimization.optimizer import DECAYS, Clipping, Optimization, RateSchedule
 
 
 @pytest.mark.parametrize("decay", DECAYS)

@@ -32,7 +32,7 @@ from uni_instruct.train.config import LoopConfig, NetworkConfig
 from uni_instruct.train.dry_run.cost import count_parameters, players_without_storage
 from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.dry_run.trial import CountedSteps, distillation_stage, teacher_stage
-from uni_instruct.train.optimization.parallel import prepared, start_fabric
+from uni_instruct.train.optimization.distributed import prepared, start_fabric
 from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.stages.randomness import step_generator

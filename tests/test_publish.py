@@ -23,7 +23,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.export import onnx as onnx_target
 from uni_instruct.export.publish import CHECKED_IMAGES, publish, store, without_folders
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 
 Cli = Callable[..., tuple[int, str, str]]
 SEEDS = list(range(5000, 5300))

@@ -15,8 +15,8 @@ from PIL import Image
 from uni_instruct.bundle import GeneratorSpec, default_generator
 from uni_instruct.errors import RequestError
 from uni_instruct.images import grid
-from uni_instruct.latents import parse_seeds, random_class_ids
-from uni_instruct.serve.answer import encode_job, job_headers, seed_ranges
+from uni_instruct.noise import parse_seeds, random_class_ids
+from uni_instruct.serve.responses import encode_job, job_headers, seed_ranges
 from uni_instruct.serve.schema import Job, parse_request, resolve
 from uni_instruct.serve.settings import settings_from_environment
 

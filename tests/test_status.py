@@ -24,8 +24,8 @@ from tiny_plan import TINY
 from uni_instruct.errors import RequestError
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.run_lock import LOCK, RunLock, is_locked, read_worker
-from uni_instruct.train.status import read_status, resume_command
-from uni_instruct.train.status_text import duration, status_text
+from uni_instruct.train.monitoring.status import read_status, resume_command
+from uni_instruct.train.monitoring.status_text import duration, status_text
 
 SETTINGS = [
     *TINY,
@@ -128,7 +128,7 @@ def test_niceness_is_set_not_added_and_every_thread_has_it(tmp_path: Path) -> No
     ended(process, signal.SIGKILL)
     assert niceness == {7}
     code = (
-        "import os; from uni_instruct.train.command import _lower_priority as lower\n"
+        "import os; from uni_instruct.train.commands.train import _lower_priority as lower\n"
         "lower(5); lower(5); lower(3); print(os.nice(0)); lower(6); print(os.nice(0))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "5\n6\n"

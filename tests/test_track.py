@@ -19,7 +19,7 @@ from conftest import files_of_at_most
 from PIL import Image
 
 from uni_instruct.errors import DiskError, RequestError
-from uni_instruct.train.watch.track import (
+from uni_instruct.train.monitoring.trackers import (
     TRACKERS,
     TrackedRun,
     Tracker,
@@ -167,7 +167,7 @@ def test_wandb_without_a_login_is_refused(offline: None, tmp_path: Path) -> None
     """In a process of its own: W&B reads its environment once."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
-    code = "from pathlib import Path\nfrom uni_instruct.train.watch.track import open_trackers\n"
+    code = "from pathlib import Path\nfrom uni_instruct.train.monitoring.trackers import open_trackers\n"
     code += f"open_trackers(['wandb'], Path({str(tmp_path)!r}), 'digits', {{}})"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -254,7 +254,7 @@ def test_a_folder_named_like_a_package_is_none(tmp_path: Path, monkeypatch: pyte
 
 def test_checking_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom uni_instruct.train.watch.track import check_trackers\ncheck_trackers(['tensorboard'])\n"
+        "import sys\nfrom uni_instruct.train.monitoring.trackers import check_trackers\ncheck_trackers(['tensorboard'])\n"
         "assert not sys.modules.keys() & {'torch', 'tensorboard', 'wandb', 'trackio'}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

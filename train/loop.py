@@ -19,15 +19,15 @@ from torch import Tensor
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.engines.torch import to_uint8
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.latents import latents, random_class_ids
+from uni_instruct.noise import latents, random_class_ids
 from uni_instruct.progress import progress, silent
 from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.run import Run
 from uni_instruct.train.stages.randomness import step_generator
-from uni_instruct.train.watch.health import Health
-from uni_instruct.train.watch.metrics import Metrics
-from uni_instruct.train.watch.scores import METRICS, MOST_REFERENCE_FOR_PR, metric_value
+from uni_instruct.train.monitoring.health import Health
+from uni_instruct.train.monitoring.metrics import Metrics
+from uni_instruct.train.monitoring.scores import METRICS, MOST_REFERENCE_FOR_PR, metric_value
 
 # Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
 FIRST_SELECTION_SEED = 2**40

@@ -23,7 +23,7 @@ from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
-from uni_instruct.train.optimization.parallel import Share, ended_together, start_fabric
+from uni_instruct.train.optimization.distributed import Share, ended_together, start_fabric
 from uni_instruct.train.optimization.precision import settle_for_run
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report

@@ -6,7 +6,7 @@ import torch
 
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle, GeneratorSpec
-from uni_instruct.checkpoints.importing import open_or_import
+from uni_instruct.checkpoints.import_bundle import open_or_import
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser
@@ -15,7 +15,7 @@ from uni_instruct.networks.preconditioning import Preconditioning
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.reward import Reward, open_reward
 from uni_instruct.train.stages.augment import AUGMENT_LABELS
-from uni_instruct.train.watch.track import check_trackers
+from uni_instruct.train.monitoring.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.run_lock import RunLock, taken
-from uni_instruct.train.watch.clock import Clock
-from uni_instruct.train.watch.track import Tracker, open_trackers
+from uni_instruct.train.monitoring.clock import Clock
+from uni_instruct.train.monitoring.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
-from uni_instruct.latents import ImageShape
+from uni_instruct.noise import ImageShape
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"

@@ -18,13 +18,13 @@ COMMANDS = {
         "Train, export, evaluate and serve a generator of digits.",
     ),
     "data": ("uni_instruct.commands.data:data", "Prepare or check a data set."),
-    "train": ("uni_instruct.train.command:train", "Train a teacher and distil it into a one-step generator."),
+    "train": ("uni_instruct.train.commands.train:train", "Train a teacher and distil it into a one-step generator."),
     "doctor": (
-        "uni_instruct.train.doctor_command:doctor",
+        "uni_instruct.train.commands.doctor:doctor",
         "Look at data, teacher, devices and disk before a long training.",
     ),
     "average": (
-        "uni_instruct.train.average_command:average",
+        "uni_instruct.train.commands.average:average",
         "Make another average of a run's weights, without training again.",
     ),
     "import": (
@@ -32,11 +32,11 @@ COMMANDS = {
         "Make a bundle of another project's checkpoint.",
     ),
     "export": (
-        "uni_instruct.export.command:export",
+        "uni_instruct.export.commands.export:export",
         "Compile a generator to an engine proven equal to torch.",
     ),
     "publish": (
-        "uni_instruct.export.publish_command:publish",
+        "uni_instruct.export.commands.publish:publish",
         "Make a generator ready to ship: half-size weights, engine, samples, card.",
     ),
     "generate": ("uni_instruct.commands.generate:generate", "Make images from seeds."),

@@ -7,7 +7,7 @@ import numpy as np
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.latents import check_seeds, latents, random_class_ids
+from uni_instruct.noise import check_seeds, latents, random_class_ids
 
 
 def generate(engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.data import Dataset, write_zip
-from uni_instruct.data.archive import META, dataset_meta
+from uni_instruct.data.edm_zip import META, dataset_meta
 from uni_instruct.data.dataset import ImageReader
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file, atomic_folder

@@ -12,7 +12,7 @@ from torch import nn
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import Recipe, StageConfig
 from uni_instruct.train.dry_run.trial import CountedSteps, Limits, TimedSteps, Timing, micro_batch_of
-from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.optimization.precision import exact
 from uni_instruct.train.optimization.precision import settled as settled_loop
 from uni_instruct.train.plan import Plan

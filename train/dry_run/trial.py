@@ -19,9 +19,9 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import StageConfig
 from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, count_flops
 from uni_instruct.train.objective.pairs import Pairs
-from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizing import Optimization
-from uni_instruct.train.optimization.parallel import lone_fabric
+from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.optimization.optimizer import Optimization
+from uni_instruct.train.optimization.distributed import lone_fabric
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.stages.distillation import DistillationStage, Players
 from uni_instruct.train.stages.randomness import Batches, initial_weights

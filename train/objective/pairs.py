@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from uni_instruct.files import atomic_file
-from uni_instruct.latents import latents, random_class_ids
+from uni_instruct.noise import latents, random_class_ids
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.progress import progress
 from uni_instruct.sampler import heun_sample

@@ -7,7 +7,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.schedule import RHO, SIGMA_MAX, SIGMA_MIN
-from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.objective.config import ObjectiveConfig
 
 
 class DensityRatio:

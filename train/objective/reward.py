@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from uni_instruct.errors import RequestError
-from uni_instruct.importing import import_named
-from uni_instruct.latents import ImageShape
+from uni_instruct.user_functions import import_named
+from uni_instruct.noise import ImageShape
 
 Reward = Callable[[Tensor, Tensor | None], Tensor]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uni_instruct.divergence import Divergence
+from uni_instruct.train.objective.divergences import Divergence
 from uni_instruct.schedule import NoiseLevels
 
 Terms = dict[str, Tensor]

@@ -15,7 +15,7 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.processes import is_later_process
 from uni_instruct.progress import Track, progress, silent
 from uni_instruct.train.config import AUTO, LoopConfig
-from uni_instruct.train.optimization.parallel import lone_fabric, prepared
+from uni_instruct.train.optimization.distributed import lone_fabric, prepared
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.stages.randomness import initial_weights
 

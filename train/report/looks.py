@@ -12,7 +12,7 @@ from uni_instruct.train.report.material import Material
 from uni_instruct.train.report.neighbours import Closeness, by_features, by_pixels, searched_indices
 from uni_instruct.train.report.pictures import columns_of_neighbours
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_data, score_sets
-from uni_instruct.train.watch.scores import MOST_REFERENCE_FOR_PR
+from uni_instruct.train.monitoring.scores import MOST_REFERENCE_FOR_PR
 
 SHOWN = 6  # samples of each kind above their neighbours
 NAMES = {"class_accuracy": "classified as asked"}

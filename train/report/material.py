@@ -15,7 +15,7 @@ from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.report.neighbours import QUERIES
 from uni_instruct.train.report.pictures import Drawn, Grid, draw_rows, plan_grid
 from uni_instruct.train.report.records import Evaluation, StageHistory, read_history
-from uni_instruct.train.watch.clock import Times, read_times
+from uni_instruct.train.monitoring.clock import Times, read_times
 
 TEACHER_BUDGET_S = 20.0  # for the teacher's grid; the student's has as many rows
 

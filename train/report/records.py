@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uni_instruct.train.watch.scores import METRICS
+from uni_instruct.train.monitoring.scores import METRICS
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from uni_instruct.data import Dataset
 from uni_instruct.engine import Engine
 from uni_instruct.evaluate import METRICS, Evaluator, frechet_distance
 from uni_instruct.evaluate.scores import MIN_SAMPLES, Means, frechet_name, moments
-from uni_instruct.evaluate.subject import reference_class_ids
+from uni_instruct.evaluate.sample_source import reference_class_ids
 from uni_instruct.generate import generate_batches, resolve_class_ids
-from uni_instruct.train.watch import scores as selection
+from uni_instruct.train.monitoring import scores as selection
 
 SETS, BUDGET_S = 3, 40.0
 MOST_SAMPLES = 5000  # of a set

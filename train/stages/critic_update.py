@@ -8,15 +8,15 @@ from torch import Tensor
 
 from uni_instruct.train.objective.guidance import drop_classes, guided_criticism
 from uni_instruct.train.objective.terms import discriminator_loss
-from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizing import Optimization
-from uni_instruct.train.optimization.parallel import Share
+from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.optimization.optimizer import Optimization
+from uni_instruct.train.optimization.distributed import Share
 from uni_instruct.train.stages.augment import Augmentation, AugmentPipe, augmented
 from uni_instruct.train.stages.randomness import Batches
 from uni_instruct.train.stages.student import StudentBatch
 from uni_instruct.train.stages.teacher import denoising_loss
-from uni_instruct.train.watch.fault import Suspects, stop_if_hopeless
-from uni_instruct.train.watch.metrics import Metrics, Tally
+from uni_instruct.train.monitoring.nonfinite import Suspects, stop_if_hopeless
+from uni_instruct.train.monitoring.metrics import Metrics, Tally
 
 
 @dataclass(frozen=True, kw_only=True)

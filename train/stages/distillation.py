@@ -16,16 +16,16 @@ from uni_instruct.train.config import DistillationConfig, Recipe
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective.ratio import DensityRatio
 from uni_instruct.train.objective.reward import Reward
-from uni_instruct.train.objective_config import ObjectiveConfig
+from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizing import Clipping, Optimization, can_fuse
-from uni_instruct.train.optimization.parallel import Share, arranged, prepared
+from uni_instruct.train.optimization.optimizer import Clipping, Optimization, can_fuse
+from uni_instruct.train.optimization.distributed import Share, arranged, prepared
 from uni_instruct.train.stages.augment import open_pipe
 from uni_instruct.train.stages.critic_update import CriticUpdate
 from uni_instruct.train.stages.generator_update import GeneratorUpdate
 from uni_instruct.train.stages.randomness import Batches
 from uni_instruct.train.stages.student import StudentBatch
-from uni_instruct.train.watch.metrics import Metrics
+from uni_instruct.train.monitoring.metrics import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.divergence import Divergence, find_divergence
+from uni_instruct.train.objective.divergences import Divergence, find_divergence
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Criticism
 from uni_instruct.train.objective.guidance import guided, guided_criticism
@@ -22,12 +22,12 @@ from uni_instruct.train.objective.terms import (
     expanded_terms,
     integral_terms,
 )
-from uni_instruct.train.objective_config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizing import Optimization
-from uni_instruct.train.optimization.parallel import Share
+from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.optimization.optimizer import Optimization
+from uni_instruct.train.optimization.distributed import Share
 from uni_instruct.train.stages.student import StudentBatch
-from uni_instruct.train.watch.fault import Suspects, stop_if_hopeless
-from uni_instruct.train.watch.metrics import Metrics, Tally
+from uni_instruct.train.monitoring.nonfinite import Suspects, stop_if_hopeless
+from uni_instruct.train.monitoring.metrics import Metrics, Tally
 
 QUANTILES = {"ratio/q05": 0.05, "ratio/q50": 0.5, "ratio/q95": 0.95}
 

@@ -12,12 +12,12 @@ from uni_instruct.schedule import LogNormalLevels
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.guidance import drop_classes
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizing import Clipping, Optimization, can_fuse
-from uni_instruct.train.optimization.parallel import Share, arranged, prepared
+from uni_instruct.train.optimization.optimizer import Clipping, Optimization, can_fuse
+from uni_instruct.train.optimization.distributed import Share, arranged, prepared
 from uni_instruct.train.stages.augment import augmented, open_pipe
 from uni_instruct.train.stages.randomness import Batches
-from uni_instruct.train.watch.fault import Suspects, stop_if_hopeless
-from uni_instruct.train.watch.metrics import Metrics, Tally
+from uni_instruct.train.monitoring.nonfinite import Suspects, stop_if_hopeless
+from uni_instruct.train.monitoring.metrics import Metrics, Tally
 
 
 class TeacherStage:

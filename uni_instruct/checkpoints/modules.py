@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.limits import FOREIGN, Fault, shown
-from uni_instruct.checkpoints.unpickle import SMALL, StoredModule
+from uni_instruct.checkpoints.budget import FOREIGN, Fault, shown
+from uni_instruct.checkpoints.pickle.unpickle import SMALL, StoredModule
 
 # What a preconditioning calls the network inside it: EDM, SiD and SiDA; EDM2.
 _INNER = ("model", "unet")

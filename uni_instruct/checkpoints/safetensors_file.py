@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from uni_instruct.checkpoints import tensors
-from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, Limits, reading, shown
+from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, Limits, reading, shown
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Storage, stored_tensor
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from uni_instruct.checkpoints.limits import Fault
+from uni_instruct.checkpoints.budget import Fault
 from uni_instruct.errors import RequestError
 
 _BLOCK = 1 << 20

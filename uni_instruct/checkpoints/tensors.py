@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, shown
+from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, shown
 from uni_instruct.checkpoints.source import Span
 
 _MOST_DIMENSIONS = 32

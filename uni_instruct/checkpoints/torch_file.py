@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from uni_instruct.checkpoints.allowed import CHECKPOINT
-from uni_instruct.checkpoints.legacy import persistent_storages
-from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, Limits, reading, shown
-from uni_instruct.checkpoints.machine import Machine
+from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
+from uni_instruct.checkpoints.legacy_torch import persistent_storages
+from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, Limits, reading, shown
+from uni_instruct.checkpoints.pickle.interpreter import Machine
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Element, Storage
-from uni_instruct.checkpoints.unpickle import pickled, plain
+from uni_instruct.checkpoints.pickle.unpickle import pickled, plain
 
 ZIP = b"PK\x03\x04"
 _LARGEST_DIRECTORY = 4 << 20  # bytes; the 3,000 storages of a large training state take 0.3 million

@@ -15,8 +15,8 @@ from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
 from uni_instruct.evaluate.evaluator import check_shape
 from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics, frechet_name
-from uni_instruct.evaluate.subject import Subject, bundle_subject, images_subject
-from uni_instruct.latents import parse_seeds
+from uni_instruct.evaluate.sample_source import Subject, bundle_subject, images_subject
+from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 
 BATCH = 64

@@ -14,7 +14,7 @@ from uni_instruct.files import atomic_file
 from uni_instruct.generate import by_class, resolve_class_ids
 from uni_instruct.generate import generate as generate_images
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.latents import parse_seeds
+from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 from uni_instruct.samples import SampleRequest, is_finished, open_run
 

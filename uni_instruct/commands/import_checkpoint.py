@@ -48,8 +48,8 @@ def import_checkpoint(
 
     Example: uni-instruct import cifar10-sid.pkl --out bundles/cifar10
     """
-    from uni_instruct.checkpoints.importing import ImportRequest
-    from uni_instruct.checkpoints.importing import import_checkpoint as run
+    from uni_instruct.checkpoints.import_bundle import ImportRequest
+    from uni_instruct.checkpoints.import_bundle import import_checkpoint as run
 
     path, origin = Path(checkpoint), ""
     if is_on_hub(checkpoint):

@@ -14,8 +14,8 @@ def is_checkpoint(source: str) -> bool:
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """Format, networks and facts of a checkpoint, for JSON. A network that cannot be imported has an `error`."""
-    from uni_instruct.checkpoints.contents import read_checkpoint
-    from uni_instruct.checkpoints.importing import choose_network, likely_kind
+    from uni_instruct.checkpoints.checkpoint import read_checkpoint
+    from uni_instruct.checkpoints.import_bundle import choose_network, likely_kind
 
     checkpoint = read_checkpoint(path)
     chosen = choose_network(checkpoint, None)
@@ -43,7 +43,7 @@ def checkpoint_rows(facts: dict[str, Any]) -> list[Row]:
 
 
 def _network_facts(stored: Any) -> dict[str, Any]:
-    from uni_instruct.checkpoints.translate import translate
+    from uni_instruct.checkpoints.state_dict_adapter import translate
     from uni_instruct.errors import UniInstructError
 
     facts = {

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from uni_instruct.data.archive import ZIP_REMEDY
-from uni_instruct.data.contents import data_files
+from uni_instruct.data.edm_zip import ZIP_REMEDY
+from uni_instruct.data.file_kinds import data_files
 from uni_instruct.data.folder import FOLDER_REMEDY, folder_classes
 from uni_instruct.data.idx import has_idx
 from uni_instruct.data.labels import META, label_entries, misfits, read_meta, stated_classes
-from uni_instruct.data.pictures import decode, mixed
+from uni_instruct.data.image_files import decode, mixed
 from uni_instruct.data.sources import is_data, is_named, is_zip, no_data, open_dataset, source_parts
-from uni_instruct.data.stores import FolderStore, Store, ZipStore, placed
-from uni_instruct.data.vae import read_moments
+from uni_instruct.data.storage import FolderStore, Store, ZipStore, placed
+from uni_instruct.data.vae_latents import read_moments
 from uni_instruct.errors import FileFormatError
 from uni_instruct.progress import Track, silent
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from uni_instruct.data.stores import UNREADABLE, reason_of
+from uni_instruct.data.storage import UNREADABLE, reason_of
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 
 REMEDY = "apt install fonts-noto-color-emoji, or give a colour font's file as emoji:FILE"

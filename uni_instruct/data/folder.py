@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from uni_instruct.data.contents import content_fields, data_files
+from uni_instruct.data.file_kinds import content_fields, data_files
 from uni_instruct.data.dataset import Dataset
 from uni_instruct.data.labels import META, described, read_meta
-from uni_instruct.data.stores import FolderStore, natural_order
+from uni_instruct.data.storage import FolderStore, natural_order
 from uni_instruct.errors import FileFormatError
 
 FOLDER_REMEDY = "give a folder of images, or of one sub-folder for each class"

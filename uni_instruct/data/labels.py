@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from uni_instruct.data.dataset import MAX_CLASSES, number_names
-from uni_instruct.data.stores import UNREADABLE, Store, placed, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, placed, reason_of
 from uni_instruct.errors import FileFormatError
 
 META = "dataset.json"

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from uni_instruct.data import Dataset
 from uni_instruct.errors import DiskError, FileFormatError, RequestError
 from uni_instruct.files import atomic_file, cache_folder, disk_errors
-from uni_instruct.latents import ImageShape
+from uni_instruct.noise import ImageShape
 from uni_instruct.progress import Track, silent
 
 RECIPE = 1  # counts up with every change to the network or its training, and is part of the cached file's name

@@ -13,7 +13,7 @@ from uni_instruct.download import download
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.fidelity import fidelity
 from uni_instruct.files import sha256
-from uni_instruct.latents import ImageShape
+from uni_instruct.noise import ImageShape
 from uni_instruct.progress import Track, silent
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.unpickle import read_pickle
+from uni_instruct.checkpoints.pickle.unpickle import read_pickle
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.data.sources import read_npz
 from uni_instruct.errors import FileFormatError

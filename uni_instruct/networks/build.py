@@ -8,14 +8,14 @@ import torch
 
 from uni_instruct.bundle import Bundle, GeneratorSpec
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.latents import ImageShape
+from uni_instruct.noise import ImageShape
 from uni_instruct.networks.adm import ADM
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.edm2 import EDM2
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import PRECONDITIONINGS, Preconditioning
-from uni_instruct.networks.skeleton import ResolutionError
-from uni_instruct.networks.song import NCSNPP, SongUNet
+from uni_instruct.networks.unet import ResolutionError
+from uni_instruct.networks.ddpmpp import NCSNPP, SongUNet
 
 NETWORKS: dict[str, Callable[..., Network]] = {
     "ddpmpp": SongUNet,

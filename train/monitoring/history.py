@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uni_instruct.train.watch.scores import METRICS
+from uni_instruct.train.monitoring.scores import METRICS
 
 # The speed of so many of the last lines is the present one: a line alone may hold an evaluation.
 RECENT_LINES = 10

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from uni_instruct.checkpoints.importing import open_or_import
+from uni_instruct.checkpoints.import_bundle import open_or_import
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import load_denoiser

@@ -7,7 +7,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.train.optimization.optimizing import Optimization
+from uni_instruct.train.optimization.optimizer import Optimization
 
 ADVICE = {
     "generator": "lower distillation.generator_learning_rate",

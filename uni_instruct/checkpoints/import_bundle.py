@@ -7,8 +7,8 @@ from typing import Any
 
 from uni_instruct import __version__
 from uni_instruct.bundle import CONFIG, Bundle, GeneratorSpec
-from uni_instruct.checkpoints.contents import Checkpoint, StoredNetwork, read_checkpoint
-from uni_instruct.checkpoints.translate import Translation, translate
+from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
+from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub

@@ -128,7 +128,7 @@ def find_divergence(name: str, *, order: float = DEFAULT_ORDER, mix: float = DEF
         return jeffreys(mix)
     if name in DIVERGENCES:
         return DIVERGENCES[name]
-    from uni_instruct.custom_divergence import is_custom, read_divergence
+    from uni_instruct.train.objective.custom_divergence import is_custom, read_divergence
 
     if is_custom(name):
         return read_divergence(name)

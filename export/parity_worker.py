@@ -1,6 +1,6 @@
 """Runs one exported engine in a process of its own, as a server would: no torch, everything from the files on disk.
 
-Called by `parity.run_probe` as `python -m uni_instruct.export.probe BUNDLE FOLDER KIND INPUTS.npz OUTPUTS.npz`.
+Called by `parity.run_probe` as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER KIND INPUTS.npz OUTPUTS.npz`.
 """
 
 import platform

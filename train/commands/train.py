@@ -85,8 +85,8 @@ def train(
 
 
 def _show_status(run: str, out: Path | None, others: bool, as_json: bool) -> None:
-    from uni_instruct.train.status import read_status
-    from uni_instruct.train.status_text import status_text
+    from uni_instruct.train.monitoring.status import read_status
+    from uni_instruct.train.monitoring.status_text import status_text
 
     if out is not None:
         raise RequestError(f"--status takes no --out: {run} is to be the run", remedy=f"uni-instruct train {out} --status")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from uni_instruct.data.stores import UNREADABLE, Store, has_suffix, placed, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, placed, reason_of
 from uni_instruct.errors import FileFormatError
-from uni_instruct.latents import latents
+from uni_instruct.noise import latents
 
 SUFFIXES = frozenset({".npy"})
 # Stability AI's VAE (sd-vae-ft-mse) and ImageNet: mean and deviation of each latent channel, as EDM2 assumes them

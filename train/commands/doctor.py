@@ -25,7 +25,7 @@ def doctor(recipe: str, more: tuple[str, ...], out: Path, overrides: tuple[str, 
 
     Example: uni-instruct doctor cifar10-uncond --set teacher=edm-cifar10-32x32-uncond-vp.pkl data=cifar10-32x32.zip
     """
-    from uni_instruct.train.doctor import Patient, examine
+    from uni_instruct.train.preflight import Patient, examine
 
     findings = examine(Patient(load_recipe(recipe, (*overrides, *more)), out, devices))
     if as_json:

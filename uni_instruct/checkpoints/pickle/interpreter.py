@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, shown
+from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, shown
 from uni_instruct.checkpoints.source import Source
 
 _LONGEST_NAME = 200

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, shown
-from uni_instruct.checkpoints.machine import Machine, Named, Vocabulary
+from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, shown
+from uni_instruct.checkpoints.pickle.interpreter import Machine, Named, Vocabulary
 from uni_instruct.checkpoints.source import Source
 from uni_instruct.checkpoints.tensors import Element, Storage
 

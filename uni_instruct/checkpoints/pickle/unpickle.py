@@ -7,10 +7,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from uni_instruct.checkpoints.allowed import CHECKPOINT, ArrayDraft, ModuleDraft
-from uni_instruct.checkpoints.legacy import MAGIC, read_stream
-from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, Limits, reading
-from uni_instruct.checkpoints.machine import Machine, Named
+from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT, ArrayDraft, ModuleDraft
+from uni_instruct.checkpoints.legacy_torch import MAGIC, read_stream
+from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, Limits, reading
+from uni_instruct.checkpoints.pickle.interpreter import Machine, Named
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.tensors import Storage, StoredTensor
 

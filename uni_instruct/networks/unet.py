@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.errors import RequestError
-from uni_instruct.latents import ImageShape
+from uni_instruct.noise import ImageShape
 from uni_instruct.networks.blocks import UNetBlock
 
 

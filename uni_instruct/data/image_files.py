@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from uni_instruct.data.stores import UNREADABLE, Store, has_suffix, placed, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, placed, reason_of
 from uni_instruct.errors import FileFormatError
 from uni_instruct.images import to_pil
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from uni_instruct.data.pictures import PictureReader, common_shape, is_picture, picture_shape
-from uni_instruct.data.stores import Store, naturally_sorted
-from uni_instruct.data.vae import CHANNELS, LatentReader, is_latent, read_moments
+from uni_instruct.data.image_files import PictureReader, common_shape, is_picture, picture_shape
+from uni_instruct.data.storage import Store, naturally_sorted
+from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
 
 

@@ -7,12 +7,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, Limits, reading, shown
+from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, Limits, reading, shown
 from uni_instruct.checkpoints.modules import config_of, is_network, plain_value, tensors_of
 from uni_instruct.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.torch_file import ZIP, zipped
-from uni_instruct.checkpoints.unpickle import StoredModule, pickled, plain
+from uni_instruct.checkpoints.pickle.unpickle import StoredModule, pickled, plain
 
 _PICKLE = b"\x80"
 

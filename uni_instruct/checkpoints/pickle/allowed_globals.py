@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.legacy import read_stream
-from uni_instruct.checkpoints.limits import FOREIGN, Account, Fault, shown
-from uni_instruct.checkpoints.machine import Named, Vocabulary
+from uni_instruct.checkpoints.legacy_torch import read_stream
+from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, shown
+from uni_instruct.checkpoints.pickle.interpreter import Named, Vocabulary
 from uni_instruct.checkpoints.source import Span
 from uni_instruct.checkpoints.tensors import STORAGE_TYPES, Storage, StoredTensor, stored_tensor
 

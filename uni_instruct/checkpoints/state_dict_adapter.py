@@ -9,9 +9,9 @@ import numpy as np
 
 from uni_instruct.bundle import GeneratorSpec
 from uni_instruct.checkpoints.architecture import infer_architecture
-from uni_instruct.checkpoints.contents import StoredNetwork
+from uni_instruct.checkpoints.checkpoint import StoredNetwork
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.latents import ImageShape
+from uni_instruct.noise import ImageShape
 
 # What wrappers of a network put before its parameters' names.
 WRAPPERS = ("module.", "_orig_mod.")

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.data.contents import content_fields, data_files
+from uni_instruct.data.file_kinds import content_fields, data_files
 from uni_instruct.data.dataset import READ_BATCH, Dataset
 from uni_instruct.data.labels import META, described, read_meta
-from uni_instruct.data.stores import ZipStore
-from uni_instruct.data.vae import moments_bytes
+from uni_instruct.data.storage import ZipStore
+from uni_instruct.data.vae_latents import moments_bytes
 from uni_instruct.files import atomic_file
 from uni_instruct.images import encode
 from uni_instruct.progress import Progress
