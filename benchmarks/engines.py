@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from machine import describe_machine
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.engine import Engine, available_engines, open_engine
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.noise import latents
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.noise import noise
 
 BATCHES = (1, 16, 64)
 INVARIANCE_BATCHES = (1, 2, 3, 7, 16, 64)
@@ -56,13 +56,13 @@ def main() -> None:
 def random_bundle(network: str, path: Path) -> Bundle:
     """A conditional generator with every weight drawn at random, exported to every kind."""
     shape, arguments = NETWORKS[network]
-    spec = GeneratorSpec(name=f"random-{network}", image_shape=shape, num_classes=10, network_args=arguments)
+    spec = ModelSpec(name=f"random-{network}", image_shape=shape, num_classes=10, network_args=arguments)
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in build_denoiser(spec).state_dict().items():
         # EDM starts its last convolutions near zero: a trained network's are not.
-        noise = torch.randn(tensor.shape, generator=generator) / max(tensor[0].numel(), 1) ** 0.5
-        weights[name] = (tensor if "resample" in name or tensor.dim() < 2 else noise).numpy()
+        z = torch.randn(tensor.shape, generator=generator) / max(tensor[0].numel(), 1) ** 0.5
+        weights[name] = (tensor if "resample" in name or tensor.dim() < 2 else z).numpy()
     bundle = Bundle.write(path, spec, weights, card="")
     for kind in TARGETS:
         export_engine(bundle, kind)
@@ -92,13 +92,13 @@ def speed(engines: dict[str, Engine], rounds: int) -> list[dict[str, object]]:
 
 def seconds_per_call(engine: Engine, batch: int) -> float:
     """Median over the calls of at least MIN_SECONDS, after one that is not counted."""
-    noise = latents(range(batch), engine.spec.image_shape)
+    z = noise(range(batch), engine.spec.image_shape)
     class_ids = resolve_class_ids(engine.spec, range(batch))
-    engine(noise, class_ids)
+    engine(z, class_ids)
     times: list[float] = []
     while sum(times) < MIN_SECONDS:
         start = time.perf_counter()
-        engine(noise, class_ids)
+        engine(z, class_ids)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

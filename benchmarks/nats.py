@@ -15,9 +15,9 @@ import torch
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.torch import one_step
-from uni_instruct.noise import latents, random_class_ids
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.noise import noise, random_class_ids
 
 LADDER = np.geomspace(80, 0.02, 25)
 BATCH = 64
@@ -41,8 +41,8 @@ def square_slopes(run: Path, images: int) -> np.ndarray:
     for first in range(0, images, BATCH):
         seeds = range(first, min(first + BATCH, images))
         class_ids = torch.from_numpy(random_class_ids(seeds, student.spec.num_classes)) if student.spec.num_classes else None
-        noise = torch.from_numpy(latents(seeds, student.spec.image_shape))
-        clean = one_step(generator, noise, class_ids, student.spec.sigma_init)
+        z = torch.from_numpy(noise(seeds, student.spec.image_shape))
+        clean = one_step(generator, z, class_ids, student.spec.sigma_init)
         eps = torch.randn(clean.shape, generator=torch.Generator().manual_seed(first))
         for index, level in enumerate(LADDER):
             sigma = torch.full((len(clean), 1, 1, 1), float(level))

@@ -30,8 +30,8 @@ from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.optimization.precision import settled
 from uni_instruct.train.plan import plan_teacher
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.stages.distillation import DistillationStage, Players
-from uni_instruct.train.stages.randomness import Batches, initial_weights, step_generator
+from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
+from uni_instruct.train.stages.randomness import DataLoader, initial_weights, step_generator
 from uni_instruct.train.stages.teacher import TeacherStage
 
 FORMER = Path(__file__).parent / "former"
@@ -96,7 +96,7 @@ def works_of(label: str, recipe: Recipe, dataset: Dataset) -> list[Work]:
     def network() -> Denoiser:
         return initial_weights(lambda: build_denoiser(spec), recipe.loop.seed)
 
-    teacher = TeacherStage(network(), Batches(dataset, recipe.teacher.batch, recipe.loop.seed), recipe, fabric)
+    teacher = TeacherStage(network(), DataLoader(dataset, recipe.teacher.batch, recipe.loop.seed), recipe, fabric)
     total = recipe.distillation.duration_kimg
     edges = [0.0, *(phase.until_kimg for phase in recipe.schedule), total]
     phases = [*recipe.schedule, PhaseConfig(until_kimg=total, objective=recipe.objective)]
@@ -107,10 +107,10 @@ def works_of(label: str, recipe: Recipe, dataset: Dataset) -> list[Work]:
 
 def phase_stage(teacher: Denoiser, recipe: Recipe, phase: PhaseConfig, dataset: Dataset, fabric: Fabric) -> DistillationStage:
     """The distillation under that phase's objective from its first step on."""
-    players = Players.from_teacher(teacher, recipe)
+    players = DistillationModels.from_teacher(teacher, recipe)
     config = dataclasses.replace(recipe.distillation, critic_warmup_kimg=0.0)
     alone = dataclasses.replace(recipe, objective=phase.objective, schedule=(), distillation=config)
-    batches = Batches(dataset, config.batch, recipe.loop.seed) if recipe.needs_discriminator else None
+    batches = DataLoader(dataset, config.batch, recipe.loop.seed) if recipe.needs_discriminator else None
     return DistillationStage(players, alone, fabric, batches)
 
 

@@ -28,9 +28,8 @@ from machine import describe_machine, time_of
 from recipe_speed import SHAPES, compare_recipes
 from torch import Tensor
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.data.dataset import ArrayReader, Dataset
-from uni_instruct.train.objective.divergences import find_divergence
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
@@ -38,11 +37,12 @@ from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.processes import keep_freed_memory, sleep_while_waiting
 from uni_instruct.train.config import DistillationConfig, LoopConfig, Recipe
 from uni_instruct.train.dry_run.counting import count_flops
-from uni_instruct.train.objective.terms import DiffusedBatch, discriminator_loss, expanded_terms, sid_weight
 from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.objective.divergences import find_divergence
+from uni_instruct.train.objective.terms import DiffusedBatch, discriminator_loss, expanded_terms, sid_weight
 from uni_instruct.train.optimization.distributed import start_fabric
-from uni_instruct.train.stages.distillation import DistillationStage, Players
-from uni_instruct.train.stages.randomness import Batches, initial_weights, step_generator
+from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
+from uni_instruct.train.stages.randomness import DataLoader, initial_weights, step_generator
 from uni_instruct.train.stages.teacher import denoising_loss
 
 OBJECTIVE = ObjectiveConfig(divergence="jeffreys")
@@ -75,7 +75,7 @@ class Case:
             "attn_resolutions": [self.attn_resolution],
             "dropout": 0.0,
         }
-        spec = GeneratorSpec(name=self.name, image_shape=shape, num_classes=0, network_args=arguments)
+        spec = ModelSpec(name=self.name, image_shape=shape, num_classes=0, network_args=arguments)
         denoiser, generator = initial_weights(lambda: build_denoiser(spec), seed), torch.Generator().manual_seed(seed)
         for parameter in denoiser.parameters():
             if parameter.dim() > 1:
@@ -139,8 +139,8 @@ class PlainLoop:
                 average.mul_(EMA).add_(parameter, alpha=1 - EMA)
 
     def draw_students(self) -> Tensor:
-        latents = torch.randn(self.batch, *self.images.shape[1:])
-        return one_step(self.generator, latents, None, SIGMA_INIT)
+        noise = torch.randn(self.batch, *self.images.shape[1:])
+        return one_step(self.generator, noise, None, SIGMA_INIT)
 
 
 def trainer(case: Case, dataset: Dataset, precision: str, channels_last: bool, compiled: bool) -> Callable[[], object]:
@@ -152,8 +152,8 @@ def trainer(case: Case, dataset: Dataset, precision: str, channels_last: bool, c
         distillation=DistillationConfig(batch=case.batch, duration_kimg=1e6, sigma_init=SIGMA_INIT),
         loop=LoopConfig(precision=precision, channels_last=channels_last, compile=compiled),
     )
-    players = Players.from_teacher(case.network(), recipe)
-    stage = DistillationStage(players, recipe, start_fabric(1, precision), Batches(dataset, case.batch, 0))
+    players = DistillationModels.from_teacher(case.network(), recipe)
+    stage = DistillationStage(players, recipe, start_fabric(1, precision), DataLoader(dataset, case.batch, 0))
     steps = itertools.count()
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Bundle -> ONNX, through torch.export: the whole one-step map, from N(0, 1) latents and class ids to uint8 pixels."""
+"""Bundle -> ONNX, through torch.export: the whole one-step map, from N(0, 1) noise and class ids to uint8 pixels."""
 
 import json
 import math
@@ -39,10 +39,10 @@ class OneStep(nn.Module):
         super().__init__()
         self.denoiser, self.sigma_init = denoiser, sigma_init
 
-    def forward(self, latents: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """latents float32 [B, C, H, W], N(0, 1); class_ids int64 [B], None for an unconditional generator."""
+    def forward(self, noise: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """noise float32 [B, C, H, W], N(0, 1); class_ids int64 [B], None for an unconditional generator."""
         sigma = torch.full((1, 1, 1, 1), self.sigma_init)
-        denoised = self.denoiser(latents * self.sigma_init, sigma, class_ids)
+        denoised = self.denoiser(noise * self.sigma_init, sigma, class_ids)
         return to_uint8(denoised), denoised
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import ParityError
-from uni_instruct.noise import latents
+from uni_instruct.noise import noise
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
@@ -25,11 +25,11 @@ class Tolerance:
     """The largest relative L2 distance before rounding, and the largest difference of a uint8 pixel."""
 
     relative_l2: float
-    levels: int
+    pixel_difference: int
 
 
 # precision -> what its engines must keep; docs/export.md has the measurements behind it.
-TOLERANCES = {"fp32": Tolerance(relative_l2=1e-5, levels=1)}
+TOLERANCES = {"fp32": Tolerance(relative_l2=1e-5, pixel_difference=1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Report:
     largest_difference: float
     mean_difference: float
     equal_pixels: float
-    largest_level_difference: int
+    largest_pixel_difference: int
     worst_seed: int
     batch_invariant: bool
     latency_ms: Mapping[int, float]
@@ -56,29 +56,27 @@ class Report:
 def verify(bundle: Bundle, record: EngineRecord, folder: Path, tolerance: Tolerance) -> dict[str, Any]:
     """The report on the engine in `folder`, for engine.json. Raises ParityError where it is outside the tolerance."""
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
-    noise = latents(seeds, bundle.spec.image_shape)
-    results = run_probe(bundle, record.kind, folder, noise, class_ids)
-    pixels, denoised = reference(bundle, noise, class_ids)
+    z = noise(seeds, bundle.spec.image_shape)
+    results = run_probe(bundle, record.kind, folder, z, class_ids)
+    pixels, denoised = reference(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, tolerance)
     _check(record.kind, report)
     return asdict(report)
 
 
-def fresh_inputs(spec: GeneratorSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
+def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
     """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover every class."""
     first, count = int(file_sha256[:15], 16), max(max(BATCHES), spec.num_classes)
     class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
     return list(range(first, first + count)), class_ids
 
 
-def run_probe(
-    bundle: Bundle, kind: str, folder: Path, noise: np.ndarray, class_ids: np.ndarray | None
-) -> dict[str, np.ndarray]:
+def run_probe(bundle: Bundle, kind: str, folder: Path, z: np.ndarray, class_ids: np.ndarray | None) -> dict[str, np.ndarray]:
     """What `probe` writes: images, denoised and latency for each batch size. Raises ParityError where it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         labels = {} if class_ids is None else {"class_ids": class_ids}
-        np.savez(inputs, allow_pickle=False, latents=noise, batches=np.array(BATCHES), **labels)
+        np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(BATCHES), **labels)
         command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
         arguments = [str(bundle.path), str(folder), kind, str(inputs), str(outputs)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
@@ -89,7 +87,7 @@ def run_probe(
             return dict(data)
 
 
-def reference(bundle: Bundle, noise: np.ndarray, class_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def reference(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Torch's images, uint8 [N, H, W, C] and before rounding float32 [N, C, H, W], in fp32 on the CPU."""
     import torch
 
@@ -99,10 +97,10 @@ def reference(bundle: Bundle, noise: np.ndarray, class_ids: np.ndarray | None) -
     denoiser = load_denoiser(bundle)
     pixels, denoised = [], []
     with torch.inference_mode():
-        for start in range(0, len(noise), _REFERENCE_BATCH):
+        for start in range(0, len(z), _REFERENCE_BATCH):
             part = slice(start, start + _REFERENCE_BATCH)
             labels = None if class_ids is None else torch.from_numpy(class_ids[part])
-            images = one_step(denoiser, torch.from_numpy(noise[part]), labels, bundle.spec.sigma_init)
+            images = one_step(denoiser, torch.from_numpy(z[part]), labels, bundle.spec.sigma_init)
             pixels.append(to_uint8(images).numpy())
             denoised.append(images.numpy())
     return np.concatenate(pixels), np.concatenate(denoised)
@@ -110,7 +108,7 @@ def reference(bundle: Bundle, noise: np.ndarray, class_ids: np.ndarray | None) -
 
 def compare(
     seeds: list[int],
-    spec: GeneratorSpec,
+    spec: ModelSpec,
     results: Mapping[str, np.ndarray],
     pixels: np.ndarray,
     denoised: np.ndarray,
@@ -119,7 +117,9 @@ def compare(
     """The report on a probe's results against torch's images. Where a value is not finite, so are the distances."""
     found = {batch: results[f"denoised_{batch}"].astype(np.float64) for batch in BATCHES}
     errors = {batch: images - denoised[: len(images)] for batch, images in found.items()}
-    levels = {batch: np.abs(results[f"images_{batch}"].astype(int) - pixels[: len(found[batch])]) for batch in BATCHES}
+    pixel_difference = {
+        batch: np.abs(results[f"images_{batch}"].astype(int) - pixels[: len(found[batch])]) for batch in BATCHES
+    }
     everything = found[max(BATCHES)]
     per_image = np.abs(errors[max(BATCHES)]).reshape(len(seeds), -1).max(axis=1)
     return Report(
@@ -131,8 +131,8 @@ def compare(
         relative_l2=max(_norm_ratio(error, denoised[: len(error)]) for error in errors.values()),
         largest_difference=max(float(np.abs(error).max()) for error in errors.values()),
         mean_difference=max(float(np.abs(error).mean()) for error in errors.values()),
-        equal_pixels=min(float((level == 0).mean()) for level in levels.values()),
-        largest_level_difference=max(int(level.max()) for level in levels.values()),
+        equal_pixels=min(float((level == 0).mean()) for level in pixel_difference.values()),
+        largest_pixel_difference=max(int(level.max()) for level in pixel_difference.values()),
         worst_seed=seeds[int(per_image.argmax())],
         batch_invariant=all(np.array_equal(images, everything[: len(images)]) for images in found.values()),
         latency_ms={batch: round(float(results[f"latency_ms_{batch}"]), 3) for batch in BATCHES},
@@ -155,9 +155,9 @@ def _check(kind: str, report: Report) -> None:
             f"{report.worst_seed}), more than {report.tolerance.relative_l2:.0e}",
             remedy=remedy,
         )
-    if report.largest_level_difference > report.tolerance.levels:
+    if report.largest_pixel_difference > report.tolerance.pixel_difference:
         raise ParityError(
-            f"a pixel of the {kind} engine differs from torch by {report.largest_level_difference} levels, more than "
-            f"{report.tolerance.levels}",
+            f"a pixel of the {kind} engine differs from torch by {report.largest_pixel_difference} pixel_difference, more than "
+            f"{report.tolerance.pixel_difference}",
             remedy=remedy,
         )

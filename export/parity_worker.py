@@ -24,14 +24,14 @@ def main(bundle_path: str, folder: str, kind: str, inputs: str, outputs: str) ->
     """Writes, for each batch size b of the inputs, images_b, denoised_b and latency_ms_b (one batch, median); and machine."""
     engine = engine_class(kind)(Bundle.open(bundle_path), folder=Path(folder))
     with np.load(inputs) as data:
-        latents, batches = data["latents"], data["batches"].tolist()
+        noise, batches = data["noise"], data["batches"].tolist()
         class_ids = data.get("class_ids")
     results: dict[str, np.ndarray] = {}
     for batch in batches:
         # The largest batch size sees all images, the others a few batches' worth.
-        count = len(latents) if batch == max(batches) else max(batch, SHORT)
+        count = len(noise) if batch == max(batches) else max(batch, SHORT)
         parts = [slice(start, start + batch) for start in range(0, count, batch)]
-        calls = [(latents[part], None if class_ids is None else class_ids[part]) for part in parts]
+        calls = [(noise[part], None if class_ids is None else class_ids[part]) for part in parts]
         results[f"images_{batch}"] = np.concatenate([engine(*call) for call in calls])
         results[f"denoised_{batch}"] = np.concatenate([engine.denoised(*call) for call in calls])
         results[f"latency_ms_{batch}"] = np.array(_latency_ms(engine, *calls[0]))
@@ -40,11 +40,11 @@ def main(bundle_path: str, folder: str, kind: str, inputs: str, outputs: str) ->
     np.savez(outputs, allow_pickle=False, **results)
 
 
-def _latency_ms(engine: Engine, latents: np.ndarray, class_ids: np.ndarray | None) -> float:
+def _latency_ms(engine: Engine, noise: np.ndarray, class_ids: np.ndarray | None) -> float:
     times: list[float] = []
     while len(times) < TIMED_ROUNDS and sum(times) < TIMED_MS:
         start = time.perf_counter()
-        engine(latents, class_ids)
+        engine(noise, class_ids)
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
 

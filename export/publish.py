@@ -18,7 +18,7 @@ from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import atomic_folder
 from uni_instruct.generate import by_class, generate, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.noise import latents
+from uni_instruct.noise import noise
 
 ENGINE = "onnx"
 # Images that decide whether half precision may be seen, at least; every class is among them.
@@ -85,9 +85,9 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     spec, weights = original.spec, original.weights()
     half = Bundle.write(folder, spec, weights, "", precision="fp16")
     count = max(CHECKED_IMAGES, spec.num_classes)
-    noise = latents(range(count), spec.image_shape)
+    z = noise(range(count), spec.image_shape)
     class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
-    before, after = (reference(bundle, noise, class_ids)[0].astype(int) for bundle in (original, half))
+    before, after = (reference(bundle, z, class_ids)[0].astype(int) for bundle in (original, half))
     levels = np.abs(after - before)
     rounding = Rounding(
         images=count,

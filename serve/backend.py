@@ -10,15 +10,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.images import IMAGE_FORMATS, encode
-from uni_instruct.serve.responses import Answer, encode_job, job_headers
 from uni_instruct.serve.batcher import Batcher, Generated, prewarm
 from uni_instruct.serve.errors import NotReadyError
 from uni_instruct.serve.metrics import Metrics
+from uni_instruct.serve.responses import Answer, encode_job, job_headers
 from uni_instruct.serve.schema import Job
 from uni_instruct.serve.settings import Settings
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _ENCODER_THREADS = 2
 
-Encoded = TypeVar("Encoded")
+EncodedImages = TypeVar("EncodedImages")
 
 
 class Backend:
@@ -99,8 +99,8 @@ class Backend:
         return await self._batcher.submit(seeds, class_ids, self.settings.timeout_s)
 
     async def make(
-        self, seeds: Sequence[int], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], Encoded]
-    ) -> tuple[Encoded, dict[str, float]]:
+        self, seeds: Sequence[int], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], EncodedImages]
+    ) -> tuple[EncodedImages, dict[str, float]]:
         """What `encoder` makes of the images in an encoder thread, and the milliseconds by stage."""
         made = await self.generate(seeds, class_ids)
         start = time.perf_counter()
@@ -138,7 +138,7 @@ class Backend:
         return NotReadyError("the generator is loading", remedy="wait for /readyz to answer 200")
 
 
-def warm_encoders(spec: GeneratorSpec) -> None:
+def warm_encoders(spec: ModelSpec) -> None:
     """Encodes a black image in every format: Pillow imports a format's code when it is first used."""
     for name in IMAGE_FORMATS:
         encode(np.zeros(image_size(spec), dtype=np.uint8), name)

@@ -1,7 +1,7 @@
 """Requests to engine calls, image by image.
 
 A request becomes (seed, class) items. A batch leaves as soon as the engine is idle and gathers while it is busy, taking
-one item of each waiting request in turn: a request of 64 cannot starve one of 1. Latents come from seeds, so an image
+one item of each waiting request in turn: a request of 64 cannot starve one of 1. Noise come from seeds, so an image
 does not depend on the batch it runs in.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from uni_instruct.engine import Engine
 from uni_instruct.generate import image_size
-from uni_instruct.noise import latents
+from uni_instruct.noise import noise
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
 from uni_instruct.serve.metrics import Metrics
 
@@ -160,9 +160,9 @@ class Batcher:
         seeds = [ticket.seeds[index] for ticket, index in items]
         size = next(size for size in self.batch_sizes if size >= len(items))
         padded = np.minimum(np.arange(size), len(items) - 1)  # the last item again, up to a prewarmed size
-        noise = latents(seeds, self._engine.spec.image_shape)[padded]
+        z = noise(seeds, self._engine.spec.image_shape)[padded]
         class_ids = np.array([ticket.class_ids[index] for ticket, index in items], dtype=np.int64)[padded]
-        images = self._engine(noise, class_ids if self._engine.spec.num_classes else None)
+        images = self._engine(z, class_ids if self._engine.spec.num_classes else None)
         expected = (size, *image_size(self._engine.spec))
         if images.shape != expected or images.dtype != np.uint8:
             raise EngineFailedError(
@@ -219,11 +219,11 @@ def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ..
     sizes: list[int] = []
     size = 1
     while size <= max_batch:
-        noise = latents(range(size), engine.spec.image_shape)
+        z = noise(range(size), engine.spec.image_shape)
         class_ids = np.arange(size) % engine.spec.num_classes if engine.spec.num_classes else None
-        engine(noise, class_ids)
+        engine(z, class_ids)
         start = time.perf_counter()
-        engine(noise, class_ids)
+        engine(z, class_ids)
         if sizes and time.perf_counter() - start > max_batch_s:
             break
         sizes.append(size)

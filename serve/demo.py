@@ -18,7 +18,7 @@ import numpy as np
 from starlette.responses import HTMLResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.errors import MissingExtraError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode
@@ -145,7 +145,7 @@ def _gradio_app(backend: Backend) -> Any:
     )
 
 
-def _class_picker(spec: GeneratorSpec) -> "gr.Radio | gr.Dropdown | gr.State":
+def _class_picker(spec: ModelSpec) -> "gr.Radio | gr.Dropdown | gr.State":
     """One choice of class, or nothing to see for an unconditional generator."""
     import gradio as gr
 
@@ -175,7 +175,7 @@ def _ids(class_ids: np.ndarray | None, count: int) -> list[int | None]:
     return [None] * count if class_ids is None else [int(n) for n in class_ids]
 
 
-def _caption(spec: GeneratorSpec, seed: int, class_id: int | None) -> str:
+def _caption(spec: ModelSpec, seed: int, class_id: int | None) -> str:
     return f"seed {seed}" if class_id is None else f"seed {seed}, class {spec.class_name(class_id)}"
 
 

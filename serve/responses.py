@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.images import encode, grid
 from uni_instruct.serve.schema import Job
 
@@ -26,7 +26,7 @@ class Answer:
     headers: dict[str, str]
 
 
-def encode_job(job: Job, images: np.ndarray, spec: GeneratorSpec) -> tuple[bytes, str]:
+def encode_job(job: Job, images: np.ndarray, spec: ModelSpec) -> tuple[bytes, str]:
     """The body and its media type. images: uint8 [N, H, W, C]."""
     container = _CONTAINERS.get(job.format)
     if container is not None:
@@ -60,7 +60,7 @@ def seed_ranges(seeds: list[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in parts)
 
 
-def _json(job: Job, images: np.ndarray, spec: GeneratorSpec) -> bytes:
+def _json(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
     """{"images": [{seed, class_id, class_name, b64_png}]}; the class is null where there is none."""
     entries = []
     for index, (seed, image) in enumerate(zip(job.seeds, images, strict=True)):
@@ -76,7 +76,7 @@ def _json(job: Job, images: np.ndarray, spec: GeneratorSpec) -> bytes:
     return json.dumps({"images": entries}).encode()
 
 
-def _npz(job: Job, images: np.ndarray, spec: GeneratorSpec) -> bytes:
+def _npz(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
     """arr_0 (uint8 [N, H, W, C]), seeds, and class_ids where there are classes."""
     arrays = {"arr_0": images, "seeds": np.array(job.seeds, dtype=np.int64)}
     if job.class_ids is not None:
@@ -86,7 +86,7 @@ def _npz(job: Job, images: np.ndarray, spec: GeneratorSpec) -> bytes:
     return buffer.getvalue()
 
 
-def _zip(job: Job, images: np.ndarray, spec: GeneratorSpec) -> bytes:
+def _zip(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
     """PNGs in the order of the request, named by place and seed, and EDM's dataset.json with the classes."""
     names = [f"{index:05d}-seed{seed}.png" for index, seed in enumerate(job.seeds)]
     labels = None if job.class_ids is None else [[n, int(c)] for n, c in zip(names, job.class_ids, strict=True)]
@@ -98,7 +98,7 @@ def _zip(job: Job, images: np.ndarray, spec: GeneratorSpec) -> bytes:
     return buffer.getvalue()
 
 
-_Pack = Callable[[Job, np.ndarray, GeneratorSpec], bytes]
+_Pack = Callable[[Job, np.ndarray, ModelSpec], bytes]
 
 _CONTAINERS: dict[str, tuple[str, _Pack]] = {
     "json": ("application/json", _json),

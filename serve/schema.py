@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import IMAGE_FORMATS
@@ -50,7 +50,7 @@ def parse_request(body: bytes) -> GenerateRequest:
         raise _request_error(error) from None
 
 
-def resolve(request: GenerateRequest, spec: GeneratorSpec, limit: int) -> Job:
+def resolve(request: GenerateRequest, spec: ModelSpec, limit: int) -> Job:
     """Seeds and classes of a request, of at most `limit` images. Raises RequestError."""
     seeds = _seeds(request, limit)
     if request.class_ids is not None and request.classes is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.cli import main
 from uni_instruct.noise import ImageShape
 
@@ -90,7 +90,7 @@ def random_bundle(
     from uni_instruct.networks.build import build_denoiser
 
     around = {"patch": patch} if patch > 1 else {}
-    spec = GeneratorSpec(
+    spec = ModelSpec(
         name="tiny",
         image_shape=image_shape,
         num_classes=num_classes,

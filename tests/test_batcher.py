@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.noise import latents
+from uni_instruct.noise import noise
 from uni_instruct.serve import batcher as batcher_module
 from uni_instruct.serve.batcher import Batcher, prewarm
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
@@ -38,21 +38,21 @@ class Gate:
         self.batches: list[np.ndarray] = []
         self._engine = engine
         self._open = threading.Semaphore(10**6 if is_open else 0)
-        self._poison = latents([POISON], engine.spec.image_shape)[0]
+        self._poison = noise([POISON], engine.spec.image_shape)[0]
 
     def let(self, calls: int) -> None:
         self._open.release(calls)
 
     def saw(self, seed: int) -> bool:
-        noise = latents([seed], self.spec.image_shape)[0]
-        return any((row == noise).all() for batch in self.batches for row in batch)
+        z = noise([seed], self.spec.image_shape)[0]
+        return any((row == z).all() for batch in self.batches for row in batch)
 
-    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        self.batches.append(noise)
+    def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        self.batches.append(z)
         self._open.acquire()
-        if any((row == self._poison).all() for row in noise):
+        if any((row == self._poison).all() for row in z):
             raise RuntimeError("poisoned")
-        return self._engine(noise, class_ids)
+        return self._engine(z, class_ids)
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -141,7 +141,7 @@ def test_requests_take_turns(engine: Engine) -> None:
         await asyncio.sleep(0)
         gate.let(1)
         await until(lambda: len(gate.batches) == 2)
-        turns = latents([10, 20, 11, 21], gate.spec.image_shape)
+        turns = noise([10, 20, 11, 21], gate.spec.image_shape)
         np.testing.assert_array_equal(gate.batches[1], turns)
         gate.let(16)
         await asyncio.gather(blocker, *pair)
@@ -211,8 +211,8 @@ def test_a_bad_item_fails_alone(engine: Engine, caplog: pytest.LogCaptureFixture
 
 def test_an_engine_that_answers_another_shape_is_an_error(engine: Engine) -> None:
     class Cropping(Gate):
-        def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-            return super().__call__(noise, class_ids)[:, :4]
+        def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+            return super().__call__(z, class_ids)[:, :4]
 
     async def work() -> None:
         gate = Cropping(engine, is_open=True)
@@ -248,9 +248,9 @@ def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: py
     clock = SimpleNamespace(now=0.0)
 
     class Slow(Gate):
-        def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-            clock.now += 0.1 * len(noise)
-            return super().__call__(noise, class_ids)
+        def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+            clock.now += 0.1 * len(z)
+            return super().__call__(z, class_ids)
 
     monkeypatch.setattr(batcher_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.5) == (1, 2, 4)

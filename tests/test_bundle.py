@@ -19,13 +19,13 @@ from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file
 
 from uni_instruct import bundle as bundle_module
-from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, GeneratorSpec, default_generator, shipped_generators
+from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, ModelSpec, default_generator, shipped_generators
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import BundleError, DiskError, RequestError
 from uni_instruct.files import sha256
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 
-SPEC = GeneratorSpec(
+SPEC = ModelSpec(
     name="named",
     image_shape=(3, 12, 8),
     num_classes=2,

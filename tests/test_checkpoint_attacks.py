@@ -126,7 +126,7 @@ ATTACKS: dict[str, tuple[Made, str]] = {
     "reduce of a value": (whole(text("os.system"), b")R"), "calls a str, which is not a function"),
     "build on a function": (
         whole(name("torch._utils", "_rebuild_tensor_v2"), b"}", text("call"), b"K\x01sb"),
-        "gives a state to a Named",
+        "gives a state to a StandIn",
     ),
     "build on a dict": (whole(b"}}", text("__class__"), b"K\x01sb"), "has a dict with attributes"),
     "build twice": (inside(name("torch.nn.modules.container", "ModuleDict"), b")\x81}b}b"), "ModuleDict with a broken state"),

@@ -25,9 +25,9 @@ from made_checkpoints import (
 )
 from torch import nn
 
-from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
 from uni_instruct.checkpoints.checkpoint import read_checkpoint
-from uni_instruct.checkpoints.pickle.interpreter import Machine
+from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
+from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter
 from uni_instruct.errors import FileFormatError, RequestError
 
 NETS = {role: tiny_peer(seed) for seed, role in enumerate(("fake_score", "G", "G_ema"))}
@@ -148,8 +148,8 @@ REAL_GLOBALS = {
 
 
 def test_names_and_values_are_those_of_the_peers_files(tmp_path: Path) -> None:
-    from uni_instruct.networks.edm2 import EDM2
     from uni_instruct.networks.ddpmpp import SongUNet
+    from uni_instruct.networks.edm2 import EDM2
 
     args: dict[str, Any] = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
     edm, edm2 = nn.Module(), nn.Module()
@@ -174,14 +174,14 @@ def test_names_and_values_are_those_of_the_peers_files(tmp_path: Path) -> None:
 def test_the_files_made_here_name_the_globals_of_the_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What stands in for their code writes what they write."""
     named: set[str] = set()
-    look_up = Machine.named
+    look_up = PickleInterpreter.named
 
-    def listen(machine: Machine, module: Any, attribute: Any) -> Any:
-        if machine.vocabulary is CHECKPOINT:
+    def listen(interpreter: PickleInterpreter, module: Any, attribute: Any) -> Any:
+        if interpreter.allowed is CHECKPOINT:
             named.add(f"{module}.{attribute}")
-        return look_up(machine, module, attribute)
+        return look_up(interpreter, module, attribute)
 
-    monkeypatch.setattr(Machine, "named", listen)
+    monkeypatch.setattr(PickleInterpreter, "named", listen)
     read_checkpoint(WRITTEN[name][0](tmp_path / "file"))
     assert named == REAL_GLOBALS[name]
 

@@ -120,16 +120,16 @@ class TestTraining:
 
     def test_batches_are_the_same_however_they_are_divided_and_differ_between_epochs(self, dataset: Dataset) -> None:
         torch = pytest.importorskip("torch")
-        from uni_instruct.train.stages.randomness import Batches
+        from uni_instruct.train.stages.randomness import DataLoader
 
         cpu = torch.device("cpu")
-        whole, class_ids = Batches(dataset, 4, seed=3)(7, slice(0, 4), cpu)
-        halves = [Batches(dataset, 4, seed=3)(7, part, cpu) for part in (slice(0, 2), slice(2, 4))]
+        whole, class_ids = DataLoader(dataset, 4, seed=3)(7, slice(0, 4), cpu)
+        halves = [DataLoader(dataset, 4, seed=3)(7, part, cpu) for part in (slice(0, 2), slice(2, 4))]
         assert whole.shape == (4, 4, 4, 4)
         assert torch.equal(torch.cat([images for images, _ in halves]), whole)
         assert torch.equal(torch.cat([ids for _, ids in halves if ids is not None]), class_ids)
         # Batches of the whole set: the same means in another order, drawn anew.
-        batches = Batches(dataset, 6, seed=3)
+        batches = DataLoader(dataset, 6, seed=3)
         (first, first_ids), (second, second_ids) = (batches(step, slice(0, 6), cpu) for step in (0, 1))
         first, second = first[first_ids.argsort(stable=True)], second[second_ids.argsort(stable=True)]
         assert 0.02 < (first - second).std() / 2**0.5 < 0.05
@@ -149,7 +149,7 @@ class TestTraining:
         from uni_instruct.networks.build import build_denoiser
         from uni_instruct.train.plan import plan_teacher
         from uni_instruct.train.recipe import load_recipe
-        from uni_instruct.train.stages.randomness import Batches, initial_weights, step_generator
+        from uni_instruct.train.stages.randomness import DataLoader, initial_weights, step_generator
         from uni_instruct.train.stages.teacher import TeacherStage
 
         changes = ["model_channels=16", "channel_mult=[1]", "num_blocks=1", "attn_resolutions=[]", "teacher.batch=6"]
@@ -157,6 +157,6 @@ class TestTraining:
         spec = plan_teacher(recipe, dataset)
         assert (spec.image_shape, spec.num_classes) == ((4, 4, 4), 3)
         denoiser = initial_weights(lambda: build_denoiser(spec), 0)
-        stage = TeacherStage(denoiser, Batches(dataset, 6, 0), recipe, Fabric(accelerator="cpu"))
+        stage = TeacherStage(denoiser, DataLoader(dataset, 6, 0), recipe, Fabric(accelerator="cpu"))
         losses = [stage.step(step, step_generator(0, "teacher", step), True)["teacher/loss"] for step in range(60)]
         assert torch.stack(losses[-20:]).mean() < 0.8 * torch.stack(losses[:20]).mean()

@@ -12,12 +12,12 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.data.dataset import ArrayReader, number_names
 from uni_instruct.networks.build import load_denoiser
-from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.guidance import NO_CLASS, drop_classes, guided
+from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.pairs import teacher_pairs
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.stages.distillation import DistillationStage, Players
-from uni_instruct.train.stages.randomness import Batches, step_generator
+from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
+from uni_instruct.train.stages.randomness import DataLoader, step_generator
 
 SETTINGS = [
     "teacher.bundle=digits",
@@ -59,10 +59,10 @@ def stage_of(tmp_path: Path, *overrides: str, dataset: Dataset | None = None) ->
     needs_pairs = any(objective.regression_scale for objective in recipe.objectives)
     pairs = teacher_pairs(tmp_path / "pairs.safetensors", teacher, 16, 4, fabric.device) if needs_pairs else None
     data = (dataset or open_dataset("digits")) if recipe.needs_discriminator else None
-    batches = Batches(data, recipe.distillation.batch, 0) if data else None
+    batches = DataLoader(data, recipe.distillation.batch, 0) if data else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        players = Players.from_teacher(teacher, recipe)
+        players = DistillationModels.from_teacher(teacher, recipe)
     return DistillationStage(players, recipe, fabric, batches, brightness, pairs)
 
 

@@ -10,19 +10,19 @@ import yaml
 from tiny_plan import TINY, tiny_plan
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.train.objective.divergences import DIVERGENCES
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.dry_run.cost import phases
 from uni_instruct.train.dry_run.formula import DIVERGENCE_WORDS, critic_lines, method_lines, objective_lines
 from uni_instruct.train.dry_run.report import needs
 from uni_instruct.train.dry_run.trial import CountedSteps
-from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.objective.divergences import DIVERGENCES
+from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe, parse_recipe
-from uni_instruct.train.stages.distillation import DistillationStage, Players
+from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 
 REWARD = "def brightness(images, class_ids):\n    return images.mean(dim=(1, 2, 3))\n"
 
@@ -220,7 +220,7 @@ def test_phases_are_those_that_training_goes_through() -> None:
     ]
     recipe = parse_recipe(recipe.to_dict() | {"schedule": schedule})
     plan = make_plan(recipe)
-    players = Players.from_teacher(build_denoiser(plan.teacher_spec), recipe)
+    players = DistillationModels.from_teacher(build_denoiser(plan.teacher_spec), recipe)
     stage = DistillationStage(players, recipe, start_fabric(1, "32-true"), None)
 
     told = [(p.objective, p.critic_alone) for p in phases(recipe) for _ in range(p.images // stage.batch)]

@@ -13,9 +13,9 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.dry_run.cost import cost_of, count_parameters, players_without_storage
 from uni_instruct.train.dry_run.counting import SavedTensors, count_flops
-from uni_instruct.train.dry_run.trial import CountedSteps, Limits, TimedSteps, distillation_stage, teacher_stage
+from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, TrialLimits, distillation_stage, teacher_stage
 from uni_instruct.train.optimization.distributed import start_fabric
-from uni_instruct.train.stages.distillation import DistillationStage, Players
+from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 
 
 def test_flops_of_a_convolution_a_matrix_product_and_attention() -> None:
@@ -113,7 +113,7 @@ def step(stage: DistillationStage) -> None:
 @pytest.mark.parametrize("changes", [["method=sid"], ["method=sida"], ["method=sida", "discriminator=own"]], ids=" ".join)
 def test_parameters_are_those_of_the_networks(changes: list[str]) -> None:
     plan = tiny_plan(*changes)
-    players = Players.from_teacher(build_denoiser(plan.teacher_spec), plan.recipe)
+    players = DistillationModels.from_teacher(build_denoiser(plan.teacher_spec), plan.recipe)
     added = [m for m in (players.critic.head, players.critic.own_encoder) if m is not None]
     assert count_parameters(players_without_storage(plan)) == {
         "generator": sum(p.numel() for p in players.generator.parameters()),
@@ -143,13 +143,13 @@ def test_memory_is_what_a_stage_holds(tiny_teacher: Bundle) -> None:
 @pytest.mark.parametrize(
     ("limits", "images"),
     [
-        (Limits(images=5, fixed_bytes=0, bytes_per_image=1, budget_s=1e9), 5),
-        (Limits(images=5, fixed_bytes=0, bytes_per_image=1, budget_s=0), 0),
-        (Limits(images=5, fixed_bytes=2**60, bytes_per_image=1, budget_s=1e9), 0),
+        (TrialLimits(images=5, fixed_bytes=0, bytes_per_image=1, budget_s=1e9), 5),
+        (TrialLimits(images=5, fixed_bytes=0, bytes_per_image=1, budget_s=0), 0),
+        (TrialLimits(images=5, fixed_bytes=2**60, bytes_per_image=1, budget_s=1e9), 0),
     ],
     ids=["free", "no time", "no memory"],
 )
-def test_steps_are_timed_within_time_and_memory(limits: Limits, images: int) -> None:
+def test_steps_are_timed_within_time_and_memory(limits: TrialLimits, images: int) -> None:
     plan = tiny_plan("method=sid")
     flops = CountedSteps(plan).evaluation()
     timed = TimedSteps(plan, flops, weights_bytes=1)
@@ -165,5 +165,5 @@ def test_steps_are_timed_within_time_and_memory(limits: Limits, images: int) -> 
 def test_accumulated_steps_are_timed_with_their_accumulation() -> None:
     plan = tiny_plan("teacher.micro_batch=2")
     fabric = start_fabric(1, "32-true")
-    assert len(teacher_stage(plan, fabric, 2).share.parts) == 2
-    assert len(teacher_stage(tiny_plan(), fabric, 2).share.parts) == 1
+    assert len(teacher_stage(plan, fabric, 2).share.micro_batches) == 2
+    assert len(teacher_stage(tiny_plan(), fabric, 2).share.micro_batches) == 1

@@ -22,7 +22,7 @@ from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.files import sha256
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.noise import latents
+from uni_instruct.noise import noise
 
 BATCHES = (1, 2, 3, 7, 16, 64)
 SEEDS = list(range(70))
@@ -68,13 +68,13 @@ def test_engines_agree_within_a_level(exported_bundle: Bundle) -> None:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_results_are_fresh_arrays(kind: str, exported_bundle: Bundle) -> None:
     engine = open_engine(exported_bundle, kind)
-    noise = latents([1, 2], exported_bundle.spec.image_shape)
-    first = engine(noise, np.array([1, 2]))
+    z = noise([1, 2], exported_bundle.spec.image_shape)
+    first = engine(z, np.array([1, 2]))
     kept = first.copy()
-    first_noise = noise.copy()
-    engine(latents([3, 4], exported_bundle.spec.image_shape), np.array([3, 4]))
+    first_noise = z.copy()
+    engine(noise([3, 4], exported_bundle.spec.image_shape), np.array([3, 4]))
     np.testing.assert_array_equal(first, kept)
-    np.testing.assert_array_equal(noise, first_noise)
+    np.testing.assert_array_equal(z, first_noise)
     first[...] = 0  # the caller's own, to write to
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator, Extractor, Statistics, frechet_distance, open_reference, write_statistics
-from uni_instruct.evaluate.scores import moments
 from uni_instruct.evaluate.sample_source import reference_class_ids
+from uni_instruct.evaluate.scores import moments
 
 torch = pytest.importorskip("torch")
 FD, KD = "FD(digits-classifier)", "KD(digits-classifier)"

@@ -22,7 +22,7 @@ from uni_instruct.export import onnx as onnx_target
 from uni_instruct.export import parity
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.files import sha256
-from uni_instruct.noise import latents
+from uni_instruct.noise import noise
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -60,20 +60,20 @@ def exported(exported_bundle: Bundle, tmp_path: Path) -> Bundle:
 def test_the_engine_agrees_with_torch(name: str, batch: int, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
     count, classes = 40, bundle.spec.num_classes
-    noise = latents(range(10**12, 10**12 + count), bundle.spec.image_shape)
+    z = noise(range(10**12, 10**12 + count), bundle.spec.image_shape)
     class_ids = np.arange(count) % classes if classes else None
     engine, torch_engine = OnnxEngine(bundle), TorchEngine(bundle)
-    expected = torch_engine.denoised(noise, class_ids).numpy()
+    expected = torch_engine.denoised(z, class_ids).numpy()
     parts = [slice(start, start + batch) for start in range(0, count, batch)]
-    calls = [(noise[part], None if class_ids is None else class_ids[part]) for part in parts]
+    calls = [(z[part], None if class_ids is None else class_ids[part]) for part in parts]
     found = np.concatenate([engine.denoised(*call) for call in calls])
     assert found.std() > 0.05
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
     images = np.concatenate([engine(*call) for call in calls])
     assert images.dtype == np.uint8
-    assert np.abs(images.astype(int) - torch_engine(noise, class_ids)).max() <= 1
+    assert np.abs(images.astype(int) - torch_engine(z, class_ids)).max() <= 1
     if class_ids is not None:
-        assert (engine(noise, class_ids) != engine(noise, (class_ids + 1) % classes)).any(axis=(1, 2, 3)).all()
+        assert (engine(z, class_ids) != engine(z, (class_ids + 1) % classes)).any(axis=(1, 2, 3)).all()
 
 
 @pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
@@ -111,7 +111,7 @@ def test_the_file_stands_alone(name: str, request: pytest.FixtureRequest) -> Non
     channels, height, width = bundle.spec.image_shape
     ports = {port.name: _shape(port) for port in (*model.graph.input, *model.graph.output)}
     expected = {
-        "latents": ["batch", channels, height, width],
+        "noise": ["batch", channels, height, width],
         "images": ["batch", height, width, channels],
         "denoised": ["batch", channels, height, width],
     }
@@ -213,7 +213,7 @@ def test_a_failed_export_keeps_the_engine_that_was_there(
     assert "cannot write" in errors
     assert errors.count("\n") == 1
     assert EngineRecord.read(exported.engine_folder("onnx")) == record
-    assert OnnxEngine(exported)(latents([1], exported.spec.image_shape), np.array([1])).any()
+    assert OnnxEngine(exported)(noise([1], exported.spec.image_shape), np.array([1])).any()
     assert os.listdir(exported.path / "engines") == ["onnx"]
 
 
@@ -277,7 +277,7 @@ def test_a_generator_that_no_file_can_hold_is_refused(unexported: Bundle, monkey
 def test_the_report_is_the_worst_over_all_batches(tiny_bundle: Bundle) -> None:
     seeds, (pixels, denoised) = list(range(64)), _random_images()
     report = parity.compare(seeds, tiny_bundle.spec, _results(pixels, denoised), pixels, denoised, TOLERANCE)
-    exact = (report.relative_l2, report.largest_difference, report.equal_pixels, report.largest_level_difference)
+    exact = (report.relative_l2, report.largest_difference, report.equal_pixels, report.largest_pixel_difference)
     assert exact == (0, 0, 1, 0)
     assert report.batch_invariant
     results = _results(pixels, denoised)
@@ -289,7 +289,7 @@ def test_the_report_is_the_worst_over_all_batches(tiny_bundle: Bundle) -> None:
     assert report.mean_difference == pytest.approx(0.25 / 64)
     assert report.relative_l2 == pytest.approx(max(0.5 / np.linalg.norm(denoised[:14]), 2 / np.linalg.norm(denoised)))
     assert report.equal_pixels == 1 - 1 / (8 * 64)
-    assert report.largest_level_difference == 128
+    assert report.largest_pixel_difference == 128
     assert report.worst_seed == 9
     assert not report.batch_invariant
 

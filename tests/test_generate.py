@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.data import open_dataset
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
@@ -29,19 +29,19 @@ FORMS = ("out", "out.npz", "out.zip")
 
 
 class Echo:
-    """An engine whose image is a hash of its latents and class, so that any mix-up shows."""
+    """An engine whose image is a hash of its noise and class, so that any mix-up shows."""
 
     name, device = "echo", "cpu"
-    spec = GeneratorSpec(name="echo", image_shape=(1, 2, 3), num_classes=5)
+    spec = ModelSpec(name="echo", image_shape=(1, 2, 3), num_classes=5)
 
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def __call__(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         assert class_ids is not None
-        assert (latents.dtype, class_ids.dtype) == (np.float32, np.int64)
-        self.batches.append(len(latents))
-        mixed = latents.view(np.uint32).astype(np.uint64) * 2654435761 + class_ids[:, None, None, None].astype(np.uint64)
+        assert (noise.dtype, class_ids.dtype) == (np.float32, np.int64)
+        self.batches.append(len(noise))
+        mixed = noise.view(np.uint32).astype(np.uint64) * 2654435761 + class_ids[:, None, None, None].astype(np.uint64)
         return (mixed >> 13).astype(np.uint8).transpose(0, 2, 3, 1)
 
 

@@ -98,11 +98,11 @@ class BreaksOff:
         self.spec, self.name, self.device = engine.spec, engine.name, engine.device
         self.engine, self.calls = engine, calls
 
-    def __call__(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        return self.engine(latents, class_ids)
+        return self.engine(noise, class_ids)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uni_instruct.errors import RequestError
-from uni_instruct.noise import check_seeds, latents, parse_seeds, random_class_ids
+from uni_instruct.noise import check_seeds, noise, parse_seeds, random_class_ids
 
 SEEDS = st.integers(0, 2**63 - 1)
 LAST = 2**63 - 1
@@ -22,29 +22,29 @@ GOLDEN_CLASSES = {0: (9, 975), 1: (2, 213), LAST: (9, 979)}
 @pytest.mark.parametrize("seed", GOLDEN_NOISE)
 def test_latents_have_their_recorded_values(seed: int) -> None:
     expected = [float.fromhex(text) for text in GOLDEN_NOISE[seed].split()]
-    assert latents([seed], (1, 2, 3)).ravel().tolist() == expected
+    assert noise([seed], (1, 2, 3)).ravel().tolist() == expected
     classes = tuple(int(random_class_ids([seed], count)[0]) for count in (10, 1000))
     assert classes == GOLDEN_CLASSES[seed]
 
 
 @given(st.lists(SEEDS, min_size=1, max_size=12), st.randoms(use_true_random=False))
 def test_a_seed_does_not_depend_on_its_batch_or_order(seeds: list[int], random: "np.random.Generator") -> None:
-    alone = {seed: (latents([seed], (3, 4, 2))[0], random_class_ids([seed], 7)[0]) for seed in seeds}
+    alone = {seed: (noise([seed], (3, 4, 2))[0], random_class_ids([seed], 7)[0]) for seed in seeds}
     shuffled = list(seeds)
     random.shuffle(shuffled)
-    for row, label, seed in zip(latents(shuffled, (3, 4, 2)), random_class_ids(shuffled, 7), shuffled, strict=True):
+    for row, label, seed in zip(noise(shuffled, (3, 4, 2)), random_class_ids(shuffled, 7), shuffled, strict=True):
         np.testing.assert_array_equal(row, alone[seed][0])
         assert label == alone[seed][1]
 
 
 def test_latents_are_standard_normal_and_seeds_are_independent() -> None:
-    noise = latents(range(4000), (1, 4, 4)).reshape(4000, 16).astype(float)
-    assert noise.dtype == float
-    assert abs(noise.mean()) < 4 / np.sqrt(noise.size)
-    assert abs(noise.var() - 1) < 4 * np.sqrt(2 / noise.size)
-    assert abs((noise**4).mean() - 3) < 4 * np.sqrt(96 / noise.size)
+    z = noise(range(4000), (1, 4, 4)).reshape(4000, 16).astype(float)
+    assert z.dtype == float
+    assert abs(z.mean()) < 4 / np.sqrt(z.size)
+    assert abs(z.var() - 1) < 4 * np.sqrt(2 / z.size)
+    assert abs((z**4).mean() - 3) < 4 * np.sqrt(96 / z.size)
     # Neighbouring seeds and neighbouring pixels.
-    for left, right in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+    for left, right in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1])):
         assert abs((left * right).mean()) < 4 / np.sqrt(left.size)
 
 
@@ -54,13 +54,13 @@ def test_classes_are_uniform_and_independent_of_the_noise() -> None:
     expected = count / classes
     chi_square = ((np.bincount(labels, minlength=classes) - expected) ** 2 / expected).sum()
     assert chi_square < 35  # 9 degrees of freedom: p = 6e-5
-    noise = latents(range(count), (1, 1, 4)).reshape(count, 4)
-    means = np.stack([noise[labels == label].mean(axis=0) for label in range(classes)])
+    z = noise(range(count), (1, 1, 4)).reshape(count, 4)
+    means = np.stack([z[labels == label].mean(axis=0) for label in range(classes)])
     assert np.abs(means).max() < 4.5 / np.sqrt(expected)
 
 
 def test_latents_are_fresh_float32_of_the_shape_that_was_asked_for() -> None:
-    first, second = latents([5, 5], (2, 3, 4)), latents([], (2, 3, 4))
+    first, second = noise([5, 5], (2, 3, 4)), noise([], (2, 3, 4))
     assert first.dtype == np.float32
     assert first.shape == (2, 2, 3, 4)
     assert second.shape == (0, 2, 3, 4)

@@ -2,7 +2,7 @@
 
 The data are a two-dimensional Gaussian mixture and the networks are small; everything between them is `DistillationStage`. The
 true divergence is known by quadrature: the generator's density, diffused a little, is the weighted average of a normal
-density over the images of a grid of latents.
+density over the images of a grid of noise.
 """
 
 import math
@@ -16,11 +16,11 @@ import toy
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence
-from uni_instruct.networks.critic import Criticism
+from uni_instruct.networks.critic import CriticOutput
 from uni_instruct.networks.preconditioning import EDM
+from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence
 from uni_instruct.train.recipe import parse_recipe
-from uni_instruct.train.stages.distillation import DistillationStage, Players
+from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 from uni_instruct.train.stages.randomness import initial_weights, step_generator
 
 SIGMA_DATA = 0.5
@@ -55,7 +55,7 @@ def assert_divergence_falls(name: str, steps: int) -> None:
     stage = stage_of(name, steps)
     before = true_divergence(DIVERGENCES[name], stage)
     for index in range(stage.total_steps):
-        stage.step(index, step_generator(0, "generator", index), closely=False)
+        stage.step(index, step_generator(0, "generator", index), log_details=False)
     after = true_divergence(DIVERGENCES[name], stage)
     assert after < before / 20, f"{before:.4f} fell to {after:.4f}"
 
@@ -89,7 +89,7 @@ def stage_of(divergence: str, steps: int) -> DistillationStage:
         }
     )
     generator, judge = initial_weights(Generator, seed=0), initial_weights(Judge, seed=1)
-    players = Players(teacher=cast(Any, Teacher()), generator=cast(Any, generator), critic=cast(Any, judge))
+    players = DistillationModels(teacher=cast(Any, Teacher()), generator=cast(Any, generator), critic=cast(Any, judge))
     return DistillationStage(players, recipe, Fabric(accelerator="cpu", devices=1), cast(Any, Draws(BATCH)))
 
 
@@ -172,14 +172,14 @@ class Judge(nn.Module):
         *,
         denoise: bool = True,
         discriminate: bool = True,
-    ) -> Criticism:
+    ) -> CriticOutput:
         denoised = self.fake_score(x, sigma) if denoise else None
-        return Criticism(denoised, self.head(x, sigma).flatten() if discriminate else None)
+        return CriticOutput(denoised, self.head(x, sigma).flatten() if discriminate else None)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Called as Batches is: real data that depend on the step alone."""
+    """Called as a DataLoader is: real data that depend on the step alone."""
 
     batch: int
     dataset = SimpleNamespace(labels=None)
@@ -191,9 +191,9 @@ class Draws:
 def true_divergence(divergence: Divergence, stage: DistillationStage) -> float:
     """D_f(q || p) of data and averaged generator, both diffused to CLEAN_ENOUGH, on a grid."""
     # Latents on a grid with their weights, not drawn: the forward KL sees tails that no set of thousands of draws reaches.
-    latents = square_grid(reach=5, step=0.08)
-    log_weights = -(latents**2).sum(1) / 2
-    images = stage.sample(toy.as_images(latents.float()), None).flatten(1).double()
+    noise = square_grid(reach=5, step=0.08)
+    log_weights = -(noise**2).sum(1) / 2
+    images = stage.sample(toy.as_images(noise.float()), None).flatten(1).double()
     grid = square_grid(reach=2.2, step=CELL)
     log_p = torch.cat([log_average(part, images, log_weights) for part in grid.split(512)])
     log_q = data().log_density(grid, torch.tensor(CLEAN_ENOUGH))

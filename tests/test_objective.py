@@ -8,9 +8,10 @@ import toy
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.train.objective.divergences import DIVERGENCES
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN, karras_sigma
+from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.objective.divergences import DIVERGENCES
 from uni_instruct.train.objective.ratio import DensityRatio, noise_bin
 from uni_instruct.train.objective.terms import (
     DiffusedBatch,
@@ -19,7 +20,6 @@ from uni_instruct.train.objective.terms import (
     expanded_terms,
     integral_terms,
 )
-from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.stages.generator_update import divergence_terms
 
 M, B = -0.3, 0.4

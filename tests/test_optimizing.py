@@ -7,7 +7,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from uni_instruct.train.optimization.optimizer import DECAYS, Clipping, Optimization, RateSchedule
+from uni_instruct.train.optimization.optimizer import DECAYS, Clipping, OptimizerStep, RateSchedule
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -52,10 +52,10 @@ def test_a_groups_scale_multiplies_its_rate() -> None:
     assert optimization.module.weight.flatten().tolist() == [-0.25, -0.25]
 
 
-def sgd(clipping: Clipping, rate_scale: float = 1.0) -> Optimization:
+def sgd(clipping: Clipping, rate_scale: float = 1.0) -> OptimizerStep:
     """Plain descent at rate 1 from zero weights: what the weights become is minus the gradient."""
     module = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(module.weight)
     optimizer = torch.optim.SGD([{"params": [module.weight], "rate_scale": rate_scale}], lr=1.0)
     rate = RateSchedule(peak=1.0, total_steps=10, batch=1)
-    return Optimization(Fabric(accelerator="cpu", devices=1), module, optimizer, rate, clipping)
+    return OptimizerStep(Fabric(accelerator="cpu", devices=1), module, optimizer, rate, clipping)

@@ -19,7 +19,7 @@ from tiny_plan import TINY, tiny_plan
 from torch import Tensor
 from torch.autograd.functional import jvp, vjp
 
-from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, GeneratorSpec
+from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, ModelSpec
 from uni_instruct.engines.torch import one_step
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.networks.build import NETWORKS, PATCHES, build_denoiser, load_denoiser
@@ -62,9 +62,9 @@ def permuted(images: Tensor, patch: int) -> Tensor:
 
 def spec_of(
     architecture: str = "ddpmpp", patch: int = 2, num_classes: int = 4, shape: tuple[int, int, int] = SHAPE, **args: Any
-) -> GeneratorSpec:
+) -> ModelSpec:
     sizes = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [6], "dropout": 0.0}
-    return GeneratorSpec(
+    return ModelSpec(
         name="test",
         image_shape=shape,
         num_classes=num_classes,
@@ -73,7 +73,7 @@ def spec_of(
     )
 
 
-def filled(spec: GeneratorSpec) -> Denoiser:
+def filled(spec: ModelSpec) -> Denoiser:
     """With weights of which none is zero: last layers and gains start there."""
     torch.manual_seed(0)
     denoiser, generator = build_denoiser(spec), torch.Generator().manual_seed(1)
@@ -86,7 +86,7 @@ def filled(spec: GeneratorSpec) -> Denoiser:
     return denoiser.eval()
 
 
-def twin_of(denoiser: Denoiser, spec: GeneratorSpec) -> Denoiser:
+def twin_of(denoiser: Denoiser, spec: ModelSpec) -> Denoiser:
     """The same weights, in a network of squares of pixels as channels."""
     channels, height, width = spec.image_shape
     patch = denoiser.patch
@@ -211,11 +211,11 @@ def test_derivatives_go_through_the_squares(architecture: str, patch: int) -> No
 def test_samples_are_those_of_the_twin(architecture: str, patch: int) -> None:
     spec = spec_of(architecture, patch)
     denoiser = filled(spec)
-    twin, latents, class_ids = twin_of(denoiser, spec), views(4)[0] / SIGMA, torch.tensor([0, 2, 3])
+    twin, noise, class_ids = twin_of(denoiser, spec), views(4)[0] / SIGMA, torch.tensor([0, 2, 3])
     for sample in (lambda net, z: heun_sample(net, z, class_ids, 4), lambda net, z: one_step(net, z, class_ids, 2.5)):
         with torch.no_grad():
-            found, expected = sample(denoiser, latents), sample(twin, permuted(latents, patch))
-        assert found.shape == latents.shape
+            found, expected = sample(denoiser, noise), sample(twin, permuted(noise, patch))
+        assert found.shape == noise.shape
         np.testing.assert_allclose(unshuffle(found.numpy(), patch), expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -320,8 +320,8 @@ def patched_teacher(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def image_of(bundle: Bundle) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        latents = torch.randn(2, *bundle.spec.image_shape, generator=generator)
-        return one_step(load_denoiser(bundle), latents, torch.tensor([1, 2]), bundle.spec.sigma_init)
+        noise = torch.randn(2, *bundle.spec.image_shape, generator=generator)
+        return one_step(load_denoiser(bundle), noise, torch.tensor([1, 2]), bundle.spec.sigma_init)
 
 
 def test_inspect_shows_the_patch(patched_bundle: Bundle, cli: Cli) -> None:

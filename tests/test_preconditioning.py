@@ -13,7 +13,7 @@ import torch
 from test_networks import RECORDED, filled, inputs, wave
 from torch import Tensor, nn
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser, build_preconditioning, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
@@ -121,7 +121,7 @@ def test_iddpm_is_the_same_wherever_it_was_made() -> None:
     ],
 )
 def test_a_bundle_keeps_its_preconditioning(asked: dict[str, Any], made: Preconditioning, tmp_path: Path) -> None:
-    spec = GeneratorSpec(name="test", image_shape=(3, 8, 8), network_args=TINY | asked)
+    spec = ModelSpec(name="test", image_shape=(3, 8, 8), network_args=TINY | asked)
     weights = {name: tensor.numpy() for name, tensor in build_denoiser(spec).state_dict().items()}
     Bundle.write(tmp_path / "bundle", spec, weights, card="")
     denoiser = load_denoiser(Bundle.open(tmp_path / "bundle"))
@@ -151,7 +151,7 @@ def test_a_bundle_keeps_its_preconditioning(asked: dict[str, Any], made: Precond
     ],
 )
 def test_a_preconditioning_that_is_none_is_refused(asked: object, message: str) -> None:
-    spec = GeneratorSpec(name="test", image_shape=(3, 8, 8), network_args=TINY | {"preconditioning": asked})
+    spec = ModelSpec(name="test", image_shape=(3, 8, 8), network_args=TINY | {"preconditioning": asked})
     with pytest.raises(RequestError) as caught:
         build_denoiser(spec)
     assert message in str(caught.value)

@@ -23,7 +23,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.export import onnx as onnx_target
 from uni_instruct.export.publish import CHECKED_IMAGES, publish, store, without_folders
 from uni_instruct.generate import generate, resolve_class_ids
-from uni_instruct.noise import latents
+from uni_instruct.noise import noise
 
 Cli = Callable[..., tuple[int, str, str]]
 SEEDS = list(range(5000, 5300))
@@ -89,7 +89,7 @@ def test_the_casts_change_no_bit(published: Bundle, tmp_path: Path) -> None:
     model.graph.ClearField("node")
     model.graph.node.extend(others)
     onnx.save(model, tmp_path / "plain.onnx")
-    feed = {"latents": latents(SEEDS[:64], published.spec.image_shape), "class_ids": np.arange(64) % 10}
+    feed = {"noise": noise(SEEDS[:64], published.spec.image_shape), "class_ids": np.arange(64) % 10}
     found, expected = (
         onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["denoised"], feed)[0]
         for path in (file, tmp_path / "plain.onnx")

@@ -10,12 +10,12 @@ import torch
 
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels
+from uni_instruct.train.monitoring.health import SYMPTOMS
+from uni_instruct.train.monitoring.nonfinite import ADVICE
+from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.reward import open_reward
-from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.recipe import all_keys, load_recipe, parse_recipe
-from uni_instruct.train.monitoring.nonfinite import ADVICE
-from uni_instruct.train.monitoring.health import SYMPTOMS
 
 REWARD = "def ink(images, class_ids):\n    return images.mean(dim=(1, 2, 3))\n"
 

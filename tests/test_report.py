@@ -29,6 +29,7 @@ from uni_instruct.evaluate import Evaluator
 from uni_instruct.generate import generate, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.train.monitoring.clock import Clock, read_times
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.report import page, scores
@@ -38,7 +39,6 @@ from uni_instruct.train.report.page import report_is_current, write_report
 from uni_instruct.train.report.records import parse_history, read_history
 from uni_instruct.train.report.scores import score_sets
 from uni_instruct.train.run import Run
-from uni_instruct.train.monitoring.clock import Clock, read_times
 
 SHORT = (*TINY, "teacher.steps=4", "loop.samples=100", "loop.log_kimg=0.016", "distillation.evaluate_kimg=0.064")
 WITHOUT_DATA = ("data=", "divergence=reverse-kl", "loop.metric=none", "critic_updates=1")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from uni_instruct.bundle import GeneratorSpec, default_generator
+from uni_instruct.bundle import ModelSpec, default_generator
 from uni_instruct.errors import RequestError
 from uni_instruct.images import grid
 from uni_instruct.noise import parse_seeds, random_class_ids
@@ -20,15 +20,15 @@ from uni_instruct.serve.responses import encode_job, job_headers, seed_ranges
 from uni_instruct.serve.schema import Job, parse_request, resolve
 from uni_instruct.serve.settings import settings_from_environment
 
-DIGITS = GeneratorSpec(name="digits", image_shape=(1, 8, 8), num_classes=3, class_names=("zero", "one", "two"))
-PLAIN = GeneratorSpec(name="plain", image_shape=(3, 4, 4))
+DIGITS = ModelSpec(name="digits", image_shape=(1, 8, 8), num_classes=3, class_names=("zero", "one", "two"))
+PLAIN = ModelSpec(name="plain", image_shape=(3, 4, 4))
 
 
-def job(body: dict[str, Any], spec: GeneratorSpec = DIGITS, limit: int = 256) -> Job:
+def job(body: dict[str, Any], spec: ModelSpec = DIGITS, limit: int = 256) -> Job:
     return resolve(parse_request(json.dumps(body).encode()), spec, limit)
 
 
-def pictures(count: int, spec: GeneratorSpec = DIGITS) -> np.ndarray:
+def pictures(count: int, spec: ModelSpec = DIGITS) -> np.ndarray:
     channels, height, width = spec.image_shape
     return np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
 
@@ -121,7 +121,7 @@ def test_headers_stay_short() -> None:
 
 @pytest.mark.parametrize("spec", [DIGITS, PLAIN])
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_one_image_keeps_its_pixels(spec: GeneratorSpec, format: str) -> None:
+def test_one_image_keeps_its_pixels(spec: ModelSpec, format: str) -> None:
     images = pictures(1, spec)
     body, media_type = encode_job(job({"seeds": [1], "format": format}, spec), images, spec)
     assert media_type == f"image/{format}"

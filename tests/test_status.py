@@ -22,10 +22,10 @@ from test_train import start_cli, wait_for_step
 from tiny_plan import TINY
 
 from uni_instruct.errors import RequestError
-from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.run_lock import LOCK, RunLock, is_locked, read_worker
 from uni_instruct.train.monitoring.status import read_status, resume_command
 from uni_instruct.train.monitoring.status_text import duration, status_text
+from uni_instruct.train.recipe import load_recipe
+from uni_instruct.train.run_lock import LOCK, RunLock, is_locked, read_worker
 
 SETTINGS = [
     *TINY,

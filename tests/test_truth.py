@@ -16,10 +16,10 @@ import toy
 from torch import Tensor
 from torch.func import jvp
 
-from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence
 from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN
-from uni_instruct.train.objective.terms import FAMILIES, DiffusedBatch
 from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence
+from uni_instruct.train.objective.terms import FAMILIES, DiffusedBatch
 from uni_instruct.train.stages.generator_update import divergence_terms
 
 DIMS = (1, 2, 8)

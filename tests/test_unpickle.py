@@ -21,11 +21,11 @@ from made_checkpoints import (
 from pickle_parts import stored, tensor, weights, zipped
 from torch import nn
 
-from uni_instruct.checkpoints.checkpoint import read_checkpoint
 from uni_instruct.checkpoints.budget import Limits
+from uni_instruct.checkpoints.checkpoint import read_checkpoint
+from uni_instruct.checkpoints.pickle.unpickle import StoredModule, read_pickle
 from uni_instruct.checkpoints.safetensors_file import read_safetensors
 from uni_instruct.checkpoints.torch_file import read_torch
-from uni_instruct.checkpoints.pickle.unpickle import StoredModule, read_pickle
 from uni_instruct.errors import FileFormatError
 
 NETS = {role: tiny_peer(seed) for seed, role in enumerate(("fake_score", "G", "G_ema"))}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.data import Dataset
 from uni_instruct.hub import LICENCE_TAGS
 from uni_instruct.train.config import Recipe
@@ -33,7 +33,7 @@ Data: {source}. Licence of data: {licence}.
 """
 
 
-def model_card(spec: GeneratorSpec, recipe: Recipe, dataset: Dataset | None, scores: Mapping[str, float]) -> str:
+def model_card(spec: ModelSpec, recipe: Recipe, dataset: Dataset | None, scores: Mapping[str, float]) -> str:
     """README.md of a bundle, with a header that Hugging Face reads."""
     channels, height, width = spec.image_shape
     one_step = spec.steps == 1

@@ -8,10 +8,10 @@ from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.extractors import EXTRACTORS
 from uni_instruct.networks.build import NETWORKS, check_patch
 from uni_instruct.train.checks import in_range, one_of
+from uni_instruct.train.monitoring.trackers import TRACKERS
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.optimization.optimizer import DECAYS, RateSchedule
 from uni_instruct.train.recipe_file import steps_in
-from uni_instruct.train.monitoring.trackers import TRACKERS
 
 AUTO = "auto"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")

@@ -16,18 +16,18 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.engines.torch import to_uint8
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.noise import latents, random_class_ids
+from uni_instruct.noise import noise, random_class_ids
 from uni_instruct.progress import progress, silent
 from uni_instruct.train.config import LoopConfig
+from uni_instruct.train.monitoring.health import Health
+from uni_instruct.train.monitoring.metrics import Metrics
+from uni_instruct.train.monitoring.scores import MOST_REFERENCE_FOR_PR, SELECTION_METRICS, metric_value
 from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.run import Run
 from uni_instruct.train.stages.randomness import step_generator
-from uni_instruct.train.monitoring.health import Health
-from uni_instruct.train.monitoring.metrics import Metrics
-from uni_instruct.train.monitoring.scores import METRICS, MOST_REFERENCE_FOR_PR, metric_value
 
 # Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
 FIRST_SELECTION_SEED = 2**40
@@ -48,11 +48,11 @@ class Stage(Protocol):
         """Updates left out because they were not finite."""
         ...
 
-    def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:
-        """Trains on one batch; with `closely`, returns scalars to log, the same in every process."""
+    def step(self, index: int, generator: torch.Generator, log_details: bool) -> Metrics:
+        """Trains on one batch; with `log_details`, returns scalars to log, the same in every process."""
         ...
 
-    def sample(self, latents: Tensor, class_ids: Tensor | None) -> Tensor:
+    def sample(self, noise: Tensor, class_ids: Tensor | None) -> Tensor:
         """Images [B, C, H, W] in about [-1, 1] of the averaged weights."""
         ...
 
@@ -85,7 +85,7 @@ class Loop:
         run: Run,
         config: LoopConfig,
         fabric: Fabric,
-        spec: GeneratorSpec,
+        spec: ModelSpec,
         evaluator: Evaluator | None,
         keep: Callable[[dict[str, float], np.ndarray], None],
     ):
@@ -106,9 +106,9 @@ class Loop:
                 done = index + 1
                 generator = step_generator(self.config.seed, stage.name, index)
                 torch.manual_seed(generator.initial_seed() + self.fabric.global_rank)  # dropout draws from the global one
-                closely = _due(stage, done, self.config.log_kimg)
-                metrics = stage.step(index, generator, closely)
-                note = self._log(stage, done, metrics, meter) if closely else None
+                log_details = _due(stage, done, self.config.log_kimg)
+                metrics = stage.step(index, generator, log_details)
+                note = self._log(stage, done, metrics, meter) if log_details else None
                 if self.run.snapshots and _due(stage, done, self.config.snapshot_kimg):
                     self._snapshot(stage, done)
                 if _due(stage, done, stage.evaluate_kimg) and (done > 1 or done == stage.total_steps):
@@ -184,7 +184,7 @@ class Loop:
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
         scores, value = {}, 0.0  # without a metric the last weights count
         if self.evaluator is not None:
-            asked = METRICS[self.config.metric].asked
+            asked = SELECTION_METRICS[self.config.metric].asked
             few = self.evaluator.reference_images <= MOST_REFERENCE_FOR_PR
             scores = self.evaluator(images, class_ids, metrics=(asked, "pr") if few else (asked,)).values
             value = metric_value(scores, self.config.metric)
@@ -204,10 +204,10 @@ class Loop:
         with progress(f"{stage.name}: samples", len(seeds), "images") as shown:
             for start in range(0, len(seeds), SAMPLE_BATCH):
                 part = slice(start, start + SAMPLE_BATCH)
-                noise = torch.from_numpy(latents(seeds[part], self.spec.image_shape)).to(device)
+                z = torch.from_numpy(noise(seeds[part], self.spec.image_shape)).to(device)
                 labels = None if class_ids is None else torch.from_numpy(class_ids[part]).to(device)
                 with self.fabric.autocast():  # choosing among weights needs no more digits than training them
-                    parts.append(to_uint8(stage.sample(noise, labels)).cpu().numpy())
+                    parts.append(to_uint8(stage.sample(z, labels)).cpu().numpy())
                 shown.advance(len(parts[-1]))
         return np.concatenate(parts), class_ids
 

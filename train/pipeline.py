@@ -11,7 +11,7 @@ import numpy as np
 from lightning_fabric import Fabric
 
 from uni_instruct import __version__
-from uni_instruct.bundle import CONFIG, Bundle, GeneratorSpec
+from uni_instruct.bundle import CONFIG, Bundle, ModelSpec
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.hub import is_on_hub
@@ -23,13 +23,13 @@ from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
-from uni_instruct.train.optimization.distributed import Share, ended_together, start_fabric
+from uni_instruct.train.optimization.distributed import BatchShard, ended_together, start_fabric
 from uni_instruct.train.optimization.precision import settle_for_run
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.run import Run, claimed
-from uni_instruct.train.stages.distillation import DistillationStage, Players
-from uni_instruct.train.stages.randomness import Batches, initial_weights
+from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
+from uni_instruct.train.stages.randomness import DataLoader, initial_weights
 from uni_instruct.train.stages.teacher import TeacherStage
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     fabric = start_fabric(devices, recipe.loop.precision)
     with ended_together(fabric):
         for config in (recipe.teacher, recipe.distillation):
-            Share(fabric, config.batch, config.micro_batch)
+            BatchShard(fabric, config.batch, config.micro_batch)
         return _trained(plan, out, fabric, devices, start)
 
 
@@ -108,7 +108,7 @@ class _Session:
         denoiser = load_denoiser(teacher)
         pairs = self._pairs(denoiser)
         start = load_denoiser(self.plan.start) if self.plan.start else None
-        players = initial_weights(lambda: Players.from_teacher(denoiser, self.recipe, start), self.recipe.loop.seed)
+        players = initial_weights(lambda: DistillationModels.from_teacher(denoiser, self.recipe, start), self.recipe.loop.seed)
         batches = self._batches(config.batch) if self.recipe.needs_discriminator else None
         stage = DistillationStage(players, self.recipe, self.fabric, batches, self.plan.reward, pairs)
         return self._train(stage, spec, "generator")
@@ -124,7 +124,7 @@ class _Session:
             file, name = self.run.folder / REPORT, type(error).__name__
             log.warning("%s was not made: %s: %s; the training is complete, and 'train' again makes it", file, name, error)
 
-    def _train(self, stage: Stage, spec: GeneratorSpec, name: str) -> Bundle:
+    def _train(self, stage: Stage, spec: ModelSpec, name: str) -> Bundle:
         folder = self.run.folder / name
 
         def keep(scores: dict[str, float], images: np.ndarray) -> None:
@@ -148,9 +148,9 @@ class _Session:
         self.fabric.barrier()
         return teacher_pairs(file, teacher, count, self.recipe.teacher.steps, self.fabric.device)
 
-    def _batches(self, batch: int) -> Batches:
+    def _batches(self, batch: int) -> DataLoader:
         assert self.dataset is not None
-        return Batches(self.dataset, batch, self.recipe.loop.seed)
+        return DataLoader(self.dataset, batch, self.recipe.loop.seed)
 
 
 def _ancestry(teacher: Bundle) -> dict[str, Any]:

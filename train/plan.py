@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from uni_instruct import __version__
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.checkpoints.import_bundle import open_or_import
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
@@ -13,9 +13,9 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.preconditioning import Preconditioning
 from uni_instruct.train.config import Recipe
+from uni_instruct.train.monitoring.trackers import check_trackers
 from uni_instruct.train.objective.reward import Reward, open_reward
 from uni_instruct.train.stages.augment import AUGMENT_LABELS
-from uni_instruct.train.monitoring.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Plan:
 
     recipe: Recipe
     dataset: Dataset | None
-    teacher_spec: GeneratorSpec
+    teacher_spec: ModelSpec
     given_teacher: Bundle | None
     start: Bundle | None
     reward: Reward | None
@@ -61,7 +61,7 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def plan_teacher(recipe: Recipe, dataset: Dataset) -> GeneratorSpec:
+def plan_teacher(recipe: Recipe, dataset: Dataset) -> ModelSpec:
     """The spec of a teacher trained by this recipe on this data."""
     args, conditional = recipe.network.args, recipe.network.conditional
     if conditional and dataset.labels is None:
@@ -72,7 +72,7 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> GeneratorSpec:
         )
     if recipe.teacher.augment or recipe.distillation.augment:
         args["augment_dim"] = AUGMENT_LABELS
-    return GeneratorSpec(
+    return ModelSpec(
         name=f"{recipe.name}-teacher",
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes if conditional else 0,
@@ -86,7 +86,7 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> GeneratorSpec:
     )
 
 
-def _open_start(source: str, teacher: GeneratorSpec) -> Bundle:
+def _open_start(source: str, teacher: ModelSpec) -> Bundle:
     bundle = open_or_import(source, "generator")
     mine, theirs = bundle.spec, teacher
     for what in ("image_shape", "num_classes", "network"):
@@ -110,7 +110,7 @@ def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestErro
     )
 
 
-def _without_storage(spec: GeneratorSpec) -> Denoiser:
+def _without_storage(spec: ModelSpec) -> Denoiser:
     with torch.device("meta"):
         return build_denoiser(spec)
 
@@ -119,14 +119,14 @@ def _weights_of(denoiser: Denoiser) -> tuple[Preconditioning, dict[str, torch.Si
     return denoiser.preconditioning, {name: tensor.shape for name, tensor in denoiser.state_dict().items()}
 
 
-def _open_rewards(recipe: Recipe, spec: GeneratorSpec) -> Reward | None:
+def _open_rewards(recipe: Recipe, spec: ModelSpec) -> Reward | None:
     names = {objective.reward for objective in recipe.objectives if objective.reward_scale}
     if len(names) > 1:
         raise RequestError(f"phases name {len(names)} rewards", remedy="give all of them the same", param="reward")
     return open_reward(names.pop(), spec.image_shape, spec.num_classes) if names else None
 
 
-def _check_classes(recipe: Recipe, spec: GeneratorSpec) -> None:
+def _check_classes(recipe: Recipe, spec: ModelSpec) -> None:
     guided = any(o.teacher_guidance != 1 or o.fake_guidance != 1 or o.fake_training_guidance != 1 for o in recipe.objectives)
     if guided and not spec.num_classes:
         raise RequestError(

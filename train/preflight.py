@@ -26,14 +26,14 @@ SIGMA = 0.5
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, whether it is well, and what was seen, with the remedy where it is not."""
+    """What was looked at, whether it is right, and what was seen, with the remedy where it is not."""
 
     subject: str
-    well: bool
+    ok: bool
     words: str
 
 
-class Patient:
+class Preflight:
     """A run as it is asked for. What several checks look at is opened once."""
 
     def __init__(self, recipe: Recipe, out: Path, devices: int):
@@ -55,34 +55,34 @@ class Patient:
         return cost_of(settled(self.plan, measured=False), budget_s=0)
 
 
-def examine(patient: Patient) -> list[Finding]:
-    """Every check's finding. A check that the project's own error ends is not well; what hangs on it is left out."""
+def examine(preflight: Preflight) -> list[Finding]:
+    """Every check's finding. A check that the project's own error ends is not right; what hangs on it is left out."""
     findings: list[Finding] = []
     for subject, check in CHECKS.items():
         try:
-            words, well = check(patient), True
+            words, ok = check(preflight), True
         except UniInstructError as error:
-            words, well = str(error), False
-        findings.append(Finding(subject, well, words))
-        if subject == "recipe" and not well:
+            words, ok = str(error), False
+        findings.append(Finding(subject, ok, words))
+        if subject == "recipe" and not ok:
             break  # the rest counts what the recipe comes to
     return findings
 
 
-def _data(patient: Patient) -> str:
-    dataset = patient.dataset
+def _data(preflight: Preflight) -> str:
+    dataset = preflight.dataset
     if dataset is None:
         return "none named"
     indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
     values = dataset.floats(indices, [int(index) for index in indices])
     if values.std() < 1e-3:
-        raise Unwell(f"{len(indices)} images of '{dataset.name}' are all one colour", "look at the data with 'data check'")
+        raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "look at the data with 'data check'")
     classes = "no classes"
     if dataset.labels is not None:
         counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
         classes = f"{dataset.num_classes} classes of {counts.min():,} to {counts.max():,} images"
         if not counts.min():
-            raise Unwell(
+            raise CheckFailed(
                 f"{int((counts == 0).sum())} of the {dataset.num_classes} classes of '{dataset.name}' have no image",
                 "give all of the data, or data with the number of classes that it has",
             )
@@ -91,18 +91,18 @@ def _data(patient: Patient) -> str:
     return f"{dataset.name}: {read}, {classes}; 'uni-instruct data check' reads all"
 
 
-def _recipe(patient: Patient) -> str:
-    plan = patient.plan
+def _recipe(preflight: Preflight) -> str:
+    plan = preflight.plan
     trained = "trained first" if plan.given_teacher is None else f"given, {plan.given_teacher.spec.name}"
-    return f"{patient.recipe.name}: the parts fit each other, teacher {trained}"
+    return f"{preflight.recipe.name}: the parts fit each other, teacher {trained}"
 
 
-def _teacher(patient: Patient) -> str:
+def _teacher(preflight: Preflight) -> str:
     """Denoises some of the data: a teacher of other data, or one whose pixels have another range, does worse than nothing."""
-    if not patient.recipe.teacher.bundle:
+    if not preflight.recipe.teacher.bundle:
         return "none given: it is trained first"
-    bundle = open_or_import(patient.recipe.teacher.bundle, "teacher")
-    dataset = patient.dataset
+    bundle = open_or_import(preflight.recipe.teacher.bundle, "teacher")
+    dataset = preflight.dataset
     if dataset is None:
         return f"{bundle.spec.name}: there are no data to try it on"
     indices = np.linspace(0, len(dataset) - 1, DENOISED).astype(np.int64)
@@ -115,49 +115,51 @@ def _teacher(patient: Patient) -> str:
     left = float(((denoised - clean) ** 2).mean() / SIGMA**2)
     seen = f"of noise of {SIGMA} on {len(clean)} images it leaves {left:.0%}"
     if not left < 1:
-        raise Unwell(f"{bundle.spec.name}: {seen}", "give the teacher of these data, whose pixels run from -1 to 1")
+        raise CheckFailed(f"{bundle.spec.name}: {seen}", "give the teacher of these data, whose pixels run from -1 to 1")
     return f"{bundle.spec.name}: {seen}"
 
 
-def _devices(patient: Patient) -> str:
-    gpus, asked = torch.cuda.device_count(), patient.devices
+def _devices(preflight: Preflight) -> str:
+    gpus, asked = torch.cuda.device_count(), preflight.devices
     if gpus and asked > gpus:
-        raise Unwell(f"--devices {asked} is more than the {gpus} GPUs of this machine", "ask for fewer, or use torchrun")
-    if patient.recipe.loop.precision == "16-mixed" and not gpus:
-        raise Unwell("loop.precision 16-mixed needs a GPU, and this machine has none", "--set precision=bf16-mixed")
-    for section in (patient.recipe.teacher, patient.recipe.distillation):
+        raise CheckFailed(f"--devices {asked} is more than the {gpus} GPUs of this machine", "ask for fewer, or use torchrun")
+    if preflight.recipe.loop.precision == "16-mixed" and not gpus:
+        raise CheckFailed("loop.precision 16-mixed needs a GPU, and this machine has none", "--set precision=bf16-mixed")
+    for section in (preflight.recipe.teacher, preflight.recipe.distillation):
         if section.batch % asked:
-            raise Unwell(f"{section.section}.batch {section.batch} is not divisible by {asked}", "choose another --devices")
-    days = patient.cost.gpu_days(exact(patient.recipe.loop).precision)
+            raise CheckFailed(
+                f"{section.section}.batch {section.batch} is not divisible by {asked}", "choose another --devices"
+            )
+    days = preflight.cost.gpu_days(exact(preflight.recipe.loop).precision)
     on = f"{asked} of {gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else f"{asked} CPU processes, no GPU"
     return f"{on}; the run takes about {days:.3g} days of one H100 (--dry-run says how that is reckoned)"
 
 
-def _memory(patient: Patient) -> str:
-    needed = max(stage.memory.total for stage in patient.cost.stages.values())
+def _memory(preflight: Preflight) -> str:
+    needed = max(stage.memory.total for stage in preflight.cost.stages.values())
     if torch.cuda.is_available():
         there, whose = torch.cuda.get_device_properties(0).total_memory, "of a GPU"
     else:
         there, whose = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // patient.devices,
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // preflight.devices,
             "of this machine for a process",
         )
     words = f"about {needed / MB:,.0f} MB needed, {there / MB:,.0f} MB {whose}"
     if needed > there:
-        raise Unwell(words, "lower distillation.micro_batch and teacher.micro_batch, or use more or larger devices")
+        raise CheckFailed(words, "lower distillation.micro_batch and teacher.micro_batch, or use more or larger devices")
     return words
 
 
-def _disk(patient: Patient) -> str:
-    folder = next(path for path in (patient.out.absolute(), *patient.out.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(folder).free, patient.cost.disk
+def _disk(preflight: Preflight) -> str:
+    folder = next(path for path in (preflight.out.absolute(), *preflight.out.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(folder).free, preflight.cost.disk
     words = f"about {needed / MB:,.0f} MB needed, {free / MB:,.0f} MB free in {folder}"
     if needed > free:
-        raise Unwell(words, "free space, choose another --out, or raise loop.snapshot_kimg")
+        raise CheckFailed(words, "free space, choose another --out, or raise loop.snapshot_kimg")
     return words
 
 
-class Unwell(UniInstructError):
+class CheckFailed(UniInstructError):
     """A check's finding."""
 
     def __init__(self, problem: str, remedy: str):
@@ -165,7 +167,7 @@ class Unwell(UniInstructError):
 
 
 # In the order in which a user would mend them.
-CHECKS: dict[str, Callable[[Patient], str]] = {
+CHECKS: dict[str, Callable[[Preflight], str]] = {
     "data": _data,
     "teacher": _teacher,
     "recipe": _recipe,

@@ -12,8 +12,8 @@ import yaml
 from uni_instruct.errors import RequestError
 from uni_instruct.train.checks import one_of
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.objective.methods import DEFINING, METHODS
 from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.objective.methods import DEFINING, METHODS
 from uni_instruct.train.recipe_file import RECIPES, built_in_recipes, read_yaml
 
 METHOD_KEY = "objective.method"

@@ -16,12 +16,12 @@ from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file, disk_errors
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.train.config import Recipe
+from uni_instruct.train.monitoring.clock import Clock
+from uni_instruct.train.monitoring.trackers import Tracker, open_trackers
 from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.run_lock import RunLock, taken
-from uni_instruct.train.monitoring.clock import Clock
-from uni_instruct.train.monitoring.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
 

@@ -37,10 +37,10 @@ _FIELD_TYPES: dict[str, tuple[Any, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorSpec:
+class ModelSpec:
     """What is needed to run a generator and to say where it comes from.
 
-    image_shape is [C, H, W]. num_classes is 0 for an unconditional generator. sigma_init is the noise level that latents are
+    image_shape is [C, H, W]. num_classes is 0 for an unconditional generator. sigma_init is the noise level that noise are
     scaled to. steps is 1 for a one-step generator; a teacher has more and is sampled with EDM's Heun sampler.
     """
 
@@ -94,7 +94,7 @@ class Bundle:
     origin is its path, or its address on the hub with the commit that it was taken from.
     """
 
-    def __init__(self, path: Path, spec: GeneratorSpec, weights_sha256: str, origin: str = ""):
+    def __init__(self, path: Path, spec: ModelSpec, weights_sha256: str, origin: str = ""):
         self.path = path
         self.spec = spec
         self.weights_sha256 = weights_sha256
@@ -120,7 +120,7 @@ class Bundle:
     def write(
         cls,
         path: Path,
-        spec: GeneratorSpec,
+        spec: ModelSpec,
         weights: Mapping[str, np.ndarray],
         card: str,
         samples: bytes | None = None,
@@ -238,15 +238,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_spec(path: Path, config: dict[str, Any]) -> GeneratorSpec:
-    names = {f.name for f in fields(GeneratorSpec)}
+def _read_spec(path: Path, config: dict[str, Any]) -> ModelSpec:
+    names = {f.name for f in fields(ModelSpec)}
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in names
     }
     try:
         for name, value in values.items():
             _check_type(name, value)
-        return GeneratorSpec(**values)
+        return ModelSpec(**values)
     except TypeError as error:
         raise BundleError(f"{path} does not describe a generator: {error}", remedy="copy the whole folder again") from error
 

@@ -1,4 +1,4 @@
-"""Engine: whatever turns latents into images. The caller never learns which runtime it holds."""
+"""Engine: whatever turns noise into images. The caller never learns which runtime it holds."""
 
 import importlib
 from pathlib import Path
@@ -6,21 +6,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.errors import RequestError
 
 
 class Engine(Protocol):
     """A generator, ready to run on one device."""
 
-    spec: GeneratorSpec
+    spec: ModelSpec
     name: str
     device: str
 
-    def __call__(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images of any batch B >= 1, a fresh array.
 
-        latents: float32 [B, C, H, W], N(0, 1); class_ids: int64 [B] in range, None exactly for an unconditional spec.
+        noise: float32 [B, C, H, W], N(0, 1); class_ids: int64 [B] in range, None exactly for an unconditional spec.
         Returns uint8 [B, H, W, C].
         """
         ...

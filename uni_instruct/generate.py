@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.noise import check_seeds, latents, random_class_ids
+from uni_instruct.noise import check_seeds, noise, random_class_ids
 
 
 def generate(engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64) -> np.ndarray:
@@ -22,13 +22,11 @@ def generate_batches(
     """The same, batch by batch: each uint8 [<=batch, H, W, C]."""
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        noise = latents(seeds[part], engine.spec.image_shape)
-        yield engine(noise, None if class_ids is None else class_ids[part])
+        z = noise(seeds[part], engine.spec.image_shape)
+        yield engine(z, None if class_ids is None else class_ids[part])
 
 
-def resolve_class_ids(
-    spec: GeneratorSpec, seeds: Sequence[int], classes: Sequence[int | str] | None = None
-) -> np.ndarray | None:
+def resolve_class_ids(spec: ModelSpec, seeds: Sequence[int], classes: Sequence[int | str] | None = None) -> np.ndarray | None:
     """A class id per seed, int64 [N]; None for an unconditional generator.
 
     classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class.
@@ -51,7 +49,7 @@ def resolve_class_ids(
     return np.broadcast_to(ids, (len(seeds),)).copy()
 
 
-def by_class(spec: GeneratorSpec, seeds: Sequence[int]) -> list[int]:
+def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:
     """The classes in equal shares of the seeds, one after the other: row r of a sheet with a row for each is class r.
 
     Raises RequestError where there are no classes, or the seeds cannot be shared out equally.
@@ -67,7 +65,7 @@ def by_class(spec: GeneratorSpec, seeds: Sequence[int]) -> list[int]:
     return [class_id for class_id in range(spec.num_classes) for _ in range(share)]
 
 
-def image_size(spec: GeneratorSpec) -> tuple[int, int, int]:
+def image_size(spec: ModelSpec) -> tuple[int, int, int]:
     """(H, W, C) of the images, from the spec's [C, H, W]."""
     channels, height, width = spec.image_shape
     return height, width, channels

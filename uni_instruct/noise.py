@@ -1,4 +1,4 @@
-"""Seeds to latents and classes. One seed is one image, whatever the engine, batch, order or machine. NumPy only."""
+"""Seeds to noise and classes. One seed is one image, whatever the engine, batch, order or machine. NumPy only."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ MAX_DIGITS = 40  # Python refuses to read numbers of thousands of digits
 _NOISE_STREAM, _CLASS_STREAM = 0, 1
 
 
-def latents(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
+def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
     """One N(0, 1) draw per seed: float32 [len(seeds), *shape]. Image i depends on seeds[i] alone, never on its batch."""
     out = np.empty((len(seeds), *shape), dtype=np.float32)
     for row, seed in zip(out, seeds, strict=True):
@@ -23,7 +23,7 @@ def latents(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
 
 
 def random_class_ids(seeds: Sequence[int], num_classes: int) -> np.ndarray:
-    """A class for each seed, uniform on 0..num_classes-1 and independent of the seed's latents: int64 [len(seeds)]."""
+    """A class for each seed, uniform on 0..num_classes-1 and independent of the seed's noise: int64 [len(seeds)]."""
     return np.array([_generator(seed, _CLASS_STREAM).integers(num_classes) for seed in seeds], dtype=np.int64)
 
 

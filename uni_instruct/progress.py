@@ -18,7 +18,7 @@ class Progress(Protocol):
 
 
 # How a library is told to show its long work: `progress` below, or `silent`.
-Track = Callable[[str, int, str], AbstractContextManager[Progress]]
+ProgressFactory = Callable[[str, int, str], AbstractContextManager[Progress]]
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.data import Dataset, write_zip
-from uni_instruct.data.edm_zip import META, dataset_meta
 from uni_instruct.data.dataset import ImageReader
+from uni_instruct.data.edm_zip import META, dataset_meta
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.images import encode
@@ -28,7 +28,7 @@ _FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".pt", ".tar
 class SampleSet:
     """Images of seeds, in the order of the seeds; class_ids int64 [N], None without classes."""
 
-    spec: GeneratorSpec
+    spec: ModelSpec
     seeds: Sequence[int] = field(repr=False)
     class_ids: np.ndarray | None = field(repr=False)
     reader: ImageReader = field(repr=False)
@@ -62,7 +62,7 @@ class SampleSet:
 class Form:
     """How a set is written, and how the request is read back from one."""
 
-    check: Callable[[GeneratorSpec, Sequence[int]], None]
+    check: Callable[[ModelSpec, Sequence[int]], None]
     write: Callable[[SampleSet, Path], None]
     read_request: Callable[[Path], Any]
     is_folder: bool = False
@@ -144,12 +144,12 @@ def _read_npz(out: Path) -> Any:
         return json.loads(str(file["request"]))
 
 
-def _check_pictures(spec: GeneratorSpec, seeds: Sequence[int]) -> None:
+def _check_pictures(spec: ModelSpec, seeds: Sequence[int]) -> None:
     if spec.image_shape[0] not in (1, 3):
         raise RequestError(f"images of {spec.image_shape[0]} channels cannot be PNGs", remedy="give an --out that ends in .npz")
 
 
-def _check_named_by_seed(spec: GeneratorSpec, seeds: Sequence[int]) -> None:
+def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:
     _check_pictures(spec, seeds)
     if len(set(seeds)) < len(seeds):
         raise RequestError(
@@ -159,7 +159,7 @@ def _check_named_by_seed(spec: GeneratorSpec, seeds: Sequence[int]) -> None:
         )
 
 
-def _check_nothing(spec: GeneratorSpec, seeds: Sequence[int]) -> None:
+def _check_nothing(spec: ModelSpec, seeds: Sequence[int]) -> None:
     """An npz holds images of any shape and order."""
 
 

@@ -11,10 +11,10 @@ from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN, sampling_sigmas
 
 
 @torch.no_grad()
-def heun_sample(denoiser: Denoiser, latents: Tensor, class_ids: Tensor | None, steps: int = 18) -> Tensor:
-    """Images [B, C, H, W] in about [-1, 1] from N(0, 1) latents, with 2 * steps - 1 network evaluations."""
+def heun_sample(denoiser: Denoiser, noise: Tensor, class_ids: Tensor | None, steps: int = 18) -> Tensor:
+    """Images [B, C, H, W] in about [-1, 1] from N(0, 1) noise, with 2 * steps - 1 network evaluations."""
     sigmas = known_sigmas(denoiser.preconditioning, steps)
-    x = latents.double() * sigmas[0]
+    x = noise.double() * sigmas[0]
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         level = torch.full((len(x), 1, 1, 1), sigma, device=x.device)

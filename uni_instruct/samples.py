@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file, disk_errors
@@ -41,7 +41,7 @@ class SampleRequest:
     batch: int = 64
 
     @property
-    def spec(self) -> GeneratorSpec:
+    def spec(self) -> ModelSpec:
         """What the generator is."""
         return self.bundle.spec
 

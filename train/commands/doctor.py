@@ -25,13 +25,13 @@ def doctor(recipe: str, more: tuple[str, ...], out: Path, overrides: tuple[str, 
 
     Example: uni-instruct doctor cifar10-uncond --set teacher=edm-cifar10-32x32-uncond-vp.pkl data=cifar10-32x32.zip
     """
-    from uni_instruct.train.preflight import Patient, examine
+    from uni_instruct.train.preflight import Preflight, examine
 
-    findings = examine(Patient(load_recipe(recipe, (*overrides, *more)), out, devices))
+    findings = examine(Preflight(load_recipe(recipe, (*overrides, *more)), out, devices))
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
         for finding in findings:
-            click.echo(f"{'ok   ' if finding.well else 'WRONG'} {finding.subject}: {finding.words}")
-    if not all(finding.well for finding in findings):
+            click.echo(f"{'ok   ' if finding.ok else 'WRONG'} {finding.subject}: {finding.words}")
+    if not all(finding.ok for finding in findings):
         sys.exit(2)

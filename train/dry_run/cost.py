@@ -11,12 +11,12 @@ from torch import nn
 
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import Recipe, StageConfig
-from uni_instruct.train.dry_run.trial import CountedSteps, Limits, TimedSteps, Timing, micro_batch_of
+from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, Timing, TrialLimits, micro_batch_of
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.optimization.precision import exact
 from uni_instruct.train.optimization.precision import settled as settled_loop
 from uni_instruct.train.plan import Plan
-from uni_instruct.train.stages.distillation import Players
+from uni_instruct.train.stages.distillation import DistillationModels
 
 MEASURE_S = 18.0
 MB = 2**20
@@ -171,14 +171,14 @@ def evaluations(steps: int) -> int:
     return 2 * steps - 1
 
 
-def players_without_storage(plan: Plan) -> Players:
+def players_without_storage(plan: Plan) -> DistillationModels:
     """The networks of the distillation, of full size, on the meta device but for what a discriminator adds."""
     with torch.device("meta"):
         teacher = build_denoiser(plan.teacher_spec)
-    return Players.from_teacher(teacher, plan.recipe)
+    return DistillationModels.from_teacher(teacher, plan.recipe)
 
 
-def count_parameters(players: Players) -> dict[str, int]:
+def count_parameters(players: DistillationModels) -> dict[str, int]:
     """Of each network; the discriminator's are those that it adds to the fake score's."""
     fake_score, critic = _size(players.critic.fake_score), _size(players.critic)
     return {
@@ -189,7 +189,7 @@ def count_parameters(players: Players) -> dict[str, int]:
     }
 
 
-def _teacher(plan: Plan, players: Players, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
+def _teacher(plan: Plan, players: DistillationModels, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
     config, counts, networks = plan.recipe.teacher, counted.teacher(), [players.teacher]
     memory = _memory(networks, networks, players.teacher, config, counts.activations)
     return StageCost(
@@ -202,7 +202,7 @@ def _teacher(plan: Plan, players: Players, counted: CountedSteps, timed: TimedSt
     )
 
 
-def _generator(plan: Plan, players: Players, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
+def _generator(plan: Plan, players: DistillationModels, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
     config, stretches = plan.recipe.distillation, phases(plan.recipe)
     counts = [counted.distillation(phase.objective, phase.critic_alone) for phase in stretches]
     trained, last = [players.generator, players.critic], stretches[-1]
@@ -243,10 +243,10 @@ def _disk(trained: Sequence[nn.Module], averaged: nn.Module, config: StageConfig
     return 2 * state + _bytes(averaged) + snapshots
 
 
-def _limits(memory: Memory, config: StageConfig, budget_s: float) -> Limits:
+def _limits(memory: Memory, config: StageConfig, budget_s: float) -> TrialLimits:
     images = micro_batch_of(config)
     per_image = max(1.0, memory.activations / images)
-    return Limits(images=images, fixed_bytes=memory.fixed, bytes_per_image=per_image, budget_s=budget_s)
+    return TrialLimits(images=images, fixed_bytes=memory.fixed, bytes_per_image=per_image, budget_s=budget_s)
 
 
 def _size(network: nn.Module) -> int:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import torch
 
-from uni_instruct.train.objective.divergences import find_divergence
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, karras_sigma
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.objective.divergences import find_divergence
+from uni_instruct.train.objective.methods import METHODS
 
 DIVERGENCE_WORDS = {
     "reverse-kl": "reverse KL divergence KL(student || teacher)",

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import StageConfig
 from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, count_flops
-from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizer import Optimization
+from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.optimization.distributed import lone_fabric
+from uni_instruct.train.optimization.optimizer import OptimizerStep
 from uni_instruct.train.plan import Plan
-from uni_instruct.train.stages.distillation import DistillationStage, Players
-from uni_instruct.train.stages.randomness import Batches, initial_weights
+from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
+from uni_instruct.train.stages.randomness import DataLoader, initial_weights
 from uni_instruct.train.stages.teacher import TeacherStage
 
 REWARD_IMAGES = 2  # as many as a reward is tried on when it is opened
@@ -89,10 +89,10 @@ class _NoDevice(CPUAccelerator):
         """There is none to set up."""
 
 
-class _Unstepped(Optimization):
+class _Unstepped(OptimizerStep):
     """Gradients only: a step would look at their values."""
 
-    def __init__(self, optimization: Optimization):
+    def __init__(self, optimization: OptimizerStep):
         self.__dict__.update(optimization.__dict__)
 
     def step(self, index: int) -> Tensor:
@@ -102,7 +102,7 @@ class _Unstepped(Optimization):
 
 
 class _CountedDistillation(DistillationStage):
-    def _optimization(self, module: nn.Module, name: str) -> Optimization:
+    def _optimization(self, module: nn.Module, name: str) -> OptimizerStep:
         return _Unstepped(super()._optimization(module, name))
 
 
@@ -119,7 +119,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class TrialLimits:
     """The most images at once, the bytes that a stage takes without and for each of them, and the time to measure in."""
 
     images: int
@@ -146,17 +146,19 @@ class TimedSteps:
         words += ", channels_last" if loop.channels_last is True else ""
         return words + (", not compiled" if loop.compile else "")
 
-    def teacher(self, flops: float, limits: Limits) -> Timing | None:
+    def teacher(self, flops: float, limits: TrialLimits) -> Timing | None:
         """A step of the teacher's training; None where memory allows not even an evaluation."""
         return self._time(lambda images: teacher_stage(self.plan, self.fabric, images), flops, limits)
 
-    def distillation(self, objective: ObjectiveConfig, critic_alone: bool, flops: float, limits: Limits) -> Timing | None:
+    def distillation(self, objective: ObjectiveConfig, critic_alone: bool, flops: float, limits: TrialLimits) -> Timing | None:
         """A step of the distillation; None where memory allows not even an evaluation."""
         return self._time(
             lambda images: distillation_stage(self.plan, self.fabric, objective, critic_alone, images), flops, limits
         )
 
-    def _time(self, build: Callable[[int], TeacherStage | DistillationStage], flops: float, limits: Limits) -> Timing | None:
+    def _time(
+        self, build: Callable[[int], TeacherStage | DistillationStage], flops: float, limits: TrialLimits
+    ) -> Timing | None:
         """On more images at once from try to try, as far as half of the free memory and the time allow."""
         if self.evaluation_s is None:
             return None
@@ -217,7 +219,7 @@ def teacher_stage(plan: Plan, fabric: Fabric, images: int) -> TeacherStage:
     recipe = dataclasses.replace(plan.recipe, teacher=config, loop=loop)
     with fabric.device:
         denoiser = initial_weights(lambda: build_denoiser(plan.teacher_spec), loop.seed)
-    return TeacherStage(denoiser, Batches(plan.dataset, config.batch, loop.seed), recipe, fabric)
+    return TeacherStage(denoiser, DataLoader(plan.dataset, config.batch, loop.seed), recipe, fabric)
 
 
 def distillation_stage(
@@ -239,13 +241,13 @@ def distillation_stage(
     batches = None
     if plan.recipe.needs_discriminator:  # it learns in every phase, whichever needs it
         assert plan.dataset is not None
-        batches = Batches(plan.dataset, config.batch, loop.seed)
+        batches = DataLoader(plan.dataset, config.batch, loop.seed)
     with fabric.device:
         teacher = initial_weights(lambda: build_denoiser(plan.teacher_spec), loop.seed)
-    players = Players.from_teacher(teacher, plan.recipe)
+    players = DistillationModels.from_teacher(teacher, plan.recipe)
     players.critic.to(fabric.device)
     pair, _, class_ids = _inputs(plan)
-    return kind(players, recipe, fabric, batches, plan.reward, Pairs(latents=pair, images=pair, class_ids=class_ids))
+    return kind(players, recipe, fabric, batches, plan.reward, Pairs(noise=pair, images=pair, class_ids=class_ids))
 
 
 Config = TypeVar("Config", bound=StageConfig)

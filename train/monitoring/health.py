@@ -29,7 +29,7 @@ class Trail:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Trend:
     """A value derived from a metric and its past, under a name that symptoms can read like a metric's.
 
     read(value, trail) sees the trail without the value; None where there is too little past.
@@ -56,14 +56,14 @@ def rise(value: float, trail: Trail) -> float | None:
     return value - trail.recent[-1] if trail.recent else None
 
 
-COMPARISONS = {
+TRENDS = {
     c.name: c
     for c in (
-        Comparison(name="generator/score_distance:times_lowest", metric="generator/score_distance", read=times_lowest),
-        Comparison(name="teacher/loss:times_lowest", metric="teacher/loss", read=times_lowest),
-        Comparison(name="generator/gradient_norm:times_median", metric="generator/gradient_norm", read=times_median),
-        Comparison(name="critic/gradient_norm:times_median", metric="critic/gradient_norm", read=times_median),
-        Comparison(name="skipped_steps:rise", metric="skipped_steps", read=rise),
+        Trend(name="generator/score_distance:times_lowest", metric="generator/score_distance", read=times_lowest),
+        Trend(name="teacher/loss:times_lowest", metric="teacher/loss", read=times_lowest),
+        Trend(name="generator/gradient_norm:times_median", metric="generator/gradient_norm", read=times_median),
+        Trend(name="critic/gradient_norm:times_median", metric="critic/gradient_norm", read=times_median),
+        Trend(name="skipped_steps:rise", metric="skipped_steps", read=rise),
     )
 }
 
@@ -214,7 +214,7 @@ class Health:
 
     def _compare(self, metrics: Mapping[str, float]) -> dict[str, float]:
         compared = {}
-        for comparison in COMPARISONS.values():
+        for comparison in TRENDS.values():
             value = metrics.get(comparison.metric, math.nan)
             if not math.isfinite(value):
                 continue  # absent, or a value that would spoil every comparison to come

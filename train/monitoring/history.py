@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uni_instruct.train.monitoring.scores import METRICS
+from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
 # The speed of so many of the last lines is the present one: a line alone may hold an evaluation.
 RECENT_LINES = 10
@@ -111,6 +111,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _value(line: dict[str, Any], metric: str) -> float | None:
-    printed: tuple[str, ...] = METRICS[metric].printed if metric in METRICS else ()
+    printed: tuple[str, ...] = SELECTION_METRICS[metric].printed if metric in SELECTION_METRICS else ()
     value = next((value for name, value in line.items() if name.startswith(printed)), None)
     return value if isinstance(value, int | float) else None

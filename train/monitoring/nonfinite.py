@@ -7,7 +7,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.train.optimization.optimizer import Optimization
+from uni_instruct.train.optimization.optimizer import OptimizerStep
 
 ADVICE = {
     "generator": "lower distillation.generator_learning_rate",
@@ -29,7 +29,7 @@ class TrainingError(UniInstructError):
     """Training cannot go on."""
 
 
-class Suspects:
+class NonFiniteTracker:
     """The per-image terms of one update, kept until it is known that they were finite."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Suspects:
         return None
 
 
-def stop_if_hopeless(fabric: Fabric, optimization: Optimization, limit: int, suspects: Suspects, step: int) -> None:
+def raise_if_diverged(fabric: Fabric, optimization: OptimizerStep, limit: int, suspects: NonFiniteTracker, step: int) -> None:
     """Raises TrainingError after `limit` updates in a row that were not finite, naming step, term and noise level."""
     if optimization.bad_in_a_row < limit:
         return

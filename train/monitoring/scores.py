@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class Metric(NamedTuple):
+class SelectionMetric(NamedTuple):
     """What a recipe's metric asks the evaluator for, and how the answer's name begins."""
 
     asked: str
@@ -13,9 +13,9 @@ class Metric(NamedTuple):
 
 # torch-fidelity compares all images of the reference with each other for precision and recall, at every call: minutes for more.
 MOST_REFERENCE_FOR_PR = 10_000
-METRICS = {"FD": Metric("fd", ("FD(", "FID")), "KD": Metric("kd", ("KD(", "KID"))}
+SELECTION_METRICS = {"FD": SelectionMetric("fd", ("FD(", "FID")), "KD": SelectionMetric("kd", ("KD(", "KID"))}
 
 
 def metric_value(scores: Mapping[str, float], metric: str) -> float:
     """The score that is minimised, under the name that its extractor gives it: FD(<extractor>) or FID, KD(...) or KID."""
-    return next(value for name, value in scores.items() if name.startswith(METRICS[metric].printed))
+    return next(value for name, value in scores.items() if name.startswith(SELECTION_METRICS[metric].printed))

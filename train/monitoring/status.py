@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.train.monitoring.history import History, read_history
 from uni_instruct.train.recipe_file import built_in_recipes, read_yaml, steps_in
 from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, Worker, is_locked, read_worker
-from uni_instruct.train.monitoring.history import History, read_history
 
 RECIPE, LOG = "recipe.yaml", "log.jsonl"
 # Stages by their names in the log, with their sections in the recipe.

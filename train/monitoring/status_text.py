@@ -3,9 +3,9 @@
 import time
 from typing import Any
 
-from uni_instruct.train.run_lock import FINISHED
-from uni_instruct.train.monitoring.status import RUNNING, StageStatus, Status
 from uni_instruct.train.monitoring.history import scores
+from uni_instruct.train.monitoring.status import RUNNING, StageStatus, Status
+from uni_instruct.train.run_lock import FINISHED
 
 _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from uni_instruct.train.objective.divergences import DEFAULT_MIX, DEFAULT_ORDER, find_divergence
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels
 from uni_instruct.train.checks import in_range, one_of
+from uni_instruct.train.objective.divergences import DEFAULT_MIX, DEFAULT_ORDER, find_divergence
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.terms import FAMILIES, WEIGHTINGS
 

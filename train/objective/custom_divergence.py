@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uni_instruct.train.objective.divergences import Divergence, Elementwise
 from uni_instruct.errors import RequestError
+from uni_instruct.train.objective.divergences import Divergence, Elementwise
 from uni_instruct.user_functions import import_named, is_importable_name
 
 # Where f is checked: ratios from 1e-3 to 1e3.

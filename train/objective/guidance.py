@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from uni_instruct.networks.critic import Criticism
+from uni_instruct.networks.critic import CriticOutput
 
 NO_CLASS = -1
 
@@ -20,7 +20,7 @@ def guided(denoiser: Callable[..., Tensor], x: Tensor, sigma: Tensor, class_ids:
 
 
 def guided_criticism(
-    critic: Callable[..., Criticism],
+    critic: Callable[..., CriticOutput],
     x: Tensor,
     sigma: Tensor,
     class_ids: Tensor | None,
@@ -28,7 +28,7 @@ def guided_criticism(
     *,
     scale: float,
     discriminate: bool,
-) -> Criticism:
+) -> CriticOutput:
     """The critic's guided denoised images, and its logits, which are not guided."""
     criticism = critic(x, sigma, class_ids, augment_labels, discriminate=discriminate)
     if scale == 1 or class_ids is None:

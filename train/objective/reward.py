@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from uni_instruct.errors import RequestError
-from uni_instruct.user_functions import import_named
 from uni_instruct.noise import ImageShape
+from uni_instruct.user_functions import import_named
 
 Reward = Callable[[Tensor, Tensor | None], Tensor]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uni_instruct.train.objective.divergences import Divergence
 from uni_instruct.schedule import NoiseLevels
+from uni_instruct.train.objective.divergences import Divergence
 
 Terms = dict[str, Tensor]
 

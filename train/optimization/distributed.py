@@ -86,7 +86,7 @@ def arranged(module: Module, loop: LoopConfig) -> Module:
     return module
 
 
-class Share:
+class BatchShard:
     """This process's part of every global batch, in micro-batches: slices of the global batch.
 
     micro_batch is the most images at once, 0 for the whole share. Raises RequestError where the processes do not divide it.
@@ -103,11 +103,11 @@ class Share:
         start = fabric.global_rank * local
         step = micro_batch or local
         self.whole = slice(start, start + local)
-        self.parts = [slice(at, min(at + step, start + local)) for at in range(start, start + local, step)]
+        self.micro_batches = [slice(at, min(at + step, start + local)) for at in range(start, start + local, step)]
 
 
 class _Replicas(DDPStrategy):
-    """Equal copies whose gradients `Optimization` sums itself.
+    """Equal copies whose gradients `OptimizerStep` sums itself.
 
     Torch's wrapper would expect every forward pass to be followed by a backward pass into the same module; a generator's
     gradient runs through the frozen critic, which breaks that.

@@ -50,7 +50,7 @@ def can_fuse(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-class Optimization:
+class OptimizerStep:
     """A module's optimizer. Gradients of any number of `backward` calls, in all processes, add up to those of one step.
 
     A parameter group's rate_scale multiplies its rate. A step whose gradient is not finite leaves the module as it was and is

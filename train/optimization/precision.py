@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.processes import is_later_process
-from uni_instruct.progress import Track, progress, silent
+from uni_instruct.progress import ProgressFactory, progress, silent
 from uni_instruct.train.config import AUTO, LoopConfig
 from uni_instruct.train.optimization.distributed import lone_fabric, prepared
 from uni_instruct.train.recipe import parse_recipe, read_yaml
@@ -48,7 +48,7 @@ def exact(loop: LoopConfig) -> LoopConfig:
     return replace(loop, precision=precision, channels_last=loop.channels_last is True)
 
 
-def settled(loop: LoopConfig, spec: GeneratorSpec, images: int, *, shown: bool = True) -> LoopConfig:
+def settled(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: bool = True) -> LoopConfig:
     """loop with `auto` replaced by what takes the least time here for a training step of the spec's network.
 
     images: the most that a process takes at once; no more than MOST_IMAGES are timed.
@@ -64,10 +64,10 @@ def settled(loop: LoopConfig, spec: GeneratorSpec, images: int, *, shown: bool =
     return replace(loop, precision=best.precision, channels_last=best.channels_last)
 
 
-def _measured(ways: list[Way], spec: GeneratorSpec, most: int, track: Track) -> Way:
+def _measured(ways: list[Way], spec: ModelSpec, most: int, with_progress: ProgressFactory) -> Way:
     times = dict.fromkeys(ways, float("inf"))
     trials = [way for _ in range(ROUNDS) for way in ways]
-    with track("precision: what is fastest here", len(trials), "trials") as bar:
+    with with_progress("precision: what is fastest here", len(trials), "trials") as bar:
         images = round(min(most, MOST_IMAGES, max(1.0, STEP_S / _step_s(spec, ways[0], 1))))
         for number, way in enumerate(trials):
             times[way] = min(times[way], _step_s(spec, way, images))
@@ -75,7 +75,7 @@ def _measured(ways: list[Way], spec: GeneratorSpec, most: int, track: Track) -> 
     return _fastest(times)
 
 
-def settle_for_run(loop: LoopConfig, spec: GeneratorSpec, images: int, folder: Path) -> LoopConfig:
+def settle_for_run(loop: LoopConfig, spec: ModelSpec, images: int, folder: Path) -> LoopConfig:
     """As `settled`, once for a run: its first process measures and notes it, later processes and resumed runs read that.
 
     Raises RequestError where the first process's note does not come.
@@ -136,7 +136,7 @@ def _verdict(times: dict[Way, float], images: int) -> str:
     return f"{_fastest(times)} (images/s: {speeds})"
 
 
-def _step_s(spec: GeneratorSpec, way: Way, images: int) -> float:
+def _step_s(spec: ModelSpec, way: Way, images: int) -> float:
     """Seconds of a forward and a backward pass, after one that does not count."""
     fabric = lone_fabric(way.precision)
     loop = LoopConfig(precision=way.precision, channels_last=way.channels_last)

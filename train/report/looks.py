@@ -6,13 +6,13 @@ import torch
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.files import atomic_file
 from uni_instruct.images import contact_sheet, encode
+from uni_instruct.train.monitoring.scores import MOST_REFERENCE_FOR_PR
 from uni_instruct.train.report.curves import draw, panels, phase_edges
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
 from uni_instruct.train.report.material import Material
 from uni_instruct.train.report.neighbours import Closeness, by_features, by_pixels, searched_indices
 from uni_instruct.train.report.pictures import columns_of_neighbours
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_data, score_sets
-from uni_instruct.train.monitoring.scores import MOST_REFERENCE_FOR_PR
 
 SHOWN = 6  # samples of each kind above their neighbours
 NAMES = {"class_accuracy": "classified as asked"}

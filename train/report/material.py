@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.train.monitoring.clock import Times, read_times
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.report.neighbours import QUERIES
 from uni_instruct.train.report.pictures import Drawn, Grid, draw_rows, plan_grid
 from uni_instruct.train.report.records import Evaluation, StageHistory, read_history
-from uni_instruct.train.monitoring.clock import Times, read_times
 
 TEACHER_BUDGET_S = 20.0  # for the teacher's grid; the student's has as many rows
 
@@ -34,7 +34,7 @@ class Material:
     teacher: Bundle
 
     @property
-    def spec(self) -> GeneratorSpec:
+    def spec(self) -> ModelSpec:
         """The generator's."""
         return self.generator.spec
 

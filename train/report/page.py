@@ -7,7 +7,7 @@ from pathlib import Path
 
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.files import atomic_file, atomic_folder
-from uni_instruct.progress import Track, silent
+from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.report.commands import command_section
 from uni_instruct.train.report.facts import objective_section, subject_section, time_section, warning_section
@@ -30,14 +30,16 @@ SECTIONS: dict[str, Section] = {
 _log = logging.getLogger(__name__)
 
 
-def write_report(folder: Path, plan: Plan | None = None, evaluator: Evaluator | None = None, track: Track = silent) -> Path:
+def write_report(
+    folder: Path, plan: Plan | None = None, evaluator: Evaluator | None = None, with_progress: ProgressFactory = silent
+) -> Path:
     """Makes a finished run's report.md anew, with its pictures in report/, from what the folder holds; returns its path.
 
     plan and evaluator spare opening the data and computing its features again. A section that fails says why in its place.
     Raises RequestError where the run is not finished, DiskError where nothing can be written.
     """
     start = time.monotonic()
-    with atomic_folder(folder / PICTURES) as pictures, track("report", len(SECTIONS), "sections") as shown:
+    with atomic_folder(folder / PICTURES) as pictures, with_progress("report", len(SECTIONS), "sections") as shown:
         material = open_run(folder, pictures, plan, evaluator)
         blocks = [f"# {text(material.plan.recipe.name)}"]
         for title, section in SECTIONS.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.engine import Engine
 from uni_instruct.generate import generate, resolve_class_ids
 from uni_instruct.images import contact_sheet
@@ -33,7 +33,7 @@ class Drawn:
     s_per_image: float
 
 
-def plan_grid(spec: GeneratorSpec, images: int = 0) -> Grid:
+def plan_grid(spec: ModelSpec, images: int = 0) -> Grid:
     """Seeds from 0, at least `images`; a column for each class where they fit, else classes as the seeds draw them."""
     by_class = 1 < spec.num_classes <= MOST_CLASSES
     columns = spec.num_classes if by_class else COLUMNS

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uni_instruct.train.monitoring.scores import METRICS
+from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class StageHistory:
         """Those by the recipe's metric, FD or KD, in order."""
         found = []
         for record in self.records:
-            name = next((n for n in record if n.startswith(METRICS[metric].printed)), None) if metric in METRICS else None
+            name = (
+                next((n for n in record if n.startswith(SELECTION_METRICS[metric].printed)), None)
+                if metric in SELECTION_METRICS
+                else None
+            )
             if name is not None:
                 scores = {n: v for n, v in record.items() if n not in ("stage", "step", "kimg")}
                 found.append(Evaluation(step=record["step"], kimg=record["kimg"], name=name, scores=scores))

@@ -9,8 +9,8 @@ import numpy as np
 from uni_instruct.data import Dataset
 from uni_instruct.engine import Engine
 from uni_instruct.evaluate import METRICS, Evaluator, frechet_distance
-from uni_instruct.evaluate.scores import MIN_SAMPLES, Means, frechet_name, moments
 from uni_instruct.evaluate.sample_source import reference_class_ids
+from uni_instruct.evaluate.scores import MIN_SAMPLES, Available, frechet_name, moments
 from uni_instruct.generate import generate_batches, resolve_class_ids
 from uni_instruct.train.monitoring import scores as selection
 
@@ -80,8 +80,8 @@ def score_data(evaluator: Evaluator, metric: str, samples: int) -> SetScores | N
 def _asked(evaluator: Evaluator, metric: str, samples: int, has_class_ids: bool) -> list[str]:
     reference = len(evaluator.reference)
     compared = ["pr"] if reference <= selection.MOST_REFERENCE_FOR_PR else []
-    wanted = [selection.METRICS[metric].asked, "class_accuracy", *compared]
-    means = Means(evaluator.extractor, samples, reference if isinstance(evaluator.reference, Dataset) else 0, has_class_ids)
+    wanted = [selection.SELECTION_METRICS[metric].asked, "class_accuracy", *compared]
+    means = Available(evaluator.extractor, samples, reference if isinstance(evaluator.reference, Dataset) else 0, has_class_ids)
     return [name for name in wanted if METRICS[name].missing(means) is None]
 
 

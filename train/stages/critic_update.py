@@ -6,17 +6,17 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from uni_instruct.train.monitoring.metrics import Metrics, Tally
+from uni_instruct.train.monitoring.nonfinite import NonFiniteTracker, raise_if_diverged
+from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.guidance import drop_classes, guided_criticism
 from uni_instruct.train.objective.terms import discriminator_loss
-from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizer import Optimization
-from uni_instruct.train.optimization.distributed import Share
+from uni_instruct.train.optimization.distributed import BatchShard
+from uni_instruct.train.optimization.optimizer import OptimizerStep
 from uni_instruct.train.stages.augment import Augmentation, AugmentPipe, augmented
-from uni_instruct.train.stages.randomness import Batches
+from uni_instruct.train.stages.randomness import DataLoader
 from uni_instruct.train.stages.student import StudentBatch
 from uni_instruct.train.stages.teacher import denoising_loss
-from uni_instruct.train.monitoring.nonfinite import Suspects, stop_if_hopeless
-from uni_instruct.train.monitoring.metrics import Metrics, Tally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class CriticUpdate:
     """
 
     fabric: Fabric
-    optimization: Optimization
-    share: Share
-    batches: Batches | None
+    optimization: OptimizerStep
+    share: BatchShard
+    batches: DataLoader | None
     class_weights: Tensor | None
     pipe: AugmentPipe | None
     sigma_data: float
@@ -43,21 +43,21 @@ class CriticUpdate:
         objective: ObjectiveConfig,
         students: StudentBatch,
         generator: torch.Generator,
-        closely: bool,
+        log_details: bool,
     ) -> Metrics:
         """One step on the student's images, against batch number data_index of the data."""
         self.optimization.module.requires_grad_(True)
         draw = _Draw.of(objective, students, self.pipe, generator)
-        suspects, tally = Suspects(), Tally(self.fabric)
-        for part in self.share.parts:
+        suspects, tally = NonFiniteTracker(), Tally(self.fabric)
+        for part in self.share.micro_batches:
             losses, logits = self._losses(part, data_index, objective, students, draw)
             suspects.add(losses, draw.sigma[part])
-            self.optimization.backward(_total(losses, objective) / len(students.latents))
-            if closely:
+            self.optimization.backward(_total(losses, objective) / len(students.noise))
+            if log_details:
                 tally.add({f"{name}/loss": loss for name, loss in losses.items()} | _accuracy(*logits))
         norm = self.optimization.step(index)
-        stop_if_hopeless(self.fabric, self.optimization, self.bad_limit, suspects, index + 1)
-        return tally.means() | {"critic/gradient_norm": norm} if closely else {}
+        raise_if_diverged(self.fabric, self.optimization, self.bad_limit, suspects, index + 1)
+        return tally.means() | {"critic/gradient_norm": norm} if log_details else {}
 
     def _losses(
         self, part: slice, data_index: int, objective: ObjectiveConfig, students: StudentBatch, draw: "_Draw"
@@ -65,7 +65,7 @@ class CriticUpdate:
         """Per image [b]: the fake score's loss and, where it is needed, the discriminator's; and its logits."""
         device, critic = self.fabric.device, self.optimization.module
         sigma = draw.sigma[part].to(device)
-        clean, labels = augmented(students.fixed(part), draw.augmentation, part)
+        clean, labels = augmented(students.detached(part), draw.augmentation, part)
         noised = clean + sigma * draw.noise[part].to(device)
         criticism = guided_criticism(
             critic,
@@ -110,7 +110,7 @@ class _Draw:
     def of(
         cls, objective: ObjectiveConfig, students: StudentBatch, pipe: AugmentPipe | None, generator: torch.Generator
     ) -> "_Draw":
-        shape, batch = students.latents.shape, len(students.latents)
+        shape, batch = students.noise.shape, len(students.noise)
         return cls(
             sigma=objective.critic_levels.draw(batch, generator),
             noise=torch.randn(shape, generator=generator),

@@ -13,23 +13,23 @@ from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.train.config import DistillationConfig, Recipe
+from uni_instruct.train.monitoring.metrics import Metrics
+from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective.ratio import DensityRatio
 from uni_instruct.train.objective.reward import Reward
-from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.optimization.distributed import BatchShard, arranged, prepared
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizer import Clipping, Optimization, can_fuse
-from uni_instruct.train.optimization.distributed import Share, arranged, prepared
+from uni_instruct.train.optimization.optimizer import Clipping, OptimizerStep, can_fuse
 from uni_instruct.train.stages.augment import open_pipe
 from uni_instruct.train.stages.critic_update import CriticUpdate
 from uni_instruct.train.stages.generator_update import GeneratorUpdate
-from uni_instruct.train.stages.randomness import Batches
+from uni_instruct.train.stages.randomness import DataLoader
 from uni_instruct.train.stages.student import StudentBatch
-from uni_instruct.train.monitoring.metrics import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Players:
+class DistillationModels:
     """The networks of a distillation. All start as copies of the teacher, but for a generator that is given."""
 
     teacher: Denoiser
@@ -37,7 +37,7 @@ class Players:
     critic: Critic
 
     @classmethod
-    def from_teacher(cls, teacher: Denoiser, recipe: Recipe, start: Denoiser | None = None) -> "Players":
+    def from_teacher(cls, teacher: Denoiser, recipe: Recipe, start: Denoiser | None = None) -> "DistillationModels":
         """A discriminator is there where any phase of the recipe needs it."""
         critic = Critic(copy.deepcopy(teacher), recipe.objective.discriminator if recipe.needs_discriminator else None)
         return cls(teacher=teacher, generator=start or copy.deepcopy(teacher), critic=critic)
@@ -53,10 +53,10 @@ class DistillationStage:
 
     def __init__(
         self,
-        players: Players,
+        players: DistillationModels,
         recipe: Recipe,
         fabric: Fabric,
-        batches: Batches | None,
+        batches: DataLoader | None,
         reward: Reward | None = None,
         pairs: Pairs | None = None,
     ):
@@ -64,8 +64,8 @@ class DistillationStage:
         self.recipe, self.fabric = recipe, fabric
         self.batch, self.total_steps, self.evaluate_kimg = config.batch, config.total_steps, config.evaluate_kimg
         self.num_classes, self.image_shape = players.teacher.num_classes, players.teacher.image_shape
-        share = Share(fabric, config.batch, config.micro_batch)
-        self._one_pass = len(share.parts) == 1
+        share = BatchShard(fabric, config.batch, config.micro_batch)
+        self._one_pass = len(share.micro_batches) == 1
 
         self.averages = Averages(
             arranged(players.generator.to(fabric.device), recipe.loop),
@@ -99,18 +99,18 @@ class DistillationStage:
             bad_limit=limit,
         )
 
-    def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:
+    def step(self, index: int, generator: torch.Generator, log_details: bool) -> Metrics:
         """Updates the critic on fresh samples, then the generator through the last of them once the warm-up is over."""
         objective = self.objective_at(index)
-        warm = index * self.batch >= self.config.critic_warmup_kimg * 1000
+        warmed_up = index * self.batch >= self.config.critic_warmup_kimg * 1000
         for update in range(objective.critic_updates):
             last = update == objective.critic_updates - 1
-            students = self._draw_students(generator, keep=warm and last and self._one_pass)
+            students = self._draw_students(generator, keep=warmed_up and last and self._one_pass)
             data_index = index * objective.critic_updates + update
-            metrics = self.update_critic(index, data_index, objective, students, generator, closely and last)
-        if warm:
+            metrics = self.update_critic(index, data_index, objective, students, generator, log_details and last)
+        if warmed_up:
             bad = self.generator.bad
-            metrics |= self.update_generator(index, objective, students, generator, closely)
+            metrics |= self.update_generator(index, objective, students, generator, log_details)
             if self.generator.bad == bad:
                 self.averages.update(self.generator.module.parameters(), self.batch, self._generator_kimg(index))
         return metrics
@@ -125,10 +125,10 @@ class DistillationStage:
         """Updates left out because they were not finite."""
         return self.generator.bad + self.critic.bad
 
-    def sample(self, latents: Tensor, class_ids: Tensor | None) -> Tensor:
+    def sample(self, noise: Tensor, class_ids: Tensor | None) -> Tensor:
         """Images of the averaged generator."""
         with torch.no_grad():
-            return one_step(self.averages.primary.module, latents, class_ids, self.config.sigma_init)
+            return one_step(self.averages.primary.module, noise, class_ids, self.config.sigma_init)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step reads and changes; the teacher is fixed."""
@@ -146,20 +146,20 @@ class DistillationStage:
         self.averages.load_state_dict(state["averages"])
         self.ratio.load_state_dict(state["ratio"])
 
-    def _optimization(self, module: torch.nn.Module, name: str) -> Optimization:
+    def _optimization(self, module: torch.nn.Module, name: str) -> OptimizerStep:
         config = self.config
         peak = config.generator_learning_rate if name == "generator" else config.critic_learning_rate
         module = prepared(module.train(), self.recipe.loop)
         groups = _critic_groups(module, config) if isinstance(module, Critic) else [{"params": list(module.parameters())}]
         betas, fused = (config.beta1, config.beta2), can_fuse(self.fabric.device)
         adam = torch.optim.Adam(groups, lr=peak, betas=betas, eps=config.adam_eps, fused=fused)
-        return Optimization(self.fabric, module, adam, config.rate(peak), _clipping(config, name))
+        return OptimizerStep(self.fabric, module, adam, config.rate(peak), _clipping(config, name))
 
     def _draw_students(self, generator: torch.Generator, keep: bool) -> StudentBatch:
-        latents = torch.randn(self.batch, *self.image_shape, generator=generator)
+        noise = torch.randn(self.batch, *self.image_shape, generator=generator)
         class_ids = torch.randint(self.num_classes, (self.batch,), generator=generator) if self.num_classes else None
         return StudentBatch(
-            self.generator.module, self.config.sigma_init, latents, class_ids, keep=keep, device=self.fabric.device
+            self.generator.module, self.config.sigma_init, noise, class_ids, keep=keep, device=self.fabric.device
         )
 
     def _generator_kimg(self, index: int) -> float:
@@ -180,7 +180,7 @@ def _clipping(config: DistillationConfig, name: str) -> Clipping:
     return Clipping(norm=config.critic_clip_norm, value=config.critic_clip_value)
 
 
-def _class_weights(batches: Batches | None, num_classes: int) -> Tensor | None:
+def _class_weights(batches: DataLoader | None, num_classes: int) -> Tensor | None:
     """What an image of each class counts in data, so that every class counts alike, as among the student's images."""
     if batches is None or not num_classes or batches.dataset.labels is None:
         return None

@@ -6,9 +6,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.train.objective.divergences import Divergence, find_divergence
 from uni_instruct.engines.torch import one_step
-from uni_instruct.networks.critic import Criticism
+from uni_instruct.networks.critic import CriticOutput
+from uni_instruct.train.monitoring.metrics import Metrics, Tally
+from uni_instruct.train.monitoring.nonfinite import NonFiniteTracker, raise_if_diverged
+from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.objective.divergences import Divergence, find_divergence
 from uni_instruct.train.objective.guidance import guided, guided_criticism
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective.ratio import DensityRatio
@@ -22,12 +25,9 @@ from uni_instruct.train.objective.terms import (
     expanded_terms,
     integral_terms,
 )
-from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizer import Optimization
-from uni_instruct.train.optimization.distributed import Share
+from uni_instruct.train.optimization.distributed import BatchShard
+from uni_instruct.train.optimization.optimizer import OptimizerStep
 from uni_instruct.train.stages.student import StudentBatch
-from uni_instruct.train.monitoring.nonfinite import Suspects, stop_if_hopeless
-from uni_instruct.train.monitoring.metrics import Metrics, Tally
 
 QUANTILES = {"ratio/q05": 0.05, "ratio/q50": 0.5, "ratio/q95": 0.95}
 
@@ -37,44 +37,44 @@ class GeneratorUpdate:
     """What every update of the generator works with; reward and pairs only where the objective asks for them."""
 
     fabric: Fabric
-    optimization: Optimization
-    critic: Optimization
+    optimization: OptimizerStep
+    critic: OptimizerStep
     teacher: torch.nn.Module
-    share: Share
+    share: BatchShard
     ratio: DensityRatio
     reward: Reward | None
     pairs: Pairs | None
     bad_limit: int
 
     def __call__(
-        self, index: int, objective: ObjectiveConfig, students: StudentBatch, generator: torch.Generator, closely: bool
+        self, index: int, objective: ObjectiveConfig, students: StudentBatch, generator: torch.Generator, log_details: bool
     ) -> Metrics:
-        """One step; with `closely`, terms, their gradients and the ratio are measured as well."""
+        """One step; with `log_details`, terms, their gradients and the ratio are measured as well."""
         self.critic.module.requires_grad_(False)
         draw = _Draw.of(objective, students, self.pairs, generator)
         ratios = self._ratios_beforehand(objective, students, draw)
-        suspects, tally = Suspects(), Tally(self.fabric)
-        for part in self.share.parts:
+        suspects, tally = NonFiniteTracker(), Tally(self.fabric)
+        for part in self.share.micro_batches:
             local = slice(part.start - self.share.whole.start, part.stop - self.share.whole.start)
             diffused, criticism = self._diffuse(part, objective, students, draw)
             ratio = self._ratio(criticism, diffused.sigma, objective) if ratios is None else ratios[local]
             terms = self._terms(part, objective, students, draw, diffused, criticism, ratio)
             suspects.add(_sums(diffused) | terms, diffused.sigma)
-            if closely:
+            if log_details:
                 if not self.optimization.scales_loss:
                     tally.add(_image_gradients(terms, diffused.clean))
                 tally.add(_state_of(diffused, criticism, ratio, objective))
                 tally.add({f"generator/{name}": values for name, values in terms.items()})
-            self.optimization.backward(torch.stack([values.sum() for values in terms.values()]).sum() / len(students.latents))
+            self.optimization.backward(torch.stack([values.sum() for values in terms.values()]).sum() / len(students.noise))
         norm = self.optimization.step(index)
-        stop_if_hopeless(self.fabric, self.optimization, self.bad_limit, suspects, index + 1)
-        return tally.means() | {"generator/gradient_norm": norm} if closely else {}
+        raise_if_diverged(self.fabric, self.optimization, self.bad_limit, suspects, index + 1)
+        return tally.means() | {"generator/gradient_norm": norm} if log_details else {}
 
     def _diffuse(
         self, part: slice, objective: ObjectiveConfig, students: StudentBatch, draw: "_Draw"
-    ) -> tuple[DiffusedBatch, Criticism]:
+    ) -> tuple[DiffusedBatch, CriticOutput]:
         """The student's images at their noise levels, as teacher and fake score see them."""
-        clean, class_ids = students.moving(part), students.classes(part)
+        clean, class_ids = students.with_grad(part), students.classes(part)
         sigma = draw.sigma[part].to(self.fabric.device)
         noised = clean + sigma * draw.noise[part].to(self.fabric.device)
         # The integral family's gradient does not run through the denoisers, so their graphs are never built.
@@ -96,17 +96,17 @@ class GeneratorUpdate:
 
     def _ratios_beforehand(self, objective: ObjectiveConfig, students: StudentBatch, draw: "_Draw") -> Tensor | None:
         """Ratios of this process's whole share, where they cannot be had on the way: their mean needs every micro-batch."""
-        if not objective.needs_ratio or len(self.share.parts) == 1:
+        if not objective.needs_ratio or len(self.share.micro_batches) == 1:
             return None
         device, logits = self.fabric.device, []
         with torch.no_grad():
-            for part in self.share.parts:
+            for part in self.share.micro_batches:
                 sigma = draw.sigma[part].to(device)
-                noised = students.fixed(part) + sigma * draw.noise[part].to(device)
+                noised = students.detached(part) + sigma * draw.noise[part].to(device)
                 logits.append(self.critic.module(noised, sigma, students.classes(part), denoise=False).logits)
         return self.ratio(torch.cat(logits), draw.sigma[self.share.whole].to(device), objective)
 
-    def _ratio(self, criticism: Criticism, sigma: Tensor, objective: ObjectiveConfig) -> Tensor:
+    def _ratio(self, criticism: CriticOutput, sigma: Tensor, objective: ObjectiveConfig) -> Tensor:
         if not objective.needs_ratio:
             return sigma.new_ones(len(sigma))
         assert criticism.logits is not None
@@ -119,7 +119,7 @@ class GeneratorUpdate:
         students: StudentBatch,
         draw: "_Draw",
         diffused: DiffusedBatch,
-        criticism: Criticism,
+        criticism: CriticOutput,
         ratio: Tensor,
     ) -> Terms:
         """Every term of the objective with its scale: name -> [b]."""
@@ -143,7 +143,7 @@ class GeneratorUpdate:
         assert draw.pair_index is not None
         device, chosen = self.fabric.device, draw.pair_index[part]
         class_ids = None if self.pairs.class_ids is None else self.pairs.class_ids[chosen].to(device)
-        images = one_step(students.network, self.pairs.latents[chosen].to(device), class_ids, students.sigma_init)
+        images = one_step(students.network, self.pairs.noise[chosen].to(device), class_ids, students.sigma_init)
         return (images - self.pairs.images[chosen].to(device)).square().flatten(1).sum(1)
 
 
@@ -171,11 +171,11 @@ class _Draw:
 
     @classmethod
     def of(cls, objective: ObjectiveConfig, students: StudentBatch, pairs: Pairs | None, generator: torch.Generator) -> "_Draw":
-        batch = len(students.latents)
+        batch = len(students.noise)
         sigma = objective.levels.draw(batch, generator)
-        noise = torch.randn(students.latents.shape, generator=generator)
+        noise = torch.randn(students.noise.shape, generator=generator)
         wanted = pairs is not None and objective.regression_scale
-        index = torch.randint(len(pairs.latents), (batch,), generator=generator) if pairs is not None and wanted else None
+        index = torch.randint(len(pairs.noise), (batch,), generator=generator) if pairs is not None and wanted else None
         return cls(sigma, noise, index)
 
 
@@ -194,7 +194,7 @@ def _image_gradients(terms: Terms, clean: Tensor) -> Metrics:
     return norms
 
 
-def _state_of(diffused: DiffusedBatch, criticism: Criticism, ratio: Tensor, objective: ObjectiveConfig) -> Metrics:
+def _state_of(diffused: DiffusedBatch, criticism: CriticOutput, ratio: Tensor, objective: ObjectiveConfig) -> Metrics:
     """How far fake score and teacher are apart, how varied the images are, what the ratios are like; single numbers, as [1]."""
     clean, teacher, fake = diffused.clean.detach(), diffused.teacher.detach(), diffused.fake.detach()
     state = {

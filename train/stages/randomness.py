@@ -21,7 +21,7 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
 Built = TypeVar("Built")
 
 
-class Batches:
+class DataLoader:
     """Shuffled epochs over a data set; batch number `step` is the same however training got there.
 
     Images are read when they are due, one batch ahead, by a thread of its own; none are kept.

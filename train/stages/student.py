@@ -13,13 +13,13 @@ from uni_instruct.engines.torch import one_step
 class StudentBatch:
     """One global batch of the generator's inputs, on this process's device where they are used.
 
-    latents [B, C, H, W]; class_ids [B] or None. keep holds one part's images with their gradient, so that the batch that the
+    noise [B, C, H, W]; class_ids [B] or None. keep holds one part's images with their gradient, so that the batch that the
     critic was trained on is the one that the generator is then trained through, at the price of one evaluation.
     """
 
     network: Any
     sigma_init: float
-    latents: Tensor
+    noise: Tensor
     class_ids: Tensor | None
     keep: bool
     device: torch.device
@@ -28,16 +28,16 @@ class StudentBatch:
         self._kept: Tensor | None = None
         self._fixed: dict[int, Tensor] = {}
 
-    def fixed(self, part: slice) -> Tensor:
+    def detached(self, part: slice) -> Tensor:
         """Images of that part, without gradient; made once."""
         if self.keep:
-            return self.moving(part).detach()
+            return self.with_grad(part).detach()
         if part.start not in self._fixed:
             with torch.no_grad():
                 self._fixed[part.start] = self._images(part)
         return self._fixed[part.start]
 
-    def moving(self, part: slice) -> Tensor:
+    def with_grad(self, part: slice) -> Tensor:
         """Images of that part, with the gradient to the generator's weights."""
         if not self.keep:
             return self._images(part)
@@ -50,4 +50,4 @@ class StudentBatch:
         return None if self.class_ids is None else self.class_ids[part].to(self.device)
 
     def _images(self, part: slice) -> Tensor:
-        return one_step(self.network, self.latents[part].to(self.device), self.classes(part), self.sigma_init)
+        return one_step(self.network, self.noise[part].to(self.device), self.classes(part), self.sigma_init)

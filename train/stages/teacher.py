@@ -10,14 +10,14 @@ from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.sampler import heun_sample
 from uni_instruct.schedule import LogNormalLevels
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.objective.guidance import drop_classes
-from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizer import Clipping, Optimization, can_fuse
-from uni_instruct.train.optimization.distributed import Share, arranged, prepared
-from uni_instruct.train.stages.augment import augmented, open_pipe
-from uni_instruct.train.stages.randomness import Batches
-from uni_instruct.train.monitoring.nonfinite import Suspects, stop_if_hopeless
 from uni_instruct.train.monitoring.metrics import Metrics, Tally
+from uni_instruct.train.monitoring.nonfinite import NonFiniteTracker, raise_if_diverged
+from uni_instruct.train.objective.guidance import drop_classes
+from uni_instruct.train.optimization.distributed import BatchShard, arranged, prepared
+from uni_instruct.train.optimization.ema import Averages
+from uni_instruct.train.optimization.optimizer import Clipping, OptimizerStep, can_fuse
+from uni_instruct.train.stages.augment import augmented, open_pipe
+from uni_instruct.train.stages.randomness import DataLoader
 
 
 class TeacherStage:
@@ -25,11 +25,11 @@ class TeacherStage:
 
     name = "teacher"
 
-    def __init__(self, denoiser: Denoiser, batches: Batches, recipe: Recipe, fabric: Fabric):
+    def __init__(self, denoiser: Denoiser, batches: DataLoader, recipe: Recipe, fabric: Fabric):
         config = self.config = recipe.teacher
         self.batches, self.fabric, self.bad_limit = batches, fabric, recipe.loop.bad_steps_in_a_row
         self.batch, self.total_steps, self.evaluate_kimg = config.batch, config.total_steps, config.evaluate_kimg
-        self.share = Share(fabric, config.batch, config.micro_batch)
+        self.share = BatchShard(fabric, config.batch, config.micro_batch)
         self.levels = LogNormalLevels(config.p_mean, config.p_std)
         self.sigma_data, self.image_shape, self.conditional = (
             denoiser.sigma_data,
@@ -47,16 +47,18 @@ class TeacherStage:
         adam = torch.optim.Adam(
             denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=can_fuse(fabric.device)
         )
-        self.denoiser = Optimization(fabric, denoiser, adam, config.rate(config.learning_rate), Clipping(norm=config.clip_norm))
+        self.denoiser = OptimizerStep(
+            fabric, denoiser, adam, config.rate(config.learning_rate), Clipping(norm=config.clip_norm)
+        )
 
-    def step(self, index: int, generator: torch.Generator, closely: bool) -> Metrics:
-        """Trains on batch number `index`; with `closely`, returns loss and gradient norm."""
+    def step(self, index: int, generator: torch.Generator, log_details: bool) -> Metrics:
+        """Trains on batch number `index`; with `log_details`, returns loss and gradient norm."""
         device, shape = self.fabric.device, (self.batch, *self.image_shape)
         sigmas, noise = self.levels.draw(self.batch, generator), torch.randn(shape, generator=generator)
         augmentation = self.pipe.draw(self.batch, generator) if self.pipe else None
         hidden = drop_classes(torch.zeros(self.batch, dtype=torch.int64), self.config.label_dropout, generator)
-        suspects, tally = Suspects(), Tally(self.fabric)
-        for part in self.share.parts:
+        suspects, tally = NonFiniteTracker(), Tally(self.fabric)
+        for part in self.share.micro_batches:
             images, class_ids = self.batches(index, part, device)
             sigma = sigmas[part].to(device)
             if class_ids is not None and hidden is not None:
@@ -65,24 +67,24 @@ class TeacherStage:
             denoised = self.denoiser.module(clean + sigma * noise[part].to(device), sigma, class_ids, labels)
             losses = {"teacher": denoising_loss(denoised, clean, sigma, self.sigma_data)}
             suspects.add(losses, sigma)
-            if closely:
+            if log_details:
                 tally.add({"teacher/loss": losses["teacher"]})
             self.denoiser.backward(losses["teacher"].sum() / self.batch)
         bad = self.denoiser.bad
         norm = self.denoiser.step(index)
-        stop_if_hopeless(self.fabric, self.denoiser, self.bad_limit, suspects, index + 1)
+        raise_if_diverged(self.fabric, self.denoiser, self.bad_limit, suspects, index + 1)
         if self.denoiser.bad == bad:
             self.averages.update(self.denoiser.module.parameters(), self.batch, (index + 1) * self.batch / 1000)
-        return tally.means() | {"teacher/gradient_norm": norm} if closely else {}
+        return tally.means() | {"teacher/gradient_norm": norm} if log_details else {}
 
     @property
     def skipped(self) -> int:
         """Updates left out because they were not finite."""
         return self.denoiser.bad
 
-    def sample(self, latents: Tensor, class_ids: Tensor | None) -> Tensor:
+    def sample(self, noise: Tensor, class_ids: Tensor | None) -> Tensor:
         """Images of the averaged teacher with its Heun sampler."""
-        return heun_sample(self.averages.primary.module, latents, class_ids, self.config.steps)
+        return heun_sample(self.averages.primary.module, noise, class_ids, self.config.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step reads and changes."""

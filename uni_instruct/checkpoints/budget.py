@@ -30,7 +30,7 @@ class Limits:
     tensor_ratio: float = 4.0
 
 
-class Fault(Exception):
+class MalformedFile(Exception):
     """What is wrong with a file, without its name; `reading` adds that and makes it a FileFormatError."""
 
     def __init__(self, problem: str, remedy: str = AGAIN):
@@ -38,12 +38,14 @@ class Fault(Exception):
         self.problem, self.remedy = problem, remedy
 
 
-class Account:
+class Budget:
     """What one file may still ask for."""
 
     def __init__(self, limits: Limits, file_bytes: int):
         if file_bytes > limits.file_bytes:
-            raise Fault(f"has {file_bytes:,} bytes, more than {limits.file_bytes:,}", "raise Limits.file_bytes to read it")
+            raise MalformedFile(
+                f"has {file_bytes:,} bytes, more than {limits.file_bytes:,}", "raise Limits.file_bytes to read it"
+            )
         self.limits = limits
         self.file_bytes = file_bytes
         self._allowed = {
@@ -58,10 +60,10 @@ class Account:
         self._left = dict(self._allowed)
 
     def spend(self, what: str, amount: int) -> None:
-        """Raises Fault where the file asks for more than it may."""
+        """Raises MalformedFile where the file asks for more than it may."""
         self._left[what] -= amount
         if self._left[what] < 0:
-            raise Fault(f"asks for more than {self._allowed[what]:,} {what}", FOREIGN)
+            raise MalformedFile(f"asks for more than {self._allowed[what]:,} {what}", FOREIGN)
 
 
 @contextmanager
@@ -69,7 +71,7 @@ def reading(name: str) -> Iterator[None]:
     """Turns what goes wrong while the named file is read into the project's errors."""
     try:
         yield
-    except Fault as fault:
+    except MalformedFile as fault:
         raise FileFormatError(f"{name} {fault.problem}", remedy=fault.remedy, param="checkpoint") from fault
     except OSError as error:
         raise RequestError(f"cannot read {name}: {error.strerror or error}", remedy=AGAIN, param="checkpoint") from error

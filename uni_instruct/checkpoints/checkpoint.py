@@ -7,12 +7,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, Limits, reading, shown
+from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.modules import config_of, is_network, plain_value, tensors_of
+from uni_instruct.checkpoints.pickle.unpickle import StoredModule, pickled, plain
 from uni_instruct.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.torch_file import ZIP, zipped
-from uni_instruct.checkpoints.pickle.unpickle import StoredModule, pickled, plain
 
 _PICKLE = b"\x80"
 
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Format:
+class CheckpointFormat:
     """A kind of file: a dict with these keys, among which the networks are modules or bare weights."""
 
     name: str
@@ -50,15 +50,15 @@ class Format:
 
 # The first whose keys are all there. SiDA and Uni-Instruct write SiD's files; theirs hold weights where SiD's hold modules.
 FORMATS = (
-    Format("edm2 pickle", frozenset({"ema", "encoder", "dataset_kwargs", "loss_fn"}), modules=True),
-    Format("edm pickle", frozenset({"ema", "loss_fn", "augment_pipe", "dataset_kwargs"}), modules=True),
-    Format("sid training state", frozenset({"fake_score", "G", "G_ema"}), modules=True),
-    Format("sid training state", frozenset({"fake_score_state", "G_state", "G_ema_state"}), modules=False),
-    Format("edm training state", frozenset({"net", "optimizer_state"}), modules=True),
-    Format("edm2 training state", frozenset({"net", "ema", "optimizer", "state"}), modules=False),
-    Format("sid pickle", frozenset({"ema"}), modules=True),
-    Format("modules", frozenset(), modules=True),
-    Format("state dicts", frozenset(), modules=False),
+    CheckpointFormat("edm2 pickle", frozenset({"ema", "encoder", "dataset_kwargs", "loss_fn"}), modules=True),
+    CheckpointFormat("edm pickle", frozenset({"ema", "loss_fn", "augment_pipe", "dataset_kwargs"}), modules=True),
+    CheckpointFormat("sid training state", frozenset({"fake_score", "G", "G_ema"}), modules=True),
+    CheckpointFormat("sid training state", frozenset({"fake_score_state", "G_state", "G_ema_state"}), modules=False),
+    CheckpointFormat("edm training state", frozenset({"net", "optimizer_state"}), modules=True),
+    CheckpointFormat("edm2 training state", frozenset({"net", "ema", "optimizer", "state"}), modules=False),
+    CheckpointFormat("sid pickle", frozenset({"ema"}), modules=True),
+    CheckpointFormat("modules", frozenset(), modules=True),
+    CheckpointFormat("state dicts", frozenset(), modules=False),
 )
 
 
@@ -71,13 +71,13 @@ def read_checkpoint(path: str | Path, limits: Limits | None = None) -> Checkpoin
     """
     limits = limits or Limits()
     with opened(path) as (file, name, size), reading(name):
-        account = Account(limits, size)
+        budget = Budget(limits, size)
         kind = _kind(file, size)
         if kind is not read_safetensors:
-            return _checkpoint(plain(kind(file, account, size), account), account)
+            return _checkpoint(plain(kind(file, budget, size), budget), budget)
     tensors, config = read_safetensors(path, limits)
     with reading(name):
-        return Checkpoint("safetensors", (StoredNetwork("weights", "", config, _weights(tensors, account)),), {})
+        return Checkpoint("safetensors", (StoredNetwork("weights", "", config, _weights(tensors, budget)),), {})
 
 
 def _kind(file: BinaryIO, size: int) -> Callable[..., Any]:
@@ -87,20 +87,20 @@ def _kind(file: BinaryIO, size: int) -> Callable[..., Any]:
         return read_safetensors
     if Source(file, 0, size).starts_with(_PICKLE):
         return pickled
-    raise Fault("is no checkpoint: neither a pickle, nor torch's zip, nor safetensors", FOREIGN)
+    raise MalformedFile("is no checkpoint: neither a pickle, nor torch's zip, nor safetensors", FOREIGN)
 
 
-def _checkpoint(value: Any, account: Account) -> Checkpoint:
+def _checkpoint(value: Any, budget: Budget) -> Checkpoint:
     if is_network(value):
-        return Checkpoint("module", (_network("module", value, account),), {})
+        return Checkpoint("module", (_network("module", value, budget),), {})
     if type(value) is not dict:
-        raise Fault(f"holds a {type(value).__name__}, no checkpoint", FOREIGN)
+        raise MalformedFile(f"holds a {type(value).__name__}, no checkpoint", FOREIGN)
     if _is_weights(value):
-        return Checkpoint("state dict", (_network("weights", value, account),), {})
+        return Checkpoint("state dict", (_network("weights", value, budget),), {})
     found = list(_found(value))
-    networks = tuple(_network(part.role, part.stored, account) for part in found)
+    networks = tuple(_network(part.role, part.stored, budget) for part in found)
     if not networks or len({network.role for network in networks}) < len(networks):
-        raise Fault("holds two networks of one name" if networks else "holds no network", FOREIGN)
+        raise MalformedFile("holds two networks of one name" if networks else "holds no network", FOREIGN)
     modules = any(isinstance(part.stored, StoredModule) for part in found)
     name = next(form.name for form in FORMATS if form.keys <= value.keys() and form.modules == modules)
     taken = {part.key for part in found}
@@ -123,7 +123,7 @@ def _found(value: dict[Any, Any]) -> Iterator[_Found]:
             yield _Found(key, str(key), part)
         elif isinstance(part, dict) and isinstance(part.get("emas"), list) and isinstance(part.get("stds"), list):
             if len(part["emas"]) != len(part["stds"]) or not all(map(_is_weights, part["emas"])):
-                raise Fault(f"has averages in {shown(key)} that do not fit their widths", FOREIGN)
+                raise MalformedFile(f"has averages in {shown(key)} that do not fit their widths", FOREIGN)
             for std, weights in zip(part["stds"], part["emas"], strict=True):
                 yield _Found(key, f"{key} {std}", weights)
 
@@ -135,17 +135,17 @@ def _is_weights(value: Any) -> bool:
     return all(isinstance(name, str) and isinstance(array, np.ndarray) for name, array in value.items())
 
 
-def _network(role: str, stored: StoredModule | dict[str, np.ndarray], account: Account) -> StoredNetwork:
+def _network(role: str, stored: StoredModule | dict[str, np.ndarray], budget: Budget) -> StoredNetwork:
     if isinstance(stored, StoredModule):
-        return StoredNetwork(role, stored.class_name, config_of(stored), _weights(tensors_of(stored), account))
-    return StoredNetwork(role, "", {}, _weights(stored, account))
+        return StoredNetwork(role, stored.class_name, config_of(stored), _weights(tensors_of(stored), budget))
+    return StoredNetwork(role, "", {}, _weights(stored, budget))
 
 
-def _weights(tensors: dict[str, np.ndarray], account: Account) -> dict[str, np.ndarray]:
+def _weights(tensors: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
     """The tensors, once it is clear that there are some, and that they do not repeat a few without end."""
     if not tensors:
-        raise Fault("has a network without weights", FOREIGN)
-    account.spend("bytes of networks", sum(array.nbytes for array in tensors.values()))
+        raise MalformedFile("has a network without weights", FOREIGN)
+    budget.spend("bytes of networks", sum(array.nbytes for array in tensors.values()))
     return tensors
 
 

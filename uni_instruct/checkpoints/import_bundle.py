@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from uni_instruct import __version__
-from uni_instruct.bundle import CONFIG, Bundle, GeneratorSpec
+from uni_instruct.bundle import CONFIG, Bundle, ModelSpec
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
 from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
@@ -108,7 +108,7 @@ def likely_kind(checkpoint: Checkpoint, stored: StoredNetwork) -> str:
 
 def _spec(
     path: Path, checkpoint: Checkpoint, stored: StoredNetwork, translation: Translation, request: ImportRequest
-) -> GeneratorSpec:
+) -> ModelSpec:
     kind = request.kind or likely_kind(checkpoint, stored)
     provenance: dict[str, Any] = {
         "imported": {
@@ -130,7 +130,7 @@ def _spec(
     )
 
 
-def _card(spec: GeneratorSpec) -> str:
+def _card(spec: ModelSpec) -> str:
     imported, one_step = spec.provenance["imported"], spec.steps == 1
     return _CARD.format(
         name=spec.name,

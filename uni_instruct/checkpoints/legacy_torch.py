@@ -3,42 +3,42 @@
 from collections.abc import Callable
 from typing import Any
 
-from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, shown
-from uni_instruct.checkpoints.pickle.interpreter import Machine, Named, Vocabulary
+from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
+from uni_instruct.checkpoints.pickle.interpreter import AllowedGlobals, PickleInterpreter, StandIn
 from uni_instruct.checkpoints.source import Source
 from uni_instruct.checkpoints.tensors import Element, Storage
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_NOTHING = Vocabulary({}, {})
+_NOTHING = AllowedGlobals({}, {})
 _LONGEST_KEY = 100
 
 
-def read_stream(source: Source, account: Account, vocabulary: Vocabulary, *, magic_read: bool = False) -> Any:
-    """The value of the stream, its storages located. Raises Fault.
+def read_stream(source: Source, budget: Budget, allowed: AllowedGlobals, *, magic_read: bool = False) -> Any:
+    """The value of the stream, its storages located. Raises MalformedFile.
 
     The order: magic number, protocol, facts about the machine, the value, the storages' keys, and for each its number of
     elements and their bytes. magic_read: the first of these is behind.
     """
-    if not magic_read and _plain(source, account) != MAGIC:
-        raise Fault("has a storage that is no stream of torch's", FOREIGN)
-    protocol, system = _plain(source, account), _plain(source, account)
+    if not magic_read and _plain(source, budget) != MAGIC:
+        raise MalformedFile("has a storage that is no stream of torch's", FOREIGN)
+    protocol, system = _plain(source, budget), _plain(source, budget)
     if protocol != _PROTOCOL or type(system) is not dict or system.get("little_endian") is not True:
-        raise Fault("is a torch stream of an unknown version or byte order", FOREIGN)
+        raise MalformedFile("is a torch stream of an unknown version or byte order", FOREIGN)
     storages: dict[str, Storage] = {}
-    value = Machine(source, account, vocabulary, persistent_storages(account, storages)).run()
-    keys = _plain(source, account)
+    value = PickleInterpreter(source, budget, allowed, persistent_storages(budget, storages)).run()
+    keys = _plain(source, budget)
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(storages):
-        raise Fault("is not a whole torch stream: its storages are not those that it names")
+        raise MalformedFile("is not a whole torch stream: its storages are not those that it names")
     for key in keys:
         _locate(source, storages[key])
     if source.position != source.end:
-        raise Fault(f"has {source.end - source.position:,} bytes after its end")
+        raise MalformedFile(f"has {source.end - source.position:,} bytes after its end")
     return value
 
 
 def persistent_storages(
-    account: Account, storages: dict[str, Storage], make: Callable[[Element, str, Any], Storage] | None = None
+    budget: Budget, storages: dict[str, Storage], make: Callable[[Element, str, Any], Storage] | None = None
 ) -> Callable[[Any], Any]:
     """What torch's persistent ids stand for: a storage, made once for each key, or a class kept with its source code.
 
@@ -47,29 +47,29 @@ def persistent_storages(
 
     def persistent(identity: Any) -> Any:
         if type(identity) is not tuple or not identity:
-            raise Fault("has a persistent id that is not torch's", FOREIGN)
-        if identity[0] == "module" and len(identity) == 4 and isinstance(identity[1], Named):
+            raise MalformedFile("has a persistent id that is not torch's", FOREIGN)
+        if identity[0] == "module" and len(identity) == 4 and isinstance(identity[1], StandIn):
             return identity[1]
         if identity[0] != "storage" or len(identity) not in (5, 6) or not isinstance(identity[1], Element):
-            raise Fault("has a persistent id that is not torch's", FOREIGN)
+            raise MalformedFile("has a persistent id that is not torch's", FOREIGN)
         element, key, numel = identity[1], identity[2], identity[4]
         if type(key) is not str or len(key) > _LONGEST_KEY or (len(identity) == 6 and identity[5] is not None):
-            raise Fault(f"has a storage with the key {shown(key)} or a view of one", FOREIGN)
+            raise MalformedFile(f"has a storage with the key {shown(key)} or a view of one", FOREIGN)
         if key not in storages:
-            storages[key] = make(element, key, numel) if make else Storage(account, element, numel)
+            storages[key] = make(element, key, numel) if make else Storage(budget, element, numel)
         if storages[key].element is not element or storages[key].numel != numel:
-            raise Fault(f"describes storage {shown(key)} in two ways", FOREIGN)
+            raise MalformedFile(f"describes storage {shown(key)} in two ways", FOREIGN)
         return storages[key]
 
     return persistent
 
 
-def _plain(source: Source, account: Account) -> Any:
-    return Machine(source, account, _NOTHING).run()
+def _plain(source: Source, budget: Budget) -> Any:
+    return PickleInterpreter(source, budget, _NOTHING).run()
 
 
 def _locate(source: Source, storage: Storage) -> None:
     numel = source.unsigned(8)
     if numel != storage.numel:
-        raise Fault(f"has {numel:,} elements in a storage of {storage.numel:,}")
+        raise MalformedFile(f"has {numel:,} elements in a storage of {storage.numel:,}")
     storage.span = source.span(numel * storage.element.stored.itemsize)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, Fault, shown
+from uni_instruct.checkpoints.budget import FOREIGN, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.unpickle import SMALL, StoredModule
 
 # What a preconditioning calls the network inside it: EDM, SiD and SiDA; EDM2.
@@ -23,11 +23,11 @@ def is_network(value: Any) -> bool:
 
 
 def tensors_of(module: StoredModule) -> dict[str, np.ndarray]:
-    """Parameters and persistent buffers by state-dict name, in the order of torch's state_dict. Raises Fault."""
+    """Parameters and persistent buffers by state-dict name, in the order of torch's state_dict. Raises MalformedFile."""
     tensors: dict[str, np.ndarray] = {}
     for name, array in _walk(module, ""):
         if name in tensors or len(name) > _LONGEST_NAME:
-            raise Fault(f"has two tensors {shown(name)}, or a name that is too long", FOREIGN)
+            raise MalformedFile(f"has two tensors {shown(name)}, or a name that is too long", FOREIGN)
         tensors[name] = array
     return tensors
 
@@ -35,7 +35,7 @@ def tensors_of(module: StoredModule) -> dict[str, np.ndarray]:
 def config_of(module: StoredModule) -> dict[str, Any]:
     """How a network was configured: its arguments, those of the network inside it, and its plain attributes, which win.
 
-    `model_type` is the class of the network inside. Raises Fault where two of these contradict each other.
+    `model_type` is the class of the network inside. Raises MalformedFile where two of these contradict each other.
     """
     inner = _inner(module)
     arguments = _arguments(module)
@@ -43,7 +43,9 @@ def config_of(module: StoredModule) -> dict[str, Any]:
         within = {**_arguments(inner), "model_type": inner.class_name}
         for name in sorted(within.keys() & arguments.keys()):
             if within[name] != arguments[name]:
-                raise Fault(f"has a module {module.class_name} that contradicts its {inner.class_name} about {shown(name)}")
+                raise MalformedFile(
+                    f"has a module {module.class_name} that contradicts its {inner.class_name} about {shown(name)}"
+                )
         arguments |= {name: value for name, value in within.items() if name not in _DERIVED}
     return arguments | attributes_of(module)
 
@@ -70,19 +72,19 @@ def plain_value(value: Any) -> Any:
 def _walk(module: StoredModule, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     left_out = module.state.get("_non_persistent_buffers_set", set())
     if not isinstance(left_out, set | frozenset):
-        raise Fault(f"has a module {module.class_name} whose list of buffers is broken", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} whose list of buffers is broken", FOREIGN)
     for kind, skipped in (("_parameters", frozenset()), ("_buffers", left_out)):
         for name, array in _children(module, kind).items():
             if array is None or name in skipped:
                 continue
             if not isinstance(array, np.ndarray):
-                raise Fault(f"has a module {module.class_name} whose {shown(name)} is no tensor", FOREIGN)
+                raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is no tensor", FOREIGN)
             yield prefix + name, array
     for name, child in _children(module, "_modules").items():
         if child is None:
             continue
         if not is_network(child):
-            raise Fault(f"has a module {module.class_name} whose {shown(name)} is no module", FOREIGN)
+            raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is no module", FOREIGN)
         yield from _walk(child, f"{prefix}{name}.")
 
 
@@ -90,10 +92,10 @@ def _children(module: StoredModule, kind: str) -> dict[str, Any]:
     """A module's parameters, buffers or modules by name."""
     children = module.state.get(kind)
     if not isinstance(children, dict):
-        raise Fault(f"has a module {module.class_name} whose {kind} is no dict", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} whose {kind} is no dict", FOREIGN)
     for name in children:
         if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or "." in name:
-            raise Fault(f"has a module {module.class_name} with the name {shown(name)} in its {kind}", FOREIGN)
+            raise MalformedFile(f"has a module {module.class_name} with the name {shown(name)} in its {kind}", FOREIGN)
     return children
 
 
@@ -107,5 +109,5 @@ def _arguments(module: StoredModule) -> dict[str, Any]:
     """What a module was made with, by name."""
     arguments = module.state.get("_init_kwargs") or {}
     if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
-        raise Fault(f"has a module {module.class_name} with broken arguments", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} with broken arguments", FOREIGN)
     return {name: plain_value(value) for name, value in arguments.items()}

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from uni_instruct.checkpoints import tensors
-from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, Limits, reading, shown
+from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Storage, stored_tensor
 
@@ -39,15 +39,15 @@ def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[
     from safetensors import SafetensorError, safe_open
 
     with opened(source) as (file, name, size), reading(name):
-        account = Account(limits or Limits(), size)
-        header, start = _header(file, account, size)
+        budget = Budget(limits or Limits(), size)
+        header, start = _header(file, budget, size)
         try:
             # For its checks alone (gaps, overlaps, sizes): it would not give bfloat16 to NumPy.
             with safe_open(str(source), framework="numpy"):
                 pass
         except SafetensorError as error:
-            raise Fault(f"is not a whole safetensors file: {shown(str(error))}") from error
-        arrays = {key: _array(file, account, start, entry) for key, entry in header.items() if key != "__metadata__"}
+            raise MalformedFile(f"is not a whole safetensors file: {shown(str(error))}") from error
+        arrays = {key: _array(file, budget, start, entry) for key, entry in header.items() if key != "__metadata__"}
     return arrays, _config(Path(source).with_name(CONFIG))
 
 
@@ -57,13 +57,13 @@ def looks_like_safetensors(file: BinaryIO, size: int) -> bool:
     return size > 8 and source.unsigned(8) <= source.end - source.position and source.starts_with(b"{")
 
 
-def _header(file: BinaryIO, account: Account, size: int) -> tuple[dict[str, Any], int]:
+def _header(file: BinaryIO, budget: Budget, size: int) -> tuple[dict[str, Any], int]:
     """The header, and where the tensors begin."""
     source = Source(file, 0, size)
     length = source.unsigned(8)
     if length > _LARGEST_HEADER:
-        raise Fault(f"has a header of {length:,} bytes", FOREIGN)
-    account.spend("bytes of text", length)
+        raise MalformedFile(f"has a header of {length:,} bytes", FOREIGN)
+    budget.spend("bytes of text", length)
     return _json(source.read(length), "a header"), source.position
 
 
@@ -72,7 +72,7 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     with opened(path) as (file, name, size), reading(name):
         if size > _LARGEST_CONFIG:
-            raise Fault(f"has {size:,} bytes, more than a configuration", FOREIGN)
+            raise MalformedFile(f"has {size:,} bytes, more than a configuration", FOREIGN)
         return _json(Source(file, 0, size).read(size), "content")
 
 
@@ -80,23 +80,23 @@ def _json(content: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(content.decode())  # of bytes it would guess the encoding
     except (ValueError, RecursionError) as error:
-        raise Fault(f"has {what} that is not JSON: {shown(str(error))}") from error
+        raise MalformedFile(f"has {what} that is not JSON: {shown(str(error))}") from error
     if not isinstance(value, dict):
-        raise Fault(f"has {what} that is no JSON object")
+        raise MalformedFile(f"has {what} that is no JSON object")
     return value
 
 
-def _array(file: BinaryIO, account: Account, start: int, entry: Any) -> np.ndarray:
+def _array(file: BinaryIO, budget: Budget, start: int, entry: Any) -> np.ndarray:
     """A tensor by its entry, which is checked again: a key that stands twice may have meant the other to safetensors."""
     values = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str) or kind not in _ELEMENTS:
-        raise Fault(f"has a tensor of type {shown(kind)}", "save it as float32, float16, bfloat16 or integers")
+        raise MalformedFile(f"has a tensor of type {shown(kind)}", "save it as float32, float16, bfloat16 or integers")
     if not isinstance(shape, list) or not isinstance(offsets, list) or [type(at) for at in offsets] != [int, int]:
-        raise Fault("has a header with a broken entry")
+        raise MalformedFile("has a header with a broken entry")
     first, last = offsets
-    if not 0 <= first <= last <= account.file_bytes - start:
-        raise Fault("has a header that points outside the file")
+    if not 0 <= first <= last <= budget.file_bytes - start:
+        raise MalformedFile("has a header that points outside the file")
     element = _ELEMENTS[kind]
-    storage = Storage(account, element, (last - first) // element.stored.itemsize, Span(file, start + first, last - first))
-    return stored_tensor(account, storage, 0, tuple(shape), None).of(storage.read())
+    storage = Storage(budget, element, (last - first) // element.stored.itemsize, Span(file, start + first, last - first))
+    return stored_tensor(budget, storage, 0, tuple(shape), None).of(storage.read())

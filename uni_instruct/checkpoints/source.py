@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import Fault
+from uni_instruct.checkpoints.budget import MalformedFile
 from uni_instruct.errors import RequestError
 
 _BLOCK = 1 << 20
@@ -24,11 +24,11 @@ class Source:
         file.seek(start)
 
     def read(self, size: int) -> bytes:
-        """The next bytes. Raises Fault where there are fewer."""
+        """The next bytes. Raises MalformedFile where there are fewer."""
         self._advance(size)
         data = self._file.read(size)
         if len(data) != size:
-            raise Fault("ends too early")
+            raise MalformedFile("ends too early")
         return data
 
     def starts_with(self, magic: bytes) -> bool:
@@ -42,11 +42,11 @@ class Source:
         return int.from_bytes(self.read(size), "little")
 
     def line(self, limit: int) -> bytes:
-        """The next bytes up to a newline, which is left out. Raises Fault where none follows within the limit."""
+        """The next bytes up to a newline, which is left out. Raises MalformedFile where none follows within the limit."""
         line = self._file.readline(min(limit, self.end - self.position))
         self._advance(len(line))
         if not line.endswith(b"\n"):
-            raise Fault("ends too early or has a name that is too long")
+            raise MalformedFile("ends too early or has a name that is too long")
         return line[:-1]
 
     def span(self, size: int) -> "Span":
@@ -58,7 +58,7 @@ class Source:
 
     def _advance(self, size: int) -> None:
         if size > self.end - self.position:
-            raise Fault(f"ends too early: {size:,} bytes are announced where {self.end - self.position:,} are left")
+            raise MalformedFile(f"ends too early: {size:,} bytes are announced where {self.end - self.position:,} are left")
         self.position += size
 
 
@@ -97,7 +97,7 @@ class Span:
         self.file.seek(self.start)
         # A view of nothing cannot be cast.
         if array.nbytes and self.file.readinto(array.data.cast("B")) != self.size:  # type: ignore[attr-defined]
-            raise Fault("ends too early")
+            raise MalformedFile("ends too early")
 
 
 @contextmanager

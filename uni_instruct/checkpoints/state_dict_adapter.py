@@ -1,4 +1,4 @@
-"""From a stored network, in EDM's and EDM2's vocabulary, to a spec and weights: every weight is accounted for."""
+"""From a stored network, in EDM's and EDM2's names, to a spec and weights: every weight is accounted for."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.bundle import GeneratorSpec
+from uni_instruct.bundle import ModelSpec
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.checkpoint import StoredNetwork
 from uni_instruct.errors import FileFormatError, RequestError
@@ -20,7 +20,7 @@ INNER = ("model.", "unet.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vocabulary:
+class ArgumentMap:
     """How a class of the peers' is called here, and its arguments, which have the same names here.
 
     What is passed over changes no image. defaults are the peers' where they are not ours.
@@ -33,16 +33,16 @@ class Vocabulary:
 
 
 _UNET = frozenset({"model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout"})
-NETWORKS = {
-    "SongUNet": Vocabulary(
+NETWORK_ARGUMENTS = {
+    "SongUNet": ArgumentMap(
         name="ddpmpp",
         arguments=_UNET
         | {"augment_dim", "channel_mult_noise", "embedding_type", "encoder_type", "decoder_type", "resample_filter"},
         passed_over=frozenset({"label_dropout"}),
         defaults={"channel_mult": [1, 2, 2, 2]},
     ),
-    "DhariwalUNet": Vocabulary(name="adm", arguments=_UNET | {"augment_dim"}, passed_over=frozenset({"label_dropout"})),
-    "UNet": Vocabulary(
+    "DhariwalUNet": ArgumentMap(name="adm", arguments=_UNET | {"augment_dim"}, passed_over=frozenset({"label_dropout"})),
+    "UNet": ArgumentMap(
         name="edm2",
         arguments=_UNET
         | {"channel_mult_noise", "label_balance", "concat_balance", "resample_filter"}
@@ -50,16 +50,16 @@ NETWORKS = {
     ),
 }
 _RANGE = frozenset({"sigma_min", "sigma_max"})
-PRECONDITIONINGS = {
-    "EDMPrecond": Vocabulary(name="edm", arguments=_RANGE | {"sigma_data"}),
-    "Precond": Vocabulary(
+PRECONDITIONING_ARGUMENTS = {
+    "EDMPrecond": ArgumentMap(name="edm", arguments=_RANGE | {"sigma_data"}),
+    "Precond": ArgumentMap(
         name="edm",
         arguments=frozenset({"sigma_data"}),
         passed_over=frozenset({"logvar_channels", "force_normalization", "use_gan"}),
     ),
-    "VPPrecond": Vocabulary(name="vp", arguments=frozenset({"beta_d", "beta_min", "M", "epsilon_t"}), passed_over=_RANGE),
-    "VEPrecond": Vocabulary(name="ve", arguments=_RANGE),
-    "iDDPMPrecond": Vocabulary(name="iddpm", arguments=frozenset({"C_1", "C_2", "M"}), passed_over=_RANGE),
+    "VPPrecond": ArgumentMap(name="vp", arguments=frozenset({"beta_d", "beta_min", "M", "epsilon_t"}), passed_over=_RANGE),
+    "VEPrecond": ArgumentMap(name="ve", arguments=_RANGE),
+    "iDDPMPrecond": ArgumentMap(name="iddpm", arguments=frozenset({"C_1", "C_2", "M"}), passed_over=_RANGE),
 }
 # What a preconditioning holds where the file does not say.
 DEFAULT_NETWORKS = {
@@ -96,9 +96,9 @@ class Translation:
     weights: dict[str, np.ndarray]
     left_out: tuple[str, ...]
 
-    def spec(self, **more: Any) -> GeneratorSpec:
+    def spec(self, **more: Any) -> ModelSpec:
         """The bundle's spec with what the file cannot tell."""
-        return GeneratorSpec(
+        return ModelSpec(
             image_shape=self.image_shape,
             num_classes=self.num_classes,
             network=self.network,
@@ -119,9 +119,9 @@ def translate(stored: StoredNetwork, patch: int | None = None) -> Translation:
     tensors = _without_wrappers(stored.tensors)
     bare, outer = _inner_tensors(tensors)
     class_name, config = (stored.class_name, stored.config) if stored.class_name else infer_architecture(bare)
-    class_name = _known(class_name, PRECONDITIONINGS, "preconditioning")
-    network_name = _known(str(config.get("model_type", DEFAULT_NETWORKS[class_name])), NETWORKS, "network")
-    preconditioning, network = PRECONDITIONINGS[class_name], NETWORKS[network_name]
+    class_name = _known(class_name, PRECONDITIONING_ARGUMENTS, "preconditioning")
+    network_name = _known(str(config.get("model_type", DEFAULT_NETWORKS[class_name])), NETWORK_ARGUMENTS, "network")
+    preconditioning, network = PRECONDITIONING_ARGUMENTS[class_name], NETWORK_ARGUMENTS[network_name]
     _check_arguments(config, preconditioning, network)
     patch = _patch_beside(stored) if patch is None else patch
     args = _chosen(config, network) | {"preconditioning": {"name": preconditioning.name, **_chosen(config, preconditioning)}}
@@ -177,14 +177,14 @@ def _inner_tensors(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray
     return tensors, {}
 
 
-def _known(name: str, table: Mapping[str, Vocabulary], what: str) -> str:
+def _known(name: str, table: Mapping[str, ArgumentMap], what: str) -> str:
     name = ALIASES.get(name, name)
     if name not in table:
         raise RequestError(f"{what} '{name}' is not known here", remedy=f"files of {', '.join(table)} are", param="checkpoint")
     return name
 
 
-def _check_arguments(config: Mapping[str, Any], *vocabularies: Vocabulary) -> None:
+def _check_arguments(config: Mapping[str, Any], *vocabularies: ArgumentMap) -> None:
     known = COMMON.union(*(v.arguments for v in vocabularies), *(v.passed_over for v in vocabularies))
     unknown = sorted(set(config) - known)
     if unknown:
@@ -214,10 +214,10 @@ def _implausible(name: str, value: Any) -> FileFormatError:
     return FileFormatError(f"the file gives {str(value)[:60]!r} for {name}", remedy="download it again")
 
 
-def _chosen(config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+def _chosen(config: Mapping[str, Any], names: ArgumentMap) -> dict[str, Any]:
     """EDM's largest noise level is infinity, which is the default here too, and which JSON does not know."""
-    given = {name: config[name] for name in sorted(vocabulary.arguments) if name in config and config[name] != math.inf}
-    return {**vocabulary.defaults, **given}
+    given = {name: config[name] for name in sorted(names.arguments) if name in config and config[name] != math.inf}
+    return {**names.defaults, **given}
 
 
 def _checked(name: str, array: np.ndarray) -> np.ndarray:

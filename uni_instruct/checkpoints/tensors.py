@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, shown
+from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.source import Span
 
 _MOST_DIMENSIONS = 32
@@ -53,20 +53,20 @@ STORAGE_TYPES = {
 class Storage:
     """Elements in a row. Where they stand may become known only after the tensors that lie in them."""
 
-    def __init__(self, account: Account, element: Element, numel: Any, span: Span | None = None, crc: int | None = None):
+    def __init__(self, budget: Budget, element: Element, numel: Any, span: Span | None = None, crc: int | None = None):
         if type(numel) is not int or numel < 0:
-            raise Fault(f"has a storage of {shown(str(numel)[:20])} elements")
-        account.spend("bytes of storages", numel * element.stored.itemsize)
+            raise MalformedFile(f"has a storage of {shown(str(numel)[:20])} elements")
+        budget.spend("bytes of storages", numel * element.stored.itemsize)
         self.element, self.numel, self.span, self.crc = element, numel, span, crc
 
     def read(self) -> np.ndarray:
         """The elements [numel], checked against the file's checksum where it has one."""
         if self.span is None or self.span.size != self.numel * self.element.stored.itemsize:
-            raise Fault("has a storage whose bytes are missing")
+            raise MalformedFile("has a storage whose bytes are missing")
         stored = np.empty(self.numel, self.element.stored)
         self.span.read_into(stored)
         if self.crc is not None and zlib.crc32(stored.data) != self.crc:
-            raise Fault("has a storage that does not match its checksum")
+            raise MalformedFile("has a storage that does not match its checksum")
         if self.element is BFLOAT16:
             return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
         # A byte of a bool may hold any value, which NumPy would not expect.
@@ -92,19 +92,19 @@ class StoredTensor:
         return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps).copy()
 
 
-def stored_tensor(account: Account, storage: Storage, offset: Any, shape: Any, strides: Any) -> StoredTensor:
-    """A checked tensor; without strides it has no gaps. Raises Fault for one that is larger than its storage or leaves it."""
+def stored_tensor(budget: Budget, storage: Storage, offset: Any, shape: Any, strides: Any) -> StoredTensor:
+    """A checked tensor; without strides it has no gaps. Raises MalformedFile for one larger than its storage or outside it."""
     sizes = _sizes(shape, "shape")
     steps = _contiguous(sizes) if strides is None else _sizes(strides, "strides")
     if type(offset) is not int or offset < 0 or len(sizes) != len(steps):
-        raise Fault("has a tensor with broken strides")
+        raise MalformedFile("has a tensor with broken strides")
     numel = math.prod(sizes)
     if not numel and math.prod(max(size, 1) for size in sizes) > _LARGEST_EMPTY:
-        raise Fault("has an empty tensor of absurd size", FOREIGN)
+        raise MalformedFile("has an empty tensor of absurd size", FOREIGN)
     last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if numel and (numel > storage.numel or last >= storage.numel):
-        raise Fault(f"has a tensor of {numel:,} elements that reaches beyond its storage of {storage.numel:,}", FOREIGN)
-    account.spend("bytes of tensors", numel * storage.element.plain.itemsize)
+        raise MalformedFile(f"has a tensor of {numel:,} elements that reaches beyond its storage of {storage.numel:,}", FOREIGN)
+    budget.spend("bytes of tensors", numel * storage.element.plain.itemsize)
     # The strides of a single element along an axis say nothing.
     steps = tuple(plain if size < 2 else step for size, step, plain in zip(sizes, steps, _contiguous(sizes), strict=True))
     return StoredTensor(storage, offset, sizes, steps)
@@ -112,9 +112,9 @@ def stored_tensor(account: Account, storage: Storage, offset: Any, shape: Any, s
 
 def _sizes(values: Any, what: str) -> tuple[int, ...]:
     if type(values) is not tuple or len(values) > _MOST_DIMENSIONS:
-        raise Fault(f"has a tensor with a broken {what}")
+        raise MalformedFile(f"has a tensor with a broken {what}")
     if any(type(value) is not int or not 0 <= value < _LARGEST_SIZE for value in values):
-        raise Fault(f"has a tensor with a broken {what}")
+        raise MalformedFile(f"has a tensor with a broken {what}")
     return values
 
 

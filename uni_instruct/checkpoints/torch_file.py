@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
+from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.legacy_torch import persistent_storages
-from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, Limits, reading, shown
-from uni_instruct.checkpoints.pickle.interpreter import Machine
+from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
+from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter
+from uni_instruct.checkpoints.pickle.unpickle import pickled, plain
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Element, Storage
-from uni_instruct.checkpoints.pickle.unpickle import pickled, plain
 
 ZIP = b"PK\x03\x04"
 _LARGEST_DIRECTORY = 4 << 20  # bytes; the 3,000 storages of a large training state take 0.3 million
@@ -28,34 +28,34 @@ _RESAVE = "save it again with torch.save"
 def read_torch(source: str | Path | BinaryIO, limits: Limits | None = None) -> Any:
     """The value of a file that torch.save wrote, zip or not, as `read_pickle` gives it. Raises FileFormatError."""
     with opened(source) as (file, name, size), reading(name):
-        account = Account(limits or Limits(), size)
-        value = zipped(file, account, size) if Source(file, 0, size).starts_with(ZIP) else pickled(file, account, size)
-        return plain(value, account)
+        budget = Budget(limits or Limits(), size)
+        value = zipped(file, budget, size) if Source(file, 0, size).starts_with(ZIP) else pickled(file, budget, size)
+        return plain(value, budget)
 
 
-def zipped(file: BinaryIO, account: Account, size: int) -> Any:
-    """The value of torch's zip, with drafts and stored tensors in it. Raises Fault."""
+def zipped(file: BinaryIO, budget: Budget, size: int) -> Any:
+    """The value of torch's zip, with placeholders and stored tensors in it. Raises MalformedFile."""
     entries = _entries(file, size)
     folder = _folder(entries)
     if f"{folder}constants.pkl" in entries:
-        raise Fault("is a TorchScript program", "give a checkpoint that torch.save wrote")
+        raise MalformedFile("is a TorchScript program", "give a checkpoint that torch.save wrote")
     order = entries.get(f"{folder}byteorder")
     if order is not None and order.span.content(len(b"little") + 1) != b"little":
-        raise Fault("was written in an unknown byte order", _RESAVE)
+        raise MalformedFile("was written in an unknown byte order", _RESAVE)
 
     def storage(element: Element, key: str, numel: Any) -> Storage:
         entry = entries.get(f"{folder}data/{key}")
         if entry is None:
-            raise Fault(f"lacks storage {shown(key)}")
-        return Storage(account, element, numel, entry.span, entry.crc)
+            raise MalformedFile(f"lacks storage {shown(key)}")
+        return Storage(budget, element, numel, entry.span, entry.crc)
 
     pickle = entries[f"{folder}data.pkl"]
     if pickle.crc is not None and pickle.span.crc() != pickle.crc:
-        raise Fault("has a pickle that does not match its checksum")
+        raise MalformedFile("has a pickle that does not match its checksum")
     with pickle.span.opened() as source:
-        value = Machine(source, account, CHECKPOINT, persistent_storages(account, {}, storage)).run()
+        value = PickleInterpreter(source, budget, CHECKPOINT, persistent_storages(budget, {}, storage)).run()
         if source.position != source.end:
-            raise Fault(f"has {source.end - source.position:,} bytes after the end of its pickle")
+            raise MalformedFile(f"has {source.end - source.position:,} bytes after the end of its pickle")
     return value
 
 
@@ -85,7 +85,7 @@ class _BoundedFile:
         most = _LARGEST_DIRECTORY + 1
         data = self._file.read(most if size < 0 else min(size, most))
         if len(data) == most:
-            raise Fault("has a zip directory that is too large", FOREIGN)
+            raise MalformedFile("has a zip directory that is too large", FOREIGN)
         return data
 
 
@@ -94,16 +94,16 @@ def _entries(file: BinaryIO, size: int) -> dict[str, _Entry]:
     try:
         infos = zipfile.ZipFile(_BoundedFile(file)).infolist()
     except _BROKEN_ZIP as error:
-        raise Fault(f"is not a whole zip: {shown(str(error))}") from error
+        raise MalformedFile(f"is not a whole zip: {shown(str(error))}") from error
     entries: dict[str, _Entry] = {}
     for info in infos:
         name = info.filename
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-            raise Fault(f"has a compressed or encrypted entry {shown(name)}", f"{_RESAVE}, which stores plainly")
+            raise MalformedFile(f"has a compressed or encrypted entry {shown(name)}", f"{_RESAVE}, which stores plainly")
         if name in entries:
-            raise Fault(f"has two entries {shown(name)}", FOREIGN)
+            raise MalformedFile(f"has two entries {shown(name)}", FOREIGN)
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-            raise Fault(f"has an entry {shown(name)} that leaves its folder", FOREIGN)
+            raise MalformedFile(f"has an entry {shown(name)} that leaves its folder", FOREIGN)
         # Zero stands where torch was told to leave checksums out.
         entries[name] = _Entry(_located(file, info, size), info.CRC or None)
     return entries
@@ -113,11 +113,13 @@ def _folder(entries: dict[str, _Entry]) -> str:
     """The folder of the pickle, with its slash. Everything must lie in it."""
     found = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(found) != 1:
-        raise Fault("is a zip without a checkpoint in it (no data.pkl, or several)", "give a file that torch.save wrote")
+        raise MalformedFile(
+            "is a zip without a checkpoint in it (no data.pkl, or several)", "give a file that torch.save wrote"
+        )
     folder = found[0].removesuffix("data.pkl")
     for name in entries:
         if not name.startswith(folder):
-            raise Fault(f"has an entry {shown(name)} outside {shown(folder)}", FOREIGN)
+            raise MalformedFile(f"has an entry {shown(name)} outside {shown(folder)}", FOREIGN)
     return folder
 
 
@@ -127,6 +129,6 @@ def _located(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Span:
     magic, *_, name_size, extra_size = _HEADER.unpack(source.read(_HEADER.size))
     name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace")
     if magic != ZIP or name_size != len(name) or source.read(name_size) != name:
-        raise Fault(f"is not a whole zip: entry {shown(info.filename)} is not where its directory says")
+        raise MalformedFile(f"is not a whole zip: entry {shown(info.filename)} is not where its directory says")
     source.span(extra_size)
     return source.span(info.file_size)

@@ -14,8 +14,8 @@ from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
 from uni_instruct.evaluate.evaluator import check_shape
+from uni_instruct.evaluate.sample_source import SampleSource, bundle_subject, images_subject
 from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics, frechet_name
-from uni_instruct.evaluate.sample_source import Subject, bundle_subject, images_subject
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 
@@ -137,18 +137,20 @@ def _seeds_text(seeds: list[int]) -> str:
     return f"{seeds[0]}-{seeds[-1]}" if consecutive else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
 
 
-def _score(evaluator: Evaluator, role: str, subject: Subject, metrics: list[str] | None) -> Scores:
+def _score(evaluator: Evaluator, role: str, subject: SampleSource, metrics: list[str] | None) -> Scores:
     with progress(f"score {role}", subject.count, "images") as bar:
 
-        def told() -> Any:
+        def with_progress() -> Any:
             for batch in subject.batches():
                 yield batch
                 bar.advance(len(batch))
 
-        return evaluator.score_batches(told(), subject.class_ids, metrics)
+        return evaluator.score_batches(with_progress(), subject.class_ids, metrics)
 
 
-def _facts(evaluator: Evaluator, subjects: dict[str, Subject], scores: dict[str, Scores], seeds: str | None) -> dict[str, Any]:
+def _facts(
+    evaluator: Evaluator, subjects: dict[str, SampleSource], scores: dict[str, Scores], seeds: str | None
+) -> dict[str, Any]:
     extractor, reference = evaluator.extractor, evaluator.reference
     notes = [note for role in subjects for note in (*scores[role].notes, subjects[role].note) if note]
     return {

@@ -10,13 +10,13 @@ from uni_instruct.data.edm_zip import ZIP_REMEDY
 from uni_instruct.data.file_kinds import data_files
 from uni_instruct.data.folder import FOLDER_REMEDY, folder_classes
 from uni_instruct.data.idx import has_idx
-from uni_instruct.data.labels import META, label_entries, misfits, read_meta, stated_classes
 from uni_instruct.data.image_files import decode, mixed
+from uni_instruct.data.labels import META, label_entries, misfits, read_meta, stated_classes
 from uni_instruct.data.sources import is_data, is_named, is_zip, no_data, open_dataset, source_parts
 from uni_instruct.data.storage import FolderStore, Store, ZipStore, placed
 from uni_instruct.data.vae_latents import read_moments
 from uni_instruct.errors import FileFormatError
-from uni_instruct.progress import Track, silent
+from uni_instruct.progress import ProgressFactory, silent
 
 Shape = tuple[int, ...]
 
@@ -37,7 +37,7 @@ class Findings:
     wrong: tuple[Wrong, ...]
 
 
-def check_data(source: str, resolution: int | None = None, track: Track = silent) -> Findings:
+def check_data(source: str, resolution: int | None = None, with_progress: ProgressFactory = silent) -> Findings:
     """Reads every image and label of whatever `open_dataset` takes.
 
     Wrong is a file that cannot be read, that is of another size than most (not with a resolution, to which all are brought), or
@@ -50,7 +50,7 @@ def check_data(source: str, resolution: int | None = None, track: Track = silent
             raise no_data(part)
     images, wrong = 0, list[Wrong]()
     for part in parts:
-        found = _check_part(part, resolution, track)
+        found = _check_part(part, resolution, with_progress)
         images, wrong = images + found.images, [*wrong, *found.wrong]
     if not wrong:
         try:
@@ -61,7 +61,7 @@ def check_data(source: str, resolution: int | None = None, track: Track = silent
     return Findings(images=images, wrong=tuple(wrong))
 
 
-def _check_part(source: str, resolution: int | None, track: Track) -> Findings:
+def _check_part(source: str, resolution: int | None, with_progress: ProgressFactory) -> Findings:
     path = Path(source)
     is_folder = path.is_dir() and not has_idx(path)
     if is_named(source) or not (is_folder or (path.is_file() and is_zip(path))):
@@ -74,7 +74,7 @@ def _check_part(source: str, resolution: int | None, track: Track) -> Findings:
         return Findings(images=0, wrong=(Wrong(source, "", error.problem),))
     wrong: list[Wrong] = []
     by_shape: dict[Shape, list[str]] = {}
-    with track(f"check {source}", len(files), "images") as progress:
+    with with_progress(f"check {source}", len(files), "images") as progress:
         for file in files:
             try:
                 shape = _latent_shape(store, file) if latents else decode(store, file).shape

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.data.file_kinds import content_fields, data_files
 from uni_instruct.data.dataset import READ_BATCH, Dataset
+from uni_instruct.data.file_kinds import content_fields, data_files
 from uni_instruct.data.labels import META, described, read_meta
 from uni_instruct.data.storage import ZipStore
 from uni_instruct.data.vae_latents import moments_bytes

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from uni_instruct.data.file_kinds import content_fields, data_files
 from uni_instruct.data.dataset import Dataset
+from uni_instruct.data.file_kinds import content_fields, data_files
 from uni_instruct.data.labels import META, described, read_meta
 from uni_instruct.data.storage import FolderStore, natural_order
 from uni_instruct.errors import FileFormatError

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from uni_instruct.data.edm_zip import open_zip
+from uni_instruct.data.concat import joined, with_classes
 from uni_instruct.data.dataset import MAX_CLASSES, ArrayReader, Dataset, number_names
+from uni_instruct.data.edm_zip import open_zip
 from uni_instruct.data.emoji import open_emoji
 from uni_instruct.data.fashion_mnist import open_fashion_mnist, recognised
 from uni_instruct.data.folder import open_folder
 from uni_instruct.data.idx import has_idx, open_idx
-from uni_instruct.data.concat import joined, with_classes
 from uni_instruct.data.image_files import fit
 from uni_instruct.data.storage import UNREADABLE
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError

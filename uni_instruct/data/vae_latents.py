@@ -7,7 +7,7 @@ import numpy as np
 
 from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, placed, reason_of
 from uni_instruct.errors import FileFormatError
-from uni_instruct.noise import latents
+from uni_instruct.noise import noise
 
 SUFFIXES = frozenset({".npy"})
 # Stability AI's VAE (sd-vae-ft-mse) and ImageNet: mean and deviation of each latent channel, as EDM2 assumes them
@@ -71,7 +71,7 @@ def drawn(moments: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
     moments is float32 [B, 8, H, W]; latent i depends on moments[i] and seeds[i] alone.
     """
     mean, std = moments[:, :CHANNELS], moments[:, CHANNELS:]
-    raw = mean + latents(seeds, mean.shape[1:]) * std
+    raw = mean + noise(seeds, mean.shape[1:]) * std
     offset, scale = (np.array(values, np.float32).reshape(CHANNELS, 1, 1) for values in (RAW_MEAN, RAW_STD))
     final: np.ndarray = (raw - offset) * (FINAL_STD / scale)
     return final.transpose(0, 2, 3, 1)

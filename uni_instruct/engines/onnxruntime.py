@@ -1,11 +1,11 @@
-"""ONNX Runtime: one file that holds the whole one-step map, from N(0, 1) latents to uint8 pixels. Needs no torch."""
+"""ONNX Runtime: one file that holds the whole one-step map, from N(0, 1) noise to uint8 pixels. Needs no torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.engines.record import verified_file
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # The graph's interface: what `export` writes and this engine feeds and reads.
-LATENTS, CLASS_IDS = "latents", "class_ids"
+LATENTS, CLASS_IDS = "noise", "class_ids"
 IMAGES, DENOISED = "images", "denoised"
 
 # Provider of ONNX Runtime -> the device it runs on.
@@ -48,16 +48,16 @@ class OnnxEngine:
         self._session = _session(verified_file(bundle, folder or bundle.engine_folder(self.name)), provider, spin)
         _check_interface(self._session, bundle.spec)
 
-    def __call__(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        """Images uint8 [B, H, W, C] of N(0, 1) latents float32 [B, C, H, W]."""
-        return self._run(IMAGES, latents, class_ids)
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
+        return self._run(IMAGES, noise, class_ids)
 
-    def denoised(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def denoised(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """The images before rounding: float32 [B, C, H, W] in about [-1, 1]."""
-        return self._run(DENOISED, latents, class_ids)
+        return self._run(DENOISED, noise, class_ids)
 
-    def _run(self, output: str, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        feed = {LATENTS: latents} if class_ids is None else {LATENTS: latents, CLASS_IDS: class_ids}
+    def _run(self, output: str, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        feed = {LATENTS: noise} if class_ids is None else {LATENTS: noise, CLASS_IDS: class_ids}
         result: np.ndarray = self._session.run([output], feed)[0]
         return result
 
@@ -87,7 +87,7 @@ def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSes
     return session
 
 
-def _check_interface(session: "onnxruntime.InferenceSession", spec: GeneratorSpec) -> None:
+def _check_interface(session: "onnxruntime.InferenceSession", spec: ModelSpec) -> None:
     expected = {LATENTS, CLASS_IDS} if spec.num_classes else {LATENTS}
     inputs: dict[str, Any] = {port.name: port.shape for port in session.get_inputs()}
     outputs = {port.name for port in session.get_outputs()}

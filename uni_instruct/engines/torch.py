@@ -20,24 +20,24 @@ class TorchEngine:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._denoiser = load_denoiser(bundle).to(self.device)
 
-    def __call__(self, latents: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        """Images uint8 [B, H, W, C] of N(0, 1) latents float32 [B, C, H, W]."""
-        return to_uint8(self.denoised(latents, class_ids)).cpu().numpy()
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
+        return to_uint8(self.denoised(noise, class_ids)).cpu().numpy()
 
     @torch.inference_mode()
-    def denoised(self, latents: np.ndarray, class_ids: np.ndarray | None) -> Tensor:
+    def denoised(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Tensor:
         """The images before rounding: float32 [B, C, H, W] in about [-1, 1], on the engine's device."""
-        noise = torch.from_numpy(latents).to(self.device)
+        z = torch.from_numpy(noise).to(self.device)
         labels = None if class_ids is None else torch.from_numpy(class_ids).to(self.device)
         if self.spec.steps > 1:
-            return heun_sample(self._denoiser, noise, labels, self.spec.steps)
-        return one_step(self._denoiser, noise, labels, self.spec.sigma_init)
+            return heun_sample(self._denoiser, z, labels, self.spec.steps)
+        return one_step(self._denoiser, z, labels, self.spec.sigma_init)
 
 
-def one_step(denoiser: Denoiser, latents: Tensor, class_ids: Tensor | None, sigma_init: float) -> Tensor:
+def one_step(denoiser: Denoiser, noise: Tensor, class_ids: Tensor | None, sigma_init: float) -> Tensor:
     """G(z) = D(sigma_init z; sigma_init): float32 [B, C, H, W] in about [-1, 1]."""
-    sigma = latents.new_full((len(latents), 1, 1, 1), sigma_init)
-    out: Tensor = denoiser(latents * sigma_init, sigma, class_ids)
+    sigma = noise.new_full((len(noise), 1, 1, 1), sigma_init)
+    out: Tensor = denoiser(noise * sigma_init, sigma, class_ids)
     return out
 
 

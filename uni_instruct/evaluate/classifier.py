@@ -22,7 +22,7 @@ from uni_instruct.data import Dataset
 from uni_instruct.errors import DiskError, FileFormatError, RequestError
 from uni_instruct.files import atomic_file, cache_folder, disk_errors
 from uni_instruct.noise import ImageShape
-from uni_instruct.progress import Track, silent
+from uni_instruct.progress import ProgressFactory, silent
 
 RECIPE = 1  # counts up with every change to the network or its training, and is part of the cached file's name
 SEED = 20505
@@ -78,7 +78,7 @@ class Classifier(nn.Module):
         return hidden * self.scale, self.out(hidden)
 
 
-def trained_classifier(dataset: Dataset, track: Track = silent) -> Path:
+def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Path:
     """The file of the data set's classifier, trained now unless it is in the cache.
 
     Raises RequestError where the data has no classes or too few images, or the cache cannot be written.
@@ -100,7 +100,7 @@ def trained_classifier(dataset: Dataset, track: Track = silent) -> Path:
     with _cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)  # before the training, so that it is not in vain
     with _one_thread():
-        model, heldout_accuracy = train_classifier(dataset, track)
+        model, heldout_accuracy = train_classifier(dataset, with_progress)
     info = ClassifierInfo(
         recipe=RECIPE,
         image_shape=dataset.image_shape,
@@ -142,7 +142,7 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def train_classifier(dataset: Dataset, track: Track = silent) -> tuple[Classifier, float]:
+def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> tuple[Classifier, float]:
     """Trains the classifier on nine tenths of the data; also returns its accuracy on the other tenth.
 
     On the CPU, all randomness from SEED. Images are read as they are needed.
@@ -154,7 +154,7 @@ def train_classifier(dataset: Dataset, track: Track = silent) -> tuple[Classifie
     model = _initialised(_blank(dataset.image_shape, dataset.num_classes), generator)
     steps = min(MAX_STEPS, max(STEPS, EPOCHS * len(training) // BATCH))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
-    with torch.enable_grad(), track(f"train {dataset.name}-classifier", steps, "steps") as progress:
+    with torch.enable_grad(), with_progress(f"train {dataset.name}-classifier", steps, "steps") as progress:
         for step in range(steps):
             chosen = training[torch.randint(len(training), (BATCH,), generator=generator)]
             _, logits = model(_shifted(_images(dataset, chosen), generator))

@@ -7,10 +7,10 @@ import numpy as np
 from uni_instruct.data import Dataset
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
-from uni_instruct.evaluate.scores import Comparison, Means, Scores, applicable, moments, score
+from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, moments, score
 from uni_instruct.evaluate.statistics import Statistics
 from uni_instruct.noise import ImageShape
-from uni_instruct.progress import Progress, Track, silent
+from uni_instruct.progress import Progress, ProgressFactory, silent
 
 BATCH = 256
 
@@ -18,11 +18,13 @@ BATCH = 256
 class Evaluator:
     """Scores images against a data set or its statistics.
 
-    extractor: one of EXTRACTORS, or an Extractor; statistics bring their own. track is told of training and feature extraction.
+    extractor: one of EXTRACTORS, or an Extractor; statistics bring their own. with_progress shows long work.
     Raises RequestError where the extractor is unknown or cannot be had, or the data set holds latents.
     """
 
-    def __init__(self, reference: Dataset | Statistics, extractor: str | Extractor = "auto", track: Track = silent):
+    def __init__(
+        self, reference: Dataset | Statistics, extractor: str | Extractor = "auto", with_progress: ProgressFactory = silent
+    ):
         self.reference = reference
         if isinstance(reference, Statistics):
             self.extractor = _extractor_of(reference, extractor)
@@ -30,15 +32,15 @@ class Evaluator:
             self.mu, self.sigma = reference.mu, reference.sigma
         else:
             reference.require_images()
-            chosen = choose_extractor(extractor, reference, track) if isinstance(extractor, str) else extractor
+            chosen = choose_extractor(extractor, reference, with_progress) if isinstance(extractor, str) else extractor
             self.extractor = chosen
-            with track(f"features of {reference.name}", len(reference), "images") as progress:
+            with with_progress(f"features of {reference.name}", len(reference), "images") as progress:
                 self.features = self.extractor(_told(reference.batches(BATCH), progress))
             self.mu, self.sigma = moments(self.features.features)
 
     def check(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> None:
         """Raises RequestError for a metric that is unknown or does not apply to that many images, before any is made."""
-        applicable(metrics, Means(self.extractor, images, self.reference_images, has_class_ids))
+        applicable(metrics, Available(self.extractor, images, self.reference_images, has_class_ids))
 
     @property
     def reference_images(self) -> int:
@@ -52,7 +54,7 @@ class Evaluator:
     def quick(self, images: np.ndarray, class_ids: np.ndarray | None = None) -> Scores:
         """All scores that apply but the kernel distance, whose hundred subsets take seconds: for use while training."""
         reference_images = len(self.features) if self.features else 0
-        names = applicable(None, Means(self.extractor, len(images), reference_images, class_ids is not None))
+        names = applicable(None, Available(self.extractor, len(images), reference_images, class_ids is not None))
         return self(images, class_ids, [name for name in names if name != "kd"])
 
     def score_batches(

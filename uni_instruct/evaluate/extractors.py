@@ -14,7 +14,7 @@ from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.fidelity import fidelity
 from uni_instruct.files import sha256
 from uni_instruct.noise import ImageShape
-from uni_instruct.progress import Track, silent
+from uni_instruct.progress import ProgressFactory, silent
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class Extractor:
             return Features(torch.cat(features).clone(), torch.cat(logits).clone())
 
 
-def choose_extractor(kind: str, dataset: Dataset, track: Track = silent) -> Extractor:
+def choose_extractor(kind: str, dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
     """The extractor of that kind (EXTRACTORS) for a reference.
 
     auto: InceptionV3 for colour images from 32 pixels on, or where there are no classes; else the classifier.
@@ -94,17 +94,17 @@ def choose_extractor(kind: str, dataset: Dataset, track: Track = silent) -> Extr
         channels, *sides = dataset.image_shape
         suits = channels == 3 and min(sides) >= INCEPTION_MIN_SIDE
         kind = "inception" if suits or dataset.num_classes < 2 else "classifier"
-    return inception(has_classes=dataset.num_classes > 1) if kind == "inception" else classifier(dataset, track)
+    return inception(has_classes=dataset.num_classes > 1) if kind == "inception" else classifier(dataset, with_progress)
 
 
 EXTRACTORS = ("auto", "inception", "classifier")
 
 
-def classifier(dataset: Dataset, track: Track = silent) -> Extractor:
+def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
     """The data set's own classifier, trained or from the cache; it is always named after the data set."""
     from uni_instruct.evaluate.classifier import trained_classifier
 
-    return open_classifier(trained_classifier(dataset, track), f"{dataset.name}-classifier")
+    return open_classifier(trained_classifier(dataset, with_progress), f"{dataset.name}-classifier")
 
 
 def open_classifier(path: Path, name: str) -> Extractor:

@@ -15,7 +15,7 @@ from uni_instruct.noise import ImageShape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Subject:
+class SampleSource:
     """batches gives its images anew, uint8 [B, H, W, C]; class_ids is int64 [count] in the reference's numbering, or None.
 
     engine and weights_sha256 are empty for images that are there. note says why class_ids is None where there are classes.
@@ -33,7 +33,7 @@ class Subject:
 
 def bundle_subject(
     bundle: Bundle, seeds: Sequence[int], kind: str | None, batch: int, reference: Dataset | Statistics
-) -> Subject:
+) -> SampleSource:
     """The images of those seeds, each of its seed's class. A teacher runs on torch whatever kind is asked of the student.
 
     Raises RequestError where the bundle has no engine of that kind.
@@ -42,7 +42,7 @@ def bundle_subject(
     class_ids = resolve_class_ids(bundle.spec, seeds)
     names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))
     mapped, note = reference_class_ids(class_ids, names, reference)
-    return Subject(
+    return SampleSource(
         source=str(bundle.path),
         count=len(seeds),
         image_shape=bundle.spec.image_shape,
@@ -54,13 +54,13 @@ def bundle_subject(
     )
 
 
-def images_subject(dataset: Dataset, samples: int | None, batch: int, reference: Dataset | Statistics) -> Subject:
+def images_subject(dataset: Dataset, samples: int | None, batch: int, reference: Dataset | Statistics) -> SampleSource:
     """All images of a data set, or that many, evenly spaced."""
     count = min(samples or len(dataset), len(dataset))
     chosen = np.arange(count) * len(dataset) // count
     labels = None if dataset.labels is None else dataset.labels[chosen]
     mapped, note = reference_class_ids(labels, dataset.class_names, reference)
-    return Subject(
+    return SampleSource(
         source=dataset.source,
         count=count,
         image_shape=dataset.image_shape,

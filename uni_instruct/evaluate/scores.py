@@ -49,11 +49,11 @@ class Metric:
     """measure gives values by full name; it is called where `missing` finds nothing missing, else says what is."""
 
     measure: Callable[[Extractor, Comparison], dict[str, float]]
-    missing: Callable[["Means"], str | None]
+    missing: Callable[["Available"], str | None]
 
 
 @dataclass(frozen=True)
-class Means:
+class Available:
     """What there is to measure with: `images` generated ones; reference_images is 0 where the reference is statistics."""
 
     extractor: Extractor
@@ -77,7 +77,7 @@ def score(extractor: Extractor, comparison: Comparison, metrics: Sequence[str] |
         )
     values: dict[str, float] = {}
     reference_images = len(comparison.reference) if comparison.reference else 0
-    for name in applicable(metrics, Means(extractor, count, reference_images, comparison.class_ids is not None)):
+    for name in applicable(metrics, Available(extractor, count, reference_images, comparison.class_ids is not None)):
         values |= METRICS[name].measure(extractor, comparison)
     return Scores(extractor.name, count, reference, values, extractor.sha256, _notes(extractor, comparison))
 
@@ -91,7 +91,7 @@ def check_metrics(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def applicable(names: Sequence[str] | None, means: Means) -> list[str]:
+def applicable(names: Sequence[str] | None, means: Available) -> list[str]:
     """The named metrics, or all that those means suffice for. Raises RequestError for a named one that lacks something."""
     if names is None:
         return [name for name, metric in METRICS.items() if metric.missing(means) is None]
@@ -156,23 +156,23 @@ def _class_accuracy(extractor: Extractor, comparison: Comparison) -> dict[str, f
     return {"class_accuracy": float((predicted == comparison.class_ids).mean())}
 
 
-def _nothing(means: Means) -> str | None:
+def _nothing(means: Available) -> str | None:
     return None
 
 
-def _reference_images(means: Means) -> str | None:
+def _reference_images(means: Available) -> str | None:
     if not means.reference_images:
         return "the reference is statistics, not images"
     return None if means.reference_images >= MIN_SAMPLES else "the reference has too few images"
 
 
-def _inception(means: Means) -> str | None:
+def _inception(means: Available) -> str | None:
     if not means.extractor.is_inception:
         return f"it is defined by InceptionV3, not by {means.extractor.name}"
     return None if means.images >= SPLITS else f"{means.images} images are fewer than its {SPLITS} splits"
 
 
-def _class_ids(means: Means) -> str | None:
+def _class_ids(means: Available) -> str | None:
     if not means.extractor.num_classes:
         return f"{means.extractor.name} does not know the reference's classes"
     return None if means.has_class_ids else "it is not known which class each image should have"

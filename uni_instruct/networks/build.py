@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from uni_instruct.bundle import Bundle, GeneratorSpec
+from uni_instruct.bundle import Bundle, ModelSpec
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.noise import ImageShape
 from uni_instruct.networks.adm import ADM
+from uni_instruct.networks.ddpmpp import NCSNPP, SongUNet
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.edm2 import EDM2
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import PRECONDITIONINGS, Preconditioning
 from uni_instruct.networks.unet import ResolutionError
-from uni_instruct.networks.ddpmpp import NCSNPP, SongUNet
+from uni_instruct.noise import ImageShape
 
 NETWORKS: dict[str, Callable[..., Network]] = {
     "ddpmpp": SongUNet,
@@ -28,7 +28,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
 PATCHES = (1, 2, 4)
 
 
-def build_denoiser(spec: GeneratorSpec) -> Denoiser:
+def build_denoiser(spec: ModelSpec) -> Denoiser:
     """The spec's denoiser with fresh weights. Raises RequestError for an unknown network or argument.
 
     Of network_args, `sigma_data`, `preconditioning` and `patch` describe what stands around the network: preconditioning is a

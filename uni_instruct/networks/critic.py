@@ -12,7 +12,7 @@ from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.group_norm import GroupNorm
 
 
-class Criticism(NamedTuple):
+class CriticOutput(NamedTuple):
     """The fake score's denoised images [B, C, H, W] and the logits [B], real against fake; None where not asked for."""
 
     denoised: Tensor | None
@@ -42,8 +42,8 @@ class Critic(nn.Module):
         *,
         denoise: bool = True,
         discriminate: bool = True,
-    ) -> Criticism:
-        """Criticism of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; what is not asked for costs nothing."""
+    ) -> CriticOutput:
+        """CriticOutput of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; what is not asked for costs nothing."""
         discriminate = discriminate and self.head is not None
         denoised = logits = None
         shared = None
@@ -57,7 +57,7 @@ class Critic(nn.Module):
             encoded = shared if self.own_encoder is None else self.own_encoder.encode(x, sigma, class_ids, augment_labels)
             assert encoded is not None
             logits = self.head(encoded.features[-1], encoded.emb)
-        return Criticism(denoised, logits)
+        return CriticOutput(denoised, logits)
 
 
 class DiscriminatorHead(nn.Module):

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uni_instruct.errors import RequestError
-from uni_instruct.noise import ImageShape
 from uni_instruct.networks.blocks import (
     BlockStyle,
     Conv2d,
@@ -21,6 +20,7 @@ from uni_instruct.networks.blocks import (
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.unet import Level, Skeleton, ascend, levels, nothing, skip_channels
+from uni_instruct.noise import ImageShape
 
 STYLE = BlockStyle(
     adaptive_scale=False,

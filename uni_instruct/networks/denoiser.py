@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uni_instruct.noise import ImageShape
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import EDM, Preconditioning
+from uni_instruct.noise import ImageShape
 
 
 class Encoded(NamedTuple):

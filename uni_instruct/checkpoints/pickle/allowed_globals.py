@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.legacy_torch import read_stream
-from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, shown
-from uni_instruct.checkpoints.pickle.interpreter import Named, Vocabulary
+from uni_instruct.checkpoints.pickle.interpreter import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Span
 from uni_instruct.checkpoints.tensors import STORAGE_TYPES, Storage, StoredTensor, stored_tensor
 
@@ -20,7 +20,7 @@ _MOST_DIMENSIONS = 32
 
 
 @dataclass(eq=False)
-class ModuleDraft:
+class ModulePlaceholder:
     """A module or another object with a class of the project's: what becomes a StoredModule."""
 
     class_name: str
@@ -28,174 +28,178 @@ class ModuleDraft:
 
 
 @dataclass(eq=False)
-class ArrayDraft:
+class ArrayPlaceholder:
     """A NumPy array, empty until it is given its state."""
 
     array: np.ndarray | None = None
 
 
 @dataclass(eq=False)
-class DtypeDraft:
+class DtypePlaceholder:
     """A NumPy dtype on the list."""
 
     dtype: np.dtype[Any]
 
 
 def _arguments(name: str, values: tuple[Any, ...], *kinds: type | tuple[type, ...]) -> tuple[Any, ...]:
-    """The arguments. Raises Fault where their number or types differ."""
+    """The arguments. Raises MalformedFile where their number or types differ."""
     if len(values) != len(kinds) or not all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
         given = ", ".join(type(value).__name__ for value in values[:10])
-        raise Fault(f"calls {name} with ({given})", FOREIGN)
+        raise MalformedFile(f"calls {name} with ({given})", FOREIGN)
     return values
 
 
-def _persistent_object(account: Account, values: tuple[Any, ...]) -> ModuleDraft:
+def _persistent_object(budget: Budget, values: tuple[Any, ...]) -> ModulePlaceholder:
     """NVIDIA's persistent classes, a dict of 'type', 'version', 'module_src', 'class_name', 'state'. The source is dropped."""
     (meta,) = _arguments("_reconstruct_persistent_obj", values, dict)
     name, state = meta.get("class_name"), meta.get("state")
     if meta.get("type") != "class" or type(name) is not str or len(name) > _LONGEST_CLASS or not name.isidentifier():
-        raise Fault("has a persistent object without a class name", FOREIGN)
+        raise MalformedFile("has a persistent object without a class name", FOREIGN)
     if type(state) is not dict:
-        raise Fault(f"has a module {name} without a state", FOREIGN)
-    return ModuleDraft(name, state)
+        raise MalformedFile(f"has a module {name} without a state", FOREIGN)
+    return ModulePlaceholder(name, state)
 
 
-def _ordered_dict(account: Account, values: tuple[Any, ...]) -> dict[Any, Any]:
+def _ordered_dict(budget: Budget, values: tuple[Any, ...]) -> dict[Any, Any]:
     _arguments("OrderedDict", values)
     return {}
 
 
-def _set(account: Account, values: tuple[Any, ...]) -> set[Any]:
+def _set(budget: Budget, values: tuple[Any, ...]) -> set[Any]:
     (items,) = _arguments("set", values, list)
-    account.spend("opcodes", len(items))
+    budget.spend("opcodes", len(items))
     if not all(type(item) is str for item in items):
-        raise Fault("has a set of other things than names", FOREIGN)
+        raise MalformedFile("has a set of other things than names", FOREIGN)
     return set(items)
 
 
-def _encode(account: Account, values: tuple[Any, ...]) -> bytes:
+def _encode(budget: Budget, values: tuple[Any, ...]) -> bytes:
     """How protocol 2 spells bytes."""
     text, encoding = _arguments("_codecs.encode", values, str, str)
-    account.spend("bytes of text", len(text))
+    budget.spend("bytes of text", len(text))
     if encoding != "latin1":
-        raise Fault(f"encodes a text as {shown(encoding)}", FOREIGN)
+        raise MalformedFile(f"encodes a text as {shown(encoding)}", FOREIGN)
     try:
         return bytes(text.encode("latin1"))
     except UnicodeEncodeError as error:
-        raise Fault("encodes a text that has no such encoding", FOREIGN) from error
+        raise MalformedFile("encodes a text that has no such encoding", FOREIGN) from error
 
 
-def _load_from_bytes(account: Account, values: tuple[Any, ...]) -> Storage:
+def _load_from_bytes(budget: Budget, values: tuple[Any, ...]) -> Storage:
     (content,) = _arguments("_load_from_bytes", values, (Span, bytes))
     span = content if isinstance(content, Span) else Span(io.BytesIO(content), 0, len(content))
     with span.opened() as source:
-        storage = read_stream(source, account, _STORAGES_ONLY)
+        storage = read_stream(source, budget, _STORAGES_ONLY)
     if not isinstance(storage, Storage):
-        raise Fault("has a tensor whose stream holds no storage", FOREIGN)
+        raise MalformedFile("has a tensor whose stream holds no storage", FOREIGN)
     return storage
 
 
-def _tensor(account: Account, values: tuple[Any, ...]) -> StoredTensor:
+def _tensor(budget: Budget, values: tuple[Any, ...]) -> StoredTensor:
     """storage, offset, shape, strides, whether it has gradients, hooks, and in newer files what is special about it."""
     storage, offset, shape, strides, _, hooks, *special = _arguments(
         "_rebuild_tensor_v2", values, Storage, int, tuple, tuple, bool, dict, *([dict] * (len(values) == 7))
     )
     if hooks or any(special):
-        raise Fault("has a tensor with hooks or a special form", FOREIGN)
-    return stored_tensor(account, storage, offset, shape, strides)
+        raise MalformedFile("has a tensor with hooks or a special form", FOREIGN)
+    return stored_tensor(budget, storage, offset, shape, strides)
 
 
-def _parameter(account: Account, values: tuple[Any, ...]) -> StoredTensor:
+def _parameter(budget: Budget, values: tuple[Any, ...]) -> StoredTensor:
     tensor, _, hooks = _arguments("_rebuild_parameter", values, StoredTensor, bool, dict)
     if hooks:
-        raise Fault("has a parameter with hooks", FOREIGN)
+        raise MalformedFile("has a parameter with hooks", FOREIGN)
     assert isinstance(tensor, StoredTensor)
     return tensor
 
 
-def _dtype(account: Account, values: tuple[Any, ...]) -> DtypeDraft:
+def _dtype(budget: Budget, values: tuple[Any, ...]) -> DtypePlaceholder:
     code, _, _ = _arguments("numpy.dtype", values, str, (bool, int), (bool, int))
     if code not in _DTYPES:
-        raise Fault(f"has an array of NumPy's type {shown(code)}", FOREIGN)
-    return DtypeDraft(_DTYPES[code])
+        raise MalformedFile(f"has an array of NumPy's type {shown(code)}", FOREIGN)
+    return DtypePlaceholder(_DTYPES[code])
 
 
-def _scalar(account: Account, values: tuple[Any, ...]) -> int | float | bool:
-    draft, content = _arguments("numpy's scalar", values, DtypeDraft, bytes)
-    if len(content) != draft.dtype.itemsize:
-        raise Fault("has a NumPy scalar of the wrong size")
-    number: int | float | bool = np.frombuffer(content, draft.dtype)[0].item()
+def _scalar(budget: Budget, values: tuple[Any, ...]) -> int | float | bool:
+    placeholder, content = _arguments("numpy's scalar", values, DtypePlaceholder, bytes)
+    if len(content) != placeholder.dtype.itemsize:
+        raise MalformedFile("has a NumPy scalar of the wrong size")
+    number: int | float | bool = np.frombuffer(content, placeholder.dtype)[0].item()
     return number
 
 
-def _empty_array(account: Account, values: tuple[Any, ...]) -> ArrayDraft:
-    kind, _, _ = _arguments("numpy's _reconstruct", values, Named, tuple, bytes)
+def _empty_array(budget: Budget, values: tuple[Any, ...]) -> ArrayPlaceholder:
+    kind, _, _ = _arguments("numpy's _reconstruct", values, StandIn, tuple, bytes)
     if kind is not _NDARRAY:
-        raise Fault(f"has an array of class {shown(kind.name)}", FOREIGN)
-    return ArrayDraft()
+        raise MalformedFile(f"has an array of class {shown(kind.name)}", FOREIGN)
+    return ArrayPlaceholder()
 
 
-def _array_from_buffer(account: Account, values: tuple[Any, ...]) -> ArrayDraft:
+def _array_from_buffer(budget: Budget, values: tuple[Any, ...]) -> ArrayPlaceholder:
     """How protocol 5 spells arrays."""
-    content, draft, shape, order = _arguments("numpy's _frombuffer", values, bytes, DtypeDraft, tuple, str)
-    return ArrayDraft(_array(account, draft, shape, order == "F", content))
+    content, placeholder, shape, order = _arguments("numpy's _frombuffer", values, bytes, DtypePlaceholder, tuple, str)
+    return ArrayPlaceholder(_array(budget, placeholder, shape, order == "F", content))
 
 
-def _build_array(account: Account, target: ArrayDraft, state: Any) -> None:
+def _build_array(budget: Budget, target: ArrayPlaceholder, state: Any) -> None:
     if type(state) is not tuple or target.array is not None:
-        raise Fault("has a NumPy array with a broken state", FOREIGN)
-    _, shape, draft, by_columns, content = _arguments("ndarray.__setstate__", state, int, tuple, DtypeDraft, bool, bytes)
-    target.array = _array(account, draft, shape, by_columns, content)
+        raise MalformedFile("has a NumPy array with a broken state", FOREIGN)
+    _, shape, placeholder, by_columns, content = _arguments(
+        "ndarray.__setstate__", state, int, tuple, DtypePlaceholder, bool, bytes
+    )
+    target.array = _array(budget, placeholder, shape, by_columns, content)
 
 
-def _array(account: Account, draft: DtypeDraft, shape: tuple[Any, ...], by_columns: bool, content: bytes) -> np.ndarray:
-    account.spend("bytes of tensors", len(content))
+def _array(
+    budget: Budget, placeholder: DtypePlaceholder, shape: tuple[Any, ...], by_columns: bool, content: bytes
+) -> np.ndarray:
+    budget.spend("bytes of tensors", len(content))
     numel = 1
     for size in shape[: _MOST_DIMENSIONS + 1]:
         if type(size) is not int or not 0 < size <= len(content):
-            raise Fault("has a NumPy array with a broken shape")
+            raise MalformedFile("has a NumPy array with a broken shape")
         numel *= size
-    if len(shape) > _MOST_DIMENSIONS or numel * draft.dtype.itemsize != len(content):
-        raise Fault("has a NumPy array with a broken shape")
-    stored = np.frombuffer(content, "u1" if draft.dtype.kind == "b" else draft.dtype)
-    flat = stored != 0 if draft.dtype.kind == "b" else stored
+    if len(shape) > _MOST_DIMENSIONS or numel * placeholder.dtype.itemsize != len(content):
+        raise MalformedFile("has a NumPy array with a broken shape")
+    stored = np.frombuffer(content, "u1" if placeholder.dtype.kind == "b" else placeholder.dtype)
+    flat = stored != 0 if placeholder.dtype.kind == "b" else stored
     return flat.reshape(shape, order="F" if by_columns else "C").copy()
 
 
-def _build_dtype(account: Account, target: DtypeDraft, state: Any) -> None:
+def _build_dtype(budget: Budget, target: DtypePlaceholder, state: Any) -> None:
     """(version, byte order, ...); the order '>' is the only one that is not this machine's."""
     if type(state) is not tuple or len(state) != 8 or state[1] not in ("<", "|", "=") or state[2:] != _PLAIN_DTYPE_STATE:
-        raise Fault("has a NumPy type with parts or a foreign byte order", FOREIGN)
+        raise MalformedFile("has a NumPy type with parts or a foreign byte order", FOREIGN)
 
 
-def _build_module(account: Account, target: ModuleDraft, state: Any) -> None:
+def _build_module(budget: Budget, target: ModulePlaceholder, state: Any) -> None:
     if target.state is not None or type(state) is not dict:
-        raise Fault(f"has a module {target.class_name} with a broken state", FOREIGN)
+        raise MalformedFile(f"has a module {target.class_name} with a broken state", FOREIGN)
     target.state = state
 
 
-def _build_dict(account: Account, target: dict[Any, Any], state: Any) -> None:
+def _build_dict(budget: Budget, target: dict[Any, Any], state: Any) -> None:
     """Attributes of a dict: EasyDict has none, and those of a state dict are versions of its modules."""
     if type(state) is not dict or len(state) > 1 or (state and "_metadata" not in state):
-        raise Fault("has a dict with attributes", FOREIGN)
+        raise MalformedFile("has a dict with attributes", FOREIGN)
 
 
-def _functions() -> dict[str, Named]:
-    scalar, empty = Named("numpy's scalar", call=_scalar), Named("numpy's _reconstruct", call=_empty_array)
-    buffer, names = Named("numpy's _frombuffer", call=_array_from_buffer), Named("set", call=_set)
+def _functions() -> dict[str, StandIn]:
+    scalar, empty = StandIn("numpy's scalar", call=_scalar), StandIn("numpy's _reconstruct", call=_empty_array)
+    buffer, names = StandIn("numpy's _frombuffer", call=_array_from_buffer), StandIn("set", call=_set)
     return {
-        "torch_utils.persistence._reconstruct_persistent_obj": Named("persistent object", call=_persistent_object),
-        "torch._utils._rebuild_tensor_v2": Named("torch._utils._rebuild_tensor_v2", call=_tensor),
-        "torch._utils._rebuild_parameter": Named("torch._utils._rebuild_parameter", call=_parameter),
-        "torch.storage._load_from_bytes": Named("torch.storage._load_from_bytes", call=_load_from_bytes, takes_span=True),
-        "torch.nn.modules.container.ModuleDict": Named("ModuleDict", new=lambda: ModuleDraft("ModuleDict")),
-        "dnnlib.util.EasyDict": Named("EasyDict", new=dict),
-        "collections.OrderedDict": Named("OrderedDict", call=_ordered_dict),
+        "torch_utils.persistence._reconstruct_persistent_obj": StandIn("persistent object", call=_persistent_object),
+        "torch._utils._rebuild_tensor_v2": StandIn("torch._utils._rebuild_tensor_v2", call=_tensor),
+        "torch._utils._rebuild_parameter": StandIn("torch._utils._rebuild_parameter", call=_parameter),
+        "torch.storage._load_from_bytes": StandIn("torch.storage._load_from_bytes", call=_load_from_bytes, takes_span=True),
+        "torch.nn.modules.container.ModuleDict": StandIn("ModuleDict", new=lambda: ModulePlaceholder("ModuleDict")),
+        "dnnlib.util.EasyDict": StandIn("EasyDict", new=dict),
+        "collections.OrderedDict": StandIn("OrderedDict", call=_ordered_dict),
         "builtins.set": names,
         "__builtin__.set": names,
-        "_codecs.encode": Named("_codecs.encode", call=_encode),
+        "_codecs.encode": StandIn("_codecs.encode", call=_encode),
         "numpy.ndarray": _NDARRAY,
-        "numpy.dtype": Named("numpy.dtype", call=_dtype),
+        "numpy.dtype": StandIn("numpy.dtype", call=_dtype),
         # NumPy 2 moved them; files keep the place that they had.
         **{f"numpy.{core}.multiarray.scalar": scalar for core in ("core", "_core")},
         **{f"numpy.{core}.multiarray._reconstruct": empty for core in ("core", "_core")},
@@ -203,9 +207,9 @@ def _functions() -> dict[str, Named]:
     }
 
 
-_NDARRAY = Named("numpy.ndarray")
-_STORAGES_ONLY = Vocabulary(STORAGE_TYPES, {})
-CHECKPOINT = Vocabulary(
+_NDARRAY = StandIn("numpy.ndarray")
+_STORAGES_ONLY = AllowedGlobals(STORAGE_TYPES, {})
+CHECKPOINT = AllowedGlobals(
     {**STORAGE_TYPES, **_functions()},
-    {dict: _build_dict, ModuleDraft: _build_module, ArrayDraft: _build_array, DtypeDraft: _build_dtype},
+    {dict: _build_dict, ModulePlaceholder: _build_module, ArrayPlaceholder: _build_array, DtypePlaceholder: _build_dtype},
 )

@@ -7,10 +7,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT, ArrayDraft, ModuleDraft
+from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading
 from uni_instruct.checkpoints.legacy_torch import MAGIC, read_stream
-from uni_instruct.checkpoints.budget import FOREIGN, Account, Fault, Limits, reading
-from uni_instruct.checkpoints.pickle.interpreter import Machine, Named
+from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT, ArrayPlaceholder, ModulePlaceholder
+from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter, StandIn
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.tensors import Storage, StoredTensor
 
@@ -34,24 +34,27 @@ def read_pickle(source: str | Path | BinaryIO, limits: Limits | None = None) -> 
     StoredModule. Raises FileFormatError for a file that is damaged, exceeds the limits, or names something foreign.
     """
     with opened(source) as (file, name, size), reading(name):
-        account = Account(limits or Limits(), size)
-        return plain(pickled(file, account, size), account)
+        budget = Budget(limits or Limits(), size)
+        return plain(pickled(file, budget, size), budget)
 
 
-def pickled(file: BinaryIO, account: Account, size: int) -> Any:
-    """The value of a pickle or of torch's stream of pickles, with drafts and stored tensors in it. Raises Fault."""
+def pickled(file: BinaryIO, budget: Budget, size: int) -> Any:
+    """The value of a pickle or of torch's stream of pickles, placeholders and stored tensors in it. Raises MalformedFile."""
     source = Source(file, 0, size)
-    value = Machine(source, account, CHECKPOINT).run()
+    value = PickleInterpreter(source, budget, CHECKPOINT).run()
     if value == MAGIC and type(value) is int and source.position < size:
-        return read_stream(source, account, CHECKPOINT, magic_read=True)
+        return read_stream(source, budget, CHECKPOINT, magic_read=True)
     if source.position < size:
-        raise Fault(f"has {size - source.position:,} bytes after its end")
+        raise MalformedFile(f"has {size - source.position:,} bytes after its end")
     return value
 
 
-def plain(value: Any, account: Account) -> Any:
-    """The value with drafts and stored tensors replaced by what they stand for. Raises Fault, also for cycles and depth."""
-    return _Plain(account).of(value, 0).value
+def plain(value: Any, budget: Budget) -> Any:
+    """The value with placeholders and stored tensors replaced by what they stand for.
+
+    Raises MalformedFile, also for cycles and depth.
+    """
+    return _Plain(budget).of(value, 0).value
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class _Settled:
 class _Plain:
     """Makes values plain. A value that occurs often is settled once and counted often, so that no tree outgrows its limit."""
 
-    def __init__(self, account: Account):
-        self._limits = account.limits
+    def __init__(self, budget: Budget):
+        self._limits = budget.limits
         self._settled: dict[int, _Settled | None] = {}
         self._storages: dict[int, np.ndarray] = {}
 
@@ -76,22 +79,22 @@ class _Plain:
             return _Settled(value, 1 + len(value)) if isinstance(value, set | frozenset) else _Settled(value)
         settle = _SETTLE.get(type(value))
         if settle is None:
-            raise Fault(f"has {_described(value)} where data should be", FOREIGN)
+            raise MalformedFile(f"has {_described(value)} where data should be", FOREIGN)
         known = self._settled.get(id(value), self)
         if known is None:
-            raise Fault("has a value that contains itself", FOREIGN)
+            raise MalformedFile("has a value that contains itself", FOREIGN)
         if not isinstance(known, _Settled):
             self._settled[id(value)] = None
             known = self._settled[id(value)] = settle(self, value, depth + 1)
         if known.count > self._limits.values:
-            raise Fault(f"asks for more than {self._limits.values:,} values", FOREIGN)
+            raise MalformedFile(f"asks for more than {self._limits.values:,} values", FOREIGN)
         if depth + known.height > self._limits.depth:
-            raise Fault(f"nests values deeper than {self._limits.depth}", FOREIGN)
+            raise MalformedFile(f"nests values deeper than {self._limits.depth}", FOREIGN)
         return known
 
     def container(self, parts: list[Any], depth: int, make: Callable[[list[Any]], Any]) -> _Settled:
         if depth > self._limits.depth:
-            raise Fault(f"nests values deeper than {self._limits.depth}", FOREIGN)
+            raise MalformedFile(f"nests values deeper than {self._limits.depth}", FOREIGN)
         settled = [self.of(part, depth) for part in parts]
         height = 1 + max((part.height for part in settled), default=0)
         return _Settled(make([part.value for part in settled]), 1 + sum(part.count for part in settled), height)
@@ -107,16 +110,16 @@ def _settle_dict(plain: _Plain, value: dict[Any, Any], depth: int) -> _Settled:
     return plain.container(list(value.values()), depth, lambda parts: dict(zip(value, parts, strict=True)))
 
 
-def _settle_module(plain: _Plain, draft: ModuleDraft, depth: int) -> _Settled:
-    if draft.state is None or not all(type(name) is str for name in draft.state):
-        raise Fault(f"has a module {draft.class_name} without a state", FOREIGN)
-    return plain.container([draft.state], depth, lambda parts: StoredModule(draft.class_name, parts[0]))
+def _settle_module(plain: _Plain, placeholder: ModulePlaceholder, depth: int) -> _Settled:
+    if placeholder.state is None or not all(type(name) is str for name in placeholder.state):
+        raise MalformedFile(f"has a module {placeholder.class_name} without a state", FOREIGN)
+    return plain.container([placeholder.state], depth, lambda parts: StoredModule(placeholder.class_name, parts[0]))
 
 
-def _settle_array(plain: _Plain, draft: ArrayDraft, depth: int) -> _Settled:
-    if draft.array is None:
-        raise Fault("has a NumPy array without content")
-    return _settled_array(draft.array)
+def _settle_array(plain: _Plain, placeholder: ArrayPlaceholder, depth: int) -> _Settled:
+    if placeholder.array is None:
+        raise MalformedFile("has a NumPy array without content")
+    return _settled_array(placeholder.array)
 
 
 def _settled_array(array: np.ndarray) -> _Settled:
@@ -124,7 +127,7 @@ def _settled_array(array: np.ndarray) -> _Settled:
 
 
 def _described(value: Any) -> str:
-    if isinstance(value, Named):
+    if isinstance(value, StandIn):
         return f"the bare function or class {value.name}"
     return "a storage outside a tensor" if isinstance(value, Storage) else f"a {type(value).__name__}"
 
@@ -133,7 +136,7 @@ _SETTLE: dict[type, Callable[[_Plain, Any, int], _Settled]] = {
     dict: _settle_dict,
     list: lambda plain, value, depth: plain.container(value, depth, list),
     tuple: lambda plain, value, depth: plain.container(list(value), depth, tuple),
-    ModuleDraft: _settle_module,
-    ArrayDraft: _settle_array,
+    ModulePlaceholder: _settle_module,
+    ArrayPlaceholder: _settle_array,
     StoredTensor: lambda plain, value, depth: plain.tensor(value),
 }
