@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from machine import describe_machine
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, available_engines, open_engine
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.generate import generate, resolve_class_ids
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.noise import noise
+from uni_instruct.spec import ModelSpec
 
 BATCHES = (1, 16, 64)
 INVARIANCE_BATCHES = (1, 2, 3, 7, 16, 64)
@@ -56,7 +57,7 @@ def main() -> None:
 def random_bundle(network: str, path: Path) -> Bundle:
     """A conditional generator with every weight drawn at random, exported to every kind."""
     shape, arguments = NETWORKS[network]
-    spec = ModelSpec(name=f"random-{network}", image_shape=shape, num_classes=10, network_args=arguments)
+    spec = ModelSpec(name=f"random-{network}", noise_shape=shape, num_classes=10, network_args=arguments)
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in build_denoiser(spec).state_dict().items():
@@ -92,7 +93,7 @@ def speed(engines: dict[str, Engine], rounds: int) -> list[dict[str, object]]:
 
 def seconds_per_call(engine: Engine, batch: int) -> float:
     """Median over the calls of at least MIN_SECONDS, after one that is not counted."""
-    z = noise(range(batch), engine.spec.image_shape)
+    z = noise(range(batch), engine.spec.noise_shape)
     class_ids = resolve_class_ids(engine.spec, range(batch))
     engine(z, class_ids)
     times: list[float] = []

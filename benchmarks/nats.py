@@ -41,7 +41,7 @@ def square_slopes(run: Path, images: int) -> np.ndarray:
     for first in range(0, images, BATCH):
         seeds = range(first, min(first + BATCH, images))
         class_ids = torch.from_numpy(random_class_ids(seeds, student.spec.num_classes)) if student.spec.num_classes else None
-        z = torch.from_numpy(noise(seeds, student.spec.image_shape))
+        z = torch.from_numpy(noise(seeds, student.spec.noise_shape))
         clean = one_step(generator, z, class_ids, student.spec.sigma_init)
         eps = torch.randn(clean.shape, generator=torch.Generator().manual_seed(first))
         for index, level in enumerate(LADDER):

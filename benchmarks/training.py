@@ -28,13 +28,13 @@ from machine import describe_machine, time_of
 from recipe_speed import SHAPES, compare_recipes
 from torch import Tensor
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.data.dataset import ArrayReader, Dataset
 from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.processes import keep_freed_memory, sleep_while_waiting
+from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import DistillationConfig, LoopConfig, Recipe
 from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.objective.config import ObjectiveConfig
@@ -75,7 +75,7 @@ class Case:
             "attn_resolutions": [self.attn_resolution],
             "dropout": 0.0,
         }
-        spec = ModelSpec(name=self.name, image_shape=shape, num_classes=0, network_args=arguments)
+        spec = ModelSpec(name=self.name, noise_shape=shape, num_classes=0, network_args=arguments)
         denoiser, generator = initial_weights(lambda: build_denoiser(spec), seed), torch.Generator().manual_seed(seed)
         for parameter in denoiser.parameters():
             if parameter.dim() > 1:

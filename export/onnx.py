@@ -68,7 +68,7 @@ def build(bundle: Bundle, path: Path) -> dict[str, str]:
 
 def _export(module: OneStep, bundle: Bundle) -> onnx.ModelProto:
     # Two images: a batch of one would be taken for a constant.
-    example = [torch.zeros(2, *bundle.spec.image_shape)]
+    example = [torch.zeros(2, *bundle.spec.noise_shape)]
     names = [LATENTS]
     if bundle.spec.num_classes:
         example.append(torch.zeros(2, dtype=torch.int64))

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import ParityError
 from uni_instruct.noise import noise
+from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
@@ -56,7 +57,7 @@ class Report:
 def verify(bundle: Bundle, record: EngineRecord, folder: Path, tolerance: Tolerance) -> dict[str, Any]:
     """The report on the engine in `folder`, for engine.json. Raises ParityError where it is outside the tolerance."""
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
-    z = noise(seeds, bundle.spec.image_shape)
+    z = noise(seeds, bundle.spec.noise_shape)
     results = run_probe(bundle, record.kind, folder, z, class_ids)
     pixels, denoised = reference(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, tolerance)

@@ -85,7 +85,7 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     spec, weights = original.spec, original.weights()
     half = Bundle.write(folder, spec, weights, "", precision="fp16")
     count = max(CHECKED_IMAGES, spec.num_classes)
-    z = noise(range(count), spec.image_shape)
+    z = noise(range(count), spec.noise_shape)
     class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
     before, after = (reference(bundle, z, class_ids)[0].astype(int) for bundle in (original, half))
     levels = np.abs(after - before)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
@@ -21,6 +21,7 @@ from uni_instruct.serve.metrics import Metrics
 from uni_instruct.serve.responses import Answer, encode_job, job_headers
 from uni_instruct.serve.schema import Job
 from uni_instruct.serve.settings import Settings
+from uni_instruct.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 

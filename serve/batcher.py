@@ -160,7 +160,7 @@ class Batcher:
         seeds = [ticket.seeds[index] for ticket, index in items]
         size = next(size for size in self.batch_sizes if size >= len(items))
         padded = np.minimum(np.arange(size), len(items) - 1)  # the last item again, up to a prewarmed size
-        z = noise(seeds, self._engine.spec.image_shape)[padded]
+        z = noise(seeds, self._engine.spec.noise_shape)[padded]
         class_ids = np.array([ticket.class_ids[index] for ticket, index in items], dtype=np.int64)[padded]
         images = self._engine(z, class_ids if self._engine.spec.num_classes else None)
         expected = (size, *image_size(self._engine.spec))
@@ -219,7 +219,7 @@ def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ..
     sizes: list[int] = []
     size = 1
     while size <= max_batch:
-        z = noise(range(size), engine.spec.image_shape)
+        z = noise(range(size), engine.spec.noise_shape)
         class_ids = np.arange(size) % engine.spec.num_classes if engine.spec.num_classes else None
         engine(z, class_ids)
         start = time.perf_counter()

@@ -18,12 +18,12 @@ import numpy as np
 from starlette.responses import HTMLResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.errors import MissingExtraError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode
 from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.middleware import error_response
+from uni_instruct.spec import ModelSpec
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.images import encode, grid
 from uni_instruct.serve.schema import Job
+from uni_instruct.spec import ModelSpec
 
 # Proxies commonly refuse more than 8 kB of headers.
 _LONGEST_HEADER = 2048

@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import IMAGE_FORMATS
+from uni_instruct.spec import ModelSpec
 
 Format = Literal["png", "jpeg", "webp", "npz", "zip", "json"]
 

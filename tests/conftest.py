@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.cli import main
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape, ModelSpec
 
 DIGITS = tuple(str(n) for n in range(10))
 
@@ -92,7 +92,7 @@ def random_bundle(
     around = {"patch": patch} if patch > 1 else {}
     spec = ModelSpec(
         name="tiny",
-        image_shape=image_shape,
+        noise_shape=image_shape,
         num_classes=num_classes,
         class_names=DIGITS[:num_classes],
         steps=steps,

@@ -38,13 +38,13 @@ class Gate:
         self.batches: list[np.ndarray] = []
         self._engine = engine
         self._open = threading.Semaphore(10**6 if is_open else 0)
-        self._poison = noise([POISON], engine.spec.image_shape)[0]
+        self._poison = noise([POISON], engine.spec.noise_shape)[0]
 
     def let(self, calls: int) -> None:
         self._open.release(calls)
 
     def saw(self, seed: int) -> bool:
-        z = noise([seed], self.spec.image_shape)[0]
+        z = noise([seed], self.spec.noise_shape)[0]
         return any((row == z).all() for batch in self.batches for row in batch)
 
     def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
@@ -141,7 +141,7 @@ def test_requests_take_turns(engine: Engine) -> None:
         await asyncio.sleep(0)
         gate.let(1)
         await until(lambda: len(gate.batches) == 2)
-        turns = noise([10, 20, 11, 21], gate.spec.image_shape)
+        turns = noise([10, 20, 11, 21], gate.spec.noise_shape)
         np.testing.assert_array_equal(gate.batches[1], turns)
         gate.let(16)
         await asyncio.gather(blocker, *pair)

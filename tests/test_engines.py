@@ -68,11 +68,11 @@ def test_engines_agree_within_a_level(exported_bundle: Bundle) -> None:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_results_are_fresh_arrays(kind: str, exported_bundle: Bundle) -> None:
     engine = open_engine(exported_bundle, kind)
-    z = noise([1, 2], exported_bundle.spec.image_shape)
+    z = noise([1, 2], exported_bundle.spec.noise_shape)
     first = engine(z, np.array([1, 2]))
     kept = first.copy()
     first_noise = z.copy()
-    engine(noise([3, 4], exported_bundle.spec.image_shape), np.array([3, 4]))
+    engine(noise([3, 4], exported_bundle.spec.noise_shape), np.array([3, 4]))
     np.testing.assert_array_equal(first, kept)
     np.testing.assert_array_equal(z, first_noise)
     first[...] = 0  # the caller's own, to write to

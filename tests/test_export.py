@@ -60,7 +60,7 @@ def exported(exported_bundle: Bundle, tmp_path: Path) -> Bundle:
 def test_the_engine_agrees_with_torch(name: str, batch: int, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
     count, classes = 40, bundle.spec.num_classes
-    z = noise(range(10**12, 10**12 + count), bundle.spec.image_shape)
+    z = noise(range(10**12, 10**12 + count), bundle.spec.noise_shape)
     class_ids = np.arange(count) % classes if classes else None
     engine, torch_engine = OnnxEngine(bundle), TorchEngine(bundle)
     expected = torch_engine.denoised(z, class_ids).numpy()
@@ -213,7 +213,7 @@ def test_a_failed_export_keeps_the_engine_that_was_there(
     assert "cannot write" in errors
     assert errors.count("\n") == 1
     assert EngineRecord.read(exported.engine_folder("onnx")) == record
-    assert OnnxEngine(exported)(noise([1], exported.spec.image_shape), np.array([1])).any()
+    assert OnnxEngine(exported)(noise([1], exported.spec.noise_shape), np.array([1])).any()
     assert os.listdir(exported.path / "engines") == ["onnx"]
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.data import open_dataset
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
@@ -23,6 +23,7 @@ from uni_instruct.files import sha256
 from uni_instruct.generate import by_class, generate, generate_batches, resolve_class_ids
 from uni_instruct.images import contact_sheet
 from uni_instruct.noise import random_class_ids
+from uni_instruct.spec import ModelSpec
 
 Cli = Callable[..., tuple[int, str, str]]
 FORMS = ("out", "out.npz", "out.zip")
@@ -32,7 +33,7 @@ class Echo:
     """An engine whose image is a hash of its noise and class, so that any mix-up shows."""
 
     name, device = "echo", "cpu"
-    spec = ModelSpec(name="echo", image_shape=(1, 2, 3), num_classes=5)
+    spec = ModelSpec(name="echo", noise_shape=(1, 2, 3), num_classes=5)
 
     def __init__(self) -> None:
         self.batches: list[int] = []

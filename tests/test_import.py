@@ -15,13 +15,14 @@ from safetensors.numpy import save_file
 from test_checkpoint_fuzz import FORMATS, mutated
 from torch import nn
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.checkpoint import read_checkpoint
 from uni_instruct.checkpoints.import_bundle import ImportRequest, import_checkpoint
 from uni_instruct.checkpoints.state_dict_adapter import translate
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.spec import ModelSpec
 
 Cli = Callable[..., tuple[int, str, str]]
 # pickletools' own, of strings that changes have broken.
@@ -48,7 +49,7 @@ def peer(name: str) -> tuple[nn.Module, Denoiser]:
     more = {"preconditioning": PRECONDITIONINGS.get(outer_class, "edm")}
     torch.manual_seed(0)
     denoiser = build_denoiser(
-        ModelSpec(name="peer", image_shape=(3, 8, 8), num_classes=classes, network=ours, network_args={**args, **more})
+        ModelSpec(name="peer", noise_shape=(3, 8, 8), num_classes=classes, network=ours, network_args={**args, **more})
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.adm import ADM
 from uni_instruct.networks.blocks import Conv2d, attention
@@ -29,6 +28,7 @@ from uni_instruct.networks.group_norm import ChannelsLastGroupNorm, GroupNorm
 from uni_instruct.networks.preconditioning import EDM
 from uni_instruct.sampler import heun_sample
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, sampling_sigmas
+from uni_instruct.spec import ModelSpec
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "peer_numbers" / "edm.json").read_text())
 SIGMA = torch.tensor([0.05, 0.9, 20.0]).reshape(3, 1, 1, 1)
@@ -72,7 +72,7 @@ def test_untrained_networks_are_nearly_the_skip_connection(architecture: str) ->
     """ADM exactly: its last layer starts at zero."""
     torch.manual_seed(0)
     spec = ModelSpec(
-        name="test", image_shape=(3, 16, 16), num_classes=10, network=architecture, network_args={"model_channels": 64}
+        name="test", noise_shape=(3, 16, 16), num_classes=10, network=architecture, network_args={"model_channels": 64}
     )
     denoiser = build_denoiser(spec).eval()
     x, class_ids = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, -1])
@@ -114,7 +114,7 @@ def test_adm_starts_within_the_inverse_root_of_the_fan_in() -> None:
     ],
 )
 def test_arguments_that_make_no_network_are_refused(architecture: str, args: dict[str, Any], message: str) -> None:
-    spec = ModelSpec(name="test", image_shape=(3, 16, 16), network=architecture, network_args=args)
+    spec = ModelSpec(name="test", noise_shape=(3, 16, 16), network=architecture, network_args=args)
     with pytest.raises(RequestError) as caught:
         build_denoiser(spec)
     assert message in str(caught.value)
@@ -237,13 +237,13 @@ def test_density_of_noise_levels_is_that_of_their_sampler(levels: NoiseLevels) -
 
 def small(resolution: tuple[int, int], architecture: str) -> Denoiser:
     args = {"model_channels": 16, "channel_mult": (1, 2, 2), "num_blocks": 1, "attn_resolutions": ()}
-    return build_denoiser(ModelSpec(name="test", image_shape=(3, *resolution), network=architecture, network_args=args)).eval()
+    return build_denoiser(ModelSpec(name="test", noise_shape=(3, *resolution), network=architecture, network_args=args)).eval()
 
 
 def spec_of(recorded: dict[str, Any]) -> ModelSpec:
     return ModelSpec(
         name="test",
-        image_shape=(3, recorded["resolution"], recorded["resolution"]),
+        noise_shape=(3, recorded["resolution"], recorded["resolution"]),
         num_classes=recorded["num_classes"],
         network=recorded["network"],
         network_args=recorded["args"] | {"preconditioning": recorded["preconditioning"]},

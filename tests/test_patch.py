@@ -19,7 +19,7 @@ from tiny_plan import TINY, tiny_plan
 from torch import Tensor
 from torch.autograd.functional import jvp, vjp
 
-from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, ModelSpec
+from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle
 from uni_instruct.engines.torch import one_step
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.networks.build import NETWORKS, PATCHES, build_denoiser, load_denoiser
@@ -28,6 +28,7 @@ from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import IDDPM
 from uni_instruct.sampler import heun_sample
+from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig, NetworkConfig
 from uni_instruct.train.dry_run.cost import count_parameters, players_without_storage
 from uni_instruct.train.dry_run.counting import count_flops
@@ -66,7 +67,7 @@ def spec_of(
     sizes = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [6], "dropout": 0.0}
     return ModelSpec(
         name="test",
-        image_shape=shape,
+        noise_shape=shape,
         num_classes=num_classes,
         network=architecture,
         network_args=sizes | args | ({"patch": patch} if patch > 1 else {}),
@@ -92,7 +93,7 @@ def twin_of(denoiser: Denoiser, spec: ModelSpec) -> Denoiser:
     patch = denoiser.patch
     shape = (channels * patch**2, height // patch, width // patch)
     args = {key: value for key, value in spec.network_args.items() if key != "patch"}
-    twin = build_denoiser(dataclasses.replace(spec, image_shape=shape, network_args=args))
+    twin = build_denoiser(dataclasses.replace(spec, noise_shape=shape, network_args=args))
     twin.load_state_dict(denoiser.state_dict())
     return twin.eval()
 
@@ -400,10 +401,10 @@ def test_a_start_of_another_patch_is_refused(patched_teacher: Bundle, tmp_path: 
 def test_a_start_of_equal_weights_but_other_images_is_refused(patched_teacher: Bundle, tmp_path: Path) -> None:
     """What a patched network is fed are also images: 4x4, of four channels. Their weights have the same names and shapes."""
     args = {key: value for key, value in patched_teacher.spec.network_args.items() if key != "patch"}
-    spec = dataclasses.replace(patched_teacher.spec, image_shape=(4, 4, 4), steps=1, network_args=args)
+    spec = dataclasses.replace(patched_teacher.spec, noise_shape=(4, 4, 4), steps=1, network_args=args)
     twin = Bundle.write(tmp_path / "twin", spec, patched_teacher.weights(), card="# twin\n")
     load_denoiser(twin)
-    with pytest.raises(RequestError, match=r"has image_shape \(4, 4, 4\), the teacher \(1, 8, 8\)"):
+    with pytest.raises(RequestError, match=r"has noise_shape \(4, 4, 4\), the teacher \(1, 8, 8\)"):
         make_plan(load_recipe("digits", [*TINY, f"teacher.bundle={patched_teacher.path}", f"distillation.start={twin.path}"]))
 
 

@@ -13,13 +13,14 @@ import torch
 from test_networks import RECORDED, filled, inputs, wave
 from torch import Tensor, nn
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser, build_preconditioning, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import EDM, IDDPM, PRECONDITIONINGS, VE, VP, Preconditioning
 from uni_instruct.sampler import heun_sample, known_sigmas
+from uni_instruct.spec import ModelSpec
 
 LEVELS = torch.logspace(-1.9, 1.8, 40).reshape(-1, 1, 1, 1)
 TINY = {"model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -121,7 +122,7 @@ def test_iddpm_is_the_same_wherever_it_was_made() -> None:
     ],
 )
 def test_a_bundle_keeps_its_preconditioning(asked: dict[str, Any], made: Preconditioning, tmp_path: Path) -> None:
-    spec = ModelSpec(name="test", image_shape=(3, 8, 8), network_args=TINY | asked)
+    spec = ModelSpec(name="test", noise_shape=(3, 8, 8), network_args=TINY | asked)
     weights = {name: tensor.numpy() for name, tensor in build_denoiser(spec).state_dict().items()}
     Bundle.write(tmp_path / "bundle", spec, weights, card="")
     denoiser = load_denoiser(Bundle.open(tmp_path / "bundle"))
@@ -151,7 +152,7 @@ def test_a_bundle_keeps_its_preconditioning(asked: dict[str, Any], made: Precond
     ],
 )
 def test_a_preconditioning_that_is_none_is_refused(asked: object, message: str) -> None:
-    spec = ModelSpec(name="test", image_shape=(3, 8, 8), network_args=TINY | {"preconditioning": asked})
+    spec = ModelSpec(name="test", noise_shape=(3, 8, 8), network_args=TINY | {"preconditioning": asked})
     with pytest.raises(RequestError) as caught:
         build_denoiser(spec)
     assert message in str(caught.value)

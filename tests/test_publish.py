@@ -89,7 +89,7 @@ def test_the_casts_change_no_bit(published: Bundle, tmp_path: Path) -> None:
     model.graph.ClearField("node")
     model.graph.node.extend(others)
     onnx.save(model, tmp_path / "plain.onnx")
-    feed = {"noise": noise(SEEDS[:64], published.spec.image_shape), "class_ids": np.arange(64) % 10}
+    feed = {"noise": noise(SEEDS[:64], published.spec.noise_shape), "class_ids": np.arange(64) % 10}
     found, expected = (
         onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["denoised"], feed)[0]
         for path in (file, tmp_path / "plain.onnx")

@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from uni_instruct.bundle import ModelSpec, default_generator
+from uni_instruct.bundle import default_generator
 from uni_instruct.errors import RequestError
 from uni_instruct.images import grid
 from uni_instruct.noise import parse_seeds, random_class_ids
 from uni_instruct.serve.responses import encode_job, job_headers, seed_ranges
 from uni_instruct.serve.schema import Job, parse_request, resolve
 from uni_instruct.serve.settings import settings_from_environment
+from uni_instruct.spec import ModelSpec
 
-DIGITS = ModelSpec(name="digits", image_shape=(1, 8, 8), num_classes=3, class_names=("zero", "one", "two"))
-PLAIN = ModelSpec(name="plain", image_shape=(3, 4, 4))
+DIGITS = ModelSpec(name="digits", noise_shape=(1, 8, 8), num_classes=3, class_names=("zero", "one", "two"))
+PLAIN = ModelSpec(name="plain", noise_shape=(3, 4, 4))
 
 
 def job(body: dict[str, Any], spec: ModelSpec = DIGITS, limit: int = 256) -> Job:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.data import Dataset
 from uni_instruct.hub import LICENCE_TAGS
+from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import Recipe
 
 _CARD = """---

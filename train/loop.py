@@ -16,11 +16,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.engines.torch import to_uint8
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.noise import noise, random_class_ids
 from uni_instruct.progress import progress, silent
+from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.monitoring.health import Health
 from uni_instruct.train.monitoring.metrics import Metrics
@@ -204,7 +204,7 @@ class Loop:
         with progress(f"{stage.name}: samples", len(seeds), "images") as shown:
             for start in range(0, len(seeds), SAMPLE_BATCH):
                 part = slice(start, start + SAMPLE_BATCH)
-                z = torch.from_numpy(noise(seeds[part], self.spec.image_shape)).to(device)
+                z = torch.from_numpy(noise(seeds[part], self.spec.noise_shape)).to(device)
                 labels = None if class_ids is None else torch.from_numpy(class_ids[part]).to(device)
                 with self.fabric.autocast():  # choosing among weights needs no more digits than training them
                     parts.append(to_uint8(stage.sample(z, labels)).cpu().numpy())

@@ -11,7 +11,7 @@ import numpy as np
 from lightning_fabric import Fabric
 
 from uni_instruct import __version__
-from uni_instruct.bundle import CONFIG, Bundle, ModelSpec
+from uni_instruct.bundle import CONFIG, Bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.hub import is_on_hub
@@ -19,6 +19,7 @@ from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.progress import progress
+from uni_instruct.spec import ModelSpec
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from uni_instruct import __version__
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.import_bundle import open_or_import
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.preconditioning import Preconditioning
+from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.monitoring.trackers import check_trackers
 from uni_instruct.train.objective.reward import Reward, open_reward
@@ -74,7 +75,8 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> ModelSpec:
         args["augment_dim"] = AUGMENT_LABELS
     return ModelSpec(
         name=f"{recipe.name}-teacher",
-        image_shape=dataset.image_shape,
+        noise_shape=dataset.image_shape,
+        latents=dataset.latents,
         num_classes=dataset.num_classes if conditional else 0,
         class_names=dataset.class_names if conditional else (),
         sigma_init=recipe.distillation.sigma_init,
@@ -89,7 +91,7 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> ModelSpec:
 def _open_start(source: str, teacher: ModelSpec) -> Bundle:
     bundle = open_or_import(source, "generator")
     mine, theirs = bundle.spec, teacher
-    for what in ("image_shape", "num_classes", "network"):
+    for what in ("noise_shape", "num_classes", "network"):
         if getattr(mine, what) != getattr(theirs, what):
             raise _unlike(source, what, getattr(mine, what), getattr(theirs, what))
     networks = [_without_storage(spec) for spec in (mine, theirs)]
@@ -146,9 +148,9 @@ def _check_is_teacher(bundle: Bundle) -> None:
 
 
 def _check_teacher_fits(teacher: Bundle, dataset: Dataset, needs_labels: bool) -> None:
-    if teacher.spec.image_shape != dataset.image_shape:
+    if teacher.spec.noise_shape != dataset.image_shape:
         raise RequestError(
-            f"teacher {teacher.path} makes images of shape {list(teacher.spec.image_shape)}, "
+            f"teacher {teacher.path} makes images of shape {list(teacher.spec.noise_shape)}, "
             f"data set '{dataset.name}' holds {list(dataset.image_shape)}",
             remedy="give the data that the teacher was trained on",
             param="teacher",

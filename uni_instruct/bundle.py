@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,80 +11,14 @@ import numpy as np
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ModelSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
 # What is served where nothing is named: the first of these that ships.
 PREFERRED_GENERATORS = ("fashion-mnist", "digits")
 # How a file stores matrices and filters -> safetensors' name and NumPy's.
 PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
-
-# What config.json may hold: the type of each field, and of the entries of a list.
-_FIELD_TYPES: dict[str, tuple[Any, Any]] = {
-    "name": (str, ()),
-    "image_shape": (tuple, int),
-    "num_classes": (int, ()),
-    "class_names": (tuple, str),
-    "sigma_init": ((int, float), ()),
-    "steps": (int, ()),
-    "network": (str, ()),
-    "network_args": (dict, ()),
-    "provenance": (dict, ()),
-    "licence": (str, ()),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """What is needed to run a generator and to say where it comes from.
-
-    image_shape is [C, H, W]. num_classes is 0 for an unconditional generator. sigma_init is the noise level that noise are
-    scaled to. steps is 1 for a one-step generator; a teacher has more and is sampled with EDM's Heun sampler.
-    """
-
-    name: str
-    image_shape: ImageShape
-    num_classes: int = 0
-    class_names: tuple[str, ...] = ()
-    sigma_init: float = 2.5
-    steps: int = 1
-    network: str = "ddpmpp"
-    network_args: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    licence: str = "unknown"
-
-    def __post_init__(self) -> None:
-        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
-            raise BundleError(f"image shape {self.image_shape} is not [C, H, W]", remedy="give three positive sizes")
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise BundleError(
-                f"{len(self.class_names)} names for {self.num_classes} classes",
-                remedy="name every class or none",
-            )
-        if not 0 < self.sigma_init < 1e6 or self.steps < 1 or self.num_classes < 0:
-            raise BundleError(
-                f"sigma_init {self.sigma_init}, steps {self.steps} or num_classes {self.num_classes} is out of range",
-                remedy="sigma_init in (0, 1e6), steps >= 1, num_classes >= 0",
-            )
-
-    def class_id(self, label: int | str) -> int:
-        """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other."""
-        if label in self.class_names:
-            return self.class_names.index(str(label))
-        readable = isinstance(label, int) or (label.isdecimal() and len(label) < 10)
-        number = int(label) if readable else -1
-        if isinstance(label, bool) or not 0 <= number < self.num_classes:
-            raise RequestError(
-                f"class {str(label)[:40]} is outside 0..{self.num_classes - 1}",
-                remedy="'uni-instruct inspect' lists the classes",
-                param="classes",
-            )
-        return number
-
-    def class_name(self, class_id: int) -> str:
-        """The name of a class, or its id in digits where classes have no names."""
-        return self.class_names[class_id] if self.class_names else str(class_id)
 
 
 class Bundle:
@@ -136,7 +69,7 @@ class Bundle:
         with atomic_folder(path) as partial:
             write_safetensors(partial / WEIGHTS, weights, precision)
             digest = sha256(partial / WEIGHTS)
-            config = {"format_version": FORMAT_VERSION, **asdict(spec), "weights_sha256": digest}
+            config = {"format_version": FORMAT_VERSION, **spec.to_config(), "weights_sha256": digest}
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             (partial / CARD).write_text(card)
             if samples is not None:
@@ -239,22 +172,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_spec(path: Path, config: dict[str, Any]) -> ModelSpec:
-    names = {f.name for f in fields(ModelSpec)}
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in names
-    }
     try:
-        for name, value in values.items():
-            _check_type(name, value)
-        return ModelSpec(**values)
+        return ModelSpec.from_config(config)
     except TypeError as error:
         raise BundleError(f"{path} does not describe a generator: {error}", remedy="copy the whole folder again") from error
-
-
-def _check_type(name: str, value: Any) -> None:
-    kind, entries = _FIELD_TYPES[name]
-    parts = value if entries and isinstance(value, tuple) else ()
-    if not isinstance(value, kind) or not all(isinstance(part, entries) for part in parts):
-        raise TypeError(f"{name} is {str(value)[:40]!r}")
-    if any(isinstance(part, bool) for part in (value, *parts)):
-        raise TypeError(f"{name} is {value}")

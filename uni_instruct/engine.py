@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
+from uni_instruct.spec import ModelSpec
 
 
 class Engine(Protocol):

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
 from uni_instruct.noise import check_seeds, noise, random_class_ids
+from uni_instruct.spec import ModelSpec
 
 
 def generate(engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64) -> np.ndarray:
@@ -22,7 +22,7 @@ def generate_batches(
     """The same, batch by batch: each uint8 [<=batch, H, W, C]."""
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        z = noise(seeds[part], engine.spec.image_shape)
+        z = noise(seeds[part], engine.spec.noise_shape)
         yield engine(z, None if class_ids is None else class_ids[part])
 
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from uni_instruct.errors import RequestError
-
-ImageShape = tuple[int, int, int]
+from uni_instruct.spec import ImageShape
 
 SEED_LIMIT = 2**63
 MAX_SEEDS = 10_000_000

@@ -9,13 +9,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.data import Dataset, write_zip
 from uni_instruct.data.dataset import ImageReader
 from uni_instruct.data.edm_zip import META, dataset_meta
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.images import encode
+from uni_instruct.spec import ModelSpec
 
 # Beside the images: the seeds in the images' order, and the request.
 RECORD = "samples.json"

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file, disk_errors
 from uni_instruct.generate import generate_batches, image_size
 from uni_instruct.progress import Progress
 from uni_instruct.sample_forms import SampleSet, finished_request, form_of, write_npy
+from uni_instruct.spec import ModelSpec
 
 REQUEST = "request.json"
 # A shard is written after this many images or seconds, whatever comes first: that much is lost when a run is killed.

@@ -263,7 +263,7 @@ def _inputs(plan: Plan, images: int = 1) -> tuple[Tensor, Tensor, Tensor | None]
     """Grey images at noise level 1, and their classes where there are any."""
     spec = plan.teacher_spec
     class_ids = torch.zeros(images, dtype=torch.int64) if spec.num_classes else None
-    return torch.zeros(images, *spec.image_shape), torch.ones(images, 1, 1, 1), class_ids
+    return torch.zeros(images, *spec.noise_shape), torch.ones(images, 1, 1, 1), class_ids
 
 
 def _generator() -> torch.Generator:

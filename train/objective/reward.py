@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from uni_instruct.errors import RequestError
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape
 from uni_instruct.user_functions import import_named
 
 Reward = Callable[[Tensor, Tensor | None], Tensor]

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.processes import is_later_process
 from uni_instruct.progress import ProgressFactory, progress, silent
+from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import AUTO, LoopConfig
 from uni_instruct.train.optimization.distributed import lone_fabric, prepared
 from uni_instruct.train.recipe import parse_recipe, read_yaml
@@ -142,7 +142,7 @@ def _step_s(spec: ModelSpec, way: Way, images: int) -> float:
     loop = LoopConfig(precision=way.precision, channels_last=way.channels_last)
     denoiser = initial_weights(lambda: build_denoiser(spec), 0).to(fabric.device)
     network = fabric.setup_module(prepared(denoiser.train(), loop))
-    noised = torch.randn(images, *spec.image_shape, generator=torch.Generator().manual_seed(0)).to(fabric.device)
+    noised = torch.randn(images, *spec.noise_shape, generator=torch.Generator().manual_seed(0)).to(fabric.device)
     class_ids = torch.zeros(images, dtype=torch.int64, device=fabric.device) if spec.num_classes else None
     sigma = torch.ones(images, 1, 1, 1, device=fabric.device)
     for _ in range(2):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.spec import ModelSpec
 from uni_instruct.train.monitoring.clock import Times, read_times
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.recipe import parse_recipe, read_yaml

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.engine import Engine
 from uni_instruct.generate import generate, resolve_class_ids
 from uni_instruct.images import contact_sheet
+from uni_instruct.spec import ModelSpec
 
 ROWS, COLUMNS, MOST_CLASSES = 6, 10, 16
 WHITE, GAP = 255, 14

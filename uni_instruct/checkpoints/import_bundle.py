@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from uni_instruct import __version__
-from uni_instruct.bundle import CONFIG, Bundle, ModelSpec
+from uni_instruct.bundle import CONFIG, Bundle
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
 from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
+from uni_instruct.spec import ModelSpec
 
 KINDS = ("generator", "teacher")
 # What a training state holds besides generators: networks that denoise at every noise level.

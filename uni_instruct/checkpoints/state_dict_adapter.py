@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.bundle import ModelSpec
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.checkpoint import StoredNetwork
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape, ModelSpec
 
 # What wrappers of a network put before its parameters' names.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -99,7 +98,7 @@ class Translation:
     def spec(self, **more: Any) -> ModelSpec:
         """The bundle's spec with what the file cannot tell."""
         return ModelSpec(
-            image_shape=self.image_shape,
+            noise_shape=self.image_shape,
             num_classes=self.num_classes,
             network=self.network,
             network_args=self.network_args,

@@ -61,7 +61,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     return {
         "kind": "generator" if bundle.spec.steps == 1 else "teacher",
         "path": bundle.origin,
-        **asdict(bundle.spec),
+        **bundle.spec.to_config(),
         # The resampling filters are stored too, but constant.
         "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),
         "tensors": len(weights),

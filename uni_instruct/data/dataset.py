@@ -9,7 +9,7 @@ import numpy as np
 
 from uni_instruct.data.vae_latents import drawn
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape
 
 READ_BATCH = 256
 MAX_CLASSES = 1_000_000  # more are a mistake, and naming them all would fill the memory

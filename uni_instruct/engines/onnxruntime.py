@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.engines.record import verified_file
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
+from uni_instruct.spec import ModelSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -91,7 +92,7 @@ def _check_interface(session: "onnxruntime.InferenceSession", spec: ModelSpec) -
     expected = {LATENTS, CLASS_IDS} if spec.num_classes else {LATENTS}
     inputs: dict[str, Any] = {port.name: port.shape for port in session.get_inputs()}
     outputs = {port.name for port in session.get_outputs()}
-    if set(inputs) != expected or outputs != {IMAGES, DENOISED} or tuple(inputs[LATENTS][1:]) != spec.image_shape:
+    if set(inputs) != expected or outputs != {IMAGES, DENOISED} or tuple(inputs[LATENTS][1:]) != spec.noise_shape:
         raise BundleError(
             f"the graph maps {inputs} to {sorted(outputs)}, which does not fit generator '{spec.name}'",
             remedy="export the engine again",

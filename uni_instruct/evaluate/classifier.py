@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from uni_instruct.data import Dataset
 from uni_instruct.errors import DiskError, FileFormatError, RequestError
 from uni_instruct.files import atomic_file, cache_folder, disk_errors
-from uni_instruct.noise import ImageShape
 from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.spec import ImageShape
 
 RECIPE = 1  # counts up with every change to the network or its training, and is part of the cached file's name
 SEED = 20505

@@ -9,8 +9,8 @@ from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, moments, score
 from uni_instruct.evaluate.statistics import Statistics
-from uni_instruct.noise import ImageShape
 from uni_instruct.progress import Progress, ProgressFactory, silent
+from uni_instruct.spec import ImageShape
 
 BATCH = 256
 

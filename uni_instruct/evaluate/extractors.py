@@ -13,8 +13,8 @@ from uni_instruct.download import download
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.fidelity import fidelity
 from uni_instruct.files import sha256
-from uni_instruct.noise import ImageShape
 from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.spec import ImageShape
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from uni_instruct.data.dataset import number_names
 from uni_instruct.engine import open_engine
 from uni_instruct.evaluate.statistics import Statistics
 from uni_instruct.generate import generate_batches, resolve_class_ids
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

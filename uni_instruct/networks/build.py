@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from uni_instruct.bundle import Bundle, ModelSpec
+from uni_instruct.bundle import Bundle
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.networks.adm import ADM
 from uni_instruct.networks.ddpmpp import NCSNPP, SongUNet
@@ -15,7 +15,7 @@ from uni_instruct.networks.edm2 import EDM2
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import PRECONDITIONINGS, Preconditioning
 from uni_instruct.networks.unet import ResolutionError
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape, ModelSpec
 
 NETWORKS: dict[str, Callable[..., Network]] = {
     "ddpmpp": SongUNet,
@@ -52,15 +52,15 @@ def build_denoiser(spec: ModelSpec) -> Denoiser:
         sigma_data = float(args.pop("sigma_data", 0.5))
         preconditioning = build_preconditioning(args.pop("preconditioning", "edm"), sigma_data)
         patch = args.pop("patch", 1)
-        shape = patched_shape(spec.image_shape, patch)
+        shape = patched_shape(spec.noise_shape, patch)
         if preconditioning.out_factor > 1:
             args["out_channels"] = preconditioning.out_factor * shape[0]
         model = NETWORKS[spec.network](shape, spec.num_classes, **args)
     except ResolutionError as error:
-        raise _too_coarse(spec.image_shape, patch, error) from error
+        raise _too_coarse(spec.noise_shape, patch, error) from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
-    return Denoiser(model, spec.image_shape, spec.num_classes, preconditioning, patch=patch)
+    return Denoiser(model, spec.noise_shape, spec.num_classes, preconditioning, patch=patch)
 
 
 def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:

@@ -20,7 +20,7 @@ from uni_instruct.networks.blocks import (
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.unet import Level, Skeleton, ascend, levels, nothing, skip_channels
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape
 
 STYLE = BlockStyle(
     adaptive_scale=False,

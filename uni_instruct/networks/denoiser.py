@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import EDM, Preconditioning
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape
 
 
 class Encoded(NamedTuple):

@@ -17,7 +17,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.networks.blocks import attention
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.unet import Skeleton, levels
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape
 
 EPS = 1e-4  # added to every magnitude that is divided by
 UNIT_TOLERANCE = 1e-5  # rows this near to unit magnitude stay as they are, to the bit

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.blocks import UNetBlock
-from uni_instruct.noise import ImageShape
+from uni_instruct.spec import ImageShape
 
 
 class Level(NamedTuple):
