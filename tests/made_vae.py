@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from uni_instruct.checkpoints.autoencoder_kl import DEFAULTS, EDM2_LATENTS, WEIGHTS
+from uni_instruct.checkpoints.autoencoder_kl import DEFAULTS, WEIGHTS
+from uni_instruct.checkpoints.latent_map import EDM2_LATENTS
 from uni_instruct.networks.autoencoder import decoder_shapes
 from uni_instruct.spec import DecoderSpec
 

@@ -43,11 +43,8 @@ def test_names_and_numerics_are_those_of_diffusers(name: str) -> None:
 
 def test_stable_diffusions_decoder_has_as_many_parameters() -> None:
     recorded = RECORDED["stable_diffusion"]
-    spec = vae_spec(
-        block_out_channels=tuple(recorded["block_out_channels"]),
-        layers_per_block=recorded["layers_per_block"],
-        norm_num_groups=32,
-    )
+    widths, layers = tuple(recorded["block_out_channels"]), recorded["layers_per_block"]
+    spec = vae_spec(block_out_channels=widths, layers_per_block=layers, norm_num_groups=32)
     assert sum(math.prod(shape) for shape in decoder_shapes(spec).values()) == recorded["parameters"]
     latents = ModelSpec(name="img512", noise_shape=(4, 64, 64), latents=True)
     assert (latents.image_shape, latents.makes_pictures) == ((4, 64, 64), False)
@@ -57,7 +54,7 @@ def test_stable_diffusions_decoder_has_as_many_parameters() -> None:
 
 
 def test_a_folder_of_diffusers_is_read_whatever_its_age(tmp_path: Path) -> None:
-    """Files of the first years call attention's layers otherwise, some as 1x1 convolutions; a .safetensors may have any name."""
+    """Early files call attention's layers otherwise, some as 1x1 convolutions; a .safetensors may have any name."""
     weights = vae_weights()
     stored = read_decoder(str(write_vae(tmp_path / "vae")))
     assert stored.weights.keys() == decoder_shapes(stored.spec).keys()
@@ -75,7 +72,7 @@ def test_a_folder_of_diffusers_is_read_whatever_its_age(tmp_path: Path) -> None:
 
 
 def test_latents_of_the_data_are_brought_back_to_the_vaes_own(tmp_path: Path) -> None:
-    """`data.vae_latents` brings a VAE's latents to deviation 0.5; the decoder undoes it, and its [0, 1] becomes EDM2's bytes."""
+    """`data.vae_latents` brings latents to deviation 0.5; the decoder undoes it, and its [0, 1] becomes EDM2's bytes."""
     raw = np.random.default_rng(1).normal(size=(2, 4, 4, 4)).astype(np.float32) * 4
     moments = np.concatenate([raw, np.zeros_like(raw)], axis=1)
     latents = torch.from_numpy(drawn(moments, seeds=[0, 1]).transpose(0, 3, 1, 2).copy())
@@ -136,7 +133,7 @@ def test_files_that_are_not_safetensors_are_refused_unread(tmp_path: Path) -> No
         read_decoder(str(folder / "diffusion_pytorch_model.bin"))
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-100])
-    with pytest.raises(UniInstructError, match="is not a whole safetensors file|points outside the file"):
+    with pytest.raises(UniInstructError, match=r"is not a whole safetensors file|points outside the file"):
         read_decoder(str(folder))
     (folder / WEIGHTS).write_bytes(whole)
     (folder / "config.json").unlink()
@@ -175,7 +172,7 @@ def spec_of(args: dict[str, Any]) -> DecoderSpec:
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Tensor number k in the order of names: a sine wave of phase k, less high the more inputs a layer has; scales lie about 1."""
+    """Tensor number k in the order of names: a sine wave of phase k, lower the more inputs a layer has; scales lie about 1."""
     for k, (name, parameter) in enumerate(sorted(model.named_parameters())):
         height = 1.5 / math.sqrt(math.prod(parameter.shape[1:])) if parameter.ndim > 1 else 0.5
         parameter.data = wave(tuple(parameter.shape), k, height) + float("norm" in name and name.endswith("weight"))

@@ -51,8 +51,8 @@ class DecoderSpec:
     """A VAE's decoder D, and how the network's latents z lie beside those that it was trained on.
 
     picture = pixel_scale D(latent_scale z + latent_shift) + pixel_shift, in about [-1, 1]; latent_scale and latent_shift have a
-    value for each channel. block_out_channels: from the finest level to the coarsest, each of half the resolution; the names are
-    those of diffusers' config.json. weights_sha256: of the decoder's file in the bundle. source: where that came from.
+    value for each channel. The other names are those of diffusers' config.json; block_out_channels goes from the finest level
+    to the coarsest, each of half the resolution. weights_sha256: of the file in the bundle. source: where that came from.
     """
 
     architecture: str = AUTOENCODER_KL

@@ -1,4 +1,4 @@
-"""A VAE as diffusers saves it (AutoencoderKL): its decoder, read from safetensors and its config.json, every weight accounted for."""
+"""A VAE as diffusers saves it (AutoencoderKL): its decoder, from safetensors and config.json, every weight accounted for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from uni_instruct.checkpoints.fit import check_fit, finite
+from uni_instruct.checkpoints.latent_map import EDM2_LATENTS, LatentMap
 from uni_instruct.checkpoints.safetensors_file import CONFIG, looks_like_safetensors, read_safetensors
 from uni_instruct.checkpoints.source import opened
-from uni_instruct.data.vae_latents import FINAL_STD, RAW_MEAN, RAW_STD
 from uni_instruct.errors import BundleError, FileFormatError, RequestError
 from uni_instruct.files import sha256
 from uni_instruct.hub import fetch, is_on_hub
@@ -33,16 +33,6 @@ _ENCODER = ("encoder.", "quant_conv.")
 _GIVE = "give the folder or .safetensors of an AutoencoderKL as diffusers saves it, with its config.json beside it"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentMap:
-    """How a network's latents z lie beside its VAE's: raw = scale z + shift, channel by channel."""
-
-    scale: tuple[float, ...]
-    shift: tuple[float, ...]
-
-
-# EDM2's, which `data.vae_latents` draws as well.
-EDM2_LATENTS = LatentMap(scale=tuple(std / FINAL_STD for std in RAW_STD), shift=RAW_MEAN)
 # EDM2 feeds its VAE pixels in [0, 1] and cuts 255 D off to bytes: with these two, 127.5 x + 128 is that very number.
 EDM2_PIXEL_SCALE, EDM2_PIXEL_SHIFT = 2.0, -1 - 1 / 255
 

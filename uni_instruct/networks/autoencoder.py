@@ -1,4 +1,6 @@
-"""The decoder of a VAE (diffusers' AutoencoderKL): diffusers' parameter names and numerics, so that its weights load unchanged."""
+"""The decoder of a VAE, AutoencoderKL: diffusers' parameter names and numerics, so that its weights load unchanged."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +100,7 @@ class UpBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int, layers: int, *, upsample: bool):
         super().__init__()
         widths = [in_channels, *[out_channels] * layers]
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(before, after, groups) for before, after in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.resnets = nn.ModuleList([ResnetBlock(before, after, groups) for before, after in pairwise(widths)])
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
