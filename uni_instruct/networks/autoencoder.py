@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uni_instruct.errors import RequestError
+from uni_instruct.bundle import DECODER, Bundle
+from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.networks.blocks import attention
 from uni_instruct.spec import DecoderSpec
 
@@ -157,6 +158,22 @@ class Attention(nn.Module):
         attended = attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels))
         out: Tensor = x + self.to_out[0](attended)[:, 0].transpose(1, 2).reshape(x.shape)
         return out
+
+
+def load_decoder(bundle: Bundle) -> LatentDecoder | None:
+    """The bundle's decoder with its weights, in evaluation mode; None without one. Raises BundleError where they do not fit."""
+    weights = bundle.decoder_weights()
+    if bundle.spec.decoder is None or weights is None:
+        return None
+    decoder = build_decoder(bundle.spec.decoder)
+    try:
+        decoder.vae.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:300]
+        raise BundleError(
+            f"{DECODER} of {bundle.path} does not fit its decoder: {problem}", remedy="copy the whole folder again"
+        ) from error
+    return decoder.eval()
 
 
 def build_decoder(spec: DecoderSpec) -> LatentDecoder:
