@@ -92,8 +92,8 @@ def reference(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None) -> tu
     """Torch's images, uint8 [N, H, W, C] and before rounding float32 [N, C, H, W], in fp32 on the CPU."""
     import torch
 
-    from uni_instruct.engines.torch import one_step, to_uint8
     from uni_instruct.networks.build import load_denoiser
+    from uni_instruct.networks.one_step import one_step, to_uint8
 
     denoiser = load_denoiser(bundle)
     pixels, denoised = [], []
