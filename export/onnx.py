@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import uni_instruct
 from uni_instruct.bundle import WEIGHTS, Bundle
-from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, LATENTS
+from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, NOISE
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.networks.one_step import OneStep, to_uint8
@@ -64,7 +64,7 @@ def build(bundle: Bundle, path: Path) -> dict[str, str]:
 def _export(module: WithPixels, bundle: Bundle) -> onnx.ModelProto:
     # Two images: a batch of one would be taken for a constant.
     example = [torch.zeros(2, *bundle.spec.noise_shape)]
-    names = [LATENTS]
+    names = [NOISE]
     if bundle.spec.num_classes:
         example.append(torch.zeros(2, dtype=torch.int64))
         names.append(CLASS_IDS)
