@@ -91,7 +91,7 @@ class Backend:
             settle_garbage_collector()
             self.metrics.ready.set(1)
             self.ready = True
-            logger.info("serving %s with %s", self.bundle.spec.name, self.engine.name)
+            logger.info("serving %s with %s", self.bundle.spec.name, self.engine.id)
 
     async def generate(self, seeds: Sequence[int], class_ids: np.ndarray | None) -> Generated:
         """Images of the seeds, through the batcher. Raises NotReadyError, and what Batcher.submit raises."""
@@ -117,7 +117,7 @@ class Backend:
         spec = self.bundle.spec
         (body, media_type), stages = await self.make(job.seeds, job.class_ids, lambda images: encode_job(job, images, spec))
         timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in stages.items())
-        headers = {**job_headers(job), "X-Engine": self.engine.name, "Server-Timing": timing}
+        headers = {**job_headers(job), "X-Engine": str(self.engine.id), "Server-Timing": timing}
         return Answer(body, media_type, headers)
 
     async def close(self) -> None:

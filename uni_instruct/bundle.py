@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from uni_instruct.engines.record import RECORD, EngineId, StoredEngine, id_of_folder
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
@@ -16,7 +17,7 @@ from uni_instruct.spec import ModelSpec
 
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
-DECODER = "decoder.safetensors"
+DECODER, ENGINES = "decoder.safetensors", "engines"
 # What is served where nothing is named: the first of these that ships.
 PREFERRED_GENERATORS = ("fashion-mnist", "digits")
 # The VAE whose latents EDM2's networks make, in diffusers' form on the hub.
@@ -113,9 +114,23 @@ class Bundle:
             raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
         return "fp16" if PRECISIONS["fp16"][0] in types else "fp32"
 
-    def engine_folder(self, kind: str) -> Path:
-        """Where the exported engine of that kind stands, or would stand."""
-        return self.path / "engines" / kind
+    def engines(self) -> dict[EngineId, StoredEngine]:
+        """The exported engines that stand in the bundle, by id, those of format 1 among them. Nothing in them is read yet."""
+        found: dict[EngineId, StoredEngine] = {}
+        for record in sorted((self.path / ENGINES).glob(f"[!.]*/{RECORD}")):
+            engine_id = id_of_folder(record.parent.name)
+            # Where an engine stands twice, the folder of its id is the newer.
+            if engine_id and (engine_id not in found or record.parent.name == str(engine_id)):
+                found[engine_id] = self.engine_in(record.parent, engine_id)
+        return found
+
+    def engine_in(self, folder: Path, engine_id: EngineId) -> StoredEngine:
+        """The engine in that folder, in its place or being built beside it."""
+        return StoredEngine(engine_id=engine_id, folder=folder, bundle=self.path, weights_sha256=self.weights_sha256)
+
+    def engine_folder(self, engine_id: EngineId) -> Path:
+        """Where `export` puts the engine."""
+        return self.path / ENGINES / str(engine_id)
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], precision: str = "fp32") -> None:
