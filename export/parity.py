@@ -94,16 +94,16 @@ def reference(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None) -> tu
     """Torch's images, uint8 [N, H, W, C] and before rounding float32 [N, C, H, W], in fp32 on the CPU."""
     import torch
 
-    from uni_instruct.networks.build import load_denoiser
-    from uni_instruct.networks.one_step import one_step, to_uint8
+    from uni_instruct.networks.one_step import load_one_step, to_uint8
 
-    denoiser = load_denoiser(bundle)
+    generator = load_one_step(bundle)
+    size = min(_REFERENCE_BATCH, bundle.spec.images_at_once or _REFERENCE_BATCH)
     pixels, denoised = [], []
     with torch.inference_mode():
-        for start in range(0, len(z), _REFERENCE_BATCH):
-            part = slice(start, start + _REFERENCE_BATCH)
+        for start in range(0, len(z), size):
+            part = slice(start, start + size)
             labels = None if class_ids is None else torch.from_numpy(class_ids[part])
-            images = one_step(denoiser, torch.from_numpy(z[part]), labels, bundle.spec.sigma_init)
+            images = generator(torch.from_numpy(z[part]), labels)
             pixels.append(to_uint8(images).numpy())
             denoised.append(images.numpy())
     return np.concatenate(pixels), np.concatenate(denoised)

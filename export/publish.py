@@ -82,8 +82,8 @@ def open_generator(source: str | Path) -> Bundle:
 
 def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     """The bundle's weights in `folder`: in half precision where that moves no pixel by more than ALLOWED_LEVELS."""
-    spec, weights = original.spec, original.weights()
-    half = Bundle.write(folder, spec, weights, "", precision="fp16")
+    spec, weights, decoder = original.spec, original.weights(), original.decoder_weights()
+    half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
     count = max(CHECKED_IMAGES, spec.num_classes)
     z = noise(range(count), spec.noise_shape)
     class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
@@ -98,7 +98,7 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     published = {"weights_sha256": original.weights_sha256, **asdict(rounding)}
     provenance = {**without_folders(dict(spec.provenance)), "published": published}
     spec = replace(spec, provenance=provenance)
-    return Bundle.write(folder, spec, weights, "", precision=rounding.precision), rounding
+    return Bundle.write(folder, spec, weights, "", precision=rounding.precision, decoder=decoder), rounding
 
 
 def without_folders(value: Any) -> Any:

@@ -130,6 +130,7 @@ class Backend:
 
     def _open(self) -> tuple[Bundle, Engine, tuple[int, ...]]:
         bundle = Bundle.open(self.settings.bundle)
+        bundle.check_makes_pictures()
         engine = open_engine(bundle, self.settings.engine, spin=False)
         return bundle, engine, prewarm(engine, self.settings.max_batch, self.settings.max_batch_ms / 1e3)
 

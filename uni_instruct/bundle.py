@@ -1,5 +1,6 @@
 """A generator on disk: a folder that is also a valid Hugging Face model repository."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,13 +30,14 @@ PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
 class Bundle:
     """A generator's folder, checked when opened: format version, spec, and the hash of the weights.
 
-    origin is its path, or its address on the hub with the commit that it was taken from.
+    origin is its path, or its address on the hub with the commit that it was taken from. weights_sha256 tells its images from
+    another bundle's: with a decoder, whose weights make them too, it is the hash of both files' hashes.
     """
 
     def __init__(self, path: Path, spec: ModelSpec, weights_sha256: str, origin: str = ""):
         self.path = path
         self.spec = spec
-        self.weights_sha256 = weights_sha256
+        self.weights_sha256 = _identity(weights_sha256, spec)
         self.origin = origin or str(path)
 
     @classmethod
@@ -183,6 +185,12 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"
     raise RequestError(problem, remedy=remedy, param="bundle")
+
+
+def _identity(weights_sha256: str, spec: ModelSpec) -> str:
+    if spec.decoder is None:
+        return weights_sha256
+    return hashlib.sha256(f"{weights_sha256} {spec.decoder.weights_sha256}".encode()).hexdigest()
 
 
 def _check_hash(path: Path, expected: str) -> None:

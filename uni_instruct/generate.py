@@ -11,19 +11,24 @@ from uni_instruct.spec import ModelSpec
 
 
 def generate(engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64) -> np.ndarray:
-    """Images of the seeds, in their order: uint8 [N, H, W, C]. class_ids: int64 [N], as `resolve_class_ids` gives them."""
+    """Images of the seeds, in their order: uint8 [N, H, W, C]. class_ids: int64 [N], as `resolve_class_ids` gives them.
+
+    Where the spec makes no pictures, a VAE's latents as the network makes them: float32 [N, C, H, W].
+    """
     parts = list(generate_batches(engine, seeds, class_ids, batch))
-    return np.concatenate(parts) if parts else np.empty((0, *image_size(engine.spec)), dtype=np.uint8)
+    size, dtype = sample_format(engine.spec)
+    return np.concatenate(parts) if parts else np.empty((0, *size), dtype=dtype)
 
 
 def generate_batches(
     engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64
 ) -> Iterator[np.ndarray]:
-    """The same, batch by batch: each uint8 [<=batch, H, W, C]."""
+    """The same, batch by batch: each uint8 [<=batch, H, W, C], or float32 latents [<=batch, C, H, W]."""
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
         z = noise(seeds[part], engine.spec.noise_shape)
-        yield engine(z, None if class_ids is None else class_ids[part])
+        labels = None if class_ids is None else class_ids[part]
+        yield engine(z, labels) if engine.spec.makes_pictures else engine.outputs(z, labels).images
 
 
 def resolve_class_ids(spec: ModelSpec, seeds: Sequence[int], classes: Sequence[int | str] | None = None) -> np.ndarray | None:
@@ -63,6 +68,11 @@ def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:
             f"{len(seeds)} seeds cannot be shared out equally to {spec.num_classes} classes", remedy=remedy, param="by_class"
         )
     return [class_id for class_id in range(spec.num_classes) for _ in range(share)]
+
+
+def sample_format(spec: ModelSpec) -> tuple[tuple[int, int, int], type[np.uint8] | type[np.float32]]:
+    """Size and type of one sample: uint8 [H, W, C] of a picture, float32 [C, H, W] of latents."""
+    return (image_size(spec), np.uint8) if spec.makes_pictures else (spec.noise_shape, np.float32)
 
 
 def image_size(spec: ModelSpec) -> tuple[int, int, int]:

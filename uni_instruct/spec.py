@@ -12,6 +12,8 @@ ImageShape = tuple[int, int, int]
 
 # The one kind of decoder there is, by diffusers' name for it.
 AUTOENCODER_KL = "AutoencoderKL"
+# A decoder needs up to a kilobyte for each pixel that it makes: two pictures of 512x512 at once.
+_PIXELS_AT_ONCE = 2 * 512 * 512
 # Far beyond any decoder's; what is larger would not fit into memory.
 _WIDEST, _MOST_LEVELS, _MOST_LAYERS = 8192, 10, 32
 
@@ -158,6 +160,12 @@ class ModelSpec:
     def image_shape(self) -> ImageShape:
         """[C, H, W] of what is handed out: the picture, or the latents unless `makes_pictures`."""
         return self.noise_shape if self.decoder is None else self.decoder.image_shape(self.noise_shape)
+
+    @property
+    def images_at_once(self) -> int | None:
+        """How many images an engine may make at once, so that a decoder's memory stays in bounds; None without a decoder."""
+        _, height, width = self.image_shape
+        return None if self.decoder is None else max(1, _PIXELS_AT_ONCE // (height * width))
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other."""

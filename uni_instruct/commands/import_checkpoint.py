@@ -67,7 +67,7 @@ def import_checkpoint(
     from uni_instruct.checkpoints.import_bundle import import_checkpoint as run
 
     if is_bundle(checkpoint):
-        bundle = attach_decoder(Bundle.open(checkpoint), _decoder_alone(click.get_current_context(), checkpoint, decoder), out)
+        bundle = attach_decoder(Bundle.open(checkpoint), _decoder_alone(checkpoint, decoder), out)
         _report(bundle, guessed=False, as_json=as_json)
         return
     path, origin = Path(checkpoint), ""
@@ -89,11 +89,13 @@ def import_checkpoint(
     _report(run(path, out, request), guessed=kind is None, as_json=as_json)
 
 
-def _decoder_alone(context: click.Context, bundle: str, decoder: str | None) -> str:
+def _decoder_alone(bundle: str, decoder: str | None) -> str:
     """The decoder for a bundle. Raises RequestError without one, or where an option says what the bundle says itself."""
     if decoder is None:
         remedy = "give --decoder VAE to add one, or a checkpoint's file"
         raise RequestError(f"{bundle} is a bundle already", remedy=remedy, param="checkpoint")
+    context = click.get_current_context()
+    assert context is not None, "called by a command"
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     for name in sorted(set(given) - {"checkpoint", "out", "decoder", "as_json"}):
         option = "--as" if name == "kind" else f"--{name.replace('_', '-')}"
