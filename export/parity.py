@@ -18,7 +18,6 @@ from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
-_REFERENCE_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +55,12 @@ class Report:
 
 def verify(bundle: Bundle, record: EngineRecord, folder: Path, tolerance: Tolerance) -> dict[str, Any]:
     """The report on the engine in `folder`, for engine.json. Raises ParityError where it is outside the tolerance."""
+    from uni_instruct.networks.reference import reference_outputs
+
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
     z = noise(seeds, bundle.spec.noise_shape)
     results = run_worker(bundle, record.id, folder, z, class_ids)
-    pixels, denoised = reference(bundle, z, class_ids)
+    pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, tolerance)
     _check(record.id, report)
     return asdict(report)
@@ -88,25 +89,6 @@ def run_worker(
             raise ParityError(f"the {engine_id} engine does not run: {reason}", remedy="it was discarded")
         with np.load(outputs) as data:
             return dict(data)
-
-
-def reference(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Torch's images, uint8 [N, H, W, C] and before rounding float32 [N, C, H, W], in fp32 on the CPU."""
-    import torch
-
-    from uni_instruct.networks.one_step import load_one_step, to_uint8
-
-    generator = load_one_step(bundle)
-    size = min(_REFERENCE_BATCH, bundle.spec.images_at_once or _REFERENCE_BATCH)
-    pixels, denoised = [], []
-    with torch.inference_mode():
-        for start in range(0, len(z), size):
-            part = slice(start, start + size)
-            labels = None if class_ids is None else torch.from_numpy(class_ids[part])
-            images = generator(torch.from_numpy(z[part]), labels)
-            pixels.append(to_uint8(images).numpy())
-            denoised.append(images.numpy())
-    return np.concatenate(pixels), np.concatenate(denoised)
 
 
 def compare(

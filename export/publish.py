@@ -13,7 +13,6 @@ from uni_instruct.engine import open_engine
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.export.card import published_card
-from uni_instruct.export.parity import reference
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import atomic_folder
 from uni_instruct.generate import by_class, generate, resolve_class_ids
@@ -82,12 +81,14 @@ def open_generator(source: str | Path) -> Bundle:
 
 def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     """The bundle's weights in `folder`: in half precision where that moves no pixel by more than ALLOWED_LEVELS."""
+    from uni_instruct.networks.reference import make_reference, reference_outputs
+
     spec, weights, decoder = original.spec, original.weights(), original.decoder_weights()
     half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
     count = max(CHECKED_IMAGES, spec.num_classes)
     z = noise(range(count), spec.noise_shape)
     class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
-    before, after = (reference(bundle, z, class_ids)[0].astype(int) for bundle in (original, half))
+    before, after = (reference_outputs(bundle, z, class_ids).pixels.astype(int) for bundle in (original, half))
     levels = np.abs(after - before)
     rounding = Rounding(
         images=count,
@@ -98,7 +99,9 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     published = {"weights_sha256": original.weights_sha256, **asdict(rounding)}
     provenance = {**without_folders(dict(spec.provenance)), "published": published}
     spec = replace(spec, provenance=provenance)
-    return Bundle.write(folder, spec, weights, "", precision=rounding.precision, decoder=decoder), rounding
+    precision = rounding.precision
+    bundle = Bundle.write(folder, spec, weights, "", precision=precision, decoder=decoder, reference=make_reference)
+    return bundle, rounding
 
 
 def without_folders(value: Any) -> Any:

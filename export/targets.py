@@ -75,12 +75,15 @@ def check_exportable(bundle: Bundle) -> None:
 def export_engine(bundle: Bundle, to: str) -> EngineRecord:
     """Builds the engine beside its place, verifies it there, and only then lets it take the place of an older one.
 
+    A bundle of an older format is then brought up to date, with reference.npz beside the weights.
     Raises RequestError for a teacher, MissingExtraError where a tool is missing, ParityError where the engine does not
     agree with torch, DiskError where it cannot be written; in all of these the bundle stays as it was.
     """
     check_exportable(bundle)
     target = TARGETS[to]
     build = target.builder()
+    from uni_instruct.networks.reference import make_reference
+
     place = bundle.engine_folder(target.engine_id)
     try:
         with atomic_folder(place) as folder:
@@ -90,6 +93,7 @@ def export_engine(bundle: Bundle, to: str) -> EngineRecord:
     finally:
         with suppress(OSError):  # an empty engines folder, where nothing was admitted
             place.parent.rmdir()
+    bundle.bring_up_to_date(make_reference)
     _remove_former(bundle, target.engine_id)
     return EngineRecord.read(place)
 

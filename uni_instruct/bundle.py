@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -12,8 +12,9 @@ import numpy as np
 
 from uni_instruct.engines.record import RECORD, EngineId, StoredEngine, id_of_folder
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.files import atomic_folder, sha256
+from uni_instruct.files import atomic_file, atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
+from uni_instruct.reference import REFERENCE, Reference
 from uni_instruct.spec import ModelSpec
 
 FORMAT_VERSION = 2
@@ -65,12 +66,14 @@ class Bundle:
         *,
         precision: str = "fp32",
         decoder: Mapping[str, np.ndarray] | None = None,
+        reference: "MakeReference | None" = None,
     ) -> "Bundle":
         """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
 
         samples: a PNG. precision: one of PRECISIONS, of the network's file alone: whoever reads it computes in float32.
-        decoder: the weights of the spec's decoder, given exactly where it has one. Raises DiskError where the disk is full or
-        read-only.
+        decoder: the weights of the spec's decoder, given exactly where it has one. reference: makes the bundle's reference.npz
+        from its stored weights, `networks.reference.make_reference` where torch is at hand. Raises DiskError where the disk is
+        full or read-only.
         """
         assert (decoder is None) == (spec.decoder is None), "a decoder has weights"
         path = Path(path)
@@ -80,11 +83,12 @@ class Bundle:
                 spec = replace(spec, decoder=replace(spec.decoder, weights_sha256=sha256(partial / DECODER)))
             write_safetensors(partial / WEIGHTS, weights, precision)
             digest = sha256(partial / WEIGHTS)
-            config = {"format_version": FORMAT_VERSION, **spec.to_config(), "weights_sha256": digest}
-            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (partial / CONFIG).write_text(_config_text(spec, digest))
             (partial / CARD).write_text(card)
             if samples is not None:
                 (partial / SAMPLES).write_bytes(samples)
+            if reference is not None and (made := reference(cls(partial, spec, digest))):
+                made.write(partial / REFERENCE)
         return cls(path, spec, digest)
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -116,6 +120,30 @@ class Bundle:
             raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
         return "fp16" if PRECISIONS["fp16"][0] in types else "fp32"
 
+    def reference(self) -> Reference | None:
+        """Images to hold engines against; None for teachers and bundles of format 1. Raises BundleError for a damaged file."""
+        path = self.path / REFERENCE
+        return Reference.read(path, self.spec, self.weights_sha256) if path.is_file() else None
+
+    def bring_up_to_date(self, reference: "MakeReference") -> None:
+        """Writes what a bundle of this format has, and one of format 1, or with a damaged reference.npz, lacks; else nothing.
+
+        Raises DiskError where it cannot be written; the bundle can be opened at any time in between.
+        """
+        if not self._reference_is_current() and (made := reference(self)):
+            with atomic_file(self.path / REFERENCE) as partial:
+                made.write(partial)
+        config = _read_config(self.path / CONFIG)
+        if config["format_version"] < FORMAT_VERSION:
+            with atomic_file(self.path / CONFIG) as partial:
+                partial.write_text(_config_text(self.spec, config["weights_sha256"]))
+
+    def _reference_is_current(self) -> bool:
+        try:
+            return self.reference() is not None
+        except BundleError:
+            return False
+
     def engines(self) -> dict[EngineId, StoredEngine]:
         """The exported engines that stand in the bundle, by id, those of format 1 among them. Nothing in them is read yet."""
         found: dict[EngineId, StoredEngine] = {}
@@ -133,6 +161,10 @@ class Bundle:
     def engine_folder(self, engine_id: EngineId) -> Path:
         """Where `export` puts the engine."""
         return self.path / ENGINES / str(engine_id)
+
+
+# What makes a bundle's reference: needs torch, as the core does not.
+MakeReference = Callable[[Bundle], Reference | None]
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], precision: str = "fp32") -> None:
@@ -212,6 +244,11 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
         return {name: array.astype(np.float32, copy=False) for name, array in weights.items()}
     except (SafetensorError, TypeError, AttributeError) as error:  # the last two: types that NumPy does not have
         raise BundleError(f"{path} cannot be read: {error}", remedy="copy the whole folder again") from error
+
+
+def _config_text(spec: ModelSpec, weights_sha256: str) -> str:
+    config = {"format_version": FORMAT_VERSION, **spec.to_config(), "weights_sha256": weights_sha256}
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
 
     Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
     """
+    from uni_instruct.networks.reference import make_reference
+
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
     translation = translate(stored, request.patch)
@@ -87,7 +89,7 @@ def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
     latents = find_latent_map(checkpoint.facts, translation.image_shape[0], asked)
     spec = _spec(path, checkpoint, stored, translation, latents, request)
     if latents is None or request.decoder is None:
-        return Bundle.write(out, spec, translation.weights, _card(spec))
+        return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
     decoder = read_decoder(request.decoder, latents)
     return _write_decoded(out, spec, translation.weights, _card(spec), decoder)
 
@@ -112,8 +114,17 @@ def _write_decoded(
     decoder: StoredDecoder,
     precision: str = "fp32",
 ) -> Bundle:
-    card += _DECODER_CARD.format(source=decoder.spec.source)
-    return Bundle.write(out, replace(spec, decoder=decoder.spec), weights, card, decoder=decoder.weights, precision=precision)
+    from uni_instruct.networks.reference import make_reference
+
+    return Bundle.write(
+        out,
+        replace(spec, decoder=decoder.spec),
+        weights,
+        card + _DECODER_CARD.format(source=decoder.spec.source),
+        precision=precision,
+        decoder=decoder.weights,
+        reference=make_reference,
+    )
 
 
 def open_or_import(source: str, kind: str) -> Bundle:
