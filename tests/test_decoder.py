@@ -96,8 +96,9 @@ def test_edm2s_generators_make_edm2s_pictures(cli: Cli, tmp_path: Path, vae: Pat
     expected = edm2_pixels(bundle, [0, 1, 2, 3], vae_weights())
     assert difference(pictures, expected) <= (1, 0.002)
     assert expected.std() > 20
-    code, out, _ = cli("inspect", bundle.path, "--json")
-    assert json.loads(out)["image_shape"] == [3, 16, 16]
+    _, out, _ = cli("inspect", bundle.path)
+    assert "images: 16x16 (height x width), 3 channels" in out
+    assert "decoder: AutoencoderKL of vae, sha256 " in out
 
 
 def test_latents_are_marked_and_refused_where_pictures_are_needed(cli: Cli, tmp_path: Path, vae: Path) -> None:
@@ -106,6 +107,7 @@ def test_latents_are_marked_and_refused_where_pictures_are_needed(cli: Cli, tmp_
     folder = tmp_path / "img512"
     code, out, errors = cli("import", file, "--as", "generator", "--out", folder, "--json")
     assert (code, json.loads(out)["makes_pictures"]) == (0, False), errors
+    assert f"decoder: none, so that it makes no pictures; uni-instruct import {folder} --decoder" in cli("inspect", folder)[1]
     remedy = (
         f"{folder} makes a VAE's latents, no pictures; give it the VAE's decoder: "
         f"uni-instruct import {folder} --decoder hf://stabilityai/sd-vae-ft-mse --out img512-pictures"
@@ -124,6 +126,9 @@ def test_latents_are_marked_and_refused_where_pictures_are_needed(cli: Cli, tmp_
     code, _, errors = cli("import", folder, "--decoder", vae, "--out", tmp_path / "img512-pictures")
     assert code == 0, errors
     assert Bundle.open(tmp_path / "img512-pictures").spec.image_shape == (3, 16, 16)
+    before, after = ((tmp_path / name / "README.md").read_text() for name in ("img512", "img512-pictures"))
+    assert ("--out latents.npz" in before, "--out images/" in before, "uni-instruct serve ." in before) == (True, False, False)
+    assert ("--out latents.npz" in after, "--out images/" in after, "uni-instruct serve ." in after) == (False, True, True)
 
 
 def test_latents_are_floats_whoever_hands_them_out(latents: Bundle) -> None:

@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.evaluate import Evaluator
+from uni_instruct.images import latent_preview
 from uni_instruct.networks.one_step import to_uint8
 from uni_instruct.noise import noise, random_class_ids
 from uni_instruct.progress import progress, silent
@@ -207,7 +208,8 @@ class Loop:
                 z = torch.from_numpy(noise(seeds[part], self.spec.noise_shape)).to(device)
                 labels = None if class_ids is None else torch.from_numpy(class_ids[part]).to(device)
                 with self.fabric.autocast():  # choosing among weights needs no more digits than training them
-                    parts.append(to_uint8(stage.sample(z, labels)).cpu().numpy())
+                    made = stage.sample(z, labels)
+                parts.append(latent_preview(made.float().cpu().numpy()) if self.spec.latents else to_uint8(made).cpu().numpy())
                 shown.advance(len(parts[-1]))
         return np.concatenate(parts), class_ids
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from uni_instruct import __version__
 from uni_instruct.bundle import CARD, CONFIG, Bundle
+from uni_instruct.card_usage import usage
 from uni_instruct.checkpoints.autoencoder_kl import StoredDecoder, read_decoder
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
 from uni_instruct.checkpoints.latent_map import LatentMap, find_latent_map, stated_latent_map
@@ -40,15 +41,15 @@ tags: [{tags}]
 
 ## Use
 ```
-uni-instruct generate . --seeds 0-63 --out images/
-{more}
+{usage}
 ```
 
 Licence: {licence}. Nothing was measured at import: `uni-instruct evaluate` does.
 """
-_DECODER_CARD = """
-## Decoder
-The network makes a VAE's latents. Pictures are made of them by the decoder of `{source}`, whose licence is its own.
+_DECODER_TITLE = "## Decoder"
+_DECODER_CARD = f"""
+{_DECODER_TITLE}
+The network makes a VAE's latents. Pictures are made of them by the decoder of `{{source}}`, whose licence is its own.
 """
 
 
@@ -102,7 +103,8 @@ def attach_decoder(bundle: Bundle, decoder: str, out: Path) -> Bundle:
     if not bundle.spec.latents:
         raise RequestError(f"{bundle.origin} makes pictures by itself", remedy="leave --decoder out", param="decoder")
     stored = read_decoder(decoder, stated_latent_map(bundle.spec.provenance))
-    card = (bundle.path / CARD).read_text().split(_DECODER_CARD.split("\n", 2)[1])[0].rstrip() + "\n"
+    # A former decoder's section is the last of the card.
+    card = (bundle.path / CARD).read_text().partition(f"\n{_DECODER_TITLE}")[0]
     return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, bundle.stored_precision())
 
 
@@ -116,11 +118,12 @@ def _write_decoded(
 ) -> Bundle:
     from uni_instruct.networks.reference import make_reference
 
+    decoded = replace(spec, decoder=decoder.spec)
     return Bundle.write(
         out,
-        replace(spec, decoder=decoder.spec),
+        decoded,
         weights,
-        card + _DECODER_CARD.format(source=decoder.spec.source),
+        card.replace(usage(spec), usage(decoded)) + _DECODER_CARD.format(source=decoder.spec.source),
         precision=precision,
         decoder=decoder.weights,
         reference=make_reference,
@@ -201,6 +204,6 @@ def _card(spec: ModelSpec) -> str:
         format=imported["format"],
         role=imported["network"],
         digest=imported["sha256"],
-        more="uni-instruct serve ." if one_step else "uni-instruct train RECIPE --set teacher=. data=DATA.zip",
+        usage=usage(spec) if one_step else f"{usage(spec)}\nuni-instruct train RECIPE --set teacher=. data=DATA.zip",
         licence=spec.licence,
     )
