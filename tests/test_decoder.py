@@ -28,11 +28,12 @@ from uni_instruct.engine import open_engine
 from uni_instruct.engines.outputs import in_parts
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.export.targets import export_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.networks.autoencoder import AutoencoderDecoder
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.networks.one_step import one_step
 from uni_instruct.noise import noise
+from uni_instruct.sampling import read_samples
 from uni_instruct.spec import ModelSpec
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -135,7 +136,7 @@ def test_latents_are_floats_whoever_hands_them_out(latents: Bundle) -> None:
     seeds = [0, 1, 2]
     class_ids = resolve_class_ids(latents.spec, seeds)
     engine = open_engine(latents)
-    made = generate(engine, seeds, class_ids, batch=2)
+    made = generate_images(engine, seeds, class_ids, batch=2)
     with torch.no_grad():
         z, labels = torch.from_numpy(noise(seeds, (4, 8, 8))), torch.tensor(class_ids)
         expected = one_step(load_denoiser(latents), z, labels, latents.spec.sigma_init).numpy()
@@ -144,7 +145,29 @@ def test_latents_are_floats_whoever_hands_them_out(latents: Bundle) -> None:
     assert np.abs(made).max() > 1.1  # bytes would have cut it off
     outputs = engine.outputs(noise(seeds, (4, 8, 8)), class_ids)
     assert (outputs.images.shape, outputs.pixels.size) == ((3, 4, 8, 8), 0)
-    assert generate(engine, [], None).shape == (0, 4, 8, 8)
+    assert generate_images(engine, [], None).shape == (0, 4, 8, 8)
+
+
+def test_generate_writes_latents_under_their_own_name(cli: Cli, tmp_path: Path, latents: Bundle) -> None:
+    """float32, whole, in an npz alone; nothing that looks for images finds any in it."""
+    out = tmp_path / "latents.npz"
+    code, text, errors = cli("generate", latents.path, "--seeds", "5-9", "--batch", "2", "--out", out)
+    assert (code, "5 images of tiny by torch-fp32" in text) == (0, True), errors
+    class_ids = resolve_class_ids(latents.spec, range(5, 10))
+    expected = generate_images(open_engine(latents), range(5, 10), class_ids, batch=2)
+    with np.load(out) as data:
+        assert sorted(data.files) == ["class_ids", "latents", "request", "seeds"]
+        assert (data["latents"].dtype, np.array_equal(data["latents"], expected)) == (np.float32, True)
+    assert np.array_equal(read_samples(out, 2).images, expected[:2])
+    assert "was complete" in cli("generate", latents.path, "--seeds", "5-9", "--batch", "2", "--out", out)[1]
+    assert cli("inspect", out)[0] == 2
+    for name in ("folder", "latents.zip"):
+        code, _, errors = cli("generate", latents.path, "--seeds", "5-9", "--out", tmp_path / name)
+        assert (code, "makes a VAE's latents, which cannot be PNGs; give an --out that ends in .npz" in errors) == (2, True)
+    code, _, errors = cli("generate", latents.path, "--seeds", "5-9", "--grid", tmp_path / "grid.png")
+    assert (code, "makes a VAE's latents, no pictures; give it the VAE's decoder" in errors) == (2, True)
+    code, _, errors = cli("generate", latents.path, "--seeds", "5", "--engine", "onnx", "--out", tmp_path / "a.npz")
+    assert (code, "has no onnx engine" in errors) == (2, True)
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])
@@ -177,7 +200,7 @@ def test_a_teacher_of_latents_is_decoded_too(tmp_path: Path, vae: Path) -> None:
     teacher = random_bundle(tmp_path / "teacher", seed=4, steps=3, image_shape=(4, 8, 8), latents=True)
     bundle = attach_decoder(teacher, str(vae), tmp_path / "decoded")
     class_ids = resolve_class_ids(bundle.spec, [0, 1])
-    raw, images = (generate(open_engine(each), [0, 1], class_ids) for each in (teacher, bundle))
+    raw, images = (generate_images(open_engine(each), [0, 1], class_ids) for each in (teacher, bundle))
     assert (raw.shape, images.shape, images.dtype) == ((2, 4, 8, 8), (2, 16, 16, 3), np.uint8)
     assert images.std() > 5
 
@@ -308,7 +331,7 @@ def test_a_server_makes_pictures(server: Running, decoded: Bundle) -> None:
     answer = httpx.post(f"{server.url}/v1/generate", json={"seeds": [7]}, timeout=60)
     assert answer.status_code == 200, answer.text
     picture = np.array(Image.open(io.BytesIO(answer.content)))
-    expected = generate(open_engine(decoded, "torch"), [7], resolve_class_ids(decoded.spec, [7]))[0]
+    expected = generate_images(open_engine(decoded, "torch"), [7], resolve_class_ids(decoded.spec, [7]))[0]
     assert picture.shape == (16, 16, 3)
     assert difference(picture, expected)[0] <= 1
     assert "16×16 ·" in httpx.get(f"{server.url}/ui", follow_redirects=True).text

@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve import backend as backend_module
 from uni_instruct.serve.app import create_app
 from uni_instruct.serve.settings import Settings
@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_pixels_that_generate_gives(tiny_bundle: Bundle)
                 assert class_ids is not None
                 assert answer.headers["x-class-ids"] == str(class_ids[0])
                 picture = np.asarray(Image.open(io.BytesIO(answer.content)))
-                np.testing.assert_array_equal(picture, generate(engine, [seed], class_ids)[0, :, :, 0])
+                np.testing.assert_array_equal(picture, generate_images(engine, [seed], class_ids)[0, :, :, 0])
 
     run(work())
 

@@ -27,7 +27,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     """
     from uni_instruct.data import open_dataset
     from uni_instruct.engines.torch import TorchEngine
-    from uni_instruct.generate import generate, resolve_class_ids
+    from uni_instruct.generate import generate_images, resolve_class_ids
     from uni_instruct.images import contact_sheet, encode, latent_preview
     from uni_instruct.networks.reference import make_reference
     from uni_instruct.train.card import model_card
@@ -45,7 +45,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     seeds = range(recipe.loop.grid)
     decoder = trained.decoder_weights()
     engine = TorchEngine(Bundle.write(out, spec, weights, card, decoder=decoder))
-    images = generate(engine, seeds, resolve_class_ids(spec, seeds))
+    images = generate_images(engine, seeds, resolve_class_ids(spec, seeds))
     samples = encode(contact_sheet(images if spec.makes_pictures else latent_preview(images)))
     bundle = Bundle.write(out, spec, weights, card, samples, decoder=decoder, reference=make_reference)
     click.echo(f"{stage}: {bundle.path} (width {std:g} of training time, reconstructed)")

@@ -7,7 +7,8 @@ from torch import Tensor
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import Outputs, in_parts
 from uni_instruct.engines.record import EngineId
-from uni_instruct.networks.one_step import OneStep, load_one_step, to_uint8
+from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
+from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
 
 
@@ -24,12 +25,13 @@ class TorchEngine:
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
         self._bundle.check_makes_pictures()
-        parts = in_parts(self.spec, noise, class_ids)
+        parts = in_parts(self.spec, *checked_inputs(self.spec, noise, class_ids))
         return np.concatenate([to_uint8(self._images(*part)).cpu().numpy() for part in parts])
 
     def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]; latents as they are."""
-        parts = [self._images(*part) for part in in_parts(self.spec, noise, class_ids)]
+        inputs = checked_inputs(self.spec, noise, class_ids)
+        parts = [self._images(*part) for part in in_parts(self.spec, *inputs)]
         pixels = [to_uint8(images if self.spec.makes_pictures else images[:0]).cpu().numpy() for images in parts]
         return Outputs(np.concatenate(pixels), np.concatenate([images.cpu().numpy() for images in parts]))
 
@@ -41,8 +43,7 @@ class TorchEngine:
     def _images(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Tensor:
         generator = self._generator
         assert generator is not None, "the engine was closed"
-        z = torch.from_numpy(noise).to(self.device)
-        labels = None if class_ids is None else torch.from_numpy(class_ids).to(self.device)
+        z, labels = as_tensors(Inputs(noise, class_ids), self.device)
         if self.spec.steps > 1:
             return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
         images: Tensor = generator(z, labels)
