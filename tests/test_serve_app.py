@@ -46,7 +46,7 @@ class Held:
 @pytest.fixture
 def held(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Held:
     engine = Held(open_engine(tiny_bundle, "torch"))
-    monkeypatch.setattr(backend_module, "open_engine", lambda bundle, kind, spin: engine)
+    monkeypatch.setattr(backend_module, "load_engine", lambda bundle, stored, spin: engine)
     return engine
 
 
