@@ -85,7 +85,7 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
 
     spec, weights, decoder = original.spec, original.weights(), original.decoder_weights()
     half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
-    count = max(CHECKED_IMAGES, spec.num_classes)
+    count = spec.affordable_images(max(CHECKED_IMAGES, spec.num_classes))
     inputs = draw_inputs(spec, range(count), class_ids_in_turn(spec, count))
     before, after = (reference_outputs(bundle, *inputs).pixels.astype(int) for bundle in (original, half))
     levels = np.abs(after - before)

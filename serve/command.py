@@ -38,8 +38,8 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
     settings = settings_from_environment()
     opened = Bundle.open(bundle or settings.bundle)
     opened.check_makes_pictures()
-    engine_id = select_engine(opened, engine or settings.engine)
-    if stored := opened.engines().get(engine_id):
+    wanted = engine or settings.engine
+    if stored := opened.engines().get(select_engine(opened, wanted).engine_id):
         stored.file()
     for package in ("bentoml", "prometheus_client"):
         if find_spec(package) is None:
@@ -52,7 +52,7 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
         "BENTOML_DO_NOT_TRACK": "true",
         "GRADIO_ANALYTICS_ENABLED": "False",
         f"{PREFIX}BUNDLE": str(opened.path.resolve()),
-        f"{PREFIX}ENGINE": str(engine_id),
+        f"{PREFIX}ENGINE": wanted or "",
         f"{PREFIX}WORKERS": str(workers),
     }
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):

@@ -27,12 +27,14 @@ from uni_instruct.checkpoints.import_bundle import attach_decoder
 from uni_instruct.engine import open_engine
 from uni_instruct.engines.outputs import in_parts
 from uni_instruct.errors import BundleError, RequestError
+from uni_instruct.export.parity import BATCHES, batches, fresh_inputs
 from uni_instruct.export.targets import export_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.networks.autoencoder import AutoencoderDecoder
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.networks.one_step import one_step
 from uni_instruct.noise import noise
+from uni_instruct.reference import reference_inputs
 from uni_instruct.sampling import read_samples
 from uni_instruct.spec import ModelSpec
 
@@ -194,6 +196,18 @@ def test_the_exported_graph_holds_the_decoder(decoded: Bundle) -> None:
     reference = decoded.reference()
     assert reference is not None
     assert reference.images.shape[1:] == (3, 16, 16)
+
+
+def test_checks_of_large_pictures_are_short() -> None:
+    """Stable Diffusion's decoder takes a CPU half a minute for a picture: no check makes a thousand, one of each class."""
+    wide = vae_spec(block_out_channels=(128, 256, 512, 512), norm_num_groups=32)
+    spec = ModelSpec(name="img512", noise_shape=(4, 64, 64), latents=True, decoder=wide, num_classes=1000)
+    seeds, class_ids = fresh_inputs(spec, "0" * 64)
+    assert (len(seeds), batches(spec), spec.images_at_once) == (8, (1, 2, 7), 2)
+    assert class_ids is not None
+    assert len(reference_inputs(spec)[0]) == 4
+    small = dataclasses.replace(spec, noise_shape=(4, 2, 2))
+    assert (len(fresh_inputs(small, "0" * 64)[0]), batches(small), len(reference_inputs(small)[0])) == (1000, BATCHES, 16)
 
 
 def test_a_teacher_of_latents_is_decoded_too(tmp_path: Path, vae: Path) -> None:

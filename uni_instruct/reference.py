@@ -74,7 +74,7 @@ def reference_inputs(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray | None]:
 
     Of the large pictures that a decoder makes there are fewer: four of 512x512 are 12 MB, and minutes of a CPU.
     """
-    count = min(REFERENCE_IMAGES, 2 * (spec.images_at_once or REFERENCE_IMAGES))
+    count = spec.affordable_images(2 * REFERENCE_IMAGES) // 2
     seeds = np.arange(count, dtype=np.int64)
     if not spec.num_classes:
         return seeds, None

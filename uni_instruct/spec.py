@@ -167,6 +167,10 @@ class ModelSpec:
         _, height, width = self.image_shape
         return None if self.decoder is None else max(1, _PIXELS_AT_ONCE // (height * width))
 
+    def affordable_images(self, wanted: int) -> int:
+        """How many images a check makes: so many, or of a decoder's large ones, which take a CPU seconds, 8 of 512x512."""
+        return wanted if self.images_at_once is None else min(wanted, 4 * self.images_at_once)
+
     def class_id(self, label: int | str) -> int:
         """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other."""
         if label in self.class_names:
