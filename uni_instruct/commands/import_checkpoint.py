@@ -66,6 +66,8 @@ def import_checkpoint(
     from uni_instruct.checkpoints.import_bundle import ImportRequest, attach_decoder
     from uni_instruct.checkpoints.import_bundle import import_checkpoint as run
 
+    if decoder is not None and not as_json:
+        click.echo("reading the decoder, then making reference pictures with torch ...", err=True)
     if is_bundle(checkpoint):
         bundle = attach_decoder(Bundle.open(checkpoint), _decoder_alone(checkpoint, decoder), out)
         _report(bundle, guessed=False, as_json=as_json)
