@@ -107,7 +107,7 @@ def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | None, count: int) 
     outside = ids[(ids < 0) | (ids >= spec.num_classes)]
     if len(outside):
         spec.class_id(int(outside[0]))
-    return np.require(ids, np.int64, "C")
+    return np.require(ids, np.int64, ["C", "W"])
 
 
 def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | None) -> Inputs:

@@ -9,7 +9,7 @@ from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.networks.one_step import OneStep, as_tensors, to_uint8
-from uni_instruct.noise import checked_inputs
+from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
 
 
@@ -25,11 +25,11 @@ class TorchEngine:
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
-        return to_uint8(self._images(noise, class_ids)).cpu().numpy()
+        return to_uint8(self._images(checked_inputs(self.spec, noise, class_ids))).cpu().numpy()
 
     def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
-        images = self._images(noise, class_ids)
+        images = self._images(checked_inputs(self.spec, noise, class_ids))
         return Outputs(to_uint8(images).cpu().numpy(), images.cpu().numpy())
 
     def close(self) -> None:
@@ -37,10 +37,10 @@ class TorchEngine:
         self._generator = None
 
     @torch.inference_mode()
-    def _images(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Tensor:
+    def _images(self, inputs: Inputs) -> Tensor:
         generator = self._generator
         assert generator is not None, "the engine was closed"
-        z, labels = as_tensors(checked_inputs(self.spec, noise, class_ids), self.device)
+        z, labels = as_tensors(inputs, self.device)
         if self.spec.steps > 1:
             return heun_sample(generator.denoiser, z, labels, self.spec.steps)
         images: Tensor = generator(z, labels)
