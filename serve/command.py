@@ -44,8 +44,8 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
             remedy="latents take their VAE to decode, which is not built in; 'generate' writes them as an .npz",
             param="bundle",
         )
-    engine_id = select_engine(opened, engine or settings.engine)
-    if stored := opened.engines().get(engine_id):
+    wanted = engine or settings.engine
+    if stored := opened.engines().get(select_engine(opened, wanted).engine_id):
         stored.file()
     for package in ("bentoml", "prometheus_client"):
         if find_spec(package) is None:
@@ -58,7 +58,7 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
         "BENTOML_DO_NOT_TRACK": "true",
         "GRADIO_ANALYTICS_ENABLED": "False",
         f"{PREFIX}BUNDLE": str(opened.path.resolve()),
-        f"{PREFIX}ENGINE": str(engine_id),
+        f"{PREFIX}ENGINE": wanted or "",
         f"{PREFIX}WORKERS": str(workers),
     }
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):

@@ -33,6 +33,7 @@ def describe(backend: Backend) -> dict[str, Any]:
         "engine": str(engine.id),
         "device": engine.device,
         "precision": engine.id.precision,
+        "engines": [standing.facts() for standing in backend.selection.standings],
         "batch_sizes": list(backend.batch_sizes),
         "limits": {
             "images_per_request": settings.request_images,
@@ -70,8 +71,8 @@ def openapi() -> dict[str, Any]:
 
 
 _MADE = (
-    "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, Server-Timing the milliseconds in queue, "
-    "model and encoding."
+    "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, X-Engines-Refused what is not "
+    "trusted on this machine, Server-Timing the milliseconds in queue, model and encoding."
 )
 
 _FAILURES = {

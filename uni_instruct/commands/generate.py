@@ -88,7 +88,7 @@ def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None) -> str:
     noted = noted_engine(out) if out is not None else None
     if noted and (wanted is None or wanted in (noted, EngineId.parse(noted).runtime)):
         return noted
-    return str(select_engine(bundle, wanted))
+    return str(select_engine(bundle, wanted).engine_id)
 
 
 def _write_set(request: SampleRequest, out: Path) -> bool:
