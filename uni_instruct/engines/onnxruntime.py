@@ -61,7 +61,7 @@ class OnnxEngine:
         session = self._session
         assert session is not None, "the engine was closed"
         results: list[list[np.ndarray]] = []
-        for z, labels in in_parts(self.spec, *checked_inputs(self.spec, noise, class_ids)):
+        for z, labels in in_parts(self.spec, checked_inputs(self.spec, noise, class_ids)):
             results.append(session.run(outputs, {self._noise: z} if labels is None else {self._noise: z, CLASS_IDS: labels}))
         return results[0] if len(results) == 1 else [np.concatenate(parts) for parts in zip(*results, strict=True)]
 

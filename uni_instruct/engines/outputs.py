@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from uni_instruct.noise import Inputs
 from uni_instruct.spec import ModelSpec
 
 
@@ -19,14 +20,13 @@ class Outputs(NamedTuple):
     images: np.ndarray
 
 
-def in_parts(
-    spec: ModelSpec, noise: np.ndarray, class_ids: np.ndarray | None
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def in_parts(spec: ModelSpec, inputs: Inputs) -> Iterator[Inputs]:
     """A batch as an engine may run it: whole, or where a decoder makes large pictures, a few images at a time."""
-    size = spec.images_at_once or max(1, len(noise))
+    noise, class_ids = inputs
+    size = spec.images_at_once or len(noise)
     for start in range(0, len(noise), size):
         part = slice(start, start + size)
-        yield noise[part], None if class_ids is None else class_ids[part]
+        yield Inputs(noise[part], None if class_ids is None else class_ids[part])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, moments, score
 from uni_instruct.evaluate.statistics import Statistics
+from uni_instruct.images import checked_images
 from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
 
@@ -49,6 +50,7 @@ class Evaluator:
 
     def __call__(self, images: np.ndarray, class_ids: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> Scores:
         """Scores of images uint8 [N, H, W, C]; see `score_batches`."""
+        images = checked_images(images)
         return self.score_batches((images[i : i + BATCH] for i in range(0, len(images), BATCH)), class_ids, metrics)
 
     def quick(self, images: np.ndarray, class_ids: np.ndarray | None = None) -> Scores:
@@ -66,9 +68,14 @@ class Evaluator:
         """Scores of images that come in batches uint8 [B, H, W, C], none of which is kept.
 
         class_ids: int64 [N], the class each image should have, in the reference's numbering. metrics: names from METRICS; by
-        default all that apply. Raises RequestError for images of another shape than the reference's, fewer than 4 of them, or
-        a metric that is unknown or does not apply.
+        default all that apply. Raises RequestError for images of another shape than the reference's, fewer than 4 of them,
+        floats in place of pixels, names in place of ids, or a metric that is unknown or does not apply.
         """
+        if class_ids is not None:
+            class_ids = np.asarray(class_ids)
+            if class_ids.dtype.kind not in "iu" or class_ids.ndim != 1:
+                problem = f"class ids are {class_ids.dtype} {list(class_ids.shape)}, not integers [N]"
+                raise RequestError(problem, remedy="give an id for each image", param="class_ids")
         comparison = Comparison(
             generated=self.extractor(self._checked(batches)),
             class_ids=class_ids,
@@ -80,7 +87,7 @@ class Evaluator:
 
     def _checked(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         known = self.reference.image_shape if isinstance(self.reference, Dataset) else self.extractor.image_shape
-        for images in batches:
+        for images in map(checked_images, batches):
             if known is not None:
                 check_shape((images.shape[3], *images.shape[1:3]), known)
             yield images
