@@ -19,10 +19,10 @@ from starlette.types import Receive
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.demo import DemoMount
-from uni_instruct.serve.describe import describe, model_list, openapi
 from uni_instruct.serve.errors import MethodError, NotFoundError
 from uni_instruct.serve.metrics import exposition
 from uni_instruct.serve.middleware import ApiKeyGuard, BodyLimit, error_response
+from uni_instruct.serve.model_info import describe, model_list, openapi
 from uni_instruct.serve.responses import Answer
 from uni_instruct.serve.schema import parse_request, resolve
 from uni_instruct.serve.settings import Settings

@@ -16,7 +16,7 @@ TORCH_MODULES = (
     "uni_instruct.sampler",
     "uni_instruct.engines.torch",
     "uni_instruct.evaluate.classifier",
-    "uni_instruct.evaluate.registered",
+    "uni_instruct.evaluate.classifier_extractor",
 )
 
 

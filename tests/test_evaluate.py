@@ -116,8 +116,8 @@ def test_precision_and_recall_of_clusters() -> None:
 def test_scores_are_torch_fidelitys_own(digits: Dataset, evaluator: Evaluator, tmp_path: Path) -> None:
     """The same images as folders of PNGs through torch_fidelity.calculate_metrics with the registered extractor."""
     from uni_instruct.evaluate.classifier import classifier_path
+    from uni_instruct.evaluate.classifier_extractor import CLASSIFIER
     from uni_instruct.evaluate.fidelity import fidelity
-    from uni_instruct.evaluate.registered import CLASSIFIER
 
     half = arrays_dataset(digits.images(range(0, 400, 2)), None)
     images = digits.images(range(1, 400, 2)) // 2

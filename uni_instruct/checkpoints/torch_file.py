@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
-from uni_instruct.checkpoints.legacy_torch import persistent_storages
 from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
 from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter
+from uni_instruct.checkpoints.pickle.legacy_torch import persistent_storages
 from uni_instruct.checkpoints.pickle.unpickle import pickled, plain
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Element, Storage

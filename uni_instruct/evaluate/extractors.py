@@ -110,7 +110,7 @@ def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Ext
 def open_classifier(path: Path, name: str) -> Extractor:
     """A classifier from its file. Raises FileFormatError where it is corrupt."""
     from uni_instruct.evaluate.classifier import FEATURES, load_classifier, weights_sha256
-    from uni_instruct.evaluate.registered import CLASSIFIER
+    from uni_instruct.evaluate.classifier_extractor import CLASSIFIER
 
     model, info = load_classifier(path)
     return Extractor(

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
-from uni_instruct.checkpoints.legacy_torch import read_stream
 from uni_instruct.checkpoints.pickle.interpreter import AllowedGlobals, StandIn
+from uni_instruct.checkpoints.pickle.legacy_torch import read_stream
 from uni_instruct.checkpoints.source import Span
 from uni_instruct.checkpoints.tensors import STORAGE_TYPES, Storage, StoredTensor, stored_tensor
 

@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading
-from uni_instruct.checkpoints.legacy_torch import MAGIC, read_stream
 from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT, ArrayPlaceholder, ModulePlaceholder
 from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter, StandIn
+from uni_instruct.checkpoints.pickle.legacy_torch import MAGIC, read_stream
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.tensors import Storage, StoredTensor
 
