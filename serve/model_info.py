@@ -1,25 +1,23 @@
-"""What is served, in JSON: GET /v1/models, GET /v1/spec, and the OpenAPI description of the routes."""
+"""What is served, in JSON: GET /v1/models and GET /v1/spec."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from uni_instruct import __version__
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.serve.backend import Backend
-from uni_instruct.serve.schema import GenerateRequest
 
 _REPORTED_PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "bentoml")
 
 
-def model_list(backend: Backend) -> dict[str, Any]:
-    """The one model, in the shape of OpenAI's list."""
+def model_list(backend: Backend) -> dict[str, object]:
+    """The one model, in the shape of OpenAI's list, which clients of other servers ask for. Raises NotReadyError."""
     model = {"id": backend.bundle.spec.name, "object": "model", "created": 0, "owned_by": "uni-instruct"}
     return {"object": "list", "data": [model]}
 
 
-def describe(backend: Backend) -> dict[str, Any]:
-    """Shape, classes, engine, precision, limits and versions. Raises NotReadyError until it is loaded."""
+def model_info(backend: Backend) -> dict[str, object]:
+    """Shape, classes, engine, precision, limits and versions. Raises NotReadyError until the generator is loaded."""
     bundle, engine, settings = backend.bundle, backend.engine, backend.settings
     spec = bundle.spec
     return {
@@ -44,57 +42,8 @@ def describe(backend: Backend) -> dict[str, Any]:
     }
 
 
-def openapi() -> dict[str, Any]:
-    """The routes for people and tools; the request's fields come from the pydantic model."""
-    schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    image = {"schema": {"type": "string", "format": "binary"}}
-    made = dict.fromkeys(("image/png", "image/jpeg", "image/webp", "application/zip"), image)
-    made["application/json"] = {"schema": {"type": "object"}}
-    failed = {str(status): {"description": text} for status, text in _FAILURES.items()}
-    body = {"content": {"application/json": {"schema": schema, "example": {"seeds": [7]}}}}
-    generate = {
-        "summary": "Make images",
-        "requestBody": body,
-        "responses": {"200": {"description": _MADE, "content": made}, **failed},
-    }
-    paths: dict[str, Any] = {"/v1/generate": {"post": generate}}
-    for path, summary in _READABLE.items():
-        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "The answer."}}}}
-    security = {"key": {"type": "http", "scheme": "bearer"}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "Uni-Instruct", "version": __version__, "description": "One-step image generators."},
-        "paths": paths,
-        "components": {"securitySchemes": security},
-        "security": [{}, {"key": []}],
-    }
-
-
-_MADE = (
-    "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, Server-Timing the milliseconds in queue, "
-    "model and encoding."
-)
-
-_FAILURES = {
-    400: "The request is wrong: problem, value and remedy.",
-    401: "The API key is missing or wrong.",
-    413: "The body is too large.",
-    429: "The queue is full; Retry-After says when to come back.",
-    503: "The generator is loading, or the server is stopping.",
-    504: "The images were not made in time.",
-}
-
-_READABLE = {
-    "/v1/models": "What is served, in the shape of OpenAI's list",
-    "/v1/spec": "Shape, classes, engine, precision, limits and versions",
-    "/livez": "Alive, unless the generator could not be loaded",
-    "/readyz": "200 once the generator is warm, 503 before",
-    "/metrics": "Metrics for Prometheus",
-}
-
-
 def _precision(backend: Backend) -> str:
-    """As the export stage wrote it beside the engine; torch, which is not exported, runs in fp32."""
+    """The precision that the export stage wrote beside the engine; torch is not exported and runs in fp32."""
     folder = backend.bundle.engine_folder(backend.engine.name)
     return EngineRecord.read(folder).precision if folder.is_dir() else "fp32"
 
@@ -105,5 +54,5 @@ def _versions() -> dict[str, str]:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            continue
+            continue  # only one engine's runtime has to be there
     return found
