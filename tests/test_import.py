@@ -17,7 +17,7 @@ from torch import nn
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.checkpoint import read_checkpoint
-from uni_instruct.checkpoints.import_bundle import ImportRequest, import_checkpoint
+from uni_instruct.checkpoints.import_bundle import ImportRequest, bundle_from_checkpoint
 from uni_instruct.checkpoints.state_dict_adapter import translate
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
@@ -263,7 +263,7 @@ def import_damaged(folder: Path, seeds: range) -> list[str]:
         form = ("EDM", "EDM, protocol 2", "state dict", "safetensors")[seed % 4]
         (folder / "damaged").write_bytes(mutated(originals, form, seed))
         try:
-            import_checkpoint(folder / "damaged", folder / "bundle", ImportRequest())
+            bundle_from_checkpoint(folder / "damaged", folder / "bundle", ImportRequest())
             load_denoiser(Bundle.open(folder / "bundle"))
             ends.append("Bundle")
         except UniInstructError as error:

@@ -1,11 +1,13 @@
-"""uni-instruct import."""
+"""`uni-instruct import`: another project's checkpoint as a bundle."""
 
 import json
 from pathlib import Path
 
 import rich_click as click
 
+from uni_instruct.bundle import Bundle
 from uni_instruct.hub import fetch, is_on_hub
+from uni_instruct.spec import ImageShape, ModelSpec
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -13,7 +15,7 @@ from uni_instruct.hub import fetch, is_on_hub
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle; replaced if there.")
 @click.option(
     "--as",
-    "kind",
+    "role",
     type=click.Choice(["generator", "teacher"]),
     help="One step, or many.  [default: teacher where the file names a denoiser's loss]",
 )
@@ -32,7 +34,7 @@ from uni_instruct.hub import fetch, is_on_hub
 def import_checkpoint(
     checkpoint: str,
     out: Path,
-    kind: str | None,
+    role: str | None,
     network: str | None,
     name: str | None,
     sigma_init: float,
@@ -48,15 +50,14 @@ def import_checkpoint(
 
     Example: uni-instruct import cifar10-sid.pkl --out bundles/cifar10
     """
-    from uni_instruct.checkpoints.import_bundle import ImportRequest
-    from uni_instruct.checkpoints.import_bundle import import_checkpoint as run
+    from uni_instruct.checkpoints.import_bundle import ImportRequest, bundle_from_checkpoint
 
     path, origin = Path(checkpoint), ""
     if is_on_hub(checkpoint):
         download = fetch(checkpoint)
         path, origin = download.path, download.origin
     request = ImportRequest(
-        kind=kind,
+        role=role,
         network=network,
         name=name,
         sigma_init=sigma_init,
@@ -65,20 +66,29 @@ def import_checkpoint(
         origin=origin,
         patch=patch,
     )
-    bundle = run(path, out, request)
-    made = "teacher" if bundle.spec.steps > 1 else "generator"
-    if as_json:
-        answer = {"bundle": str(out), "kind": made, "weights_sha256": bundle.weights_sha256, "network": bundle.spec.network}
-        click.echo(json.dumps(answer | {"provenance": dict(bundle.spec.provenance)}))
-        return
-    other = {"teacher": "generator", "generator": "teacher"}[made]
-    guess = "" if kind else f" (taken for one; --as {other} if it is not)"
+    bundle = bundle_from_checkpoint(path, out, request)
+    _print_json(bundle, out) if as_json else _print(bundle, out, guessed=role is None)
+
+
+def _print_json(bundle: Bundle, out: Path) -> None:
     spec = bundle.spec
-    click.echo(f"{made}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}, licence {spec.licence}")
-    use = f"serve {out}" if made == "generator" else f"train RECIPE --set teacher={out} data=DATA.zip --out RUN"
+    facts = {"bundle": str(out), "kind": _role(spec), "weights_sha256": bundle.weights_sha256, "network": spec.network}
+    click.echo(json.dumps(facts | {"provenance": dict(spec.provenance)}))
+
+
+def _print(bundle: Bundle, out: Path, *, guessed: bool) -> None:
+    spec, role = bundle.spec, _role(bundle.spec)
+    other = {"teacher": "generator", "generator": "teacher"}[role]
+    guess = f" (taken for one; --as {other} if it is not)" if guessed else ""
+    click.echo(f"{role}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}, licence {spec.licence}")
+    use = f"serve {out}" if role == "generator" else f"train RECIPE --set teacher={out} data=DATA.zip --out RUN"
     click.echo(f"next: uni-instruct {use}")
 
 
-def _size(shape: tuple[int, int, int]) -> str:
+def _role(spec: ModelSpec) -> str:
+    return "teacher" if spec.steps > 1 else "generator"
+
+
+def _size(shape: ImageShape) -> str:
     channels, height, width = shape
     return f"{width}x{height}x{channels}"

@@ -1,7 +1,10 @@
 """What `inspect` says of another project's checkpoint: read, not imported."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uni_instruct.checkpoints.checkpoint import StoredNetwork
 
 SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
 Row = tuple[str, str]
@@ -15,7 +18,7 @@ def is_checkpoint(source: str) -> bool:
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """Format, networks and facts of a checkpoint, for JSON. A network that cannot be imported has an `error`."""
     from uni_instruct.checkpoints.checkpoint import read_checkpoint
-    from uni_instruct.checkpoints.import_bundle import choose_network, likely_kind
+    from uni_instruct.checkpoints.import_bundle import choose_network, likely_role
 
     checkpoint = read_checkpoint(path)
     chosen = choose_network(checkpoint, None)
@@ -24,8 +27,8 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
         "path": str(path),
         "file_bytes": path.stat().st_size,
         "format": checkpoint.format,
-        "imported_as": likely_kind(checkpoint, chosen),
-        "imported_network": chosen.role,
+        "imported_as": likely_role(checkpoint, chosen),
+        "imported_network": chosen.name,
         "networks": [_network_facts(stored) for stored in checkpoint.networks],
         "facts": checkpoint.facts,
     }
@@ -42,12 +45,12 @@ def checkpoint_rows(facts: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _network_facts(stored: Any) -> dict[str, Any]:
+def _network_facts(stored: "StoredNetwork") -> dict[str, Any]:
     from uni_instruct.checkpoints.state_dict_adapter import translate
     from uni_instruct.errors import UniInstructError
 
     facts = {
-        "role": stored.role,
+        "role": stored.name,
         "class": stored.class_name,
         "tensors": len(stored.tensors),
         "values": sum(array.size for array in stored.tensors.values()),

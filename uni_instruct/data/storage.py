@@ -14,6 +14,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from uni_instruct.errors import FileFormatError
+from uni_instruct.zip_entry import entry_start
 
 # What zipfile, zlib, Pillow, NumPy and json raise over a damaged file: whatever their parsers stumble over.
 UNREADABLE = (
@@ -32,7 +33,6 @@ UNREADABLE = (
     zipfile.BadZipFile,
     tokenize.TokenError,
 )
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1"), ("locked", "?")])
 _DIGITS = str.maketrans("123456789", "000000000")
 
@@ -102,12 +102,8 @@ class ZipStore:
         member = self._members[place]
         if self._owner != os.getpid():
             self._file, self._owner = self.path.open("rb"), os.getpid()
-        self._file.seek(member["offset"])
-        header = self._file.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-            raise zipfile.BadZipFile("its place in the zip holds something else")
-        _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
-        self._file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
+        start, _ = entry_start(self._file, int(member["offset"]))
+        self._file.seek(start)
         return _unpacked(self._file.read(member["packed"]), member)
 
 
