@@ -27,7 +27,7 @@ def has_idx(folder: Path) -> bool:
 def open_idx(folder: Path, split: str | None = None) -> Dataset:
     """A split of the IDX files in a folder: by default 'train', or 't10k' where only that is there.
 
-    Raises FileFormatError where a file is missing, truncated, or of another kind.
+    Raises FileFormatError where a file is missing, truncated, or holds something else.
     """
     split = split or next((s for s in SPLITS if _find(folder, idx_files(s)[0])), SPLITS[0])
     images, labels = (read_idx(_require(folder, name)) for name in idx_files(split))
@@ -58,6 +58,7 @@ def read_idx(path: Path) -> np.ndarray:
     if len(content) < header:
         raise FileFormatError(f"{path} is truncated", remedy="download it again")
     shape = struct.unpack(f">{content[3]}I", content[4:header])
+    # In floats: integers would wrap around at the sizes of a damaged header.
     expected = int(np.prod(shape, dtype=np.float64)) + header
     if len(content) != expected:
         raise FileFormatError(f"{path} has {len(content)} bytes, its header says {expected}", remedy="download it again")
@@ -65,7 +66,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_plain(path: Path) -> bytes:
-    """A file's content, unpacked where it is gzipped. Raises FileFormatError where the packing is broken."""
+    """A file's content, decompressed where it is gzipped. Raises FileFormatError where that fails."""
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
