@@ -93,7 +93,7 @@ class Backend:
             settle_garbage_collector()
             self.metrics.ready.set(1)
             self.ready = True
-            logger.info("serving %s with %s", self.bundle.spec.name, self.engine.name)
+            logger.info("serving %s with %s", self.bundle.spec.name, self.engine.id)
 
     async def close(self) -> None:
         """Stops the engine after its running batch."""

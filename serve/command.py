@@ -11,8 +11,7 @@ from types import FrameType
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import engine_kind
-from uni_instruct.engines.record import verified_file
+from uni_instruct.engine import EngineId, select_engine
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.ports import free_address
 
@@ -25,7 +24,7 @@ class _StopRequested(Exception):
 @click.argument("bundle", required=False)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
 @click.option("--port", default=3000, type=click.IntRange(1, 65535), help="Port to listen on.")
-@click.option("--engine", default=None, help="Engine to run.  [default: the fastest that was exported]")
+@click.option("--engine", default=None, help="Engine id, as onnx-fp32, or a runtime, as onnx.  [default: the fastest here]")
 @click.option("--workers", default=1, type=click.IntRange(1, 64), help="Processes. The demo needs 1.")
 def serve(bundle: str | None, host: str, port: int, engine: str | None, workers: int) -> None:
     """Serve BUNDLE over HTTP, with a web demo under /ui.
@@ -44,14 +43,14 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
     # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
     settings = settings_from_environment()
     opened = Bundle.open(bundle or settings.bundle)
-    kind = _checked_engine(opened, engine or settings.engine)
+    engine_id = _checked_engine(opened, engine or settings.engine)
     address = free_address(host, port)
     environment = {
         **os.environ,
         "BENTOML_DO_NOT_TRACK": "true",
         "GRADIO_ANALYTICS_ENABLED": "False",
         f"{PREFIX}BUNDLE": str(opened.path.resolve()),
-        f"{PREFIX}ENGINE": kind,
+        f"{PREFIX}ENGINE": str(engine_id),
         f"{PREFIX}WORKERS": str(workers),
     }
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
@@ -70,7 +69,7 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
                 server.stop()
 
 
-def _checked_engine(bundle: Bundle, engine: str | None) -> str:
+def _checked_engine(bundle: Bundle, engine: str | None) -> EngineId:
     """The engine that will run, its files verified. Raises RequestError for latents, BundleError for damaged files."""
     channels = bundle.spec.image_shape[0]
     if channels not in (1, 3):
@@ -79,10 +78,10 @@ def _checked_engine(bundle: Bundle, engine: str | None) -> str:
             remedy="latents take their VAE to decode, which is not built in; 'generate' writes them as an .npz",
             param="bundle",
         )
-    kind = engine_kind(bundle, engine)
-    if bundle.engine_folder(kind).is_dir():
-        verified_file(bundle, bundle.engine_folder(kind))
-    return kind
+    engine_id = select_engine(bundle, engine)
+    if stored := bundle.engines().get(engine_id):
+        stored.file()
+    return engine_id
 
 
 def _announce(name: str, url: str, workers: int) -> None:

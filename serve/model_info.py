@@ -4,7 +4,6 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from uni_instruct import __version__
-from uni_instruct.engines.record import EngineRecord
 from uni_instruct.serve.backend import Backend
 
 _REPORTED_PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "bentoml")
@@ -29,9 +28,9 @@ def model_info(backend: Backend) -> dict[str, object]:
         "licence": spec.licence,
         "provenance": dict(spec.provenance),
         "weights_sha256": bundle.weights_sha256,
-        "engine": engine.name,
+        "engine": str(engine.id),
         "device": engine.device,
-        "precision": _precision(backend),
+        "precision": engine.id.precision,
         "batch_sizes": list(backend.batch_sizes),
         "limits": {
             "images_per_request": settings.request_images,
@@ -40,12 +39,6 @@ def model_info(backend: Backend) -> dict[str, object]:
         },
         "versions": {"uni-instruct": __version__, "python": platform.python_version(), **_versions()},
     }
-
-
-def _precision(backend: Backend) -> str:
-    """The precision that the export stage wrote beside the engine; torch is not exported and runs in fp32."""
-    folder = backend.bundle.engine_folder(backend.engine.name)
-    return EngineRecord.read(folder).precision if folder.is_dir() else "fp32"
 
 
 def _versions() -> dict[str, str]:

@@ -39,7 +39,7 @@ MAX_SAMPLES = 10_000_000
 )
 @click.option("--seed", type=click.IntRange(0), help="First seed. [default: 0]")
 @click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
-@click.option("--engine", help="Engine of the bundle. [default: the fastest that was exported]")
+@click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest here]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
     "--save-statistics",
@@ -199,8 +199,8 @@ def _ratio(scores: dict[str, Scores], distance: str) -> float | None:
 def _print(facts: dict[str, Any]) -> None:
     roles: dict[str, Any] = facts["scores"]
     for role, score in roles.items():
-        engine = f" on {score['engine']}, seeds {facts['seeds']}" if score["engine"] else ""
-        click.echo(f"{role}: {score['samples']} images of {score['source']}{engine}")
+        made_by = f" on {score['engine']}, seeds {facts['seeds']}" if score["engine"] else ""
+        click.echo(f"{role}: {score['samples']} images of {score['source']}{made_by}")
     reference, extractor = facts["reference"], facts["extractor"]
     size = f", {reference['samples']} images" if reference["samples"] else ""
     click.echo(f"reference: {reference['name']}{size}")

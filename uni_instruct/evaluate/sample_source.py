@@ -8,7 +8,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.data import Dataset
 from uni_instruct.data.dataset import number_names
-from uni_instruct.engine import open_engine
+from uni_instruct.engine import TORCH, open_engine
 from uni_instruct.evaluate.statistics import Statistics
 from uni_instruct.generate import generate_batches, resolve_class_ids
 from uni_instruct.spec import ImageShape
@@ -39,7 +39,7 @@ def bundle_samples(
 
     Raises RequestError where the bundle has no such engine.
     """
-    runner = open_engine(bundle, "torch" if bundle.spec.steps > 1 else engine)
+    opened = open_engine(bundle, TORCH if bundle.spec.steps > 1 else engine)
     class_ids = resolve_class_ids(bundle.spec, seeds)
     names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))
     mapped, note = reference_class_ids(class_ids, names, reference)
@@ -47,9 +47,9 @@ def bundle_samples(
         source=str(bundle.path),
         count=len(seeds),
         image_shape=bundle.spec.image_shape,
-        batches=lambda: generate_batches(runner, seeds, class_ids, batch),
+        batches=lambda: generate_batches(opened, seeds, class_ids, batch),
         class_ids=mapped,
-        engine=runner.name,
+        engine=str(opened.id),
         weights_sha256=bundle.weights_sha256,
         note=note,
     )
