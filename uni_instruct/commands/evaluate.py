@@ -68,6 +68,7 @@ def evaluate(
 
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
+    # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
     names = check_metrics(metrics.split(",")) if metrics is not None else None
     _check_statistics_path(save_statistics)
     bundle = Bundle.open(images) if is_bundle(images) else None
@@ -80,6 +81,7 @@ def evaluate(
     else:
         sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference)}
         if teacher is not None:
+            # The same seeds for both, so that the ratio of their distances does not depend on luck.
             sources["teacher"] = bundle_samples(Bundle.open(teacher), seeds, None, batch, reference)
     evaluator = _evaluator(reference, extractor, sources, names)
     if save_statistics is not None:
@@ -137,6 +139,7 @@ def _seeds(text: str | None, first: int | None, samples: int | None, reference: 
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
         return parse_seeds(text)
+    # By default as many as the reference has, or as publications use: a Frechet distance depends on the number of images.
     start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
     return parse_seeds(f"{start}-{start + count - 1}")
 
@@ -190,6 +193,7 @@ def _facts(
 
 def _ratio(scores: dict[str, Scores], distance: str) -> float | None:
     """The generator's Frechet distance over its teacher's; None where either was not measured."""
+    # A distance alone says little; beside the teacher's it says how much the distillation lost.
     values = [scores[role].values.get(distance) for role in ("generator", "teacher") if role in scores]
     if len(values) < 2 or values[0] is None or not values[1]:
         return None
@@ -207,6 +211,7 @@ def _print(facts: dict[str, Any]) -> None:
     accuracy = extractor["heldout_accuracy"]
     skill = "" if accuracy is None else f", right on {accuracy:.1%} of held-out images"
     click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}")
+    # A table for eyes, lines for grep.
     (_print_table if sys.stdout.isatty() else _print_lines)(roles)
     if facts["distance_to_teacher_ratio"] is not None:
         click.echo(f"distance to the reference: {facts['distance_to_teacher_ratio']:.2f} times the teacher's")

@@ -52,6 +52,7 @@ def import_checkpoint(
     """
     from uni_instruct.checkpoints.import_bundle import ImportRequest, bundle_from_checkpoint
 
+    # The card names the address and its commit, not the place in the cache.
     path, origin = Path(checkpoint), ""
     if is_on_hub(checkpoint):
         download = fetch(checkpoint)

@@ -1,4 +1,4 @@
-"""What `inspect` says of another project's checkpoint: read, not imported."""
+"""What `inspect` says about another project's checkpoint, which is read but not imported."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ def is_checkpoint(source: str) -> bool:
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """Format, networks and facts of a checkpoint, for JSON. A network that cannot be imported has an `error`."""
+    # Imported here: of all that `inspect` shows, only checkpoints need it.
     from uni_instruct.checkpoints.checkpoint import read_checkpoint
     from uni_instruct.checkpoints.import_bundle import choose_network, likely_role
 
@@ -56,6 +57,7 @@ def _network_facts(stored: "StoredNetwork") -> dict[str, Any]:
         "values": sum(array.size for array in stored.tensors.values()),
         "types": sorted({str(array.dtype) for array in stored.tensors.values()}),
     }
+    # One network of a training state may be foreign and another importable, so an error ends neither the list nor the command.
     try:
         translation = translate(stored)
     except UniInstructError as error:

@@ -1,7 +1,8 @@
 """EDM2's U-Net (Karras et al. 2024, arXiv 2312.02696, figure 21), whose layers keep the magnitude of their input.
 
 Equations without another source are that paper's. Parameter names and arithmetic are those of EDM2's `unet`, so that its
-weights load unchanged. The head that estimates the loss's uncertainty (`logvar_*` there) is left out: only EDM2's training needs it.
+weights load unchanged. The head that estimates the loss's uncertainty (`logvar_*` there) is left out: only EDM2's training
+needs it.
 """
 
 import dataclasses
