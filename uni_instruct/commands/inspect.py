@@ -10,14 +10,12 @@ import numpy as np
 import rich_click as click
 
 from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, shipped_generators
-from uni_instruct.commands.inspect_checkpoint import checkpoint_facts, checkpoint_rows, is_checkpoint
+from uni_instruct.commands.inspect_checkpoint import Row, checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.hub import fetch, names_file
 
-# Fact -> what to print for it; facts without a row here are for --json alone.
-Row = tuple[str, str]
 CLASSES_SHOWN = 20
 
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uni_instruct.checkpoints.checkpoint import StoredNetwork
 
-SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
+CHECKPOINT_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
+# A fact, and what to print for it. Facts without a row are for --json alone.
 Row = tuple[str, str]
 
 
 def is_checkpoint(source: str) -> bool:
     """Whether the source is a file that is named as checkpoints are."""
-    return Path(source).suffix.lower() in SUFFIXES and Path(source).is_file()
+    return Path(source).suffix.lower() in CHECKPOINT_SUFFIXES and Path(source).is_file()
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from uni_instruct.data.dataset import ArrayReader, Dataset, number_names
 from uni_instruct.errors import FileFormatError
 
 _UNSIGNED_BYTES = 0x08
-SPLITS = ("train", "t10k")
+_SPLITS = ("train", "t10k")
 
 
 def idx_files(split: str) -> tuple[str, str]:
@@ -21,7 +21,7 @@ def idx_files(split: str) -> tuple[str, str]:
 
 def has_idx(folder: Path) -> bool:
     """Whether a folder holds the images of either split."""
-    return any(_find(folder, idx_files(split)[0]) for split in SPLITS)
+    return any(_find(folder, idx_files(split)[0]) for split in _SPLITS)
 
 
 def open_idx(folder: Path, split: str | None = None) -> Dataset:
@@ -29,7 +29,7 @@ def open_idx(folder: Path, split: str | None = None) -> Dataset:
 
     Raises FileFormatError where a file is missing, truncated, or holds something else.
     """
-    split = split or next((s for s in SPLITS if _find(folder, idx_files(s)[0])), SPLITS[0])
+    split = split or next((s for s in _SPLITS if _find(folder, idx_files(s)[0])), _SPLITS[0])
     images, labels = (read_idx(_require(folder, name)) for name in idx_files(split))
     if images.ndim != 3 or labels.ndim != 1 or not labels.size:
         raise FileFormatError(

@@ -9,7 +9,7 @@ from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, name_in_sto
 from uni_instruct.errors import FileFormatError
 from uni_instruct.noise import noise
 
-SUFFIXES = frozenset({".npy"})
+_SUFFIXES = frozenset({".npy"})
 # Stability AI's VAE (sd-vae-ft-mse) and ImageNet: mean and deviation of each latent channel, as EDM2 assumes them
 # (arXiv 2312.02696 and its code), and the deviation that latents are brought to, which is sigma_data.
 RAW_MEAN = (5.81, 3.25, 0.12, -2.15)
@@ -81,7 +81,7 @@ def draw_latents(moments: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
 
 def is_latent(name: str) -> bool:
     """Whether a file name looks like a latent's, and is not hidden."""
-    return has_suffix(name, SUFFIXES)
+    return has_suffix(name, _SUFFIXES)
 
 
 def _wrong(store: Store, name: str, problem: str) -> FileFormatError:
