@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.outputs import TOLERANCES, Tolerance, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import ParityError
 from uni_instruct.noise import noise
@@ -18,18 +19,6 @@ from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """The largest relative L2 distance before rounding, and the largest difference of a uint8 pixel."""
-
-    relative_l2: float
-    pixel_difference: int
-
-
-# precision -> what its engines must keep; docs/export.md has the measurements behind it.
-TOLERANCES = {"fp32": Tolerance(relative_l2=1e-5, pixel_difference=1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +42,7 @@ class Report:
     tolerance: Tolerance
 
 
-def verify(bundle: Bundle, record: EngineRecord, folder: Path, tolerance: Tolerance) -> dict[str, Any]:
+def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]:
     """The report on the engine in `folder`, for engine.json. Raises ParityError where it is outside the tolerance."""
     from uni_instruct.networks.reference import reference_outputs
 
@@ -61,7 +50,7 @@ def verify(bundle: Bundle, record: EngineRecord, folder: Path, tolerance: Tolera
     z = noise(seeds, bundle.spec.noise_shape)
     results = run_worker(bundle, record.id, folder, z, class_ids)
     pixels, denoised = reference_outputs(bundle, z, class_ids)
-    report = compare(seeds, bundle.spec, results, pixels, denoised, tolerance)
+    report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
     _check(record.id, report)
     return asdict(report)
 
@@ -113,7 +102,7 @@ def compare(
         classes=spec.num_classes,
         batches=BATCHES,
         finite=bool(np.isfinite(denoised).all() and all(np.isfinite(images).all() for images in found.values())),
-        relative_l2=max(_norm_ratio(error, denoised[: len(error)]) for error in errors.values()),
+        relative_l2=max(relative_l2(images, denoised[: len(images)]) for images in found.values()),
         largest_difference=max(float(np.abs(error).max()) for error in errors.values()),
         mean_difference=max(float(np.abs(error).mean()) for error in errors.values()),
         equal_pixels=min(float((level == 0).mean()) for level in pixel_difference.values()),
@@ -124,10 +113,6 @@ def compare(
         machine=str(results["machine"]),
         tolerance=tolerance,
     )
-
-
-def _norm_ratio(error: np.ndarray, truth: np.ndarray) -> float:
-    return float(np.linalg.norm(error) / max(float(np.linalg.norm(truth)), 1e-12))
 
 
 def _check(engine_id: EngineId, report: Report) -> None:

@@ -13,7 +13,7 @@ import uni_instruct
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.record import EngineId, EngineRecord, former_folder
 from uni_instruct.errors import MissingExtraError, RequestError
-from uni_instruct.export.parity import TOLERANCES, verify
+from uni_instruct.export.parity import verify
 from uni_instruct.files import atomic_folder, sha256
 
 
@@ -87,7 +87,7 @@ def export_engine(bundle: Bundle, to: str) -> EngineRecord:
     try:
         with atomic_folder(place) as folder:
             record = _build(bundle, target, build, folder)
-            report = verify(bundle, record, folder, TOLERANCES[target.engine_id.precision])
+            report = verify(bundle, record, folder)
             replace(record, parity=report).write(folder)
     finally:
         with suppress(OSError):  # an empty engines folder, where nothing was admitted

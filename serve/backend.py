@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import Engine, open_engine
+from uni_instruct.engine import Engine, Selection, load_engine, select_engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.images import IMAGE_FORMATS, encode
@@ -35,6 +35,7 @@ class Backend:
         self.ready = False
         self._bundle: Bundle | None = None
         self._engine: Engine | None = None
+        self._selection: Selection | None = None
         self._batcher: Batcher | None = None
 
     @property
@@ -50,6 +51,13 @@ class Backend:
         if self._engine is None:
             raise self._not_ready()
         return self._engine
+
+    @property
+    def selection(self) -> Selection:
+        """Why this engine runs it. Raises NotReadyError until it is loaded."""
+        if self._selection is None:
+            raise self._not_ready()
+        return self._selection
 
     @property
     def batcher(self) -> Batcher:
@@ -73,9 +81,11 @@ class Backend:
     async def load(self) -> None:
         """Opens the bundle and its engine and warms it up, in a thread. What goes wrong is kept in `failure`."""
         try:
-            bundle, engine, batch_sizes = await asyncio.to_thread(self._open)
+            bundle, selection, engine = await asyncio.to_thread(self._open)
+            batch_sizes = await asyncio.to_thread(prewarm, engine, self.settings.max_batch, self.settings.max_batch_ms / 1e3)
             await asyncio.to_thread(warm_encoders, bundle.spec)
-            self._bundle, self._engine = bundle, engine
+            self._bundle, self._selection, self._engine = bundle, selection, engine
+            self.metrics.engine.labels(str(engine.id)).set(1)
             self._batcher = Batcher(engine, batch_sizes, self.settings.queue_images, self.metrics)
         except UniInstructError as error:
             self.failure = error
@@ -100,14 +110,15 @@ class Backend:
         self.metrics.ready.set(0)
         if self._batcher is not None:
             await self._batcher.close()
+            self.engine.close()
         self.ready = False
         self.encoders.shutdown()
 
-    def _open(self) -> tuple[Bundle, Engine, tuple[int, ...]]:
+    def _open(self) -> tuple[Bundle, Selection, Engine]:
         bundle = Bundle.open(self.settings.bundle)
+        selection = select_engine(bundle, self.settings.engine)
         # Spinning threads would take the cores from the event loop and the encoders (docs/export.md, "Threads").
-        engine = open_engine(bundle, self.settings.engine, spin=False)
-        return bundle, engine, prewarm(engine, self.settings.max_batch, self.settings.max_batch_ms / 1e3)
+        return bundle, selection, load_engine(bundle, bundle.engines().get(selection.engine_id), spin=False)
 
     def _not_ready(self) -> NotReadyError:
         if self.failure is not None:

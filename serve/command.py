@@ -11,7 +11,7 @@ from types import FrameType
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import EngineId, select_engine
+from uni_instruct.engine import select_engine
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.ports import free_address
 
@@ -43,14 +43,15 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
     # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
     settings = settings_from_environment()
     opened = Bundle.open(bundle or settings.bundle)
-    engine_id = _checked_engine(opened, engine or settings.engine)
+    wanted = engine or settings.engine
+    _check(opened, wanted)
     address = free_address(host, port)
     environment = {
         **os.environ,
         "BENTOML_DO_NOT_TRACK": "true",
         "GRADIO_ANALYTICS_ENABLED": "False",
         f"{PREFIX}BUNDLE": str(opened.path.resolve()),
-        f"{PREFIX}ENGINE": str(engine_id),
+        f"{PREFIX}ENGINE": wanted or "",
         f"{PREFIX}WORKERS": str(workers),
     }
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
@@ -69,8 +70,8 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
                 server.stop()
 
 
-def _checked_engine(bundle: Bundle, engine: str | None) -> EngineId:
-    """The engine that will run, its files verified. Raises RequestError for latents, BundleError for damaged files."""
+def _check(bundle: Bundle, engine: str | None) -> None:
+    """Raises RequestError for latents and for an engine that cannot run, BundleError for damaged files."""
     channels = bundle.spec.image_shape[0]
     if channels not in (1, 3):
         raise RequestError(
@@ -78,10 +79,8 @@ def _checked_engine(bundle: Bundle, engine: str | None) -> EngineId:
             remedy="latents take their VAE to decode, which is not built in; 'generate' writes them as an .npz",
             param="bundle",
         )
-    engine_id = select_engine(bundle, engine)
-    if stored := bundle.engines().get(engine_id):
+    if stored := bundle.engines().get(select_engine(bundle, engine).engine_id):
         stored.file()
-    return engine_id
 
 
 def _announce(name: str, url: str, workers: int) -> None:

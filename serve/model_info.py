@@ -31,6 +31,7 @@ def model_info(backend: Backend) -> dict[str, object]:
         "engine": str(engine.id),
         "device": engine.device,
         "precision": engine.id.precision,
+        "engines": [standing.facts() for standing in backend.selection.standings],
         "batch_sizes": list(backend.batch_sizes),
         "limits": {
             "images_per_request": settings.request_images,

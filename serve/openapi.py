@@ -33,8 +33,8 @@ def _generate() -> dict[str, object]:
 
 
 _IMAGES = (
-    "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, Server-Timing the milliseconds in queue, "
-    "model and encoding."
+    "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, X-Engines-Refused what is not "
+    "trusted on this machine, Server-Timing the milliseconds in queue, model and encoding."
 )
 
 _FAILURES = {

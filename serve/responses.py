@@ -37,6 +37,8 @@ async def image_response(backend: Backend, job: Job) -> Response:
     encoded = await generate_encoded(backend, job.seeds, job.class_ids, lambda images: [encode_job(job, images, spec)])
     timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in encoded.stage_ms.items())
     headers = {**job_headers(job), "X-Engine": str(backend.engine.id), "Server-Timing": timing}
+    if refused := backend.selection.refused:
+        headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
     return Response(encoded.files[0], headers=headers, media_type=media_type(job))
 
 

@@ -15,6 +15,7 @@ from conftest import ONNX, files_of_at_most, random_bundle
 
 from uni_instruct.bundle import WEIGHTS, Bundle
 from uni_instruct.engines.onnxruntime import OnnxEngine
+from uni_instruct.engines.outputs import TOLERANCES
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.engines.torch import TorchEngine
 from uni_instruct.errors import MissingExtraError, ParityError, RequestError
@@ -294,7 +295,7 @@ def test_the_report_is_the_worst_over_all_batches(tiny_bundle: Bundle) -> None:
     assert not report.batch_invariant
 
 
-TOLERANCE = parity.TOLERANCES["fp32"]
+TOLERANCE = TOLERANCES["fp32"]
 
 
 def _random_images() -> tuple[np.ndarray, np.ndarray]:

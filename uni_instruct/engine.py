@@ -2,24 +2,31 @@
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import Outputs
-from uni_instruct.engines.record import EngineId, StoredEngine
-from uni_instruct.errors import RequestError
+from uni_instruct.engines.record import PRECISIONS, EngineId, StoredEngine
+from uni_instruct.engines.trial import Trial, TrialKey, noted, trial_key, try_engine
+from uni_instruct.errors import EngineRefusedError, MissingExtraError, RequestError, UniInstructError
 from uni_instruct.spec import ModelSpec
 
-__all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "Outputs", "Runtime", "available_engines", "open_engine", "select_engine"]
+__all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "Outputs", "Runtime", "Selection", "Standing"]
+__all__ += ["available_engines", "engine_standing", "load_engine", "open_engine", "select_engine"]
 
 # The engine that every bundle has: the weights themselves, as trained.
 TORCH = EngineId("torch", "fp32")
+# How many times as fast another engine must be to be preferred to one that stands before it in RUNTIMES: times vary, and torch
+# takes seconds to load and gives other last bits in other batches.
+WORTHWHILE = 1.25
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -83,6 +90,45 @@ class Runtime:
         return found
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How an engine of a bundle stands on this machine, and why, in words; trial is what it did here, where it was tried.
+
+    state: 'trusted'; 'refused', as its trial found; 'untried'; 'absent' where its package is not installed; 'unknown' where
+    this version has no such runtime. note is the file that keeps a refusal: without it the engine is tried again.
+    """
+
+    engine_id: EngineId
+    state: Literal["trusted", "refused", "untried", "absent", "unknown"]
+    reason: str = ""
+    trial: Trial | None = None
+    note: Path | None = None
+
+    def facts(self) -> dict[str, str | float | None]:
+        """The same for JSON."""
+        trial = self.trial or Trial()
+        return {
+            "engine_id": str(self.engine_id),
+            "state": self.state,
+            "reason": self.reason or None,
+            "relative_l2": trial.relative_l2,
+            "images_per_s": trial.images_per_s,
+        }
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The engine that was chosen, and how it and the others that came into question stand."""
+
+    engine_id: EngineId
+    standings: tuple[Standing, ...]
+
+    @property
+    def refused(self) -> list[Standing]:
+        """Those that cannot be trusted on this machine."""
+        return [standing for standing in self.standings if standing.state == "refused"]
+
+
 # The one table of runtimes; the order is the order of preference where nothing else decides.
 RUNTIMES = {
     runtime.name: runtime
@@ -106,16 +152,16 @@ RUNTIMES = {
 
 
 def open_engine(bundle: Bundle | str | Path, engine: str | EngineId | None = None, *, spin: bool = True) -> Engine:
-    """The bundle's engine of that id; of a bare runtime, or without a word, the fastest.
+    """The bundle's engine of that id; of a bare runtime, or without a word, the fastest that can be trusted on this machine.
 
     spin: whether its threads keep their cores while they wait for each other. That is faster where the engine has the machine
     to itself, slower where others want the cores, as in a server (docs/export.md, "Threads"); torch goes by OMP_WAIT_POLICY.
-    Raises RequestError for an unknown engine or one that was not exported, BundleError where a file does not match its hash.
+    Raises as `select_engine` does, and BundleError where a file does not match its hash.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    engine_id = select_engine(bundle, engine)
-    return load_engine(bundle, bundle.engines().get(engine_id), spin=spin)
+    chosen = select_engine(bundle, engine).engine_id
+    return load_engine(bundle, bundle.engines().get(chosen), spin=spin)
 
 
 def load_engine(bundle: Bundle, stored: StoredEngine | None, *, spin: bool = True) -> Engine:
@@ -126,15 +172,46 @@ def load_engine(bundle: Bundle, stored: StoredEngine | None, *, spin: bool = Tru
 
 
 def available_engines(bundle: Bundle) -> list[EngineId]:
-    """What this bundle can be opened with, in the order of RUNTIMES. Torch needs no export."""
+    """What this bundle can be opened with, in the order of RUNTIMES and precision. Torch needs no export."""
     order = list(RUNTIMES)
     known = [engine_id for engine_id in (*bundle.engines(), TORCH) if engine_id.runtime in RUNTIMES]
-    return sorted(known, key=lambda engine_id: order.index(engine_id.runtime))
+    return sorted(known, key=lambda engine_id: (order.index(engine_id.runtime), PRECISIONS.index(engine_id.precision)))
 
 
-def select_engine(bundle: Bundle, wanted: str | EngineId | None = None) -> EngineId:
-    """The engine that open_engine would open, without loading it. Raises the same errors."""
-    return _candidates(bundle, wanted)[0]
+def select_engine(bundle: Bundle, wanted: str | EngineId | None = None) -> Selection:
+    """The engine that open_engine would open, without loading it, and how the others that fit stand on this machine.
+
+    An exported engine is tried before its first use here (engines/trial.py). Of those that answer as torch does, torch among
+    them where it is installed, the fastest is chosen; torch takes the place of those that do not. An engine asked for by its id
+    is that one or an error.
+
+    Raises RequestError for an unknown engine or one that was not exported, MissingExtraError without its package,
+    EngineRefusedError where none can be trusted here, BundleError where files of the bundle are damaged.
+    """
+    candidates = _candidates(bundle, wanted)
+    if candidates == [TORCH]:
+        return Selection(TORCH, (Standing(TORCH, "trusted"),))
+    standings = [_stand(bundle, engine_id) for engine_id in candidates if engine_id != TORCH]
+    if TORCH in candidates:
+        # Where torch alone is left, nothing depends on its speed.
+        contested = any(standing.state == "trusted" for standing in standings)
+        standings.append(_stand(bundle, TORCH) if contested or not _torch().is_installed() else Standing(TORCH, "trusted"))
+    trusted = [standing for standing in standings if standing.state == "trusted"]
+    if not trusted:
+        raise _refusal(standings)
+    selection = Selection(_fastest(trusted).engine_id, tuple(standings))
+    for refused in selection.refused:
+        told = "engine %s is refused on this machine: %s; %s takes its place"
+        _log.warning(told, refused.engine_id, refused.reason, selection.engine_id)
+    return selection
+
+
+def engine_standing(bundle: Bundle, engine_id: EngineId) -> Standing:
+    """How that engine of the bundle stands on this machine, by the trial that was noted; nothing is run.
+
+    Raises BundleError where the engine's record is damaged.
+    """
+    return _standing(bundle, engine_id, noted) if engine_id.runtime in RUNTIMES else Standing(engine_id, "unknown")
 
 
 def _candidates(bundle: Bundle, wanted: str | EngineId | None) -> list[EngineId]:
@@ -164,3 +241,46 @@ def _parse(text: str, known: str) -> EngineId:
     if engine_id.runtime not in RUNTIMES:
         raise RequestError(f"engine '{text[:60]}' is unknown", remedy=known, param="engine")
     return engine_id
+
+
+def _stand(bundle: Bundle, engine_id: EngineId) -> Standing:
+    """How the engine stands here, after its trial where it had none."""
+    return _standing(bundle, engine_id, lambda key: try_engine(bundle, engine_id, key))
+
+
+def _standing(bundle: Bundle, engine_id: EngineId, look_up: Callable[[TrialKey], Trial | None]) -> Standing:
+    runtime = RUNTIMES[engine_id.runtime]
+    if not runtime.is_installed():
+        return Standing(engine_id, "absent", f"package '{runtime.package}' is not installed")
+    key = trial_key(bundle, engine_id, runtime.version())
+    trial = look_up(key)
+    if engine_id == TORCH:  # what others are held against: only its speed is of interest
+        return Standing(TORCH, "trusted", trial=trial)
+    if trial is None:
+        return Standing(engine_id, "untried")
+    if trial.problem:
+        return Standing(engine_id, "refused", trial.problem, trial, key.existing_note())
+    return Standing(engine_id, "trusted", "" if key.reference_sha256 else "no reference.npz to hold it against", trial)
+
+
+def _fastest(standings: list[Standing]) -> Standing:
+    """The first that no other outruns by WORTHWHILE."""
+    speeds = [(standing.trial.images_per_s if standing.trial else None) or 0.0 for standing in standings]
+    return next(s for s, speed in zip(standings, speeds, strict=True) if speed * WORTHWHILE >= max(speeds))
+
+
+def _refusal(standings: list[Standing]) -> UniInstructError:
+    """Why none of them can be used, and what to do about it."""
+    refused = [standing for standing in standings if standing.state == "refused"]
+    if not refused:
+        runtime = RUNTIMES[standings[0].engine_id.runtime]
+        return MissingExtraError(runtime.package, extra=runtime.extra)
+    problem = "; ".join(f"engine {s.engine_id} is refused on this machine: {s.reason}" for s in refused)
+    remedy = f"use --engine {TORCH}" if _torch().is_installed() else f"pip install 'uni-instruct[{_torch().extra}]' for torch"
+    if notes := " and ".join(str(standing.note) for standing in refused if standing.note):
+        remedy = f"{remedy}, or delete {notes} to have it tried again"
+    return EngineRefusedError(problem, remedy=remedy, param="engine")
+
+
+def _torch() -> Runtime:
+    return RUNTIMES[TORCH.runtime]

@@ -12,6 +12,7 @@ import rich_click as click
 from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, shipped_generators
 from uni_instruct.commands.inspect_checkpoint import Row, checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
+from uni_instruct.engine import engine_standing
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.hub import fetch, names_file
@@ -65,7 +66,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "weights_precision": bundle.stored_precision(),
         "weights_bytes": (bundle.path / WEIGHTS).stat().st_size,
         "weights_sha256": bundle.weights_sha256,
-        "engines": [_engine_facts(stored) for stored in bundle.engines().values()],
+        "engines": [_engine_facts(bundle, stored) for stored in bundle.engines().values()],
     }
 
 
@@ -128,12 +129,12 @@ def data_rows(facts: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _engine_facts(stored: StoredEngine) -> dict[str, Any]:
+def _engine_facts(bundle: Bundle, stored: StoredEngine) -> dict[str, Any]:
     try:
         size = stored.file().stat().st_size
     except BundleError as error:
         return {"engine_id": str(stored.engine_id), "error": str(error)}
-    return {**asdict(stored.record()), "file_bytes": size}
+    return {**asdict(stored.record()), "file_bytes": size, "here": engine_standing(bundle, stored.engine_id).facts()}
 
 
 # Parity is shown beside each engine, so that nobody has to trust that it agrees with torch.
@@ -144,8 +145,21 @@ def _engine_text(engine: dict[str, Any]) -> str:
     return (
         f"{engine['file']}, {engine['file_bytes'] / 1e6:.1f} MB; against torch relative L2 "
         f"{parity['relative_l2']:.1e}, equal pixels {parity['equal_pixels']:.3%}; batch invariant: "
-        f"{'yes' if parity['batch_invariant'] else 'no'}; by {_text(engine['versions'])}"
+        f"{'yes' if parity['batch_invariant'] else 'no'}; by {_text(engine['versions'])}; {_here_text(engine['here'])}"
     )
+
+
+def _here_text(here: dict[str, Any]) -> str:
+    speed = f", {here['images_per_s']:.3g} images/s" if here["images_per_s"] else ""
+    reason = f": {here['reason']}" if here["reason"] else ""
+    texts = {
+        "trusted": f"trusted on this machine{speed}",
+        "refused": "refused on this machine",
+        "untried": "not yet tried on this machine: its first use does",
+        "absent": "cannot run here",
+        "unknown": "of a runtime that this version does not know",
+    }
+    return texts[here["state"]] + reason
 
 
 def _shape_text(shape: Any) -> str:
