@@ -14,7 +14,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import ParityError
-from uni_instruct.noise import noise
+from uni_instruct.noise import class_ids_in_turn, draw_inputs
 from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
@@ -47,7 +47,7 @@ def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]
     from uni_instruct.networks.reference import reference_outputs
 
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
-    z = noise(seeds, bundle.spec.noise_shape)
+    z = draw_inputs(bundle.spec, seeds, class_ids).noise
     results = run_worker(bundle, record.id, folder, z, class_ids)
     pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
@@ -58,8 +58,7 @@ def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
     """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover every class."""
     first, count = int(file_sha256[:15], 16), max(max(BATCHES), spec.num_classes)
-    class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
-    return list(range(first, first + count)), class_ids
+    return list(range(first, first + count)), class_ids_in_turn(spec, count)
 
 
 def run_worker(

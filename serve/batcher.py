@@ -20,7 +20,7 @@ import numpy as np
 
 from uni_instruct.engine import Engine
 from uni_instruct.generate import image_size
-from uni_instruct.noise import noise
+from uni_instruct.noise import class_ids_in_turn, draw_inputs
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
 from uni_instruct.serve.metrics import ServerMetrics
 
@@ -171,10 +171,10 @@ class Batcher:
         seeds = [ticket.seeds[index] for ticket, index in items]
         # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
         size = next(size for size in self.batch_sizes if size >= len(items))
-        padded = np.minimum(np.arange(size), len(items) - 1)  # the last item again
-        z = noise(seeds, self._engine.spec.noise_shape)[padded]
-        class_ids = np.array([ticket.class_ids[index] for ticket, index in items], dtype=np.int64)[padded]
-        images = self._engine(z, class_ids if self._engine.spec.num_classes else None)
+        class_ids = np.array([ticket.class_ids[index] for ticket, index in items], dtype=np.int64)
+        # What a request may ask for was checked when it came in.
+        inputs = draw_inputs(self._engine.spec, seeds, class_ids if self._engine.spec.num_classes else None)
+        images = self._engine(*inputs.padded(size))
         # Images are dealt out by index below: one too few would go to the wrong client.
         expected = (size, *image_size(self._engine.spec))
         if images.shape != expected or images.dtype != np.uint8:
@@ -241,11 +241,10 @@ def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ..
     sizes: list[int] = []
     size = 1
     while size <= max_batch:
-        z = noise(range(size), engine.spec.noise_shape)
-        class_ids = np.arange(size) % engine.spec.num_classes if engine.spec.num_classes else None
-        engine(z, class_ids)
+        inputs = draw_inputs(engine.spec, range(size), class_ids_in_turn(engine.spec, size))
+        engine(*inputs)
         start = time.perf_counter()
-        engine(z, class_ids)
+        engine(*inputs)
         if sizes and time.perf_counter() - start > max_batch_s:
             break
         sizes.append(size)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from uni_instruct.bundle import Bundle, default_generator
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 
 ROOT = Path(__file__).parents[1]
 KEY = "sesame"
@@ -147,7 +147,7 @@ def onnx_engine(path: Path) -> Engine:
 def truth(bundle: Bundle, seeds: list[int], classes: list[int | str] | None = None) -> np.ndarray:
     """What `generate` makes of the seeds on the engine that is served: uint8 [N, H, W]."""
     engine = onnx_engine(bundle.path)
-    return generate(engine, seeds, resolve_class_ids(bundle.spec, seeds, classes))[:, :, :, 0]
+    return generate_images(engine, seeds, resolve_class_ids(bundle.spec, seeds, classes))[:, :, :, 0]
 
 
 def test_without_torch_it_serves_what_generate_makes(server: Running, exported_bundle: Bundle) -> None:

@@ -10,6 +10,7 @@ from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
+from uni_instruct.noise import checked_inputs
 from uni_instruct.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class OnnxEngine:
     def _run(self, outputs: list[str], noise: np.ndarray, class_ids: np.ndarray | None) -> list[np.ndarray]:
         session = self._session
         assert session is not None, "the engine was closed"
+        noise, class_ids = checked_inputs(self.spec, noise, class_ids)
         feed = {self._noise: noise} if class_ids is None else {self._noise: noise, CLASS_IDS: class_ids}
         results: list[np.ndarray] = session.run(outputs, feed)
         return results

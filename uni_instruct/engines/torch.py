@@ -8,7 +8,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
 from uni_instruct.networks.build import load_denoiser
-from uni_instruct.networks.one_step import OneStep, to_uint8
+from uni_instruct.networks.one_step import OneStep, as_tensors, to_uint8
+from uni_instruct.noise import checked_inputs
 from uni_instruct.sampler import heun_sample
 
 
@@ -39,8 +40,7 @@ class TorchEngine:
     def _images(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Tensor:
         generator = self._generator
         assert generator is not None, "the engine was closed"
-        z = torch.from_numpy(noise).to(self.device)
-        labels = None if class_ids is None else torch.from_numpy(class_ids).to(self.device)
+        z, labels = as_tensors(checked_inputs(self.spec, noise, class_ids), self.device)
         if self.spec.steps > 1:
             return heun_sample(generator.denoiser, z, labels, self.spec.steps)
         images: Tensor = generator(z, labels)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.noise import Inputs
 
 
 class OneStep(nn.Module):
@@ -26,6 +27,12 @@ def one_step(denoiser: Denoiser, noise: Tensor, class_ids: Tensor | None, sigma_
     sigma = noise.new_full((levels, 1, 1, 1), sigma_init)
     out: Tensor = denoiser(noise * sigma_init, sigma, class_ids)
     return out
+
+
+def as_tensors(inputs: Inputs, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    """(noise, class_ids) on the device."""
+    z, class_ids = inputs
+    return torch.from_numpy(z).to(device), None if class_ids is None else torch.from_numpy(class_ids).to(device)
 
 
 def to_uint8(images: Tensor) -> Tensor:
