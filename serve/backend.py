@@ -116,6 +116,7 @@ class Backend:
 
     def _open(self) -> tuple[Bundle, Selection, Engine]:
         bundle = Bundle.open(self.settings.bundle)
+        bundle.check_makes_pictures()
         selection = select_engine(bundle, self.settings.engine)
         # Spinning threads would take the cores from the event loop and the encoders (docs/export.md, "Threads").
         return bundle, selection, load_engine(bundle, bundle.engines().get(selection.engine_id), spin=False)

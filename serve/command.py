@@ -12,7 +12,7 @@ import rich_click as click
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import select_engine
-from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.errors import MissingExtraError
 from uni_instruct.ports import free_address
 
 
@@ -72,13 +72,7 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
 
 def _check(bundle: Bundle, engine: str | None) -> None:
     """Raises RequestError for latents and for an engine that cannot run, BundleError for damaged files."""
-    channels = bundle.spec.image_shape[0]
-    if channels not in (1, 3):
-        raise RequestError(
-            f"{bundle.origin} makes {channels} channels, no pictures",
-            remedy="latents take their VAE to decode, which is not built in; 'generate' writes them as an .npz",
-            param="bundle",
-        )
+    bundle.check_makes_pictures()
     if stored := bundle.engines().get(select_engine(bundle, engine).engine_id):
         stored.file()
 
