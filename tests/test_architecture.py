@@ -122,7 +122,7 @@ ROOMS = {
     "uni_instruct/engines/onnxruntime.py": ("serve", "export"),
     "uni_instruct/engines/torch.py": ("train", "export", "evaluate"),
     "uni_instruct/evaluate": ("evaluate",),
-    "uni_instruct/float32.py": ("evaluate",),
+    "uni_instruct/float32.py": ("train", "export", "evaluate"),
     "uni_instruct/hub.py": ("hub",),
     "uni_instruct/networks": ("train", "export", "evaluate"),
     "uni_instruct/sampler.py": ("train", "export", "evaluate"),
