@@ -125,9 +125,9 @@ def test_a_teachers_file_starts_a_distillation(cli: Cli, tmp_path: Path, monkeyp
 def test_a_generators_file_gets_a_reference_and_a_teachers_none(tmp_path: Path) -> None:
     outer, _ = peer("DDPM++")
     file = made.write_sid_pickle(tmp_path / "snapshot.pkl", outer)
-    for kind in ("generator", "teacher"):
-        bundle = import_checkpoint(file, tmp_path / kind, ImportRequest(kind=kind))
-        assert (bundle.reference() is not None) is (kind == "generator")
+    for role in ("generator", "teacher"):
+        bundle = bundle_from_checkpoint(file, tmp_path / role, ImportRequest(role=role))
+        assert (bundle.reference() is not None) is (role == "generator")
 
 
 def test_a_training_state_offers_its_networks(cli: Cli, tmp_path: Path) -> None:
