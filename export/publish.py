@@ -83,9 +83,9 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     """The bundle's weights in `folder`: in half precision where that moves no pixel by more than ALLOWED_LEVELS."""
     from uni_instruct.networks.reference import make_reference, reference_outputs
 
-    spec, weights = original.spec, original.weights()
-    half = Bundle.write(folder, spec, weights, "", precision="fp16")
-    count = max(CHECKED_IMAGES, spec.num_classes)
+    spec, weights, decoder = original.spec, original.weights(), original.decoder_weights()
+    half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
+    count = spec.affordable_images(max(CHECKED_IMAGES, spec.num_classes))
     inputs = draw_inputs(spec, range(count), class_ids_in_turn(spec, count))
     before, after = (reference_outputs(bundle, *inputs).pixels.astype(int) for bundle in (original, half))
     levels = np.abs(after - before)
@@ -98,7 +98,8 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     published = {"weights_sha256": original.weights_sha256, **asdict(rounding)}
     provenance = {**without_folders(dict(spec.provenance)), "published": published}
     spec = replace(spec, provenance=provenance)
-    bundle = Bundle.write(folder, spec, weights, "", precision=rounding.precision, reference=make_reference)
+    precision = rounding.precision
+    bundle = Bundle.write(folder, spec, weights, "", precision=precision, decoder=decoder, reference=make_reference)
     return bundle, rounding
 
 

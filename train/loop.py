@@ -19,6 +19,7 @@ from torch import Tensor
 
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.generate import input_batches, resolve_class_ids
+from uni_instruct.images import latent_preview
 from uni_instruct.networks.one_step import as_tensors, to_uint8
 from uni_instruct.progress import progress, silent
 from uni_instruct.spec import ModelSpec
@@ -205,7 +206,8 @@ class Loop:
         with progress(f"{stage.name}: samples", len(seeds), "images") as shown:
             for inputs in input_batches(self.spec, seeds, class_ids, SAMPLE_BATCH):
                 with self.fabric.autocast():  # choosing among weights needs no more digits than training them
-                    parts.append(to_uint8(stage.sample(*as_tensors(inputs, device))).cpu().numpy())
+                    made = stage.sample(*as_tensors(inputs, device))
+                parts.append(latent_preview(made.float().cpu().numpy()) if self.spec.latents else to_uint8(made).cpu().numpy())
                 shown.advance(len(parts[-1]))
         return np.concatenate(parts), class_ids
 

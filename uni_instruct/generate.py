@@ -22,20 +22,24 @@ Classes = int | str | Sequence[int | str] | np.ndarray | None
 def generate_images(
     engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes = None, batch: int = BATCH
 ) -> np.ndarray:
-    """Images of the seeds, in their order: uint8 [N, H, W, C].
+    """Images of the seeds, in their order: uint8 [N, H, W, C]; float32 latents [N, C, H, W] where the spec makes no pictures.
 
     classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class.
     batch: images at once. Raises RequestError, whatever the engine, for what is no seed, class or batch size.
     """
     parts = list(generate_batches(engine, seeds, classes, batch))
-    return np.concatenate(parts) if parts else np.empty((0, *image_size(engine.spec)), dtype=np.uint8)
+    size, dtype = sample_format(engine.spec)
+    return np.concatenate(parts) if parts else np.empty((0, *size), dtype=dtype)
 
 
 def generate_batches(
     engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes = None, batch: int = BATCH
 ) -> Iterator[np.ndarray]:
-    """The same, batch by batch: each uint8 [<=batch, H, W, C]."""
-    return (engine(*inputs) for inputs in input_batches(engine.spec, seeds, classes, batch))
+    """The same, batch by batch: each uint8 [<=batch, H, W, C], or float32 latents [<=batch, C, H, W]."""
+    batches = input_batches(engine.spec, seeds, classes, batch)
+    if engine.spec.makes_pictures:
+        return (engine(*inputs) for inputs in batches)
+    return (engine.outputs(*inputs).images for inputs in batches)
 
 
 def input_batches(
@@ -87,6 +91,13 @@ def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:
             f"{len(seeds)} seeds cannot be shared out equally to {spec.num_classes} classes", remedy=remedy, param="by_class"
         )
     return [class_id for class_id in range(spec.num_classes) for _ in range(share)]
+
+
+def sample_format(spec: ModelSpec) -> tuple[tuple[int, int, int], np.dtype]:
+    """Size and type of one sample: uint8 [H, W, C] of a picture, float32 [C, H, W] of latents."""
+    if spec.makes_pictures:
+        return image_size(spec), np.dtype(np.uint8)
+    return spec.noise_shape, np.dtype(np.float32)
 
 
 def image_size(spec: ModelSpec) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ GRID_IMAGES = 1024
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A file that ends in .npz or .zip, else a folder of PNGs named by seed. Not needed with --grid.",
+    help="A file that ends in .npz or .zip, else a folder of PNGs named by seed. Not needed with --grid. Latents go to .npz.",
 )
 @click.option(
     "--class",
@@ -68,6 +68,8 @@ def generate(
     seeds = parse_seeds(seeds_text)
     _check_paths(out, grid_path, len(seeds))
     opened = Bundle.open(bundle)
+    if grid_path:
+        opened.check_makes_pictures()
     if by_classes and classes:
         raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
     class_ids = resolve_class_ids(opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes)

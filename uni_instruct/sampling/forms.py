@@ -24,13 +24,15 @@ from uni_instruct.spec import ModelSpec
 # Beside the images: the seeds in the images' order, and the request.
 RECORD = "samples.json"
 READ_BATCH = 256
+# What an npz calls the images, and what stands there in their place where no decoder made any.
+IMAGES, LATENTS = "arr_0", "latents"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same set gives the same bytes
 _FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".pt", ".tar", ".gz", ".json"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """Images of seeds, in the order of the seeds; class_ids int64 [N], None without classes."""
+    """Images of seeds, or a VAE's latents, in the order of the seeds; class_ids int64 [N], None without classes."""
 
     spec: ModelSpec
     seeds: Sequence[int] = field(repr=False)
@@ -57,7 +59,7 @@ class SampleSet:
         return json.dumps({"request": self.request, "seeds": list(self.seeds)})
 
     def parts(self) -> Iterator[np.ndarray]:
-        """The images in order, each part uint8 [<=READ_BATCH, H, W, C]."""
+        """The images in order, each part uint8 [<=READ_BATCH, H, W, C]; of latents float32 [<=READ_BATCH, C, H, W]."""
         for start in range(0, len(self.reader), READ_BATCH):
             yield self.reader.read(np.arange(start, min(start + READ_BATCH, len(self.reader))))
 
@@ -66,7 +68,8 @@ class SampleSet:
 class Samples:
     """A set that was read back: images uint8 [N, H, W, C] of seeds int64 [N] in the order that they were asked for.
 
-    class_ids is int64 [N], None without classes; request says what made them.
+    Of a generator of latents, images are those: float32 [N, C, H, W]. class_ids is int64 [N], None without classes; request
+    says what made them.
     """
 
     images: np.ndarray = field(repr=False)
@@ -145,16 +148,18 @@ def write_zip_file(samples: SampleSet, out: Path) -> None:
 
 
 def write_npz(samples: SampleSet, out: Path) -> None:
-    """arr_0 (uint8 [N, H, W, C], as ADM's evaluator reads it), seeds, class_ids and the request."""
+    """arr_0 (uint8 [N, H, W, C], as ADM's evaluator reads it), seeds, class_ids and the request.
+
+    A VAE's latents stand under a name of their own, float32 [N, C, H, W]: nobody takes them for images.
+    """
     arrays = {"seeds": np.array(samples.seeds, dtype=np.int64), "request": np.array(json.dumps(samples.request))}
     if samples.class_ids is not None:
         arrays["class_ids"] = samples.class_ids
-    height, width = samples.spec.image_shape[1:]
-    shape = (len(samples.reader), height, width, samples.spec.image_shape[0])
     parts = samples.parts()
     first = next(parts)
+    shape, member = (len(samples.reader), *first.shape[1:]), IMAGES if samples.spec.makes_pictures else LATENTS
     with atomic_file(out) as partial, zipfile.ZipFile(partial, "w") as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy", _EPOCH), "w", force_zip64=True) as file:
+        with archive.open(zipfile.ZipInfo(f"{member}.npy", _EPOCH), "w", force_zip64=True) as file:
             write_npy(file, first.dtype, shape, chain([first], parts))
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
@@ -208,8 +213,9 @@ def _read_npz(out: Path, count: int | None) -> Samples:
     with np.load(out, allow_pickle=False) as file:
         class_ids = file["class_ids"][:count] if "class_ids" in file.files else None
         seeds, request = file["seeds"][:count], json.loads(str(file["request"]))
+        name = LATENTS if LATENTS in file.files else IMAGES
     # NumPy would read all of the images to give the first.
-    with zipfile.ZipFile(out) as archive, archive.open("arr_0.npy") as member:
+    with zipfile.ZipFile(out) as archive, archive.open(f"{name}.npy") as member:
         np.lib.format.read_magic(member)
         shape, _, dtype = np.lib.format.read_array_header_1_0(member)
         rows = min(shape[0], shape[0] if count is None else count)
@@ -228,8 +234,12 @@ def _names_by_seed(seeds: Sequence[int]) -> list[str]:
 
 
 def _check_pictures(spec: ModelSpec, seeds: Sequence[int]) -> None:
-    if spec.image_shape[0] not in (1, 3):
-        raise RequestError(f"images of {spec.image_shape[0]} channels cannot be PNGs", remedy="give an --out that ends in .npz")
+    if not spec.makes_pictures:
+        raise RequestError(
+            f"generator '{spec.name}' makes a VAE's latents, which cannot be PNGs",
+            remedy="give an --out that ends in .npz, or give it a decoder with 'uni-instruct import BUNDLE --decoder VAE'",
+            param="out",
+        )
 
 
 def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:
@@ -243,7 +253,7 @@ def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:
 
 
 def _check_nothing(spec: ModelSpec, seeds: Sequence[int]) -> None:
-    """An npz holds images of any shape and order."""
+    """An npz holds images and latents of any shape and order."""
 
 
 # Suffix of the output -> its form; any other is a folder.

@@ -22,7 +22,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file, disk_errors, try_lock
-from uni_instruct.generate import generate_batches, image_size
+from uni_instruct.generate import generate_batches, sample_format
 from uni_instruct.progress import Progress
 from uni_instruct.sampling.forms import SampleSet, finished_request, form_of
 from uni_instruct.sampling.shards import Shard, Shards, images_per_shard
@@ -147,10 +147,9 @@ def open_run(request: SampleRequest, out: Path, *, shared: bool = False) -> Iter
     try:
         with _locked(folder / REQUEST_LOCK):
             _note_request(folder, request, per_shard)
-        # Bytes, as engines make them. Nothing from here to the form looks at values: a VAE's latents need only another type.
-        yield SampleRun(
-            request, out, Shards(folder, image_size(request.spec), np.dtype(np.uint8), len(request.seeds), per_shard)
-        )
+        # Nothing from here to the form looks at values: of latents, size and type alone are others.
+        size, dtype = sample_format(request.spec)
+        yield SampleRun(request, out, Shards(folder, size, dtype, len(request.seeds), per_shard))
     finally:
         _leave(lock, request, out, shared)
 
