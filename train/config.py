@@ -8,12 +8,13 @@ from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.extractors import EXTRACTORS
 from uni_instruct.networks.build import NETWORKS, check_patch
 from uni_instruct.train.checks import in_range, one_of
-from uni_instruct.train.monitoring.trackers import TRACKERS
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizer import DECAYS, RateSchedule
 from uni_instruct.train.recipe_file import steps_in
 
 AUTO = "auto"
+# Words of a recipe; what they stand for is in the table of the same name, in optimizer.py and in trackers.py.
+DECAYS = ("linear", "cosine", "sqrt")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -91,17 +92,6 @@ class StageConfig:
     def total_steps(self) -> int:
         """The whole number of batches that comes nearest to duration_kimg, at least one."""
         return steps_in(self.duration_kimg, self.batch)
-
-    def rate(self, peak: float) -> RateSchedule:
-        """The learning rate over the steps, from its highest."""
-        return RateSchedule(
-            peak=peak,
-            total_steps=self.total_steps,
-            batch=self.batch,
-            warmup_kimg=self.warmup_kimg,
-            decay_kimg=self.decay_kimg,
-            decay=self.decay,
-        )
 
 
 _STAGE_RANGES = (

@@ -1,11 +1,13 @@
 """The objective of a recipe: its family, divergence, noise levels, ratio and further terms. Frozen, checked when built."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels
 from uni_instruct.train.checks import in_range, one_of
-from uni_instruct.train.objective.divergences import DEFAULT_MIX, DEFAULT_ORDER, find_divergence
+from uni_instruct.train.objective.divergences.find import find_divergence
+from uni_instruct.train.objective.divergences.table import DEFAULT_MIX, DEFAULT_ORDER, Divergence
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.terms import FAMILIES, WEIGHTINGS
 
@@ -76,7 +78,7 @@ class ObjectiveConfig:
         for name, low, high in _OBJECTIVE_RANGES:
             in_range(f"objective.{name}", getattr(self, name), low, high)
         in_range("objective.tmin", self.tmin, 0, self.tmax - 1)
-        find_divergence(self.divergence, order=self.order, mix=self.mix)
+        _ = self.found_divergence  # refused now rather than in the first step
         if self.family == "expanded" and not (self.di or self.fgm or self.sim):
             raise RequestError("objective.di, fgm and sim are all off", remedy="leave one of them on", param="recipe")
         if not (self.divergence_scale or self.adversarial_scale or self.regression_scale or self.reward_scale):
@@ -87,6 +89,11 @@ class ObjectiveConfig:
                 remedy="--set reward=file.py:function, images to rewards",
                 param="reward",
             )
+
+    @cached_property
+    def found_divergence(self) -> Divergence:
+        """What `divergence` names."""
+        return find_divergence(self.divergence, order=self.order, mix=self.mix)
 
     @property
     def levels(self) -> NoiseLevels:
@@ -101,7 +108,7 @@ class ObjectiveConfig:
     @property
     def needs_ratio(self) -> bool:
         """Whether the divergence reads a density ratio."""
-        return find_divergence(self.divergence, order=self.order, mix=self.mix).needs_ratio and self.divergence_scale != 0
+        return self.found_divergence.needs_ratio and self.divergence_scale != 0
 
     @property
     def needs_discriminator(self) -> bool:
