@@ -12,7 +12,7 @@ from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
-from uni_instruct.spec import ModelSpec
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec
 
 KINDS = ("generator", "teacher")
 # What a training state holds besides generators: networks that denoise at every noise level.
@@ -55,8 +55,8 @@ class ImportRequest:
     kind: str | None = None
     network: str | None = None
     name: str | None = None
-    sigma_init: float = 2.5
-    steps: int = 18
+    sigma_init: float = DEFAULT_SIGMA_INIT
+    steps: int = TEACHER_STEPS
     licence: str | None = None
     origin: str = ""
     patch: int | None = None

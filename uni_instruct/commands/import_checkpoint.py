@@ -6,6 +6,7 @@ from pathlib import Path
 import rich_click as click
 
 from uni_instruct.hub import fetch, is_on_hub
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -19,8 +20,10 @@ from uni_instruct.hub import fetch, is_on_hub
 )
 @click.option("--network", help="Which network of a training state.  [default: the generator's average]")
 @click.option("--name", help="Name of the bundle.  [default: the file's]")
-@click.option("--sigma-init", default=2.5, type=click.FloatRange(1e-3, 1e4), help="Noise level of a generator's input.")
-@click.option("--steps", default=18, type=click.IntRange(2, 1000), help="Steps of a teacher's sampler.")
+@click.option(
+    "--sigma-init", default=DEFAULT_SIGMA_INIT, type=click.FloatRange(1e-3, 1e4), help="Noise level of a generator's input."
+)
+@click.option("--steps", default=TEACHER_STEPS, type=click.IntRange(2, 1000), help="Steps of a teacher's sampler.")
 @click.option(
     "--patch",
     type=int,
