@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
 from uni_instruct.serve import batcher as batcher_module
 from uni_instruct.serve.batcher import Batcher, prewarm
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
-from uni_instruct.serve.metrics import Metrics
+from uni_instruct.serve.metrics import ServerMetrics
 
 FOREVER_S = 60.0
 POISON = 666
@@ -61,7 +61,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 def make(gate: Gate, largest: int = 4, queue_images: int = 64) -> Batcher:
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= largest]
-    return Batcher(gate, sizes, queue_images, Metrics())
+    return Batcher(gate, sizes, queue_images, ServerMetrics())
 
 
 def ask(batcher: Batcher, gate: Gate, seeds: list[int], timeout_s: float = FOREVER_S) -> "asyncio.Task[Any]":
@@ -74,7 +74,7 @@ async def until(true: Any) -> None:
 
 
 def expected(engine: Engine, seeds: list[int]) -> np.ndarray:
-    return generate(engine, seeds, resolve_class_ids(engine.spec, seeds), batch=1)
+    return generate_images(engine, seeds, resolve_class_ids(engine.spec, seeds), batch=1)
 
 
 def assert_same_images(images: np.ndarray, truth: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.checkpoint import read_checkpoint
-from uni_instruct.checkpoints.import_bundle import ImportRequest, import_checkpoint
+from uni_instruct.checkpoints.import_bundle import ImportRequest, bundle_from_checkpoint
 from uni_instruct.checkpoints.state_dict_adapter import translate
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
@@ -43,19 +43,19 @@ PEERS = {
 PRECONDITIONINGS = {"VEPrecond": "ve", "VPPrecond": "vp", "iDDPMPrecond": "iddpm"}
 
 
-def peer(name: str) -> tuple[nn.Module, Denoiser]:
+def peer(name: str, channels: int = 3) -> tuple[nn.Module, Denoiser]:
     """The network as a peer's module, and the same weights in ours."""
     outer_class, inner_class, classes, ours, args = PEERS[name]
     more = {"preconditioning": PRECONDITIONINGS.get(outer_class, "edm")}
     torch.manual_seed(0)
     denoiser = build_denoiser(
-        ModelSpec(name="peer", noise_shape=(3, 8, 8), num_classes=classes, network=ours, network_args={**args, **more})
+        ModelSpec(name="peer", noise_shape=(channels, 8, 8), num_classes=classes, network=ours, network_args={**args, **more})
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    shape = {"img_resolution": 8, "img_channels": 3, "label_dim": classes}
+    shape = {"img_resolution": 8, "img_channels": channels, "label_dim": classes}
     outer = made.as_peer(nn.Module(), outer_class, {**shape, **args, "model_type": inner_class}, **shape, use_fp16=True)
     setattr(outer, "unet" if inner_class == "UNet" else "model", made.as_peer(denoiser.model, inner_class, dict(args)))
     if inner_class == "UNet":
@@ -76,8 +76,11 @@ def images_of(denoiser: Denoiser) -> torch.Tensor:
 @pytest.mark.parametrize("name", PEERS)
 def test_what_is_imported_computes_what_the_file_did(cli: Cli, tmp_path: Path, name: str) -> None:
     outer, denoiser = peer(name)
-    write = made.write_edm2_pickle if name == "EDM2" else made.write_sid_pickle
-    code, out, errors = cli("import", write(tmp_path / "snapshot.pkl", outer), "--out", tmp_path / "bundle", "--json")
+    if name == "EDM2":
+        file = made.write_edm2_pickle(tmp_path / "snapshot.pkl", outer, encoder=made.PeerObject("StandardRGBEncoder"))
+    else:
+        file = made.write_sid_pickle(tmp_path / "snapshot.pkl", outer)
+    code, out, errors = cli("import", file, "--out", tmp_path / "bundle", "--json")
     assert code == 0, errors
     bundle = Bundle.open(tmp_path / "bundle")
     assert json.loads(out)["weights_sha256"] == bundle.weights_sha256
@@ -122,9 +125,9 @@ def test_a_teachers_file_starts_a_distillation(cli: Cli, tmp_path: Path, monkeyp
 def test_a_generators_file_gets_a_reference_and_a_teachers_none(tmp_path: Path) -> None:
     outer, _ = peer("DDPM++")
     file = made.write_sid_pickle(tmp_path / "snapshot.pkl", outer)
-    for kind in ("generator", "teacher"):
-        bundle = import_checkpoint(file, tmp_path / kind, ImportRequest(kind=kind))
-        assert (bundle.reference() is not None) is (kind == "generator")
+    for role in ("generator", "teacher"):
+        bundle = bundle_from_checkpoint(file, tmp_path / role, ImportRequest(role=role))
+        assert (bundle.reference() is not None) is (role == "generator")
 
 
 def test_a_training_state_offers_its_networks(cli: Cli, tmp_path: Path) -> None:
@@ -271,7 +274,7 @@ def import_damaged(folder: Path, seeds: range) -> list[str]:
         form = ("EDM", "EDM, protocol 2", "state dict", "safetensors")[seed % 4]
         (folder / "damaged").write_bytes(mutated(originals, form, seed))
         try:
-            import_checkpoint(folder / "damaged", folder / "bundle", ImportRequest())
+            bundle_from_checkpoint(folder / "damaged", folder / "bundle", ImportRequest())
             load_denoiser(Bundle.open(folder / "bundle"))
             ends.append("Bundle")
         except UniInstructError as error:

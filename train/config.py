@@ -16,7 +16,7 @@ AUTO = "auto"
 # Words of a recipe; what they stand for is in the table of the same name, in optimizer.py and in trackers.py.
 DECAYS = ("linear", "cosine", "sqrt")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         one_of("loop.metric", self.metric, ("FD", "KD", "none"))
         one_of("loop.extractor", self.extractor, EXTRACTORS)
-        one_of("loop.precision", self.precision, (AUTO, *PRECISIONS))
+        one_of("loop.precision", self.precision, (AUTO, *LOOP_PRECISIONS))
         if not isinstance(self.channels_last, bool) and self.channels_last != AUTO:
             raise RequestError(
                 f"loop.channels_last is {self.channels_last!r}", remedy="give true, false or auto", param="recipe"

@@ -1,23 +1,28 @@
 """From a checkpoint's file to a bundle, with where it comes from."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from uni_instruct import __version__
-from uni_instruct.bundle import CONFIG, Bundle
+from uni_instruct.bundle import CARD, CONFIG, Bundle
+from uni_instruct.card_usage import usage
+from uni_instruct.checkpoints.autoencoder_kl import StoredDecoder, read_decoder
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
+from uni_instruct.checkpoints.latent_map import LatentMap, find_latent_map, stated_latent_map
 from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec
 
-KINDS = ("generator", "teacher")
-# What a training state holds besides generators: networks that denoise at every noise level.
+# Networks of a training state that denoise at every noise level, and so are teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
-# The average is what is published, in whatever file.
+# The average of the weights is what every project publishes and scores.
 PREFERRED = ("ema", "G_ema", "G_ema_state")
 # EDM's and EDM2's code and weights are NVIDIA's; what was trained with them carries their classes.
 NVIDIAS_LICENCE = "CC-BY-NC-SA-4.0, as far as it derives from NVIDIA's EDM"
@@ -31,28 +36,33 @@ tags: [{tags}]
 ---
 # {name}
 
-{summary} Imported from `{file}` ({format}, network `{role}`, sha256 `{digest}`).
+{summary} Imported from `{file}` ({format}, network `{network}`, sha256 `{digest}`).
 
 ## Use
 ```
-uni-instruct generate . --seeds 0-63 --out images/
-{more}
+{usage}
 ```
 
 Licence: {licence}. Nothing was measured at import: `uni-instruct evaluate` does.
+"""
+_DECODER_TITLE = "## Decoder"
+_DECODER_CARD = f"""
+{_DECODER_TITLE}
+The network makes a VAE's latents. Pictures are made of them by the decoder of `{{source}}`, whose licence is its own.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportRequest:
-    """What the file cannot tell. None takes what its format suggests.
+    """What the file does not say. None takes what its format suggests.
 
-    kind: 'generator' of one step, or 'teacher' for many. network: its role in the file. sigma_init: the noise level of a
+    role: 'generator' of one step, or 'teacher' for many. network: its name in the file. sigma_init: the noise level of a
     one-step generator's input. steps: of the teacher's sampler. origin: the address on the hub of a file from there. patch: the
-    side of the squares of pixels that the network sees as one.
+    side of the squares of pixels that the network sees as one. latents: where the file does not say, the network makes a VAE's
+    latents, scaled as EDM2 does. decoder: what `read_decoder` takes; it implies latents.
     """
 
-    kind: str | None = None
+    role: str | None = None
     network: str | None = None
     name: str | None = None
     sigma_init: float = DEFAULT_SIGMA_INIT
@@ -60,10 +70,12 @@ class ImportRequest:
     licence: str | None = None
     origin: str = ""
     patch: int | None = None
+    latents: bool = False
+    decoder: str | None = None
 
 
-def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
-    """The file's network as a bundle in `out`.
+def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
+    """Writes the file's network as a bundle into `out`.
 
     Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
     """
@@ -72,14 +84,55 @@ def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
     translation = translate(stored, request.patch)
-    spec = _spec(path, checkpoint, stored, translation, request)
-    return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
+    # The last: a bundle's config.json, beside its weights.
+    asked = request.latents or request.decoder is not None or stored.config.get("latents") is True
+    latents = find_latent_map(checkpoint.facts, translation.image_shape[0], asked)
+    spec = _spec(path, checkpoint, stored, translation, latents, request)
+    if latents is None or request.decoder is None:
+        return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
+    decoder = read_decoder(request.decoder, latents)
+    return _write_decoded(out, spec, translation.weights, _card(spec), decoder)
 
 
-def open_or_import(source: str, kind: str) -> Bundle:
-    """A bundle, or a checkpoint's file as one: kept in the cache under the file's hash and this version: imported once.
+def attach_decoder(bundle: Bundle, decoder: str, out: Path) -> Bundle:
+    """The bundle with that decoder, in `out`, which may be its own folder; engines are left behind.
 
-    Takes whatever `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `import_checkpoint` do.
+    decoder: what `read_decoder` takes. Raises RequestError where the bundle makes pictures by itself, and as `read_decoder`.
+    """
+    if not bundle.spec.latents:
+        raise RequestError(f"{bundle.origin} makes pictures by itself", remedy="leave --decoder out", param="decoder")
+    stored = read_decoder(decoder, stated_latent_map(bundle.spec.provenance))
+    # A former decoder's section is the last of the card.
+    card = (bundle.path / CARD).read_text().partition(f"\n{_DECODER_TITLE}")[0]
+    return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, bundle.stored_precision())
+
+
+def _write_decoded(
+    out: Path,
+    spec: ModelSpec,
+    weights: Mapping[str, np.ndarray],
+    card: str,
+    decoder: StoredDecoder,
+    precision: str = "fp32",
+) -> Bundle:
+    from uni_instruct.networks.reference import make_reference
+
+    decoded = replace(spec, decoder=decoder.spec)
+    return Bundle.write(
+        out,
+        decoded,
+        weights,
+        card.replace(usage(spec), usage(decoded)) + _DECODER_CARD.format(source=decoder.spec.source),
+        precision=precision,
+        decoder=decoder.weights,
+        reference=make_reference,
+    )
+
+
+def open_or_import(source: str, role: str) -> Bundle:
+    """A bundle, or a checkpoint's file as one, imported once and then kept in the cache. role: as in ImportRequest.
+
+    Takes whatever `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `bundle_from_checkpoint` do.
     """
     origin, path = source, Path(source)
     if is_on_hub(source):
@@ -87,47 +140,56 @@ def open_or_import(source: str, kind: str) -> Bundle:
         origin, path = download.origin, download.path
     if not path.is_file():
         return Bundle.open(source)
-    folder = cache_folder() / "imported" / f"{sha256(path)}-{__version__}-{kind}"
+    # Under the file's hash and our version: another file of the same name, or a reader that was mended, is imported anew.
+    folder = cache_folder() / "imported" / f"{sha256(path)}-{__version__}-{role}"
     if not (folder / CONFIG).is_file():
-        import_checkpoint(path, folder, ImportRequest(kind=kind, origin=origin))
+        bundle_from_checkpoint(path, folder, ImportRequest(role=role, origin=origin))
     return Bundle.open(folder)
 
 
-def choose_network(checkpoint: Checkpoint, role: str | None) -> StoredNetwork:
-    """The network of that role; without one the average. Raises RequestError where the file has none of that role."""
-    networks = {network.role: network for network in checkpoint.networks}
-    if role is None:
-        role = next((name for name in PREFERRED if name in networks), next(iter(networks)))
-    if role not in networks:
+def choose_network(checkpoint: Checkpoint, name: str | None) -> StoredNetwork:
+    """The network of that name; without a name the average. Raises RequestError where the file has none of that name."""
+    networks = {network.name: network for network in checkpoint.networks}
+    if name is None:
+        name = next((preferred for preferred in PREFERRED if preferred in networks), next(iter(networks)))
+    if name not in networks:
         remedy = f"choose one of {', '.join(networks)}"
-        raise RequestError(f"the file holds no network '{role}'", remedy=remedy, param="network")
-    return networks[role]
+        raise RequestError(f"the file holds no network '{name}'", remedy=remedy, param="network")
+    return networks[name]
 
 
-def likely_kind(checkpoint: Checkpoint, stored: StoredNetwork) -> str:
-    """A file that names the loss of a denoiser holds a teacher; SiD's and its successors' snapshots hold the average alone."""
-    return "teacher" if "loss_fn" in checkpoint.facts or stored.role in DENOISERS else "generator"
+def likely_role(checkpoint: Checkpoint, stored: StoredNetwork) -> str:
+    """'teacher' or 'generator', by what the file holds beside the network."""
+    # EDM and EDM2 keep a denoiser's loss in the file; snapshots of SiD and its successors hold nothing but the average.
+    return "teacher" if "loss_fn" in checkpoint.facts or stored.name in DENOISERS else "generator"
 
 
 def _spec(
-    path: Path, checkpoint: Checkpoint, stored: StoredNetwork, translation: Translation, request: ImportRequest
+    path: Path,
+    checkpoint: Checkpoint,
+    stored: StoredNetwork,
+    translation: Translation,
+    latents: LatentMap | None,
+    request: ImportRequest,
 ) -> ModelSpec:
-    kind = request.kind or likely_kind(checkpoint, stored)
+    role = request.role or likely_role(checkpoint, stored)
     provenance: dict[str, Any] = {
         "imported": {
             "file": request.origin if is_on_hub(request.origin) else path.name,
             "sha256": sha256(path),
             "format": checkpoint.format,
-            "network": stored.role,
+            "network": stored.name,
             "class": stored.class_name or "read off the weights",
             "left_out": list(translation.left_out),
+            **({} if latents is None else {"latents": latents.to_json()}),
         },
         "uni_instruct": __version__,
     }
     return translation.spec(
         name=request.name or re.sub(r"[^\w.-]+", "-", path.stem),
         sigma_init=request.sigma_init,
-        steps=1 if kind == "generator" else request.steps,
+        steps=1 if role == "generator" else request.steps,
+        latents=latents is not None,
         provenance=provenance,
         licence=request.licence or (NVIDIAS_LICENCE if stored.class_name else UNKNOWN_LICENCE),
     )
@@ -141,8 +203,8 @@ def _card(spec: ModelSpec) -> str:
         summary="A one-step image generator." if one_step else f"A diffusion model, sampled with {spec.steps} steps.",
         file=imported["file"],
         format=imported["format"],
-        role=imported["network"],
+        network=imported["network"],
         digest=imported["sha256"],
-        more="uni-instruct serve ." if one_step else "uni-instruct train RECIPE --set teacher=. data=DATA.zip",
+        usage=usage(spec) if one_step else f"{usage(spec)}\nuni-instruct train RECIPE --set teacher=. data=DATA.zip",
         licence=spec.licence,
     )

@@ -8,7 +8,10 @@ import numpy as np
 
 
 class Outputs(NamedTuple):
-    """pixels uint8 [B, H, W, C]; images, the same before rounding, float32 [B, C, H, W] in about [-1, 1]."""
+    """pixels uint8 [B, H, W, C]; images, the same before rounding, float32 [B, C, H, W] in about [-1, 1].
+
+    Where the spec makes no pictures, images are a VAE's latents, and pixels is empty: uint8 [0, H, W, C].
+    """
 
     pixels: np.ndarray
     images: np.ndarray
