@@ -6,17 +6,31 @@ from typing import Any, ClassVar
 
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.extractors import EXTRACTORS
+from uni_instruct.evaluate.scores import MIN_SAMPLES
 from uni_instruct.networks.build import NETWORKS, check_patch
 from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.recipe_file import steps_in
-from uni_instruct.train.recipe_keys import MEANING, in_range, key, one_of
+from uni_instruct.train.recipe_keys import (
+    BOUND,
+    KIMG,
+    MEANING,
+    RANGE,
+    RATE,
+    SHARE,
+    SOME_KIMG,
+    Range,
+    check_ranges,
+    key,
+    one_of,
+)
 
 AUTO = "auto"
 # Words of a recipe; what they stand for is in the table of the same name, in optimizer.py and in trackers.py.
 DECAYS = ("linear", "cosine", "sqrt")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+EVALUATED = Range(1e-6, 1e9, "loop.metric=none scores nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +42,30 @@ class NetworkConfig:
 
     architecture: str = key("ddpmpp", "ddpmpp, ncsnpp, adm or edm2; docs/architecture.md says where each is")
     conditional: bool = key(True, "whether the network knows the classes of the data")
-    sigma_data: float = key(0.5, "deviation of the data's pixels, which the preconditioning counts on")
-    patch: int | None = key(None, "patch x patch pixels are one to the network; 2 is some three times as fast")
-    model_channels: int | None = key(None, "channels at full resolution, before channel_mult")
-    channel_mult: tuple[int, ...] | None = key(None, "channels of each level, in units of model_channels")
-    channel_mult_emb: int | None = key(None, "width of the embedding of noise level and class, in units of model_channels")
-    channel_mult_noise: int | None = key(None, "width of the embedding of the noise level alone, in units of model_channels")
-    num_blocks: int | None = key(None, "residual blocks of a level")
-    attn_resolutions: tuple[int, ...] | None = key(None, "sides, in the network's pixels, at which there is attention")
-    dropout: float | None = key(None, "share of activations that are dropped while training")
-    resample_filter: tuple[int, ...] | None = key(None, "filter of up- and downsampling, such as [1, 1] or [1, 3, 3, 1]")
+    sigma_data: float = key(0.5, "deviation of the data's pixels, which the preconditioning counts on", Range(1e-3, 1e3))
+    patch: int | None = key(None, "patch x patch pixels are one to the network; 2 is some three times as fast", Range(1, 4))
+    model_channels: int | None = key(None, "channels at full resolution, before channel_mult", Range(1, 8192))
+    channel_mult: tuple[int, ...] | None = key(None, "channels of each level, in units of model_channels", Range(1, 64))
+    channel_mult_emb: int | None = key(
+        None, "width of the embedding of noise level and class, in units of model_channels", Range(1, 64)
+    )
+    channel_mult_noise: int | None = key(
+        None, "width of the embedding of the noise level alone, in units of model_channels", Range(1, 64)
+    )
+    num_blocks: int | None = key(None, "residual blocks of a level", Range(1, 64))
+    attn_resolutions: tuple[int, ...] | None = key(
+        None, "sides, in the network's pixels, at which there is attention", Range(1, 65536)
+    )
+    dropout: float | None = key(None, "share of activations that are dropped while training", Range(0, 0.99, "0 is none"))
+    resample_filter: tuple[int, ...] | None = key(
+        None, "filter of up- and downsampling, such as [1, 1] or [1, 3, 3, 1]", Range(1, 1000)
+    )
 
     def __post_init__(self) -> None:
         one_of("network.architecture", self.architecture, NETWORKS)
         if self.patch is not None:
             check_patch(self.patch)
-        if self.dropout is not None:
-            in_range("network.dropout", self.dropout, 0, 0.99)
-        if self.num_blocks is not None:
-            in_range("network.num_blocks", self.num_blocks, 1, 64)
+        check_ranges("network", self)
 
     @property
     def args(self) -> dict[str, Any]:
@@ -60,41 +79,39 @@ class StageConfig:
     """What teacher and distillation have in common: how long, how fast, which averages."""
 
     section: ClassVar[str]
-    duration_kimg: float = key(200.0, "how long the stage is, in thousands of images")
-    batch: int = key(128, "images of a step, of all processes together")
-    micro_batch: int = key(0, "the most images that a process takes at once, which changes memory alone; 0: all of its share")
-    warmup_kimg: float = key(0.0, "how long the learning rate rises from 0")
-    decay_kimg: float = key(0.0, "over how long, at the end, the learning rate falls to 0; 0: it stays")
+    duration_kimg: float = key(200.0, "how long the stage is, in thousands of images", Range(1e-3, 1e9))
+    batch: int = key(128, "images of a step, of all processes together", Range(1, 1_000_000))
+    micro_batch: int = key(
+        0,
+        "the most images that a process takes at once, which changes memory alone; 0: all of its share",
+        Range(0, 1_000_000, "0 is all of its share"),
+    )
+    warmup_kimg: float = key(0.0, "how long the learning rate rises from 0", KIMG)
+    decay_kimg: float = key(
+        0.0, "over how long, at the end, the learning rate falls to 0; 0: it stays", Range(0, 1e9, "0 keeps the rate")
+    )
     decay: str = key("linear", "how it falls: linear, cosine or sqrt")
-    augment: float = key(0.0, "probability of each of EDM's augmentations of an image; 0: none")
+    augment: float = key(0.0, "probability of each of EDM's augmentations of an image; 0: none", SHARE)
     augment_mirror: bool = key(True, "whether augmentation mirrors images; false for digits and text")
-    ema_halflife_kimg: tuple[float, ...] = key((5.0,), "half-lives of the weights' averages; the first is published")
-    ema_rampup: float = key(0.05, "bounds a half-life by that share of the images seen so far")
-    ema_power_std: tuple[float, ...] = key((), "widths of EDM2's averages, of which `average` makes any other")
+    ema_halflife_kimg: tuple[float, ...] = key((5.0,), "half-lives of the weights' averages; the first is published", KIMG)
+    ema_rampup: float = key(0.05, "bounds a half-life by that share of the images seen so far", Range(1e-6, 1e6))
+    ema_power_std: tuple[float, ...] = key(
+        (), "widths of EDM2's averages, of which `average` makes any other", Range(0.01, 0.25, "[] is none")
+    )
 
     def __post_init__(self) -> None:
         one_of(f"{self.section}.decay", self.decay, DECAYS)
-        for name, low, high in _STAGE_RANGES:
-            in_range(f"{self.section}.{name}", getattr(self, name), low, high)
+        check_ranges(self.section, self)
         if not self.ema_halflife_kimg:
             remedy = "give one: it is what is published"
             raise RequestError(f"{self.section}.ema_halflife_kimg is empty", remedy=remedy, param="recipe")
-        for std in self.ema_power_std:
-            in_range(f"{self.section}.ema_power_std", std, 0.01, 0.25)
+        for name in ("ema_halflife_kimg", "ema_power_std"):
+            _refuse_twice(f"{self.section}.{name}", getattr(self, name))
 
     @property
     def total_steps(self) -> int:
         """The whole number of batches that comes nearest to duration_kimg, at least one."""
         return steps_in(self.duration_kimg, self.batch)
-
-
-_STAGE_RANGES = (
-    ("duration_kimg", 1e-3, 1e9),
-    ("batch", 1, 1_000_000),
-    ("micro_batch", 0, 1_000_000),
-    ("augment", 0, 1),
-    ("ema_rampup", 1e-6, 1e6),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,30 +120,27 @@ class TeacherConfig(StageConfig):
 
     section = "teacher"
     bundle: str = key("", "a trained teacher to use, as bundle, peer's file or hf://owner/name; empty: one is trained")
-    learning_rate: float = key(1e-3, "the highest learning rate of Adam")
-    warmup_kimg: float = key(10.0, "how long the learning rate rises from 0")
-    clip_norm: float = key(0.0, "the largest norm of the gradient; 0: no bound")
-    p_mean: float = key(-1.2, "mean of log sigma of the noise levels that are trained")
-    p_std: float = key(1.2, "deviation of log sigma")
-    label_dropout: float = key(0.0, "share of images whose class is hidden, so that the teacher can be guided")
-    evaluate_kimg: float = key(50.0, "how often the teacher is scored, and its best weights kept")
-    steps: int = key(TEACHER_STEPS, "steps of the Heun sampler that the teacher is sampled and compared with")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range("teacher.steps", self.steps, 2, 1000)
-        in_range("teacher.label_dropout", self.label_dropout, 0, 1)
+    learning_rate: float = key(1e-3, "the highest learning rate of Adam", RATE)
+    warmup_kimg: float = key(10.0, "how long the learning rate rises from 0", KIMG)
+    clip_norm: float = key(0.0, "the largest norm of the gradient; 0: no bound", BOUND)
+    p_mean: float = key(-1.2, "mean of log sigma of the noise levels that are trained", Range(-10, 10))
+    p_std: float = key(1.2, "deviation of log sigma", Range(1e-3, 10))
+    label_dropout: float = key(0.0, "share of images whose class is hidden, so that the teacher can be guided", SHARE)
+    evaluate_kimg: float = key(50.0, "how often the teacher is scored, and its best weights kept", EVALUATED)
+    steps: int = key(TEACHER_STEPS, "steps of the Heun sampler that the teacher is sampled and compared with", Range(2, 1000))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """An objective that holds until so many kimg of the generator's."""
 
-    until_kimg: float = field(metadata={MEANING: "the phase ends when the generator has seen so many thousand images"})
+    until_kimg: float = field(
+        metadata={MEANING: "the phase ends when the generator has seen so many thousand images", RANGE: Range(1e-3, 1e9)}
+    )
     objective: ObjectiveConfig = field(metadata={MEANING: "what is minimised until then: any key of objective"})
 
     def __post_init__(self) -> None:
-        in_range("schedule.until_kimg", self.until_kimg, 1e-3, 1e9)
+        check_ranges("schedule", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,42 +149,42 @@ class DistillationConfig(StageConfig):
 
     section = "distillation"
     start: str = key("", "a bundle whose weights the generator starts from; empty: the teacher's")
-    generator_learning_rate: float = key(1e-5, "the generator's highest learning rate")
-    critic_learning_rate: float = key(1e-5, "the highest learning rate of fake score and discriminator")
-    discriminator_learning_rate: float = key(0.0, "of the discriminator's head and own encoder; 0: the critic's")
-    beta1: float = key(0.0, "Adam's beta1, of generator and critic")
-    beta2: float = key(0.999, "Adam's beta2, of generator and critic")
-    adam_eps: float = key(1e-8, "Adam's epsilon")
-    generator_clip_norm: float = key(0.0, "the largest norm of the generator's gradient; 0: no bound")
-    generator_clip_value: float = key(0.0, "the largest value in the generator's gradient, after its norm; 0: no bound")
-    critic_clip_norm: float = key(0.0, "the largest norm of the critic's gradient; 0: no bound")
-    critic_clip_value: float = key(0.0, "the largest value in the critic's gradient, after its norm; 0: no bound")
-    critic_warmup_kimg: float = key(0.0, "how long the critic is trained alone at first")
-    sigma_init: float = key(DEFAULT_SIGMA_INIT, "noise level of the generator's input")
-    evaluate_kimg: float = key(20.0, "how often the generator is scored, and its best weights kept")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range("distillation.sigma_init", self.sigma_init, 1e-3, 1e4)
+    generator_learning_rate: float = key(1e-5, "the generator's highest learning rate", RATE)
+    critic_learning_rate: float = key(1e-5, "the highest learning rate of fake score and discriminator", Range(1e-12, 100))
+    discriminator_learning_rate: float = key(
+        0.0, "of the discriminator's head and own encoder; 0: the critic's", Range(0, 100, "0 is the critic's")
+    )
+    beta1: float = key(0.0, "Adam's beta1, of generator and critic", Range(0, 0.9999))
+    beta2: float = key(0.999, "Adam's beta2, of generator and critic", Range(0, 0.999999))
+    adam_eps: float = key(1e-8, "Adam's epsilon", Range(1e-20, 1))
+    generator_clip_norm: float = key(0.0, "the largest norm of the generator's gradient; 0: no bound", BOUND)
+    generator_clip_value: float = key(0.0, "the largest value in the generator's gradient, after its norm; 0: no bound", BOUND)
+    critic_clip_norm: float = key(0.0, "the largest norm of the critic's gradient; 0: no bound", BOUND)
+    critic_clip_value: float = key(0.0, "the largest value in the critic's gradient, after its norm; 0: no bound", BOUND)
+    critic_warmup_kimg: float = key(0.0, "how long the critic is trained alone at first", Range(0, 1e9, "0 is none"))
+    sigma_init: float = key(DEFAULT_SIGMA_INIT, "noise level of the generator's input", Range(1e-3, 1e4))
+    evaluate_kimg: float = key(20.0, "how often the generator is scored, and its best weights kept", EVALUATED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """What happens beside the steps, for both stages."""
 
-    seed: int = key(0, "of everything random: the same recipe and seed give the same run")
+    seed: int = key(0, "of everything random: the same recipe and seed give the same run", Range(0, 2**63 - 1))
     precision: str = key(AUTO, "of matrix products: 32-true, bf16-mixed, 16-mixed; auto measures and takes the fastest here")
     channels_last: bool | str = key(AUTO, "memory format of images, which changes speed alone: true, false; auto measures")
     compile: bool = key(False, "whether networks are compiled, which changes speed alone")
-    log_kimg: float = key(2.0, "how often a line is logged")
-    state_kimg: float = key(20.0, "how often the state to resume from is saved")
-    snapshot_kimg: float = key(20.0, "how often power-function averages are kept for `average`")
-    bad_steps_in_a_row: int = key(5, "after so many updates that were not finite the run stops")
-    warn_after_lines: int = key(3, "what looks sick for so many log lines is said in words")
+    log_kimg: float = key(2.0, "how often a line is logged", SOME_KIMG)
+    state_kimg: float = key(20.0, "how often the state to resume from is saved", SOME_KIMG)
+    snapshot_kimg: float = key(20.0, "how often power-function averages are kept for `average`", SOME_KIMG)
+    bad_steps_in_a_row: int = key(5, "after so many updates that were not finite the run stops", Range(1, 1_000_000))
+    warn_after_lines: int = key(3, "what looks sick for so many log lines is said in words", Range(1, 1_000_000))
     metric: str = key("FD", "what the best weights are chosen by: FD, KD or none, which keeps the last")
     extractor: str = key("auto", "whose features are compared, as in `evaluate --extractor`; auto chooses by the data")
-    samples: int = key(1797, "images that are generated to be scored")
-    grid: int = key(100, "images in samples/*.png, and all that are made where metric is none")
+    samples: int = key(
+        1797, "images that are generated to be scored", Range(MIN_SAMPLES, 10_000_000, "loop.metric=none scores nothing")
+    )
+    grid: int = key(100, "images in samples/*.png, and all that are made where metric is none", Range(1, 10_000))
     trackers: tuple[str, ...] = key(("tensorboard",), "where scalars and pictures go: tensorboard, wandb, trackio")
     report: bool = key(True, "whether the run ends with report.md, which takes a minute")
 
@@ -182,10 +196,7 @@ class LoopConfig:
             raise RequestError(
                 f"loop.channels_last is {self.channels_last!r}", remedy="give true, false or auto", param="recipe"
             )
-        in_range("loop.bad_steps_in_a_row", self.bad_steps_in_a_row, 1, 1_000_000)
-        in_range("loop.warn_after_lines", self.warn_after_lines, 1, 1_000_000)
-        for name in ("log_kimg", "state_kimg", "snapshot_kimg"):
-            in_range(f"loop.{name}", getattr(self, name), 1e-6, 1e9)
+        check_ranges("loop", self)
         for tracker in self.trackers:
             one_of("loop.trackers", tracker, TRACKERS)
 
@@ -216,6 +227,14 @@ class Recipe:
         for shared in ("discriminator", "ratio_bins"):
             if len({getattr(objective, shared) for objective in self.objectives}) > 1:
                 raise RequestError(f"objective.{shared} differs between phases", remedy="give one to all", param="recipe")
+        config = self.distillation
+        if config.critic_warmup_kimg >= config.duration_kimg:
+            raise RequestError(
+                f"distillation.critic_warmup_kimg {config.critic_warmup_kimg:g} leaves the generator nothing of its "
+                f"duration_kimg {config.duration_kimg:g}",
+                remedy=f"give critic_warmup_kimg less than {config.duration_kimg:g}, such as 0",
+                param="recipe",
+            )
         if not self.data:
             self._check_without_data()
 
@@ -250,6 +269,13 @@ class Recipe:
             "adversarial_scale=0 and metric=none",
             param="data",
         )
+
+
+def _refuse_twice(key: str, values: tuple[float, ...]) -> None:
+    """Raises RequestError where two averages would have one name, in which a number has six digits."""
+    names = [f"{value:g}" for value in values]
+    if len(set(names)) < len(names):
+        raise RequestError(f"{key} has {max(names, key=names.count)} twice", remedy="give each once", param="recipe")
 
 
 def _plain(value: Any) -> Any:

@@ -1,19 +1,18 @@
 """From a recipe's name or file, and the user's changes to it, to a Recipe."""
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.methods import DEFINING, METHODS
-from uni_instruct.train.recipe_file import RECIPES, built_in_recipes, read_yaml
+from uni_instruct.train.recipe_file import RECIPES, YAML_ERRORS, built_in_recipes, parse_yaml, read_yaml
 from uni_instruct.train.recipe_keys import one_of
 
 METHOD_KEY = "objective.method"
@@ -25,14 +24,13 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by built-in name or YAML file, with 'key=value' overrides. Raises RequestError for anything unknown.
 
     A key is written in full (objective.alpha), or by its last part where that is unique (alpha); teacher is short for
-    teacher.bundle. A method named here replaces
-    what the recipe says about its own; the other overrides go on top.
+    teacher.bundle. A method named here replaces what the recipe says about its own; the other overrides go on top.
     """
     path = RECIPES / f"{source}.yaml" if source in built_in_recipes() else Path(source)
     if not path.is_file():
         known = ", ".join(built_in_recipes())
         raise RequestError(f"recipe '{source}' is unknown", remedy=f"give a YAML file or one of {known}", param="recipe")
-    values = read_yaml(path)
+    values = _with_sections(Recipe, read_yaml(path))
     changes = [_read_override(override) for override in overrides]
     for key, value in sorted(changes, key=lambda change: change[0] != METHOD_KEY):
         if key == METHOD_KEY:
@@ -44,15 +42,15 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values. Raises RequestError for unknown keys, wrong types and values out of range."""
-    recipe: Recipe = _build(Recipe, values, prefix="")
+    # Without an objective, its method's own settings hold, as with an empty one.
+    recipe: Recipe = _build(Recipe, {"objective": None} | dict(values), prefix="")
     return recipe
 
 
 def _change_method(values: dict[str, Any], name: Any) -> None:
     """The method's own settings win over the recipe's, what defined the recipe's method is dropped, its tuning stays."""
     one_of(METHOD_KEY, name, METHODS)
-    before = values.get("objective") or {}
-    tuning = {key: value for key, value in before.items() if key not in DEFINING} if isinstance(before, dict) else {}
+    tuning = {key: value for key, value in values.get("objective", {}).items() if key not in DEFINING}
     values["objective"] = tuning | METHODS[name].settings | {"method": name}
 
 
@@ -62,9 +60,11 @@ def _read_override(override: str) -> tuple[str, Any]:
         raise RequestError(f"--set {override} has no value", remedy="write --set key=value", param="set")
     full = _full_key(key.strip())
     try:
-        return full, yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError:
+        value = parse_yaml(text) if text.strip() else ""
+    except YAML_ERRORS:
         return full, text  # such as an expression that begins with a sign that YAML reserves
+    # On the command line 2024, yes and [x] are text where text is asked for; in a file YAML has quotes for that.
+    return full, text.strip() if recipe_fields(Recipe)[full].type is str and not isinstance(value, str) else value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -100,9 +100,32 @@ def recipe_fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[An
     return found
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
+def _with_sections(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with every section that they name as a mapping of its own, so that single keys can be set in it."""
+    hints = typing.get_type_hints(cls)
+    return {
+        key: dict(_section(hints[key], value, f"{key}.")) if dataclasses.is_dataclass(hints.get(key)) else value
+        for key, value in values.items()
+    }
+
+
+def _section(cls: type, values: Any, prefix: str) -> Mapping[str, Any]:
+    """The keys of a section; one that is empty has none. Raises RequestError for what is no section."""
+    if values is None:
+        return {}
     if not isinstance(values, Mapping):
-        raise RequestError(f"'{prefix.rstrip('.')}' is not a section", remedy="indent its keys below it", param="recipe")
+        name, first = prefix.rstrip("."), dataclasses.fields(cls)[0].name
+        first = SHORT.get(name, first).rpartition(".")[2]
+        raise RequestError(
+            f"'{name}' is {reprlib.repr(values)}, not a section",
+            remedy=f"indent its keys below it, such as '{first}: ...'",
+            param="recipe",
+        )
+    return values
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    values = _section(cls, values, prefix)
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
@@ -110,12 +133,12 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
             raise RequestError(
                 f"recipe key '{prefix}{key}' is unknown", remedy=f"choose one of {', '.join(names)}", param="recipe"
             )
-    missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in values]
+    missing = [f.name for f in dataclasses.fields(cls) if _required(f) and values.get(f.name) is None]
     if missing:
-        raise RequestError(f"recipe has no '{prefix}{missing[0]}'", remedy="add that line", param="recipe")
+        raise RequestError(f"recipe has no '{prefix}{missing[0]}'", remedy="give it in a line of its own", param="recipe")
     if cls is ObjectiveConfig:
         method = values.get("method", ObjectiveConfig.method)
-        one_of(METHOD_KEY, method, METHODS)
+        one_of(prefix + "method", method, METHODS)
         values = METHODS[method].settings | dict(values)
     return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
 
@@ -140,9 +163,20 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         # YAML reads 1e-4 as a string.
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    expected = getattr(kind, "__name__", str(kind))
-    raise RequestError(f"recipe key '{key}' is {value!r}", remedy=f"give a value of type {expected}", param="recipe")
+    raise _of_wrong_type(kind, value, key)
+
+
+def _of_wrong_type(kind: Any, value: Any, key: str) -> RequestError:
+    if value is None:
+        return RequestError(f"recipe key '{key}' is empty", remedy="give it a value, or leave the line out", param="recipe")
+    remedy = f"give a value of type {getattr(kind, '__name__', str(kind))}"
+    if kind is str and not isinstance(value, list | dict):  # a date, a number, or yes and no
+        remedy = f"put it in quotes: '{value}'"
+    elif isinstance(kind, types.GenericAlias):
+        remedy = "give a list, its entries below it with a '-' before each"
+    # Cut: a recipe may hold a megabyte there, or a list that holds itself.
+    return RequestError(f"recipe key '{key}' is {reprlib.repr(value)}", remedy=remedy, param="recipe")

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its default and its meaning, as a table made from the code."""
+"""Every key of a recipe with its default, its range and its meaning, as a table made from the code."""
 
 import dataclasses
 import textwrap
@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 
 from uni_instruct.train.config import PhaseConfig, Recipe
 from uni_instruct.train.recipe import recipe_fields
-from uni_instruct.train.recipe_keys import MEANING
+from uni_instruct.train.recipe_keys import MEANING, RANGE
 
 NARROWEST = 40  # of the column of meanings, however narrow the terminal
 
 
 class Row(NamedTuple):
-    """One key: its full name, its default as a recipe writes it, and what it is for."""
+    """One key: its full name, its default as a recipe writes it, the range of a number, and what it is for."""
 
     key: str
     default: str
+    range: str
     meaning: str
 
 
@@ -31,18 +32,18 @@ def rows() -> list[Row]:
 
 def recipe_help(width: int) -> str:
     """The table, in lines of at most `width` characters where its last column can be that narrow."""
-    table = [Row("key", "default", "meaning"), *rows()]
-    first, second = (max(len(row[column]) for row in table) + 2 for column in (0, 1))
+    table = [Row("key", "default", "range", "meaning"), *rows()]
+    widths = [max(len(row[column]) for row in table) + 2 for column in range(3)]
     lines = []
     for row in table:
-        meaning = textwrap.wrap(row.meaning, max(NARROWEST, width - first - second))
-        lines.append(f"{row.key:{first}}{row.default:{second}}{meaning[0]}")
-        lines += [" " * (first + second) + more for more in meaning[1:]]
+        meaning = textwrap.wrap(row.meaning, max(NARROWEST, width - sum(widths)))
+        lines.append("".join(f"{cell:{cells}}" for cell, cells in zip(row[:3], widths, strict=True)) + meaning[0])
+        lines += [" " * sum(widths) + more for more in meaning[1:]]
     return "\n".join(lines)
 
 
 def _row(key: str, field: "dataclasses.Field[Any]") -> Row:
-    return Row(key, _written(field.default), field.metadata[MEANING])
+    return Row(key, _written(field.default), str(field.metadata.get(RANGE) or "-"), field.metadata[MEANING])
 
 
 def _written(default: object) -> str:

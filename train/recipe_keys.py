@@ -1,29 +1,76 @@
-"""What every key of a recipe has: a default, a meaning in one line, and checks of its value."""
+"""What every key of a recipe has: a default, a meaning in one line, a range where it is a number, and checks of its value."""
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from uni_instruct.errors import RequestError
 
-MEANING = "meaning"
+MEANING, RANGE = "meaning", "range"
 Value = TypeVar("Value")
 
 
-def key(default: Value, meaning: str) -> Value:
-    """A dataclass field with that default; its meaning is what `train --help-recipe` prints."""
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a key may have, both ends included. off: what is written for "none", where peers write -1."""
+
+    low: float
+    high: float
+    off: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high  # false for nan
+
+    def __str__(self) -> str:
+        return f"{_number(self.low)} to {_number(self.high)}"
+
+
+# The ranges of what many keys count: thousands of images, a share of a whole, a rate of Adam, a bound of a gradient.
+KIMG = Range(0, 1e9)
+SOME_KIMG = Range(1e-6, 1e9)
+SHARE = Range(0, 1, "0 is none")
+RATE = Range(0, 100)
+BOUND = Range(0, 1e9, "0 is no bound")
+SCALE = Range(0, 1e9, "0 leaves the term out")
+
+
+def key(default: Value, meaning: str, within: Range | None = None) -> Value:
+    """A dataclass field with that default; its meaning and range are what `train --help-recipe` prints."""
     # Said to be the value, which is what the field is in every instance: a type checker knows no other kind of default.
-    found: Value = dataclasses.field(default=default, metadata={MEANING: meaning})
+    found: Value = dataclasses.field(default=default, metadata={MEANING: meaning, RANGE: within})
     return found
 
 
-def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+def check_ranges(section: str, config: Any) -> None:
+    """Raises RequestError where a number of a section, or one in a list of it, is outside the range beside its field."""
+    for field in dataclasses.fields(config):
+        within, value = field.metadata.get(RANGE), getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if within is not None and number is not None and number not in within:
+                raise out_of_range(f"{section}.{field.name}", number, within)
+
+
+def one_of(key: str, value: object, allowed: Iterable[str]) -> None:
     """Raises RequestError, with the names, unless the value is one of them."""
-    if value not in allowed:
-        raise RequestError(f"{key} '{value}' is unknown", remedy=f"choose one of {', '.join(allowed)}", param="recipe")
+    names = list(allowed)
+    if value not in names:
+        shown = value if isinstance(value, str) else reprlib.repr(value)
+        raise RequestError(f"{key} '{shown}' is unknown", remedy=f"choose one of {', '.join(names)}", param="recipe")
 
 
 def in_range(key: str, value: float, low: float, high: float) -> None:
-    """Raises RequestError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise RequestError(f"{key} {value} is out of range", remedy=f"give {low:g} to {high:g}", param="recipe")
+    """Raises RequestError unless low <= value <= high: for ends that depend on another key."""
+    if value not in Range(low, high):
+        raise out_of_range(key, value, Range(low, high))
+
+
+def out_of_range(key: str, value: float, within: Range) -> RequestError:
+    """The error for a number outside its range."""
+    off = f", where {within.off}" if within.off else ""
+    return RequestError(f"{key} {_number(value)} is out of range", remedy=f"give {within}{off}", param="recipe")
+
+
+def _number(value: float) -> str:
+    """Whole numbers in full, as a recipe takes them for a count; one with a thousand digits is cut."""
+    return reprlib.repr(value) if isinstance(value, int) else f"{value:g}"

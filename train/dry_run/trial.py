@@ -23,6 +23,7 @@ from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.optimization.distributed import lone_fabric
 from uni_instruct.train.optimization.optimizer import OptimizerStep
 from uni_instruct.train.plan import Plan
+from uni_instruct.train.recipe_keys import KIMG
 from uni_instruct.train.rng import initial_weights
 from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
@@ -235,8 +236,11 @@ def distillation_stage(
 
     critic_alone: its steps are those of the critic's warm-up, else those after it.
     """
-    warmup_kimg = math.inf if critic_alone else 0.0
-    config = dataclasses.replace(_taking(plan.recipe.distillation, images), critic_warmup_kimg=warmup_kimg)
+    # Without an end, so that a warm-up never has one either.
+    warmup_kimg = KIMG.high / 2 if critic_alone else 0.0
+    config = dataclasses.replace(
+        _taking(plan.recipe.distillation, images), duration_kimg=KIMG.high, critic_warmup_kimg=warmup_kimg
+    )
     loop = dataclasses.replace(plan.recipe.loop, compile=False)
     recipe = dataclasses.replace(plan.recipe, objective=objective, schedule=(), distillation=config, loop=loop)
     batches = None

@@ -9,9 +9,10 @@ from uni_instruct.train.objective.divergences.find import find_divergence
 from uni_instruct.train.objective.divergences.table import DEFAULT_MIX, DEFAULT_ORDER, Divergence
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.terms import FAMILIES, WEIGHTINGS
-from uni_instruct.train.recipe_keys import in_range, key, one_of
+from uni_instruct.train.recipe_keys import SCALE, SHARE, Range, check_ranges, in_range, key, one_of
 
 NOISES = ("karras", "lognormal")
+GUIDANCE = Range(0, 100, "1 is none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,37 +22,37 @@ class ObjectiveConfig:
     method: str = key("uni-instruct", "a published method (docs/objective.md), which sets the keys that define it")
     family: str = key("expanded", "expanded (Uni-Instruct, SiD) or integral (Diff-Instruct, DMD, f-distill)")
     divergence: str = key("reverse-kl", "a name, or your own f: an expression in r, or file.py:function")
-    order: float = key(DEFAULT_ORDER, "of the alpha family: 0 is the reverse KL, 1 the forward KL")
-    mix: float = key(DEFAULT_MIX, "share of the forward KL in Jeffreys' divergence")
+    order: float = key(DEFAULT_ORDER, "of the alpha family: 0 is the reverse KL, 1 the forward KL", Range(-10, 10))
+    mix: float = key(DEFAULT_MIX, "share of the forward KL in Jeffreys' divergence", Range(0, 1))
     di: bool = key(True, "expanded family: whether its term DI is on")
     fgm: bool = key(True, "expanded family: whether its term FGM is on")
     sim: bool = key(True, "expanded family: whether its term SIM is on")
-    alpha: float = key(0.5, "scales FGM by 2 (1 - alpha): 0.5 is exact, 1 is SiD")
+    alpha: float = key(0.5, "scales FGM by 2 (1 - alpha): 0.5 is exact, 1 is SiD", Range(-10, 10))
     exact_sim: bool = key(True, "whether SIM's weight is differentiated; false is biased for all but the reverse KL")
     weighting: str = key("sid", "of noise levels: exact, sid or uniform")
     noise: str = key("karras", "the generator's noise levels: karras (uniform on EDM's schedule) or lognormal")
-    tmin: float = key(0.0, "karras: the lowest level's place on the schedule, in thousandths")
-    tmax: float = key(800.0, "karras: the highest level's place on the schedule, in thousandths")
-    noise_mean: float = key(-1.2, "lognormal: mean of log sigma")
-    noise_std: float = key(1.2, "lognormal: deviation of log sigma")
+    tmin: float = key(0.0, "karras: the lowest level's place on the schedule, in thousandths", Range(0, 999))
+    tmax: float = key(800.0, "karras: the highest level's place on the schedule, in thousandths", Range(1, 1000))
+    noise_mean: float = key(-1.2, "lognormal: mean of log sigma", Range(-10, 10))
+    noise_std: float = key(1.2, "lognormal: deviation of log sigma", Range(1e-3, 10))
     critic_noise: str = key("same", "the critic's noise levels: karras, lognormal, or same as the generator's")
-    critic_updates: int = key(1, "updates of the critic for one of the generator")
+    critic_updates: int = key(1, "updates of the critic for one of the generator", Range(1, 1000))
     discriminator: str = key("shared", "shared: a head on the fake score's encoder; own: with an encoder of its own")
-    discriminator_scale: float = key(0.1, "of the discriminator's loss beside the fake score's")
-    logit_clamp: float = key(5.0, "bound of the log-ratio, both ways")
+    discriminator_scale: float = key(0.1, "of the discriminator's loss beside the fake score's", Range(0, 1e6))
+    logit_clamp: float = key(5.0, "bound of the log-ratio, both ways", Range(0.1, 50))
     ratio_mean: str = key("batch", "ratios get mean 1 over the batch, or a running mean by noise bin as well, or not (none)")
-    ratio_bins: int = key(16, "running: number of noise bins")
-    ratio_momentum: float = key(0.99, "running: how much of a bin's mean stays at each of its samples")
-    divergence_scale: float = key(1.0, "of the divergence; 0 leaves it out")
-    adversarial_scale: float = key(0.0, "of the adversarial term, which counts per pixel; 0 leaves it out")
-    regression_scale: float = key(0.0, "of DMD's regression on pairs of the teacher's; 0 leaves it out")
-    regression_pairs: int = key(1000, "how many such pairs the teacher makes")
+    ratio_bins: int = key(16, "running: number of noise bins", Range(1, 1000))
+    ratio_momentum: float = key(0.99, "running: how much of a bin's mean stays at each of its samples", Range(0, 1))
+    divergence_scale: float = key(1.0, "of the divergence; 0 leaves it out", SCALE)
+    adversarial_scale: float = key(0.0, "of the adversarial term, which counts per pixel; 0 leaves it out", SCALE)
+    regression_scale: float = key(0.0, "of DMD's regression on pairs of the teacher's; 0 leaves it out", SCALE)
+    regression_pairs: int = key(1000, "how many such pairs the teacher makes", Range(1, 10_000_000))
     reward: str = key("", "module:function or file.py:function, images and class ids to rewards (docs/objective.md)")
-    reward_scale: float = key(0.0, "of the reward; 0 leaves it out")
-    teacher_guidance: float = key(1.0, "classifier-free guidance of the teacher; 1 is none")
-    fake_guidance: float = key(1.0, "of the fake score where the generator's gradient is taken; 1 is none")
-    fake_training_guidance: float = key(1.0, "of the fake score while it is trained; 1 is none")
-    label_dropout: float = key(0.0, "share of the fake score's samples whose class is hidden")
+    reward_scale: float = key(0.0, "of the reward; 0 leaves it out", SCALE)
+    teacher_guidance: float = key(1.0, "classifier-free guidance of the teacher; 1 is none", GUIDANCE)
+    fake_guidance: float = key(1.0, "of the fake score where the generator's gradient is taken; 1 is none", GUIDANCE)
+    fake_training_guidance: float = key(1.0, "of the fake score while it is trained; 1 is none", GUIDANCE)
+    label_dropout: float = key(0.0, "share of the fake score's samples whose class is hidden", SHARE)
 
     def __post_init__(self) -> None:
         one_of("objective.method", self.method, METHODS)
@@ -61,8 +62,7 @@ class ObjectiveConfig:
         one_of("objective.critic_noise", self.critic_noise, ("same", *NOISES))
         one_of("objective.discriminator", self.discriminator, ("shared", "own"))
         one_of("objective.ratio_mean", self.ratio_mean, ("batch", "running", "none"))
-        for name, low, high in _OBJECTIVE_RANGES:
-            in_range(f"objective.{name}", getattr(self, name), low, high)
+        check_ranges("objective", self)
         in_range("objective.tmin", self.tmin, 0, self.tmax - 1)
         _ = self.found_divergence  # refused now rather than in the first step
         if self.family == "expanded" and not (self.di or self.fgm or self.sim):
@@ -105,23 +105,3 @@ class ObjectiveConfig:
         if noise == "karras":
             return KarrasLevels(self.tmin, self.tmax)
         return LogNormalLevels(self.noise_mean, self.noise_std)
-
-
-_OBJECTIVE_RANGES = (
-    ("order", -10, 10),
-    ("mix", 0, 1),
-    ("alpha", -10, 10),
-    ("tmax", 1, 1000),
-    ("noise_std", 1e-3, 10),
-    ("critic_updates", 1, 1000),
-    ("discriminator_scale", 0, 1e6),
-    ("logit_clamp", 0.1, 50),
-    ("ratio_bins", 1, 1000),
-    ("ratio_momentum", 0, 1),
-    ("divergence_scale", 0, 1e9),
-    ("adversarial_scale", 0, 1e9),
-    ("regression_scale", 0, 1e9),
-    ("regression_pairs", 1, 10_000_000),
-    ("reward_scale", 0, 1e9),
-    ("label_dropout", 0, 1),
-)

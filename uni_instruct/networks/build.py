@@ -1,6 +1,7 @@
 """From a spec to its denoiser: the network, what stands around it, and its weights."""
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,7 +82,7 @@ def check_patch(patch: object) -> None:
     """Raises RequestError unless the patch is one of PATCHES."""
     if type(patch) is not int or patch not in PATCHES:  # True and 1.0 equal 1
         known = ", ".join(map(str, PATCHES))
-        raise RequestError(f"network.patch is {patch!r}", remedy=f"choose one of {known}", param="network")
+        raise RequestError(f"network.patch is {reprlib.repr(patch)}", remedy=f"choose one of {known}", param="network")
 
 
 def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> RequestError:
