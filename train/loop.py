@@ -156,7 +156,7 @@ class Loop:
                 "health": self.health.state_dict(),
                 "stage": stage.state_dict(),
             }
-            self.run.save_state(stage.name, state)
+            self.run.save_state(stage.name, state, self.spec.class_names)
         self.fabric.barrier()
 
     def _snapshot(self, stage: Stage, done: int) -> None:

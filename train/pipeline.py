@@ -27,10 +27,10 @@ from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.distributed import BatchShard, ended_together, start_fabric
 from uni_instruct.train.optimization.precision import settle_for_run
-from uni_instruct.train.plan import Plan, make_plan
+from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.rng import initial_weights
-from uni_instruct.train.run import Run, claimed
+from uni_instruct.train.run import Run, claimed, saved_classes
 from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 from uni_instruct.train.stages.teacher import TeacherStage
@@ -45,7 +45,7 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     another process trains in the same folder.
     """
     start = time.monotonic()
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, saved_classes(out))
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
     fabric = start_fabric(devices, recipe.loop.precision)
@@ -111,7 +111,7 @@ class _Session:
         )
         denoiser = load_denoiser(teacher)
         pairs = self._pairs(denoiser)
-        start = load_denoiser(self.plan.start) if self.plan.start else None
+        start = load_start(self.plan.start, teacher.spec) if self.plan.start else None
         models = initial_weights(lambda: DistillationModels.from_teacher(denoiser, self.recipe, start), self.recipe.loop.seed)
         batches = self._batches(config.batch) if self.recipe.needs_discriminator else None
         stage = DistillationStage(models, self.recipe, self.fabric, batches, self.plan.reward, pairs)

@@ -1,5 +1,6 @@
 """What a recipe comes to on this machine: data, teacher and reward opened, and held against each other before any training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +8,10 @@ import torch
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.import_bundle import open_or_import
+from uni_instruct.class_map import match_classes, numbered_as
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
-from uni_instruct.networks.build import build_denoiser
+from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.preconditioning import Preconditioning
 from uni_instruct.spec import ModelSpec
@@ -31,16 +33,21 @@ class Plan:
     reward: Reward | None
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Opens what the recipe names. Raises RequestError where its parts do not fit each other."""
+def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
+    """Opens what the recipe names. classes: their names in the order that a run began with, whatever the data's is now.
+
+    Raises RequestError where its parts do not fit each other.
+    """
     check_trackers(recipe.loop.trackers)
     dataset = open_dataset(recipe.data) if recipe.data else None
+    if dataset is not None and recipe.network.conditional and not recipe.teacher.bundle:
+        dataset = numbered_as(dataset, classes, "the run")
     given = open_or_import(recipe.teacher.bundle, "teacher") if recipe.teacher.bundle else None
     if given is not None:
         _check_is_teacher(given)
         spec = given.spec
         if dataset is not None:
-            _check_teacher_fits(given, dataset, recipe.needs_discriminator)
+            dataset = _fitted_to_teacher(given, dataset, recipe.needs_discriminator)
     else:
         assert dataset is not None, "Recipe checks this"
         spec = plan_teacher(recipe, dataset)
@@ -91,6 +98,7 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> ModelSpec:
 def _open_start(source: str, teacher: ModelSpec) -> Bundle:
     bundle = open_or_import(source, "generator")
     mine, theirs = bundle.spec, teacher
+    match_classes(teacher.class_names, mine.class_names, "the teacher", f"distillation.start {source}")
     for what in ("noise_shape", "num_classes", "network"):
         if getattr(mine, what) != getattr(theirs, what):
             raise _unlike(source, what, getattr(mine, what), getattr(theirs, what))
@@ -102,6 +110,16 @@ def _open_start(source: str, teacher: ModelSpec) -> Bundle:
     if _weights_of(networks[0]) != _weights_of(networks[1]):
         raise _unlike(source, "network_args", dict(mine.network_args), dict(theirs.network_args))
     return bundle
+
+
+def load_start(start: Bundle, teacher: ModelSpec) -> Denoiser:
+    """The weights that the generator starts from, with their classes in the teacher's order."""
+    denoiser = load_denoiser(start)
+    whose = f"distillation.start {start.path}"
+    ids = match_classes(teacher.class_names, start.spec.class_names, "the teacher", whose)
+    if ids is not None:
+        denoiser.renumber_classes(ids)
+    return denoiser
 
 
 def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestError:
@@ -147,7 +165,8 @@ def _check_is_teacher(bundle: Bundle) -> None:
         )
 
 
-def _check_teacher_fits(teacher: Bundle, dataset: Dataset, needs_labels: bool) -> None:
+def _fitted_to_teacher(teacher: Bundle, dataset: Dataset, needs_labels: bool) -> Dataset:
+    """The data set with its classes in the teacher's order; as it is where the training does not look at its labels."""
     if teacher.spec.noise_shape != dataset.image_shape:
         raise RequestError(
             f"teacher {teacher.path} makes images of shape {list(teacher.spec.noise_shape)}, "
@@ -155,9 +174,14 @@ def _check_teacher_fits(teacher: Bundle, dataset: Dataset, needs_labels: bool) -
             remedy="give the data that the teacher was trained on",
             param="teacher",
         )
-    if needs_labels and teacher.spec.num_classes and teacher.spec.num_classes != dataset.num_classes:
+    if not needs_labels or not teacher.spec.num_classes:
+        return dataset
+    if dataset.num_classes:  # before their number, as names say which
+        dataset = numbered_as(dataset, teacher.spec.class_names, f"teacher {teacher.path}")
+    if teacher.spec.num_classes != dataset.num_classes:
         raise RequestError(
             f"teacher {teacher.path} has {teacher.spec.num_classes} classes, data set '{dataset.name}' {dataset.num_classes}",
             remedy="give the data that the teacher was trained on",
             param="teacher",
         )
+    return dataset

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 
 from uni_instruct.checkpoints.import_bundle import open_or_import
+from uni_instruct.class_map import numbered_as
 from uni_instruct.data import Dataset, open_dataset
-from uni_instruct.errors import UniInstructError
+from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, settled
@@ -108,7 +110,10 @@ def _teacher(preflight: Preflight) -> str:
     indices = np.linspace(0, len(dataset) - 1, DENOISED).astype(np.int64)
     clean = torch.from_numpy(dataset.floats(indices, [int(index) for index in indices])).permute(0, 3, 1, 2)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    conditional = bundle.spec.num_classes and dataset.labels is not None
+    with suppress(RequestError):  # other classes than the data's: the plan says so where they matter
+        dataset = numbered_as(dataset, bundle.spec.class_names, "the teacher")
+    fits = dataset.num_classes == bundle.spec.num_classes
+    conditional = bundle.spec.num_classes and dataset.labels is not None and fits
     class_ids = torch.from_numpy(dataset.labels[indices]) if conditional and dataset.labels is not None else None
     with torch.no_grad():
         denoised = load_denoiser(bundle)(clean + SIGMA * noise, torch.full((len(clean), 1, 1, 1), SIGMA), class_ids)

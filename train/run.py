@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,12 @@ class Run:
             raise FileFormatError(f"state {file} cannot be read", remedy="delete it to train that stage anew") from error
         return state
 
-    def save_state(self, stage: str, state: dict[str, Any]) -> None:
+    def save_state(self, stage: str, state: dict[str, Any], class_names: Sequence[str]) -> None:
         """Replaces the stage's state; the old one stays where writing fails."""
         with atomic_file(self._state_file(stage)) as partial, partial.open("wb") as file:
             torch.save(state, file)  # to a Python file, whose errors say that the disk is full
         with atomic_file(self._state_file(stage).with_suffix(".json")) as partial:
-            partial.write_text(json.dumps({"step": state["step"]}))  # for those who ask without torch
+            partial.write_text(json.dumps({"step": state["step"], "classes": list(class_names)}))  # for who asks without torch
         self.clock.write()
 
     def log(self, stage: str, step: int, kimg: float, values: Mapping[str, float]) -> None:
@@ -122,6 +122,14 @@ class Run:
         if self._trackers is None:
             self._trackers = open_trackers(self.recipe.loop.trackers, self.folder, self.recipe.name, self.recipe.to_dict())
         return self._trackers
+
+
+def saved_classes(folder: Path) -> tuple[str, ...]:
+    """The classes that a run has been trained with, in its order; none where nothing has been saved, or it has none."""
+    for stage in ("teacher", "generator"):
+        with suppress(OSError, ValueError, AttributeError):
+            return tuple(map(str, json.loads((folder / "state" / f"{stage}.json").read_text()).get("classes", ())))
+    return ()
 
 
 @contextmanager

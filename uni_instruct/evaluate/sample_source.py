@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.class_map import has_names, ids_by_name, shown_classes
 from uni_instruct.data import Dataset
-from uni_instruct.data.dataset import number_names
 from uni_instruct.engine import TORCH, open_engine
 from uni_instruct.evaluate.statistics import Statistics
 from uni_instruct.generate import generate_batches, resolve_class_ids
@@ -83,9 +83,10 @@ def reference_class_ids(
     if class_ids is None or (isinstance(reference, Dataset) and not reference.num_classes):
         return None, ""
     theirs = reference.class_names if isinstance(reference, Dataset) else names
-    if names == number_names(len(names)) and class_ids.max(initial=0) < len(theirs):
+    if not has_names(names) and class_ids.max(initial=0) < len(theirs):
         return class_ids, ""
-    unknown = next((name for name in names if name not in theirs), None)
-    if unknown is not None:
-        return None, f"no class_accuracy: class '{unknown}' is not among the reference's"
-    return np.array([theirs.index(name) for name in names], dtype=np.int64)[class_ids], ""
+    ids = ids_by_name(names, theirs)
+    if ids is None:
+        unknown = next(name for name in names if ids_by_name([name], theirs) is None)
+        return None, f"no class_accuracy: class '{unknown}' is not among the reference's {shown_classes(theirs)}"
+    return ids[class_ids], ""

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,6 +74,13 @@ class Denoiser(nn.Module):
     def _shuffled(self, out: Tensor) -> Tensor:
         """The network's output at full resolution."""
         return out if self.patch == 1 else F.pixel_shuffle(out, self.patch)
+
+    @torch.no_grad()
+    def renumber_classes(self, ids: np.ndarray) -> None:
+        """Class i becomes what was class ids[i]: every network takes its classes through one layer, a column for each."""
+        for name, layer in self.model.named_children():
+            if name in ("map_label", "emb_label"):
+                layer.weight.copy_(layer.weight[:, torch.from_numpy(ids)])
 
     @property
     def sigma_data(self) -> float:
