@@ -293,7 +293,7 @@ def test_classes_are_compared_by_name() -> None:
     assert reference_class_ids(ids, ("dog", "cat"), animals)[0].tolist() == [2, 1, 1]  # type: ignore[union-attr]
     assert reference_class_ids(ids, ("0", "1"), animals)[0].tolist() == [0, 1, 1]  # type: ignore[union-attr]
     none, note = reference_class_ids(ids, ("dog", "horse"), animals)
-    assert (none, note) == (None, "no class_accuracy: class 'horse' is not among the reference's")
+    assert (none, note) == (None, "no class_accuracy: class 'horse' is not among the reference's (bird, cat, dog)")
     assert reference_class_ids(None, (), animals) == (None, "")
 
 

@@ -100,6 +100,7 @@ class Loop:
         first = self._resume(stage)
         if first == stage.total_steps:
             return self.best
+        self.run.note_changes(stage.name, first)
         meter = _Meter(time.monotonic(), first)
         shows = progress(stage.name, stage.total_steps, "steps", done=first) if self._first else silent(stage.name, 0, "")
         clock = self.run.clock
@@ -129,6 +130,11 @@ class Loop:
     def _first(self) -> bool:
         return self.fabric.is_global_zero
 
+    @property
+    def _judged_by(self) -> list[str | int]:
+        """What the best weights are chosen by: values of anything else cannot be compared."""
+        return [self.config.metric, self.evaluator.extractor.name if self.evaluator else "", self.config.samples]
+
     def _anywhere(self, flag: bool) -> bool:
         """Whether the flag is up in any process: all of them have to stop at the same step."""
         if self.fabric.world_size == 1:
@@ -141,7 +147,9 @@ class Loop:
         step = 0
         if state is not None:
             stage.load_state_dict(state["stage"])
-            self.best, step = Best(**state["best"]), int(state["step"])
+            step = int(state["step"])
+            if state.get("judged_by", self._judged_by) == self._judged_by:
+                self.best = Best(**state["best"])  # else another measure would be held against it
             self.health.load_state_dict(state["health"])
         self.fabric.barrier()  # every process has read what the first is going to change
         if self._first:
@@ -153,6 +161,7 @@ class Loop:
             state = {
                 "step": done,
                 "best": dict(self.best.__dict__),
+                "judged_by": self._judged_by,
                 "health": self.health.state_dict(),
                 "stage": stage.state_dict(),
             }

@@ -63,6 +63,7 @@ def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float) 
         with run.clock.during("run", "preparation"):
             session = _Session(plan, run, fabric)
             generator = session.distil(plan.given_teacher or session.train_teacher())
+            run.note_changes("generator", recipe.distillation.total_steps)  # of a run that was at its end already
         session.report()
         return generator
 

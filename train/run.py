@@ -12,7 +12,7 @@ import torch
 import yaml
 from lightning_fabric import Fabric
 
-from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.errors import FileFormatError
 from uni_instruct.files import atomic_file, disk_errors
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.train.config import Recipe
@@ -21,18 +21,16 @@ from uni_instruct.train.monitoring.trackers import Tracker, open_trackers
 from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
 from uni_instruct.train.recipe import parse_recipe, read_yaml
+from uni_instruct.train.recipe_changes import Changes, allowed_changes, holds_training
 from uni_instruct.train.run_lock import RunLock, taken
 
 log = logging.getLogger(__name__)
-
-# Keys that may change between the calls of a run, as its training does not depend on them.
-NOT_TRAINING = ("measured", "loop.report")
 
 
 class Run:
     """The folder of one run, written to by the first process alone.
 
-    Raises RequestError where it holds a run of another recipe.
+    Raises RequestError where what it holds was trained by a recipe that does not go on as this one.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, first_process: bool = True):
@@ -40,13 +38,24 @@ class Run:
         self.recipe = recipe
         self.clock = Clock(folder, first_process=first_process)
         self.snapshots = bool(recipe.teacher.ema_power_std or recipe.distillation.ema_power_std)
+        self._first_process = first_process
         self._trackers: list[Tracker] | None = None
         file = folder / "recipe.yaml"
-        if file.exists():
-            _check_same_recipe(folder, parse_recipe(read_yaml(file)), recipe)
+        self._changes: Changes = {}
+        if file.exists() and holds_training(folder):
+            self._changes = allowed_changes(folder, parse_recipe(read_yaml(file)), recipe)
         elif first_process:
-            with atomic_file(file) as partial:
-                partial.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+            self._write_recipe()
+
+    def note_changes(self, stage: str, step: int) -> None:
+        """Says, in the log and in recipe.yaml, what of the recipe is another from that step of a stage on; only once."""
+        if not self._changes or not self._first_process:
+            return
+        self._write_line({"stage": stage, "step": step, "changed": self._changes})
+        self._write_recipe()
+        for key, (was, now) in self._changes.items():
+            log.info("%s, step %d: %s is %s from here on, it was %s", stage, step, key, now, was)
+        self._changes = {}
 
     def load_state(self, stage: str) -> dict[str, Any] | None:
         """What `save_state` wrote last for a stage, None before the first. Raises FileFormatError for a corrupt file."""
@@ -114,6 +123,10 @@ class Run:
     def _state_file(self, stage: str) -> Path:
         return self.folder / "state" / f"{stage}.pt"
 
+    def _write_recipe(self) -> None:
+        with atomic_file(self.folder / "recipe.yaml") as partial:
+            partial.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
+
     def _write_line(self, record: Mapping[str, Any]) -> None:
         with disk_errors(self.folder), (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -140,24 +153,6 @@ def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
         if not fabric.broadcast(free):
             raise taken(folder)
         yield lock
-
-
-def _check_same_recipe(folder: Path, old: Recipe, new: Recipe) -> None:
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
-    for key in before:
-        if before[key] != after[key] and key not in NOT_TRAINING:
-            raise RequestError(
-                f"{folder} holds a run with {key}={before[key]}, not {after[key]}",
-                remedy="choose another --out, or the same recipe to resume",
-                param="out",
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _line_precedes(line: str, stage: str, step: int) -> bool:

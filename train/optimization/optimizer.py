@@ -121,7 +121,11 @@ class OptimizerStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.module.load_state_dict(state["module"])
+        # The recipe's rates and moments hold, not those that the state was saved with: they may change when a run goes on.
+        given = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(settings)
         self.bad, self.bad_in_a_row = state["bad"], state["bad_in_a_row"]
         scaler = self._scaler()
         if scaler is not None and state["scaler"]:

@@ -17,6 +17,7 @@ from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import AUTO, LoopConfig
 from uni_instruct.train.optimization.distributed import lone_fabric, prepared
 from uni_instruct.train.recipe import parse_recipe, read_yaml
+from uni_instruct.train.recipe_changes import holds_training
 from uni_instruct.train.rng import initial_weights
 
 # Timings on a shared machine differ by as much, and the exact way is the one that needs no explaining.
@@ -83,7 +84,7 @@ def settle_for_run(loop: LoopConfig, spec: ModelSpec, images: int, folder: Path)
     if is_settled(loop):
         return loop
     recipe, file = folder / "recipe.yaml", folder / "state" / "fastest.json"
-    if recipe.exists():  # a run that is resumed keeps what it began with
+    if recipe.exists() and holds_training(folder):  # a run that is resumed keeps what it began with
         begun = parse_recipe(read_yaml(recipe)).loop
         if is_settled(begun):
             return _filled(loop, begun.precision, begun.channels_last)

@@ -81,6 +81,6 @@ def parse_history(lines: Iterable[str]) -> dict[str, StageHistory]:
         history = stages.setdefault(record["stage"], StageHistory())
         if "warning" in record:
             history.warnings.append((record["step"], record["warning"]))
-        else:
+        elif "changed" not in record:
             history.records.append(record)
     return stages

@@ -78,9 +78,9 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def renumber_classes(self, ids: np.ndarray) -> None:
         """Class i becomes what was class ids[i]: every network takes its classes through one layer, a column for each."""
-        for name, layer in self.model.named_children():
-            if name in ("map_label", "emb_label"):
-                layer.weight.copy_(layer.weight[:, torch.from_numpy(ids)])
+        for name, weight in self.model.named_parameters():
+            if name in ("map_label.weight", "emb_label.weight"):
+                weight.copy_(weight[:, torch.from_numpy(ids)])
 
     @property
     def sigma_data(self) -> float:
