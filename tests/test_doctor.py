@@ -10,6 +10,7 @@ import pytest
 from uni_instruct.bundle import Bundle
 
 Cli = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def findings(cli: Cli, *arguments: str | Path) -> tuple[int, dict[str, dict]]:
@@ -21,7 +22,7 @@ def findings(cli: Cli, *arguments: str | Path) -> tuple[int, dict[str, dict]]:
 def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
     code, found = findings(cli, "digits", "--out", tmp_path / "runs" / "new")
     assert code == 0
-    assert list(found) == ["data", "teacher", "recipe", "devices", "memory", "disk"]
+    assert list(found) == ["data", "teacher", "recipe", "evaluation", "run", "devices", "memory", "disk"]
     assert all(finding["ok"] for finding in found.values())
     assert "64 of 1,797 images of 8x8x1 read, 10 classes of 174 to 183 images" in found["data"]["words"]
     assert str(tmp_path) in found["disk"]["words"]
@@ -59,3 +60,17 @@ def test_what_would_spoil_a_run_is_found(
     assert code == 2
     assert not found[subject]["ok"]
     assert words in found[subject]["words"]
+
+
+def test_what_train_would_find_in_the_folder_is_found(cli: Cli, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    torch.save({"step": 3}, run / "state" / "teacher.pt")
+    (run / "state" / "teacher.json").write_text('{"step": 3}')
+    _, found = findings(cli, "digits", "--out", run)
+    assert found["run"] == {"subject": "run", "ok": True, "words": f"{run} holds a run that goes on: teacher at step 3"}
+    (run / "state" / "teacher.pt").write_bytes(b"PK")
+    _, found = findings(cli, "digits", "--out", run)
+    assert not found["run"]["ok"]
+    assert "teacher.pt cannot be read; delete it to train that stage anew" in found["run"]["words"]

@@ -23,6 +23,7 @@ from uni_instruct.progress import progress
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
+from uni_instruct.train.judging import announce, choose_judge
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.distributed import BatchShard, ended_together, start_fabric
@@ -71,8 +72,10 @@ def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float) 
 def _settled(plan: Plan, out: Path) -> Recipe:
     """The plan's recipe with every `auto` resolved for this run."""
     recipe = plan.recipe
+    judge = choose_judge(recipe.loop, plan.dataset)
+    announce(judge, recipe.loop)
     images = max(config.micro_batch or config.batch for config in (recipe.teacher, recipe.distillation))
-    return dataclasses.replace(recipe, loop=settle_for_run(recipe.loop, plan.teacher_spec, images, out))
+    return dataclasses.replace(recipe, loop=settle_for_run(judge.loop, plan.teacher_spec, images, out))
 
 
 class _Session:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,12 @@ from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, settled
+from uni_instruct.train.judging import choose_judge
 from uni_instruct.train.optimization.precision import exact
-from uni_instruct.train.plan import Plan, make_plan
+from uni_instruct.train.plan import Plan, load_start, make_plan
+from uni_instruct.train.recipe_changes import holds_training, saved_step
+from uni_instruct.train.run import Run, saved_classes
+from uni_instruct.train.run_lock import refuse_taken
 
 READ = 64  # images that are read, spread over the data
 DENOISED = 4
@@ -49,7 +53,7 @@ class Preflight:
     @cached_property
     def plan(self) -> Plan:
         """The recipe's parts, held against each other."""
-        return make_plan(self.recipe)
+        return make_plan(self.recipe, saved_classes(self.out))
 
     @cached_property
     def cost(self) -> Cost:
@@ -95,6 +99,8 @@ def _data(preflight: Preflight) -> str:
 
 def _recipe(preflight: Preflight) -> str:
     plan = preflight.plan
+    if plan.start is not None:
+        load_start(plan.start, plan.teacher_spec)
     trained = "trained first" if plan.given_teacher is None else f"given, {plan.given_teacher.spec.name}"
     return f"{preflight.recipe.name}: the parts fit each other, teacher {trained}"
 
@@ -122,6 +128,22 @@ def _teacher(preflight: Preflight) -> str:
     if not left < 1:
         raise CheckFailed(f"{bundle.spec.name}: {seen}", "give the teacher of these data, whose pixels run from -1 to 1")
     return f"{bundle.spec.name}: {seen}"
+
+
+def _evaluation(preflight: Preflight) -> str:
+    return choose_judge(preflight.recipe.loop, preflight.dataset).words
+
+
+def _run(preflight: Preflight) -> str:
+    """What a training would find in the folder: another one, a recipe that does not go on as this one, a damaged state."""
+    out, recipe = preflight.out, preflight.recipe
+    refuse_taken(out)
+    if not holds_training(out):
+        return f"{out} holds no training yet"
+    with closing(Run(out, recipe, first_process=False)) as run:
+        stages = [stage for stage in ("teacher", "generator") if run.load_state(stage) is not None]
+    at = ", ".join(f"{stage} at step {saved_step(out, stage):,}" for stage in stages)
+    return f"{out} holds a run that goes on{f': {at}' if at else ''}"
 
 
 def _devices(preflight: Preflight) -> str:
@@ -176,6 +198,8 @@ CHECKS: dict[str, Callable[[Preflight], str]] = {
     "data": _data,
     "teacher": _teacher,
     "recipe": _recipe,
+    "evaluation": _evaluation,
+    "run": _run,
     "devices": _devices,
     "memory": _memory,
     "disk": _disk,

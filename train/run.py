@@ -54,7 +54,7 @@ class Run:
         self._write_line({"stage": stage, "step": step, "changed": self._changes})
         self._write_recipe()
         for key, (was, now) in self._changes.items():
-            log.info("%s, step %d: %s is %s from here on, it was %s", stage, step, key, now, was)
+            log.warning("%s, step %d: %s is %s from here on, it was %s", stage, step, key, now, was)
         self._changes = {}
 
     def load_state(self, stage: str) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def open_run(folder: Path, pictures: Path, plan: Plan | None, evaluator: Evaluat
     """
     plan = plan or make_plan(parse_recipe(read_yaml(folder / "recipe.yaml")))
     if evaluator is None and plan.dataset is not None and plan.recipe.loop.metric != "none":
-        evaluator = Evaluator(plan.dataset)
+        evaluator = Evaluator(plan.dataset, plan.recipe.loop.extractor)
     return Material(
         folder=folder,
         pictures=pictures,
