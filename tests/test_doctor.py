@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.errors import RequestError
 
 Cli = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.usefixtures("offline")
@@ -62,15 +64,22 @@ def test_what_would_spoil_a_run_is_found(
     assert words in found[subject]["words"]
 
 
-def test_what_train_would_find_in_the_folder_is_found(cli: Cli, tmp_path: Path) -> None:
+def test_what_train_would_find_in_the_folder_is_found(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
+    from uni_instruct.train.preflight import CHECKS, Preflight
+    from uni_instruct.train.recipe import load_recipe
+
     run = tmp_path / "run"
+    preflight = Preflight(load_recipe("digits"), run, 1)
+    assert CHECKS["run"](preflight) == f"{run} holds no training yet"
     (run / "state").mkdir(parents=True)
     torch.save({"step": 3}, run / "state" / "teacher.pt")
     (run / "state" / "teacher.json").write_text('{"step": 3}')
-    _, found = findings(cli, "digits", "--out", run)
-    assert found["run"] == {"subject": "run", "ok": True, "words": f"{run} holds a run that goes on: teacher at step 3"}
+    (run / "recipe.yaml").write_text("name: digits\ndata: digits\nnetwork: {model_channels: 48}\n")
+    with pytest.raises(RequestError, match="holds a run with network.model_channels=48, not 32"):
+        CHECKS["run"](preflight)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(load_recipe("digits").to_dict()))
+    assert CHECKS["run"](preflight) == f"{run} holds a run that goes on: teacher at step 3"
     (run / "state" / "teacher.pt").write_bytes(b"PK")
-    _, found = findings(cli, "digits", "--out", run)
-    assert not found["run"]["ok"]
-    assert "teacher.pt cannot be read; delete it to train that stage anew" in found["run"]["words"]
+    with pytest.raises(RequestError, match=r"teacher.pt cannot be read; delete it to train that stage anew"):
+        CHECKS["run"](preflight)

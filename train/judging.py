@@ -65,9 +65,10 @@ def _inception(loop: LoopConfig, dataset: Dataset, can_classify: bool, small: bo
     except RequestError as error:
         if loop.extractor != AUTO or not small:
             raise
+        otherwise = error.remedy.partition(", or")[0]
         words = (
             f"{len(dataset):,} images of {dataset.num_classes} classes are scored by nothing that is at hand, so the last "
-            f"weights are kept (loop.metric=none): {error.problem}; {error.remedy.partition(', or')[0]} to choose by InceptionV3"
+            f"weights are kept (loop.metric=none): {error.problem}; {otherwise} to choose by InceptionV3"
         )
         return Judge(dataclasses.replace(loop, metric="none"), words)
     return Judge(chosen, words)
