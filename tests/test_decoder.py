@@ -260,7 +260,7 @@ def test_what_a_file_does_not_say_is_asked_for(cli: Cli, tmp_path: Path, bare: P
     out = tmp_path / "bundle"
     code, _, errors = cli("import", bare, "--out", out)
     assert code == 2
-    assert "makes 4 channels, which are no picture, and the file does not say what they are; give --latents" in errors
+    assert "makes 4 channels, which are no picture, and the file does not say what they are; import it with --latents" in errors
     assert not out.exists()
     assert cli("import", bare, "--latents", "--out", out)[0] == 0
     assert (Bundle.open(out).spec.latents, Bundle.open(out).spec.decoder) == (True, None)
