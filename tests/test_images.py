@@ -1,13 +1,14 @@
 """Pixels in files: lossless forms keep every pixel, grids put every image where it belongs."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from uni_instruct.errors import RequestError
-from uni_instruct.images import IMAGE_FORMATS, SHEET_GREY, contact_sheet, encode, grid, latent_preview
+from uni_instruct.images import IMAGE_FORMATS, SHEET_GREY, checked_images, contact_sheet, encode, grid, latent_preview
 
 RANDOM = np.random.default_rng(0)
 
@@ -31,6 +32,23 @@ def test_a_jpeg_is_close_to_a_smooth_image() -> None:
     image = np.stack([np.add.outer(slope, slope) / 2] * 3, axis=2).astype(np.uint8)
     read = np.asarray(Image.open(io.BytesIO(encode(image, "jpeg"))), dtype=int)
     assert np.abs(read - image).mean() < 2
+
+
+@pytest.mark.parametrize("make", [contact_sheet, grid, lambda images: encode(images[0])])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, bool])
+def test_what_is_no_pixel_is_refused(make: Callable[[np.ndarray], object], dtype: type) -> None:
+    with pytest.raises(RequestError, match=r"images are .*, not uint8 \[N, H, W, C\]; give "):
+        make(np.zeros((2, 4, 4, 1), dtype))
+
+
+def test_floats_are_told_how_they_become_pixels() -> None:
+    floats = np.linspace(-1, 1, 256, dtype=np.float32).reshape(1, 16, 16, 1)
+    with pytest.raises(RequestError, match=r"from -1 to 1, not uint8") as refused:
+        checked_images(floats)
+    advice = str(refused.value).partition("in [-1, 1]: ")[2]
+    images = eval(advice, {"images": floats})
+    assert checked_images(images) is images
+    assert (images.min(), images.max()) == (0, 255)
 
 
 def test_an_unknown_format_is_refused() -> None:

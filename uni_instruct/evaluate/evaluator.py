@@ -1,14 +1,16 @@
 """Evaluator: scores images against one reference, whose features are computed once."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from uni_instruct.data import Dataset
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, moments, score
-from uni_instruct.evaluate.statistics import Statistics
+from uni_instruct.evaluate.statistics import Statistics, open_reference
 from uni_instruct.images import checked_images
 from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
@@ -98,6 +100,29 @@ class Evaluator:
             fingerprint=self.extractor.fingerprint,
             samples=len(self.reference),
         )
+
+
+def evaluate_images(
+    images: ArrayLike,
+    reference: Dataset | Statistics | str | Path,
+    class_ids: ArrayLike | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    extractor: str = "auto",
+) -> Scores:
+    """Scores of images uint8 [N, H, W, C] against a reference: `values` by full name, with what they depend on.
+
+    reference: a data set or statistics, or what `--reference` takes: a name, folder, zip or file of statistics. class_ids: the
+    class that each image should have, in the reference's numbering. metrics, extractor: as `evaluate --help` lists them; by
+    default all metrics that apply. The reference's features are computed anew at each call: to score several sets, keep an
+    `uni_instruct.evaluate.Evaluator`. Raises RequestError for floats in place of pixels, or what does not fit the reference.
+    """
+    pixels = checked_images(images)
+    opened = open_reference(str(reference)) if isinstance(reference, str | Path) else reference
+    if isinstance(opened, Dataset):
+        check_shape((pixels.shape[3], *pixels.shape[1:3]), opened.image_shape)
+    ids = None if class_ids is None else np.asarray(class_ids)
+    return Evaluator(opened, extractor)(pixels, ids, metrics)
 
 
 def check_shape(shape: ImageShape, reference: ImageShape) -> None:
