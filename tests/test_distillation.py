@@ -16,8 +16,9 @@ from uni_instruct.train.objective.guidance import NO_CLASS, drop_classes, guided
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.pairs import teacher_pairs
 from uni_instruct.train.recipe import load_recipe
+from uni_instruct.train.rng import step_rng
+from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
-from uni_instruct.train.stages.randomness import DataLoader, step_generator
 
 SETTINGS = [
     "teacher.bundle=digits",
@@ -62,13 +63,13 @@ def stage_of(tmp_path: Path, *overrides: str, dataset: Dataset | None = None) ->
     batches = DataLoader(data, recipe.distillation.batch, 0) if data else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        players = DistillationModels.from_teacher(teacher, recipe)
-    return DistillationStage(players, recipe, fabric, batches, brightness, pairs)
+        models = DistillationModels.from_teacher(teacher, recipe)
+    return DistillationStage(models, recipe, fabric, batches, brightness, pairs)
 
 
 def run(stage: DistillationStage, steps: range) -> list[dict[str, float]]:
     return [
-        {name: float(value) for name, value in stage.step(index, step_generator(0, "generator", index), True).items()}
+        {name: float(value) for name, value in stage.step(index, step_rng(0, "generator", index), True).items()}
         for index in steps
     ]
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.networks.build import build_denoiser
-from uni_instruct.train.dry_run.cost import cost_of, count_parameters, players_without_storage
+from uni_instruct.train.dry_run.cost import cost_of, count_parameters, models_without_storage
 from uni_instruct.train.dry_run.counting import SavedTensors, count_flops
 from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, TrialLimits, distillation_stage, teacher_stage
 from uni_instruct.train.optimization.distributed import start_fabric
@@ -113,13 +113,13 @@ def step(stage: DistillationStage) -> None:
 @pytest.mark.parametrize("changes", [["method=sid"], ["method=sida"], ["method=sida", "discriminator=own"]], ids=" ".join)
 def test_parameters_are_those_of_the_networks(changes: list[str]) -> None:
     plan = tiny_plan(*changes)
-    players = DistillationModels.from_teacher(build_denoiser(plan.teacher_spec), plan.recipe)
-    added = [m for m in (players.critic.head, players.critic.own_encoder) if m is not None]
-    assert count_parameters(players_without_storage(plan)) == {
-        "generator": sum(p.numel() for p in players.generator.parameters()),
-        "fake_score": sum(p.numel() for p in players.critic.fake_score.parameters()),
+    models = DistillationModels.from_teacher(build_denoiser(plan.teacher_spec), plan.recipe)
+    added = [m for m in (models.critic.head, models.critic.own_encoder) if m is not None]
+    assert count_parameters(models_without_storage(plan)) == {
+        "generator": sum(p.numel() for p in models.generator.parameters()),
+        "fake_score": sum(p.numel() for p in models.critic.fake_score.parameters()),
         "discriminator": sum(p.numel() for m in added for p in m.parameters()),
-        "teacher": sum(p.numel() for p in players.teacher.parameters()),
+        "teacher": sum(p.numel() for p in models.teacher.parameters()),
     }
 
 

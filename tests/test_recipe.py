@@ -1,5 +1,6 @@
 """Recipes: what a method fixes, what a recipe adds, what a user changes, and what is refused before anything is opened."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def test_method_sets_what_it_names_and_leaves_the_rest_as_it_is(method: object, 
     for key, value in method.settings.items():
         assert getattr(objective, key) == value
     own = method.settings.keys() | {"method", "reward", "critic_updates"}
-    for key, default in ObjectiveConfig().__dict__.items():
+    for key, default in dataclasses.asdict(ObjectiveConfig()).items():
         assert key in own or getattr(objective, key) == default, key
     assert objective.critic_updates == method.settings.get("critic_updates", 2)  # the recipe's own tuning
 

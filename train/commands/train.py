@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -10,6 +11,18 @@ import rich_click as click
 from uni_instruct.errors import RequestError
 from uni_instruct.processes import is_later_process, keep_freed_memory
 from uni_instruct.train.run_lock import refuse_taken
+
+WIDTH = 140  # of what goes to a file
+
+
+def _show_recipe_help(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Prints every key of a recipe, and ends the command."""
+    if not wanted or context.resilient_parsing:
+        return
+    from uni_instruct.train.recipe_help import recipe_help
+
+    click.echo(recipe_help(shutil.get_terminal_size((WIDTH, 24)).columns))
+    context.exit()
 
 
 @click.command()
@@ -28,6 +41,14 @@ from uni_instruct.train.run_lock import refuse_taken
     "--nice", default=0, type=click.IntRange(0, 19), help="Leave the processors to others: 19 takes what is left over."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--help-recipe",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_recipe_help,
+    help="Print every key of a recipe with its default and its meaning, and stop.",
+)
 def train(
     recipe: str,
     more: tuple[str, ...],

@@ -17,7 +17,7 @@ from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import AUTO, LoopConfig
 from uni_instruct.train.optimization.distributed import lone_fabric, prepared
 from uni_instruct.train.recipe import parse_recipe, read_yaml
-from uni_instruct.train.stages.randomness import initial_weights
+from uni_instruct.train.rng import initial_weights
 
 # Timings on a shared machine differ by as much, and the exact way is the one that needs no explaining.
 WORTH = 1.2

@@ -20,7 +20,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import ProgressFactory, silent
-from uni_instruct.spec import ModelSpec
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec
 
 # Networks of a training state that denoise at every noise level, and so are teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
@@ -67,8 +67,8 @@ class ImportRequest:
     role: str | None = None
     network: str | None = None
     name: str | None = None
-    sigma_init: float = 2.5
-    steps: int = 18
+    sigma_init: float = DEFAULT_SIGMA_INIT
+    steps: int = TEACHER_STEPS
     licence: str | None = None
     origin: str = ""
     patch: int | None = None

@@ -10,7 +10,7 @@ from uni_instruct.bundle import USUAL_VAE, Bundle, is_bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import progress
-from uni_instruct.spec import ImageShape
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ImageShape
 
 _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 
@@ -26,8 +26,10 @@ _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 )
 @click.option("--network", help="Which network of a training state.  [default: the generator's average]")
 @click.option("--name", help="Name of the bundle.  [default: the file's]")
-@click.option("--sigma-init", default=2.5, type=click.FloatRange(1e-3, 1e4), help="Noise level of a generator's input.")
-@click.option("--steps", default=18, type=click.IntRange(2, 1000), help="Steps of a teacher's sampler.")
+@click.option(
+    "--sigma-init", default=DEFAULT_SIGMA_INIT, type=click.FloatRange(1e-3, 1e4), help="Noise level of a generator's input."
+)
+@click.option("--steps", default=TEACHER_STEPS, type=click.IntRange(2, 1000), help="Steps of a teacher's sampler.")
 @click.option(
     "--patch",
     type=int,
