@@ -19,7 +19,7 @@ class RecipeKey(NamedTuple):
     meaning: str
 
 
-def rows() -> list[RecipeKey]:
+def explained_keys() -> list[RecipeKey]:
     """Every key in the recipe's order; those of a phase come after `schedule`."""
     found = []
     for key, field in recipe_fields(Recipe).items():
@@ -31,7 +31,7 @@ def rows() -> list[RecipeKey]:
 
 def recipe_help(width: int) -> str:
     """The table, in lines of at most `width` characters where its last column can be that narrow."""
-    table = [RecipeKey("key", "default", "meaning"), *rows()]
+    table = [RecipeKey("key", "default", "meaning"), *explained_keys()]
     first, second = (max(len(row[column]) for row in table) + 2 for column in (0, 1))
     lines = []
     for row in table:
