@@ -105,7 +105,7 @@ class PlainLoop:
 
     def step(self) -> None:
         self.update_critic()
-        self.update_generator()
+        self.update_student()
 
     def update_critic(self) -> None:
         self.critic.requires_grad_(True)
@@ -121,7 +121,7 @@ class PlainLoop:
         loss.backward()
         self.critic_adam.step()
 
-    def update_generator(self) -> None:
+    def update_student(self) -> None:
         self.critic.requires_grad_(False)
         clean = self.draw_students()
         sigma = OBJECTIVE.levels.draw(self.batch, torch.default_generator)

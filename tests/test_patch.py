@@ -413,7 +413,7 @@ def test_a_given_teacher_brings_its_patch(patched_teacher: Bundle) -> None:
     assert build_denoiser(plan.teacher_spec).patch == 2
     stage = distillation_stage(plan, start_fabric(1, "32-true"), plan.recipe.objective, False, 2)
     critic = stage.critic.module
-    assert [network.patch for network in (stage.generator.module, critic.fake_score, stage.averages.primary.module)] == [2] * 3
+    assert [network.patch for network in (stage.student.module, critic.fake_score, stage.averages.primary.module)] == [2] * 3
 
 
 @pytest.mark.parametrize("patch", PATCHES)
@@ -457,7 +457,7 @@ def test_a_patched_generator_is_distilled(discriminator: str) -> None:
         "precision=bf16-mixed",
     )
     stage = distillation_stage(plan, start_fabric(1, "bf16-mixed"), plan.recipe.objective, False, 4)
-    generator, critic = ({k: v.clone() for k, v in o.module.state_dict().items()} for o in (stage.generator, stage.critic))
+    generator, critic = ({k: v.clone() for k, v in o.module.state_dict().items()} for o in (stage.student, stage.critic))
     for index in range(2):
         metrics = stage.step(index, step_rng(0, "generator", index), True)
     assert stage.skipped == 0
@@ -465,5 +465,5 @@ def test_a_patched_generator_is_distilled(discriminator: str) -> None:
     ends = ("model.enc.4x4_conv.weight", "model.dec.4x4_aux_conv.weight")
     names = [*ends, *(f"fake_score.{end}" for end in ends), "head.conv.weight"]
     names += ["own_encoder.model.enc.4x4_conv.weight"] if discriminator == "own" else []
-    now = stage.generator.module.state_dict() | stage.critic.module.state_dict()
+    now = stage.student.module.state_dict() | stage.critic.module.state_dict()
     assert [name for name in names if torch.equal(now[name], (generator | critic)[name])] == []

@@ -13,9 +13,9 @@ from uni_instruct.train.recipe_file import steps_in
 from uni_instruct.train.recipe_keys import MEANING, in_range, key, one_of
 
 AUTO = "auto"
-# Words of a recipe; what they stand for is in the table of the same name, in optimizer.py and in trackers.py.
-DECAYS = ("linear", "cosine", "sqrt")
-TRACKERS = ("tensorboard", "wandb", "trackio")
+# What a recipe may say. The tables DECAYS and TRACKERS, which say what that means, stand above this module.
+DECAY_NAMES = ("linear", "cosine", "sqrt")
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -73,7 +73,7 @@ class StageConfig:
     ema_power_std: tuple[float, ...] = key((), "widths of EDM2's averages, of which `average` makes any other")
 
     def __post_init__(self) -> None:
-        one_of(f"{self.section}.decay", self.decay, DECAYS)
+        one_of(f"{self.section}.decay", self.decay, DECAY_NAMES)
         for name, low, high in _STAGE_RANGES:
             in_range(f"{self.section}.{name}", getattr(self, name), low, high)
         if not self.ema_halflife_kimg:
@@ -187,7 +187,7 @@ class LoopConfig:
         for name in ("log_kimg", "state_kimg", "snapshot_kimg"):
             in_range(f"loop.{name}", getattr(self, name), 1e-6, 1e9)
         for tracker in self.trackers:
-            one_of("loop.trackers", tracker, TRACKERS)
+            one_of("loop.trackers", tracker, TRACKER_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)

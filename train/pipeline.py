@@ -25,7 +25,7 @@ from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
-from uni_instruct.train.optimization.distributed import BatchShard, ended_together, start_fabric
+from uni_instruct.train.optimization.distributed import BatchShard, arithmetic_of, ended_together, start_fabric
 from uni_instruct.train.optimization.precision import settle_for_run
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
@@ -49,7 +49,7 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
     fabric = start_fabric(devices, recipe.loop.precision)
-    with ended_together(fabric):
+    with ended_together(fabric), arithmetic_of(recipe.loop.precision):
         for config in (recipe.teacher, recipe.distillation):
             BatchShard(fabric, config.batch, config.micro_batch)
         return _trained(plan, out, fabric, devices, start)

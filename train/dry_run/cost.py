@@ -20,8 +20,8 @@ from uni_instruct.train.stages.distillation import DistillationModels
 
 MEASURE_S = 18.0
 MB = 2**20
-# NVIDIA's data sheet of the H100 SXM, dense: TF32, which torch takes for convolutions in fp32, and 16-bit products.
-GPU_FLOPS_PER_S = {"32-true": 494e12, "bf16-mixed": 989e12, "16-mixed": 989e12}
+# NVIDIA's data sheet of the H100 SXM: float32 without TF32, which training does not round to, and dense 16-bit products.
+GPU_FLOPS_PER_S = {"32-true": 67e12, "bf16-mixed": 989e12, "16-mixed": 989e12}
 GPU_SHARE = 0.3
 FLOAT_BYTES = 4  # gradients and moments have 32 bits whatever the precision of products
 

@@ -20,7 +20,7 @@ from uni_instruct.train.config import StageConfig
 from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, count_flops
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
-from uni_instruct.train.optimization.distributed import lone_fabric
+from uni_instruct.train.optimization.distributed import arithmetic_of, lone_fabric
 from uni_instruct.train.optimization.optimizer import OptimizerStep
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.rng import initial_weights
@@ -201,7 +201,8 @@ class TimedSteps:
         times = []
         for _ in range(2):
             start = time.perf_counter()
-            work()
+            with arithmetic_of(self.precision):
+                work()
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)

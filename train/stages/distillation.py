@@ -68,7 +68,7 @@ class DistillationStage:
         self.num_classes, self.image_shape = models.teacher.num_classes, models.teacher.image_shape
         shard = BatchShard(fabric, config.batch, config.micro_batch)
         self._one_pass = len(shard.micro_batches) == 1
-
+        # From the weights before Adam takes them over: an average starts as a copy of them.
         self.averages = Averages(
             arranged(models.student.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
@@ -78,27 +78,8 @@ class DistillationStage:
         self.student = self._optimizer_step(models.student, "student")
         self.critic = self._optimizer_step(models.critic, "critic")
         self.ratio = DensityRatio(fabric, recipe.objective.ratio_bins)
-        limit = recipe.loop.bad_steps_in_a_row
-        self.update_critic = CriticUpdate(
-            fabric=fabric,
-            optimizer_step=self.critic,
-            shard=shard,
-            batches=batches,
-            class_weights=_class_weights(batches, self.num_classes),
-            pipe=open_pipe(config.augment, config.augment_mirror),
-            sigma_data=models.teacher.sigma_data,
-            bad_limit=limit,
-        )
-        self.update_student = StudentUpdate(
-            fabric=fabric,
-            optimizer_step=self.student,
-            critic=self.critic,
-            teacher=fabric.setup_module(prepared(models.teacher.eval().requires_grad_(False), recipe.loop)),
-            shard=shard,
-            ratio=self.ratio,
-            pairs=pairs,
-            bad_limit=limit,
-        )
+        self.update_critic = self._critic_update(models, shard, batches)
+        self.update_student = self._student_update(models, shard, pairs)
 
     def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
         """Updates the critic on fresh samples, then the student through the last of them once the warm-up is over."""
@@ -156,6 +137,32 @@ class DistillationStage:
         betas, fused = (config.beta1, config.beta2), can_fuse(self.fabric.device)
         adam = torch.optim.Adam(groups, lr=peak, betas=betas, eps=config.adam_eps, fused=fused)
         return OptimizerStep(self.fabric, module, adam, RateSchedule.of(config, peak), _clipping(config, name))
+
+    def _critic_update(self, models: DistillationModels, shard: BatchShard, batches: DataLoader | None) -> CriticUpdate:
+        config = self.config
+        return CriticUpdate(
+            fabric=self.fabric,
+            optimizer_step=self.critic,
+            shard=shard,
+            batches=batches,
+            class_weights=_class_weights(batches, self.num_classes),
+            pipe=open_pipe(config.augment, config.augment_mirror),
+            sigma_data=models.teacher.sigma_data,
+            bad_limit=self.recipe.loop.bad_steps_in_a_row,
+        )
+
+    def _student_update(self, models: DistillationModels, shard: BatchShard, pairs: Pairs | None) -> StudentUpdate:
+        loop, teacher = self.recipe.loop, models.teacher.eval().requires_grad_(False)
+        return StudentUpdate(
+            fabric=self.fabric,
+            optimizer_step=self.student,
+            critic=self.critic,
+            teacher=self.fabric.setup_module(prepared(teacher, loop)),
+            shard=shard,
+            ratio=self.ratio,
+            pairs=pairs,
+            bad_limit=loop.bad_steps_in_a_row,
+        )
 
     def _draw_students(self, rng: torch.Generator, keep: bool) -> StudentBatch:
         noise = torch.randn(self.batch, *self.image_shape, generator=rng)
