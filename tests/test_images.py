@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from uni_instruct.errors import RequestError
-from uni_instruct.images import IMAGE_FORMATS, SHEET_GREY, checked_images, contact_sheet, encode, grid
+from uni_instruct.images import IMAGE_FORMATS, SHEET_GREY, checked_images, contact_sheet, encode, grid, latent_preview
 
 RANDOM = np.random.default_rng(0)
 
@@ -73,6 +73,16 @@ def test_a_grid_holds_every_image_unchanged(count: int) -> None:
     for index, image in enumerate(images):
         top, left = index // columns * 4, index % columns * 6
         np.testing.assert_array_equal(sheet[top : top + 4, left : left + 6], image)
+
+
+def test_a_preview_of_latents_shows_their_first_channels() -> None:
+    latents = np.array([-1.5, -1, 0, 1, 1.5, np.nan], np.float32).reshape(1, 1, 2, 3).repeat(4, axis=1)
+    latents[:, 1] *= -1
+    shown = latent_preview(latents)
+    assert (shown.shape, shown.dtype) == ((1, 2, 3, 3), np.uint8)
+    assert shown[0, ..., 0].tolist() == [[0, 0, 128], [255, 255, 128]]
+    assert shown[0, ..., 1].tolist() == [[255, 255, 128], [0, 0, 128]]
+    assert latent_preview(latents[:, :2]).shape == (1, 2, 3, 1)
 
 
 @pytest.mark.parametrize(("size", "factor"), [(8, 8), (28, 2), (32, 2), (33, 1), (64, 1), (100, 1)])
