@@ -129,6 +129,7 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "preflight": ("config", "dry_run", "optimization", "plan"),
     "report": ("config", "dry_run", "monitoring", "optimization", "plan", "recipe"),
     "pipeline": ("card", "config", "loop", "objective", "optimization", "plan", "report", "rng", "run", "stages"),
+    "api": ("pipeline", "recipe"),
     "commands": (
         *("card", "dry_run", "monitoring", "optimization", "pipeline", "preflight"),
         *("recipe", "recipe_help", "report", "run_lock"),
