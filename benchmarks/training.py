@@ -77,10 +77,10 @@ class Case:
             "dropout": 0.0,
         }
         spec = ModelSpec(name=self.name, noise_shape=shape, num_classes=0, network_args=arguments)
-        denoiser, generator = initial_weights(lambda: build_denoiser(spec), seed), torch.Generator().manual_seed(seed)
+        denoiser, rng = initial_weights(lambda: build_denoiser(spec), seed), torch.Generator().manual_seed(seed)
         for parameter in denoiser.parameters():
             if parameter.dim() > 1:
-                parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+                parameter.data = torch.randn(parameter.shape, generator=rng) / parameter[0].numel() ** 0.5
         return denoiser
 
 

@@ -173,5 +173,5 @@ def test_rare_classes_count_as_much_as_frequent_ones(tmp_path: Path) -> None:
 
 
 def some_inputs(stage: DistillationStage) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(64, *stage.image_shape, generator=generator), torch.randint(10, (64,), generator=generator)
+    rng = torch.Generator().manual_seed(5)
+    return torch.randn(64, *stage.image_shape, generator=rng), torch.randint(10, (64,), generator=rng)

@@ -77,11 +77,11 @@ def spec_of(
 def filled(spec: ModelSpec) -> Denoiser:
     """With weights of which none is zero: last layers and gains start there."""
     torch.manual_seed(0)
-    denoiser, generator = build_denoiser(spec), torch.Generator().manual_seed(1)
+    denoiser, rng = build_denoiser(spec), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             if parameter.ndim:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
             else:  # EDM2's gains
                 parameter.fill_(1)
     return denoiser.eval()
@@ -193,8 +193,8 @@ def test_an_image_without_noise_is_its_own_denoised_image(patch: int) -> None:
 def test_derivatives_go_through_the_squares(architecture: str, patch: int) -> None:
     """Forwards and backwards agree with each other, <u, J v> = <J^T u, v>, and with the difference quotient."""
     denoiser, sigma = filled(spec_of(architecture, patch, 0)).double(), SIGMA.double()
-    generator = torch.Generator().manual_seed(2)
-    x, along, against = (torch.randn(3, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(3))
+    rng = torch.Generator().manual_seed(2)
+    x, along, against = (torch.randn(3, *SHAPE, generator=rng, dtype=torch.float64) for _ in range(3))
 
     def denoise(images: Tensor) -> Tensor:
         return denoiser(images, sigma)
@@ -319,9 +319,9 @@ def patched_teacher(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def image_of(bundle: Bundle) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
+    rng = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        noise = torch.randn(2, *bundle.spec.image_shape, generator=generator)
+        noise = torch.randn(2, *bundle.spec.image_shape, generator=rng)
         return one_step(load_denoiser(bundle), noise, torch.tensor([1, 2]), bundle.spec.sigma_init)
 
 

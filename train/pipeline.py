@@ -25,8 +25,9 @@ from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
-from uni_instruct.train.optimization.distributed import BatchShard, arithmetic_of, ended_together, start_fabric
-from uni_instruct.train.optimization.precision import settle_for_run
+from uni_instruct.train.optimization.auto_precision import settle_for_run
+from uni_instruct.train.optimization.distributed import BatchShard, ended_together, start_fabric
+from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.rng import initial_weights

@@ -16,7 +16,7 @@ from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, settled
-from uni_instruct.train.optimization.precision import exact
+from uni_instruct.train.optimization.auto_precision import exact
 from uni_instruct.train.plan import Plan, make_plan
 
 READ = 64  # images that are read, spread over the data

@@ -13,8 +13,8 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import Recipe, StageConfig
 from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, Timing, TrialLimits, micro_batch_of
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.optimization.precision import exact
-from uni_instruct.train.optimization.precision import settled as settled_loop
+from uni_instruct.train.optimization.auto_precision import exact
+from uni_instruct.train.optimization.auto_precision import settled as settled_loop
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.stages.distillation import DistillationModels
 

@@ -20,8 +20,9 @@ from uni_instruct.train.config import StageConfig
 from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, count_flops
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
-from uni_instruct.train.optimization.distributed import arithmetic_of, lone_fabric
+from uni_instruct.train.optimization.distributed import lone_fabric
 from uni_instruct.train.optimization.optimizer import OptimizerStep
+from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.rng import initial_weights
 from uni_instruct.train.stages.data_loader import DataLoader

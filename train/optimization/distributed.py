@@ -3,17 +3,16 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies import DDPStrategy
 
 from uni_instruct.errors import RequestError
-from uni_instruct.float32 import full_float32
 from uni_instruct.train.config import LoopConfig
+from uni_instruct.train.optimization.precision import AUTOCASTS
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -35,14 +34,6 @@ def start_fabric(devices: int, precision: str) -> Fabric:
         )
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
     return _launch(precision, devices, nodes)
-
-
-def arithmetic_of(precision: str) -> AbstractContextManager[None]:
-    """Within the block GPUs multiply as a recipe's precision says: '32-true' means all of float32's bits, as in EDM.
-
-    By default cuDNN's convolutions would round to TF32. With 16-bit products next to nothing is left in float32.
-    """
-    return full_float32() if precision == "32-true" else nullcontext()
 
 
 @contextmanager
@@ -132,22 +123,3 @@ class _Replicas(DDPStrategy):
 
     def setup_module(self, module: torch.nn.Module) -> Any:
         return module
-
-
-class _InnerAutocast(MixedPrecision):
-    """Autocast inside the networks; images and noise levels keep 32 bits.
-
-    Fabric's own converts inputs as well, which at sigma = 80 rounds away the image under the noise.
-    """
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-
-class _InnerBFloat16(_InnerAutocast):
-    """Needs no loss scaler, and so no backward pass but torch's: gradients of single terms can be taken."""
-
-    backward = Precision.backward
-
-
-AUTOCASTS = {"bf16-mixed": _InnerBFloat16, "16-mixed": _InnerAutocast}
