@@ -119,7 +119,7 @@ def _fold_ends(model: Network, c_in: float, c_out: float, channels: int) -> None
 def _fold_song_ends(model: SongUNet, c_in: float, c_out: float, channels: int) -> None:
     first_residual = True
     for name, module in model.enc.items():
-        if name.endswith("_conv") or name.endswith("_aux_skip"):
+        if name.endswith(("_conv", "_aux_skip")):
             module.weight.mul_(c_in)
         elif name.endswith("_aux_residual") and first_residual:  # later ones read a sum that is scaled already
             module.weight.mul_(c_in)
