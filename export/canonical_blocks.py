@@ -23,13 +23,13 @@ class FourDimensionalNorm(GroupNorm):
 
     def __init__(self, norm: GroupNorm):
         nn.Module.__init__(self)
+        self.num_groups, self.num_channels, self.eps, self.affine = norm.num_groups, norm.num_channels, norm.eps, norm.affine
         groups, size = norm.num_groups, norm.num_channels // norm.num_groups
         member = torch.eye(groups, dtype=norm.weight.dtype).repeat_interleave(size, dim=1)[:, :, None, None]
         self.register_buffer("gather", member / size)
         self.register_buffer("spread", member.transpose(0, 1).contiguous())
         self.weight = nn.Parameter(norm.weight.detach().view(1, -1, 1, 1))
         self.bias = nn.Parameter(norm.bias.detach().view(1, -1, 1, 1))
-        self.eps = norm.eps
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         """[B, C, H, W]; with silu, through SiLU as well."""
