@@ -31,6 +31,7 @@ MOST_TABLED_CLASSES = 100
 class CanonicalOneStep(nn.Module):
     """z [B, C, H, W], class_ids int64 [B] in range or None -> G(z), float32 [B, C, H, W] in about [-1, 1]."""
 
+    @torch.no_grad()
     def __init__(self, denoiser: Denoiser, sigma_init: float, norm: NormFactory = copy.deepcopy):
         super().__init__()
         self.patch = denoiser.patch
@@ -54,11 +55,13 @@ class CanonicalOneStep(nn.Module):
 class ClassRows(nn.Module):
     """class_ids [B] -> what all blocks read, side by side: [B, total]. From a table, or from the embedding by one product."""
 
+    table: Tensor
+
     def __init__(self, emb: Tensor, weight: Tensor, bias: Tensor):
         super().__init__()
         tabled = len(emb) <= MOST_TABLED_CLASSES
         self.register_buffer("table", emb @ weight.T + bias if tabled else emb)
-        self.linear = None if tabled else nn.Linear(*reversed(weight.shape))
+        self.linear = None if tabled else nn.Linear(weight.shape[1], weight.shape[0])
         if self.linear is not None:
             self.linear.weight, self.linear.bias = nn.Parameter(weight), nn.Parameter(bias)
 
@@ -68,7 +71,6 @@ class ClassRows(nn.Module):
         return rows if self.linear is None else self.linear(rows)
 
 
-@torch.no_grad()
 def _embeddings(denoiser: Denoiser, c_noise: Tensor) -> Tensor:
     """The embedding of each class, or the one that there is: float64 [classes or 1, emb_channels].
 
@@ -80,7 +82,6 @@ def _embeddings(denoiser: Denoiser, c_noise: Tensor) -> Tensor:
     return denoiser.model.embed(c_noise.expand(len(labels)), labels).double()
 
 
-@torch.no_grad()
 def _fold_blocks(model: Network, emb: Tensor, num_classes: int, norm: NormFactory) -> ClassRows | None:
     """Puts folded blocks in place of the model's; returns what they read of the class, None where there are no classes."""
     maps: list[tuple[Tensor, Tensor]] = []
@@ -96,6 +97,9 @@ def _fold_blocks(model: Network, emb: Tensor, num_classes: int, norm: NormFactor
                 folded.place = slice(start, start + len(bias))
                 maps.append((weight, bias))
     _replace_norms(model, norm)
+    for name, _ in list(model.named_children()):
+        if name.startswith(("map_", "emb_")):
+            delattr(model, name)  # the embedding network: its results are in the rows
     if not num_classes:
         return None
     weights, biases = zip(*maps, strict=True)
@@ -110,7 +114,6 @@ def _replace_norms(model: Network, norm: NormFactory) -> None:
                 holder.register_module(name, norm(module))
 
 
-@torch.no_grad()
 def _fold_ends(model: Network, c_in: float, c_out: float, channels: int) -> None:
     """c_in into what reads the image, c_out into what writes it; of the channels written, only the first are read."""
     _FOLD_ENDS[type(model)](model, c_in, c_out, channels)
@@ -119,22 +122,28 @@ def _fold_ends(model: Network, c_in: float, c_out: float, channels: int) -> None
 def _fold_song_ends(model: SongUNet, c_in: float, c_out: float, channels: int) -> None:
     first_residual = True
     for name, module in model.enc.items():
-        if name.endswith(("_conv", "_aux_skip")):
-            module.weight.mul_(c_in)
-        elif name.endswith("_aux_residual") and first_residual:  # later ones read a sum that is scaled already
-            module.weight.mul_(c_in)
-            first_residual = False
+        residual = name.endswith("_aux_residual")
+        if name.endswith(("_conv", "_aux_skip")) or (residual and first_residual):
+            _scale_input(module, c_in)
+        first_residual &= not residual  # later ones read a sum that is scaled already
     for name, module in model.dec.items():
         if name.endswith("_aux_conv"):
             _scale_output(module, c_out, channels)
 
 
 def _fold_adm_ends(model: ADM, c_in: float, c_out: float, channels: int) -> None:
-    next(iter(model.enc.values())).weight.mul_(c_in)
+    _scale_input(next(iter(model.enc.values())), c_in)
     _scale_output(model.out_conv, c_out, channels)
 
 
-def _scale_output(conv: Conv2d, factor: float, channels: int) -> None:
+def _scale_input(conv: nn.Module, factor: float) -> None:
+    assert isinstance(conv, Conv2d)
+    assert conv.weight is not None
+    conv.weight.mul_(factor)
+
+
+def _scale_output(conv: nn.Module, factor: float, channels: int) -> None:
+    assert isinstance(conv, Conv2d)
     assert conv.weight is not None
     assert conv.bias is not None
     conv.weight, conv.bias = (nn.Parameter(p[:channels] * factor) for p in (conv.weight, conv.bias))

@@ -21,6 +21,9 @@ class FourDimensionalNorm(GroupNorm):
     channels, and the way back to channels, are 1x1 convolutions.
     """
 
+    gather: Tensor
+    spread: Tensor
+
     def __init__(self, norm: GroupNorm):
         nn.Module.__init__(self)
         self.num_groups, self.num_channels, self.eps, self.affine = norm.num_groups, norm.num_channels, norm.eps, norm.affine
@@ -58,7 +61,7 @@ class FoldedBlock(UNetBlock):
         self.norm0, self.conv0, self.norm1 = norm(block.norm0), copy.deepcopy(block.conv0), norm(_second_norm(block, row))
         if row is not None and not self.adaptive_scale:
             assert self.conv0.bias is not None
-            self.conv0.bias += row
+            self.conv0.bias.add_(row)
         self.conv1, self.skip = _scaled(block.conv1, self.skip_scale), None
         if block.skip is not None:
             self.skip = _scaled(block.skip, self.skip_scale)
@@ -134,5 +137,5 @@ def _scaled(conv: Conv2d, factor: float) -> Conv2d:
     assert conv.weight is not None or factor == 1
     made = copy.deepcopy(conv)
     for parameter in made.parameters():
-        parameter *= factor
+        parameter.mul_(factor)
     return made

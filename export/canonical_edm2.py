@@ -40,7 +40,7 @@ class FoldedEDM2Block(Block):
         (self.keep_res, res), (self.keep_attn, attn) = shares(block.res_balance), shares(block.attn_balance)
         self.conv_res0 = PlainConv(block.conv_res0, SILU_GAIN)
         if row is not None:
-            self.conv_res0.weight *= row[:, None, None, None]
+            self.conv_res0.weight.mul_(row[:, None, None, None])
         self.conv_res1 = PlainConv(block.conv_res1, SILU_GAIN * res)
         self.conv_skip = self.attn_qkv = self.attn_proj = None
         if block.conv_skip is not None:
@@ -92,7 +92,8 @@ def effective_weight(conv: MPConv) -> Tensor:
 
 def fold_ends(model: EDM2, c_in: float, c_out: float, channels: int) -> None:
     """c_in into the stem, but for its last channel, which reads ones; c_out and the gain into the last convolution."""
-    stem = next(iter(model.enc))
-    model.enc[stem] = PlainConv(model.enc[stem])
-    model.enc[stem].weight[:, :channels] *= c_in
+    name, stem = next(iter(model.enc.items()))
+    assert isinstance(stem, MPConv)
+    model.enc[name] = plain = PlainConv(stem)
+    plain.weight[:, :channels].mul_(c_in)
     model.out_conv = PlainConv(model.out_conv, float(model.out_gain) * c_out)
