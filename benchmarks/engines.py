@@ -1,8 +1,8 @@
 """How fast each engine is, as a ratio to torch eager, and whether its images depend on the batch size.
 
 `python benchmarks/engines.py [BUNDLE | --network digits|fashion|cifar10] [--rounds 5]`: without a bundle, a generator of random
-weights and that shape is exported to every kind first. The engines take turns, round by round, on the same machine; ratios are
-medians over the rounds.
+weights and that shape is exported to every target first. The engines take turns, round by round, on the same machine; ratios
+are medians over the rounds.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from machine import describe_machine
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import Engine, available_engines, open_engine
+from uni_instruct.engine import TORCH, Engine, available_engines, open_engine
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.generate import generate, resolve_class_ids
 from uni_instruct.networks.build import build_denoiser
@@ -43,19 +43,19 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Bundle.open(options.bundle) if options.bundle else random_bundle(options.network, Path(scratch) / "bundle")
-        engines = {kind: open_engine(bundle, kind) for kind in available_engines(bundle)}
+        engines = {str(engine_id): open_engine(bundle, engine_id) for engine_id in available_engines(bundle)}
         result = {
             "generator": bundle.spec.name,
             "parameters": sum(array.size for array in bundle.weights().values()),
             "speed": speed(engines, options.rounds),
-            "equal_to_batch_1": {kind: equal_to_batch_1(engine) for kind, engine in engines.items()},
+            "equal_to_batch_1": {name: equal_to_batch_1(engine) for name, engine in engines.items()},
             "machine": describe_machine(),
         }
     print(json.dumps(result, indent=2))
 
 
 def random_bundle(network: str, path: Path) -> Bundle:
-    """A conditional generator with every weight drawn at random, exported to every kind."""
+    """A conditional generator with every weight drawn at random, exported to every target."""
     shape, arguments = NETWORKS[network]
     spec = ModelSpec(name=f"random-{network}", noise_shape=shape, num_classes=10, network_args=arguments)
     generator = torch.Generator().manual_seed(0)
@@ -65,23 +65,23 @@ def random_bundle(network: str, path: Path) -> Bundle:
         z = torch.randn(tensor.shape, generator=generator) / max(tensor[0].numel(), 1) ** 0.5
         weights[name] = (tensor if "resample" in name or tensor.dim() < 2 else z).numpy()
     bundle = Bundle.write(path, spec, weights, card="")
-    for kind in TARGETS:
-        export_engine(bundle, kind)
+    for runtime in TARGETS:
+        export_engine(bundle, runtime)
     return bundle
 
 
 def speed(engines: dict[str, Engine], rounds: int) -> list[dict[str, object]]:
     """A row for each engine and batch size: median latency, images per second, and the ratio to torch's."""
-    seconds: dict[tuple[str, int], list[float]] = {(kind, batch): [] for kind in engines for batch in BATCHES}
+    seconds: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in engines for batch in BATCHES}
     for _ in range(rounds):
-        for kind, batch in seconds:
-            seconds[kind, batch].append(seconds_per_call(engines[kind], batch))
+        for name, batch in seconds:
+            seconds[name, batch].append(seconds_per_call(engines[name], batch))
     rows = []
-    for (kind, batch), own in seconds.items():
-        ratios = [eager / time_s for eager, time_s in zip(seconds["torch", batch], own, strict=True)]
+    for (name, batch), own in seconds.items():
+        ratios = [eager / time_s for eager, time_s in zip(seconds[str(TORCH), batch], own, strict=True)]
         rows.append(
             {
-                "engine": kind,
+                "engine": name,
                 "batch": batch,
                 "latency_ms": round(statistics.median(own) * 1e3, 2),
                 "images_per_s": round(batch / statistics.median(own), 1),

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.one_step import one_step
 from uni_instruct.noise import noise, random_class_ids
 
 LADDER = np.geomspace(80, 0.02, 25)

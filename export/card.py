@@ -39,7 +39,7 @@ uni-instruct serve .
 {equal_pixels:.3%} of pixels exactly; {invariance}. Median latency on {machine}: {latency}.
 
 ```
-uni-instruct export . --to {kind}
+uni-instruct export . --to {runtime}
 uni-instruct inspect .
 ```
 
@@ -87,7 +87,7 @@ def published_card(
         scores=_scores(scores, bundle.weights_sha256),
         rounding=_rounding(rounding, spec.num_classes),
         engine=record.file,
-        kind=record.kind,
+        runtime=record.id.runtime,
         invariance=f"{'the same' if parity['batch_invariant'] else 'not the same'} bytes whatever the batch",
         latency=", ".join(f"{ms:.1f} ms for {n} image{'s' if int(n) > 1 else ''}" for n, ms in parity["latency_ms"].items()),
         training=_training(spec.provenance),

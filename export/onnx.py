@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 import uni_instruct
 from uni_instruct.bundle import WEIGHTS, Bundle
-from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, LATENTS
-from uni_instruct.engines.torch import to_uint8
+from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, NOISE
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import load_denoiser
-from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.one_step import OneStep, to_uint8
 
 # The newest that keeps group normalisation in a form that CPU runtimes are fast at.
 OPSET = 20
@@ -29,21 +28,17 @@ LARGEST_FILE_BYTES = 2**31 - 1
 SMALLEST_HALVED = 1024
 
 
-class OneStep(nn.Module):
-    """z -> (uint8 pixels [B, H, W, C], G(z) = D(sigma_init z; sigma_init) [B, C, H, W]).
+class WithPixels(nn.Module):
+    """z -> (uint8 pixels [B, H, W, C], the images before rounding [B, C, H, W]): the two outputs of the graph."""
 
-    sigma is one constant for the whole batch, so that exporters fold everything that depends on it alone.
-    """
-
-    def __init__(self, denoiser: Denoiser, sigma_init: float):
+    def __init__(self, generator: OneStep):
         super().__init__()
-        self.denoiser, self.sigma_init = denoiser, sigma_init
+        self.generator = generator
 
     def forward(self, noise: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """noise float32 [B, C, H, W], N(0, 1); class_ids int64 [B], None for an unconditional generator."""
-        sigma = torch.full((1, 1, 1, 1), self.sigma_init)
-        denoised = self.denoiser(noise * self.sigma_init, sigma, class_ids)
-        return to_uint8(denoised), denoised
+        images = self.generator(noise, class_ids)
+        return to_uint8(images), images
 
 
 def build(bundle: Bundle, path: Path) -> dict[str, str]:
@@ -57,7 +52,7 @@ def build(bundle: Bundle, path: Path) -> dict[str, str]:
             f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {LARGEST_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
-    model = _export(OneStep(load_denoiser(bundle), bundle.spec.sigma_init).eval(), bundle)
+    model = _export(WithPixels(OneStep(load_denoiser(bundle), bundle.spec.sigma_init)).eval(), bundle)
     _strip(model)
     _store_in_half(model)
     onnx.helper.set_model_props(model, _properties(bundle))
@@ -66,10 +61,10 @@ def build(bundle: Bundle, path: Path) -> dict[str, str]:
     return {tool.__name__: tool.__version__ for tool in (torch, onnx, onnxscript, onnxruntime)}
 
 
-def _export(module: OneStep, bundle: Bundle) -> onnx.ModelProto:
+def _export(module: WithPixels, bundle: Bundle) -> onnx.ModelProto:
     # Two images: a batch of one would be taken for a constant.
     example = [torch.zeros(2, *bundle.spec.noise_shape)]
-    names = [LATENTS]
+    names = [NOISE]
     if bundle.spec.num_classes:
         example.append(torch.zeros(2, dtype=torch.int64))
         names.append(CLASS_IDS)

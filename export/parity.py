@@ -11,26 +11,14 @@ from typing import Any
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.record import EngineRecord
+from uni_instruct.engines.outputs import TOLERANCES, Tolerance, relative_l2
+from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import ParityError
 from uni_instruct.noise import noise
 from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
-_REFERENCE_BATCH = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """The largest relative L2 distance before rounding, and the largest difference of a uint8 pixel."""
-
-    relative_l2: float
-    pixel_difference: int
-
-
-# precision -> what its engines must keep; docs/export.md has the measurements behind it.
-TOLERANCES = {"fp32": Tolerance(relative_l2=1e-5, pixel_difference=1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +42,16 @@ class Report:
     tolerance: Tolerance
 
 
-def verify(bundle: Bundle, record: EngineRecord, folder: Path, tolerance: Tolerance) -> dict[str, Any]:
+def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]:
     """The report on the engine in `folder`, for engine.json. Raises ParityError where it is outside the tolerance."""
+    from uni_instruct.networks.reference import reference_outputs
+
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
     z = noise(seeds, bundle.spec.noise_shape)
-    results = run_probe(bundle, record.kind, folder, z, class_ids)
-    pixels, denoised = reference(bundle, z, class_ids)
-    report = compare(seeds, bundle.spec, results, pixels, denoised, tolerance)
-    _check(record.kind, report)
+    results = run_worker(bundle, record.id, folder, z, class_ids)
+    pixels, denoised = reference_outputs(bundle, z, class_ids)
+    report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
+    _check(record.id, report)
     return asdict(report)
 
 
@@ -72,39 +62,22 @@ def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarr
     return list(range(first, first + count)), class_ids
 
 
-def run_probe(bundle: Bundle, kind: str, folder: Path, z: np.ndarray, class_ids: np.ndarray | None) -> dict[str, np.ndarray]:
-    """What `probe` writes: images, denoised and latency for each batch size. Raises ParityError where it fails."""
+def run_worker(
+    bundle: Bundle, engine_id: EngineId, folder: Path, z: np.ndarray, class_ids: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """What `parity_worker` writes: images, denoised and latency for each batch size. Raises ParityError where it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         labels = {} if class_ids is None else {"class_ids": class_ids}
         np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(BATCHES), **labels)
         command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
-        arguments = [str(bundle.path), str(folder), kind, str(inputs), str(outputs)]
+        arguments = [str(bundle.path), str(folder), str(engine_id), str(inputs), str(outputs)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            raise ParityError(f"the {kind} engine does not run: {reason}", remedy="it was discarded")
+            raise ParityError(f"the {engine_id} engine does not run: {reason}", remedy="it was discarded")
         with np.load(outputs) as data:
             return dict(data)
-
-
-def reference(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Torch's images, uint8 [N, H, W, C] and before rounding float32 [N, C, H, W], in fp32 on the CPU."""
-    import torch
-
-    from uni_instruct.engines.torch import one_step, to_uint8
-    from uni_instruct.networks.build import load_denoiser
-
-    denoiser = load_denoiser(bundle)
-    pixels, denoised = [], []
-    with torch.inference_mode():
-        for start in range(0, len(z), _REFERENCE_BATCH):
-            part = slice(start, start + _REFERENCE_BATCH)
-            labels = None if class_ids is None else torch.from_numpy(class_ids[part])
-            images = one_step(denoiser, torch.from_numpy(z[part]), labels, bundle.spec.sigma_init)
-            pixels.append(to_uint8(images).numpy())
-            denoised.append(images.numpy())
-    return np.concatenate(pixels), np.concatenate(denoised)
 
 
 def compare(
@@ -115,7 +88,7 @@ def compare(
     denoised: np.ndarray,
     tolerance: Tolerance,
 ) -> Report:
-    """The report on a probe's results against torch's images. Where a value is not finite, so are the distances."""
+    """The report on the worker's results against torch's images. Where a value is not finite, so are the distances."""
     found = {batch: results[f"denoised_{batch}"].astype(np.float64) for batch in BATCHES}
     errors = {batch: images - denoised[: len(images)] for batch, images in found.items()}
     pixel_difference = {
@@ -129,7 +102,7 @@ def compare(
         classes=spec.num_classes,
         batches=BATCHES,
         finite=bool(np.isfinite(denoised).all() and all(np.isfinite(images).all() for images in found.values())),
-        relative_l2=max(_norm_ratio(error, denoised[: len(error)]) for error in errors.values()),
+        relative_l2=max(relative_l2(images, denoised[: len(images)]) for images in found.values()),
         largest_difference=max(float(np.abs(error).max()) for error in errors.values()),
         mean_difference=max(float(np.abs(error).mean()) for error in errors.values()),
         equal_pixels=min(float((level == 0).mean()) for level in pixel_difference.values()),
@@ -142,23 +115,19 @@ def compare(
     )
 
 
-def _norm_ratio(error: np.ndarray, truth: np.ndarray) -> float:
-    return float(np.linalg.norm(error) / max(float(np.linalg.norm(truth)), 1e-12))
-
-
-def _check(kind: str, report: Report) -> None:
+def _check(engine_id: EngineId, report: Report) -> None:
     remedy = "the engine was discarded; use torch, or export with other versions of torch and onnxruntime"
     if not report.finite:
-        raise ParityError(f"the {kind} engine or torch gives values that are not finite", remedy=remedy)
+        raise ParityError(f"the {engine_id} engine or torch gives values that are not finite", remedy=remedy)
     if not report.relative_l2 <= report.tolerance.relative_l2:
         raise ParityError(
-            f"the {kind} engine differs from torch by {report.relative_l2:.1e} (relative L2, worst seed "
+            f"the {engine_id} engine differs from torch by {report.relative_l2:.1e} (relative L2, worst seed "
             f"{report.worst_seed}), more than {report.tolerance.relative_l2:.0e}",
             remedy=remedy,
         )
     if report.largest_pixel_difference > report.tolerance.pixel_difference:
         raise ParityError(
-            f"a pixel of the {kind} engine differs from torch by {report.largest_pixel_difference} pixel_difference, more than "
+            f"a pixel of the {engine_id} engine differs from torch by {report.largest_pixel_difference} levels, more than "
             f"{report.tolerance.pixel_difference}",
             remedy=remedy,
         )

@@ -1,6 +1,6 @@
 """Runs one exported engine in a process of its own, as a server would: no torch, everything from the files on disk.
 
-Called by `parity.run_probe` as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER KIND INPUTS.npz OUTPUTS.npz`.
+Called by `parity.run_worker` as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER ENGINE_ID INPUTS.npz OUTPUTS.npz`.
 """
 
 import platform
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import Engine, engine_class
+from uni_instruct.engine import Engine, EngineId, load_engine
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import UniInstructError
 
@@ -20,9 +20,10 @@ SHORT = 8
 TIMED_ROUNDS, TIMED_MS = 5, 2000.0  # whatever comes first
 
 
-def main(bundle_path: str, folder: str, kind: str, inputs: str, outputs: str) -> None:
+def main(bundle_path: str, folder: str, engine_id: str, inputs: str, outputs: str) -> None:
     """Writes, for each batch size b of the inputs, images_b, denoised_b and latency_ms_b (one batch, median); and machine."""
-    engine = engine_class(kind)(Bundle.open(bundle_path), folder=Path(folder))
+    bundle = Bundle.open(bundle_path)
+    engine = load_engine(bundle, bundle.engine_in(Path(folder), EngineId.parse(engine_id)))
     with np.load(inputs) as data:
         noise, batches = data["noise"], data["batches"].tolist()
         class_ids = data.get("class_ids")
@@ -33,7 +34,7 @@ def main(bundle_path: str, folder: str, kind: str, inputs: str, outputs: str) ->
         parts = [slice(start, start + batch) for start in range(0, count, batch)]
         calls = [(noise[part], None if class_ids is None else class_ids[part]) for part in parts]
         results[f"images_{batch}"] = np.concatenate([engine(*call) for call in calls])
-        results[f"denoised_{batch}"] = np.concatenate([engine.denoised(*call) for call in calls])
+        results[f"denoised_{batch}"] = np.concatenate([engine.outputs(*call).images for call in calls])
         results[f"latency_ms_{batch}"] = np.array(_latency_ms(engine, *calls[0]))
     machine = f"{platform.machine()}, {usable_cpus()} CPU threads, {engine.device}"
     results["machine"] = np.array(machine)

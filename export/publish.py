@@ -13,14 +13,13 @@ from uni_instruct.engine import open_engine
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.export.card import published_card
-from uni_instruct.export.parity import reference
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import atomic_folder
 from uni_instruct.generate import by_class, generate, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import noise
 
-ENGINE = "onnx"
+RUNTIME = "onnx"
 # Images that decide whether half precision may be seen, at least; every class is among them.
 CHECKED_IMAGES = 512
 # A pixel on the edge between two levels falls to either side whatever is rounded.
@@ -59,13 +58,13 @@ def publish(source: str | Path, out: Path, scores: Sequence[Path] = ()) -> Publi
     """
     original = open_generator(source)
     check_exportable(original)
-    TARGETS[ENGINE].check_packages()
+    TARGETS[RUNTIME].check_packages()
     _check_replaceable(out, original)
     read = [read_scores(path) for path in scores]
     with atomic_folder(out) as folder:
         bundle, rounding = store(original, folder)
         check_scores(read, original, bundle)
-        record = export_engine(bundle, ENGINE)
+        record = export_engine(bundle, RUNTIME)
         command, sheet = sample_sheet(bundle)
         (folder / SAMPLES).write_bytes(encode(sheet))
         card = published_card(bundle, asdict(rounding), record, read, command)
@@ -82,12 +81,14 @@ def open_generator(source: str | Path) -> Bundle:
 
 def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     """The bundle's weights in `folder`: in half precision where that moves no pixel by more than ALLOWED_LEVELS."""
+    from uni_instruct.networks.reference import make_reference, reference_outputs
+
     spec, weights = original.spec, original.weights()
     half = Bundle.write(folder, spec, weights, "", precision="fp16")
     count = max(CHECKED_IMAGES, spec.num_classes)
     z = noise(range(count), spec.noise_shape)
     class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
-    before, after = (reference(bundle, z, class_ids)[0].astype(int) for bundle in (original, half))
+    before, after = (reference_outputs(bundle, z, class_ids).pixels.astype(int) for bundle in (original, half))
     levels = np.abs(after - before)
     rounding = Rounding(
         images=count,
@@ -98,7 +99,8 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     published = {"weights_sha256": original.weights_sha256, **asdict(rounding)}
     provenance = {**without_folders(dict(spec.provenance)), "published": published}
     spec = replace(spec, provenance=provenance)
-    return Bundle.write(folder, spec, weights, "", precision=rounding.precision), rounding
+    bundle = Bundle.write(folder, spec, weights, "", precision=rounding.precision, reference=make_reference)
+    return bundle, rounding
 
 
 def without_folders(value: Any) -> Any:
@@ -116,7 +118,7 @@ def sample_sheet(bundle: Bundle) -> tuple[str, np.ndarray]:
     rows = spec.num_classes if 0 < spec.num_classes <= SHEET_ROWS else 0
     seeds = range((rows or SHEET_COLUMNS) * SHEET_COLUMNS)
     class_ids = resolve_class_ids(spec, seeds, by_class(spec, seeds) if rows else None)
-    images = generate(open_engine(bundle, ENGINE), seeds, class_ids)
+    images = generate(open_engine(bundle, RUNTIME), seeds, class_ids)
     command = f"uni-instruct generate . --seeds 0-{len(seeds) - 1}{' --by-class' if rows else ''} --grid samples.png"
     return command, contact_sheet(images, SHEET_COLUMNS)
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,20 +11,19 @@ from pathlib import Path
 
 import uni_instruct
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.record import EngineRecord
+from uni_instruct.engines.record import EngineId, EngineRecord, former_folder
 from uni_instruct.errors import MissingExtraError, RequestError
-from uni_instruct.export.parity import TOLERANCES, verify
+from uni_instruct.export.parity import verify
 from uni_instruct.files import atomic_folder, sha256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One kind of engine: the module whose `build(bundle, path) -> versions` writes its file, and what that needs."""
+    """One engine to build: the module whose `build(bundle, path) -> versions` writes its file, and what that needs."""
 
-    kind: str
+    engine_id: EngineId
     module: str
     suffix: str
-    precision: str
     summary: str
     packages: tuple[str, ...]
 
@@ -40,21 +40,20 @@ class Target:
                 raise MissingExtraError(package, extra="export")
 
     def file_name(self, bundle: Bundle) -> str:
-        """The engine file's name: model, resolution, kind, precision."""
+        """The engine file's name: model, resolution, engine id."""
         _, height, width = bundle.spec.image_shape
         model = re.sub(r"[^A-Za-z0-9._]+", "-", bundle.spec.name).strip("-.") or "generator"
-        return f"{model}-{height}x{width}-{self.kind}-{self.precision}.{self.suffix}"
+        return f"{model}-{height}x{width}-{self.engine_id}.{self.suffix}"
 
 
-# One row and one module for each kind.
+# The word of --to, a runtime -> what it builds.
 TARGETS = {
-    target.kind: target
+    target.engine_id.runtime: target
     for target in (
         Target(
-            kind="onnx",
+            engine_id=EngineId("onnx", "fp32"),
             module="uni_instruct.export.onnx",
             suffix="onnx",
-            precision="fp32",
             summary="one ONNX file, opset 20, any batch size, for ONNX Runtime on the CPU",
             packages=("torch", "onnx", "onnxscript", "onnxruntime"),
         ),
@@ -72,36 +71,47 @@ def check_exportable(bundle: Bundle) -> None:
         )
 
 
-def export_engine(bundle: Bundle, kind: str) -> EngineRecord:
+def export_engine(bundle: Bundle, to: str) -> EngineRecord:
     """Builds the engine beside its place, verifies it there, and only then lets it take the place of an older one.
 
+    A bundle of an older format is then brought up to date, with reference.npz beside the weights.
     Raises RequestError for a teacher, MissingExtraError where a tool is missing, ParityError where the engine does not
     agree with torch, DiskError where it cannot be written; in all of these the bundle stays as it was.
     """
     check_exportable(bundle)
-    target = TARGETS[kind]
+    target = TARGETS[to]
     build = target.builder()
-    place = bundle.engine_folder(kind)
+    from uni_instruct.networks.reference import make_reference
+
+    place = bundle.engine_folder(target.engine_id)
     try:
         with atomic_folder(place) as folder:
             record = _build(bundle, target, build, folder)
-            report = verify(bundle, record, folder, TOLERANCES[target.precision])
+            report = verify(bundle, record, folder)
             replace(record, parity=report).write(folder)
     finally:
         with suppress(OSError):  # an empty engines folder, where nothing was admitted
             place.parent.rmdir()
+    bundle.bring_up_to_date(make_reference)
+    _remove_former(bundle, target.engine_id)
     return EngineRecord.read(place)
+
+
+def _remove_former(bundle: Bundle, engine_id: EngineId) -> None:
+    """Format 1 kept the engine in another folder: the new one has taken its place."""
+    name = former_folder(engine_id)
+    if name:
+        shutil.rmtree(bundle.engine_folder(engine_id).with_name(name), ignore_errors=True)
 
 
 def _build(bundle: Bundle, target: Target, build: Callable[[Bundle, Path], dict[str, str]], folder: Path) -> EngineRecord:
     path = folder / target.file_name(bundle)
     versions = {"uni_instruct": uni_instruct.__version__, **build(bundle, path)}
     record = EngineRecord(
-        kind=target.kind,
+        engine_id=str(target.engine_id),
         file=path.name,
         file_sha256=sha256(path),
         weights_sha256=bundle.weights_sha256,
-        precision=target.precision,
         versions=versions,
     )
     record.write(folder)

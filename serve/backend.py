@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import Engine, open_engine
+from uni_instruct.engine import Engine, Selection, load_engine, select_engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.images import IMAGE_FORMATS, encode
@@ -39,6 +39,7 @@ class Backend:
         self.failure: UniInstructError | None = None
         self._bundle: Bundle | None = None
         self._engine: Engine | None = None
+        self._selection: Selection | None = None
         self._batcher: Batcher | None = None
         self._encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
         self.ready = False
@@ -58,6 +59,13 @@ class Backend:
         return self._engine
 
     @property
+    def selection(self) -> Selection:
+        """Why this engine runs it. Raises NotReadyError until it is loaded."""
+        if self._selection is None:
+            raise self._not_ready()
+        return self._selection
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """The prewarmed batch sizes. Raises NotReadyError until they are measured."""
         if self._batcher is None:
@@ -72,9 +80,11 @@ class Backend:
     async def load(self) -> None:
         """Opens the bundle and its engine and warms it up, in a thread. What goes wrong is kept in `failure`."""
         try:
-            bundle, engine, batch_sizes = await asyncio.to_thread(self._open)
+            bundle, selection, engine = await asyncio.to_thread(self._open)
+            batch_sizes = await asyncio.to_thread(prewarm, engine, self.settings.max_batch, self.settings.max_batch_ms / 1e3)
             await asyncio.to_thread(warm_encoders, bundle.spec)
-            self._bundle, self._engine = bundle, engine
+            self._bundle, self._selection, self._engine = bundle, selection, engine
+            self.metrics.engine.labels(str(engine.id)).set(1)
             self._batcher = Batcher(engine, batch_sizes, self.settings.queue_images, self.metrics)
         except UniInstructError as error:
             self.failure = error
@@ -91,7 +101,7 @@ class Backend:
             settle_garbage_collector()
             self.metrics.ready.set(1)
             self.ready = True
-            logger.info("serving %s with %s", self.bundle.spec.name, self.engine.name)
+            logger.info("serving %s with %s", self.bundle.spec.name, self.engine.id)
 
     async def generate(self, seeds: Sequence[int], class_ids: np.ndarray | None) -> Generated:
         """Images of the seeds, through the batcher. Raises NotReadyError, and what Batcher.submit raises."""
@@ -117,7 +127,9 @@ class Backend:
         spec = self.bundle.spec
         (body, media_type), stages = await self.make(job.seeds, job.class_ids, lambda images: encode_job(job, images, spec))
         timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in stages.items())
-        headers = {**job_headers(job), "X-Engine": self.engine.name, "Server-Timing": timing}
+        headers = {**job_headers(job), "X-Engine": str(self.engine.id), "Server-Timing": timing}
+        if refused := self.selection.refused:
+            headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
         return Answer(body, media_type, headers)
 
     async def close(self) -> None:
@@ -125,13 +137,14 @@ class Backend:
         self.metrics.ready.set(0)
         if self._batcher is not None:
             await self._batcher.close()
+            self.engine.close()
         self.ready = False
         self._encoders.shutdown()
 
-    def _open(self) -> tuple[Bundle, Engine, tuple[int, ...]]:
+    def _open(self) -> tuple[Bundle, Selection, Engine]:
         bundle = Bundle.open(self.settings.bundle)
-        engine = open_engine(bundle, self.settings.engine, spin=False)
-        return bundle, engine, prewarm(engine, self.settings.max_batch, self.settings.max_batch_ms / 1e3)
+        selection = select_engine(bundle, self.settings.engine)
+        return bundle, selection, load_engine(bundle, bundle.engines().get(selection.engine_id), spin=False)
 
     def _not_ready(self) -> NotReadyError:
         if self.failure is not None:

@@ -166,7 +166,7 @@ class Batcher:
         expected = (size, *image_size(self._engine.spec))
         if images.shape != expected or images.dtype != np.uint8:
             raise EngineFailedError(
-                f"engine {self._engine.name} gave {images.dtype} {images.shape} for uint8 {expected}",
+                f"engine {self._engine.id} gave {images.dtype} {images.shape} for uint8 {expected}",
                 remedy="export the bundle again",
             )
         return images[: len(items)], time.perf_counter() - start

@@ -11,8 +11,7 @@ from types import FrameType
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import engine_kind
-from uni_instruct.engines.record import verified_file
+from uni_instruct.engine import select_engine
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.ports import free_address
 from uni_instruct.serve.settings import PREFIX, settings_from_environment
@@ -26,7 +25,7 @@ class _StopRequested(Exception):
 @click.argument("bundle", required=False)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
 @click.option("--port", default=3000, type=click.IntRange(1, 65535), help="Port to listen on.")
-@click.option("--engine", default=None, help="Engine to run.  [default: the fastest that was exported]")
+@click.option("--engine", default=None, help="Engine id, as onnx-fp32, or a runtime, as onnx.  [default: the fastest here]")
 @click.option("--workers", default=1, type=click.IntRange(1, 64), help="Processes. The demo needs 1.")
 def serve(bundle: str | None, host: str, port: int, engine: str | None, workers: int) -> None:
     """Serve BUNDLE over HTTP, with a web demo under /ui.
@@ -45,9 +44,9 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
             remedy="latents take their VAE to decode, which is not built in; 'generate' writes them as an .npz",
             param="bundle",
         )
-    kind = engine_kind(opened, engine or settings.engine)
-    if opened.engine_folder(kind).is_dir():
-        verified_file(opened, opened.engine_folder(kind))
+    wanted = engine or settings.engine
+    if stored := opened.engines().get(select_engine(opened, wanted).engine_id):
+        stored.file()
     for package in ("bentoml", "prometheus_client"):
         if find_spec(package) is None:
             raise MissingExtraError(package, extra="serve")
@@ -59,7 +58,7 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
         "BENTOML_DO_NOT_TRACK": "true",
         "GRADIO_ANALYTICS_ENABLED": "False",
         f"{PREFIX}BUNDLE": str(opened.path.resolve()),
-        f"{PREFIX}ENGINE": kind,
+        f"{PREFIX}ENGINE": wanted or "",
         f"{PREFIX}WORKERS": str(workers),
     }
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):

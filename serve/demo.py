@@ -198,7 +198,7 @@ def _header(backend: Backend) -> str:
     channels, height, width = spec.image_shape
     classes = f" · {spec.num_classes} classes" if spec.num_classes else ""
     steps = "one step" if spec.steps == 1 else f"{spec.steps} steps"
-    facts = f"{height}×{width}{' grey' if channels == 1 else ''}{classes} · {steps} · {backend.engine.name}"
+    facts = f"{height}×{width}{' grey' if channels == 1 else ''}{classes} · {steps} · {backend.engine.id}"
     return f'<h1>{html.escape(spec.name)}</h1><p>{html.escape(facts)} · <a href="/docs">HTTP API</a></p>'
 
 

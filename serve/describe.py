@@ -5,7 +5,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from uni_instruct import __version__
-from uni_instruct.engines.record import EngineRecord
 from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.schema import GenerateRequest
 
@@ -31,9 +30,10 @@ def describe(backend: Backend) -> dict[str, Any]:
         "licence": spec.licence,
         "provenance": dict(spec.provenance),
         "weights_sha256": bundle.weights_sha256,
-        "engine": engine.name,
+        "engine": str(engine.id),
         "device": engine.device,
-        "precision": _precision(backend),
+        "precision": engine.id.precision,
+        "engines": [standing.facts() for standing in backend.selection.standings],
         "batch_sizes": list(backend.batch_sizes),
         "limits": {
             "images_per_request": settings.request_images,
@@ -71,8 +71,8 @@ def openapi() -> dict[str, Any]:
 
 
 _MADE = (
-    "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, Server-Timing the milliseconds in queue, "
-    "model and encoding."
+    "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, X-Engines-Refused what is not "
+    "trusted on this machine, Server-Timing the milliseconds in queue, model and encoding."
 )
 
 _FAILURES = {
@@ -91,12 +91,6 @@ _READABLE = {
     "/readyz": "200 once the generator is warm, 503 before",
     "/metrics": "Metrics for Prometheus",
 }
-
-
-def _precision(backend: Backend) -> str:
-    """As the export stage wrote it beside the engine; torch, which is not exported, runs in fp32."""
-    folder = backend.bundle.engine_folder(backend.engine.name)
-    return EngineRecord.read(folder).precision if folder.is_dir() else "fp32"
 
 
 def _versions() -> dict[str, str]:

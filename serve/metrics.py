@@ -1,4 +1,4 @@
-"""What the server measures, for Prometheus. Every label has a fixed set of values: nothing grows with the requests."""
+"""What the server measures, for Prometheus. Every label has few values: nothing grows with the requests."""
 
 import os
 
@@ -26,6 +26,9 @@ class Metrics:
         )
         self.queue = Gauge("uni_instruct_queue_images", "Images waiting.", registry=registry, multiprocess_mode="livesum")
         self.ready = Gauge("uni_instruct_ready", "Workers that are ready.", registry=registry, multiprocess_mode="livesum")
+        self.engine = Gauge(
+            "uni_instruct_engine", "Workers by engine id.", ["engine"], registry=registry, multiprocess_mode="livesum"
+        )
         self.batch = Histogram(
             "uni_instruct_batch_images", "Images per engine call.", buckets=_BATCH_BUCKETS, registry=registry
         )

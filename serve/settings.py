@@ -15,8 +15,8 @@ PREFIX = "UNI_INSTRUCT_"
 class Settings:
     """One server. Every field is an environment variable of the same name: UNI_INSTRUCT_BUNDLE and so on.
 
-    bundle: a folder, or the name of a shipped generator. engine: None for the fastest that was exported. api_key: None
-    leaves the API open. ui: the web demo under /ui, which needs workers = 1. tracing: leave requests to OpenTelemetry, as
+    bundle: a folder, or the name of a shipped generator. engine: an engine id or a runtime, None for the fastest here. api_key:
+    None leaves the API open. ui: the web demo under /ui, which needs workers = 1. tracing: leave requests to OpenTelemetry, as
     BentoML is configured for it. The limits count images, per worker.
     """
 

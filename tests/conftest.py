@@ -14,8 +14,10 @@ import pytest
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.cli import main
+from uni_instruct.engines.record import EngineId
 from uni_instruct.spec import ImageShape, ModelSpec
 
+ONNX = EngineId("onnx", "fp32")
 DIGITS = tuple(str(n) for n in range(10))
 
 

@@ -34,7 +34,7 @@ class Gate:
     """An engine that waits for the test before each call, remembers its batches, and fails on the poisoned seed."""
 
     def __init__(self, engine: Engine, is_open: bool = False):
-        self.spec, self.name, self.device = engine.spec, engine.name, engine.device
+        self.spec, self.id, self.device = engine.spec, engine.id, engine.device
         self.batches: list[np.ndarray] = []
         self._engine = engine
         self._open = threading.Semaphore(10**6 if is_open else 0)

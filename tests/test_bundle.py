@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import files_of_at_most
+from conftest import ONNX, files_of_at_most
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import load_file as load_torch_file
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from uni_instruct import bundle as bundle_module
 from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, default_generator, shipped_generators
-from uni_instruct.engine import open_engine
+from uni_instruct.engine import TORCH, open_engine
 from uni_instruct.errors import BundleError, DiskError, RequestError
 from uni_instruct.files import sha256
 from uni_instruct.networks.build import build_denoiser, load_denoiser
@@ -119,7 +119,7 @@ def test_an_interrupted_write_keeps_the_old_bundle(tmp_path: Path) -> None:
 
 def test_a_new_bundle_drops_the_engines_of_the_old_one(tmp_path: Path) -> None:
     bundle = Bundle.write(tmp_path / "b", SPEC, ARRAYS, card="")
-    bundle.engine_folder("onnx").mkdir(parents=True)
+    bundle.engine_folder(ONNX).mkdir(parents=True)
     Bundle.write(tmp_path / "b", replace(SPEC, name="other"), ARRAYS, card="")
     assert not (tmp_path / "b" / "engines").exists()
 
@@ -259,4 +259,4 @@ def test_a_damaged_bundle_is_one_line_and_leaves_no_output(
 
 def test_an_undamaged_copy_works(tiny_bundle: Bundle, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
-    assert open_engine(tmp_path / "bundle").name == "torch"
+    assert open_engine(tmp_path / "bundle").id == TORCH

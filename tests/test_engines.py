@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_bundle
+from conftest import ONNX, random_bundle
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import ENGINES, available_engines, engine_class, open_engine
+from uni_instruct.engine import RUNTIMES, TORCH, EngineId, available_engines, open_engine
 from uni_instruct.engines import onnxruntime as onnx_engine
 from uni_instruct.engines import threads
 from uni_instruct.engines.onnxruntime import OnnxEngine
@@ -65,7 +65,7 @@ def test_engines_agree_within_a_level(exported_bundle: Bundle) -> None:
         assert np.abs(images_of(exported_bundle, kind, 16) - reference).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", RUNTIMES)
 def test_results_are_fresh_arrays(kind: str, exported_bundle: Bundle) -> None:
     engine = open_engine(exported_bundle, kind)
     z = noise([1, 2], exported_bundle.spec.noise_shape)
@@ -78,7 +78,7 @@ def test_results_are_fresh_arrays(kind: str, exported_bundle: Bundle) -> None:
     first[...] = 0  # the caller's own, to write to
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ENGINES if kind != "torch"])
+@pytest.mark.parametrize("kind", [kind for kind in RUNTIMES if kind != "torch"])
 def test_an_engine_needs_no_torch(kind: str, exported_bundle: Bundle, tmp_path: Path) -> None:
     expected = images_of(exported_bundle, kind, 64)
     script = """
@@ -104,14 +104,13 @@ assert "torch" not in sys.modules
 
 
 def test_the_fastest_engine_that_was_exported_is_opened(exported_bundle: Bundle, tiny_bundle: Bundle) -> None:
-    assert open_engine(exported_bundle).name == "onnx"
-    assert open_engine(tiny_bundle).name == "torch"
-    assert available_engines(exported_bundle) == ["onnx", "torch"]
+    assert open_engine(exported_bundle).id == ONNX
+    assert open_engine(tiny_bundle).id == TORCH
+    assert available_engines(exported_bundle) == [ONNX, TORCH]
     with pytest.raises(RequestError, match=r"has no onnx engine; uni-instruct export .* --to onnx"):
         open_engine(tiny_bundle, "onnx")
-    with pytest.raises(RequestError, match="engine 'gpu' is unknown; choose one of onnx, torch"):
+    with pytest.raises(RequestError, match="engine 'gpu' is unknown; choose one of onnx, torch, torch-fp32"):
         open_engine(tiny_bundle, "gpu")
-    assert engine_class("onnx") is OnnxEngine
 
 
 @pytest.mark.parametrize("spin", [True, False])
@@ -121,6 +120,40 @@ def test_threads_spin_as_asked_and_images_do_not_depend_on_it(spin: bool, export
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
     images = generate(engine, SEEDS, resolve_class_ids(exported_bundle.spec, SEEDS), 64)
     np.testing.assert_array_equal(images, images_of(exported_bundle, "onnx", 64))
+
+
+@pytest.mark.parametrize(
+    ("text", "engine_id"),
+    [
+        ("onnx-fp32", EngineId("onnx", "fp32")),
+        ("torch-fp32", TORCH),
+        ("openvino-bf16", EngineId("openvino", "bf16")),
+        ("tensorrt-fp16-sm90", EngineId("tensorrt", "fp16", "sm90")),
+        ("tensorrt-rtx-fp16-sm120", EngineId("tensorrt-rtx", "fp16", "sm120")),
+    ],
+)
+def test_an_engine_id_is_written_as_it_is_read(text: str, engine_id: EngineId) -> None:
+    assert EngineId.parse(text) == engine_id
+    assert str(engine_id) == text
+
+
+@pytest.mark.parametrize("text", ["", "onnx", "fp32", "onnx-fp33", "onnx-fp32-", "Onnx-fp32", "../onnx-fp32", "onnx-fp32-a/b"])
+def test_what_is_no_engine_id_is_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="is no engine id; write it as onnx-fp32 or tensorrt-fp16-sm90"):
+        EngineId.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("abacus-fp32", "engine 'abacus-fp32' is unknown; choose one of onnx, torch, onnx-fp32, torch-fp32"),
+        ("onnx-fp16", "has no onnx-fp16 engine; choose one of onnx, torch, onnx-fp32, torch-fp32"),
+        ("torch-bf16", "has no torch-bf16 engine; choose one of"),
+    ],
+)
+def test_an_engine_that_is_not_there_is_never_another(wanted: str, message: str, exported_bundle: Bundle) -> None:
+    with pytest.raises(RequestError, match=message):
+        open_engine(exported_bundle, wanted)
 
 
 def edit_record(**changes: Any) -> Callable[[Path], None]:
@@ -160,8 +193,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "record binary": (lambda folder: (folder / RECORD).write_bytes(bytes(range(256))), "does not describe an engine"),
     "record foreign": (lambda folder: (folder / RECORD).write_text("[1, 2]"), "does not describe an engine"),
     "no report": (edit_record(parity=None), "does not describe an engine"),
-    "file empty": (replace_file(b""), "ONNX Runtime cannot load"),
-    "file no graph": (replace_file(b"\x00not onnx" * 100), "ONNX Runtime cannot load"),
 }
 
 
@@ -170,7 +201,7 @@ def test_a_damaged_engine_is_one_line_and_never_runs(
     damage: str, exported: Bundle, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     inflict, message = DAMAGE[damage]
-    inflict(exported.engine_folder("onnx"))
+    inflict(exported.engine_folder(ONNX))
     code, output, errors = cli("generate", exported.path, "--seeds", "0-3", "--out", tmp_path / "out")
     assert (code, output) == (2, "")
     assert message in errors
@@ -178,29 +209,43 @@ def test_a_damaged_engine_is_one_line_and_never_runs(
     assert os.listdir(tmp_path) == ["bundle"]
 
 
+@pytest.mark.parametrize("content", [b"", b"\x00not onnx" * 100])
+def test_a_file_that_is_no_graph_is_one_line_and_never_runs(
+    content: bytes, exported: Bundle, tmp_path: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    replace_file(content)(exported.engine_folder(ONNX))
+    options = ("--seeds", "0-3", "--out", tmp_path / "out", "--engine", "onnx-fp32")
+    code, output, errors = cli("generate", exported.path, *options)
+    assert (code, output) == (1, "")
+    assert "engine onnx-fp32 is refused on this machine: ONNX Runtime cannot load" in errors
+    assert errors.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "cache"]
+
+
 def test_the_graph_of_another_generator_is_refused(exported: Bundle, tmp_path: Path) -> None:
     other = random_bundle(tmp_path / "other", seed=3, num_classes=0)
     shutil.copytree(exported.path / "engines", other.path / "engines")
     with pytest.raises(BundleError, match="was built from other weights"):
-        OnnxEngine(other)
-    edit_record(weights_sha256=other.weights_sha256)(other.engine_folder("onnx"))
+        OnnxEngine(other, other.engines()[ONNX])
+    edit_record(weights_sha256=other.weights_sha256)(other.engine_folder(ONNX))
     with pytest.raises(BundleError, match="which does not fit generator 'tiny'"):
-        OnnxEngine(other)
+        OnnxEngine(other, other.engines()[ONNX])
 
 
 def test_a_provider_that_is_not_in_use_is_refused(exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="provider 'GPU' is unknown; choose one of CPUExecutionProvider"):
-        OnnxEngine(exported_bundle, provider="GPU")
+        OnnxEngine(exported_bundle, exported_bundle.engines()[ONNX], provider="GPU")
     # ONNX Runtime itself falls back to the CPU; this machine's build, or the machine, has no such provider.
     monkeypatch.setitem(onnx_engine.PROVIDERS, "DmlExecutionProvider", "gpu")
     with pytest.raises(RequestError, match="uses CPUExecutionProvider, not DmlExecutionProvider"):
-        OnnxEngine(exported_bundle, provider="DmlExecutionProvider")
+        OnnxEngine(exported_bundle, exported_bundle.engines()[ONNX], provider="DmlExecutionProvider")
 
 
 def test_a_missing_runtime_names_the_extra(exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'uni-instruct\[serve\]'") as caught:
-        OnnxEngine(exported_bundle)
+        OnnxEngine(exported_bundle, exported_bundle.engines()[ONNX])
     assert caught.value.exit_code == 2
 
 

@@ -49,7 +49,7 @@ def test_teacher_and_student_are_scored_on_the_same_seeds(cli: Cli, tiny_bundle:
     both = evaluated(cli, tiny_bundle.path, "--teacher", tiny_teacher.path, *options)
     student, teacher = (both["scores"][role]["values"] for role in ("generator", "teacher"))
     assert both["distance_to_teacher_ratio"] == pytest.approx(student[FD] / teacher[FD])
-    assert (both["seeds"], both["scores"]["teacher"]["engine"]) == ("50-109", "torch")
+    assert (both["seeds"], both["scores"]["teacher"]["engine"]) == ("50-109", "torch-fp32")
     assert evaluated(cli, tiny_bundle.path, *options)["scores"]["generator"]["values"] == student
     assert evaluated(cli, tiny_teacher.path, *options)["scores"]["generator"]["values"] == teacher
     assert {"uni-instruct", "torch", "torch-fidelity", "numpy"} <= set(both["versions"])

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import files_of_at_most, random_bundle
+from conftest import ONNX, files_of_at_most, random_bundle
 
 from uni_instruct.bundle import WEIGHTS, Bundle
 from uni_instruct.engines.onnxruntime import OnnxEngine
+from uni_instruct.engines.outputs import TOLERANCES
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.engines.torch import TorchEngine
 from uni_instruct.errors import MissingExtraError, ParityError, RequestError
@@ -62,11 +63,11 @@ def test_the_engine_agrees_with_torch(name: str, batch: int, request: pytest.Fix
     count, classes = 40, bundle.spec.num_classes
     z = noise(range(10**12, 10**12 + count), bundle.spec.noise_shape)
     class_ids = np.arange(count) % classes if classes else None
-    engine, torch_engine = OnnxEngine(bundle), TorchEngine(bundle)
-    expected = torch_engine.denoised(z, class_ids).numpy()
+    engine, torch_engine = OnnxEngine(bundle, bundle.engines()[ONNX]), TorchEngine(bundle)
+    expected = torch_engine.outputs(z, class_ids).images
     parts = [slice(start, start + batch) for start in range(0, count, batch)]
     calls = [(z[part], None if class_ids is None else class_ids[part]) for part in parts]
-    found = np.concatenate([engine.denoised(*call) for call in calls])
+    found = np.concatenate([engine.outputs(*call).images for call in calls])
     assert found.std() > 0.05
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
     images = np.concatenate([engine(*call) for call in calls])
@@ -79,15 +80,15 @@ def test_the_engine_agrees_with_torch(name: str, batch: int, request: pytest.Fix
 @pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
 def test_the_record_says_what_was_built_and_how_well_it_agrees(name: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
-    folder = bundle.engine_folder("onnx")
+    folder = bundle.engine_folder(ONNX)
     record = EngineRecord.read(folder)
     assert sorted(os.listdir(folder)) == sorted(["engine.json", record.file])
-    assert sorted(os.listdir(folder.parent)) == ["onnx"]
+    assert sorted(os.listdir(folder.parent)) == ["onnx-fp32"]
     assert record.file_sha256 == sha256(folder / record.file)
     assert record.weights_sha256 == sha256(bundle.path / WEIGHTS)
     assert set(record.versions) == {"uni_instruct", "torch", "onnx", "onnxscript", "onnxruntime"}
     report = record.parity
-    assert report["tolerance"] == {"relative_l2": 1e-5, "levels": 1}
+    assert report["tolerance"] == {"relative_l2": 1e-5, "pixel_difference": 1}
     assert 0 < report["mean_difference"] < report["largest_difference"] < 1e-4
     assert 0 < report["relative_l2"] < 1e-5
     assert report["equal_pixels"] > 0.99
@@ -102,7 +103,7 @@ def test_the_record_says_what_was_built_and_how_well_it_agrees(name: str, reques
 @pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
 def test_the_file_stands_alone(name: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
-    path = bundle.engine_folder("onnx") / EngineRecord.read(bundle.engine_folder("onnx")).file
+    path = bundle.engine_folder(ONNX) / EngineRecord.read(bundle.engine_folder(ONNX)).file
     model = onnx.load(path, load_external_data=False)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(properties["uni_instruct.spec"]) == json.loads(json.dumps(asdict(bundle.spec)))
@@ -122,12 +123,12 @@ def test_the_file_stands_alone(name: str, request: pytest.FixtureRequest) -> Non
 
 
 def test_the_same_bundle_gives_the_same_file_again(exported: Bundle, cli: Cli) -> None:
-    before = EngineRecord.read(exported.engine_folder("onnx"))
+    before = EngineRecord.read(exported.engine_folder(ONNX))
     code, output, errors = cli("export", exported.path, "--to", "onnx", "--json")
     (record,) = json.loads(output)
     assert (code, errors) == (0, "")
     assert record["file_sha256"] == before.file_sha256
-    assert record == json.loads((exported.engine_folder("onnx") / "engine.json").read_text())
+    assert record == json.loads((exported.engine_folder(ONNX) / "engine.json").read_text())
 
 
 def faithful(model: onnx.ModelProto) -> None:
@@ -169,7 +170,7 @@ def build_altered(source: Bundle, alter: Callable[[onnx.ModelProto], None]) -> C
     """A build that writes the engine of `source`, altered: exporting anew takes ten times as long."""
 
     def build(bundle: Bundle, path: Path) -> dict[str, str]:
-        folder = source.engine_folder("onnx")
+        folder = source.engine_folder(ONNX)
         model = onnx.load(folder / EngineRecord.read(folder).file)
         alter(model)
         onnx.save(model, path)
@@ -179,10 +180,10 @@ def build_altered(source: Bundle, alter: Callable[[onnx.ModelProto], None]) -> C
 
 
 WRONG_BUILDS = {
-    wrong_weight: "the onnx engine differs from torch by",
-    not_a_number: "the onnx engine or torch gives values that are not finite",
-    upside_down: "a pixel of the onnx engine differs from torch by",
-    other_output: "the onnx engine does not run: ",
+    wrong_weight: "the onnx-fp32 engine differs from torch by",
+    not_a_number: "the onnx-fp32 engine or torch gives values that are not finite",
+    upside_down: "a pixel of the onnx-fp32 engine differs from torch by",
+    other_output: "the onnx-fp32 engine does not run: ",
 }
 
 
@@ -203,7 +204,7 @@ def test_an_engine_that_disagrees_is_not_admitted(
 def test_a_failed_export_keeps_the_engine_that_was_there(
     exported: Bundle, exported_bundle: Bundle, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = EngineRecord.read(exported.engine_folder("onnx"))
+    record = EngineRecord.read(exported.engine_folder(ONNX))
     monkeypatch.setattr(onnx_target, "build", build_altered(exported_bundle, wrong_weight))
     with pytest.raises(ParityError):
         export_engine(exported, "onnx")
@@ -212,9 +213,9 @@ def test_a_failed_export_keeps_the_engine_that_was_there(
     assert code == 2
     assert "cannot write" in errors
     assert errors.count("\n") == 1
-    assert EngineRecord.read(exported.engine_folder("onnx")) == record
-    assert OnnxEngine(exported)(noise([1], exported.spec.noise_shape), np.array([1])).any()
-    assert os.listdir(exported.path / "engines") == ["onnx"]
+    assert EngineRecord.read(exported.engine_folder(ONNX)) == record
+    assert OnnxEngine(exported, exported.engines()[ONNX])(noise([1], exported.spec.noise_shape), np.array([1])).any()
+    assert os.listdir(exported.path / "engines") == ["onnx-fp32"]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_dry_run_says_what_would_be_built_and_builds_nothing(unexported: Bundle,
     assert code == 0
     assert not plan["replaces"]
     assert not (unexported.path / "engines").exists()
-    built = EngineRecord.read(exported_bundle.engine_folder("onnx"))
+    built = EngineRecord.read(exported_bundle.engine_folder(ONNX))
     assert Path(plan["path"]).name == built.file == "tiny-8x8-onnx-fp32.onnx"
     _, output, _ = cli("export", exported_bundle.path, "--to", "onnx", "--dry-run")
     assert output.startswith("would build ")
@@ -294,7 +295,7 @@ def test_the_report_is_the_worst_over_all_batches(tiny_bundle: Bundle) -> None:
     assert not report.batch_invariant
 
 
-TOLERANCE = parity.TOLERANCES["fp32"]
+TOLERANCE = TOLERANCES["fp32"]
 
 
 def _random_images() -> tuple[np.ndarray, np.ndarray]:

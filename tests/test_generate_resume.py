@@ -95,7 +95,7 @@ class BreaksOff:
     """An engine that is interrupted at a call."""
 
     def __init__(self, engine: Engine, calls: int):
-        self.spec, self.name, self.device = engine.spec, engine.name, engine.device
+        self.spec, self.id, self.device = engine.spec, engine.id, engine.device
         self.engine, self.calls = engine, calls
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
@@ -110,7 +110,7 @@ def unfinished(exported_bundle: Bundle, tmp_path: Path) -> Path:
     """The work folder of a run for `out.npz` that was interrupted in its third shard."""
     seeds = list(range(COUNT))
     class_ids = resolve_class_ids(exported_bundle.spec, seeds)
-    request = SampleRequest(bundle=exported_bundle, engine="onnx", seeds=seeds, class_ids=class_ids, batch=BATCH)
+    request = SampleRequest(bundle=exported_bundle, engine="onnx-fp32", seeds=seeds, class_ids=class_ids, batch=BATCH)
     engine = BreaksOff(open_engine(exported_bundle), calls=100)
     with suppress(KeyboardInterrupt), open_run(request, tmp_path / "out.npz") as run, progress("", COUNT, "") as bar:
         run.fill(engine, bar)
@@ -162,7 +162,7 @@ def test_an_unfinished_run_is_not_mixed_with_another_request(
     for change, message in (
         (("--batch", "32"), "batch 24 there, 32 here"),
         (("--class", "2"), "other class_ids"),
-        (("--engine", "torch"), "engine onnx there, torch here"),
+        (("--engine", "torch"), "engine onnx-fp32 there, torch-fp32 here"),
         (("--seeds", "1-3000"), "other seeds, other class_ids"),
     ):
         code, _, errors = cli(*arguments(exported_bundle, out), *change)

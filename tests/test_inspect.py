@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ONNX
 from PIL import Image
 
 from uni_instruct.bundle import Bundle
@@ -31,12 +32,12 @@ def test_a_bundle_and_its_engine(exported_bundle: Bundle, cli: Cli) -> None:
     assert facts["network_args"] == spec.network_args
     assert facts["parameters"] == sum(tensor.numel() for tensor in denoiser.parameters())
     assert facts["weights_sha256"] == exported_bundle.weights_sha256
-    record = EngineRecord.read(exported_bundle.engine_folder("onnx"))
+    record = EngineRecord.read(exported_bundle.engine_folder(ONNX))
     (engine,) = facts["engines"]
-    assert engine["kind"] == "onnx"
+    assert engine["engine_id"] == "onnx-fp32"
     assert engine["parity"] == record.parity
     assert engine["versions"] == record.versions
-    assert engine["file_bytes"] == (exported_bundle.engine_folder("onnx") / record.file).stat().st_size
+    assert engine["file_bytes"] == (exported_bundle.engine_folder(ONNX) / record.file).stat().st_size
     _, text, _ = cli("inspect", exported_bundle.path)
     for part in ("generator: tiny", "images: 8x8", "classes: 10: 0, 1", f"{facts['parameters']:,}", "batch invariant: yes"):
         assert part in text
@@ -53,12 +54,12 @@ def test_a_bundle_without_engines_says_how_to_export(tiny_bundle: Bundle, tiny_t
 
 def test_an_engine_that_cannot_be_used_is_named_with_the_reason(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
     bundle = Bundle.open(shutil.copytree(exported_bundle.path, tmp_path / "bundle"))
-    folder = bundle.engine_folder("onnx")
+    folder = bundle.engine_folder(ONNX)
     file = folder / EngineRecord.read(folder).file
     file.write_bytes(file.read_bytes()[:-1])
     code, text, _ = cli("inspect", bundle.path)
     assert code == 0
-    assert "engine onnx: cannot be used: " in text
+    assert "engine onnx-fp32: cannot be used: " in text
     assert "does not match the sha256 in engine.json" in text
     (folder / RECORD).write_text("{}")
     (engine,) = json.loads(cli("inspect", bundle.path, "--json")[1])["engines"]

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import yaml
-from conftest import random_bundle
+from conftest import ONNX, random_bundle
 from PIL import Image
 
 from uni_instruct.bundle import CARD, CONFIG, SAMPLES, WEIGHTS, Bundle
@@ -65,9 +65,9 @@ def test_half_weights_move_no_pixel_by_more_than_a_level(original: Bundle, publi
 
 
 def test_the_engine_has_the_rounded_weights_in_half_the_bytes(published: Bundle, exported_bundle: Bundle) -> None:
-    record = EngineRecord.read(published.engine_folder("onnx"))
-    full = EngineRecord.read(exported_bundle.engine_folder("onnx"))
-    sizes = [(b.engine_folder("onnx") / r.file).stat().st_size for b, r in ((published, record), (exported_bundle, full))]
+    record = EngineRecord.read(published.engine_folder(ONNX))
+    full = EngineRecord.read(exported_bundle.engine_folder(ONNX))
+    sizes = [(b.engine_folder(ONNX) / r.file).stat().st_size for b, r in ((published, record), (exported_bundle, full))]
     assert sizes[0] < 0.7 * sizes[1]
     assert record.parity["relative_l2"] < 1e-5
     assert record.parity["batch_invariant"] is True
@@ -76,7 +76,7 @@ def test_the_engine_has_the_rounded_weights_in_half_the_bytes(published: Bundle,
 
 def test_the_casts_change_no_bit(published: Bundle, tmp_path: Path) -> None:
     """Against the same graph with its half weights written out as float32."""
-    file = published.engine_folder("onnx") / EngineRecord.read(published.engine_folder("onnx")).file
+    file = published.engine_folder(ONNX) / EngineRecord.read(published.engine_folder(ONNX)).file
     model = onnx.load(file)
     casts = {node.input[0]: node.output[0] for node in model.graph.node if node.input[0].endswith(".fp16")}
     assert len(casts) > 5
@@ -137,7 +137,7 @@ def test_scores_come_with_their_command_and_of_these_weights_only(
 ) -> None:
     def build(bundle: Bundle, path: Path) -> dict[str, str]:
         """The engine of the same weights: exporting anew takes ten times as long."""
-        shutil.copy(published.engine_folder("onnx") / EngineRecord.read(published.engine_folder("onnx")).file, path)
+        shutil.copy(published.engine_folder(ONNX) / EngineRecord.read(published.engine_folder(ONNX)).file, path)
         return {}
 
     monkeypatch.setattr(onnx_target, "build", build)
@@ -204,7 +204,7 @@ def test_no_folder_of_the_machine_is_published(published: Bundle) -> None:
         "c": 3,
         "d": "hf://a/b",
     }
-    for name in (CONFIG, CARD, "engines/onnx/engine.json"):
+    for name in (CONFIG, CARD, "engines/onnx-fp32/engine.json"):
         assert "somebody" not in (published.path / name).read_text()
 
 

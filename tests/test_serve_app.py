@@ -31,7 +31,7 @@ class Held:
     """An engine that, once it is warm, waits until the test lets it run."""
 
     def __init__(self, engine: Engine):
-        self.spec, self.name, self.device = engine.spec, engine.name, engine.device
+        self.spec, self.id, self.device = engine.spec, engine.id, engine.device
         self.released = threading.Event()
         self.released.set()
         self.calls = 0
@@ -46,7 +46,7 @@ class Held:
 @pytest.fixture
 def held(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Held:
     engine = Held(open_engine(tiny_bundle, "torch"))
-    monkeypatch.setattr(backend_module, "open_engine", lambda bundle, kind, spin: engine)
+    monkeypatch.setattr(backend_module, "load_engine", lambda bundle, stored, spin: engine)
     return engine
 
 
@@ -270,7 +270,7 @@ def test_what_is_served_is_described(tiny_bundle: Bundle) -> None:
             assert spec["image_shape"] == [1, 8, 8]
             assert spec["class_names"] == [str(n) for n in range(10)]
             assert (spec["engine"], spec["precision"], spec["weights_sha256"]) == (
-                "torch",
+                "torch-fp32",
                 "fp32",
                 tiny_bundle.weights_sha256,
             )

@@ -153,7 +153,7 @@ def truth(bundle: Bundle, seeds: list[int], classes: list[int | str] | None = No
 def test_without_torch_it_serves_what_generate_makes(server: Running, exported_bundle: Bundle) -> None:
     answer = httpx.post(f"{server.url}/v1/generate", json={"seeds": [7]})
     assert answer.status_code == 200
-    assert answer.headers["x-engine"] == "onnx"
+    assert answer.headers["x-engine"] == "onnx-fp32"
     np.testing.assert_array_equal(pixels(answer.content), truth(exported_bundle, [7])[0])
 
 
@@ -412,7 +412,7 @@ def test_wrong_requests_are_one_line_and_exit_code_2(exported_bundle: Bundle, tm
     assert "makes 4 channels, no pictures; latents take their VAE to decode" in refused(str(latents.path))
     assert "0 is not in the range" in refused(str(exported_bundle.path), "--port", "0")
     altered = Path(shutil.copytree(exported_bundle.path, tmp_path / "altered"))
-    (altered / "engines/onnx/tiny-8x8-onnx-fp32.onnx").write_bytes(b"altered")
+    (altered / "engines/onnx-fp32/tiny-8x8-onnx-fp32.onnx").write_bytes(b"altered")
     assert "does not match the sha256" in refused(str(altered))
     (altered / "model.safetensors").write_bytes(b"altered")
     assert "does not match the sha256" in refused(str(altered), "--engine", "torch")

@@ -16,8 +16,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.engines.torch import to_uint8
 from uni_instruct.evaluate import Evaluator
+from uni_instruct.networks.one_step import to_uint8
 from uni_instruct.noise import noise, random_class_ids
 from uni_instruct.progress import progress, silent
 from uni_instruct.spec import ModelSpec

@@ -18,6 +18,7 @@ from uni_instruct.hub import is_on_hub
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.reference import make_reference
 from uni_instruct.progress import progress
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.card import model_card
@@ -131,7 +132,7 @@ class _Session:
         def keep(scores: dict[str, float], images: np.ndarray) -> None:
             weights = {key: tensor.cpu().numpy() for key, tensor in stage.averages.primary.module.state_dict().items()}
             card = model_card(spec, self.recipe, self.dataset, scores)
-            Bundle.write(folder, spec, weights, card, encode(contact_sheet(images)))
+            Bundle.write(folder, spec, weights, card, encode(contact_sheet(images)), reference=make_reference)
 
         best: Best = Loop(self.run, self.recipe.loop, self.fabric, spec, self.evaluator, keep)(stage)
         if not (folder / CONFIG).exists():

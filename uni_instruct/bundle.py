@@ -1,20 +1,23 @@
 """A generator on disk: a folder that is also a valid Hugging Face model repository."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from uni_instruct.engines.record import RECORD, EngineId, StoredEngine, id_of_folder
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.files import atomic_folder, sha256
+from uni_instruct.files import atomic_file, atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
+from uni_instruct.reference import REFERENCE, Reference
 from uni_instruct.spec import ModelSpec
 
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
+ENGINES = "engines"
 # What is served where nothing is named: the first of these that ships.
 PREFERRED_GENERATORS = ("fashion-mnist", "digits")
 # How a file stores matrices and filters -> safetensors' name and NumPy's.
@@ -59,21 +62,24 @@ class Bundle:
         samples: bytes | None = None,
         *,
         precision: str = "fp32",
+        reference: "MakeReference | None" = None,
     ) -> "Bundle":
         """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
 
-        samples: a PNG. precision: one of PRECISIONS, of the stored file alone: whoever reads it computes in float32. Raises
-        DiskError where the disk is full or read-only.
+        samples: a PNG. precision: one of PRECISIONS, of the stored file alone: whoever reads it computes in float32. reference:
+        makes the bundle's reference.npz from its stored weights, `networks.reference.make_reference` where torch is at hand.
+        Raises DiskError where the disk is full or read-only.
         """
         path = Path(path)
         with atomic_folder(path) as partial:
             write_safetensors(partial / WEIGHTS, weights, precision)
             digest = sha256(partial / WEIGHTS)
-            config = {"format_version": FORMAT_VERSION, **spec.to_config(), "weights_sha256": digest}
-            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (partial / CONFIG).write_text(_config_text(spec, digest))
             (partial / CARD).write_text(card)
             if samples is not None:
                 (partial / SAMPLES).write_bytes(samples)
+            if reference is not None and (made := reference(cls(partial, spec, digest))):
+                made.write(partial / REFERENCE)
         return cls(path, spec, digest)
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -101,9 +107,50 @@ class Bundle:
             raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
         return "fp16" if PRECISIONS["fp16"][0] in types else "fp32"
 
-    def engine_folder(self, kind: str) -> Path:
-        """Where the exported engine of that kind stands, or would stand."""
-        return self.path / "engines" / kind
+    def reference(self) -> Reference | None:
+        """Images to hold engines against; None for teachers and bundles of format 1. Raises BundleError for a damaged file."""
+        path = self.path / REFERENCE
+        return Reference.read(path, self.spec, self.weights_sha256) if path.is_file() else None
+
+    def bring_up_to_date(self, reference: "MakeReference") -> None:
+        """Writes what a bundle of this format has, and one of format 1, or with a damaged reference.npz, lacks; else nothing.
+
+        Raises DiskError where it cannot be written; the bundle can be opened at any time in between.
+        """
+        if not self._reference_is_current() and (made := reference(self)):
+            with atomic_file(self.path / REFERENCE) as partial:
+                made.write(partial)
+        if _read_config(self.path / CONFIG)["format_version"] < FORMAT_VERSION:
+            with atomic_file(self.path / CONFIG) as partial:
+                partial.write_text(_config_text(self.spec, self.weights_sha256))
+
+    def _reference_is_current(self) -> bool:
+        try:
+            return self.reference() is not None
+        except BundleError:
+            return False
+
+    def engines(self) -> dict[EngineId, StoredEngine]:
+        """The exported engines that stand in the bundle, by id, those of format 1 among them. Nothing in them is read yet."""
+        found: dict[EngineId, StoredEngine] = {}
+        for record in sorted((self.path / ENGINES).glob(f"[!.]*/{RECORD}")):
+            engine_id = id_of_folder(record.parent.name)
+            # Where an engine stands twice, the folder of its id is the newer.
+            if engine_id and (engine_id not in found or record.parent.name == str(engine_id)):
+                found[engine_id] = self.engine_in(record.parent, engine_id)
+        return found
+
+    def engine_in(self, folder: Path, engine_id: EngineId) -> StoredEngine:
+        """The engine in that folder, in its place or being built beside it."""
+        return StoredEngine(engine_id=engine_id, folder=folder, bundle=self.path, weights_sha256=self.weights_sha256)
+
+    def engine_folder(self, engine_id: EngineId) -> Path:
+        """Where `export` puts the engine."""
+        return self.path / ENGINES / str(engine_id)
+
+
+# What makes a bundle's reference: needs torch, as the core does not.
+MakeReference = Callable[[Bundle], Reference | None]
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], precision: str = "fp32") -> None:
@@ -156,6 +203,11 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"
     raise RequestError(problem, remedy=remedy, param="bundle")
+
+
+def _config_text(spec: ModelSpec, weights_sha256: str) -> str:
+    config = {"format_version": FORMAT_VERSION, **spec.to_config(), "weights_sha256": weights_sha256}
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _read_config(path: Path) -> dict[str, Any]:

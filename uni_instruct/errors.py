@@ -41,6 +41,10 @@ class MissingExtraError(RequestError):
         super().__init__(f"package '{package}' is not installed", remedy=f"pip install 'uni-instruct[{extra}]'")
 
 
+class EngineRefusedError(UniInstructError):
+    """An engine does not run on this machine, or answers otherwise than torch."""
+
+
 class ParityError(UniInstructError):
     """An exported engine does not agree with torch."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import rich_click as click
 
 from uni_instruct.bundle import WEIGHTS, Bundle
-from uni_instruct.engines.record import RECORD, EngineRecord
+from uni_instruct.engines.record import EngineRecord
 from uni_instruct.export.targets import TARGETS, Target, check_exportable, export_engine
 
 
@@ -15,34 +15,34 @@ from uni_instruct.export.targets import TARGETS, Target, check_exportable, expor
 @click.argument("bundle")
 @click.option(
     "--to",
-    "kinds",
+    "names",
     type=click.Choice(list(TARGETS)),
     multiple=True,
     required=True,
-    help="Engine to build; repeatable. " + " ".join(f"{target.kind}: {target.summary}." for target in TARGETS.values()),
+    help="Engine to build; repeatable. " + " ".join(f"{name}: {target.summary}." for name, target in TARGETS.items()),
 )
 @click.option("--dry-run", is_flag=True, help="Check the request and say what would be built; build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records (engine.json) as JSON.")
-def export(bundle: str, kinds: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def export(bundle: str, names: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Compile a one-step generator to an engine, and admit it only when it agrees with torch on fresh seeds.
 
-    The engine and its parity report (engine.json) go to BUNDLE/engines. An older engine of the same kind stays until
+    The engine and its parity report (engine.json) go to BUNDLE/engines. An older engine of the same id stays until
     the new one has passed; a failed check leaves no engine and exits with 1.
 
     Example: uni-instruct export runs/digits/generator --to onnx
     """
     opened = Bundle.open(bundle)
     check_exportable(opened)
-    targets = [TARGETS[kind] for kind in dict.fromkeys(kinds)]
-    plans = [plan(opened, target) for target in targets]
+    targets = {name: TARGETS[name] for name in dict.fromkeys(names)}
+    plans = [plan(opened, target) for target in targets.values()]
     if dry_run:
         print(json.dumps(plans, indent=2) if as_json else "\n".join(_plan_text(p) for p in plans))
         return
     records = []
-    for target in targets:
+    for name, target in targets.items():
         if not as_json:
-            click.echo(f"building the {target.kind} engine and checking it against torch ...", err=True)
-        records.append(export_engine(opened, target.kind))
+            click.echo(f"building the {target.engine_id} engine and checking it against torch ...", err=True)
+        records.append(export_engine(opened, name))
         if not as_json:
             print(_summary(opened, records[-1]))
     if as_json:
@@ -52,13 +52,11 @@ def export(bundle: str, kinds: tuple[str, ...], dry_run: bool, as_json: bool) ->
 def plan(bundle: Bundle, target: Target) -> dict[str, Any]:
     """What an export would write. Raises MissingExtraError where a tool is missing."""
     target.check_packages()
-    folder = bundle.engine_folder(target.kind)
     return {
-        "kind": target.kind,
-        "path": str(folder / target.file_name(bundle)),
-        "precision": target.precision,
+        "engine_id": str(target.engine_id),
+        "path": str(bundle.engine_folder(target.engine_id) / target.file_name(bundle)),
         "about_bytes": (bundle.path / WEIGHTS).stat().st_size,
-        "replaces": (folder / RECORD).is_file(),
+        "replaces": target.engine_id in bundle.engines(),
         "weights_sha256": bundle.weights_sha256,
     }
 
@@ -66,7 +64,7 @@ def plan(bundle: Bundle, target: Target) -> dict[str, Any]:
 def _plan_text(plan: dict[str, Any]) -> str:
     replaces = ", replacing the engine there" if plan["replaces"] else ""
     megabytes = plan["about_bytes"] / 1e6
-    return f"would build {plan['path']} ({plan['kind']}, {plan['precision']}, about {megabytes:.1f} MB){replaces}"
+    return f"would build {plan['path']} ({plan['engine_id']}, about {megabytes:.1f} MB){replaces}"
 
 
 def _summary(bundle: Bundle, record: EngineRecord) -> str:
@@ -74,7 +72,7 @@ def _summary(bundle: Bundle, record: EngineRecord) -> str:
     smallest, largest = min(parity["batches"]), max(parity["batches"])
     return "\n".join(
         (
-            f"{bundle.engine_folder(record.kind) / record.file}",
+            f"{bundle.engine_folder(record.id) / record.file}",
             f"  agrees with torch on {parity['images']} images of fresh seeds, batches {list(parity['batches'])}:",
             f"  relative L2 {parity['relative_l2']:.1e} (allowed {parity['tolerance']['relative_l2']:.0e}), "
             f"equal pixels {parity['equal_pixels']:.3%}, largest difference {parity['largest_pixel_difference']} level",

@@ -29,6 +29,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     from uni_instruct.engines.torch import TorchEngine
     from uni_instruct.generate import generate, resolve_class_ids
     from uni_instruct.images import contact_sheet, encode
+    from uni_instruct.networks.reference import make_reference
     from uni_instruct.train.card import model_card
     from uni_instruct.train.optimization.posthoc import reconstruct
     from uni_instruct.train.recipe import parse_recipe, read_yaml
@@ -43,6 +44,6 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     card = model_card(spec, recipe, open_dataset(recipe.data) if recipe.data else None, {})
     seeds = range(recipe.loop.grid)
     images = generate(TorchEngine(Bundle.write(out, spec, weights, card)), seeds, resolve_class_ids(spec, seeds))
-    bundle = Bundle.write(out, spec, weights, card, encode(contact_sheet(images)))
+    bundle = Bundle.write(out, spec, weights, card, encode(contact_sheet(images)), reference=make_reference)
     click.echo(f"{stage}: {bundle.path} (width {std:g} of training time, reconstructed)")
     click.echo(f"next: uni-instruct evaluate {bundle.path} --reference {recipe.data or 'DATA'}")

@@ -9,9 +9,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.one_step import one_step
 from uni_instruct.train.config import DistillationConfig, Recipe
 from uni_instruct.train.monitoring.metrics import Metrics
 from uni_instruct.train.objective.config import ObjectiveConfig

@@ -6,8 +6,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.engines.torch import one_step
 from uni_instruct.networks.critic import CriticOutput
+from uni_instruct.networks.one_step import one_step
 from uni_instruct.train.monitoring.metrics import Metrics, Tally
 from uni_instruct.train.monitoring.nonfinite import NonFiniteTracker, raise_if_diverged
 from uni_instruct.train.objective.config import ObjectiveConfig

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uni_instruct.engines.torch import one_step
+from uni_instruct.networks.one_step import one_step
 
 
 @dataclass

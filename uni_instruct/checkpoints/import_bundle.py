@@ -67,11 +67,13 @@ def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
 
     Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
     """
+    from uni_instruct.networks.reference import make_reference
+
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
     translation = translate(stored, request.patch)
     spec = _spec(path, checkpoint, stored, translation, request)
-    return Bundle.write(out, spec, translation.weights, _card(spec))
+    return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
 
 
 def open_or_import(source: str, kind: str) -> Bundle:

@@ -36,7 +36,7 @@ MAX_SAMPLES = 10_000_000
 )
 @click.option("--seed", type=click.IntRange(0), help="First seed. [default: 0]")
 @click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
-@click.option("--engine", "kind", help="Engine of the bundle. [default: the fastest that was exported]")
+@click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest here]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
     "--save-statistics",
@@ -53,7 +53,7 @@ def evaluate(
     samples: int | None,
     seed: int | None,
     seeds_text: str | None,
-    kind: str | None,
+    engine: str | None,
     batch: int,
     save_statistics: Path | None,
     as_json: bool,
@@ -69,14 +69,14 @@ def evaluate(
     _check_statistics_path(save_statistics)
     bundle = Bundle.open(images) if is_bundle(images) else None
     if bundle is None:
-        _check_images_options({"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--engine": kind})
+        _check_images_options({"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--engine": engine})
     reference = open_reference(reference_source)
     seeds = _seeds(seeds_text, seed, samples, reference)
     subjects = {}
     if bundle is None:
         subjects["images"] = images_subject(_open_images(images), samples, batch, reference)
     else:
-        subjects["generator"] = bundle_subject(bundle, seeds, kind, batch, reference)
+        subjects["generator"] = bundle_subject(bundle, seeds, engine, batch, reference)
         if teacher is not None:
             subjects["teacher"] = bundle_subject(Bundle.open(teacher), seeds, None, batch, reference)
     for subject in subjects.values():
@@ -189,8 +189,8 @@ def _ratio(scores: dict[str, Scores], distance: str) -> float | None:
 def _print(facts: dict[str, Any]) -> None:
     roles: dict[str, Any] = facts["scores"]
     for role, score in roles.items():
-        engine = f" on {score['engine']}, seeds {facts['seeds']}" if score["engine"] else ""
-        click.echo(f"{role}: {score['samples']} images of {score['source']}{engine}")
+        made_by = f" on {score['engine']}, seeds {facts['seeds']}" if score["engine"] else ""
+        click.echo(f"{role}: {score['samples']} images of {score['source']}{made_by}")
     reference, extractor = facts["reference"], facts["extractor"]
     size = f", {reference['samples']} images" if reference["samples"] else ""
     click.echo(f"reference: {reference['name']}{size}")

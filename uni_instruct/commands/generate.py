@@ -43,7 +43,7 @@ GRID_IMAGES = 1024
     is_flag=True,
     help="The classes in equal shares of the seeds, one after the other: a row of --grid each.",
 )
-@click.option("--engine", "kind", help="onnx or torch. [default: the fastest that was exported]")
+@click.option("--engine", help="Engine id, as onnx-fp32, or a runtime, as onnx. [default: the fastest here]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
     "--grid", "grid_path", type=click.Path(path_type=Path), help=f"Also write a PNG of the first {GRID_IMAGES} images."
@@ -55,7 +55,7 @@ def generate(
     out: Path | None,
     classes: tuple[str, ...],
     by_classes: bool,
-    kind: str | None,
+    engine: str | None,
     batch: int,
     grid_path: Path | None,
     as_json: bool,
@@ -72,20 +72,20 @@ def generate(
     if by_classes and classes:
         raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
     class_ids = resolve_class_ids(opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes)
-    engine = open_engine(opened, kind)
-    request = SampleRequest(bundle=opened, engine=engine.name, seeds=seeds, class_ids=class_ids, batch=batch)
+    opened_engine = open_engine(opened, engine)
+    request = SampleRequest(bundle=opened, engine=str(opened_engine.id), seeds=seeds, class_ids=class_ids, batch=batch)
     already = out is not None and is_finished(request, out)
     images = None
     if out is not None and not already:
         with open_run(request, out) as run:
             with progress("generate", len(seeds), "images", done=run.done) as bar:
-                run.fill(engine, bar)
+                run.fill(opened_engine, bar)
             images = run.first(GRID_IMAGES) if grid_path else None
             run.finish()
     if grid_path:
         if images is None:
             labels = None if class_ids is None else class_ids[:GRID_IMAGES]
-            images = generate_images(engine, seeds[:GRID_IMAGES], labels, batch)
+            images = generate_images(opened_engine, seeds[:GRID_IMAGES], labels, batch)
         _write_grid(images, grid_path, len(seeds) // opened.spec.num_classes if by_classes else None)
     _report(request.facts() | {"out": str(out or grid_path), "already": already}, as_json)
 

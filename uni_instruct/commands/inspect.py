@@ -12,7 +12,8 @@ import rich_click as click
 from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, shipped_generators
 from uni_instruct.commands.inspect_checkpoint import checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
-from uni_instruct.engines.record import RECORD, EngineRecord, verified_file
+from uni_instruct.engine import engine_standing
+from uni_instruct.engines.record import StoredEngine
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.hub import fetch, names_file
 
@@ -56,8 +57,6 @@ def inspect(source: str, as_data: bool, as_json: bool) -> None:
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     """Spec, sizes and engines of a bundle, for JSON. An engine that cannot be used has an `error`."""
     weights = bundle.weights()
-    folder = bundle.path / "engines"
-    kinds = sorted(path.parent.name for path in folder.glob(f"[!.]*/{RECORD}"))
     return {
         "kind": "generator" if bundle.spec.steps == 1 else "teacher",
         "path": bundle.origin,
@@ -68,7 +67,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "weights_precision": bundle.stored_precision(),
         "weights_bytes": (bundle.path / WEIGHTS).stat().st_size,
         "weights_sha256": bundle.weights_sha256,
-        "engines": [_engine_facts(bundle, kind) for kind in kinds],
+        "engines": [_engine_facts(bundle, stored) for stored in bundle.engines().values()],
     }
 
 
@@ -94,7 +93,7 @@ def data_facts(source: str) -> dict[str, Any]:
 def bundle_rows(facts: dict[str, Any]) -> list[Row]:
     """A bundle's facts in words."""
     provenance = [(f"provenance: {key}", _text(value)) for key, value in facts["provenance"].items()]
-    engines = [(f"engine {engine['kind']}", _engine_text(engine)) for engine in facts["engines"]]
+    engines = [(f"engine {engine['engine_id']}", _engine_text(engine)) for engine in facts["engines"]]
     hint = [("engines", f"none exported; uni-instruct export {facts['path']} --to onnx")] if facts["steps"] == 1 else []
     return [
         (facts["kind"], facts["name"]),
@@ -130,14 +129,12 @@ def data_rows(facts: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _engine_facts(bundle: Bundle, kind: str) -> dict[str, Any]:
-    folder = bundle.engine_folder(kind)
+def _engine_facts(bundle: Bundle, stored: StoredEngine) -> dict[str, Any]:
     try:
-        record = EngineRecord.read(folder)
-        size = verified_file(bundle, folder).stat().st_size
+        size = stored.file().stat().st_size
     except BundleError as error:
-        return {"kind": kind, "error": str(error)}
-    return {**asdict(record), "file_bytes": size}
+        return {"engine_id": str(stored.engine_id), "error": str(error)}
+    return {**asdict(stored.record()), "file_bytes": size, "here": engine_standing(bundle, stored.engine_id).facts()}
 
 
 def _engine_text(engine: dict[str, Any]) -> str:
@@ -145,10 +142,23 @@ def _engine_text(engine: dict[str, Any]) -> str:
         return f"cannot be used: {engine['error']}"
     parity = engine["parity"]
     return (
-        f"{engine['file']}, {engine['precision']}, {engine['file_bytes'] / 1e6:.1f} MB; against torch relative L2 "
+        f"{engine['file']}, {engine['file_bytes'] / 1e6:.1f} MB; against torch relative L2 "
         f"{parity['relative_l2']:.1e}, equal pixels {parity['equal_pixels']:.3%}; batch invariant: "
-        f"{'yes' if parity['batch_invariant'] else 'no'}; by {_text(engine['versions'])}"
+        f"{'yes' if parity['batch_invariant'] else 'no'}; by {_text(engine['versions'])}; {_here_text(engine['here'])}"
     )
+
+
+def _here_text(here: dict[str, Any]) -> str:
+    speed = f", {here['images_per_s']:.3g} images/s" if here["images_per_s"] else ""
+    reason = f": {here['reason']}" if here["reason"] else ""
+    texts = {
+        "trusted": f"trusted on this machine{speed}",
+        "refused": "refused on this machine",
+        "untried": "not yet tried on this machine: its first use does",
+        "absent": "cannot run here",
+        "unknown": "of a runtime that this version does not know",
+    }
+    return texts[here["state"]] + reason
 
 
 def _shape_text(shape: Any) -> str:

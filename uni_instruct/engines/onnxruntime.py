@@ -1,12 +1,13 @@
 """ONNX Runtime: one file that holds the whole one-step map, from N(0, 1) noise to uint8 pixels. Needs no torch."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.record import verified_file
+from uni_instruct.engines.outputs import Outputs
+from uni_instruct.engines.record import StoredEngine
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.spec import ModelSpec
@@ -15,52 +16,52 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # The graph's interface: what `export` writes and this engine feeds and reads.
-LATENTS, CLASS_IDS = "noise", "class_ids"
+NOISE, CLASS_IDS = "noise", "class_ids"
 IMAGES, DENOISED = "images", "denoised"
+# What engines of format 1 call their noise.
+FORMER_NOISE = "latents"
 
 # Provider of ONNX Runtime -> the device it runs on.
 PROVIDERS = {"CPUExecutionProvider": "cpu"}
 
 
 class OnnxEngine:
-    """Runs the bundle's exported graph in fp32; results do not depend on the batch (measured when it was exported).
+    """Runs a bundle's exported graph in fp32; results do not depend on the batch (measured when it was exported).
 
-    folder: where the engine stands, by default the bundle's own. spin: as in `open_engine`. Raises BundleError where its files
-    do not match engine.json or the bundle's weights, RequestError where ONNX Runtime does not use the provider that was asked
-    for.
+    spin: as in `open_engine`. Raises BundleError where the engine's files do not match engine.json or the bundle's weights,
+    RequestError where ONNX Runtime does not use the provider that was asked for.
     """
 
-    name = "onnx"
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        folder: Path | None = None,
-        provider: str = "CPUExecutionProvider",
-        spin: bool = True,
-    ):
+    def __init__(self, bundle: Bundle, stored: StoredEngine, *, provider: str = "CPUExecutionProvider", spin: bool = True):
         if provider not in PROVIDERS:
             raise RequestError(
                 f"provider '{provider}' is unknown", remedy=f"choose one of {', '.join(PROVIDERS)}", param="engine"
             )
         self.spec = bundle.spec
+        self.id = stored.engine_id
         self.device = PROVIDERS[provider]
-        self._session = _session(verified_file(bundle, folder or bundle.engine_folder(self.name)), provider, spin)
-        _check_interface(self._session, bundle.spec)
+        self._session: onnxruntime.InferenceSession | None = _session(stored.file(), provider, spin)
+        self._noise = _check_interface(self._session, bundle.spec)
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
-        return self._run(IMAGES, noise, class_ids)
+        (pixels,) = self._run([IMAGES], noise, class_ids)
+        return pixels
 
-    def denoised(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        """The images before rounding: float32 [B, C, H, W] in about [-1, 1]."""
-        return self._run(DENOISED, noise, class_ids)
+    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
+        return Outputs(*self._run([IMAGES, DENOISED], noise, class_ids))
 
-    def _run(self, output: str, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        feed = {LATENTS: noise} if class_ids is None else {LATENTS: noise, CLASS_IDS: class_ids}
-        result: np.ndarray = self._session.run([output], feed)[0]
-        return result
+    def close(self) -> None:
+        """Frees the session, once what runs in other threads is done."""
+        self._session = None
+
+    def _run(self, outputs: list[str], noise: np.ndarray, class_ids: np.ndarray | None) -> list[np.ndarray]:
+        session = self._session
+        assert session is not None, "the engine was closed"
+        feed = {self._noise: noise} if class_ids is None else {self._noise: noise, CLASS_IDS: class_ids}
+        results: list[np.ndarray] = session.run(outputs, feed)
+        return results
 
 
 def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSession":
@@ -88,12 +89,15 @@ def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSes
     return session
 
 
-def _check_interface(session: "onnxruntime.InferenceSession", spec: ModelSpec) -> None:
-    expected = {LATENTS, CLASS_IDS} if spec.num_classes else {LATENTS}
-    inputs: dict[str, Any] = {port.name: port.shape for port in session.get_inputs()}
+def _check_interface(session: "onnxruntime.InferenceSession", spec: ModelSpec) -> str:
+    """The name that the graph gives to its noise. Raises BundleError unless its ports are those of the generator."""
+    inputs: dict[str, list[int | str]] = {port.name: port.shape for port in session.get_inputs()}
     outputs = {port.name for port in session.get_outputs()}
-    if set(inputs) != expected or outputs != {IMAGES, DENOISED} or tuple(inputs[LATENTS][1:]) != spec.noise_shape:
+    noise = FORMER_NOISE if FORMER_NOISE in inputs else NOISE
+    expected = {noise, CLASS_IDS} if spec.num_classes else {noise}
+    if set(inputs) != expected or outputs != {IMAGES, DENOISED} or tuple(inputs[noise][1:]) != spec.noise_shape:
         raise BundleError(
             f"the graph maps {inputs} to {sorted(outputs)}, which does not fit generator '{spec.name}'",
             remedy="export the engine again",
         )
+    return noise

@@ -1,40 +1,78 @@
-"""engine.json: what an exported engine was built from, by what, and how well it agrees with torch."""
+"""Which engine an exported file is (EngineId), and what it was built from and how well it agrees with torch (engine.json)."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from uni_instruct.bundle import Bundle
-from uni_instruct.errors import BundleError
+from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import sha256
 
 RECORD = "engine.json"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_ID = re.compile(rf"(?P<runtime>[a-z][a-z0-9-]*?)-(?P<precision>{'|'.join(PRECISIONS)})(?:-(?P<target>[a-z0-9]+))?")
+# Format 1 knew one engine a runtime, in a folder of its name, and other words in its report.
+_FORMER_FOLDERS = {"onnx": "onnx-fp32"}
+_FORMER_WORDS = {"largest_level_difference": "largest_pixel_difference", "levels": "pixel_difference"}
+
+
+@dataclass(frozen=True)
+class EngineId:
+    """(runtime, precision, target), written onnx-fp32, torch-fp32, tensorrt-fp16-sm90: the one name of an engine.
+
+    The same word stands in `--engine`, as folder in a bundle's engines/, in headers, metrics, reports and engine.json. target
+    is the device that an engine was built for, empty where it runs on any.
+    """
+
+    runtime: str
+    precision: str
+    target: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "EngineId":
+        """Reads what `str` writes. Raises RequestError for anything else."""
+        match = _ID.fullmatch(text)
+        if match is None:
+            raise RequestError(
+                f"engine '{text[:60]}' is no engine id",
+                remedy=f"write it as onnx-fp32 or tensorrt-fp16-sm90; precisions are {', '.join(PRECISIONS)}",
+                param="engine",
+            )
+        return cls(match["runtime"], match["precision"], match["target"] or "")
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.runtime, self.precision, self.target) if part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """The engine's file and its hash, the hash of the weights it was built from, precision, tool versions, parity report."""
+    """The engine's id, file and hash, the hash of the weights it was built from, tool versions, parity report."""
 
-    kind: str
+    engine_id: str
     file: str
     file_sha256: str
     weights_sha256: str
-    precision: str
     versions: Mapping[str, str]
     parity: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> EngineId:
+        """The engine's id."""
+        return EngineId.parse(self.engine_id)
 
     @classmethod
     def read(cls, folder: Path) -> "EngineRecord":
         """The record of an engine's folder. Raises BundleError where it is missing or is not one."""
         path = folder / RECORD
         try:
-            values = json.loads(path.read_text())
+            values = _as_format_2(json.loads(path.read_text()))
             record = cls(**{f.name: values[f.name] for f in fields(cls)})
+            EngineId.parse(record.engine_id)
         except FileNotFoundError as error:
             raise BundleError(f"{folder} has no {RECORD}", remedy="export the engine again") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RequestError) as error:
             raise BundleError(f"{path} does not describe an engine", remedy="export the engine again") from error
         if not isinstance(record.file, str) or Path(record.file).name != record.file:
             raise BundleError(f"{path} names the file {record.file!r}", remedy="export the engine again")
@@ -47,18 +85,60 @@ class EngineRecord:
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
-def verified_file(bundle: Bundle, folder: Path) -> Path:
-    """The engine's file in `folder`, after its hash and the hash of the bundle's weights were compared with engine.json.
+@dataclass(frozen=True, kw_only=True)
+class StoredEngine:
+    """An engine that stands in a bundle's engines/, or is being built beside its place. Nothing of it has been read yet.
 
-    Raises BundleError where the file is missing or altered, or was built from other weights.
+    bundle and weights_sha256 are the path of its bundle and the hash of the bundle's weights.
     """
-    record = EngineRecord.read(folder)
-    remedy = f"run 'uni-instruct export {bundle.path} --to {record.kind}' again"
-    if record.weights_sha256 != bundle.weights_sha256:
-        raise BundleError(f"{folder} was built from other weights than those of {bundle.path}", remedy=remedy)
-    path = folder / record.file
-    if not path.is_file():
-        raise BundleError(f"{folder} has no {record.file}", remedy=remedy)
-    if sha256(path) != record.file_sha256:
-        raise BundleError(f"{path} does not match the sha256 in {RECORD}", remedy=remedy)
-    return path
+
+    engine_id: EngineId
+    folder: Path
+    bundle: Path
+    weights_sha256: str
+
+    def record(self) -> EngineRecord:
+        """What engine.json says. Raises BundleError where it is damaged, or describes another engine or other weights."""
+        record = EngineRecord.read(self.folder)
+        if record.id != self.engine_id:
+            raise BundleError(f"{self.folder / RECORD} describes {record.engine_id}", remedy=self._remedy())
+        if record.weights_sha256 != self.weights_sha256:
+            problem = f"{self.folder} was built from other weights than those of {self.bundle}"
+            raise BundleError(problem, remedy=self._remedy())
+        return record
+
+    def file(self) -> Path:
+        """The engine's file, after its hash was compared with engine.json.
+
+        Raises BundleError where the file is missing or altered, and what `record` raises.
+        """
+        record = self.record()
+        path = self.folder / record.file
+        if not path.is_file():
+            raise BundleError(f"{self.folder} has no {record.file}", remedy=self._remedy())
+        if sha256(path) != record.file_sha256:
+            raise BundleError(f"{path} does not match the sha256 in {RECORD}", remedy=self._remedy())
+        return path
+
+    def _remedy(self) -> str:
+        return f"run 'uni-instruct export {self.bundle} --to {self.engine_id.runtime}' again"
+
+
+def id_of_folder(name: str) -> EngineId | None:
+    """The id of the engine that a folder of that name holds; None for a folder of anything else."""
+    match = _ID.fullmatch(_FORMER_FOLDERS.get(name, name))
+    return EngineId.parse(match[0]) if match else None
+
+
+def former_folder(engine_id: EngineId) -> str | None:
+    """The name of the folder that format 1 kept that engine in."""
+    return next((folder for folder, written in _FORMER_FOLDERS.items() if written == str(engine_id)), None)
+
+
+def _as_format_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 wrote runtime and precision apart, and named a report's levels otherwise."""
+    if "engine_id" in values:
+        return values
+    report = {_FORMER_WORDS.get(key, key): value for key, value in values["parity"].items()}
+    tolerance = {_FORMER_WORDS.get(key, key): value for key, value in report.get("tolerance", {}).items()}
+    return {**values, "engine_id": f"{values['kind']}-{values['precision']}", "parity": {**report, "tolerance": tolerance}}

@@ -8,7 +8,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.data import Dataset
 from uni_instruct.data.dataset import number_names
-from uni_instruct.engine import open_engine
+from uni_instruct.engine import TORCH, open_engine
 from uni_instruct.evaluate.statistics import Statistics
 from uni_instruct.generate import generate_batches, resolve_class_ids
 from uni_instruct.spec import ImageShape
@@ -32,13 +32,13 @@ class SampleSource:
 
 
 def bundle_subject(
-    bundle: Bundle, seeds: Sequence[int], kind: str | None, batch: int, reference: Dataset | Statistics
+    bundle: Bundle, seeds: Sequence[int], engine: str | None, batch: int, reference: Dataset | Statistics
 ) -> SampleSource:
-    """The images of those seeds, each of its seed's class. A teacher runs on torch whatever kind is asked of the student.
+    """The images of those seeds, each of its seed's class. A teacher runs on torch whatever the student runs on.
 
-    Raises RequestError where the bundle has no engine of that kind.
+    Raises RequestError where the bundle has no such engine.
     """
-    engine = open_engine(bundle, "torch" if bundle.spec.steps > 1 else kind)
+    opened = open_engine(bundle, TORCH if bundle.spec.steps > 1 else engine)
     class_ids = resolve_class_ids(bundle.spec, seeds)
     names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))
     mapped, note = reference_class_ids(class_ids, names, reference)
@@ -46,9 +46,9 @@ def bundle_subject(
         source=str(bundle.path),
         count=len(seeds),
         image_shape=bundle.spec.image_shape,
-        batches=lambda: generate_batches(engine, seeds, class_ids, batch),
+        batches=lambda: generate_batches(opened, seeds, class_ids, batch),
         class_ids=mapped,
-        engine=engine.name,
+        engine=str(opened.id),
         weights_sha256=bundle.weights_sha256,
         note=note,
     )

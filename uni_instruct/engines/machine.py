@@ -1,0 +1,43 @@
+"""Which machine this is, as far as it decides what an engine answers and how fast: the processor, and NVIDIA's GPUs."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+GPUS = Path("/proc/driver/nvidia/gpus")
+DRIVER = Path("/proc/driver/nvidia/version")
+# What a processor can do decides which kernels a runtime takes; a virtual machine may hide some of it.
+_ABILITIES = ("flags", "Features", "isa")
+_NAMES = ("model name", "Model", "uarch", "CPU implementer", "CPU part", "model", "stepping")
+
+
+def machine() -> str:
+    """Processor and GPUs in words: 'x86_64 AMD EPYC ... (abilities 1f2e3d4c)'. Equal on machines that run engines alike."""
+    return "; ".join([_processor(), *_gpus()])
+
+
+def _processor() -> str:
+    """By what Linux says of the first core; elsewhere by what the platform says."""
+    try:
+        first, _, _ = CPUINFO.read_text(errors="replace").partition("\n\n")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".strip()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = " ".join(facts[key] for key in _NAMES if key in facts)
+    able = " ".join(sorted(facts[key] for key in _ABILITIES if key in facts))
+    digest = hashlib.sha256(" ".join(sorted(able.split())).encode()).hexdigest()[:8]
+    return f"{platform.machine()} {name} (abilities {digest})"
+
+
+def _gpus() -> list[str]:
+    """The models that NVIDIA's driver knows, its version, and which of them this process may see."""
+    try:
+        files = sorted(GPUS.glob("*/information"))
+        models = [line.partition(":")[2].strip() for file in files for line in file.read_text().splitlines() if "Model" in line]
+        driver = DRIVER.read_text().splitlines()[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*models, f"driver {driver}", *([] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"])] if models else []

@@ -1,0 +1,63 @@
+"""What an engine gives, and how far it may be from what torch gives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Outputs(NamedTuple):
+    """pixels uint8 [B, H, W, C]; images, the same before rounding, float32 [B, C, H, W] in about [-1, 1]."""
+
+    pixels: np.ndarray
+    images: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """The largest relative L2 distance before rounding, and the largest difference of a uint8 pixel."""
+
+    relative_l2: float
+    pixel_difference: int
+
+
+# precision -> what its engines must keep; docs/export.md has the measurements behind it.
+TOLERANCES = {"fp32": Tolerance(relative_l2=1e-5, pixel_difference=1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far an engine's images are from torch's: relative L2 before rounding, and the largest difference of a pixel."""
+
+    relative_l2: float
+    pixel_difference: int
+
+    def problem(self, tolerance: Tolerance) -> str:
+        """What is out of tolerance, in words; '' for nothing."""
+        if not self.relative_l2 <= tolerance.relative_l2:  # NaN is not
+            return f"it differs from torch by {self.relative_l2:.1e} (relative L2), more than {tolerance.relative_l2:.0e}"
+        if self.pixel_difference > tolerance.pixel_difference:
+            return f"a pixel differs from torch's by {self.pixel_difference} levels, more than {tolerance.pixel_difference}"
+        return ""
+
+
+def agreement(batches: Sequence[Outputs], truth: np.ndarray) -> Agreement:
+    """The worst over some batches, each of torch's first images, float32 [N, C, H, W]."""
+    found = [_distance(batch, truth[: len(batch.images)]) for batch in batches]
+    return Agreement(relative_l2=max(error for error, _ in found), pixel_difference=max(levels for _, levels in found))
+
+
+def relative_l2(images: np.ndarray, truth: np.ndarray) -> float:
+    """||images - truth|| / ||truth||."""
+    return float(np.linalg.norm(images.astype(np.float64) - truth) / max(float(np.linalg.norm(truth)), 1e-12))
+
+
+def _distance(found: Outputs, truth: np.ndarray) -> tuple[float, int]:
+    levels = np.abs(found.pixels.astype(int) - to_uint8(truth))
+    return relative_l2(found.images, truth), int(levels.max(initial=0))
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] float32 [B, C, H, W] to uint8 [B, H, W, C], bit for bit as `networks.one_step.to_uint8`."""
+    return np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)

@@ -1,0 +1,39 @@
+"""What every engine is held against: torch's images, in fp32 on the CPU."""
+
+import numpy as np
+import torch
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.outputs import Outputs
+from uni_instruct.networks.build import load_denoiser
+from uni_instruct.networks.one_step import OneStep, to_uint8
+from uni_instruct.noise import noise
+from uni_instruct.reference import Reference, reference_inputs
+
+_BATCH = 16
+
+
+def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+    """A one-step generator's images of the noise z, float32 [N, *noise_shape], whatever GPU is there."""
+    # Building a network draws its first weights; a training that writes a bundle keeps its own draws.
+    with torch.random.fork_rng(devices=[]):
+        generator = OneStep(load_denoiser(bundle), bundle.spec.sigma_init)
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(z), _BATCH):
+            part = slice(start, start + _BATCH)
+            labels = None if class_ids is None else torch.from_numpy(class_ids[part])
+            images = generator(torch.from_numpy(z[part]), labels)
+            parts.append((to_uint8(images).numpy(), images.numpy()))
+    pixels, images = zip(*parts, strict=True)
+    return Outputs(np.concatenate(pixels), np.concatenate(images))
+
+
+def make_reference(bundle: Bundle) -> Reference | None:
+    """The reference of a one-step generator's stored weights; None for a teacher, which no engine but torch's runs."""
+    spec = bundle.spec
+    if spec.steps > 1:
+        return None
+    seeds, class_ids = reference_inputs(spec)
+    outputs = reference_outputs(bundle, noise(seeds.tolist(), spec.noise_shape), class_ids)
+    return Reference(seeds=seeds, class_ids=class_ids, images=outputs.images, weights_sha256=bundle.weights_sha256)
