@@ -119,6 +119,14 @@ def test_a_teachers_file_starts_a_distillation(cli: Cli, tmp_path: Path, monkeyp
     assert Bundle.open(kept).spec.steps == 18
 
 
+def test_a_generators_file_gets_a_reference_and_a_teachers_none(tmp_path: Path) -> None:
+    outer, _ = peer("DDPM++")
+    file = made.write_sid_pickle(tmp_path / "snapshot.pkl", outer)
+    for kind in ("generator", "teacher"):
+        bundle = import_checkpoint(file, tmp_path / kind, ImportRequest(kind=kind))
+        assert (bundle.reference() is not None) is (kind == "generator")
+
+
 def test_a_training_state_offers_its_networks(cli: Cli, tmp_path: Path) -> None:
     nets = {role: peer("DDPM++")[0] for role in ("fake_score", "G", "G_ema")}
     with torch.no_grad():

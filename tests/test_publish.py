@@ -17,7 +17,7 @@ from conftest import ONNX, random_bundle
 from PIL import Image
 
 from uni_instruct.bundle import CARD, CONFIG, SAMPLES, WEIGHTS, Bundle
-from uni_instruct.engine import open_engine
+from uni_instruct.engine import TORCH, open_engine
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import RequestError
 from uni_instruct.export import onnx as onnx_target
@@ -55,6 +55,10 @@ def test_half_weights_move_no_pixel_by_more_than_a_level(original: Bundle, publi
     for name, array in original.weights().items():
         expected = array.astype(np.float16).astype(np.float32) if array.ndim > 1 else array
         np.testing.assert_array_equal(published.weights()[name], expected)
+    reference = published.reference()
+    assert reference is not None
+    outputs = open_engine(published, TORCH).outputs(reference.noise(published.spec), reference.class_ids)
+    np.testing.assert_array_equal(outputs.images, reference.images)  # of the weights as they are stored
     # On seeds that publish did not look at.
     levels = np.abs(images_of(published, "torch") - images_of(original, "torch"))
     assert levels.max() == 1

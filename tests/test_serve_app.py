@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -13,12 +14,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import random_bundle
+from conftest import ONNX, random_bundle
 from PIL import Image
 from starlette.applications import Starlette
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
+from uni_instruct.engines.record import RECORD
+from uni_instruct.files import sha256
 from uni_instruct.generate import generate, resolve_class_ids
 from uni_instruct.serve import backend as backend_module
 from uni_instruct.serve.app import create_app
@@ -41,6 +44,9 @@ class Held:
         self.calls += 1
         self.released.wait(FOREVER_S)
         return self._engine(noise, class_ids)
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 @pytest.fixture
@@ -263,6 +269,30 @@ def test_the_answers_for_wrong_paths_and_methods(tiny_bundle: Bundle) -> None:
     run(work())
 
 
+def test_an_engine_that_is_refused_here_is_named_to_everybody(
+    exported_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the header of every answer, in /v1/spec and in the metrics: torch runs where an engine should."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = Bundle.open(shutil.copytree(exported_bundle.path, tmp_path / "bundle"))
+    folder = bundle.engine_folder(ONNX)
+    record = json.loads((folder / RECORD).read_text())
+    (folder / record["file"]).write_bytes(b"")
+    (folder / RECORD).write_text(json.dumps(record | {"file_sha256": sha256(folder / record["file"])}))
+
+    async def work() -> None:
+        async with client_of(app_of(bundle, engine=None)) as client:
+            headers = (await client.post("/v1/generate", json={"seeds": [1]})).headers
+            assert (headers["x-engine"], headers["x-engines-refused"]) == ("torch-fp32", "onnx-fp32")
+            engines = {engine["engine_id"]: engine for engine in (await client.get("/v1/spec")).json()["engines"]}
+            assert engines["torch-fp32"]["state"] == "trusted"
+            assert engines["onnx-fp32"]["state"] == "refused"
+            assert "ONNX Runtime cannot load" in engines["onnx-fp32"]["reason"]
+            assert 'uni_instruct_engine{engine="torch-fp32"} 1.0' in (await client.get("/metrics")).text
+
+    run(work())
+
+
 def test_what_is_served_is_described(tiny_bundle: Bundle) -> None:
     async def work() -> None:
         async with client_of(app_of(tiny_bundle, max_batch=8)) as client:
@@ -274,6 +304,7 @@ def test_what_is_served_is_described(tiny_bundle: Bundle) -> None:
                 "fp32",
                 tiny_bundle.weights_sha256,
             )
+            assert [engine["engine_id"] for engine in spec["engines"]] == ["torch-fp32"]
             assert set(spec["batch_sizes"]) <= {1, 2, 4, 8}
             assert (await client.get("/v1/models")).json()["data"][0]["id"] == "tiny"
             fields = (await client.get("/openapi.json")).json()["paths"]["/v1/generate"]["post"]["requestBody"]

@@ -58,6 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_holds_what_a_user_needs(finished: Path) -> None:
     teacher, generator = Bundle.open(finished / "teacher"), Bundle.open(finished / "generator")
     assert (teacher.spec.steps, generator.spec.steps) == (18, 1)
+    assert (teacher.reference() is None, generator.reference() is None) == (True, False)
     assert generator.spec.provenance["teacher_sha256"] == teacher.weights_sha256
     assert "digits" in (generator.path / "README.md").read_text()
     assert any((finished / "tensorboard").iterdir())

@@ -71,7 +71,7 @@ class Runtime:
         """Whether its package can be imported."""
         try:
             return importlib.util.find_spec(self.package) is not None
-        except ValueError:  # blocked: sys.modules holds None
+        except (ImportError, ValueError):  # somebody blocks it: sys.modules holds None, or a finder raises
             return False
 
     def version(self) -> str:
