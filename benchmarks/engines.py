@@ -19,7 +19,7 @@ from machine import describe_machine
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import TORCH, Engine, available_engines, open_engine
 from uni_instruct.export.targets import TARGETS, export_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.noise import noise
 from uni_instruct.spec import ModelSpec
@@ -108,7 +108,7 @@ def equal_to_batch_1(engine: Engine) -> dict[int, dict[str, float]]:
     """For each batch size, the share of images that are byte for byte those of batch size 1, and the same of pixels."""
     seeds = range(max(INVARIANCE_BATCHES))
     class_ids = resolve_class_ids(engine.spec, seeds)
-    images = {batch: generate(engine, seeds, class_ids, batch) for batch in INVARIANCE_BATCHES}
+    images = {batch: generate_images(engine, seeds, class_ids, batch) for batch in INVARIANCE_BATCHES}
     equal = {batch: found == images[1] for batch, found in images.items()}
     return {
         batch: {"images": float(same.all(axis=(1, 2, 3)).mean()), "pixels": float(np.round(same.mean(), 6))}

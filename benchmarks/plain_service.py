@@ -6,7 +6,7 @@ import bentoml
 from PIL.Image import Image
 
 from uni_instruct.engine import open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.images import to_pil
 
 
@@ -18,7 +18,7 @@ class Plain:
         self.engine = open_engine(os.environ["UNI_INSTRUCT_BUNDLE"], os.environ.get("UNI_INSTRUCT_ENGINE") or None)
 
     @bentoml.api
-    async def generate(self, seed: int) -> Image:
+    async def generate_images(self, seed: int) -> Image:
         """A PNG of the seed."""
         class_ids = resolve_class_ids(self.engine.spec, [seed])
-        return to_pil(generate(self.engine, [seed], class_ids)[0])
+        return to_pil(generate_images(self.engine, [seed], class_ids)[0])

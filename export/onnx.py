@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import uni_instruct
-from uni_instruct.bundle import WEIGHTS, Bundle
+from uni_instruct.bundle import DECODER, WEIGHTS, Bundle
 from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, NOISE
 from uni_instruct.errors import RequestError
-from uni_instruct.networks.build import load_denoiser
-from uni_instruct.networks.one_step import OneStep, to_uint8
+from uni_instruct.networks.one_step import OneStep, load_one_step, to_uint8
 
 # The newest that keeps group normalisation in a form that CPU runtimes are fast at.
 OPSET = 20
@@ -47,12 +46,13 @@ def build(bundle: Bundle, path: Path) -> dict[str, str]:
     Raises RequestError for weights that do not fit into one file.
     """
     size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
+    size += (bundle.path / DECODER).stat().st_size if bundle.spec.decoder else 0
     if size > LARGEST_FILE_BYTES:
         raise RequestError(
             f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {LARGEST_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
-    model = _export(WithPixels(OneStep(load_denoiser(bundle), bundle.spec.sigma_init)).eval(), bundle)
+    model = _export(WithPixels(load_one_step(bundle)).eval(), bundle)
     _strip(model)
     _store_in_half(model)
     onnx.helper.set_model_props(model, _properties(bundle))

@@ -14,7 +14,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import ParityError
-from uni_instruct.noise import noise
+from uni_instruct.noise import class_ids_in_turn, draw_inputs
 from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
@@ -47,7 +47,7 @@ def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]
     from uni_instruct.networks.reference import reference_outputs
 
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
-    z = noise(seeds, bundle.spec.noise_shape)
+    z = draw_inputs(bundle.spec, seeds, class_ids).noise
     results = run_worker(bundle, record.id, folder, z, class_ids)
     pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
@@ -56,10 +56,14 @@ def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]
 
 
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
-    """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover every class."""
-    first, count = int(file_sha256[:15], 16), max(max(BATCHES), spec.num_classes)
-    class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
-    return list(range(first, first + count)), class_ids
+    """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover what is affordable."""
+    first, count = int(file_sha256[:15], 16), spec.affordable_images(max(max(BATCHES), spec.num_classes))
+    return list(range(first, first + count)), class_ids_in_turn(spec, count)
+
+
+def batches(spec: ModelSpec) -> tuple[int, ...]:
+    """The batch sizes to try: those of BATCHES that are affordable."""
+    return tuple(batch for batch in BATCHES if batch <= spec.affordable_images(max(BATCHES)))
 
 
 def run_worker(
@@ -69,7 +73,7 @@ def run_worker(
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         labels = {} if class_ids is None else {"class_ids": class_ids}
-        np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(BATCHES), **labels)
+        np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(batches(bundle.spec)), **labels)
         command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
         arguments = [str(bundle.path), str(folder), str(engine_id), str(inputs), str(outputs)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
@@ -89,18 +93,17 @@ def compare(
     tolerance: Tolerance,
 ) -> Report:
     """The report on the worker's results against torch's images. Where a value is not finite, so are the distances."""
-    found = {batch: results[f"denoised_{batch}"].astype(np.float64) for batch in BATCHES}
+    tried = batches(spec)
+    found = {batch: results[f"denoised_{batch}"].astype(np.float64) for batch in tried}
     errors = {batch: images - denoised[: len(images)] for batch, images in found.items()}
-    pixel_difference = {
-        batch: np.abs(results[f"images_{batch}"].astype(int) - pixels[: len(found[batch])]) for batch in BATCHES
-    }
-    everything = found[max(BATCHES)]
-    per_image = np.abs(errors[max(BATCHES)]).reshape(len(seeds), -1).max(axis=1)
+    pixel_difference = {batch: np.abs(results[f"images_{batch}"].astype(int) - pixels[: len(found[batch])]) for batch in tried}
+    everything = found[max(tried)]
+    per_image = np.abs(errors[max(tried)]).reshape(len(seeds), -1).max(axis=1)
     return Report(
         first_seed=seeds[0],
         images=len(seeds),
         classes=spec.num_classes,
-        batches=BATCHES,
+        batches=tried,
         finite=bool(np.isfinite(denoised).all() and all(np.isfinite(images).all() for images in found.values())),
         relative_l2=max(relative_l2(images, denoised[: len(images)]) for images in found.values()),
         largest_difference=max(float(np.abs(error).max()) for error in errors.values()),

@@ -15,9 +15,9 @@ from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.export.card import published_card
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import atomic_folder
-from uni_instruct.generate import by_class, generate, resolve_class_ids
+from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.noise import noise
+from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
 RUNTIME = "onnx"
 # Images that decide whether half precision may be seen, at least; every class is among them.
@@ -83,12 +83,11 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     """The bundle's weights in `folder`: in half precision where that moves no pixel by more than ALLOWED_LEVELS."""
     from uni_instruct.networks.reference import make_reference, reference_outputs
 
-    spec, weights = original.spec, original.weights()
-    half = Bundle.write(folder, spec, weights, "", precision="fp16")
-    count = max(CHECKED_IMAGES, spec.num_classes)
-    z = noise(range(count), spec.noise_shape)
-    class_ids = np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
-    before, after = (reference_outputs(bundle, z, class_ids).pixels.astype(int) for bundle in (original, half))
+    spec, weights, decoder = original.spec, original.weights(), original.decoder_weights()
+    half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
+    count = spec.affordable_images(max(CHECKED_IMAGES, spec.num_classes))
+    inputs = draw_inputs(spec, range(count), class_ids_in_turn(spec, count))
+    before, after = (reference_outputs(bundle, *inputs).pixels.astype(int) for bundle in (original, half))
     levels = np.abs(after - before)
     rounding = Rounding(
         images=count,
@@ -99,7 +98,8 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     published = {"weights_sha256": original.weights_sha256, **asdict(rounding)}
     provenance = {**without_folders(dict(spec.provenance)), "published": published}
     spec = replace(spec, provenance=provenance)
-    bundle = Bundle.write(folder, spec, weights, "", precision=rounding.precision, reference=make_reference)
+    precision = rounding.precision
+    bundle = Bundle.write(folder, spec, weights, "", precision=precision, decoder=decoder, reference=make_reference)
     return bundle, rounding
 
 
@@ -118,7 +118,7 @@ def sample_sheet(bundle: Bundle) -> tuple[str, np.ndarray]:
     rows = spec.num_classes if 0 < spec.num_classes <= SHEET_ROWS else 0
     seeds = range((rows or SHEET_COLUMNS) * SHEET_COLUMNS)
     class_ids = resolve_class_ids(spec, seeds, by_class(spec, seeds) if rows else None)
-    images = generate(open_engine(bundle, RUNTIME), seeds, class_ids)
+    images = generate_images(open_engine(bundle, RUNTIME), seeds, class_ids)
     command = f"uni-instruct generate . --seeds 0-{len(seeds) - 1}{' --by-class' if rows else ''} --grid samples.png"
     return command, contact_sheet(images, SHEET_COLUMNS)
 

@@ -62,7 +62,8 @@ TARGETS = {
 
 
 def check_exportable(bundle: Bundle) -> None:
-    """Raises RequestError for a many-step teacher: an engine holds one evaluation of the network."""
+    """Raises RequestError for a many-step teacher (an engine holds one evaluation of the network), and for latents."""
+    bundle.check_makes_pictures()
     if bundle.spec.steps > 1:
         raise RequestError(
             f"{bundle.path} is a teacher of {bundle.spec.steps} steps, not a one-step generator",

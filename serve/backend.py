@@ -143,6 +143,7 @@ class Backend:
 
     def _open(self) -> tuple[Bundle, Selection, Engine]:
         bundle = Bundle.open(self.settings.bundle)
+        bundle.check_makes_pictures()
         selection = select_engine(bundle, self.settings.engine)
         return bundle, selection, load_engine(bundle, bundle.engines().get(selection.engine_id), spin=False)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from uni_instruct.engine import Engine
 from uni_instruct.generate import image_size
-from uni_instruct.noise import noise
+from uni_instruct.noise import class_ids_in_turn, draw_inputs
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
 from uni_instruct.serve.metrics import Metrics
 
@@ -159,10 +159,10 @@ class Batcher:
         start = time.perf_counter()
         seeds = [ticket.seeds[index] for ticket, index in items]
         size = next(size for size in self.batch_sizes if size >= len(items))
-        padded = np.minimum(np.arange(size), len(items) - 1)  # the last item again, up to a prewarmed size
-        z = noise(seeds, self._engine.spec.noise_shape)[padded]
-        class_ids = np.array([ticket.class_ids[index] for ticket, index in items], dtype=np.int64)[padded]
-        images = self._engine(z, class_ids if self._engine.spec.num_classes else None)
+        class_ids = np.array([ticket.class_ids[index] for ticket, index in items], dtype=np.int64)
+        # What a request may ask for was checked when it came in.
+        inputs = draw_inputs(self._engine.spec, seeds, class_ids if self._engine.spec.num_classes else None)
+        images = self._engine(*inputs.padded(size))  # up to a prewarmed size
         expected = (size, *image_size(self._engine.spec))
         if images.shape != expected or images.dtype != np.uint8:
             raise EngineFailedError(
@@ -219,11 +219,10 @@ def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ..
     sizes: list[int] = []
     size = 1
     while size <= max_batch:
-        z = noise(range(size), engine.spec.noise_shape)
-        class_ids = np.arange(size) % engine.spec.num_classes if engine.spec.num_classes else None
-        engine(z, class_ids)
+        inputs = draw_inputs(engine.spec, range(size), class_ids_in_turn(engine.spec, size))
+        engine(*inputs)
         start = time.perf_counter()
-        engine(z, class_ids)
+        engine(*inputs)
         if sizes and time.perf_counter() - start > max_batch_s:
             break
         sizes.append(size)

@@ -12,7 +12,7 @@ import rich_click as click
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import select_engine
-from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.errors import MissingExtraError
 from uni_instruct.ports import free_address
 from uni_instruct.serve.settings import PREFIX, settings_from_environment
 
@@ -37,13 +37,7 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
     """
     settings = settings_from_environment()
     opened = Bundle.open(bundle or settings.bundle)
-    channels = opened.spec.image_shape[0]
-    if channels not in (1, 3):
-        raise RequestError(
-            f"{opened.origin} makes {channels} channels, no pictures",
-            remedy="latents take their VAE to decode, which is not built in; 'generate' writes them as an .npz",
-            param="bundle",
-        )
+    opened.check_makes_pictures()
     wanted = engine or settings.engine
     if stored := opened.engines().get(select_engine(opened, wanted).engine_id):
         stored.file()

@@ -85,9 +85,15 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def random_bundle(
-    path: Path, seed: int, steps: int = 1, num_classes: int = 10, image_shape: ImageShape = (1, 8, 8), patch: int = 1
+    path: Path,
+    seed: int,
+    steps: int = 1,
+    num_classes: int = 10,
+    image_shape: ImageShape = (1, 8, 8),
+    patch: int = 1,
+    latents: bool = False,
 ) -> Bundle:
-    """A bundle whose images differ visibly between seeds and classes."""
+    """A bundle whose images differ visibly between seeds and classes; latents: they are a VAE's latents."""
     torch = pytest.importorskip("torch")
     from uni_instruct.networks.build import build_denoiser
 
@@ -95,6 +101,7 @@ def random_bundle(
     spec = ModelSpec(
         name="tiny",
         noise_shape=image_shape,
+        latents=latents,
         num_classes=num_classes,
         class_names=DIGITS[:num_classes],
         steps=steps,

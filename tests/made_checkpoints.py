@@ -91,12 +91,21 @@ def write_edm_pickle(path: Path, net: nn.Module, protocol: int = 4, **extra: Any
     return _dump(path, value | extra, protocol)
 
 
-def write_edm2_pickle(path: Path, net: nn.Module, protocol: int = 4) -> Path:
-    """EDM2's network snapshot. The network is half precision there; what is given is written as it is."""
-    scale = np.float32(0.5) / np.array([4.17, 4.62, 3.71, 3.28], np.float32)
-    encoder = PeerObject("StabilityVAEEncoder", vae_name="sd-vae-ft-mse", scale=scale, batch_size=8, _vae=None)
+def write_edm2_pickle(path: Path, net: nn.Module, protocol: int = 4, encoder: PeerObject | None = None) -> Path:
+    """EDM2's network snapshot. The network is half precision there; what is given is written as it is.
+
+    encoder: `latent_encoder` unless given; EDM2's snapshots for ImageNet-64 have a StandardRGBEncoder.
+    """
+    encoder = encoder or latent_encoder()
     loss = PeerObject("EDM2Loss", P_mean=-0.4, P_std=1.0)
     return _dump(path, EasyDict(encoder=encoder, dataset_kwargs=EasyDict(DATASET), loss_fn=loss, ema=net), protocol)
+
+
+def latent_encoder() -> PeerObject:
+    """EDM2's, as it is pickled: the way from the VAE's latents to the network's."""
+    scale = np.float32(0.5) / np.array([4.17, 4.62, 3.71, 3.28], np.float32)
+    bias = -np.array([5.81, 3.25, 0.12, -2.15], np.float32) * scale
+    return PeerObject("StabilityVAEEncoder", vae_name="sd-vae-ft-mse", scale=scale, bias=bias, batch_size=8, _vae=None)
 
 
 def write_sid_pickle(path: Path, net: nn.Module, protocol: int = 4) -> Path:

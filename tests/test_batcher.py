@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
 from uni_instruct.serve import batcher as batcher_module
 from uni_instruct.serve.batcher import Batcher, prewarm
@@ -74,7 +74,7 @@ async def until(true: Any) -> None:
 
 
 def expected(engine: Engine, seeds: list[int]) -> np.ndarray:
-    return generate(engine, seeds, resolve_class_ids(engine.spec, seeds), batch=1)
+    return generate_images(engine, seeds, resolve_class_ids(engine.spec, seeds), batch=1)
 
 
 def assert_same_images(images: np.ndarray, truth: np.ndarray) -> None:

@@ -21,7 +21,7 @@ from uni_instruct.engines.onnxruntime import OnnxEngine
 from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.files import sha256
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
 
 BATCHES = (1, 2, 3, 7, 16, 64)
@@ -34,7 +34,7 @@ def exported(exported_bundle: Bundle, tmp_path: Path) -> Bundle:
 
 
 def images_of(bundle: Bundle, kind: str, batch: int, seeds: list[int] = SEEDS) -> np.ndarray:
-    return generate(open_engine(bundle, kind), seeds, resolve_class_ids(bundle.spec, seeds), batch)
+    return generate_images(open_engine(bundle, kind), seeds, resolve_class_ids(bundle.spec, seeds), batch)
 
 
 def test_onnx_gives_the_same_bytes_whatever_the_batch(exported_bundle: Bundle) -> None:
@@ -90,10 +90,10 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import numpy as np
 from uni_instruct.engine import open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 engine = open_engine(sys.argv[1], sys.argv[2])
 seeds = list(range(70))
-np.save(sys.argv[3], generate(engine, seeds, resolve_class_ids(engine.spec, seeds), 64))
+np.save(sys.argv[3], generate_images(engine, seeds, resolve_class_ids(engine.spec, seeds), 64))
 assert "torch" not in sys.modules
 """
     result = tmp_path / "images.npy"
@@ -118,7 +118,7 @@ def test_threads_spin_as_asked_and_images_do_not_depend_on_it(spin: bool, export
     engine: Any = open_engine(exported_bundle, "onnx", spin=spin)
     options = engine._session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
-    images = generate(engine, SEEDS, resolve_class_ids(exported_bundle.spec, SEEDS), 64)
+    images = generate_images(engine, SEEDS, resolve_class_ids(exported_bundle.spec, SEEDS), 64)
     np.testing.assert_array_equal(images, images_of(exported_bundle, "onnx", 64))
 
 

@@ -11,7 +11,7 @@ from conftest import ONNX
 from uni_instruct.bundle import CONFIG, Bundle
 from uni_instruct.engine import TORCH, available_engines, open_engine
 from uni_instruct.engines.record import RECORD
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 
 FORMAT_1 = Path(__file__).parent / "fixtures" / "digits-format-1"
 SEEDS = range(32)
@@ -39,7 +39,9 @@ def test_its_engine_is_found_under_the_name_that_it_has_now(digits: Bundle) -> N
 def test_its_engines_make_the_images_of_what_ships_now(digits: Bundle) -> None:
     class_ids = resolve_class_ids(digits.spec, SEEDS)
     for engine_id in available_engines(digits):
-        former, now = (generate(open_engine(bundle, engine_id), SEEDS, class_ids) for bundle in (digits, Bundle.open("digits")))
+        former, now = (
+            generate_images(open_engine(bundle, engine_id), SEEDS, class_ids) for bundle in (digits, Bundle.open("digits"))
+        )
         assert len(np.unique(now, axis=0)) == len(SEEDS)
         assert np.abs(now.astype(int) - former).max() <= 1
 

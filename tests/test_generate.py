@@ -20,7 +20,7 @@ from uni_instruct.data import open_dataset
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import sha256
-from uni_instruct.generate import by_class, generate, generate_batches, resolve_class_ids
+from uni_instruct.generate import by_class, generate_batches, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet
 from uni_instruct.noise import random_class_ids
 from uni_instruct.spec import ModelSpec
@@ -51,23 +51,23 @@ def test_an_image_depends_on_its_seed_and_class_alone(seeds: list[int], batch: i
     engine = Echo()
     class_ids = resolve_class_ids(engine.spec, seeds)
     assert class_ids is not None
-    images = generate(engine, seeds, class_ids, batch)
+    images = generate_images(engine, seeds, class_ids, batch)
     assert images.shape == (len(seeds), 2, 3, 1)
     assert max(engine.batches) <= batch
     for index, seed in enumerate(seeds):
-        alone = generate(engine, [seed], class_ids[index : index + 1])
+        alone = generate_images(engine, [seed], class_ids[index : index + 1])
         np.testing.assert_array_equal(images[index], alone[0])
 
 
 def test_generation_streams() -> None:
     engine = Echo()
-    parts = generate_batches(engine, range(10**9), np.zeros(10, np.int64), batch=4)
+    parts = generate_batches(engine, range(10**6), np.zeros(10**6, np.int64), batch=4)
     assert len(next(parts)) == 4
     assert engine.batches == [4]
 
 
 def test_no_seeds_give_no_images() -> None:
-    assert generate(Echo(), [], np.zeros(0, np.int64)).shape == (0, 2, 3, 1)
+    assert generate_images(Echo(), [], np.zeros(0, np.int64)).shape == (0, 2, 3, 1)
 
 
 def test_classes_are_the_user_s_or_the_seed_s(tiny_bundle: Bundle) -> None:
@@ -94,7 +94,7 @@ def test_every_form_holds_the_images_and_classes(form: str, exported_bundle: Bun
     engine = open_engine(exported_bundle)
     class_ids = resolve_class_ids(engine.spec, seeds)
     images, labels = read_back(out)
-    np.testing.assert_array_equal(images, generate(engine, seeds, class_ids))
+    np.testing.assert_array_equal(images, generate_images(engine, seeds, class_ids))
     np.testing.assert_array_equal(labels, class_ids)  # type: ignore[arg-type]
     assert sorted(os.listdir(tmp_path)) == [form]
 
@@ -165,7 +165,7 @@ def test_colour_without_classes(tmp_path: Path, cli: Cli) -> None:
 
 def test_the_grid_shows_the_images_in_the_order_of_the_seeds(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
     arguments = ("generate", exported_bundle.path, "--seeds", "8,1,5,3", "--out", tmp_path / "out", "--grid")
-    expected = contact_sheet(generate(open_engine(exported_bundle), [8, 1, 5, 3], random_class_ids([8, 1, 5, 3], 10)))
+    expected = contact_sheet(generate_images(open_engine(exported_bundle), [8, 1, 5, 3], random_class_ids([8, 1, 5, 3], 10)))
     # Of a new set, and of one that is there already.
     for name in ("first.png", "deep/second.png"):
         assert cli(*arguments, tmp_path / name)[0] == 0
@@ -177,7 +177,7 @@ def test_by_class_is_a_row_of_the_grid_for_each_class(exported_bundle: Bundle, t
     assert cli(*arguments)[0] == 0
     assert os.listdir(tmp_path) == ["grid.png"]
     class_ids = np.repeat(np.arange(10), 3)
-    images = generate(open_engine(exported_bundle), range(40, 70), class_ids)
+    images = generate_images(open_engine(exported_bundle), range(40, 70), class_ids)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), contact_sheet(images, columns=3)[:, :, 0])
     assert cli(*arguments, "--out", tmp_path / "out.npz")[0] == 0
     with np.load(tmp_path / "out.npz") as data:

@@ -10,7 +10,7 @@ from conftest import run_cli
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ def test_torch_makes_the_same_images_on_gpu_and_cpu(tiny_bundle: Bundle, tmp_pat
     seeds = range(32)
     engine = open_engine(tiny_bundle, "torch")
     assert engine.device == "cuda"
-    on_gpu = generate(engine, seeds, resolve_class_ids(engine.spec, seeds))
+    on_gpu = generate_images(engine, seeds, resolve_class_ids(engine.spec, seeds))
     without_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     arguments = ("generate", tiny_bundle.path, "--seeds", "0-31", "--engine", "torch", "--out", tmp_path / "cpu.npz")
     assert run_cli(*arguments, env=without_gpu).returncode == 0

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -75,7 +76,13 @@ class Answer(BaseHTTPRequestHandler):
 def hub(tiny_bundle: Bundle, tmp_path: Path) -> Iterator[Hub]:
     folder = shutil.copytree(tiny_bundle.path, tmp_path / "repository")
     (folder / "private-notes.txt").write_text("no part of the bundle")
-    server = Hub(folder)
+    with serving(Hub(folder)) as server:
+        yield server
+
+
+@contextmanager
+def serving(server: Hub) -> Iterator[Hub]:
+    """Within, it answers."""
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server

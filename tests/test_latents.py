@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uni_instruct.errors import RequestError
-from uni_instruct.noise import check_seeds, noise, parse_seeds, random_class_ids
+from uni_instruct.noise import checked_seeds, noise, parse_seeds, random_class_ids
 
 SEEDS = st.integers(0, 2**63 - 1)
 LAST = 2**63 - 1
@@ -101,4 +101,4 @@ def test_wrong_seeds_are_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1", True, None])
 def test_what_is_no_seed_is_refused(seed: object) -> None:
     with pytest.raises(RequestError, match="is not an integer in"):
-        check_seeds([0, seed])  # type: ignore[list-item]
+        checked_seeds([0, seed])  # type: ignore[list-item]

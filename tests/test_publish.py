@@ -22,7 +22,7 @@ from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import RequestError
 from uni_instruct.export import onnx as onnx_target
 from uni_instruct.export.publish import CHECKED_IMAGES, publish, store, without_folders
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -46,7 +46,7 @@ def published(original: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
 
 
 def images_of(bundle: Bundle, kind: str) -> np.ndarray:
-    return generate(open_engine(bundle, kind), SEEDS, resolve_class_ids(bundle.spec, SEEDS)).astype(int)
+    return generate_images(open_engine(bundle, kind), SEEDS, resolve_class_ids(bundle.spec, SEEDS)).astype(int)
 
 
 def test_half_weights_move_no_pixel_by_more_than_a_level(original: Bundle, published: Bundle) -> None:

@@ -14,7 +14,7 @@ from conftest import run_cli
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.images import encode
 
 PORT = 3931
@@ -36,7 +36,7 @@ def test_quickstart_ends_serving_a_generator_as_good_as_promised(tmp_path: Path)
     assert not psutil.wait_procs(family, timeout=5)[1], "processes are left"
 
     engine = open_engine(Bundle.open(out / "generator"), "onnx")
-    assert served == encode(generate(engine, [5], resolve_class_ids(engine.spec, [5]))[0])
+    assert served == encode(generate_images(engine, [5], resolve_class_ids(engine.spec, [5]))[0])
     scores = run_cli("evaluate", out / "generator", "--reference", "digits", "--teacher", out / "teacher", "--json")
     assert scores.returncode == 0, scores.stderr
     answer = json.loads(scores.stdout)

@@ -26,7 +26,7 @@ from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.data.dataset import ArrayReader
 from uni_instruct.engine import open_engine
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.monitoring.clock import Clock, read_times
@@ -104,7 +104,7 @@ def test_numbers_are_those_of_the_log(finished: Path) -> None:
 def test_pictures_are_the_images_of_the_same_noise_and_classes(finished: Path) -> None:
     seeds, classes = range(60), np.arange(60) % 10
     for name, folder in (("teacher", "teacher"), ("student", "generator")):
-        images = generate(open_engine(finished / folder, "torch"), seeds, classes)
+        images = generate_images(open_engine(finished / folder, "torch"), seeds, classes)
         assert (finished / "report" / f"{name}.png").read_bytes() == encode(contact_sheet(images, 10))
 
 
@@ -299,7 +299,7 @@ def test_sets_of_scores_are_of_disjoint_seeds(tiny_bundle: Bundle) -> None:
     for number, value in enumerate(found.values[name]):
         seeds = range(100 * number, 100 * number + 100)
         classes = resolve_class_ids(tiny_bundle.spec, seeds)
-        expected = evaluator(generate(engine, seeds, classes), classes).values
+        expected = evaluator(generate_images(engine, seeds, classes), classes).values
         assert value == pytest.approx(expected[name], rel=1e-5)
         assert found.values["class_accuracy"][number] == expected["class_accuracy"]
     assert score_sets(evaluator, engine, "FD", 100, scores.BUDGET_S / 99) is None  # a set would take too long
@@ -311,7 +311,8 @@ def test_sets_of_scores_are_of_disjoint_seeds(tiny_bundle: Bundle) -> None:
     ids=["colour, unconditional", "one class", "many classes", "latents"],
 )
 def test_a_teacher_alone_is_reported_too(tmp_path: Path, shape: tuple[int, int, int], classes: int, makes: bool) -> None:
-    teacher = random_bundle(tmp_path / "given teacher", seed=1, steps=3, num_classes=0, image_shape=shape)
+    folder = tmp_path / "given teacher"
+    teacher = random_bundle(folder, seed=1, steps=3, num_classes=0, image_shape=shape, latents=not makes)
     if classes:
         spec = dataclasses.replace(teacher.spec, num_classes=classes, class_names=tuple(f"class|{n}" for n in range(classes)))
         weights = {name: tensor.numpy() for name, tensor in build_denoiser(spec).state_dict().items()}
@@ -323,7 +324,8 @@ def test_a_teacher_alone_is_reported_too(tmp_path: Path, shape: tuple[int, int, 
     assert "Nothing was scored" in report
     assert "Not made" not in report
     assert ("No pictures: " in report) is not makes
-    assert [words[1] for words in commands_of(report)] == ["train", "export", "generate", *(["serve"] if makes else [])]
+    expected = ["train", "export", "generate", "serve"] if makes else ["train", "generate", "import"]
+    assert [words[1] for words in commands_of(report)] == expected
     assert f"given, {text(str(teacher.path))}" in report
 
 

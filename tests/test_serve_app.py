@@ -22,7 +22,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.engines.record import RECORD
 from uni_instruct.files import sha256
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve import backend as backend_module
 from uni_instruct.serve.app import create_app
 from uni_instruct.serve.settings import Settings
@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_pixels_that_generate_gives(tiny_bundle: Bundle)
                 assert class_ids is not None
                 assert answer.headers["x-class-ids"] == str(class_ids[0])
                 picture = np.asarray(Image.open(io.BytesIO(answer.content)))
-                np.testing.assert_array_equal(picture, generate(engine, [seed], class_ids)[0, :, :, 0])
+                np.testing.assert_array_equal(picture, generate_images(engine, [seed], class_ids)[0, :, :, 0])
 
     run(work())
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from uni_instruct.bundle import Bundle, default_generator
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 
 ROOT = Path(__file__).parents[1]
 KEY = "sesame"
@@ -147,7 +147,7 @@ def onnx_engine(path: Path) -> Engine:
 def truth(bundle: Bundle, seeds: list[int], classes: list[int | str] | None = None) -> np.ndarray:
     """What `generate` makes of the seeds on the engine that is served: uint8 [N, H, W]."""
     engine = onnx_engine(bundle.path)
-    return generate(engine, seeds, resolve_class_ids(bundle.spec, seeds, classes))[:, :, :, 0]
+    return generate_images(engine, seeds, resolve_class_ids(bundle.spec, seeds, classes))[:, :, :, 0]
 
 
 def test_without_torch_it_serves_what_generate_makes(server: Running, exported_bundle: Bundle) -> None:
@@ -408,8 +408,8 @@ def test_wrong_requests_are_one_line_and_exit_code_2(exported_bundle: Bundle, tm
     assert refused(str(tmp_path / "nothing")).startswith("error: there is no bundle")
     assert refused(str(exported_bundle.path), "--engine", "abacus").startswith("error: engine 'abacus' is unknown; choose one")
     assert refused(str(exported_bundle.path), "--host", "no.such.host.invalid").startswith("error: host no.such.host.invalid")
-    latents = random_bundle(tmp_path / "latents", seed=0, image_shape=(4, 8, 8))
-    assert "makes 4 channels, no pictures; latents take their VAE to decode" in refused(str(latents.path))
+    latents = random_bundle(tmp_path / "latents", seed=0, image_shape=(4, 8, 8), latents=True)
+    assert "makes a VAE's latents, no pictures; give it the VAE's decoder: uni-instruct import" in refused(str(latents.path))
     assert "0 is not in the range" in refused(str(exported_bundle.path), "--port", "0")
     altered = Path(shutil.copytree(exported_bundle.path, tmp_path / "altered"))
     (altered / "engines/onnx-fp32/tiny-8x8-onnx-fp32.onnx").write_bytes(b"altered")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from uni_instruct.card_usage import usage
 from uni_instruct.data import Dataset
 from uni_instruct.hub import LICENCE_TAGS
 from uni_instruct.spec import ModelSpec
@@ -15,7 +16,7 @@ tags: [one-step, diffusion-distillation]
 ---
 # {name}
 
-{summary} Trained by the recipe `{recipe}` {data} (images of {size}{classes}).
+{summary} Trained by the recipe `{recipe}` {data} ({what} of {size}{classes}).
 
 ![samples](samples.png)
 
@@ -49,13 +50,12 @@ def model_card(spec: ModelSpec, recipe: Recipe, dataset: Dataset | None, scores:
         summary=summary,
         recipe=recipe.name,
         data=f"on {len(dataset)} images of {dataset.name}" if dataset else "from its teacher alone",
+        what="images" if spec.makes_pictures else "a VAE's latents",
         size=f"{width}x{height}x{channels}",
         classes=f", {spec.num_classes} classes" if spec.num_classes else "",
         scores="\n".join(f"- {name}: {value:.4g}" for name, value in scores.items()) or "- none",
         samples=recipe.loop.samples,
-        usage="uni-instruct generate . --seeds 0-63 --out images/\nuni-instruct serve ."
-        if one_step
-        else "uni-instruct generate . --seeds 0-63 --out images/",
+        usage=usage(spec),
         source=dataset.source if dataset else "none, a teacher alone",
         licence=spec.licence,
     )

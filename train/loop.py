@@ -4,6 +4,7 @@ import math
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.networks.one_step import to_uint8
-from uni_instruct.noise import noise, random_class_ids
+from uni_instruct.generate import input_batches, resolve_class_ids
+from uni_instruct.images import latent_preview
+from uni_instruct.networks.one_step import as_tensors, to_uint8
 from uni_instruct.progress import progress, silent
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig
@@ -198,16 +200,14 @@ class Loop:
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
         count = self.config.samples if self.config.metric != "none" else self.config.grid
         seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + count)
-        class_ids = random_class_ids(seeds, self.spec.num_classes) if self.spec.num_classes else None
+        class_ids = resolve_class_ids(self.spec, seeds)
         device = next(stage.averages.primary.module.parameters()).device
         parts = []
         with progress(f"{stage.name}: samples", len(seeds), "images") as shown:
-            for start in range(0, len(seeds), SAMPLE_BATCH):
-                part = slice(start, start + SAMPLE_BATCH)
-                z = torch.from_numpy(noise(seeds[part], self.spec.noise_shape)).to(device)
-                labels = None if class_ids is None else torch.from_numpy(class_ids[part]).to(device)
+            for inputs in input_batches(self.spec, seeds, class_ids, SAMPLE_BATCH):
                 with self.fabric.autocast():  # choosing among weights needs no more digits than training them
-                    parts.append(to_uint8(stage.sample(z, labels)).cpu().numpy())
+                    made = stage.sample(*as_tensors(inputs, device))
+                parts.append(latent_preview(made.float().cpu().numpy()) if self.spec.latents else to_uint8(made).cpu().numpy())
                 shown.advance(len(parts[-1]))
         return np.concatenate(parts), class_ids
 
@@ -239,8 +239,14 @@ def _memory_mb() -> float:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Lets a step finish before Ctrl-C or SIGTERM takes effect; a second Ctrl-C is immediate."""
+    """Lets a step finish before Ctrl-C or SIGTERM takes effect; a second Ctrl-C is immediate.
+
+    Only in the main thread: a training in another one is told nothing, and ends with its process.
+    """
     received = False
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other set what a signal does
+        yield lambda: False
+        return
 
     def receive(number: int, frame: FrameType | None) -> None:
         nonlocal received

@@ -98,6 +98,7 @@ class _Session:
             teacher.spec,
             name=self.recipe.name,
             steps=1,
+            decoder=None,  # training does not decode: its decoder is attached to what comes out
             sigma_init=config.sigma_init,
             provenance={
                 "recipe": self.recipe.to_dict(),

@@ -1,7 +1,9 @@
 """A generator on disk: a folder that is also a valid Hugging Face model repository."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from uni_instruct.spec import ModelSpec
 
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
-ENGINES = "engines"
+DECODER, ENGINES = "decoder.safetensors", "engines"
 # What is served where nothing is named: the first of these that ships.
 PREFERRED_GENERATORS = ("fashion-mnist", "digits")
+# The VAE whose latents EDM2's networks make, in diffusers' form on the hub.
+USUAL_VAE = "hf://stabilityai/sd-vae-ft-mse"
 # How a file stores matrices and filters -> safetensors' name and NumPy's.
 PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
 
@@ -27,13 +31,14 @@ PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
 class Bundle:
     """A generator's folder, checked when opened: format version, spec, and the hash of the weights.
 
-    origin is its path, or its address on the hub with the commit that it was taken from.
+    origin is its path, or its address on the hub with the commit that it was taken from. weights_sha256 tells its images from
+    another bundle's: with a decoder, whose weights make them too, it is the hash of both files' hashes.
     """
 
     def __init__(self, path: Path, spec: ModelSpec, weights_sha256: str, origin: str = ""):
         self.path = path
         self.spec = spec
-        self.weights_sha256 = weights_sha256
+        self.weights_sha256 = _identity(weights_sha256, spec)
         self.origin = origin or str(path)
 
     @classmethod
@@ -45,11 +50,9 @@ class Bundle:
         path, origin = find_bundle(source)
         config = _read_config(path / CONFIG)
         spec = _read_spec(path / CONFIG, config)
-        weights = path / WEIGHTS
-        if not weights.is_file():
-            raise BundleError(f"{path} has no {WEIGHTS}", remedy="copy the whole folder again")
-        if sha256(weights) != config["weights_sha256"]:
-            raise BundleError(f"{weights} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again")
+        _check_hash(path / WEIGHTS, config["weights_sha256"])
+        if spec.decoder is not None:
+            _check_hash(path / DECODER, spec.decoder.weights_sha256)
         return cls(path, spec, config["weights_sha256"], origin)
 
     @classmethod
@@ -62,16 +65,22 @@ class Bundle:
         samples: bytes | None = None,
         *,
         precision: str = "fp32",
+        decoder: Mapping[str, np.ndarray] | None = None,
         reference: "MakeReference | None" = None,
     ) -> "Bundle":
         """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
 
-        samples: a PNG. precision: one of PRECISIONS, of the stored file alone: whoever reads it computes in float32. reference:
-        makes the bundle's reference.npz from its stored weights, `networks.reference.make_reference` where torch is at hand.
-        Raises DiskError where the disk is full or read-only.
+        samples: a PNG. precision: one of PRECISIONS, of the network's file alone: whoever reads it computes in float32.
+        decoder: the weights of the spec's decoder, given exactly where it has one. reference: makes the bundle's reference.npz
+        from its stored weights, `networks.reference.make_reference` where torch is at hand. Raises DiskError where the disk is
+        full or read-only.
         """
+        assert (decoder is None) == (spec.decoder is None), "a decoder has weights"
         path = Path(path)
         with atomic_folder(path) as partial:
+            if decoder is not None and spec.decoder is not None:
+                write_safetensors(partial / DECODER, decoder)
+                spec = replace(spec, decoder=replace(spec.decoder, weights_sha256=sha256(partial / DECODER)))
             write_safetensors(partial / WEIGHTS, weights, precision)
             digest = sha256(partial / WEIGHTS)
             (partial / CONFIG).write_text(_config_text(spec, digest))
@@ -84,17 +93,21 @@ class Bundle:
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name, as in EDM: float32, whatever the file stores."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        return _read_weights(self.path / WEIGHTS)
 
-        try:
-            weights = load_file(self.path / WEIGHTS)
-            for name, array in weights.items():
-                if array.dtype.isbuiltin != 1:  # bfloat16 and the like, where something has taught NumPy about them
-                    raise TypeError(f"{name} is {array.dtype}")
-            return {name: array.astype(np.float32, copy=False) for name, array in weights.items()}
-        except (SafetensorError, TypeError, AttributeError) as error:  # the last two: types that NumPy does not have
-            raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
+    def decoder_weights(self) -> dict[str, np.ndarray] | None:
+        """The decoder's parameters by name, as in diffusers: float32; None where the bundle has no decoder."""
+        return None if self.spec.decoder is None else _read_weights(self.path / DECODER)
+
+    def check_makes_pictures(self) -> None:
+        """Raises RequestError where the network makes latents and no decoder stands in the bundle; the remedy adds one."""
+        if not self.spec.makes_pictures:
+            raise RequestError(
+                f"{self.origin} makes a VAE's latents, no pictures",
+                remedy=f"give it the VAE's decoder: uni-instruct import {self.origin} --decoder {USUAL_VAE} "
+                f"--out {self.spec.name}-pictures",
+                param="bundle",
+            )
 
     def stored_precision(self) -> str:
         """fp16 where the file holds matrices in half precision, else fp32. Raises BundleError as `weights` does."""
@@ -120,9 +133,10 @@ class Bundle:
         if not self._reference_is_current() and (made := reference(self)):
             with atomic_file(self.path / REFERENCE) as partial:
                 made.write(partial)
-        if _read_config(self.path / CONFIG)["format_version"] < FORMAT_VERSION:
+        config = _read_config(self.path / CONFIG)
+        if config["format_version"] < FORMAT_VERSION:
             with atomic_file(self.path / CONFIG) as partial:
-                partial.write_text(_config_text(self.spec, self.weights_sha256))
+                partial.write_text(_config_text(self.spec, config["weights_sha256"]))
 
     def _reference_is_current(self) -> bool:
         try:
@@ -203,6 +217,33 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"
     raise RequestError(problem, remedy=remedy, param="bundle")
+
+
+def _identity(weights_sha256: str, spec: ModelSpec) -> str:
+    if spec.decoder is None:
+        return weights_sha256
+    return hashlib.sha256(f"{weights_sha256} {spec.decoder.weights_sha256}".encode()).hexdigest()
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path.parent} has no {path.name}", remedy="copy the whole folder again")
+    if sha256(path) != expected:
+        raise BundleError(f"{path} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again")
+
+
+def _read_weights(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        weights = load_file(path)
+        for name, array in weights.items():
+            if array.dtype.isbuiltin != 1:  # bfloat16 and the like, where something has taught NumPy about them
+                raise TypeError(f"{name} is {array.dtype}")
+        return {name: array.astype(np.float32, copy=False) for name, array in weights.items()}
+    except (SafetensorError, TypeError, AttributeError) as error:  # the last two: types that NumPy does not have
+        raise BundleError(f"{path} cannot be read: {error}", remedy="copy the whole folder again") from error
 
 
 def _config_text(spec: ModelSpec, weights_sha256: str) -> str:

@@ -41,11 +41,11 @@ class Engine(Protocol):
     device: str
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        """Images, uint8 [B, H, W, C]."""
+        """Images, uint8 [B, H, W, C]. Raises RequestError where the spec makes latents, no pictures."""
         ...
 
     def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
-        """The images, and the same before rounding."""
+        """The images, and the same before rounding; latents, which have no pixels, as they are."""
         ...
 
     def close(self) -> None:
@@ -174,7 +174,9 @@ def load_engine(bundle: Bundle, stored: StoredEngine | None, *, spin: bool = Tru
 def available_engines(bundle: Bundle) -> list[EngineId]:
     """What this bundle can be opened with, in the order of RUNTIMES and precision. Torch needs no export."""
     order = list(RUNTIMES)
-    known = [engine_id for engine_id in (*bundle.engines(), TORCH) if engine_id.runtime in RUNTIMES]
+    # Latents are floats: no exported engine hands them out.
+    exported = bundle.engines() if bundle.spec.makes_pictures else ()
+    known = [engine_id for engine_id in (*exported, TORCH) if engine_id.runtime in RUNTIMES]
     return sorted(known, key=lambda engine_id: (order.index(engine_id.runtime), PRECISIONS.index(engine_id.precision)))
 
 

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -67,6 +68,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DiskError(
             f"cannot write {path}: {os.strerror(error.errno)}", remedy="free space or choose another --out"
         ) from error
+
+
+def try_lock(file: int, *, shared: bool = False, wait: bool = False) -> bool | None:
+    """Whether the lock of an open file, open for writing, is held now; None where its file system has no locks.
+
+    The kernel takes it back when the file is closed or the process ends, however it ends. shared: others may share it. wait:
+    until it is free.
+    """
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, kind)
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
 
 
 def sha256(path: Path) -> str:

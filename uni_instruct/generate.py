@@ -1,4 +1,8 @@
-"""Seeds and classes to images: the one pipeline that the command line, the HTTP service and the demo share."""
+"""Seeds and classes to images: the one pipeline that command line, HTTP, demo, training, export and evaluation share.
+
+`input_batches` checks what is asked for, once and before anything is made, and draws it batch by batch. What makes images of a
+batch is an engine here, in training the weights at hand.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,47 +10,71 @@ import numpy as np
 
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.noise import check_seeds, noise, random_class_ids
+from uni_instruct.noise import Inputs, checked_class_ids, checked_seeds, draw_inputs, random_class_ids
 from uni_instruct.spec import ModelSpec
 
+BATCH = 64
 
-def generate(engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64) -> np.ndarray:
-    """Images of the seeds, in their order: uint8 [N, H, W, C]. class_ids: int64 [N], as `resolve_class_ids` gives them."""
-    parts = list(generate_batches(engine, seeds, class_ids, batch))
-    return np.concatenate(parts) if parts else np.empty((0, *image_size(engine.spec)), dtype=np.uint8)
+# Ids or names, one for all images or one for each; None: each seed draws its own.
+Classes = int | str | Sequence[int | str] | np.ndarray | None
+
+
+def generate_images(
+    engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes = None, batch: int = BATCH
+) -> np.ndarray:
+    """Images of the seeds, in their order: uint8 [N, H, W, C]; float32 latents [N, C, H, W] where the spec makes no pictures.
+
+    classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class.
+    batch: images at once. Raises RequestError, whatever the engine, for what is no seed, class or batch size.
+    """
+    parts = list(generate_batches(engine, seeds, classes, batch))
+    size, dtype = sample_format(engine.spec)
+    return np.concatenate(parts) if parts else np.empty((0, *size), dtype=dtype)
 
 
 def generate_batches(
-    engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, batch: int = 64
+    engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes = None, batch: int = BATCH
 ) -> Iterator[np.ndarray]:
-    """The same, batch by batch: each uint8 [<=batch, H, W, C]."""
-    for start in range(0, len(seeds), batch):
-        part = slice(start, start + batch)
-        z = noise(seeds[part], engine.spec.noise_shape)
-        yield engine(z, None if class_ids is None else class_ids[part])
+    """The same, batch by batch: each uint8 [<=batch, H, W, C], or float32 latents [<=batch, C, H, W]."""
+    batches = input_batches(engine.spec, seeds, classes, batch)
+    if engine.spec.makes_pictures:
+        return (engine(*inputs) for inputs in batches)
+    return (engine.outputs(*inputs).images for inputs in batches)
 
 
-def resolve_class_ids(spec: ModelSpec, seeds: Sequence[int], classes: Sequence[int | str] | None = None) -> np.ndarray | None:
+def input_batches(
+    spec: ModelSpec, seeds: Sequence[int] | np.ndarray, classes: Classes = None, batch: int = BATCH
+) -> Iterator[Inputs]:
+    """Noise and class ids of the seeds, batch by batch. Raises RequestError now, not at the first batch."""
+    seeds = checked_seeds(seeds)
+    class_ids = resolve_class_ids(spec, seeds, classes)
+    if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
+        raise RequestError(f"batch {batch!r} is not a number of images", remedy="give an integer from 1 on", param="batch")
+    parts = (slice(start, start + batch) for start in range(0, len(seeds), batch))
+    return (draw_inputs(spec, seeds[part], None if class_ids is None else class_ids[part]) for part in parts)
+
+
+def resolve_class_ids(spec: ModelSpec, seeds: Sequence[int] | np.ndarray, classes: Classes = None) -> np.ndarray | None:
     """A class id per seed, int64 [N]; None for an unconditional generator.
 
     classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class.
     Raises RequestError for seeds out of range, unknown classes, or a number of classes that is neither 1 nor N.
     """
-    check_seeds(seeds)
+    seeds = checked_seeds(seeds)
+    given = _listed(classes)
+    if not len(given):
+        return random_class_ids(seeds, spec.num_classes) if spec.num_classes else None
     if not spec.num_classes:
-        if classes:
-            raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes")
-        return None
-    if not classes:
-        return random_class_ids(seeds, spec.num_classes)
-    if len(classes) not in (1, len(seeds)):
+        raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes")
+    if len(given) not in (1, len(seeds)):
         raise RequestError(
-            f"{len(classes)} classes were given for {len(seeds)} seeds",
+            f"{len(given)} classes were given for {len(seeds)} seeds",
             remedy="give one class, or one for each seed",
             param="classes",
         )
-    ids = np.array([spec.class_id(label) for label in classes], dtype=np.int64)
-    return np.broadcast_to(ids, (len(seeds),)).copy()
+    whole = isinstance(given, np.ndarray) and given.ndim == 1 and given.dtype.kind in "iu"
+    ids = given if whole else np.array([_class_id(spec, label) for label in given], dtype=np.int64)
+    return checked_class_ids(spec, np.resize(ids, len(seeds)), len(seeds))
 
 
 def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:
@@ -65,7 +93,41 @@ def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:
     return [class_id for class_id in range(spec.num_classes) for _ in range(share)]
 
 
+def sample_format(spec: ModelSpec) -> tuple[tuple[int, int, int], np.dtype]:
+    """Size and type of one sample: uint8 [H, W, C] of a picture, float32 [C, H, W] of latents."""
+    if spec.makes_pictures:
+        return image_size(spec), np.dtype(np.uint8)
+    return spec.noise_shape, np.dtype(np.float32)
+
+
 def image_size(spec: ModelSpec) -> tuple[int, int, int]:
     """(H, W, C) of the images, from the spec's [C, H, W]."""
     channels, height, width = spec.image_shape
     return height, width, channels
+
+
+def _listed(classes: Classes) -> Sequence[int | str] | np.ndarray:
+    """What was given, as a sequence."""
+    if classes is None:
+        return []
+    if isinstance(classes, np.ndarray) and classes.ndim:
+        return classes
+    classes = classes.tolist() if hasattr(classes, "tolist") else classes
+    if isinstance(classes, str | int):
+        return [classes]
+    if not isinstance(classes, Sequence):
+        raise RequestError(
+            f"classes {str(classes)[:60]!r} are no list", remedy="give ids or names, such as [3] or ['cat']", param="classes"
+        )
+    return classes
+
+
+def _class_id(spec: ModelSpec, label: object) -> int:
+    label = label.item() if isinstance(label, np.generic) else label
+    if not isinstance(label, int | str):
+        raise RequestError(
+            f"class {str(label)[:40]} is neither a name nor an id",
+            remedy="'uni-instruct inspect' lists the classes",
+            param="classes",
+        )
+    return spec.class_id(label)

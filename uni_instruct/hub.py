@@ -11,7 +11,15 @@ _NAME = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(?:/(?P<file>[^@]+))?(?
 # Licence -> the tag that the hub knows it by.
 LICENCE_TAGS = {"CC-BY-4.0": "cc-by-4.0", "MIT": "mit", "Apache-2.0": "apache-2.0", "OFL-1.1": "ofl-1.1"}
 # A bundle's own files: whatever else lies in the repository stays there.
-BUNDLE_FILES = ["config.json", "model.safetensors", "README.md", "samples.png", "reference.npz", "engines/**"]
+BUNDLE_FILES = [
+    "config.json",
+    "model.safetensors",
+    "decoder.safetensors",
+    "reference.npz",
+    "README.md",
+    "samples.png",
+    "engines/**",
+]
 
 
 @dataclass(frozen=True)

@@ -49,13 +49,18 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np
 
 
 def contact_sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """A grid to look at, uint8 [H', W', 1 or 3]: a grey line round every image, small images enlarged to 64 pixels or so.
-
-    Of latents, which have more channels, the first three.
-    """
-    images = images[..., :3]
+    """A grid to look at, uint8 [H', W', 1 or 3]: a grey line round every image, small images enlarged to 64 pixels or so."""
     factor, line = max(1, SHEET_PIXELS // images.shape[1]), SHEET_LINE
     count, height, width, channels = images.shape
     framed = np.full((count, factor * height + 2 * line, factor * width + 2 * line, channels), SHEET_GREY, dtype=np.uint8)
     framed[:, line:-line, line:-line] = images.repeat(factor, axis=1).repeat(factor, axis=2)
     return grid(framed, columns)
+
+
+def latent_preview(latents: np.ndarray) -> np.ndarray:
+    """Something to see of a VAE's latents float32 [N, C, H, W], for a glance at a training: uint8 [N, H, W, 1 or 3].
+
+    The first channels as colours, black and white at two deviations (`vae_latents.FINAL_STD`). No picture, and no samples.
+    """
+    shown = latents[:, : 3 if latents.shape[1] >= 3 else 1]
+    return (np.nan_to_num(shown) * 127.5 + 128).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)

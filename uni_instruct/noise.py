@@ -1,16 +1,38 @@
-"""Seeds to noise and classes. One seed is one image, whatever the engine, batch, order or machine. NumPy only."""
+"""What goes into a generator: noise and classes of seeds, checked alike for every engine. NumPy only.
+
+One seed is one image, whatever the engine, batch, order or machine.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from uni_instruct.errors import RequestError
-from uni_instruct.spec import ImageShape
+from uni_instruct.spec import ImageShape, ModelSpec
 
 SEED_LIMIT = 2**63
 MAX_SEEDS = 10_000_000
 MAX_DIGITS = 40  # Python refuses to read numbers of thousands of digits
 _NOISE_STREAM, _CLASS_STREAM = 0, 1
+
+
+class Inputs(NamedTuple):
+    """What an engine is called with: noise float32 [B, *noise_shape]; class_ids int64 [B], None without classes."""
+
+    noise: np.ndarray
+    class_ids: np.ndarray | None
+
+    def padded(self, size: int) -> "Inputs":
+        """The same in `size` rows: the last one is repeated."""
+        rows = np.minimum(np.arange(size), len(self.noise) - 1)
+        return Inputs(self.noise[rows], None if self.class_ids is None else self.class_ids[rows])
+
+
+def draw_inputs(spec: ModelSpec, seeds: Sequence[int], class_ids: np.ndarray | None) -> Inputs:
+    """The inputs of seeds and their classes, which are known to be good: `generate.input_batches` checks first."""
+    return Inputs(noise(seeds, spec.noise_shape), class_ids)
 
 
 def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
@@ -36,7 +58,7 @@ def parse_seeds(text: str) -> list[int]:
                 f"seeds '{text[:60]}' cannot be read", remedy="write them as 7, 0-63 or 1,5,10-12", param="seeds"
             )
         start, stop = int(first), int(last if dash else first)
-        check_seeds([start, stop])
+        checked_seeds([start, stop])
         if stop < start:
             raise RequestError(f"seed range {part} is empty", remedy="put the smaller seed first", param="seeds")
         if len(seeds) + stop - start >= MAX_SEEDS:
@@ -45,15 +67,78 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises RequestError unless every seed is an integer in [0, 2**63)."""
-    for seed in seeds:
+def checked_seeds(seeds: Sequence[int] | np.ndarray) -> Sequence[int]:
+    """The seeds as a sequence. Raises RequestError unless it is one, of integers in [0, 2**63)."""
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    if isinstance(seeds, str | bytes) or not isinstance(seeds, Sequence):
+        raise RequestError(
+            f"seeds {str(seeds)[:60]!r} are no list", remedy="give integers, such as [7, 8] or range(64)", param="seeds"
+        )
+    # What lies between the ends of a range need not be looked at: it may be millions.
+    for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < SEED_LIMIT:
             raise RequestError(
                 f"seed {seed!r} is not an integer in [0, 2**63)",
                 remedy="choose seeds from 0 to 9223372036854775807",
                 param="seeds",
             )
+    return seeds
+
+
+def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | None, count: int) -> np.ndarray | None:
+    """The ids as int64 [count], None exactly for an unconditional generator. Raises RequestError for anything else."""
+    if class_ids is None and spec.num_classes:
+        raise RequestError(
+            f"generator '{spec.name}' has {spec.num_classes} classes, and no class ids were given",
+            remedy="give one for each image; generate_images draws them from the seeds",
+            param="class_ids",
+        )
+    if class_ids is None:
+        return None
+    if not spec.num_classes:
+        raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes")
+    ids = _array(class_ids, "class ids")
+    if ids.dtype.kind not in "iu" or ids.shape != (count,):
+        raise RequestError(
+            f"class ids are {ids.dtype} {list(ids.shape)}, not integers [{count}]",
+            remedy="give an id for each image",
+            param="class_ids",
+        )
+    outside = ids[(ids < 0) | (ids >= spec.num_classes)]
+    if len(outside):
+        spec.class_id(int(outside[0]))
+    return np.require(ids, np.int64, "C")
+
+
+def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | None) -> Inputs:
+    """What every engine's call begins with. Raises RequestError unless these are the inputs of B >= 1 images of the spec.
+
+    Class ids may be any integers, in a list or an array. Noise must be float32: a cast could hide that it is something else.
+    """
+    z = _array(noise, "noise")
+    if z.dtype != np.float32:
+        raise RequestError(f"noise is {z.dtype}, not float32", remedy="give noise.astype('float32')", param="noise")
+    if z.ndim != 4 or z.shape[1:] != tuple(spec.noise_shape) or not len(z):
+        raise RequestError(
+            f"noise is {list(z.shape)}, not [B, {', '.join(map(str, spec.noise_shape))}] of B >= 1 images",
+            remedy="make it with uni_instruct.noise.noise(seeds, spec.noise_shape)",
+            param="noise",
+        )
+    # Runtimes share the memory: torch warns of what it must not write to, and refuses negative strides.
+    return Inputs(np.require(z, requirements=["C", "W"]), checked_class_ids(spec, class_ids, len(z)))
+
+
+def class_ids_in_turn(spec: ModelSpec, count: int) -> np.ndarray | None:
+    """0, 1, ... and round again, so that `count` images see every class where they can: int64 [count], None without classes."""
+    return np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
+
+
+def _array(values: ArrayLike, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; a torch tensor on a GPU, or with a gradient
+        reason = " ".join(str(error).split())[:100]
+        raise RequestError(f"{name} cannot be read as an array: {reason}", remedy="give a NumPy array", param=name) from error
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

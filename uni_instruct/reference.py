@@ -70,8 +70,12 @@ class Reference:
 
 
 def reference_inputs(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray | None]:
-    """Seeds and class ids of a reference, int64 [REFERENCE_IMAGES]: of every class, or of as many as there is room for."""
-    seeds = np.arange(REFERENCE_IMAGES, dtype=np.int64)
+    """Seeds and class ids of a reference, int64 [REFERENCE_IMAGES]: of every class, or of as many as there is room for.
+
+    Of the large pictures that a decoder makes there are fewer: four of 512x512 are 12 MB, and minutes of a CPU.
+    """
+    count = spec.affordable_images(2 * REFERENCE_IMAGES) // 2
+    seeds = np.arange(count, dtype=np.int64)
     if not spec.num_classes:
         return seeds, None
     return seeds, seeds % spec.num_classes if spec.num_classes <= len(seeds) else seeds * spec.num_classes // len(seeds)

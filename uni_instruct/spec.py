@@ -1,13 +1,21 @@
 """ModelSpec: what noise goes into a model, what picture comes out, and where the model is from."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from uni_instruct.errors import BundleError, RequestError
 
 # [C, H, W] of one image, or of the noise that it is made of.
 ImageShape = tuple[int, int, int]
+
+# The one kind of decoder there is, by diffusers' name for it.
+AUTOENCODER_KL = "AutoencoderKL"
+# A decoder needs up to a kilobyte for each pixel that it makes: two pictures of 512x512 at once.
+_PIXELS_AT_ONCE = 2 * 512 * 512
+# Far beyond any decoder's; what is larger would not fit into memory.
+_WIDEST, _MOST_LEVELS, _MOST_LAYERS = 8192, 10, 32
 
 # What config.json may hold: the type of each field, and of the entries of a list.
 _FIELD_TYPES: dict[str, tuple[Any, Any]] = {
@@ -23,13 +31,88 @@ _FIELD_TYPES: dict[str, tuple[Any, Any]] = {
     "provenance": (dict, ()),
     "licence": (str, ()),
 }
+_DECODER_TYPES: dict[str, tuple[Any, Any]] = {
+    "architecture": (str, ()),
+    "block_out_channels": (tuple, int),
+    "layers_per_block": (int, ()),
+    "norm_num_groups": (int, ()),
+    "out_channels": (int, ()),
+    "mid_block_add_attention": (bool, ()),
+    "use_post_quant_conv": (bool, ()),
+    "latent_scale": (tuple, (int, float)),
+    "latent_shift": (tuple, (int, float)),
+    "pixel_scale": ((int, float), ()),
+    "pixel_shift": ((int, float), ()),
+    "weights_sha256": (str, ()),
+    "source": (str, ()),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """A VAE's decoder D, and how the network's latents z lie beside those that it was trained on.
+
+    picture = pixel_scale D(latent_scale z + latent_shift) + pixel_shift, in about [-1, 1]; latent_scale and latent_shift have a
+    value for each channel. The other names are those of diffusers' config.json; block_out_channels goes from the finest level
+    to the coarsest, each of half the resolution. weights_sha256: of the file in the bundle. source: where that came from.
+    """
+
+    architecture: str = AUTOENCODER_KL
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    out_channels: int
+    mid_block_add_attention: bool
+    use_post_quant_conv: bool
+    latent_scale: tuple[float, ...]
+    latent_shift: tuple[float, ...]
+    pixel_scale: float = 1.0
+    pixel_shift: float = 0.0
+    weights_sha256: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.architecture != AUTOENCODER_KL:
+            raise BundleError(f"decoder '{self.architecture[:40]}' is unknown", remedy=f"give an {AUTOENCODER_KL}")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if not 1 <= len(widths) <= _MOST_LEVELS or not 1 <= groups <= min(widths) <= max(widths) <= _WIDEST:
+            raise BundleError(f"a decoder of channels {list(widths)} in {groups} groups", remedy="give another VAE")
+        if any(width % groups for width in widths):
+            raise BundleError(f"{list(widths)} channels do not divide into {groups} groups", remedy="give another VAE")
+        if not 1 <= self.layers_per_block <= _MOST_LAYERS or self.out_channels not in (1, 3):
+            raise BundleError(
+                f"a decoder of {self.layers_per_block} layers and {self.out_channels} output channels",
+                remedy="give one of 1 or 3 output channels: grey or colour pictures",
+            )
+        numbers = (*self.latent_scale, *self.latent_shift, self.pixel_scale, self.pixel_shift)
+        if not 1 <= len(self.latent_scale) == len(self.latent_shift) <= _WIDEST or not all(map(math.isfinite, numbers)):
+            raise BundleError("a decoder whose scales and shifts of latents do not fit", remedy="give one of each a channel")
+
+    @classmethod
+    def from_config(cls, config: Any) -> "DecoderSpec":
+        """The decoder that a config.json describes. Raises TypeError or BundleError for what is none."""
+        if not isinstance(config, Mapping):
+            raise TypeError(f"decoder is {str(config)[:40]!r}")
+        return cls(**_values(config, _DECODER_TYPES))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return len(self.latent_scale)
+
+    def image_shape(self, noise_shape: ImageShape) -> ImageShape:
+        """[C, H, W] of the pictures that are made of latents of that shape."""
+        _, height, width = noise_shape
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        return self.out_channels, factor * height, factor * width
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What is needed to run a model and to say where it comes from.
 
-    noise_shape is [C, H, W] of the noise, and of what the network makes of it. latents: that is a VAE's latents, no picture.
+    noise_shape is [C, H, W] of the noise, and of what the network makes of it. latents: that is a VAE's latents, no picture;
+    decoder makes pictures of them, None where they are handed out as they are.
     num_classes is 0 for an unconditional model. sigma_init is the noise level that a one-step generator's noise is scaled to.
     steps is 1 for a one-step generator; a teacher has more and is sampled with EDM's Heun sampler.
     """
@@ -37,6 +120,7 @@ class ModelSpec:
     name: str
     noise_shape: ImageShape
     latents: bool = False
+    decoder: DecoderSpec | None = None
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     sigma_init: float = 2.5
@@ -60,10 +144,32 @@ class ModelSpec:
                 remedy="sigma_init in (0, 1e6), steps >= 1, num_classes >= 0",
             )
 
+        if self.decoder is not None and (not self.latents or self.noise_shape[0] != self.decoder.latent_channels):
+            raise BundleError(
+                f"a decoder of {self.decoder.latent_channels} channels for a network of {self.noise_shape[0]}"
+                f"{'' if self.latents else ' that makes no latents'}",
+                remedy="give the VAE whose latents the network makes",
+            )
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether what is handed out is a picture. Else it is a VAE's latents: floats, which no one rounds to bytes."""
+        return not self.latents or self.decoder is not None
+
     @property
     def image_shape(self) -> ImageShape:
-        """[C, H, W] of what is handed out: a picture, or latents where `latents` says so."""
-        return self.noise_shape
+        """[C, H, W] of what is handed out: the picture, or the latents unless `makes_pictures`."""
+        return self.noise_shape if self.decoder is None else self.decoder.image_shape(self.noise_shape)
+
+    @property
+    def images_at_once(self) -> int | None:
+        """How many images an engine may make at once, so that a decoder's memory stays in bounds; None without a decoder."""
+        _, height, width = self.image_shape
+        return None if self.decoder is None else max(1, _PIXELS_AT_ONCE // (height * width))
+
+    def affordable_images(self, wanted: int) -> int:
+        """How many images a check makes: so many, or of a decoder's large ones, which take a CPU seconds, 8 of 512x512."""
+        return wanted if self.images_at_once is None else min(wanted, 4 * self.images_at_once)
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other."""
@@ -92,13 +198,9 @@ class ModelSpec:
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSpec":
         """The spec that a config.json of any format version describes. Raises TypeError or BundleError for what is no spec."""
         config = _as_format_2(config) if config.get("format_version") == 1 else config
-        names = {f.name for f in fields(cls)}
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in names
-        }
-        for name, value in values.items():
-            _check_type(name, value)
-        return cls(**values)
+        decoder = config.get("decoder")
+        values = _values(config, _FIELD_TYPES)
+        return cls(**values, decoder=None if decoder is None else DecoderSpec.from_config(decoder))
 
 
 def _as_format_2(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,8 +212,15 @@ def _as_format_2(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "noise_shape": shape, "latents": latents}
 
 
-def _check_type(name: str, value: Any) -> None:
-    type_, entries = _FIELD_TYPES[name]
+def _values(config: Mapping[str, Any], types: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """The fields that have a type, lists as tuples. Raises TypeError for a value of another type."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in types}
+    for name, value in values.items():
+        _check_type(name, value, *types[name])
+    return values
+
+
+def _check_type(name: str, value: Any, type_: Any, entries: Any) -> None:
     parts = value if entries and isinstance(value, tuple) else ()
     if not isinstance(value, type_) or not all(isinstance(part, entries) for part in parts):
         raise TypeError(f"{name} is {str(value)[:40]!r}")

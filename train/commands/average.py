@@ -27,8 +27,8 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     """
     from uni_instruct.data import open_dataset
     from uni_instruct.engines.torch import TorchEngine
-    from uni_instruct.generate import generate, resolve_class_ids
-    from uni_instruct.images import contact_sheet, encode
+    from uni_instruct.generate import generate_images, resolve_class_ids
+    from uni_instruct.images import contact_sheet, encode, latent_preview
     from uni_instruct.networks.reference import make_reference
     from uni_instruct.train.card import model_card
     from uni_instruct.train.optimization.posthoc import reconstruct
@@ -43,7 +43,10 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     spec = dataclasses.replace(trained.spec, provenance={**trained.spec.provenance, **origin})
     card = model_card(spec, recipe, open_dataset(recipe.data) if recipe.data else None, {})
     seeds = range(recipe.loop.grid)
-    images = generate(TorchEngine(Bundle.write(out, spec, weights, card)), seeds, resolve_class_ids(spec, seeds))
-    bundle = Bundle.write(out, spec, weights, card, encode(contact_sheet(images)), reference=make_reference)
+    decoder = trained.decoder_weights()
+    engine = TorchEngine(Bundle.write(out, spec, weights, card, decoder=decoder))
+    images = generate_images(engine, seeds, resolve_class_ids(spec, seeds))
+    samples = encode(contact_sheet(images if spec.makes_pictures else latent_preview(images)))
+    bundle = Bundle.write(out, spec, weights, card, samples, decoder=decoder, reference=make_reference)
     click.echo(f"{stage}: {bundle.path} (width {std:g} of training time, reconstructed)")
     click.echo(f"next: uni-instruct evaluate {bundle.path} --reference {recipe.data or 'DATA'}")

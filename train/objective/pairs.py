@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from uni_instruct.files import atomic_file
+from uni_instruct.generate import input_batches
 from uni_instruct.networks.denoiser import Denoiser
-from uni_instruct.noise import noise, random_class_ids
+from uni_instruct.networks.one_step import as_tensors
 from uni_instruct.progress import progress
 from uni_instruct.sampler import heun_sample
+from uni_instruct.spec import ModelSpec
 
 # Seeds of their own: neither those that users evaluate with nor those that weights are chosen on.
 FIRST_PAIR_SEED = 2**41
@@ -37,15 +39,14 @@ def teacher_pairs(file: Path, teacher: Denoiser, count: int, steps: int, device:
 
 def _draw(file: Path, teacher: Denoiser, count: int, steps: int, device: torch.device) -> None:
     seeds = range(FIRST_PAIR_SEED, FIRST_PAIR_SEED + count)
-    z = torch.from_numpy(noise(seeds, teacher.image_shape))
-    class_ids = torch.from_numpy(random_class_ids(seeds, teacher.num_classes)) if teacher.num_classes else None
-    images = []
+    spec = ModelSpec(name="teacher", noise_shape=teacher.image_shape, num_classes=teacher.num_classes, steps=steps)
+    rows = []
     with progress("teacher's pairs", count, "images") as shown:
-        for start in range(0, count, SAMPLE_BATCH):
-            part = slice(start, start + SAMPLE_BATCH)
-            labels = None if class_ids is None else class_ids[part].to(device)
-            images.append(heun_sample(teacher, z[part].to(device), labels, steps).cpu())
-            shown.advance(len(images[-1]))
-    tensors = {"noise": z, "images": torch.cat(images)} | ({} if class_ids is None else {"class_ids": class_ids})
+        for inputs in input_batches(spec, seeds, batch=SAMPLE_BATCH):
+            z, labels = as_tensors(inputs, device)
+            images = heun_sample(teacher, z, labels, steps)
+            rows.append([tensor.cpu() for tensor in (z, images, labels) if tensor is not None])
+            shown.advance(len(images))
+    tensors = dict(zip(("noise", "images", "class_ids"), map(torch.cat, zip(*rows, strict=True)), strict=False))
     with atomic_file(file) as partial:
         partial.write_bytes(safetensors.torch.save(tensors))

@@ -2,6 +2,7 @@
 
 import shlex
 
+from uni_instruct.bundle import USUAL_VAE
 from uni_instruct.hub import is_on_hub
 from uni_instruct.train.report.material import Material
 
@@ -13,7 +14,7 @@ def command_section(material: Material) -> list[str]:
         lines += [f"# {why}", f"uni-instruct {shlex.join(map(str, words))}"]
     lines.append("```")
     if not material.makes_pictures:
-        lines += ["", "`evaluate` and `serve` take pictures; these are latents, which their VAE decodes."]
+        lines += ["", "`export`, `evaluate` and `serve` take pictures; these are latents, of which a decoder makes them."]
     elif material.plan.dataset is None:
         lines += ["", "`evaluate` compares with real images, which this run was trained without: `--reference DATA`."]
     return lines
@@ -26,9 +27,13 @@ def _commands(material: Material) -> list[tuple[object, ...]]:
     images = ("--out", folder / "images", "--grid", folder / "grid.png") if pictures else ("--out", folder / "latents.npz")
     commands: list[tuple[object, ...]] = [
         ("the same training once more", "train", folder / "recipe.yaml", "--out", f"{folder}-again"),
-        ("a faster engine, proven equal", "export", generator, "--to", "onnx"),
         ("images of 64 seeds" if pictures else "latents of 64 seeds", "generate", generator, "--seeds", "0-63", *images),
     ]
+    if pictures:
+        commands.insert(1, ("a faster engine, proven equal", "export", generator, "--to", "onnx"))
+    else:
+        attach = ("import", generator, "--decoder", USUAL_VAE, "--out", f"{generator}-pictures")
+        commands.append(("the same with its VAE's decoder, which makes pictures", *attach))
     if pictures and plan.dataset is not None:
         reference = ("--reference", plan.recipe.data, "--teacher", _source(material))
         commands.append(("scores of as many samples as the data has", "evaluate", generator, *reference))

@@ -16,7 +16,7 @@ from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_
 
 SHOWN = 6  # samples of each kind above their neighbours
 NAMES = {"class_accuracy": "classified as asked"}
-_NO_PICTURES = "No pictures: this generator makes latents of a VAE, which is needed to decode them and is not built in."
+_NO_PICTURES = "No pictures: this generator makes latents of a VAE, and has no decoder yet. The commands say how it gets one."
 
 
 def sample_section(material: Material) -> list[str]:

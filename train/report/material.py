@@ -42,8 +42,7 @@ class Material:
     @property
     def makes_pictures(self) -> bool:
         """Whether images can be looked at: latents of a VAE cannot."""
-        latents = self.plan.dataset is not None and self.plan.dataset.latents
-        return self.spec.image_shape[0] in (1, 3) and not latents
+        return self.spec.makes_pictures
 
     @property
     def parameters(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uni_instruct.engine import Engine
-from uni_instruct.generate import generate, resolve_class_ids
+from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet
 from uni_instruct.spec import ModelSpec
 
@@ -49,7 +49,7 @@ def draw_rows(engine: Engine, grid: Grid, budget_s: float) -> Drawn:
         if parts and (time.monotonic() - start) * (len(parts) + 1) / len(parts) > budget_s:
             break
         row = slice(first, first + grid.columns)
-        parts.append(generate(engine, grid.seeds[row], None if grid.class_ids is None else grid.class_ids[row]))
+        parts.append(generate_images(engine, grid.seeds[row], None if grid.class_ids is None else grid.class_ids[row]))
     images = np.concatenate(parts)
     return Drawn(images=images, s_per_image=(time.monotonic() - start) / len(images))
 

@@ -1,13 +1,19 @@
 """From a checkpoint's file to a bundle, with where it comes from."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from uni_instruct import __version__
-from uni_instruct.bundle import CONFIG, Bundle
+from uni_instruct.bundle import CARD, CONFIG, Bundle
+from uni_instruct.card_usage import usage
+from uni_instruct.checkpoints.autoencoder_kl import StoredDecoder, read_decoder
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
+from uni_instruct.checkpoints.latent_map import LatentMap, find_latent_map, stated_latent_map
 from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
@@ -35,11 +41,15 @@ tags: [{tags}]
 
 ## Use
 ```
-uni-instruct generate . --seeds 0-63 --out images/
-{more}
+{usage}
 ```
 
 Licence: {licence}. Nothing was measured at import: `uni-instruct evaluate` does.
+"""
+_DECODER_TITLE = "## Decoder"
+_DECODER_CARD = f"""
+{_DECODER_TITLE}
+The network makes a VAE's latents. Pictures are made of them by the decoder of `{{source}}`, whose licence is its own.
 """
 
 
@@ -49,7 +59,8 @@ class ImportRequest:
 
     kind: 'generator' of one step, or 'teacher' for many. network: its role in the file. sigma_init: the noise level of a
     one-step generator's input. steps: of the teacher's sampler. origin: the address on the hub of a file from there. patch: the
-    side of the squares of pixels that the network sees as one.
+    side of the squares of pixels that the network sees as one. latents: where the file does not say, the network makes a VAE's
+    latents, scaled as EDM2 does. decoder: what `read_decoder` takes; it implies latents.
     """
 
     kind: str | None = None
@@ -60,6 +71,8 @@ class ImportRequest:
     licence: str | None = None
     origin: str = ""
     patch: int | None = None
+    latents: bool = False
+    decoder: str | None = None
 
 
 def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
@@ -72,8 +85,49 @@ def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
     translation = translate(stored, request.patch)
-    spec = _spec(path, checkpoint, stored, translation, request)
-    return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
+    # The last: a bundle's config.json, beside its weights.
+    asked = request.latents or request.decoder is not None or stored.config.get("latents") is True
+    latents = find_latent_map(checkpoint.facts, translation.image_shape[0], asked)
+    spec = _spec(path, checkpoint, stored, translation, latents, request)
+    if latents is None or request.decoder is None:
+        return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
+    decoder = read_decoder(request.decoder, latents)
+    return _write_decoded(out, spec, translation.weights, _card(spec), decoder)
+
+
+def attach_decoder(bundle: Bundle, decoder: str, out: Path) -> Bundle:
+    """The bundle with that decoder, in `out`, which may be its own folder; engines are left behind.
+
+    decoder: what `read_decoder` takes. Raises RequestError where the bundle makes pictures by itself, and as `read_decoder`.
+    """
+    if not bundle.spec.latents:
+        raise RequestError(f"{bundle.origin} makes pictures by itself", remedy="leave --decoder out", param="decoder")
+    stored = read_decoder(decoder, stated_latent_map(bundle.spec.provenance))
+    # A former decoder's section is the last of the card.
+    card = (bundle.path / CARD).read_text().partition(f"\n{_DECODER_TITLE}")[0]
+    return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, bundle.stored_precision())
+
+
+def _write_decoded(
+    out: Path,
+    spec: ModelSpec,
+    weights: Mapping[str, np.ndarray],
+    card: str,
+    decoder: StoredDecoder,
+    precision: str = "fp32",
+) -> Bundle:
+    from uni_instruct.networks.reference import make_reference
+
+    decoded = replace(spec, decoder=decoder.spec)
+    return Bundle.write(
+        out,
+        decoded,
+        weights,
+        card.replace(usage(spec), usage(decoded)) + _DECODER_CARD.format(source=decoder.spec.source),
+        precision=precision,
+        decoder=decoder.weights,
+        reference=make_reference,
+    )
 
 
 def open_or_import(source: str, kind: str) -> Bundle:
@@ -110,7 +164,12 @@ def likely_kind(checkpoint: Checkpoint, stored: StoredNetwork) -> str:
 
 
 def _spec(
-    path: Path, checkpoint: Checkpoint, stored: StoredNetwork, translation: Translation, request: ImportRequest
+    path: Path,
+    checkpoint: Checkpoint,
+    stored: StoredNetwork,
+    translation: Translation,
+    latents: LatentMap | None,
+    request: ImportRequest,
 ) -> ModelSpec:
     kind = request.kind or likely_kind(checkpoint, stored)
     provenance: dict[str, Any] = {
@@ -121,6 +180,7 @@ def _spec(
             "network": stored.role,
             "class": stored.class_name or "read off the weights",
             "left_out": list(translation.left_out),
+            **({} if latents is None else {"latents": latents.to_json()}),
         },
         "uni_instruct": __version__,
     }
@@ -128,6 +188,7 @@ def _spec(
         name=request.name or re.sub(r"[^\w.-]+", "-", path.stem),
         sigma_init=request.sigma_init,
         steps=1 if kind == "generator" else request.steps,
+        latents=latents is not None,
         provenance=provenance,
         licence=request.licence or (NVIDIAS_LICENCE if stored.class_name else UNKNOWN_LICENCE),
     )
@@ -143,6 +204,6 @@ def _card(spec: ModelSpec) -> str:
         format=imported["format"],
         role=imported["network"],
         digest=imported["sha256"],
-        more="uni-instruct serve ." if one_step else "uni-instruct train RECIPE --set teacher=. data=DATA.zip",
+        usage=usage(spec) if one_step else f"{usage(spec)}\nuni-instruct train RECIPE --set teacher=. data=DATA.zip",
         licence=spec.licence,
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.checkpoint import StoredNetwork
+from uni_instruct.checkpoints.fit import check_fit, finite, misfit
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
 
@@ -129,7 +130,7 @@ def translate(stored: StoredNetwork, patch: int | None = None) -> Translation:
         num_classes=int(config.get("label_dim", 0)),
         network=network.name,
         network_args=args | ({"patch": patch} if patch > 1 else {}),
-        weights={f"model.{name}": _checked(name, array) for name, array in bare.items()},
+        weights={f"model.{name}": finite(name, array) for name, array in bare.items()},
         left_out=tuple(outer),
     )
     _check_weights(translation)  # first: it builds the network, which refuses arguments of the wrong kind
@@ -219,21 +220,13 @@ def _chosen(config: Mapping[str, Any], names: ArgumentMap) -> dict[str, Any]:
     return {**names.defaults, **given}
 
 
-def _checked(name: str, array: np.ndarray) -> np.ndarray:
-    if not np.issubdtype(array.dtype, np.floating):
-        raise FileFormatError(f"weight {name} is of type {array.dtype}, not a float", remedy="download it again")
-    if not np.isfinite(array).all():
-        raise FileFormatError(f"weight {name} holds values that are not finite", remedy="import an earlier state")
-    return array
-
-
 def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> None:
     """What lies outside the network: EDM2's estimate of uncertainty, and iDDPM's table of noise levels, which must be ours."""
     for name, array in outer.items():
         if name.startswith(("logvar_fourier.", "logvar_linear.")):
             continue
         if name != "u":
-            raise _misfit("holds weights that are not its own", [name])
+            raise misfit("network", "holds weights that are not its own", [name])
         from uni_instruct.networks.preconditioning import IDDPM
 
         constants = {key: value for key, value in translation.network_args["preconditioning"].items() if key != "name"}
@@ -259,15 +252,4 @@ def _check_weights(translation: Translation) -> None:
     with torch.device("meta"):
         denoiser = build_denoiser(translation.spec(name="imported"))
     expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    held = {name: array.shape for name, array in translation.weights.items()}
-    if missing := sorted(expected.keys() - held.keys()):
-        raise _misfit("lacks weights", missing)
-    if unexpected := sorted(held.keys() - expected.keys()):
-        raise _misfit("holds weights that are not its own", unexpected)
-    if wrong := [f"{name} {held[name]} instead of {expected[name]}" for name in expected if held[name] != expected[name]]:
-        raise _misfit("has weights of another shape", wrong)
-
-
-def _misfit(problem: str, names: list[str]) -> FileFormatError:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return FileFormatError(f"the network {problem}: {', '.join(names[:3])}{more}", remedy="download it again")
+    check_fit("network", expected, translation.weights)

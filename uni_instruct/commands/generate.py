@@ -8,15 +8,14 @@ import numpy as np
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import open_engine
+from uni_instruct.engine import EngineId, open_engine, select_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file
-from uni_instruct.generate import by_class, resolve_class_ids
-from uni_instruct.generate import generate as generate_images
+from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
-from uni_instruct.samples import SampleRequest, is_finished, open_run
+from uni_instruct.sampling import SampleRequest, is_finished, noted_engine, open_run, read_samples, remove_leftovers
 
 BATCH = 64
 # More would be a picture that few programs open.
@@ -29,7 +28,7 @@ GRID_IMAGES = 1024
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A file that ends in .npz or .zip, else a folder of PNGs named by seed. Not needed with --grid.",
+    help="A file that ends in .npz or .zip, else a folder of PNGs named by seed. Not needed with --grid. Latents go to .npz.",
 )
 @click.option(
     "--class",
@@ -69,25 +68,41 @@ def generate(
     seeds = parse_seeds(seeds_text)
     _check_paths(out, grid_path, len(seeds))
     opened = Bundle.open(bundle)
+    if grid_path:
+        opened.check_makes_pictures()
     if by_classes and classes:
         raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
     class_ids = resolve_class_ids(opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes)
-    opened_engine = open_engine(opened, engine)
-    request = SampleRequest(bundle=opened, engine=str(opened_engine.id), seeds=seeds, class_ids=class_ids, batch=batch)
-    already = out is not None and is_finished(request, out)
-    images = None
-    if out is not None and not already:
-        with open_run(request, out) as run:
-            with progress("generate", len(seeds), "images", done=run.done) as bar:
-                run.fill(opened_engine, bar)
-            images = run.first(GRID_IMAGES) if grid_path else None
-            run.finish()
+    engine_id = _engine_id(opened, engine, out)
+    request = SampleRequest(bundle=opened, engine=engine_id, seeds=seeds, class_ids=class_ids, batch=batch)
+    already = out is not None and _write_set(request, out)
     if grid_path:
-        if images is None:
-            labels = None if class_ids is None else class_ids[:GRID_IMAGES]
-            images = generate_images(opened_engine, seeds[:GRID_IMAGES], labels, batch)
+        if out is None:
+            images = generate_images(open_engine(opened, engine_id), seeds, class_ids, batch)
+        else:
+            images = read_samples(out, GRID_IMAGES).images
         _write_grid(images, grid_path, len(seeds) // opened.spec.num_classes if by_classes else None)
     _report(request.facts() | {"out": str(out or grid_path), "already": already}, as_json)
+
+
+def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None) -> str:
+    """The engine to use. A set that stands at `out`, or was begun, keeps its own, unless another is asked for."""
+    noted = noted_engine(out) if out is not None else None
+    if noted and (wanted is None or wanted in (noted, EngineId.parse(noted).runtime)):
+        return noted
+    return str(select_engine(bundle, wanted).engine_id)
+
+
+def _write_set(request: SampleRequest, out: Path) -> bool:
+    """Writes the set, or what an interrupted run left to do of it; True where it was complete already."""
+    if is_finished(request, out):
+        remove_leftovers(request, out)
+        return True
+    with open_run(request, out) as run:
+        with progress("generate", len(request.seeds), "images", done=run.done) as bar:
+            run.fill(lambda: open_engine(request.bundle, request.engine), bar)
+        run.finish()
+    return False
 
 
 def _check_paths(out: Path | None, grid: Path | None, count: int) -> None:

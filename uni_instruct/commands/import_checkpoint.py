@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 
 import rich_click as click
+from click.core import ParameterSource
 
+from uni_instruct.bundle import Bundle, is_bundle
+from uni_instruct.errors import RequestError
 from uni_instruct.hub import fetch, is_on_hub
+
+_TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -27,6 +32,14 @@ from uni_instruct.hub import fetch, is_on_hub
     help="Side of the squares of pixels that the network sees as one: 1, 2 or 4.  [default: what the config.json of a bundle "
     "beside the file says, else 1]",
 )
+@click.option(
+    "--latents", is_flag=True, help="The network makes a VAE's latents, scaled as EDM2 does.  [default: what the file says]"
+)
+@click.option(
+    "--decoder",
+    help="Decoder of those latents: folder or .safetensors of an AutoencoderKL as diffusers saves it, or hf://owner/name. "
+    "CHECKPOINT may then be a bundle as well.",
+)
 @click.option("--licence", help="Licence of the weights.  [default: NVIDIA's for what derives from EDM, else unknown]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def import_checkpoint(
@@ -38,19 +51,25 @@ def import_checkpoint(
     sigma_init: float,
     steps: int,
     patch: int | None,
+    latents: bool,
+    decoder: str | None,
     licence: str | None,
     as_json: bool,
 ) -> None:
     """Make a bundle of CHECKPOINT: a file of EDM, EDM2, SiD, SiDA or Uni-Instruct, a state dict, or hf://owner/name/file.
 
     Nothing in the file is ever run. Every weight must be found and fit, or nothing is written. docs/checkpoints.md has the
-    formats; `uni-instruct inspect` shows what a file holds.
+    formats; `uni-instruct inspect` shows what a file holds. With --decoder, CHECKPOINT may be a bundle that makes latents.
 
     Example: uni-instruct import cifar10-sid.pkl --out bundles/cifar10
     """
-    from uni_instruct.checkpoints.import_bundle import ImportRequest
+    from uni_instruct.checkpoints.import_bundle import ImportRequest, attach_decoder
     from uni_instruct.checkpoints.import_bundle import import_checkpoint as run
 
+    if is_bundle(checkpoint):
+        bundle = attach_decoder(Bundle.open(checkpoint), _decoder_alone(checkpoint, decoder), out)
+        _report(bundle, guessed=False, as_json=as_json)
+        return
     path, origin = Path(checkpoint), ""
     if is_on_hub(checkpoint):
         download = fetch(checkpoint)
@@ -64,19 +83,38 @@ def import_checkpoint(
         licence=licence,
         origin=origin,
         patch=patch,
+        latents=latents,
+        decoder=decoder,
     )
-    bundle = run(path, out, request)
-    made = "teacher" if bundle.spec.steps > 1 else "generator"
+    _report(run(path, out, request), guessed=kind is None, as_json=as_json)
+
+
+def _decoder_alone(bundle: str, decoder: str | None) -> str:
+    """The decoder for a bundle. Raises RequestError without one, or where an option says what the bundle says itself."""
+    if decoder is None:
+        remedy = "give --decoder VAE to add one, or a checkpoint's file"
+        raise RequestError(f"{bundle} is a bundle already", remedy=remedy, param="checkpoint")
+    context = click.get_current_context()
+    assert context is not None, "called by a command"
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    for name in sorted(set(given) - {"checkpoint", "out", "decoder", "as_json"}):
+        option = "--as" if name == "kind" else f"--{name.replace('_', '-')}"
+        raise RequestError(f"{bundle} is a bundle, which says that itself", remedy=f"leave {option} out", param=name)
+    return decoder
+
+
+def _report(bundle: Bundle, *, guessed: bool, as_json: bool) -> None:
+    spec, out = bundle.spec, bundle.path
+    made, other = ("teacher", "generator") if spec.steps > 1 else ("generator", "teacher")
     if as_json:
-        answer = {"bundle": str(out), "kind": made, "weights_sha256": bundle.weights_sha256, "network": bundle.spec.network}
-        click.echo(json.dumps(answer | {"provenance": dict(bundle.spec.provenance)}))
+        answer = {"bundle": str(out), "kind": made, "weights_sha256": bundle.weights_sha256, "network": spec.network}
+        click.echo(json.dumps(answer | {"makes_pictures": spec.makes_pictures, "provenance": dict(spec.provenance)}))
         return
-    other = {"teacher": "generator", "generator": "teacher"}[made]
-    guess = "" if kind else f" (taken for one; --as {other} if it is not)"
-    spec = bundle.spec
-    click.echo(f"{made}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}, licence {spec.licence}")
-    use = f"serve {out}" if made == "generator" else f"train RECIPE --set teacher={out} data=DATA.zip --out RUN"
-    click.echo(f"next: uni-instruct {use}")
+    guess = f" (taken for one; --as {other} if it is not)" if guessed else ""
+    what = "" if spec.makes_pictures else " latents"
+    click.echo(f"{made}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}{what}, licence {spec.licence}")
+    use = f"serve {out}" if spec.makes_pictures else f"import {out} --decoder VAE --out {out}"
+    click.echo(f"next: uni-instruct {use if made == 'generator' else _TRAIN.format(out=out)}")
 
 
 def _size(shape: tuple[int, int, int]) -> str:

@@ -61,6 +61,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "kind": "generator" if bundle.spec.steps == 1 else "teacher",
         "path": bundle.origin,
         **bundle.spec.to_config(),
+        "makes_pictures": bundle.spec.makes_pictures,
         # The resampling filters are stored too, but constant.
         "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),
         "tensors": len(weights),
@@ -95,9 +96,13 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
     provenance = [(f"provenance: {key}", _text(value)) for key, value in facts["provenance"].items()]
     engines = [(f"engine {engine['engine_id']}", _engine_text(engine)) for engine in facts["engines"]]
     hint = [("engines", f"none exported; uni-instruct export {facts['path']} --to onnx")] if facts["steps"] == 1 else []
+    if not facts["makes_pictures"]:
+        attach = f"uni-instruct import {facts['path']} --decoder VAE --out BUNDLE"
+        hint = [("decoder", f"none, so that it makes no pictures; {attach}")]
     return [
         (facts["kind"], facts["name"]),
-        ("images", _shape_text(facts["image_shape"])),
+        ("images" if facts["makes_pictures"] else "latents", _shape_text(facts["image_shape"])),
+        *([("decoder", _decoder_text(facts))] if facts["decoder"] else []),
         ("classes", _classes_text(facts["class_names"], facts["num_classes"])),
         ("steps", f"{facts['steps']}, from noise of sigma {facts['sigma_init']:g}"),
         ("network", f"{facts['network']} {_text(facts['network_args'])}"),
@@ -164,6 +169,11 @@ def _here_text(here: dict[str, Any]) -> str:
 def _shape_text(shape: Any) -> str:
     channels, height, width = shape
     return f"{height}x{width} (height x width), {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _decoder_text(facts: dict[str, Any]) -> str:
+    channels, height, width = facts["noise_shape"]
+    return f"{facts['decoder']['architecture']} of {facts['decoder']['source']}, on latents {channels}x{height}x{width}"
 
 
 def _classes_text(names: Any, count: int) -> str:

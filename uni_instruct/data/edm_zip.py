@@ -68,5 +68,6 @@ def dataset_meta(dataset: Dataset, names: list[str]) -> dict[str, Any]:
 
 
 # How files are named, and what is in them; EDM's and EDM2's tools name them so.
-_PICTURE: tuple[str, Callable[[np.ndarray], bytes]] = ("{folder:05d}/img{index:08d}.png", encode)
+PICTURE_NAME = "{folder:05d}/img{index:08d}.png"
+_PICTURE: tuple[str, Callable[[np.ndarray], bytes]] = (PICTURE_NAME, encode)
 _LATENT: tuple[str, Callable[[np.ndarray], bytes]] = ("{folder:05d}/img-mean-std-{index:08d}.npy", moments_bytes)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.outputs import Outputs
+from uni_instruct.engines.outputs import Outputs, in_parts
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
+from uni_instruct.noise import checked_inputs
 from uni_instruct.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ class OnnxEngine:
     def _run(self, outputs: list[str], noise: np.ndarray, class_ids: np.ndarray | None) -> list[np.ndarray]:
         session = self._session
         assert session is not None, "the engine was closed"
-        feed = {self._noise: noise} if class_ids is None else {self._noise: noise, CLASS_IDS: class_ids}
-        results: list[np.ndarray] = session.run(outputs, feed)
-        return results
+        results: list[list[np.ndarray]] = []
+        for z, labels in in_parts(self.spec, *checked_inputs(self.spec, noise, class_ids)):
+            results.append(session.run(outputs, {self._noise: z} if labels is None else {self._noise: z, CLASS_IDS: labels}))
+        return results[0] if len(results) == 1 else [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
 def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSession":

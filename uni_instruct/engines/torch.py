@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.outputs import Outputs
+from uni_instruct.engines.outputs import Outputs, in_parts
 from uni_instruct.engines.record import EngineId
-from uni_instruct.networks.build import load_denoiser
-from uni_instruct.networks.one_step import OneStep, to_uint8
+from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
+from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
 
 
@@ -18,18 +18,22 @@ class TorchEngine:
     id = EngineId("torch", "fp32")
 
     def __init__(self, bundle: Bundle):
-        self.spec = bundle.spec
+        self.spec, self._bundle = bundle.spec, bundle
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._generator: OneStep | None = OneStep(load_denoiser(bundle), bundle.spec.sigma_init).to(self.device)
+        self._generator: OneStep | None = load_one_step(bundle).to(self.device)
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
-        return to_uint8(self._images(noise, class_ids)).cpu().numpy()
+        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
+        self._bundle.check_makes_pictures()
+        parts = in_parts(self.spec, *checked_inputs(self.spec, noise, class_ids))
+        return np.concatenate([to_uint8(self._images(*part)).cpu().numpy() for part in parts])
 
     def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
-        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
-        images = self._images(noise, class_ids)
-        return Outputs(to_uint8(images).cpu().numpy(), images.cpu().numpy())
+        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]; latents as they are."""
+        inputs = checked_inputs(self.spec, noise, class_ids)
+        parts = [self._images(*part) for part in in_parts(self.spec, *inputs)]
+        pixels = [to_uint8(images if self.spec.makes_pictures else images[:0]).cpu().numpy() for images in parts]
+        return Outputs(np.concatenate(pixels), np.concatenate([images.cpu().numpy() for images in parts]))
 
     def close(self) -> None:
         """Frees the weights, once what runs in other threads is done."""
@@ -39,9 +43,8 @@ class TorchEngine:
     def _images(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Tensor:
         generator = self._generator
         assert generator is not None, "the engine was closed"
-        z = torch.from_numpy(noise).to(self.device)
-        labels = None if class_ids is None else torch.from_numpy(class_ids).to(self.device)
+        z, labels = as_tensors(Inputs(noise, class_ids), self.device)
         if self.spec.steps > 1:
-            return heun_sample(generator.denoiser, z, labels, self.spec.steps)
+            return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
         images: Tensor = generator(z, labels)
         return images

@@ -36,8 +36,9 @@ def bundle_subject(
 ) -> SampleSource:
     """The images of those seeds, each of its seed's class. A teacher runs on torch whatever the student runs on.
 
-    Raises RequestError where the bundle has no such engine.
+    Raises RequestError where the bundle makes latents, or has no such engine.
     """
+    bundle.check_makes_pictures()
     opened = open_engine(bundle, TORCH if bundle.spec.steps > 1 else engine)
     class_ids = resolve_class_ids(bundle.spec, seeds)
     names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))

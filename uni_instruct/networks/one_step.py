@@ -1,21 +1,35 @@
-"""G(z), the one-step generator: one evaluation of a denoiser at one noise level; and how its images become bytes."""
+"""G(z), the one-step generator: one evaluation of a denoiser at one noise level, a decoder behind it; its images to bytes."""
 
 import torch
 from torch import Tensor, nn
 
+from uni_instruct.bundle import Bundle
+from uni_instruct.networks.autoencoder import LatentDecoder, load_decoder
+from uni_instruct.networks.build import load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.noise import Inputs
 
 
 class OneStep(nn.Module):
     """The whole map from N(0, 1) noise to images that training, export and the torch engine share: `one_step` as a module."""
 
-    def __init__(self, denoiser: Denoiser, sigma_init: float):
+    def __init__(self, denoiser: Denoiser, sigma_init: float, decoder: LatentDecoder | None = None):
         super().__init__()
-        self.denoiser, self.sigma_init = denoiser, sigma_init
+        self.denoiser, self.sigma_init, self.decoder = denoiser, sigma_init, decoder
 
     def forward(self, noise: Tensor, class_ids: Tensor | None = None) -> Tensor:
-        """float32 [B, C, H, W] in about [-1, 1]; noise float32 [B, C, H, W], class_ids int64 [B] or None without classes."""
-        return one_step(self.denoiser, noise, class_ids, self.sigma_init)
+        """float32 [B, C, H, W] in about [-1, 1]; noise float32 [B, *noise_shape], class_ids int64 [B], None without classes."""
+        return self.decode(one_step(self.denoiser, noise, class_ids, self.sigma_init))
+
+    def decode(self, made: Tensor) -> Tensor:
+        """Pictures of what the network made: of latents by the decoder, else the same."""
+        out: Tensor = made if self.decoder is None else self.decoder(made)
+        return out
+
+
+def load_one_step(bundle: Bundle) -> OneStep:
+    """The bundle's, with its weights, in evaluation mode. Raises BundleError unless every weight is accounted for."""
+    return OneStep(load_denoiser(bundle), bundle.spec.sigma_init, load_decoder(bundle)).eval()
 
 
 def one_step(denoiser: Denoiser, noise: Tensor, class_ids: Tensor | None, sigma_init: float) -> Tensor:
@@ -26,6 +40,12 @@ def one_step(denoiser: Denoiser, noise: Tensor, class_ids: Tensor | None, sigma_
     sigma = noise.new_full((levels, 1, 1, 1), sigma_init)
     out: Tensor = denoiser(noise * sigma_init, sigma, class_ids)
     return out
+
+
+def as_tensors(inputs: Inputs, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    """(noise, class_ids) on the device."""
+    z, class_ids = inputs
+    return torch.from_numpy(z).to(device), None if class_ids is None else torch.from_numpy(class_ids).to(device)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""Whether a file's weights are those that a module has: each there, none left over, of its shape, finite."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from uni_instruct.errors import FileFormatError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_fit(what: str, expected: Shapes, weights: Mapping[str, np.ndarray]) -> None:
+    """what: the module's name for messages. Raises FileFormatError that names the first weights at fault."""
+    held = {name: array.shape for name, array in weights.items()}
+    if missing := sorted(expected.keys() - held.keys()):
+        raise misfit(what, "lacks weights", missing)
+    if unexpected := sorted(held.keys() - expected.keys()):
+        raise misfit(what, "holds weights that are not its own", unexpected)
+    if wrong := [f"{name} {held[name]} instead of {expected[name]}" for name in expected if held[name] != expected[name]]:
+        raise misfit(what, "has weights of another shape", wrong)
+
+
+def finite(name: str, array: np.ndarray) -> np.ndarray:
+    """The weight. Raises FileFormatError unless it holds finite floats."""
+    if not np.issubdtype(array.dtype, np.floating):
+        raise FileFormatError(f"weight {name} is of type {array.dtype}, not a float", remedy="download it again")
+    if not np.isfinite(array).all():
+        raise FileFormatError(f"weight {name} holds values that are not finite", remedy="import an earlier state")
+    return array
+
+
+def misfit(what: str, problem: str, names: list[str]) -> FileFormatError:
+    """The error that names the first three of the weights."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return FileFormatError(f"the {what} {problem}: {', '.join(names[:3])}{more}", remedy="download it again")

@@ -1,0 +1,266 @@
+"""The forms of a finished sample set: a folder of PNGs, an npz, a zip. Each is written whole or not at all, and read back."""
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from uni_instruct.data import Dataset, write_zip
+from uni_instruct.data.dataset import ImageReader
+from uni_instruct.data.edm_zip import META, PICTURE_NAME, dataset_meta
+from uni_instruct.data.image_files import decode
+from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, ZipStore, reason_of
+from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.files import atomic_file, atomic_folder
+from uni_instruct.images import encode
+from uni_instruct.spec import ModelSpec
+
+# Beside the images: the seeds in the images' order, and the request.
+RECORD = "samples.json"
+READ_BATCH = 256
+# What an npz calls the images, and what stands there in their place where no decoder made any.
+IMAGES, LATENTS = "arr_0", "latents"
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same set gives the same bytes
+_FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".pt", ".tar", ".gz", ".json"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """Images of seeds, or a VAE's latents, in the order of the seeds; class_ids int64 [N], None without classes."""
+
+    spec: ModelSpec
+    seeds: Sequence[int] = field(repr=False)
+    class_ids: np.ndarray | None = field(repr=False)
+    reader: ImageReader = field(repr=False)
+    request: dict[str, Any]
+
+    def dataset(self) -> Dataset:
+        """The set as a data set, for those who train on it or score it."""
+        spec = self.spec
+        return Dataset(
+            name=f"{spec.name}-samples",
+            image_shape=spec.image_shape,
+            labels=self.class_ids,
+            num_classes=spec.num_classes,
+            class_names=tuple(spec.class_name(class_id) for class_id in range(spec.num_classes)),
+            licence=spec.licence,
+            source=f"uni-instruct generate, weights {self.request['weights_sha256']}",
+            reader=self.reader,
+        )
+
+    def record(self) -> str:
+        """The text of samples.json."""
+        return json.dumps({"request": self.request, "seeds": list(self.seeds)})
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The images in order, each part uint8 [<=READ_BATCH, H, W, C]; of latents float32 [<=READ_BATCH, C, H, W]."""
+        for start in range(0, len(self.reader), READ_BATCH):
+            yield self.reader.read(np.arange(start, min(start + READ_BATCH, len(self.reader))))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Samples:
+    """A set that was read back: images uint8 [N, H, W, C] of seeds int64 [N] in the order that they were asked for.
+
+    Of a generator of latents, images are those: float32 [N, C, H, W]. class_ids is int64 [N], None without classes; request
+    says what made them.
+    """
+
+    images: np.ndarray = field(repr=False)
+    seeds: np.ndarray
+    class_ids: np.ndarray | None
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a set is written, and how it, or its request alone, is read back. `read` takes how many images, None for all."""
+
+    check: Callable[[ModelSpec, Sequence[int]], None]
+    write: Callable[[SampleSet, Path], None]
+    read_request: Callable[[Path], Any]
+    read: Callable[[Path, int | None], Samples]
+    is_folder: bool = False
+
+
+def form_of(out: Path) -> Form:
+    """The form that the suffix of `out` tells. Raises RequestError for a suffix that is neither a folder's nor known."""
+    suffix = out.suffix.lower()
+    if suffix in _FILE_SUFFIXES:
+        raise RequestError(
+            f"--out {out} ends in {suffix}", remedy="give a folder, or a file that ends in .npz or .zip", param="out"
+        )
+    return FORMS.get(suffix, FORMS[""])
+
+
+def finished_request(out: Path) -> dict[str, Any] | None:
+    """The request whose finished set stands at `out`, None where something else does."""
+    try:
+        found = form_of(out).read_request(out)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_samples(path: str | Path, count: int | None = None) -> Samples:
+    """The set that `generate` wrote there, a folder, npz or zip; count: only its first images.
+
+    Raises RequestError where there is none, FileFormatError where it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RequestError(f"there are no samples at {path}", remedy="give what 'generate --out' wrote", param="path")
+    try:
+        return form_of(path).read(path, count)
+    except RequestError:
+        raise
+    except UNREADABLE as error:
+        raise FileFormatError(
+            f"{path} holds no samples that can be read: {reason_of(error)}",
+            remedy="give what 'generate --out' wrote; uni_instruct.data.open_dataset reads other images",
+            param="path",
+        ) from error
+
+
+def write_folder(samples: SampleSet, out: Path) -> None:
+    """PNGs named by seed, classes in dataset.json as EDM's tools read them, seeds in samples.json."""
+    names = _names_by_seed(samples.seeds)
+    with atomic_folder(out) as partial:
+        pictures = (image for part in samples.parts() for image in part)
+        for name, image in zip(names, pictures, strict=True):
+            (partial / name).write_bytes(encode(image))
+        (partial / META).write_text(json.dumps(dataset_meta(samples.dataset(), names)))
+        (partial / RECORD).write_text(samples.record())
+
+
+def write_zip_file(samples: SampleSet, out: Path) -> None:
+    """EDM's zip, as `data prepare` writes it, with samples.json."""
+    with atomic_file(out) as partial:
+        write_zip(samples.dataset(), partial)
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.writestr(zipfile.ZipInfo(RECORD, _EPOCH), samples.record())
+
+
+def write_npz(samples: SampleSet, out: Path) -> None:
+    """arr_0 (uint8 [N, H, W, C], as ADM's evaluator reads it), seeds, class_ids and the request.
+
+    A VAE's latents stand under a name of their own, float32 [N, C, H, W]: nobody takes them for images.
+    """
+    arrays = {"seeds": np.array(samples.seeds, dtype=np.int64), "request": np.array(json.dumps(samples.request))}
+    if samples.class_ids is not None:
+        arrays["class_ids"] = samples.class_ids
+    parts = samples.parts()
+    first = next(parts)
+    shape, member = (len(samples.reader), *first.shape[1:]), IMAGES if samples.spec.makes_pictures else LATENTS
+    with atomic_file(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open(zipfile.ZipInfo(f"{member}.npy", _EPOCH), "w", force_zip64=True) as file:
+            write_npy(file, first.dtype, shape, chain([first], parts))
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def write_npy(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """An .npy, part by part. Unlike NumPy's own writer it tells a full disk by its errno."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in parts:
+        file.write(np.ascontiguousarray(part).data)
+
+
+def _request_of_folder(out: Path) -> Any:
+    return json.loads((out / RECORD).read_text())["request"]
+
+
+def _request_of_zip(out: Path) -> Any:
+    with zipfile.ZipFile(out) as archive:
+        return json.loads(archive.read(RECORD))["request"]
+
+
+def _request_of_npz(out: Path) -> Any:
+    with np.load(out, allow_pickle=False) as file:
+        return json.loads(str(file["request"]))
+
+
+def _read_folder(out: Path, count: int | None) -> Samples:
+    return _read_pictures(FolderStore(out), _names_by_seed, count)
+
+
+def _read_zip(out: Path, count: int | None) -> Samples:
+    return _read_pictures(ZipStore(out), _names_in_zip, count)
+
+
+def _read_pictures(store: Store, names_of: Callable[[Sequence[int]], list[str]], count: int | None) -> Samples:
+    record, meta = (json.loads(store.read(name)) for name in (RECORD, META))
+    seeds = record["seeds"]
+    names = names_of(seeds)[:count]
+    labels = meta["labels"] and dict(meta["labels"])
+    return Samples(
+        images=np.stack([decode(store, name) for name in names]),
+        seeds=np.array(seeds[:count], dtype=np.int64),
+        class_ids=None if labels is None else np.array([labels[name] for name in names], dtype=np.int64),
+        request=record["request"],
+    )
+
+
+def _read_npz(out: Path, count: int | None) -> Samples:
+    with np.load(out, allow_pickle=False) as file:
+        class_ids = file["class_ids"][:count] if "class_ids" in file.files else None
+        seeds, request = file["seeds"][:count], json.loads(str(file["request"]))
+        name = LATENTS if LATENTS in file.files else IMAGES
+    # NumPy would read all of the images to give the first.
+    with zipfile.ZipFile(out) as archive, archive.open(f"{name}.npy") as member:
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        rows = min(shape[0], shape[0] if count is None else count)
+        data = member.read(rows * math.prod(shape[1:]) * dtype.itemsize)
+    images = np.frombuffer(bytearray(data), dtype).reshape(rows, *shape[1:])
+    return Samples(images=images, seeds=seeds, class_ids=class_ids, request=request)
+
+
+def _names_in_zip(seeds: Sequence[int]) -> list[str]:
+    return [PICTURE_NAME.format(folder=index // 1000, index=index) for index in range(len(seeds))]
+
+
+def _names_by_seed(seeds: Sequence[int]) -> list[str]:
+    width = max(6, len(str(max(seeds))))
+    return [f"{seed:0{width}d}.png" for seed in seeds]
+
+
+def _check_pictures(spec: ModelSpec, seeds: Sequence[int]) -> None:
+    if not spec.makes_pictures:
+        raise RequestError(
+            f"generator '{spec.name}' makes a VAE's latents, which cannot be PNGs",
+            remedy="give an --out that ends in .npz, or give it a decoder with 'uni-instruct import BUNDLE --decoder VAE'",
+            param="out",
+        )
+
+
+def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:
+    _check_pictures(spec, seeds)
+    if len(set(seeds)) < len(seeds):
+        raise RequestError(
+            f"{len(seeds) - len(set(seeds))} seeds are given twice, and a folder's files are named by seed",
+            remedy="give each once, or an --out that ends in .npz or .zip",
+            param="seeds",
+        )
+
+
+def _check_nothing(spec: ModelSpec, seeds: Sequence[int]) -> None:
+    """An npz holds images and latents of any shape and order."""
+
+
+# Suffix of the output -> its form; any other is a folder.
+FORMS = {
+    "": Form(
+        check=_check_named_by_seed, write=write_folder, read_request=_request_of_folder, read=_read_folder, is_folder=True
+    ),
+    ".npz": Form(check=_check_nothing, write=write_npz, read_request=_request_of_npz, read=_read_npz),
+    ".zip": Form(check=_check_pictures, write=write_zip_file, read_request=_request_of_zip, read=_read_zip),
+}

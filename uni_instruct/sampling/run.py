@@ -1,0 +1,283 @@
+"""A request on its way to a set of samples on disk, by one process or by several that share the output's folder.
+
+Finished shards wait in a folder beside the output (`.NAME.partial`); the output appears whole, at the end. The same request
+again goes on where an interrupted one was.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import Engine
+from uni_instruct.errors import RequestError
+from uni_instruct.files import atomic_file, disk_errors, try_lock
+from uni_instruct.generate import generate_batches, sample_format
+from uni_instruct.progress import Progress
+from uni_instruct.sampling.forms import SampleSet, finished_request, form_of
+from uni_instruct.sampling.shards import Shard, Shards, images_per_shard
+from uni_instruct.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+REQUEST, PER_SHARD = "request.json", "images_per_shard"
+# Held while a process works here; and while it changes what all of them rely on: the request, and the finished set.
+WORKERS_LOCK, REQUEST_LOCK = "workers.lock", "request.lock"
+# How often a process that has nothing left to claim looks whether the others are done, or dead.
+LOOK_S = 0.2
+# Engines of sets that were begun before engines had ids.
+_FORMER_ENGINES = {"onnx": "onnx-fp32", "torch": "torch-fp32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What is asked for. The batch size is part of it: some engines' last float bit depends on the batch."""
+
+    bundle: Bundle
+    engine: str
+    seeds: list[int] = field(repr=False)
+    class_ids: np.ndarray | None = field(repr=False)
+    batch: int = 64
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the generator is."""
+        return self.bundle.spec
+
+    def facts(self) -> dict[str, Any]:
+        """What tells this request from another, for JSON."""
+        labels = None if self.class_ids is None else _digest(self.class_ids)
+        return {
+            "generator": self.spec.name,
+            "weights_sha256": self.bundle.weights_sha256,
+            "engine": self.engine,
+            "batch": self.batch,
+            "images": len(self.seeds),
+            "seeds_sha256": _digest(np.array(self.seeds, dtype=np.int64)),
+            "class_ids_sha256": labels,
+        }
+
+
+class SampleRun:
+    """A request's work folder: `fill` makes the shards that nobody has made, `finish` writes the set."""
+
+    def __init__(self, request: SampleRequest, out: Path, shards: Shards):
+        self.request, self.out, self.shards = request, out, shards
+
+    @property
+    def done(self) -> int:
+        """Images that are made already, by anybody."""
+        return len(self.shards) - sum(map(len, self.shards.missing()))
+
+    def fill(self, load_engine: Callable[[], Engine], progress: Progress) -> None:
+        """Makes what is missing, beside others that do, until all of it is done. The engine is loaded when it is needed.
+
+        A shard that another process has claimed is waited for, and taken over where that process dies.
+        """
+        engine: Engine | None = None
+        left = [] if is_finished(self.request, self.out) else self.shards.missing()
+        while left:
+            others = []
+            for shard in left:
+                with self.shards.claimed(shard) as mine:
+                    if mine:
+                        engine = engine or load_engine()
+                        self._make(shard, engine, progress)
+                    elif self.shards.is_done(shard):
+                        progress.advance(len(shard))
+                    else:
+                        others.append(shard)
+            if len(others) == len(left):
+                time.sleep(LOOK_S)
+            left = others
+
+    def finish(self) -> None:
+        """Writes the set whole, unless another process has. Raises DiskError where it cannot be written."""
+        request, folder = self.request, self.shards.folder
+        with _locked(folder / REQUEST_LOCK):
+            if is_finished(request, self.out):
+                return
+            samples = SampleSet(
+                spec=request.spec,
+                seeds=request.seeds,
+                class_ids=request.class_ids,
+                reader=self.shards,
+                request=request.facts(),
+            )
+            # First among the shards: what a kill leaves half-written there goes when the run is done.
+            staged = folder / self.out.name
+            form_of(self.out).write(samples, staged)
+            with disk_errors(self.out):
+                os.replace(staged, self.out)
+
+    def _make(self, shard: Shard, engine: Engine, progress: Progress) -> None:
+        request = self.request
+        class_ids = None if request.class_ids is None else request.class_ids[shard.rows]
+        made = []
+        for images in generate_batches(engine, request.seeds[shard.rows], class_ids, request.batch):
+            made.append(images)
+            progress.advance(len(images))
+        self.shards.write(shard, np.concatenate(made))
+
+
+@contextmanager
+def open_run(request: SampleRequest, out: Path, *, shared: bool = False) -> Iterator[SampleRun]:
+    """The request's run, at the point where others left it or are. What is done survives a failure.
+
+    shared: several processes, of any machines that see the folder, may open the same run at once, each with the same request;
+    otherwise one has it to itself. Raises RequestError where `out` or its run hold another request, cannot hold this one, or
+    are another's; DiskError where nothing can be written.
+    """
+    form_of(out).check(request.spec, request.seeds)
+    folder = _work_folder(out)
+    per_shard = images_per_shard(request.spec, request.batch)
+    lock = _enter(folder, out, shared)
+    try:
+        with _locked(folder / REQUEST_LOCK):
+            _note_request(folder, request, per_shard)
+        # Nothing from here to the form looks at values: of latents, size and type alone are others.
+        size, dtype = sample_format(request.spec)
+        yield SampleRun(request, out, Shards(folder, size, dtype, len(request.seeds), per_shard))
+    finally:
+        _leave(lock, request, out, shared)
+
+
+def is_finished(request: SampleRequest, out: Path) -> bool:
+    """Whether `out` is this request's finished set, of which no work is then left.
+
+    Raises RequestError where something else stands there.
+    """
+    if _is_empty(out):
+        return False
+    found = _with_ids(finished_request(out))
+    if found == request.facts():
+        return True
+    holds = f"the images of another request ({_difference(found, request.facts())})" if found else "something else"
+    raise RequestError(f"{out} holds {holds}", remedy="choose another --out or delete it", param="out")
+
+
+def noted_engine(out: Path) -> str | None:
+    """The id of the engine that made what stands at `out`, or has begun to; None where nothing of ours does."""
+    found = _with_ids(_noted_request(_work_folder(out)) if _is_empty(out) else finished_request(out))
+    engine = (found or {}).get("engine")
+    return None if engine is None else str(engine)
+
+
+def remove_leftovers(request: SampleRequest, out: Path) -> None:
+    """Removes the work folder of a finished set, where a run was killed after its last step but one."""
+    folder = _work_folder(out)
+    found = _with_ids(_noted_request(folder))
+    if found and found | {PER_SHARD: 0} == request.facts() | {PER_SHARD: 0}:
+        with suppress(RequestError):  # others are still in it, and the last of them removes it
+            _leave(_enter(folder, out, shared=False), request, out, shared=False)
+
+
+def _is_empty(out: Path) -> bool:
+    with disk_errors(out):
+        return not out.exists() or (out.is_dir() and form_of(out).is_folder and not any(out.iterdir()))
+
+
+def _work_folder(out: Path) -> Path:
+    return out.resolve().with_name(f".{out.resolve().name}.partial")
+
+
+def _enter(folder: Path, out: Path, shared: bool) -> int:
+    """The open lock that says that a process works in the folder, which is made if need be."""
+    path = folder / WORKERS_LOCK
+    while True:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                continue  # whoever finished the set has just removed the folder
+        held = try_lock(file, shared=shared)
+        if held is False:
+            os.close(file)
+            if shared and not _is_empty(out):  # it is finished, and whoever finished it is removing the folder
+                time.sleep(LOOK_S)
+                continue
+            raise RequestError(f"another process is writing {out}", remedy="wait for it or choose another --out", param="out")
+        if held is None:
+            log.warning("%s is on a file system without locks: processes may make the same images twice", folder)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        os.close(file)
+
+
+def _leave(lock: int, request: SampleRequest, out: Path, shared: bool) -> None:
+    """Removes the work folder where it is of no more use and nobody else is in it."""
+    folder = _work_folder(out)
+    try:
+        # Without locks (None) nobody knows who else is there.
+        alone = try_lock(lock) is True or not shared
+        finished = not _is_empty(out) and _with_ids(finished_request(out)) == request.facts()
+        if alone and (finished or not any(folder.glob("*.npy"))):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with disk_errors(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try_lock(file, wait=True)
+        yield
+    finally:
+        os.close(file)
+
+
+def _noted_request(folder: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / REQUEST).read_text())
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _note_request(folder: Path, request: SampleRequest, per_shard: int) -> None:
+    """Notes the request in its folder, or compares it with the one noted there; shards of an unknown one are dropped."""
+    found, wanted = _with_ids(_noted_request(folder)), request.facts() | {PER_SHARD: per_shard}
+    if found is None:
+        for orphan in folder.glob("*.npy"):
+            orphan.unlink()
+        with atomic_file(folder / REQUEST) as partial:
+            partial.write_text(json.dumps(wanted))
+    # A run of before shards had fixed ranges says nothing of them: those that have today's are taken, the others made anew.
+    elif {PER_SHARD: per_shard} | found != wanted:
+        what = _difference(found, request.facts()) or _difference(found, wanted)
+        raise RequestError(
+            f"{folder} holds an unfinished run of another request ({what})",
+            remedy="finish that with its own command, delete the folder, or choose another --out",
+            param="out",
+        )
+
+
+def _with_ids(facts: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The facts with an engine's id in place of its former name."""
+    return facts and facts | {"engine": _FORMER_ENGINES.get(str(facts.get("engine")), facts.get("engine"))}
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What differs, in words: 'batch 64 there, 32 here'."""
+    texts = []
+    for name in (name for name in wanted if found.get(name) != wanted[name]):
+        hashed = name.endswith("_sha256")
+        texts.append(f"other {name[:-7]}" if hashed else f"{name} {found.get(name)} there, {wanted[name]} here")
+    return ", ".join(texts)
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
