@@ -6,6 +6,7 @@ result is the same function: equal within 1e-5 (tests/export/test_canonical.py).
 """
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,18 +23,22 @@ from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.edm2 import EDM2, Block
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
+from uni_instruct.networks.one_step import OneStep
 
 # Up to here every class has its finished row for all blocks; beyond, that table would outweigh the network (1000 classes of
 # ADM: 46 million numbers), so the embedding is looked up and multiplied.
 MOST_TABLED_CLASSES = 100
+# What folding multiplies whole weights by, and so what weights in half precision are found again by: skip_scale.
+FACTORS = (1.0, math.sqrt(0.5))
 
 
 class CanonicalOneStep(nn.Module):
-    """z [B, C, H, W], class_ids int64 [B] in range or None -> G(z), float32 [B, C, H, W] in about [-1, 1]."""
+    """z [B, *noise_shape], class_ids int64 [B] in range or None -> G(z), float32 [B, C, H, W] in about [-1, 1]."""
 
     @torch.no_grad()
-    def __init__(self, denoiser: Denoiser, sigma_init: float, norm: NormFactory = copy.deepcopy):
+    def __init__(self, generator: OneStep, norm: NormFactory = copy.deepcopy):
         super().__init__()
+        denoiser, sigma_init, self.decoder = generator.denoiser, generator.sigma_init, generator.decoder
         self.patch = denoiser.patch
         c_skip, c_out, c_in, c_noise = (c.double() for c in denoiser.preconditioning(torch.full((1, 1, 1, 1), sigma_init)))
         emb = _embeddings(denoiser, c_noise.float().flatten())
@@ -49,7 +54,8 @@ class CanonicalOneStep(nn.Module):
         x = noise if self.patch == 1 else F.pixel_unshuffle(noise, self.patch)
         out = self.model.decode(self.model.encode(x, rows), rows)
         out = out if self.patch == 1 else F.pixel_shuffle(out, self.patch)
-        return self.skip * noise + out
+        made = self.skip * noise + out
+        return made if self.decoder is None else self.decoder(made)
 
 
 class ClassRows(nn.Module):

@@ -110,16 +110,15 @@ def row_map(block: UNetBlock) -> tuple[Tensor, Tensor]:
 
 
 def sorted_qkv(parameter: Tensor, heads: int) -> Tensor:
-    """A parameter of EDM's qkv layer, which interleaves q, k and v in each head, with all of q first and scaled, then k, v."""
-    q, k, v = parameter.unflatten(0, (heads, -1, 3)).unbind(2)
-    return torch.cat([(q * q.shape[1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)])
+    """A parameter of EDM's qkv layer, which interleaves q, k and v in each head, with all of q first, then k, then v."""
+    return torch.cat([part.flatten(0, 1) for part in parameter.unflatten(0, (heads, -1, 3)).unbind(2)])
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
-    """softmax(q^T k) v of q (scaled already), k, v side by side: [B, 3 C, H, W] -> [B, C, H, W]."""
+    """softmax(q^T k / sqrt(c)) v in each head of c channels, q, k and v side by side: [B, 3 C, H, W] -> [B, C, H, W]."""
     batch, channels, height, width = qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:]
     q, k, v = qkv.reshape(batch, 3 * heads, channels // heads, height * width).chunk(3, dim=1)
-    weights = (q.transpose(2, 3) @ k).softmax(dim=3)
+    weights = (q.transpose(2, 3) @ k * q.shape[2] ** -0.5).softmax(dim=3)
     return (v @ weights.transpose(2, 3)).reshape(batch, channels, height, width)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uni_instruct.export.canonical_blocks import attend
+from uni_instruct.export.canonical_blocks import attend, sorted_qkv
 from uni_instruct.networks.edm2 import EDM2, Block, MPConv, normalised, resample
 
 SILU_GAIN = 1 / 0.596  # of mp_silu
@@ -47,8 +47,7 @@ class FoldedEDM2Block(Block):
             self.conv_skip = PlainConv(block.conv_skip, self.keep_res if self.decodes else 1.0)
         if block.attn_qkv is not None and block.attn_proj is not None:
             self.attn_qkv, self.attn_proj = PlainConv(block.attn_qkv), PlainConv(block.attn_proj, attn)
-            q, k, v = self.attn_qkv.weight.unflatten(0, (self.heads, -1, 3)).unbind(2)
-            self.attn_qkv.weight = nn.Parameter(torch.cat([part.flatten(0, 1) for part in (q, k, v)]))
+            self.attn_qkv.weight.copy_(sorted_qkv(self.attn_qkv.weight, self.heads))
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """As the class says."""
@@ -66,11 +65,8 @@ class FoldedEDM2Block(Block):
         return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
 
     def _unit_qkv(self, qkv: Tensor) -> Tensor:
-        """Queries, keys and values of magnitude 1 in every head and pixel, the queries scaled for attention."""
-        parts = normalised(qkv.unflatten(1, (3 * self.heads, -1)), (2,))
-        scale = torch.ones(3 * self.heads, 1, 1, 1, dtype=qkv.dtype)
-        scale[: self.heads] = parts.shape[2] ** -0.5
-        return (parts * scale.to(qkv.device)).flatten(1, 2)
+        """Queries, keys and values of magnitude 1 in every head and pixel."""
+        return normalised(qkv.unflatten(1, (3 * self.heads, -1)), (2,)).flatten(1, 2)
 
 
 def row_map(block: Block) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from uni_instruct.export.canonical import MOST_TABLED_CLASSES, CanonicalOneStep
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm, NormFactory
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.one_step import OneStep
 from uni_instruct.spec import ModelSpec
 
 TOLERANCE = 1e-5  # relative L2, as engines are admitted by
@@ -41,7 +42,7 @@ def test_equal_to_the_original(case: str, num_classes: int, norm: NormFactory) -
     denoiser = stirred(build_denoiser(spec).eval())
     z = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     class_ids = torch.tensor([2, 0, 1, num_classes - 1, 1]) if num_classes else None
-    folded = CanonicalOneStep(denoiser, SIGMA, norm)
+    folded = CanonicalOneStep(OneStep(denoiser, SIGMA), norm)
     assert distance(folded(z, class_ids), original(denoiser, SIGMA, z, class_ids)) < TOLERANCE
     assert not any(isinstance(module, nn.Linear) for module in folded.modules()) or num_classes > MOST_TABLED_CLASSES
     if class_ids is not None:  # the test could not fail if nothing depended on the class
@@ -55,7 +56,7 @@ def test_equal_on_trained_weights_for_every_class(name: str) -> None:
     z = torch.randn(2 * classes, *bundle.spec.noise_shape, generator=torch.Generator().manual_seed(2))
     class_ids = torch.arange(2 * classes) % classes if bundle.spec.num_classes else None
     for norm in (copy.deepcopy, FourDimensionalNorm):
-        folded = CanonicalOneStep(denoiser, bundle.spec.sigma_init, norm)
+        folded = CanonicalOneStep(OneStep(denoiser, bundle.spec.sigma_init), norm)
         assert distance(folded(z, class_ids), original(denoiser, bundle.spec.sigma_init, z, class_ids)) < TOLERANCE
 
 
@@ -65,7 +66,7 @@ def test_the_original_is_left_as_it_was() -> None:
     )
     denoiser = stirred(build_denoiser(spec).eval())
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    CanonicalOneStep(denoiser, SIGMA)
+    CanonicalOneStep(OneStep(denoiser, SIGMA))
     after = denoiser.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

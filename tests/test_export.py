@@ -33,7 +33,7 @@ def odd_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Unconditional, colour, higher than wide, with its onnx engine."""
     path = tmp_path_factory.mktemp("bundles") / "odd"
     bundle = random_bundle(path, seed=5, num_classes=0, image_shape=(3, 12, 8))
-    export_engine(bundle, "onnx")
+    export_engine(bundle, "onnx-fp32")
     return bundle
 
 
@@ -42,7 +42,7 @@ def patched_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Conditional, in colour, of a network that sees squares of pixels as one, with its onnx engine."""
     path = tmp_path_factory.mktemp("bundles") / "patched"
     bundle = random_bundle(path, seed=6, image_shape=(3, 16, 12), patch=2)
-    export_engine(bundle, "onnx")
+    export_engine(bundle, "onnx-fp32")
     return bundle
 
 
@@ -207,7 +207,7 @@ def test_a_failed_export_keeps_the_engine_that_was_there(
     record = EngineRecord.read(exported.engine_folder(ONNX))
     monkeypatch.setattr(onnx_target, "build", build_altered(exported_bundle, wrong_weight))
     with pytest.raises(ParityError):
-        export_engine(exported, "onnx")
+        export_engine(exported, "onnx-fp32")
     with files_of_at_most(100_000):
         code, _, errors = cli("export", exported.path, "--to", "onnx", "--json")
     assert code == 2
@@ -239,7 +239,7 @@ def test_a_wrong_request_is_one_line(
 
 def test_a_teacher_is_refused_by_the_library_too(tiny_teacher: Bundle) -> None:
     with pytest.raises(RequestError, match="not a one-step generator"):
-        export_engine(tiny_teacher, "onnx")
+        export_engine(tiny_teacher, "onnx-fp32")
 
 
 def test_dry_run_says_what_would_be_built_and_builds_nothing(unexported: Bundle, exported_bundle: Bundle, cli: Cli) -> None:
@@ -266,13 +266,13 @@ def test_a_file_name_is_safe_whatever_the_generator_is_called(tiny_bundle: Bundl
     names = {"../etc/passwd": "etc-passwd", "a b/c": "a-b-c", "...": "generator", "": "generator", "ümlaut": "mlaut"}
     for name, start in names.items():
         bundle = Bundle(tiny_bundle.path, replace(tiny_bundle.spec, name=name), "")
-        assert TARGETS["onnx"].file_name(bundle) == f"{start}-8x8-onnx-fp32.onnx"
+        assert TARGETS["onnx-fp32"].file_name(bundle) == f"{start}-8x8-onnx-fp32.onnx"
 
 
 def test_a_generator_that_no_file_can_hold_is_refused(unexported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_target, "LARGEST_FILE_BYTES", 100_000)
     with pytest.raises(RequestError, match="one ONNX file at most 100000; use the torch engine"):
-        export_engine(unexported, "onnx")
+        export_engine(unexported, "onnx-fp32")
 
 
 def test_the_report_is_the_worst_over_all_batches(tiny_bundle: Bundle) -> None:

@@ -24,6 +24,12 @@ class Inputs(NamedTuple):
     noise: np.ndarray
     class_ids: np.ndarray | None
 
+    def parts(self, size: int) -> "list[Inputs]":
+        """The same in parts of up to `size` rows, in their order."""
+        starts = range(0, len(self.noise), size)
+        ids = self.class_ids
+        return [Inputs(self.noise[at : at + size], None if ids is None else ids[at : at + size]) for at in starts]
+
     def padded(self, size: int) -> "Inputs":
         """The same in `size` rows: the last one is repeated."""
         rows = np.minimum(np.arange(size), len(self.noise) - 1)
