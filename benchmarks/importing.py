@@ -14,8 +14,8 @@ from machine import describe_machine
 
 READ = "from uni_instruct.checkpoints.checkpoint import read_checkpoint; read_checkpoint(sys.argv[1])"
 IMPORT = (
-    "from pathlib import Path; from uni_instruct.checkpoints.import_bundle import ImportRequest, import_checkpoint; "
-    "import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]) / 'bundle', ImportRequest())"
+    "from pathlib import Path; from uni_instruct.checkpoints.import_bundle import ImportRequest, bundle_from_checkpoint; "
+    "bundle_from_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]) / 'bundle', ImportRequest())"
 )
 MEASURED = """
 import resource, sys, time

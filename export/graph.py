@@ -106,7 +106,7 @@ def _store_in_half(model: onnx.ModelProto, round_weights: bool) -> None:
         wide = name if factor == 1 else f"{name}.wide"
         nodes.append(onnx.helper.make_node("Cast", [f"{name}.fp16"], [wide], to=onnx.TensorProto.FLOAT))
         if factor != 1:
-            graph.initializer.append(onnx.numpy_helper.from_array(np.float32(factor), f"{name}.factor"))
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(factor, np.float32), f"{name}.factor"))
             nodes.append(onnx.helper.make_node("Mul", [wide, f"{name}.factor"], [name]))
     nodes += graph.node
     graph.ClearField("node")

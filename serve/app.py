@@ -19,28 +19,30 @@ from starlette.types import Receive
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.demo import DemoMount
-from uni_instruct.serve.describe import describe, model_list, openapi
 from uni_instruct.serve.errors import MethodError, NotFoundError
 from uni_instruct.serve.metrics import exposition
-from uni_instruct.serve.middleware import ApiKeyGuard, BodyLimit, error_response
-from uni_instruct.serve.responses import Answer
+from uni_instruct.serve.middleware import ApiKeyMiddleware, BodyLimitMiddleware
+from uni_instruct.serve.model_info import model_info, model_list
+from uni_instruct.serve.openapi import openapi_document
+from uni_instruct.serve.responses import error_response, image_response
 from uni_instruct.serve.schema import parse_request, resolve
 from uni_instruct.serve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# nginx's status for a client that has left. Nobody reads the response; the metrics count it apart from failures.
 CLIENT_LEFT = 499
 
 Handler = Callable[[Backend, Request], Awaitable[Response]]
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The whole server. It answers at once; loading starts with its lifespan and /readyz tells when it is done."""
+    """The whole server. It answers at once; loading starts with its lifespan, and /readyz says when it is done."""
     backend = Backend(settings)
     demo = DemoMount(backend)
     app = Starlette(
         routes=_routes(backend, demo),
-        middleware=guards(backend),
+        middleware=middleware_of(backend),
         lifespan=_lifespan(backend, demo),
         exception_handlers={HTTPException: _http_exception},
     )
@@ -48,12 +50,12 @@ def create_app(settings: Settings) -> Starlette:
     return app
 
 
-def guards(backend: Backend) -> list[Middleware]:
+def middleware_of(backend: Backend) -> list[Middleware]:
     """The API key and the body limit, for this app and for what it is mounted in."""
     settings, requests = backend.settings, backend.metrics.requests
     return [
-        Middleware(ApiKeyGuard, key=settings.api_key, requests=requests),
-        Middleware(BodyLimit, limit_bytes=settings.max_body_bytes, requests=requests),
+        Middleware(ApiKeyMiddleware, key=settings.api_key, requests=requests),
+        Middleware(BodyLimitMiddleware, limit_bytes=settings.max_body_bytes, requests=requests),
     ]
 
 
@@ -66,6 +68,7 @@ def _routes(backend: Backend, demo: DemoMount) -> list[BaseRoute]:
     # The pages of Swagger that BentoML brings: nothing is loaded from elsewhere.
     swagger = StaticFiles(packages=[("bentoml", "_internal/server/static_content")])
     routes.append(Mount("/static_content", swagger))
+    # Last, as routes are tried in order. All unknown paths share one label, or the metrics would grow with what is asked.
     routes.append(Route("/{path:path}", _endpoint(backend, _unknown, "unknown"), methods=_METHODS))
     return routes
 
@@ -73,12 +76,14 @@ def _routes(backend: Backend, demo: DemoMount) -> list[BaseRoute]:
 def _lifespan(backend: Backend, demo: DemoMount) -> Callable[[Starlette], Any]:
     async def load() -> None:
         await backend.load()
+        # The demo comes before readiness: importing Gradio takes seconds of Python, which the first requests would feel.
         if backend.failure is None and backend.settings.serves_ui:
             await demo.start()
         backend.mark_ready()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # In the background: the server answers /livez while it loads, or an orchestrator would take it for dead.
         loading = asyncio.create_task(load())
         yield
         loading.cancel()
@@ -91,8 +96,7 @@ def _lifespan(backend: Backend, demo: DemoMount) -> Callable[[Starlette], Any]:
 async def _generate(backend: Backend, request: Request) -> Response:
     wanted = parse_request(await request.body())
     job = resolve(wanted, backend.bundle.spec, backend.settings.request_images)
-    answer = await _unless_client_leaves(request.receive, backend.answer(job))
-    return Response(answer.body, headers=answer.headers, media_type=answer.media_type)
+    return await _unless_client_leaves(request.receive, image_response(backend, job))
 
 
 async def _models(backend: Backend, request: Request) -> Response:
@@ -100,14 +104,15 @@ async def _models(backend: Backend, request: Request) -> Response:
 
 
 async def _spec(backend: Backend, request: Request) -> Response:
-    return JSONResponse(describe(backend))
+    return JSONResponse(model_info(backend))
 
 
 async def _openapi(backend: Backend, request: Request) -> Response:
-    return JSONResponse(openapi())
+    return JSONResponse(openapi_document())
 
 
 async def _metrics(backend: Backend, request: Request) -> Response:
+    # In a thread: with several workers it reads a file of each.
     text = await asyncio.to_thread(exposition, backend.metrics, backend.settings.workers)
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -151,17 +156,20 @@ _HANDLERS: list[tuple[str, str, Handler]] = [
 
 
 def _endpoint(backend: Backend, handler: Handler, route: str) -> Callable[[Request], Awaitable[Response]]:
-    """The handler with its errors answered and counted: none escapes, for BentoML would close the connection."""
+    """The handler, whose errors become responses, and whose responses are counted.
+
+    No error leaves it: BentoML would close the connection without a word.
+    """
 
     async def endpoint(request: Request) -> Response:
-        response = await _answered(backend, handler, request)
+        response = await _handled(backend, handler, request)
         backend.metrics.requests.labels(route, str(response.status_code)).inc()
         return response
 
     return endpoint
 
 
-async def _answered(backend: Backend, handler: Handler, request: Request) -> Response:
+async def _handled(backend: Backend, handler: Handler, request: Request) -> Response:
     try:
         return await handler(backend, request)
     except UniInstructError as error:
@@ -188,10 +196,11 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Answer]) -> Answer:
-    """The result of the work, which is cancelled when the client goes away. Raises ClientDisconnect then."""
+async def _unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
+    """The response that the work gives. When the client goes away the work is cancelled, and ClientDisconnect is raised."""
     task = asyncio.create_task(work)
 
+    # ASGI tells nobody that a client has left: its message has to be waited for beside the work.
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -201,6 +210,7 @@ async def _unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Answ
     try:
         return await task
     except asyncio.CancelledError:
+        # Cancelled by the watcher, or from outside, as when the server stops: only the first is the client's doing.
         if watcher.done() and not watcher.cancelled():
             raise ClientDisconnect from None
         raise

@@ -1,12 +1,9 @@
-"""The generator that is served: loads while the server already answers, then makes images and encodes them."""
+"""The generator that is served: it loads while the server already answers, and is ready once it is warm."""
 
 import asyncio
 import gc
 import logging
-import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import numpy as np
 
@@ -15,19 +12,16 @@ from uni_instruct.engine import Engine, Selection, load_engine, select_engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.images import IMAGE_FORMATS, encode
-from uni_instruct.serve.batcher import Batcher, Generated, prewarm
+from uni_instruct.serve.batcher import Batcher, prewarm
 from uni_instruct.serve.errors import NotReadyError
-from uni_instruct.serve.metrics import Metrics
-from uni_instruct.serve.responses import Answer, encode_job, job_headers
-from uni_instruct.serve.schema import Job
+from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.settings import Settings
 from uni_instruct.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
+# Few: encoders compete with the engine for the cores, and the engine is what requests wait for.
 _ENCODER_THREADS = 2
-
-EncodedImages = TypeVar("EncodedImages")
 
 
 class Backend:
@@ -35,14 +29,14 @@ class Backend:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         self.failure: UniInstructError | None = None
+        self.encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
+        self.ready = False
         self._bundle: Bundle | None = None
         self._engine: Engine | None = None
         self._selection: Selection | None = None
         self._batcher: Batcher | None = None
-        self._encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
-        self.ready = False
 
     @property
     def bundle(self) -> Bundle:
@@ -64,6 +58,13 @@ class Backend:
         if self._selection is None:
             raise self._not_ready()
         return self._selection
+
+    @property
+    def batcher(self) -> Batcher:
+        """What takes requests. Raises NotReadyError until everything is ready, and once it is closed."""
+        if self._batcher is None or not self.ready:
+            raise self._not_ready()
+        return self._batcher
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -89,6 +90,7 @@ class Backend:
         except UniInstructError as error:
             self.failure = error
             logger.error("the generator could not be loaded: %s", error)
+        # Whatever else a runtime raises must not end the process: /livez then says 503, and whoever watches it restarts.
         except Exception as error:
             self.failure = UniInstructError(
                 f"{type(error).__name__} while loading: {error}", remedy="the server's log says more"
@@ -103,35 +105,6 @@ class Backend:
             self.ready = True
             logger.info("serving %s with %s", self.bundle.spec.name, self.engine.id)
 
-    async def generate(self, seeds: Sequence[int], class_ids: np.ndarray | None) -> Generated:
-        """Images of the seeds, through the batcher. Raises NotReadyError, and what Batcher.submit raises."""
-        if self._batcher is None or not self.ready:
-            raise self._not_ready()
-        return await self._batcher.submit(seeds, class_ids, self.settings.timeout_s)
-
-    async def make(
-        self, seeds: Sequence[int], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], EncodedImages]
-    ) -> tuple[EncodedImages, dict[str, float]]:
-        """What `encoder` makes of the images in an encoder thread, and the milliseconds by stage."""
-        made = await self.generate(seeds, class_ids)
-        start = time.perf_counter()
-        encoded = await asyncio.get_running_loop().run_in_executor(self._encoders, encoder, made.images)
-        encode_ms = 1e3 * (time.perf_counter() - start)
-        stages = {"queue": made.queue_ms, "model": made.model_ms, "encode": encode_ms}
-        for stage, milliseconds in stages.items():
-            self.metrics.stage.labels(stage).observe(milliseconds / 1e3)
-        return encoded, stages
-
-    async def answer(self, job: Job) -> Answer:
-        """The encoded images of a job, with headers that name seeds, classes, engine and milliseconds by stage."""
-        spec = self.bundle.spec
-        (body, media_type), stages = await self.make(job.seeds, job.class_ids, lambda images: encode_job(job, images, spec))
-        timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in stages.items())
-        headers = {**job_headers(job), "X-Engine": str(self.engine.id), "Server-Timing": timing}
-        if refused := self.selection.refused:
-            headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
-        return Answer(body, media_type, headers)
-
     async def close(self) -> None:
         """Stops the engine after its running batch."""
         self.metrics.ready.set(0)
@@ -139,12 +112,13 @@ class Backend:
             await self._batcher.close()
             self.engine.close()
         self.ready = False
-        self._encoders.shutdown()
+        self.encoders.shutdown()
 
     def _open(self) -> tuple[Bundle, Selection, Engine]:
         bundle = Bundle.open(self.settings.bundle)
         bundle.check_makes_pictures()
         selection = select_engine(bundle, self.settings.engine)
+        # Spinning threads would take the cores from the event loop and the encoders (docs/export.md, "Threads").
         return bundle, selection, load_engine(bundle, bundle.engines().get(selection.engine_id), spin=False)
 
     def _not_ready(self) -> NotReadyError:
@@ -160,7 +134,10 @@ def warm_encoders(spec: ModelSpec) -> None:
 
 
 def settle_garbage_collector() -> None:
-    """What is loaded by now stays, so the collector need not walk it: its pauses were the slowest answers."""
+    """Exempts everything that is loaded by now from garbage collection, and makes collections rare.
+
+    What is loaded stays until the end, so walking it finds nothing; the pauses for it were the slowest answers.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

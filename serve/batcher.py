@@ -1,8 +1,10 @@
 """Requests to engine calls, image by image.
 
-A request becomes (seed, class) items. A batch leaves as soon as the engine is idle and gathers while it is busy, taking
-one item of each waiting request in turn: a request of 64 cannot starve one of 1. Noise come from seeds, so an image
-does not depend on the batch it runs in.
+A request becomes (seed, class) items. A batch leaves as soon as the engine is idle, and the next one gathers while the engine
+is busy. It takes one item of each waiting request in turn: a request of 64 cannot starve one of 1. Noise comes from seeds, so
+an image does not depend on the batch it runs in.
+
+All of this runs on the event loop, engine calls apart: no lock is needed, since nothing changes between two `await`s.
 """
 
 import asyncio
@@ -20,14 +22,18 @@ from uni_instruct.engine import Engine
 from uni_instruct.generate import image_size
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
-from uni_instruct.serve.metrics import Metrics
+from uni_instruct.serve.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
+
+# Weight of the newest batch in the running mean of the time per image: it follows a change of load within some ten batches.
+_MEAN_WEIGHT = 0.2
+_LONGEST_RETRY_S = 60
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Images uint8 [N, H, W, C] in the order of the request, and the times waited and run, which add up."""
+    """Images uint8 [N, H, W, C] in the order of the request, and the times waited and run, which add up to the total."""
 
     images: np.ndarray
     queue_ms: float
@@ -36,7 +42,10 @@ class Generated:
 
 @dataclass(eq=False)
 class _Ticket:
-    """A request in the queue: items from `next` on have not been handed to the engine, `left` have no image yet."""
+    """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
+
+    model_s adds up the engine calls that the request took part in.
+    """
 
     seeds: Sequence[int]
     class_ids: np.ndarray
@@ -56,7 +65,7 @@ class Batcher:
     queue_images: how many images may wait, over all requests.
     """
 
-    def __init__(self, engine: Engine, batch_sizes: Sequence[int], queue_images: int, metrics: Metrics):
+    def __init__(self, engine: Engine, batch_sizes: Sequence[int], queue_images: int, metrics: ServerMetrics):
         self.batch_sizes = tuple(batch_sizes)
         self._engine = engine
         self._queue_images = queue_images
@@ -65,6 +74,7 @@ class Batcher:
         self._queued = 0
         self._image_s = 0.0  # a running mean of the engine's time per image
         self._wake = asyncio.Event()
+        # One thread: a second call at the same time would only share the same cores.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._closed = False
         self._loop = asyncio.create_task(self._run())
@@ -81,15 +91,12 @@ class Batcher:
         """
         if self._closed:
             raise NotReadyError("the server is stopping", remedy="try another one")
+        # Refused at once rather than late: whoever waits longer than the timeout would get nothing, and hold up the others.
         if self._queued + len(seeds) > self._queue_images:
             self._metrics.dropped.labels("queue_full").inc(len(seeds))
             raise QueueFullError(self._queued, self._queue_images, self._retry_after_s())
-        images = np.empty((len(seeds), *image_size(self._engine.spec)), dtype=np.uint8)
-        labels = np.zeros(len(seeds), dtype=np.int64) if class_ids is None else class_ids
-        done = asyncio.get_running_loop().create_future()
-        ticket = _Ticket(seeds, labels, images, done, left=len(seeds))
+        ticket = self._enqueue(seeds, class_ids)
         start = time.perf_counter()
-        self._enqueue(ticket)
         try:
             async with asyncio.timeout(timeout_s):
                 await ticket.done
@@ -99,10 +106,11 @@ class Batcher:
                 f"{len(seeds)} images were not made in {timeout_s:g} s", remedy="ask for fewer at once, or try later"
             ) from None
         except asyncio.CancelledError:
-            self._drop(ticket, "cancelled")
+            self._drop(ticket, "cancelled")  # the client has left: the engine's time goes to those who still wait
             raise
         total_s = time.perf_counter() - start
-        return Generated(images, queue_ms=1e3 * max(0.0, total_s - ticket.model_s), model_ms=1e3 * ticket.model_s)
+        # Waiting is what remains: a large request waits between its batches too, not only before the first.
+        return Generated(ticket.images, queue_ms=1e3 * max(0.0, total_s - ticket.model_s), model_ms=1e3 * ticket.model_s)
 
     async def close(self) -> None:
         """Stops after the running batch, which is still answered; what waits ends in NotReadyError."""
@@ -116,6 +124,8 @@ class Batcher:
     async def _run(self) -> None:
         while not self._closed:
             await self._wake.wait()
+            # No timer collects requests into fuller batches: while the engine ran, the next batch has gathered by itself, and
+            # an idle engine has nothing to gain from making the first request wait.
             items = self._gather()
             if items:
                 await self._run_batch(items)
@@ -126,6 +136,7 @@ class Batcher:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
         items: list[_Item] = []
         while self._tickets and len(items) < self.batch_sizes[-1]:
+            # Round robin: from the front, and to the back as long as items are left, so that every request moves on.
             ticket = self._tickets.popleft()
             items.append((ticket, ticket.next))
             ticket.next += 1
@@ -138,17 +149,17 @@ class Batcher:
         """Delivers a batch. One that fails is run again item by item, so that only the bad items fail."""
         try:
             images, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, self._call, items)
-        except Exception as error:
+        except Exception as error:  # a runtime's errors share no class
             if len(items) == 1:
                 self._fail_item(items[0], error)
                 return
             logger.warning("a batch of %d images failed (%s); running them one by one", len(items), error)
             for item in items:
-                if not item[0].done.done():
+                if not item[0].done.done():  # its request may have failed by another item, or its client have left
                     await self._run_batch([item])
             return
         self._metrics.batch.observe(len(items))
-        self._image_s += 0.2 * (seconds / len(items) - self._image_s)
+        self._image_s += _MEAN_WEIGHT * (seconds / len(items) - self._image_s)
         for ticket in {ticket for ticket, _ in items}:
             ticket.model_s += seconds
         for (ticket, index), image in zip(items, images, strict=True):
@@ -158,11 +169,13 @@ class Batcher:
         """In the engine's thread: images uint8 [len(items), H, W, C], and the seconds they took."""
         start = time.perf_counter()
         seeds = [ticket.seeds[index] for ticket, index in items]
+        # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
         size = next(size for size in self.batch_sizes if size >= len(items))
         class_ids = np.array([ticket.class_ids[index] for ticket, index in items], dtype=np.int64)
         # What a request may ask for was checked when it came in.
         inputs = draw_inputs(self._engine.spec, seeds, class_ids if self._engine.spec.num_classes else None)
-        images = self._engine(*inputs.padded(size))  # up to a prewarmed size
+        images = self._engine(*inputs.padded(size))
+        # Images are dealt out by index below: one too few would go to the wrong client.
         expected = (size, *image_size(self._engine.spec))
         if images.shape != expected or images.dtype != np.uint8:
             raise EngineFailedError(
@@ -171,10 +184,15 @@ class Batcher:
             )
         return images[: len(items)], time.perf_counter() - start
 
-    def _enqueue(self, ticket: _Ticket) -> None:
+    def _enqueue(self, seeds: Sequence[int], class_ids: np.ndarray | None) -> _Ticket:
+        images = np.empty((len(seeds), *image_size(self._engine.spec)), dtype=np.uint8)
+        labels = np.zeros(len(seeds), dtype=np.int64) if class_ids is None else class_ids
+        done = asyncio.get_running_loop().create_future()
+        ticket = _Ticket(seeds, labels, images, done, left=len(seeds))
         self._tickets.append(ticket)
-        self._count(len(ticket.seeds))
+        self._count(len(seeds))
         self._wake.set()
+        return ticket
 
     def _deliver(self, ticket: _Ticket, index: int, image: np.ndarray) -> None:
         ticket.images[index] = image
@@ -199,6 +217,7 @@ class Batcher:
     def _drop(self, ticket: _Ticket, reason: str) -> None:
         """Takes what is left of a request out of the queue."""
         self._metrics.dropped.labels(reason).inc(ticket.left)
+        # It is not there where its last item is with the engine; that image is made and thrown away.
         if ticket in self._tickets:
             self._tickets.remove(ticket)
             self._count(ticket.next - len(ticket.seeds))
@@ -208,7 +227,8 @@ class Batcher:
         self._metrics.queue.set(self._queued)
 
     def _retry_after_s(self) -> int:
-        return min(60, max(1, math.ceil(self._queued * self._image_s)))
+        """When the queue is likely to be empty: the images in it, at the engine's present speed."""
+        return min(_LONGEST_RETRY_S, max(1, math.ceil(self._queued * self._image_s)))
 
 
 def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ...]:
@@ -216,6 +236,8 @@ def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ..
 
     Each is run before it is admitted, so that no request pays for a first call.
     """
+    # A small request behind a large batch waits for all of it, so the bound on a batch's time is a bound on that wait.
+    # With powers of two at most half of a call is padding, and few shapes have to be warmed up.
     sizes: list[int] = []
     size = 1
     while size <= max_batch:

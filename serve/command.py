@@ -1,4 +1,4 @@
-"""`uni-instruct serve`: checks what can be checked, runs BentoML as a child process, and stops all of it."""
+"""`uni-instruct serve`: checks the request, runs BentoML as a child process, and stops everything that it has started."""
 
 import os
 import signal
@@ -14,11 +14,10 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import select_engine
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.ports import free_address
-from uni_instruct.serve.settings import PREFIX, settings_from_environment
 
 
 class _StopRequested(Exception):
-    """Ctrl-C, or a polite kill."""
+    """Ctrl-C, or SIGTERM."""
 
 
 @click.command()
@@ -35,17 +34,17 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
 
     Example: uni-instruct serve runs/digits/generator --port 3000
     """
-    settings = settings_from_environment()
-    opened = Bundle.open(bundle or settings.bundle)
-    opened.check_makes_pictures()
-    wanted = engine or settings.engine
-    if stored := opened.engines().get(select_engine(opened, wanted).engine_id):
-        stored.file()
-    for package in ("bentoml", "prometheus_client"):
+    for package in ("bentoml", "prometheus_client", "psutil", "pydantic", "starlette"):
         if find_spec(package) is None:
             raise MissingExtraError(package, extra="serve")
     from uni_instruct.serve.process import Server
+    from uni_instruct.serve.settings import PREFIX, settings_from_environment
 
+    # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
+    settings = settings_from_environment()
+    opened = Bundle.open(bundle or settings.bundle)
+    wanted = engine or settings.engine
+    _check(opened, wanted)
     address = free_address(host, port)
     environment = {
         **os.environ,
@@ -66,8 +65,16 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
         except _StopRequested:
             click.echo("\nstopping", err=True)
         finally:
+            # A second Ctrl-C would end this process and leave the server running.
             with _signals(signal.SIG_IGN):
                 server.stop()
+
+
+def _check(bundle: Bundle, engine: str | None) -> None:
+    """Raises RequestError for latents and for an engine that cannot run, BundleError for damaged files."""
+    bundle.check_makes_pictures()
+    if stored := bundle.engines().get(select_engine(bundle, engine).engine_id):
+        stored.file()
 
 
 def _announce(name: str, url: str, workers: int) -> None:
@@ -84,9 +91,9 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """Within, the handler answers Ctrl-C, a polite kill, and the terminal's end."""
+    """Within the block, the handler takes Ctrl-C, SIGTERM, and the end of the terminal (SIGHUP)."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants it to stay so
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it on purpose
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, handler) for number in numbers}
     try:

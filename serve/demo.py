@@ -10,9 +10,10 @@ import os
 import random
 import shlex
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from starlette.responses import HTMLResponse
@@ -22,10 +23,11 @@ from uni_instruct.errors import MissingExtraError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode
 from uni_instruct.serve.backend import Backend
-from uni_instruct.serve.middleware import error_response
+from uni_instruct.serve.responses import error_response, generate_encoded
 from uni_instruct.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import fastapi
     import gradio as gr
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ _MOST_RADIO_BUTTONS = 12
 
 
 class DemoMount:
-    """The ASGI app under /ui: the Gradio page once it is built, a page that waits for it before."""
+    """The ASGI app under /ui: the Gradio page once it is built, and until then a page that waits for it."""
 
     def __init__(self, backend: Backend):
         self._backend = backend
@@ -47,14 +49,14 @@ class DemoMount:
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
-        """Builds the page in a thread, for importing Gradio takes seconds. Where that fails, /ui says why; the API serves."""
+        """Builds the page in a thread, for importing Gradio takes seconds. Where that fails, /ui says why."""
         try:
             app = await asyncio.to_thread(_gradio_app, self._backend)
             await self._stack.enter_async_context(app.router.lifespan_context(app))
         except MissingExtraError as error:
             self._failure = error
             logger.warning("no web demo: %s", error)
-        except Exception as error:
+        except Exception as error:  # whatever Gradio raises: the API must not fall with its demo
             self._failure = UniInstructError(f"the web demo could not be built: {error}", remedy="the server's log says more")
             logger.exception("no web demo")
         else:
@@ -75,17 +77,17 @@ class DemoMount:
 
 
 def build_demo(backend: Backend) -> "gr.Blocks":
-    """The page for a loaded backend."""
+    """The page for a loaded backend: its controls on the left, the images on the right, the same as a curl command below."""
     import gradio as gr
 
     spec = backend.bundle.spec
+    most = min(LARGEST_COUNT, backend.settings.request_images)
     with gr.Blocks(title=f"{spec.name} · Uni-Instruct", analytics_enabled=False, fill_width=True) as demo:
         gr.HTML(_header(backend), elem_id="header")
         with gr.Row(elem_id="workbench"):
             with gr.Column(scale=2, min_width=300):
                 seed = gr.Slider(0, LARGEST_SEED, 0, step=1, label="Seed", elem_id="seed")
                 dice = gr.Button("⚄  Roll the dice", elem_id="dice", variant="primary")
-                most = min(LARGEST_COUNT, backend.settings.request_images)
                 count = gr.Slider(1, most, min(16, most), step=1, label="Images", elem_id="count")
                 label = _class_picker(spec)
                 readout = gr.HTML(elem_id="readout")
@@ -101,30 +103,52 @@ def build_demo(backend: Backend) -> "gr.Blocks":
             buttons=["copy"],
             elem_id="curl",
         )
-
-        async def show(seed: float | None, count: float | None, label: int | None, request: gr.Request) -> tuple[str, str, str]:
-            wanted = max(1, min(most, int(count or 1)))  # a field may be empty, and a client may send what it likes
-            return await _show(backend, int(seed or 0), wanted, label, str(request.base_url))
-
-        event: dict[str, Any] = {
-            "fn": show,
-            "inputs": [seed, count, label],
-            "outputs": [stage, readout, curl],
-            "queue": False,
-            "show_progress": "hidden",
-            "trigger_mode": "always_last",
-            "api_visibility": "private",
-        }
-        demo.load(**event)
-        for control in (seed, count, label):
-            if not isinstance(control, gr.State):
-                control.input(**event)
-        rolled = dice.click(lambda: random.randint(0, LARGEST_SEED), None, seed, queue=False, show_progress="hidden")
-        rolled.then(**event)
+        show = _show_of(backend, most)
+        _show_on_every_change(demo, show, inputs=[seed, count, label], outputs=[stage, readout, curl], dice=dice)
     return demo
 
 
-def _gradio_app(backend: Backend) -> Any:
+_Show = Callable[..., Awaitable[tuple[str, str, str]]]
+
+
+def _show_of(backend: Backend, most: int) -> _Show:
+    """What the page calls: (seed, images, class) to the images, the readout of milliseconds, and the curl command."""
+    import gradio as gr
+
+    # Gradio passes the request to a parameter of that type, so the annotation is more than documentation.
+    async def show(seed: float | None, count: float | None, label: int | None, request: gr.Request) -> tuple[str, str, str]:
+        wanted = max(1, min(most, int(count or 1)))  # a field may be empty, and a client may send what it likes
+        return await _show(backend, int(seed or 0), wanted, label, str(request.base_url))
+
+    return show
+
+
+def _show_on_every_change(
+    demo: "gr.Blocks", show: _Show, *, inputs: "list[gr.Component]", outputs: "list[gr.Component]", dice: "gr.Button"
+) -> None:
+    import gradio as gr
+
+    seed = inputs[0]
+    event: dict[str, object] = {
+        "fn": show,
+        "inputs": inputs,
+        "outputs": outputs,
+        # Neither Gradio's queue, which adds a round trip, nor its spinner, which would flicker at a few milliseconds.
+        "queue": False,
+        "show_progress": "hidden",
+        # While the slider moves, only its newest place counts: older requests are dropped.
+        "trigger_mode": "always_last",
+        "api_visibility": "private",
+    }
+    demo.load(**event)
+    for control in inputs:
+        if not isinstance(control, gr.State):
+            control.input(**event)
+    rolled = dice.click(lambda: random.randint(0, LARGEST_SEED), None, seed, queue=False, show_progress="hidden")
+    rolled.then(**event)
+
+
+def _gradio_app(backend: Backend) -> "fastapi.FastAPI":
     """A FastAPI app with the page under /ui. Raises MissingExtraError without Gradio."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -133,7 +157,7 @@ def _gradio_app(backend: Backend) -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "gradio", extra="serve") from error
     css = (files("uni_instruct.serve") / "pages" / "demo.css").read_text()
-    return gr.mount_gradio_app(
+    app: FastAPI = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         build_demo(backend),
         path="/ui",
@@ -141,8 +165,9 @@ def _gradio_app(backend: Backend) -> Any:
         css=css,
         footer_links=[],
         run_history=False,
-        ssr_mode=False,
+        ssr_mode=False,  # would start Node.js where it is installed
     )
+    return app
 
 
 def _class_picker(spec: ModelSpec) -> "gr.Radio | gr.Dropdown | gr.State":
@@ -163,12 +188,12 @@ async def _show(backend: Backend, seed: int, count: int, label: int | None, base
     spec = backend.bundle.spec
     try:
         class_ids = resolve_class_ids(spec, seeds, None if label in (None, ANY_CLASS) else [label])
-        pngs, stages = await backend.make(seeds, class_ids, lambda images: [encode(image) for image in images])
+        encoded = await generate_encoded(backend, seeds, class_ids, lambda images: [encode(image) for image in images])
     except UniInstructError as error:
         return f'<p class="problem">{html.escape(str(error))}</p>', "", ""
-    stages = {**stages, "total": 1e3 * (time.perf_counter() - start)}
+    stages = {**encoded.stage_ms, "total": 1e3 * (time.perf_counter() - start)}
     captions = [_caption(spec, *pair) for pair in zip(seeds, _ids(class_ids, count), strict=True)]
-    return _gallery(pngs, captions), _readout(stages), _curl(backend, seeds, label, base_url)
+    return _gallery(encoded.files, captions), _readout(stages), _curl(backend, seeds, label, base_url)
 
 
 def _ids(class_ids: np.ndarray | None, count: int) -> list[int | None]:
@@ -204,11 +229,12 @@ def _header(backend: Backend) -> str:
 
 def _curl(backend: Backend, seeds: list[int], label: int | None, base_url: str) -> str:
     """A command that fetches the same images."""
-    body: dict[str, Any] = {"seeds": seeds}
+    body: dict[str, object] = {"seeds": seeds}
     if label not in (None, ANY_CLASS):
         body["class_ids"] = [label]
     if len(seeds) > 1:
         body["grid"] = True
+    # The variable, not the key itself: the page may be shown to others.
     key = ' -H "Authorization: Bearer $UNI_INSTRUCT_API_KEY"' if backend.settings.api_key else ""
     origin = base_url.split("/ui")[0].rstrip("/")
     data = shlex.quote(json.dumps(body, separators=(",", ":")))

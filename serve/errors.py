@@ -1,7 +1,5 @@
 """The errors of the server, beside those of the core: each with its HTTP status, and the body they all share."""
 
-from typing import Any
-
 from uni_instruct.errors import RequestError, UniInstructError
 
 
@@ -30,7 +28,7 @@ class BodyTooLargeError(RequestError):
 
 
 class QueueFullError(UniInstructError):
-    """The queue has no room for that many images. retry_after_s is when it is likely to."""
+    """The queue has no room for that many images. In retry_after_s seconds it is likely to have."""
 
     http_status = 429
 
@@ -56,7 +54,7 @@ class TimedOutError(UniInstructError):
 
 
 # HTTP status -> (type, code) as OpenAI's clients know them.
-_KINDS = {
+_OPENAI_ERRORS = {
     400: ("invalid_request_error", "invalid_value"),
     401: ("authentication_error", "invalid_api_key"),
     404: ("invalid_request_error", "not_found"),
@@ -69,13 +67,13 @@ _KINDS = {
 }
 
 
-def error_body(error: UniInstructError) -> dict[str, Any]:
-    """What the server answers: {"error": {message, type, param, code, remedy}}."""
-    kind, code = _KINDS.get(error.http_status, _KINDS[500])
+def error_body(error: UniInstructError) -> dict[str, dict[str, str | None]]:
+    """The body of an error: {"error": {message, type, param, code, remedy}}."""
+    type_, code = _OPENAI_ERRORS.get(error.http_status, _OPENAI_ERRORS[500])
     return {
         "error": {
             "message": str(error),
-            "type": kind,
+            "type": type_,
             "param": error.param,
             "code": code,
             "remedy": error.remedy,
@@ -90,5 +88,6 @@ def error_headers(error: UniInstructError) -> dict[str, str]:
     if isinstance(error, NotReadyError):
         return {"Retry-After": "1"}
     if isinstance(error, UnauthorizedError):
+        # Basic, not Bearer: it makes a browser ask for the key, which is how the demo is opened.
         return {"WWW-Authenticate": 'Basic realm="uni-instruct"'}
     return {}

@@ -5,14 +5,16 @@ import os
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+# From one small image on a warm engine to the default timeout.
 _STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class Metrics:
+class ServerMetrics:
     """One worker's counters, in a registry of their own."""
 
     def __init__(self) -> None:
+        # Of its own: the global one would refuse the same names to a second app in one process, as tests have it.
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "uni_instruct_requests", "Answers by route and HTTP status.", ["route", "status"], registry=registry
@@ -41,8 +43,9 @@ class Metrics:
         )
 
 
-def exposition(metrics: Metrics, workers: int) -> bytes:
+def exposition(metrics: ServerMetrics, workers: int) -> bytes:
     """The text that Prometheus scrapes: of this worker, or summed over all where there are several."""
+    # prometheus-client's way to sum over processes: each writes its counts into a file of that folder, which BentoML sets.
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if workers == 1 or not folder:
         return generate_latest(metrics.registry)

@@ -31,6 +31,7 @@ class Server:
         self._workers = int(environment[f"{PREFIX}WORKERS"])
         self._key = environment.get(f"{PREFIX}API_KEY", "")
         self._family: set[psutil.Process] = set()
+        # This Python, not the `bentoml` that happens to come first on the path.
         command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", address, "--port", str(port)]
         command += ["--timeout-graceful-shutdown", str(GRACEFUL_SHUTDOWN_S)]
         self._supervisor = psutil.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -50,8 +51,9 @@ class Server:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """Ends the supervisor, and with it its workers: politely, and after KILL_AFTER_S not."""
+        """Ends the supervisor, and with it its workers: by SIGTERM, and by SIGKILL after KILL_AFTER_S."""
         self._note_workers()
+        # A living supervisor stops its workers itself; without it they are orphans, which only we still know.
         for process in [self._supervisor] if self._supervisor.poll() is None else self._family:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
@@ -73,12 +75,13 @@ class Server:
             self._family.update(self._supervisor.children(recursive=True))
 
     def _ready_workers(self) -> float:
-        """What the workers' metrics add up to; /readyz is answered by only one of them."""
+        """How many workers are ready, by the sum of their metrics; /readyz is answered by only one of them."""
         found = re.search(r"^uni_instruct_ready (\S+)", self._get("/metrics")[1], re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def _get(self, path: str) -> tuple[int, str]:
-        """The HTTP status and the text of a page, 0 where nothing answers. No proxy is asked."""
+        """The HTTP status and the text of a page; 0 where nothing answers."""
+        # Past any proxy that the environment names: it would not find this machine's own address.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         request = urllib.request.Request(f"{self.url}{path}", headers={"Authorization": f"Bearer {self._key}"})
         try:
@@ -91,6 +94,7 @@ class Server:
 
 
 def _url(address: str, port: int) -> str:
-    """Where a browser on this machine finds it."""
+    """The URL by which a browser on this machine finds the server."""
+    # The wildcard addresses are for listening; a browser needs one that it can call.
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

@@ -1,15 +1,21 @@
-"""Images to an HTTP answer: one picture, a grid, or a container of several."""
+"""What goes back to the client: the images of a job as one picture, a grid or a container of several; or an error."""
 
+import asyncio
 import base64
 import io
 import json
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from starlette.responses import JSONResponse, Response
 
+from uni_instruct.errors import UniInstructError
 from uni_instruct.images import encode, grid
+from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.errors import error_body, error_headers
 from uni_instruct.serve.schema import Job
 from uni_instruct.spec import ModelSpec
 
@@ -18,22 +24,58 @@ _LONGEST_HEADER = 2048
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What goes back to the client."""
+class EncodedImages:
+    """The files that were made of a request's images, and the milliseconds in queue, model and encoding."""
 
-    body: bytes
-    media_type: str
-    headers: dict[str, str]
+    files: list[bytes]
+    stage_ms: dict[str, float]
 
 
-def encode_job(job: Job, images: np.ndarray, spec: ModelSpec) -> tuple[bytes, str]:
-    """The body and its media type. images: uint8 [N, H, W, C]."""
-    container = _CONTAINERS.get(job.format)
-    if container is not None:
-        media_type, pack = container
-        return pack(job, images, spec), media_type
-    picture = grid(images) if job.grid else images[0]
-    return encode(picture, job.format), f"image/{job.format}"
+async def image_response(backend: Backend, job: Job) -> Response:
+    """The images of a job, with headers that name seeds, classes, engine and milliseconds by stage."""
+    spec = backend.bundle.spec
+    encoded = await generate_encoded(backend, job.seeds, job.class_ids, lambda images: [encode_job(job, images, spec)])
+    timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in encoded.stage_ms.items())
+    headers = {**job_headers(job), "X-Engine": str(backend.engine.id), "Server-Timing": timing}
+    if refused := backend.selection.refused:
+        headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
+    return Response(encoded.files[0], headers=headers, media_type=media_type(job))
+
+
+async def generate_encoded(
+    backend: Backend, seeds: Sequence[int], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], list[bytes]]
+) -> EncodedImages:
+    """The files that `encoder` makes of the seeds' images uint8 [N, H, W, C].
+
+    class_ids: int64 [N], None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
+    """
+    generated = await backend.batcher.submit(seeds, class_ids, backend.settings.timeout_s)
+    start = time.perf_counter()
+    # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
+    files = await asyncio.get_running_loop().run_in_executor(backend.encoders, encoder, generated.images)
+    encode_ms = 1e3 * (time.perf_counter() - start)
+    stage_ms = {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms}
+    for stage, milliseconds in stage_ms.items():
+        backend.metrics.stage.labels(stage).observe(milliseconds / 1e3)
+    return EncodedImages(files, stage_ms)
+
+
+def error_response(error: UniInstructError) -> JSONResponse:
+    """The project's error as JSON, with its status and headers."""
+    return JSONResponse(error_body(error), error.http_status, headers=error_headers(error))
+
+
+def media_type(job: Job) -> str:
+    """The media type of the file that `encode_job` makes."""
+    return _CONTAINERS[job.format][0] if job.format in _CONTAINERS else f"image/{job.format}"
+
+
+def encode_job(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
+    """The file that the job asks for. images: uint8 [N, H, W, C]."""
+    if job.format in _CONTAINERS:
+        _, pack = _CONTAINERS[job.format]
+        return pack(job, images, spec)
+    return encode(grid(images) if job.grid else images[0], job.format)
 
 
 def job_headers(job: Job) -> dict[str, str]:
@@ -88,9 +130,11 @@ def _npz(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
 
 def _zip(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
     """PNGs in the order of the request, named by place and seed, and EDM's dataset.json with the classes."""
+    # The place comes first: a seed may occur twice, and names in order keep the order of the request.
     names = [f"{index:05d}-seed{seed}.png" for index, seed in enumerate(job.seeds)]
     labels = None if job.class_ids is None else [[n, int(c)] for n, c in zip(names, job.class_ids, strict=True)]
     buffer = io.BytesIO()
+    # Stored, as PNGs do not become smaller; it is also what EDM's tools expect.
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, image in zip(names, images, strict=True):
             archive.writestr(name, encode(image))
@@ -100,6 +144,7 @@ def _zip(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
 
 _Pack = Callable[[Job, np.ndarray, ModelSpec], bytes]
 
+# Formats that hold several images -> their media type, and what makes the file.
 _CONTAINERS: dict[str, tuple[str, _Pack]] = {
     "json": ("application/json", _json),
     "npz": ("application/octet-stream", _npz),

@@ -1,4 +1,4 @@
-"""What may be asked for: POST /v1/generate as a pydantic model, and how it becomes seeds and classes."""
+"""The body of POST /v1/generate as a pydantic model, and how it becomes seeds and classes."""
 
 import secrets
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import IMAGE_FORMATS
 from uni_instruct.spec import ModelSpec
 
-Format = Literal["png", "jpeg", "webp", "npz", "zip", "json"]
+ResponseFormat = Literal["png", "jpeg", "webp", "npz", "zip", "json"]
 
 # Drawn seeds stay below what JavaScript's numbers hold exactly.
 _DRAWN_SEED_LIMIT = 2**53
@@ -22,19 +22,20 @@ _DRAWN_SEED_LIMIT = 2**53
 class GenerateRequest(BaseModel):
     """The body of POST /v1/generate. All fields are optional: an empty object makes one image."""
 
+    # Strict: a misspelled field or a seed of 7.0 is refused, where a lenient reader would make images nobody asked for.
     model_config = ConfigDict(extra="forbid", strict=True)
 
     seeds: list[int] | None = Field(None, description="One image for each; integers in [0, 2**63).", examples=[[7, 8]])
     num_images: int | None = Field(None, description="Instead of seeds: how many, with seeds drawn by the server.")
     class_ids: list[int] | None = Field(None, description="One for all images, or one for each.")
     classes: list[str] | None = Field(None, description="The same by name.")
-    format: Format | None = Field(None, description="png for one image or a grid, json for several, unless given.")
+    format: ResponseFormat | None = Field(None, description="png for one image or a grid, json for several, unless given.")
     grid: bool = Field(False, description="All images in one picture.")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request that is known to be good. class_ids: int64 [N], None for an unconditional generator."""
+    """A request that has been checked and can be run. class_ids: int64 [N], None for an unconditional generator."""
 
     seeds: list[int]
     class_ids: np.ndarray | None
@@ -43,7 +44,7 @@ class Job:
 
 
 def parse_request(body: bytes) -> GenerateRequest:
-    """The request in a JSON body; an empty body is the default request. Raises RequestError."""
+    """The request in a JSON body; an empty body is the default request. Raises RequestError for any other body."""
     try:
         return GenerateRequest.model_validate_json(body or b"{}")
     except ValidationError as error:
@@ -63,7 +64,7 @@ def resolve(request: GenerateRequest, spec: ModelSpec, limit: int) -> Job:
 
 
 def draw_seeds(count: int) -> list[int]:
-    """Consecutive seeds from a random first one, so that a range names them all."""
+    """Consecutive seeds from a random first one, so that X-Seeds can name them all as one short range."""
     first = secrets.randbelow(_DRAWN_SEED_LIMIT - count)
     return list(range(first, first + count))
 
@@ -71,6 +72,7 @@ def draw_seeds(count: int) -> list[int]:
 def _seeds(request: GenerateRequest, limit: int) -> list[int]:
     if request.seeds is not None and request.num_images is not None:
         raise RequestError("both seeds and num_images are given", remedy="give one of them", param="num_images")
+    # The error names the field that the client wrote.
     param = "num_images" if request.seeds is None else "seeds"
     count = len(request.seeds) if request.seeds is not None else request.num_images
     count = 1 if count is None else count
@@ -103,7 +105,7 @@ _REMEDIES = {
     "num_images": "give an integer, such as 4",
     "class_ids": "give a list of integers, such as [3]",
     "classes": 'give a list of names, such as ["3"]',
-    "format": f"choose one of {', '.join(get_args(Format))}",
+    "format": f"choose one of {', '.join(get_args(ResponseFormat))}",
     "grid": "give true or false",
 }
 
@@ -111,14 +113,15 @@ _REMEDIES = {
 def _request_error(error: ValidationError) -> RequestError:
     """The first thing that pydantic found, in the project's words."""
     first = error.errors(include_url=False, include_context=False)[0]
-    kind, value = first["type"], repr(first["input"])
+    error_type, value = first["type"], repr(first["input"])
+    # The value comes from the client and may be megabytes long.
     value = value if len(value) <= 80 else f"{value[:77]}..."
-    if kind == "json_invalid":
+    if error_type == "json_invalid":
         return RequestError("the body is not JSON", remedy='send an object, such as {"seeds": [7]}')
     if not first["loc"]:
         return RequestError(f"the body is {value}, not an object", remedy='send one, such as {"seeds": [7]}')
     param = str(first["loc"][0])
-    if kind == "extra_forbidden":
+    if error_type == "extra_forbidden":
         return RequestError(f"field '{param}' is unknown", remedy=f"the fields are {', '.join(_REMEDIES)}", param=param)
     place = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"])
     return RequestError(f"{place} is {value}", remedy=_REMEDIES[param], param=param)

@@ -7,6 +7,7 @@ module loads no model.
 import os
 from http import HTTPStatus
 
+# Before the imports: both packages read these when they are imported.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -14,7 +15,7 @@ import bentoml
 import numpy as np
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.serve.app import create_app, guards
+from uni_instruct.serve.app import create_app, middleware_of
 from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
@@ -35,11 +36,11 @@ _image = (
     name="uni-instruct",
     image=_image,
     workers=_settings.workers,
-    # Our own answer to slowness, 504, comes first.
+    # Later than the server's own timeout, whose response (504) says more.
     traffic={"timeout": _settings.timeout_s + 30},
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
-    # A span costs as much as all of the rest of the request's Python.
+    # A span costs as much as all of the rest of a request's Python.
     tracing={} if _settings.tracing else {"excluded_urls": ".*"},
 )
 @bentoml.asgi_app(_app, path="/")
@@ -63,7 +64,8 @@ class UniInstruct:
         )
         try:
             job = resolve(wanted, self._backend.bundle.spec, _settings.request_images)
-            return (await self._backend.generate(job.seeds, job.class_ids)).images
+            generated = await self._backend.batcher.submit(job.seeds, job.class_ids, _settings.timeout_s)
+            return generated.images
         except UniInstructError as error:
             raise bentoml.exceptions.BentoMLException(str(error), error_code=HTTPStatus(error.http_status)) from error
 
@@ -74,5 +76,6 @@ class UniInstruct:
         return self._backend.ready
 
 
-for _guard in guards(_app.state.backend):
-    UniInstruct.add_asgi_middleware(_guard.cls, **_guard.kwargs)  # type: ignore[attr-defined]
+# Here as well as in the app: BentoML's own routes, such as that of `generate` above, do not pass through the app.
+for _middleware in middleware_of(_app.state.backend):
+    UniInstruct.add_asgi_middleware(_middleware.cls, **_middleware.kwargs)  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
-"""How the server runs: read from the environment, so that a container, `bentoml serve` and the CLI agree."""
+"""How the server runs: read from environment variables, so that a container, `bentoml serve` and the CLI agree."""
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from uni_instruct.bundle import default_generator
 from uni_instruct.errors import RequestError
@@ -11,34 +12,34 @@ from uni_instruct.errors import RequestError
 PREFIX = "UNI_INSTRUCT_"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(BaseModel):
     """One server. Every field is an environment variable of the same name: UNI_INSTRUCT_BUNDLE and so on.
 
-    bundle: a folder, or the name of a shipped generator. engine: an engine id or a runtime, None for the fastest here. api_key:
-    None leaves the API open. ui: the web demo under /ui, which needs workers = 1. tracing: leave requests to OpenTelemetry, as
-    BentoML is configured for it. The limits count images, per worker.
+    The limits count images, per worker. A wrong value raises pydantic's ValidationError, a queue that is smaller than one
+    request RequestError; `settings_from_environment` raises RequestError for both.
     """
 
-    bundle: str = field(default_factory=default_generator)
-    engine: str | None = None
-    api_key: str | None = None
-    ui: bool = True
-    tracing: bool = False
-    workers: int = 1
-    timeout_s: float = 30.0
-    queue_images: int = 1024
-    request_images: int = 256
-    max_batch: int = 64
-    max_batch_ms: float = 250.0
-    max_body_bytes: int = 1 << 20
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __post_init__(self) -> None:
-        for name in ("workers", "timeout_s", "request_images", "max_batch", "max_batch_ms", "max_body_bytes"):
-            if not getattr(self, name) > 0:  # also refuses nan
-                raise _wrong(name, getattr(self, name), "give a positive number")
+    bundle: str = Field(default_factory=default_generator, description="A folder, or the name of a shipped generator.")
+    engine: str | None = Field(None, description="An engine id, or a runtime. None: the fastest here.")
+    api_key: str | None = Field(None, description="The key that every request must bring. None leaves the API open.")
+    ui: bool = Field(True, description="Whether the web demo is served under /ui. It needs workers = 1.")
+    tracing: bool = Field(False, description="Whether requests become OpenTelemetry spans, as BentoML is configured for them.")
+    workers: PositiveInt = Field(1, description="Processes that each hold one engine.")
+    timeout_s: PositiveFloat = Field(30.0, description="How long a request may take, waiting included.")
+    queue_images: int = Field(1024, description="How many images may wait.")
+    request_images: PositiveInt = Field(256, description="How many images one request may ask for.")
+    max_batch: PositiveInt = Field(64, description="How many images one engine call may make.")
+    max_batch_ms: PositiveFloat = Field(250.0, description="How long one engine call may take; larger batches are not used.")
+    max_body_bytes: PositiveInt = Field(1 << 20, description="The longest body of a request that is read.")
+
+    @model_validator(mode="after")
+    def _queue_holds_a_request(self) -> Self:
+        # A request that fits no empty queue would be told to come back later, for ever.
         if self.queue_images < self.request_images:
             raise _wrong("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
+        return self
 
     @property
     def serves_ui(self) -> bool:
@@ -48,32 +49,22 @@ class Settings:
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings; a variable that is absent or empty leaves the default. Raises RequestError for a bad value."""
-    values: dict[str, Any] = {}
-    for setting in fields(Settings):
-        text = environment.get(PREFIX + setting.name.upper(), "")
-        if text:
-            values[setting.name] = _parse(setting.name, setting.type, text)
-    return Settings(**values)
-
-
-def _flag(text: str) -> bool:
-    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
-
-
-# A field's type -> how to read it and what it must look like.
-_READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
-    int: (int, "give an integer"),
-    float: (float, "give a number"),
-    bool: (_flag, "give true or false"),
-}
-
-
-def _parse(name: str, kind: Any, text: str) -> Any:
-    read, remedy = _READERS.get(kind, (str, ""))
+    texts = {name: environment.get(PREFIX + name.upper(), "") for name in Settings.model_fields}
     try:
-        return read(text)
-    except (ValueError, KeyError):
-        raise _wrong(name, text, remedy) from None
+        return Settings.model_validate({name: text for name, text in texts.items() if text})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        remedy = next(remedy for start, remedy in _REMEDIES.items() if first["type"].startswith(start))
+        raise _wrong(str(first["loc"][0]), first["input"], remedy) from None
+
+
+# How the name of pydantic's error begins -> what to give instead. The last row takes whatever the others do not.
+_REMEDIES = {
+    "int": "give an integer",
+    "float": "give a number",
+    "bool": "give true or false",
+    "": "give a positive number",
+}
 
 
 def _wrong(name: str, value: object, remedy: str) -> RequestError:

@@ -19,7 +19,7 @@ from uni_instruct.noise import noise
 from uni_instruct.serve import batcher as batcher_module
 from uni_instruct.serve.batcher import Batcher, prewarm
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
-from uni_instruct.serve.metrics import Metrics
+from uni_instruct.serve.metrics import ServerMetrics
 
 FOREVER_S = 60.0
 POISON = 666
@@ -61,7 +61,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 def make(gate: Gate, largest: int = 4, queue_images: int = 64) -> Batcher:
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= largest]
-    return Batcher(gate, sizes, queue_images, Metrics())
+    return Batcher(gate, sizes, queue_images, ServerMetrics())
 
 
 def ask(batcher: Batcher, gate: Gate, seeds: list[int], timeout_s: float = FOREVER_S) -> "asyncio.Task[Any]":

@@ -78,7 +78,7 @@ def test_networks_come_back(tmp_path: Path, name: str) -> None:
     write, form, nets, modules = WRITTEN[name]
     checkpoint = read_checkpoint(write(tmp_path / "file"))
     assert checkpoint.format == form
-    assert [network.role for network in checkpoint.networks] == list(nets)
+    assert [network.name for network in checkpoint.networks] == list(nets)
     for network, net in zip(checkpoint.networks, nets.values(), strict=True):
         assert_equal(network.tensors, net.state_dict())
         assert (network.class_name, network.config) == (("EDMPrecond", CONFIG) if modules else ("", {}))
@@ -87,7 +87,7 @@ def test_networks_come_back(tmp_path: Path, name: str) -> None:
 def test_the_averages_of_edm2s_training_state(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(write_edm2_state(tmp_path / "state.pt", NET))
     assert checkpoint.format == "edm2 training state"
-    assert [network.role for network in checkpoint.networks] == ["net", "ema 0.05", "ema 0.1"]
+    assert [network.name for network in checkpoint.networks] == ["net", "ema 0.05", "ema 0.1"]
     assert_equal(checkpoint.networks[0].tensors, NET.state_dict())
     assert_equal(checkpoint.networks[2].tensors, {name: 2 * array for name, array in NET.state_dict().items()})
     assert checkpoint.facts["state"] == {"cur_nimg": 4096, "total_elapsed_time": 1.5}

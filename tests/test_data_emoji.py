@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from uni_instruct.data import emoji, is_data, open_dataset
 from uni_instruct.data.colour_font import ColourFont
-from uni_instruct.data.emoji import emoji_groups, open_emoji, reduced
+from uni_instruct.data.emoji import downscaled, emoji_groups, open_emoji
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -36,14 +36,16 @@ def opaque(pixels: np.ndarray) -> Image.Image:
 
 def test_every_level_of_a_flat_picture_stays_what_it_is() -> None:
     pictures = [opaque(np.full((60, 60, 3), level, np.uint8)) for level in range(256)]
-    inner = reduced(pictures)[:, 2:-2, 2:-2]
+    inner = downscaled(pictures)[:, 2:-2, 2:-2]
     assert np.array_equal(inner, np.broadcast_to(np.arange(256)[:, None, None, None], inner.shape))
 
 
 def test_light_is_averaged_and_not_levels() -> None:
     stripes = np.zeros((60, 60, 3), np.uint8)
     stripes[:, ::2] = 255  # on a canvas of 64: one white and one black column in each of 32
-    assert np.array_equal(np.unique(reduced([opaque(stripes)])[0, 1:-1, 1:-1]), [188])  # half the light; half the level is 128
+    assert np.array_equal(
+        np.unique(downscaled([opaque(stripes)])[0, 1:-1, 1:-1]), [188]
+    )  # half the light; half the level is 128
 
 
 def test_pixels_are_means_over_areas_where_sizes_do_not_divide() -> None:
@@ -54,14 +56,14 @@ def test_pixels_are_means_over_areas_where_sizes_do_not_divide() -> None:
     mean = light.repeat(32, 0).repeat(32, 1).reshape(32, 85, 32, 85, 3).mean((1, 3))
     level = 255 * np.where(mean <= 0.0031308, mean * 12.92, 1.055 * mean ** (1 / 2.4) - 0.055)
     # Half a level for rounding, and light is kept in 65,536 steps.
-    assert np.abs(reduced([opaque(pixels)])[0] - level).max() < 0.52
+    assert np.abs(downscaled([opaque(pixels)])[0] - level).max() < 0.52
 
 
 def test_pictures_are_centred_on_white_at_one_scale_with_a_margin() -> None:
     corner = np.zeros((128, 128, 4), np.uint8)
     corner[:40, :20] = (255, 0, 0, 255)
     whole = np.full((128, 128, 4), (0, 0, 0, 255), np.uint8)
-    small, large = reduced([Image.fromarray(corner), Image.fromarray(whole)])
+    small, large = downscaled([Image.fromarray(corner), Image.fromarray(whole)])
     assert np.array_equal(small, small[::-1, ::-1])
     assert (small[16, 16].tolist(), small[0, 0].tolist()) == ([255, 0, 0], [255, 255, 255])
     assert np.ptp(np.flatnonzero((small != 255).any((1, 2)))) + 1 in (10, 11)  # 40 of 136 pixels
@@ -71,7 +73,7 @@ def test_pictures_are_centred_on_white_at_one_scale_with_a_margin() -> None:
 
 def test_transparency_is_white() -> None:
     half = np.full((60, 60, 4), (0, 0, 0, 128), np.uint8)
-    assert np.unique(reduced([Image.fromarray(half)])[0, 2:-2, 2:-2]).tolist() == [127]
+    assert np.unique(downscaled([Image.fromarray(half)])[0, 2:-2, 2:-2]).tolist() == [127]
 
 
 @pytest.mark.debian

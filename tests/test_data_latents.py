@@ -11,7 +11,7 @@ import pytest
 from made_data import arrays_dataset, npy, png, zip_of
 
 from uni_instruct.data import Dataset, open_dataset, write_zip
-from uni_instruct.data.vae_latents import RAW_MEAN, RAW_STD, drawn
+from uni_instruct.data.vae_latents import RAW_MEAN, RAW_STD, draw_latents
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.statistics import open_reference
 
@@ -42,15 +42,15 @@ def latent_zip(path: Path, stored: np.ndarray, labels: list[int] | None = None) 
 
 def test_latents_are_normalised_as_edm2_does() -> None:
     means = (np.sin(np.arange(16) * 0.37) * 9).astype(np.float32).reshape(1, 4, 2, 2)
-    final = drawn(np.concatenate([means, np.zeros_like(means)], axis=1), [5])
+    final = draw_latents(np.concatenate([means, np.zeros_like(means)], axis=1), [5])
     assert final.dtype == np.float32
     np.testing.assert_allclose(final.transpose(0, 3, 1, 2).reshape(4, 4), EDM2, rtol=1e-6, atol=1e-6)
 
 
 def test_each_draw_depends_on_its_seed_alone_and_has_the_stored_deviation() -> None:
     stored = np.repeat(moments(1, side=8), 200, axis=0)
-    draws = drawn(stored, range(200))
-    assert np.array_equal(drawn(stored[:3], [7, 150, 7]), draws[[7, 150, 7]])
+    draws = draw_latents(stored, range(200))
+    assert np.array_equal(draw_latents(stored[:3], [7, 150, 7]), draws[[7, 150, 7]])
     scale = 0.5 / np.array([4.17, 4.62, 3.71, 3.28])
     np.testing.assert_allclose(draws.std(0).mean((0, 1)), 0.3 * scale, rtol=0.03)
     expected = (stored[0, :4] - np.array([5.81, 3.25, 0.12, -2.15]).reshape(4, 1, 1)) * scale.reshape(4, 1, 1)
@@ -62,7 +62,7 @@ def test_a_latent_zip_is_read_and_written_as_edm2s(tmp_path: Path) -> None:
     dataset = open_dataset(latent_zip(tmp_path / "latents.zip", stored, [2, 0, 1, 1, 2]))
     assert (dataset.image_shape, dataset.num_classes, len(dataset), dataset.latents) == ((4, 4, 4), 3, 5, True)
     assert np.array_equal(dataset.stored([4, 1]), stored[[4, 1]])
-    assert np.array_equal(dataset.floats([4, 1], [9, 8]), drawn(stored[[4, 1]], [9, 8]))
+    assert np.array_equal(dataset.floats([4, 1], [9, 8]), draw_latents(stored[[4, 1]], [9, 8]))
 
     write_zip(dataset, tmp_path / "again.zip")
     with zipfile.ZipFile(tmp_path / "again.zip") as archive:

@@ -25,7 +25,6 @@ from uni_instruct import spec as spec_module
 from uni_instruct.bundle import DECODER, Bundle
 from uni_instruct.checkpoints.import_bundle import attach_decoder
 from uni_instruct.engine import open_engine
-from uni_instruct.engines.outputs import in_parts
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.export.parity import BATCHES, batches, fresh_inputs
 from uni_instruct.export.targets import export_engine
@@ -33,7 +32,7 @@ from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.networks.autoencoder import AutoencoderDecoder
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.networks.one_step import one_step
-from uni_instruct.noise import noise
+from uni_instruct.noise import Inputs, noise
 from uni_instruct.reference import reference_inputs
 from uni_instruct.sampling import read_samples
 from uni_instruct.spec import ModelSpec
@@ -181,7 +180,7 @@ def test_engines_decode_in_bounded_memory(decoded: Bundle, runtime: str, monkeyp
     assert decoded.spec.images_at_once == 2048
     whole = engine.outputs(noise(seeds, (4, 8, 8)), class_ids)
     monkeypatch.setattr(spec_module, "_PIXELS_AT_ONCE", 2 * 16 * 16)
-    assert [len(z) for z, _ in in_parts(decoded.spec, noise(seeds, (4, 8, 8)), class_ids)] == [2, 2, 1]
+    assert [len(z) for z, _ in Inputs(noise(seeds, (4, 8, 8)), class_ids).parts(decoded.spec.images_at_once)] == [2, 2, 1]
     parts = engine.outputs(noise(seeds, (4, 8, 8)), class_ids)
     assert np.allclose(parts.images, whole.images, atol=1e-4)
     assert difference(parts.pixels, whole.pixels) <= (1, 0.002)

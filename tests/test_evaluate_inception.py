@@ -9,7 +9,7 @@ from made_data import arrays_dataset
 
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.evaluate.extractors import open_inception
+from uni_instruct.evaluate.extractors import Extractor, open_inception
 
 torch = pytest.importorskip("torch")
 
@@ -63,3 +63,27 @@ def test_inception_network_scores_grey_and_colour_alike(tmp_path: Path) -> None:
     assert scores.values == Evaluator(arrays_dataset(colour, None), extractor)(colour[:10], metrics=["kd", "pr", "is"]).values
     assert (scores.values["precision"], scores.extractor) == (1.0, "inception-v3")
     assert "10 images are no more than the 2048 features" in scores.notes[0]
+
+
+def test_features_are_made_in_full_float32() -> None:
+    """On a GPU cuDNN would take TF32. The settings hold while a network runs; afterwards they are the user's again."""
+
+    def settings() -> tuple[str, str]:
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+    class Watched(torch.nn.Module):
+        def forward(self, pixels: Any) -> Any:
+            seen.append(settings())
+            if pixels.max() == 255:
+                raise ArithmeticError("white")
+            return pixels.float().flatten(1), pixels.float().flatten(1)
+
+    seen: list[tuple[str, str]] = []
+    before, extractor = settings(), Extractor(name="watched", sha256="", dim=4, module=Watched())
+    assert before != ("ieee", "ieee")
+    assert len(extractor([np.zeros((3, 2, 2, 1), np.uint8)])) == 3
+    assert settings() == before
+    with pytest.raises(ArithmeticError, match="white"):
+        extractor([np.full((3, 2, 2, 1), 255, np.uint8)])
+    assert settings() == before
+    assert seen == [("ieee", "ieee")] * 2

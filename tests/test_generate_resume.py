@@ -118,7 +118,7 @@ def unfinished(exported_bundle: Bundle, tmp_path: Path) -> Path:
     request = SampleRequest(bundle=exported_bundle, engine="onnx-fp32", seeds=seeds, class_ids=class_ids, batch=BATCH)
     engine = BreaksOff(open_engine(exported_bundle), calls=100)
     with suppress(KeyboardInterrupt), open_run(request, tmp_path / "out.npz") as run, progress("", COUNT, "") as bar:
-        run.fill(lambda: engine, bar)
+        run.fill(engine, bar)
     folder = tmp_path / ".out.npz.partial"
     assert sorted(shards(folder)) == ["000000000.npy", "000001032.npy"]
     return folder

@@ -10,6 +10,7 @@ from conftest import run_cli
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
+from uni_instruct.float32 import full_float32
 from uni_instruct.generate import generate_images, resolve_class_ids
 
 pytestmark = [
@@ -28,6 +29,15 @@ def test_torch_makes_the_same_images_on_gpu_and_cpu(tiny_bundle: Bundle, tmp_pat
     assert run_cli(*arguments, env=without_gpu).returncode == 0
     on_cpu = np.load(tmp_path / "cpu.npz")["arr_0"]
     assert np.abs(on_gpu.astype(int) - on_cpu.astype(int)).max() <= 1
+
+
+def test_full_float32_convolves_as_a_cpu_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, filters = torch.randn(4, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator)
+    truth = torch.conv2d(images.double(), filters.double())
+    with full_float32():
+        made = torch.conv2d(images.cuda(), filters.cuda()).cpu().double()
+    assert (made - truth).abs().max() < 1e-5 * truth.abs().max()  # TF32 is wrong by some 1e-3
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])

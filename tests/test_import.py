@@ -17,7 +17,7 @@ from torch import nn
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.checkpoint import read_checkpoint
-from uni_instruct.checkpoints.import_bundle import ImportRequest, import_checkpoint
+from uni_instruct.checkpoints.import_bundle import ImportRequest, bundle_from_checkpoint
 from uni_instruct.checkpoints.state_dict_adapter import translate
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
@@ -125,9 +125,9 @@ def test_a_teachers_file_starts_a_distillation(cli: Cli, tmp_path: Path, monkeyp
 def test_a_generators_file_gets_a_reference_and_a_teachers_none(tmp_path: Path) -> None:
     outer, _ = peer("DDPM++")
     file = made.write_sid_pickle(tmp_path / "snapshot.pkl", outer)
-    for kind in ("generator", "teacher"):
-        bundle = import_checkpoint(file, tmp_path / kind, ImportRequest(kind=kind))
-        assert (bundle.reference() is not None) is (kind == "generator")
+    for role in ("generator", "teacher"):
+        bundle = bundle_from_checkpoint(file, tmp_path / role, ImportRequest(role=role))
+        assert (bundle.reference() is not None) is (role == "generator")
 
 
 def test_a_training_state_offers_its_networks(cli: Cli, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def import_damaged(folder: Path, seeds: range) -> list[str]:
         form = ("EDM", "EDM, protocol 2", "state dict", "safetensors")[seed % 4]
         (folder / "damaged").write_bytes(mutated(originals, form, seed))
         try:
-            import_checkpoint(folder / "damaged", folder / "bundle", ImportRequest())
+            bundle_from_checkpoint(folder / "damaged", folder / "bundle", ImportRequest())
             load_denoiser(Bundle.open(folder / "bundle"))
             ends.append("Bundle")
         except UniInstructError as error:

@@ -16,7 +16,7 @@ from uni_instruct.bundle import default_generator
 from uni_instruct.errors import RequestError
 from uni_instruct.images import grid
 from uni_instruct.noise import parse_seeds, random_class_ids
-from uni_instruct.serve.responses import encode_job, job_headers, seed_ranges
+from uni_instruct.serve.responses import encode_job, job_headers, media_type, seed_ranges
 from uni_instruct.serve.schema import Job, parse_request, resolve
 from uni_instruct.serve.settings import settings_from_environment
 from uni_instruct.spec import ModelSpec
@@ -124,8 +124,9 @@ def test_headers_stay_short() -> None:
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_one_image_keeps_its_pixels(spec: ModelSpec, format: str) -> None:
     images = pictures(1, spec)
-    body, media_type = encode_job(job({"seeds": [1], "format": format}, spec), images, spec)
-    assert media_type == f"image/{format}"
+    asked = job({"seeds": [1], "format": format}, spec)
+    body = encode_job(asked, images, spec)
+    assert media_type(asked) == f"image/{format}"
     picture = Image.open(io.BytesIO(body))
     assert picture.format == format.upper()
     pixels = np.asarray(picture.convert("L" if spec is DIGITS else "RGB")).reshape(images[0].shape)
@@ -134,24 +135,24 @@ def test_one_image_keeps_its_pixels(spec: ModelSpec, format: str) -> None:
 
 def test_a_grid_holds_all_images() -> None:
     images = pictures(5)
-    body, _ = encode_job(job({"num_images": 5, "grid": True}), images, DIGITS)
+    body = encode_job(job({"num_images": 5, "grid": True}), images, DIGITS)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(body))), grid(images)[:, :, 0])
 
 
 def test_npz_holds_images_seeds_and_classes() -> None:
     images = pictures(3)
-    body, _ = encode_job(job({"seeds": [7, 9, 2**63 - 1], "classes": ["one"], "format": "npz"}), images, DIGITS)
+    body = encode_job(job({"seeds": [7, 9, 2**63 - 1], "classes": ["one"], "format": "npz"}), images, DIGITS)
     arrays = np.load(io.BytesIO(body))
     np.testing.assert_array_equal(arrays["arr_0"], images)
     assert arrays["seeds"].tolist() == [7, 9, 2**63 - 1]
     assert arrays["class_ids"].tolist() == [1, 1, 1]
-    plain, _ = encode_job(job({"seeds": [7], "format": "npz"}, PLAIN), pictures(1, PLAIN), PLAIN)
+    plain = encode_job(job({"seeds": [7], "format": "npz"}, PLAIN), pictures(1, PLAIN), PLAIN)
     assert set(np.load(io.BytesIO(plain))) == {"arr_0", "seeds"}
 
 
 def test_zip_holds_pngs_in_order_and_the_labels_of_edm() -> None:
     images = pictures(3)
-    body, _ = encode_job(job({"seeds": [7, 7, 3], "class_ids": [0, 1, 2], "format": "zip"}), images, DIGITS)
+    body = encode_job(job({"seeds": [7, 7, 3], "class_ids": [0, 1, 2], "format": "zip"}), images, DIGITS)
     archive = zipfile.ZipFile(io.BytesIO(body))
     labels = json.loads(archive.read("dataset.json"))["labels"]
     assert [name for name, _ in labels] == sorted(name for name in archive.namelist() if name.endswith(".png"))
@@ -162,7 +163,7 @@ def test_zip_holds_pngs_in_order_and_the_labels_of_edm() -> None:
 
 def test_json_names_seed_and_class_of_each_image() -> None:
     images = pictures(2)
-    body, _ = encode_job(job({"seeds": [7, 8], "class_ids": [2, 0]}), images, DIGITS)
+    body = encode_job(job({"seeds": [7, 8], "class_ids": [2, 0]}), images, DIGITS)
     entries = json.loads(body)["images"]
     assert [(e["seed"], e["class_id"], e["class_name"]) for e in entries] == [(7, 2, "two"), (8, 0, "zero")]
     for entry, image in zip(entries, images, strict=True):

@@ -14,7 +14,7 @@ from uni_instruct.train.optimization.optimizer import DECAYS, RateSchedule
 from uni_instruct.train.recipe_file import steps_in
 
 AUTO = "auto"
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +212,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         one_of("loop.metric", self.metric, ("FD", "KD", "none"))
         one_of("loop.extractor", self.extractor, EXTRACTORS)
-        one_of("loop.precision", self.precision, (AUTO, *PRECISIONS))
+        one_of("loop.precision", self.precision, (AUTO, *LOOP_PRECISIONS))
         if not isinstance(self.channels_last, bool) and self.channels_last != AUTO:
             raise RequestError(
                 f"loop.channels_last is {self.channels_last!r}", remedy="give true, false or auto", param="recipe"

@@ -25,7 +25,7 @@ PREFERRED_GENERATORS = ("fashion-mnist", "digits")
 # The VAE whose latents EDM2's networks make, in diffusers' form on the hub.
 USUAL_VAE = "hf://stabilityai/sd-vae-ft-mse"
 # How a file stores matrices and filters -> safetensors' name and NumPy's.
-PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
+WEIGHT_PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
 
 
 class Bundle:
@@ -70,7 +70,7 @@ class Bundle:
     ) -> "Bundle":
         """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
 
-        samples: a PNG. precision: one of PRECISIONS, of the network's file alone: whoever reads it computes in float32.
+        samples: a PNG. precision: one of WEIGHT_PRECISIONS, of the network's file alone: whoever reads it computes in float32.
         decoder: the weights of the spec's decoder, given exactly where it has one. reference: makes the bundle's reference.npz
         from its stored weights, `networks.reference.make_reference` where torch is at hand. Raises DiskError where the disk is
         full or read-only.
@@ -118,7 +118,7 @@ class Bundle:
                 types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
-        return "fp16" if PRECISIONS["fp16"][0] in types else "fp32"
+        return "fp16" if WEIGHT_PRECISIONS["fp16"][0] in types else "fp32"
 
     def reference(self) -> Reference | None:
         """Images to hold engines against; None for teachers and bundles of format 1. Raises BundleError for a damaged file."""
@@ -171,8 +171,8 @@ def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], precision: 
     """Arrays as safetensors, one after the other: safetensors' own `save` holds a second copy of them all."""
     # Biases and scales keep 32 bits: they are 1 % of the bytes, and on digits half of what rounding changes. They come first,
     # so that every array begins at a multiple of its own item size.
-    stored = {name: PRECISIONS[precision if array.ndim > 1 else "fp32"] for name, array in weights.items()}
-    ordered = sorted(weights, key=lambda name: stored[name] == PRECISIONS["fp16"])
+    stored = {name: WEIGHT_PRECISIONS[precision if array.ndim > 1 else "fp32"] for name, array in weights.items()}
+    ordered = sorted(weights, key=lambda name: stored[name] == WEIGHT_PRECISIONS["fp16"])
     header, end = {}, 0
     for name in ordered:
         start, end = end, end + weights[name].size * np.dtype(stored[name][1]).itemsize

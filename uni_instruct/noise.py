@@ -3,7 +3,7 @@
 One seed is one image, whatever the engine, batch, order or machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +24,12 @@ class Inputs(NamedTuple):
     noise: np.ndarray
     class_ids: np.ndarray | None
 
-    def parts(self, size: int) -> "list[Inputs]":
-        """The same in parts of up to `size` rows, in their order."""
-        starts = range(0, len(self.noise), size)
-        ids = self.class_ids
-        return [Inputs(self.noise[at : at + size], None if ids is None else ids[at : at + size]) for at in starts]
+    def parts(self, size: int | None) -> Iterator["Inputs"]:
+        """The same in parts of at most `size` rows; whole where there is no size."""
+        size = size or max(1, len(self.noise))
+        for start in range(0, len(self.noise), size):
+            part = slice(start, start + size)
+            yield Inputs(self.noise[part], None if self.class_ids is None else self.class_ids[part])
 
     def padded(self, size: int) -> "Inputs":
         """The same in `size` rows: the last one is repeated."""

@@ -1,4 +1,4 @@
-"""The architecture of bare weights, read off their names and shapes; in EDM's and EDM2's vocabulary."""
+"""The architecture of bare weights, read off their names and shapes, in the class and argument names of EDM and EDM2."""
 
 import math
 import re
@@ -26,16 +26,17 @@ def infer_architecture(weights: Weights) -> tuple[str, dict[str, Any]]:
             "the weights are those of no network known here (none is called enc.<size>x<size>_conv.weight)",
             remedy="give a file of EDM, EDM2, SiD or Uni-Instruct",
         )
-    describe = _edm2 if "emb_fourier.freqs" in weights else _adm if "out_conv.weight" in weights else _song
+    # Layers that only EDM2's networks have, and of EDM's two only ADM.
+    read = _edm2 if "emb_fourier.freqs" in weights else _adm if "out_conv.weight" in weights else _ddpmpp
     try:
-        return describe(weights, first)
+        return read(weights, first)
     except (KeyError, IndexError, ZeroDivisionError, ValueError) as error:
         raise FileFormatError(
             f"the weights look like EDM's at {first}x{first}, but do not fit together: {error}", remedy="download it again"
         ) from error
 
 
-def _song(weights: Weights, size: int) -> tuple[str, dict[str, Any]]:
+def _ddpmpp(weights: Weights, size: int) -> tuple[str, dict[str, Any]]:
     channels = weights[f"enc.{size}x{size}_conv.weight"].shape[0]
     emb, noise = weights["map_layer0.weight"].shape
     widths, common = _common(weights, size, "conv1", "qkv", "map_label")
@@ -71,6 +72,7 @@ def _adm(weights: Weights, size: int) -> tuple[str, dict[str, Any]]:
 def _edm2(weights: Weights, size: int) -> tuple[str, dict[str, Any]]:
     emb, noise = weights["emb_noise.weight"].shape
     widths, common = _common(weights, size, "conv_res1", "attn_qkv", "emb_label")
+    # No layer of EDM2's is model_channels wide by definition: its largest value that all widths are multiples of is taken.
     channels = math.gcd(*widths, emb, noise)
     return "Precond", {
         **common,
@@ -82,12 +84,15 @@ def _edm2(weights: Weights, size: int) -> tuple[str, dict[str, Any]]:
 
 
 def _class_name(common: dict[str, Any], last: np.ndarray) -> str:
-    """iDDPM's networks estimate a variance beside the mean: twice the channels."""
+    """The preconditioning, by the last layer: iDDPM's estimates a variance beside the mean, in twice the channels."""
     return "iDDPMPrecond" if last.shape[0] == 2 * common["img_channels"] else "EDMPrecond"
 
 
 def _common(weights: Weights, size: int, conv: str, qkv: str, label: str) -> tuple[list[int], dict[str, Any]]:
-    """The channels of each level, and the arguments that every architecture has; its layers are called conv, qkv and label."""
+    """The channels of each level, and the arguments that every architecture has.
+
+    conv, qkv and label are what the architecture calls a block's convolution, its attention, and the layer of classes.
+    """
     sizes = sorted({int(found[1]) for name in weights if (found := re.match(r"enc\.(\d+)x\1_block0\.", name))}, reverse=True)
     blocks = {name.split(".")[1] for name in weights if name.startswith(f"enc.{size}x{size}_block")}
     return [weights[f"enc.{at}x{at}_block0.{conv}.weight"].shape[0] for at in sizes], {
@@ -110,7 +115,7 @@ def _columns(weights: Weights, layer: str) -> int:
 
 
 def _taps(weights: Weights) -> list[int]:
-    """The separable filter of the first resampling layer; it is stored as its outer product, of sum 1."""
+    """The separable filter of the first resampling layer, in whole numbers. The file holds its outer product, of sum 1."""
     kernels = (array for name, array in weights.items() if name.endswith("resample_filter"))
     rows = next(kernels, np.ones((1, 1, 2, 2), np.float32) / 4)[0, 0].astype(np.float64).sum(1)
     return [round(value) for value in rows / rows[0]]

@@ -1,4 +1,8 @@
-"""How much a checkpoint may ask for, what it has asked for so far, and how it is refused."""
+"""How much a checkpoint may ask for, how much it has asked for so far, and how it is refused.
+
+A few bytes in a hostile file can ask for any amount of memory or time: a length, a shape, a value that is repeated. So whatever
+costs something is counted before it is spent.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +13,7 @@ from uni_instruct.errors import FileFormatError, RequestError
 AGAIN = "copy or download it again"
 FOREIGN = "nothing in it was run; give a file as EDM, EDM2, SiD, SiDA or Uni-Instruct write it, or a .safetensors"
 _NAME_SHOWN = 80
-# The order of integers in a dict can be chosen so that every insertion walks through all the others.
+# Integers hash to themselves, so a file can choose keys that collide, and make each insertion walk through all the others.
 _NUMBER_KEYS = 20_000
 
 
@@ -31,7 +35,7 @@ class Limits:
 
 
 class MalformedFile(Exception):
-    """What is wrong with a file, without its name; `reading` adds that and makes it a FileFormatError."""
+    """What is wrong with a file, in words that follow its name. `reading` puts the name before them, as a FileFormatError."""
 
     def __init__(self, problem: str, remedy: str = AGAIN):
         super().__init__(problem)
@@ -68,11 +72,11 @@ class Budget:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turns what goes wrong while the named file is read into the project's errors."""
+    """Within the block, whatever goes wrong while the named file is read becomes one of the project's errors."""
     try:
         yield
-    except MalformedFile as fault:
-        raise FileFormatError(f"{name} {fault.problem}", remedy=fault.remedy, param="checkpoint") from fault
+    except MalformedFile as error:
+        raise FileFormatError(f"{name} {error.problem}", remedy=error.remedy, param="checkpoint") from error
     except OSError as error:
         raise RequestError(f"cannot read {name}: {error.strerror or error}", remedy=AGAIN, param="checkpoint") from error
     except MemoryError as error:

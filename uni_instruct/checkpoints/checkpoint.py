@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
@@ -12,19 +12,20 @@ from uni_instruct.checkpoints.modules import config_of, is_network, plain_value,
 from uni_instruct.checkpoints.pickle.unpickle import StoredModule, pickled, plain
 from uni_instruct.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
 from uni_instruct.checkpoints.source import Source, opened
-from uni_instruct.checkpoints.torch_file import ZIP, zipped
+from uni_instruct.checkpoints.torch_file import zipped
+from uni_instruct.zip_entry import SIGNATURE as ZIP
 
 _PICKLE = b"\x80"
 
 
 @dataclass(frozen=True)
 class StoredNetwork:
-    """A network in a file. role: its name there, such as 'ema'. class_name: such as 'EDMPrecond', '' for bare weights.
+    """A network in a file. name: what the file calls it, such as 'ema'. class_name: such as 'EDMPrecond', '' for bare weights.
 
     config: the arguments and attributes that the file gives, {} for bare weights. tensors: by state-dict name.
     """
 
-    role: str
+    name: str
     class_name: str
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
@@ -41,14 +42,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """A kind of file: a dict with these keys, among which the networks are modules or bare weights."""
+    """A format of file: a dict with these keys, in which networks stand as modules, or as bare weights."""
 
     name: str
     keys: frozenset[str]
     modules: bool
 
 
-# The first whose keys are all there. SiDA and Uni-Instruct write SiD's files; theirs hold weights where SiD's hold modules.
+# A file has the first format whose keys are all there, so that one which asks for less comes later. SiDA and Uni-Instruct write
+# SiD's files; theirs hold weights where SiD's hold modules.
 FORMATS = (
     CheckpointFormat("edm2 pickle", frozenset({"ema", "encoder", "dataset_kwargs", "loss_fn"}), modules=True),
     CheckpointFormat("edm pickle", frozenset({"ema", "loss_fn", "augment_pipe", "dataset_kwargs"}), modules=True),
@@ -72,34 +74,36 @@ def read_checkpoint(path: str | Path, limits: Limits | None = None) -> Checkpoin
     limits = limits or Limits()
     with opened(path) as (file, name, size), reading(name):
         budget = Budget(limits, size)
-        kind = _kind(file, size)
-        if kind is not read_safetensors:
-            return _checkpoint(plain(kind(file, budget, size), budget), budget)
+        read = _unpickler(file, size)
+        if read is not None:
+            return _checkpoint(plain(read(file, budget, size), budget), budget)
     tensors, config = read_safetensors(path, limits)
     with reading(name):
         return Checkpoint("safetensors", (StoredNetwork("weights", "", config, _weights(tensors, budget)),), {})
 
 
-def _kind(file: BinaryIO, size: int) -> Callable[..., Any]:
+def _unpickler(file: BinaryIO, size: int) -> Callable[[BinaryIO, Budget, int], object] | None:
+    """What reads the file by its first bytes; None for safetensors. Raises MalformedFile for what is no checkpoint."""
     if Source(file, 0, size).starts_with(ZIP):
         return zipped
-    if looks_like_safetensors(file, size):  # first: its length may begin with a pickle's first byte
-        return read_safetensors
+    # Before pickles: a safetensors file begins with a length, whose first byte may be a pickle's.
+    if looks_like_safetensors(file, size):
+        return None
     if Source(file, 0, size).starts_with(_PICKLE):
         return pickled
     raise MalformedFile("is no checkpoint: neither a pickle, nor torch's zip, nor safetensors", FOREIGN)
 
 
-def _checkpoint(value: Any, budget: Budget) -> Checkpoint:
+def _checkpoint(value: object, budget: Budget) -> Checkpoint:
     if is_network(value):
         return Checkpoint("module", (_network("module", value, budget),), {})
-    if type(value) is not dict:
+    if not isinstance(value, dict):
         raise MalformedFile(f"holds a {type(value).__name__}, no checkpoint", FOREIGN)
     if _is_weights(value):
         return Checkpoint("state dict", (_network("weights", value, budget),), {})
     found = list(_found(value))
-    networks = tuple(_network(part.role, part.stored, budget) for part in found)
-    if not networks or len({network.role for network in networks}) < len(networks):
+    networks = tuple(_network(part.name, part.stored, budget) for part in found)
+    if not networks or len({network.name for network in networks}) < len(networks):
         raise MalformedFile("holds two networks of one name" if networks else "holds no network", FOREIGN)
     modules = any(isinstance(part.stored, StoredModule) for part in found)
     name = next(form.name for form in FORMATS if form.keys <= value.keys() and form.modules == modules)
@@ -109,15 +113,15 @@ def _checkpoint(value: Any, budget: Budget) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _Found:
-    """A network under a key of the file's dict."""
+    """A network under a key of the file's dict. name is that key, and of several averages under it also their width."""
 
-    key: Any
-    role: str
+    key: object
+    name: str
     stored: StoredModule | dict[str, np.ndarray]
 
 
 def _found(value: dict[Any, Any]) -> Iterator[_Found]:
-    """Modules and state dicts, and the several averages of EDM2's training states."""
+    """Modules and state dicts, and the several averages of EDM2's training states ({'emas': [...], 'stds': [...]})."""
     for key, part in value.items():
         if is_network(part) or _is_weights(part):
             yield _Found(key, str(key), part)
@@ -128,29 +132,30 @@ def _found(value: dict[Any, Any]) -> Iterator[_Found]:
                 yield _Found(key, f"{key} {std}", weights)
 
 
-def _is_weights(value: Any) -> bool:
+def _is_weights(value: object) -> TypeGuard[dict[str, np.ndarray]]:
     """Whether a value is a state dict: names and tensors, nothing else."""
     if not isinstance(value, dict) or not value:
         return False
     return all(isinstance(name, str) and isinstance(array, np.ndarray) for name, array in value.items())
 
 
-def _network(role: str, stored: StoredModule | dict[str, np.ndarray], budget: Budget) -> StoredNetwork:
+def _network(name: str, stored: StoredModule | dict[str, np.ndarray], budget: Budget) -> StoredNetwork:
     if isinstance(stored, StoredModule):
-        return StoredNetwork(role, stored.class_name, config_of(stored), _weights(tensors_of(stored), budget))
-    return StoredNetwork(role, "", {}, _weights(stored, budget))
+        return StoredNetwork(name, stored.class_name, config_of(stored), _weights(tensors_of(stored), budget))
+    return StoredNetwork(name, "", {}, _weights(stored, budget))
 
 
 def _weights(tensors: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
-    """The tensors, once it is clear that there are some, and that they do not repeat a few without end."""
+    """The tensors, counted against the budget. Raises MalformedFile where there are none, or a few repeat without end."""
+    # One storage can stand under any number of names, at no cost in the file.
     if not tensors:
         raise MalformedFile("has a network without weights", FOREIGN)
     budget.spend("bytes of networks", sum(array.nbytes for array in tensors.values()))
     return tensors
 
 
-def _fact(value: Any) -> Any:
-    """A plain value; of an optimizer, what it was set to, without its moments and its list of parameters."""
+def _fact(value: object) -> object:
+    """A plain value. Of an optimizer it is the settings, without the moments and the list of parameters."""
     if isinstance(value, dict) and {"state", "param_groups"} <= value.keys():
         groups = value["param_groups"] if isinstance(value["param_groups"], list) else []
         settings = [

@@ -20,10 +20,9 @@ from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.spec import ModelSpec
 
-KINDS = ("generator", "teacher")
-# What a training state holds besides generators: networks that denoise at every noise level.
+# Networks of a training state that denoise at every noise level, and so are teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
-# The average is what is published, in whatever file.
+# The average of the weights is what every project publishes and scores.
 PREFERRED = ("ema", "G_ema", "G_ema_state")
 # EDM's and EDM2's code and weights are NVIDIA's; what was trained with them carries their classes.
 NVIDIAS_LICENCE = "CC-BY-NC-SA-4.0, as far as it derives from NVIDIA's EDM"
@@ -37,7 +36,7 @@ tags: [{tags}]
 ---
 # {name}
 
-{summary} Imported from `{file}` ({format}, network `{role}`, sha256 `{digest}`).
+{summary} Imported from `{file}` ({format}, network `{network}`, sha256 `{digest}`).
 
 ## Use
 ```
@@ -55,15 +54,15 @@ The network makes a VAE's latents. Pictures are made of them by the decoder of `
 
 @dataclass(frozen=True, kw_only=True)
 class ImportRequest:
-    """What the file cannot tell. None takes what its format suggests.
+    """What the file does not say. None takes what its format suggests.
 
-    kind: 'generator' of one step, or 'teacher' for many. network: its role in the file. sigma_init: the noise level of a
+    role: 'generator' of one step, or 'teacher' for many. network: its name in the file. sigma_init: the noise level of a
     one-step generator's input. steps: of the teacher's sampler. origin: the address on the hub of a file from there. patch: the
     side of the squares of pixels that the network sees as one. latents: where the file does not say, the network makes a VAE's
     latents, scaled as EDM2 does. decoder: what `read_decoder` takes; it implies latents.
     """
 
-    kind: str | None = None
+    role: str | None = None
     network: str | None = None
     name: str | None = None
     sigma_init: float = 2.5
@@ -75,8 +74,8 @@ class ImportRequest:
     decoder: str | None = None
 
 
-def import_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
-    """The file's network as a bundle in `out`.
+def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
+    """Writes the file's network as a bundle into `out`.
 
     Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
     """
@@ -130,10 +129,10 @@ def _write_decoded(
     )
 
 
-def open_or_import(source: str, kind: str) -> Bundle:
-    """A bundle, or a checkpoint's file as one: kept in the cache under the file's hash and this version: imported once.
+def open_or_import(source: str, role: str) -> Bundle:
+    """A bundle, or a checkpoint's file as one, imported once and then kept in the cache. role: as in ImportRequest.
 
-    Takes whatever `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `import_checkpoint` do.
+    Takes whatever `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `bundle_from_checkpoint` do.
     """
     origin, path = source, Path(source)
     if is_on_hub(source):
@@ -141,26 +140,28 @@ def open_or_import(source: str, kind: str) -> Bundle:
         origin, path = download.origin, download.path
     if not path.is_file():
         return Bundle.open(source)
-    folder = cache_folder() / "imported" / f"{sha256(path)}-{__version__}-{kind}"
+    # Under the file's hash and our version: another file of the same name, or a reader that was mended, is imported anew.
+    folder = cache_folder() / "imported" / f"{sha256(path)}-{__version__}-{role}"
     if not (folder / CONFIG).is_file():
-        import_checkpoint(path, folder, ImportRequest(kind=kind, origin=origin))
+        bundle_from_checkpoint(path, folder, ImportRequest(role=role, origin=origin))
     return Bundle.open(folder)
 
 
-def choose_network(checkpoint: Checkpoint, role: str | None) -> StoredNetwork:
-    """The network of that role; without one the average. Raises RequestError where the file has none of that role."""
-    networks = {network.role: network for network in checkpoint.networks}
-    if role is None:
-        role = next((name for name in PREFERRED if name in networks), next(iter(networks)))
-    if role not in networks:
+def choose_network(checkpoint: Checkpoint, name: str | None) -> StoredNetwork:
+    """The network of that name; without a name the average. Raises RequestError where the file has none of that name."""
+    networks = {network.name: network for network in checkpoint.networks}
+    if name is None:
+        name = next((preferred for preferred in PREFERRED if preferred in networks), next(iter(networks)))
+    if name not in networks:
         remedy = f"choose one of {', '.join(networks)}"
-        raise RequestError(f"the file holds no network '{role}'", remedy=remedy, param="network")
-    return networks[role]
+        raise RequestError(f"the file holds no network '{name}'", remedy=remedy, param="network")
+    return networks[name]
 
 
-def likely_kind(checkpoint: Checkpoint, stored: StoredNetwork) -> str:
-    """A file that names the loss of a denoiser holds a teacher; SiD's and its successors' snapshots hold the average alone."""
-    return "teacher" if "loss_fn" in checkpoint.facts or stored.role in DENOISERS else "generator"
+def likely_role(checkpoint: Checkpoint, stored: StoredNetwork) -> str:
+    """'teacher' or 'generator', by what the file holds beside the network."""
+    # EDM and EDM2 keep a denoiser's loss in the file; snapshots of SiD and its successors hold nothing but the average.
+    return "teacher" if "loss_fn" in checkpoint.facts or stored.name in DENOISERS else "generator"
 
 
 def _spec(
@@ -171,13 +172,13 @@ def _spec(
     latents: LatentMap | None,
     request: ImportRequest,
 ) -> ModelSpec:
-    kind = request.kind or likely_kind(checkpoint, stored)
+    role = request.role or likely_role(checkpoint, stored)
     provenance: dict[str, Any] = {
         "imported": {
             "file": request.origin if is_on_hub(request.origin) else path.name,
             "sha256": sha256(path),
             "format": checkpoint.format,
-            "network": stored.role,
+            "network": stored.name,
             "class": stored.class_name or "read off the weights",
             "left_out": list(translation.left_out),
             **({} if latents is None else {"latents": latents.to_json()}),
@@ -187,7 +188,7 @@ def _spec(
     return translation.spec(
         name=request.name or re.sub(r"[^\w.-]+", "-", path.stem),
         sigma_init=request.sigma_init,
-        steps=1 if kind == "generator" else request.steps,
+        steps=1 if role == "generator" else request.steps,
         latents=latents is not None,
         provenance=provenance,
         licence=request.licence or (NVIDIAS_LICENCE if stored.class_name else UNKNOWN_LICENCE),
@@ -202,7 +203,7 @@ def _card(spec: ModelSpec) -> str:
         summary="A one-step image generator." if one_step else f"A diffusion model, sampled with {spec.steps} steps.",
         file=imported["file"],
         format=imported["format"],
-        role=imported["network"],
+        network=imported["network"],
         digest=imported["sha256"],
         usage=usage(spec) if one_step else f"{usage(spec)}\nuni-instruct train RECIPE --set teacher=. data=DATA.zip",
         licence=spec.licence,

@@ -1,24 +1,24 @@
-"""Modules as pickles store them, to what they are made of: parameters by state-dict name, and how they were configured."""
+"""Modules as pickles store them, read as weights by state-dict name and as the configuration that they were made with."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from uni_instruct.checkpoints.budget import FOREIGN, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.unpickle import SMALL, StoredModule
 
-# What a preconditioning calls the network inside it: EDM, SiD and SiDA; EDM2.
+# What a preconditioning calls the network inside it: `model` in EDM, SiD and SiDA, `unet` in EDM2.
 _INNER = ("model", "unet")
-# A preconditioning derives these from img_channels; no one configures them.
+# A preconditioning derives these from img_channels; they are no settings of their own.
 _DERIVED = frozenset({"in_channels", "out_channels"})
-# The part of a module's state that says in which mode it was, not what it is.
+# State that says in which mode a module was when it was saved, not what it is.
 _MODES = frozenset({"training"})
 _LONGEST_NAME = 500
 
 
-def is_network(value: Any) -> bool:
-    """Whether a value is a module, not another object that was pickled with its class."""
+def is_network(value: object) -> TypeGuard[StoredModule]:
+    """Whether a value is a module, and not another object that was pickled with its class."""
     return isinstance(value, StoredModule) and "_modules" in value.state and "_parameters" in value.state
 
 
@@ -33,7 +33,9 @@ def tensors_of(module: StoredModule) -> dict[str, np.ndarray]:
 
 
 def config_of(module: StoredModule) -> dict[str, Any]:
-    """How a network was configured: its arguments, those of the network inside it, and its plain attributes, which win.
+    """How a network was configured: its arguments, those of the network inside it, and its plain attributes.
+
+    An attribute replaces an argument of the same name, as it is what the network used.
 
     `model_type` is the class of the network inside. Raises MalformedFile where two of these contradict each other.
     """
@@ -56,7 +58,7 @@ def attributes_of(module: StoredModule) -> dict[str, Any]:
     return {name: plain for name, value in public.items() if (plain := plain_value(value)) is not None or value is None}
 
 
-def plain_value(value: Any) -> Any:
+def plain_value(value: object) -> Any:
     """The value with small arrays as lists and modules as their attributes; None for what has no plain form."""
     if isinstance(value, np.ndarray):
         return value.tolist() if value.size <= SMALL else None
@@ -73,8 +75,9 @@ def _walk(module: StoredModule, prefix: str) -> Iterator[tuple[str, np.ndarray]]
     left_out = module.state.get("_non_persistent_buffers_set", set())
     if not isinstance(left_out, set | frozenset):
         raise MalformedFile(f"has a module {module.class_name} whose list of buffers is broken", FOREIGN)
-    for kind, skipped in (("_parameters", frozenset()), ("_buffers", left_out)):
-        for name, array in _children(module, kind).items():
+    # The names of these attributes, and their order, are those of torch.nn.Module.
+    for part, skipped in (("_parameters", frozenset()), ("_buffers", left_out)):
+        for name, array in _children(module, part).items():
             if array is None or name in skipped:
                 continue
             if not isinstance(array, np.ndarray):
@@ -88,14 +91,14 @@ def _walk(module: StoredModule, prefix: str) -> Iterator[tuple[str, np.ndarray]]
         yield from _walk(child, f"{prefix}{name}.")
 
 
-def _children(module: StoredModule, kind: str) -> dict[str, Any]:
-    """A module's parameters, buffers or modules by name."""
-    children = module.state.get(kind)
+def _children(module: StoredModule, part: str) -> dict[str, Any]:
+    """A module's parameters, buffers or modules by name. part: '_parameters', '_buffers' or '_modules'."""
+    children = module.state.get(part)
     if not isinstance(children, dict):
-        raise MalformedFile(f"has a module {module.class_name} whose {kind} is no dict", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} whose {part} is no dict", FOREIGN)
     for name in children:
         if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or "." in name:
-            raise MalformedFile(f"has a module {module.class_name} with the name {shown(name)} in its {kind}", FOREIGN)
+            raise MalformedFile(f"has a module {module.class_name} with the name {shown(name)} in its {part}", FOREIGN)
     return children
 
 

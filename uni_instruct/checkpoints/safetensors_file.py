@@ -6,12 +6,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from uni_instruct.bundle import CONFIG
 from uni_instruct.checkpoints import tensors
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Storage, stored_tensor
 
-CONFIG = "config.json"
 _LARGEST_HEADER = 4 << 20
 _LARGEST_CONFIG = 1 << 20
 _ELEMENTS = {
@@ -32,9 +32,9 @@ _ELEMENTS = {
 
 
 def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays by name, bfloat16 widened to float32, and the config.json beside the file, empty where there is none.
+    """The arrays by name, bfloat16 widened to float32, and the config.json beside the file, {} where there is none.
 
-    Raises FileFormatError.
+    Raises FileFormatError where either is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -42,7 +42,7 @@ def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[
         budget = Budget(limits or Limits(), size)
         header, start = _header(file, budget, size)
         try:
-            # For its checks alone (gaps, overlaps, sizes): it would not give bfloat16 to NumPy.
+            # Opened for its checks alone (gaps, overlaps, sizes): it cannot hand bfloat16 to NumPy.
             with safe_open(str(source), framework="numpy"):
                 pass
         except SafetensorError as error:
@@ -78,7 +78,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _json(content: bytes, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(content.decode())  # of bytes it would guess the encoding
+        value = json.loads(content.decode())  # given bytes, json would guess their encoding
     except (ValueError, RecursionError) as error:
         raise MalformedFile(f"has {what} that is not JSON: {shown(str(error))}") from error
     if not isinstance(value, dict):
@@ -87,16 +87,17 @@ def _json(content: bytes, what: str) -> dict[str, Any]:
 
 
 def _array(file: BinaryIO, budget: Budget, start: int, entry: Any) -> np.ndarray:
-    """A tensor by its entry, which is checked again: a key that stands twice may have meant the other to safetensors."""
+    """A tensor by its entry in the header."""
+    # Checked again, though safetensors has checked it: of a key that stands twice it may have taken the other.
     values = entry if isinstance(entry, dict) else {}
-    kind, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(kind, str) or kind not in _ELEMENTS:
-        raise MalformedFile(f"has a tensor of type {shown(kind)}", "save it as float32, float16, bfloat16 or integers")
+    dtype, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _ELEMENTS:
+        raise MalformedFile(f"has a tensor of type {shown(dtype)}", "save it as float32, float16, bfloat16 or integers")
     if not isinstance(shape, list) or not isinstance(offsets, list) or [type(at) for at in offsets] != [int, int]:
         raise MalformedFile("has a header with a broken entry")
     first, last = offsets
     if not 0 <= first <= last <= budget.file_bytes - start:
         raise MalformedFile("has a header that points outside the file")
-    element = _ELEMENTS[kind]
+    element = _ELEMENTS[dtype]
     storage = Storage(budget, element, (last - first) // element.stored.itemsize, Span(file, start + first, last - first))
     return stored_tensor(budget, storage, 0, tuple(shape), None).of(storage.read())

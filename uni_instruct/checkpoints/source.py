@@ -1,4 +1,4 @@
-"""Stretches of an open file, read from front to back and never beyond their end."""
+"""A stretch of an open file, read from front to back and never beyond its end."""
 
 import zlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _BLOCK = 1 << 20
 
 
 class Source:
-    """Reads a file between two positions."""
+    """Reads a file between two positions; `position` is the next byte's."""
 
     def __init__(self, file: BinaryIO, start: int, end: int):
         self._file = file
@@ -43,6 +43,7 @@ class Source:
 
     def line(self, limit: int) -> bytes:
         """The next bytes up to a newline, which is left out. Raises MalformedFile where none follows within the limit."""
+        # The limit comes first: without it a file of one endless line would be read into memory.
         line = self._file.readline(min(limit, self.end - self.position))
         self._advance(len(line))
         if not line.endswith(b"\n"):
@@ -50,7 +51,7 @@ class Source:
         return line[:-1]
 
     def span(self, size: int) -> "Span":
-        """The next bytes, unread."""
+        """The next bytes as a Span, which stay unread."""
         start = self.position
         self._advance(size)
         self._file.seek(self.position)
@@ -64,7 +65,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """A part of an open file that is read when it is needed."""
+    """A part of an open file, read when it is needed."""
 
     file: BinaryIO
     start: int
@@ -72,7 +73,7 @@ class Span:
 
     @contextmanager
     def opened(self) -> Iterator[Source]:
-        """Reads it; whoever else reads the file goes on where it was."""
+        """Reads the span; afterwards the file stands where it stood before, for whoever else reads it."""
         position = self.file.tell()
         try:
             yield Source(self.file, self.start, self.start + self.size)
@@ -95,7 +96,7 @@ class Span:
     def read_into(self, array: np.ndarray) -> None:
         """Fills a contiguous array of the span's size."""
         self.file.seek(self.start)
-        # A view of nothing cannot be cast.
+        # Python cannot cast a view of no bytes.
         if array.nbytes and self.file.readinto(array.data.cast("B")) != self.size:  # type: ignore[attr-defined]
             raise MalformedFile("ends too early")
 

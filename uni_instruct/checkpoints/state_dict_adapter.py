@@ -1,4 +1,4 @@
-"""From a stored network, in EDM's and EDM2's names, to a spec and weights: every weight is accounted for."""
+"""From a stored network, in the names of EDM and EDM2, to a spec and weights of this package. No weight may be left over."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ INNER = ("model.", "unet.")
 
 @dataclass(frozen=True, kw_only=True)
 class ArgumentMap:
-    """How a class of the peers' is called here, and its arguments, which have the same names here.
+    """What a class of EDM's or EDM2's is called here, and which of its arguments are used; they have the same names here.
 
-    What is passed over changes no image. defaults are the peers' where they are not ours.
+    passed_over: arguments that change no image. defaults: the class's own, where they differ from those here.
     """
 
     name: str
@@ -61,7 +61,7 @@ PRECONDITIONING_ARGUMENTS = {
     "VEPrecond": ArgumentMap(name="ve", arguments=_RANGE),
     "iDDPMPrecond": ArgumentMap(name="iddpm", arguments=frozenset({"C_1", "C_2", "M"}), passed_over=_RANGE),
 }
-# What a preconditioning holds where the file does not say.
+# The network inside a preconditioning where the file does not say: the default of that class in EDM and EDM2.
 DEFAULT_NETWORKS = {
     "EDMPrecond": "DhariwalUNet",
     "Precond": "UNet",
@@ -69,7 +69,7 @@ DEFAULT_NETWORKS = {
     "VEPrecond": "SongUNet",
     "iDDPMPrecond": "DhariwalUNet",
 }
-# SiDA's and Uni-Instruct's classes, which can also stop after the encoder.
+# SiDA and Uni-Instruct write these classes, which can also stop after the encoder; their weights are those of EDM's.
 ALIASES = {
     "EDMPrecond_EncoderDecoder": "EDMPrecond",
     "EDM_2_Precond_EncoderDecoder": "Precond",
@@ -78,16 +78,16 @@ ALIASES = {
     "DhariwalUNet_EncoderDecoder": "DhariwalUNet",
     "UNet_EncoderDecoder": "UNet",
 }
-# The largest values that any network of these has by far; beyond them building it would not end.
+# Far beyond any network of these classes; with larger values, building the network to compare weights would not end.
 LARGEST = {"num_blocks": 64, "M": 10_000, "img_resolution": 8192, "img_channels": 1024}
 LARGEST_NUMBER, LONGEST = 1_000_000, 32
-# Arguments of every preconditioning: read by name below, or of no effect on images.
+# Arguments of every preconditioning: read by name below, or without effect on images.
 COMMON = frozenset({"img_resolution", "img_channels", "label_dim", "model_type", "use_fp16"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """A network in this package's words. left_out names the tensors that serve the peer's training alone."""
+    """A network in this package's names. left_out are the tensors that only the original's training needs."""
 
     image_shape: ImageShape
     num_classes: int
@@ -97,7 +97,7 @@ class Translation:
     left_out: tuple[str, ...]
 
     def spec(self, **more: Any) -> ModelSpec:
-        """The bundle's spec with what the file cannot tell."""
+        """The bundle's spec. more: the fields of ModelSpec that the file does not say."""
         return ModelSpec(
             noise_shape=self.image_shape,
             num_classes=self.num_classes,
@@ -110,8 +110,8 @@ class Translation:
 def translate(stored: StoredNetwork, patch: int | None = None) -> Translation:
     """The stored network, its weights under this package's names.
 
-    patch: the side of the squares of pixels that it sees as one, which weights do not tell: smaller images with more channels
-    have the same. None: 1, as the peers' have it, unless the config.json beside the file is a bundle's and says otherwise.
+    patch: the side of the squares of pixels that the network sees as one. Weights do not show it: they are the same for smaller
+    images with more channels. None takes the patch of a bundle's config.json beside the file, else 1, as EDM's networks have.
 
     Raises RequestError for a class or argument that is not known here, FileFormatError where weights are missing, left over,
     of another shape, or not finite.
@@ -140,14 +140,14 @@ def translate(stored: StoredNetwork, patch: int | None = None) -> Translation:
 
 
 def _patch_beside(stored: StoredNetwork) -> int:
-    """That of a bundle's config.json."""
+    """The patch in a bundle's config.json beside the file; 1 where there is none."""
     args = {} if stored.class_name else stored.config.get("network_args")
     patch: int = args.get("patch", 1) if isinstance(args, dict) else 1
     return patch
 
 
 def _image_shape(channels: int, size: int, patch: int) -> ImageShape:
-    """Of the images, from what the network is fed. Raises RequestError for a patch that makes no such channels."""
+    """[C, H, W] of the images, from that of the network's input. Raises RequestError where the patch does not fit."""
     from uni_instruct.networks.build import check_patch
 
     check_patch(patch)
@@ -184,8 +184,9 @@ def _known(name: str, table: Mapping[str, ArgumentMap], what: str) -> str:
     return name
 
 
-def _check_arguments(config: Mapping[str, Any], *vocabularies: ArgumentMap) -> None:
-    known = COMMON.union(*(v.arguments for v in vocabularies), *(v.passed_over for v in vocabularies))
+def _check_arguments(config: Mapping[str, Any], *maps: ArgumentMap) -> None:
+    # An argument that is not known might change images, and a network without it would be quietly another one.
+    known = COMMON.union(*(known.arguments for known in maps), *(known.passed_over for known in maps))
     unknown = sorted(set(config) - known)
     if unknown:
         raise RequestError(
@@ -215,16 +216,17 @@ def _implausible(name: str, value: Any) -> FileFormatError:
 
 
 def _chosen(config: Mapping[str, Any], names: ArgumentMap) -> dict[str, Any]:
-    """EDM's largest noise level is infinity, which is the default here too, and which JSON does not know."""
+    """The arguments of those names, with the defaults of the original class."""
+    # EDM's largest noise level is infinity, which JSON does not know; it is the default here too.
     given = {name: config[name] for name in sorted(names.arguments) if name in config and config[name] != math.inf}
     return {**names.defaults, **given}
 
 
 def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> None:
-    """What lies outside the network: EDM2's estimate of uncertainty, and iDDPM's table of noise levels, which must be ours."""
+    """Checks the weights outside the network: EDM2's estimate of uncertainty, and iDDPM's table of noise levels."""
     for name, array in outer.items():
         if name.startswith(("logvar_fourier.", "logvar_linear.")):
-            continue
+            continue  # EDM2's training weighs its loss by it; no image depends on it
         if name != "u":
             raise misfit("network", "holds weights that are not its own", [name])
         from uni_instruct.networks.preconditioning import IDDPM
@@ -236,7 +238,7 @@ def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> N
 
 
 def _check_filters(tensors: Mapping[str, np.ndarray], taps: Sequence[float]) -> None:
-    """Resampling filters are stored too, but follow from the configuration: they must be what it says."""
+    """Checks the resampling filters: they are stored, but follow from the configuration, and must agree with it."""
     expected = np.outer(taps, taps) / np.sum(taps) ** 2
     for name, array in tensors.items():
         if name.endswith("resample_filter") and not np.allclose(array, expected, atol=1e-6):
@@ -249,6 +251,7 @@ def _check_weights(translation: Translation) -> None:
 
     from uni_instruct.networks.build import build_denoiser
 
+    # On "meta" a network has shapes and no memory.
     with torch.device("meta"):
         denoiser = build_denoiser(translation.spec(name="imported"))
     expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Tensors as files store them: a flat storage, and how a tensor lies in it."""
+"""Tensors as files store them: a flat storage of elements, and how a tensor lies in it (offset, shape, strides)."""
 
 import math
 import zlib
@@ -18,7 +18,7 @@ _LARGEST_SIZE = 1 << 62
 
 @dataclass(frozen=True)
 class Element:
-    """A type of element: as it stands in the file, and as it is handed out. The latter is wider for bfloat16 alone."""
+    """A type of element: `stored` as it stands in the file, `plain` as it is handed out. They differ for bfloat16 and bool."""
 
     name: str
     stored: np.dtype[Any]
@@ -51,9 +51,9 @@ STORAGE_TYPES = {
 
 
 class Storage:
-    """Elements in a row. Where they stand may become known only after the tensors that lie in them."""
+    """Elements in a row. Their place in the file (span) may become known only after the tensors that lie in them."""
 
-    def __init__(self, budget: Budget, element: Element, numel: Any, span: Span | None = None, crc: int | None = None):
+    def __init__(self, budget: Budget, element: Element, numel: object, span: Span | None = None, crc: int | None = None):
         if type(numel) is not int or numel < 0:
             raise MalformedFile(f"has a storage of {shown(str(numel)[:20])} elements")
         budget.spend("bytes of storages", numel * element.stored.itemsize)
@@ -67,9 +67,10 @@ class Storage:
         self.span.read_into(stored)
         if self.crc is not None and zlib.crc32(stored.data) != self.crc:
             raise MalformedFile("has a storage that does not match its checksum")
+        # A bfloat16 is the upper half of a float32, and NumPy has no type for it.
         if self.element is BFLOAT16:
             return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
-        # A byte of a bool may hold any value, which NumPy would not expect.
+        # A bool's byte may hold any value in a file; NumPy computes wrongly with others than 0 and 1.
         return stored != 0 if self.element is BOOL else stored
 
 
@@ -83,34 +84,37 @@ class StoredTensor:
     strides: tuple[int, ...]
 
     def of(self, flat: np.ndarray) -> np.ndarray:
-        """The tensor, given its storage's elements: those themselves where it is all of them, else a copy."""
+        """The tensor, given its storage's elements: a view where it is all of them, else a copy."""
         numel = math.prod(self.shape)
         if not numel or self.strides == _contiguous(self.shape):
+            # A small part is copied: a view would keep all of the storage in memory.
             part = flat[self.offset : self.offset + numel].reshape(self.shape)
             return part if numel == len(flat) else part.copy()
         steps = [stride * flat.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps).copy()
 
 
-def stored_tensor(budget: Budget, storage: Storage, offset: Any, shape: Any, strides: Any) -> StoredTensor:
+def stored_tensor(budget: Budget, storage: Storage, offset: object, shape: object, strides: object) -> StoredTensor:
     """A checked tensor; without strides it has no gaps. Raises MalformedFile for one larger than its storage or outside it."""
     sizes = _sizes(shape, "shape")
     steps = _contiguous(sizes) if strides is None else _sizes(strides, "strides")
     if type(offset) is not int or offset < 0 or len(sizes) != len(steps):
         raise MalformedFile("has a tensor with broken strides")
     numel = math.prod(sizes)
+    # No elements, but sizes such as [0, 2**60], which break whoever multiplies the rest.
     if not numel and math.prod(max(size, 1) for size in sizes) > _LARGEST_EMPTY:
         raise MalformedFile("has an empty tensor of absurd size", FOREIGN)
     last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    # Strides of 0 repeat elements without end: no tensor may have more than its storage.
     if numel and (numel > storage.numel or last >= storage.numel):
         raise MalformedFile(f"has a tensor of {numel:,} elements that reaches beyond its storage of {storage.numel:,}", FOREIGN)
     budget.spend("bytes of tensors", numel * storage.element.plain.itemsize)
-    # The strides of a single element along an axis say nothing.
+    # Along an axis of one element no stride is ever taken, and files hold any number there.
     steps = tuple(plain if size < 2 else step for size, step, plain in zip(sizes, steps, _contiguous(sizes), strict=True))
     return StoredTensor(storage, offset, sizes, steps)
 
 
-def _sizes(values: Any, what: str) -> tuple[int, ...]:
+def _sizes(values: object, what: str) -> tuple[int, ...]:
     if type(values) is not tuple or len(values) > _MOST_DIMENSIONS:
         raise MalformedFile(f"has a tensor with a broken {what}")
     if any(type(value) is not int or not 0 <= value < _LARGEST_SIZE for value in values):

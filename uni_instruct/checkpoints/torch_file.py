@@ -7,43 +7,34 @@ limits: it hands out a tensor of stride 0 of any size.
 import struct
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
-from uni_instruct.checkpoints.legacy_torch import persistent_storages
+from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
 from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter
-from uni_instruct.checkpoints.pickle.unpickle import pickled, plain
-from uni_instruct.checkpoints.source import Source, Span, opened
+from uni_instruct.checkpoints.pickle.legacy_torch import persistent_storages
+from uni_instruct.checkpoints.source import Source, Span
 from uni_instruct.checkpoints.tensors import Element, Storage
+from uni_instruct.zip_entry import entry_start
 
-ZIP = b"PK\x03\x04"
 _LARGEST_DIRECTORY = 4 << 20  # bytes; the 3,000 storages of a large training state take 0.3 million
-_HEADER = struct.Struct("<4s5H3I2H")
+# What zipfile raises over a damaged directory.
 _BROKEN_ZIP = (zipfile.BadZipFile, struct.error, NotImplementedError, EOFError, ValueError, OverflowError)
 _RESAVE = "save it again with torch.save"
 
 
-def read_torch(source: str | Path | BinaryIO, limits: Limits | None = None) -> Any:
-    """The value of a file that torch.save wrote, zip or not, as `read_pickle` gives it. Raises FileFormatError."""
-    with opened(source) as (file, name, size), reading(name):
-        budget = Budget(limits or Limits(), size)
-        value = zipped(file, budget, size) if Source(file, 0, size).starts_with(ZIP) else pickled(file, budget, size)
-        return plain(value, budget)
-
-
-def zipped(file: BinaryIO, budget: Budget, size: int) -> Any:
+def zipped(file: BinaryIO, budget: Budget, size: int) -> object:
     """The value of torch's zip, with placeholders and stored tensors in it. Raises MalformedFile."""
     entries = _entries(file, size)
     folder = _folder(entries)
     if f"{folder}constants.pkl" in entries:
         raise MalformedFile("is a TorchScript program", "give a checkpoint that torch.save wrote")
+    # Older files have no such entry, and torch then takes their order to be the machine's.
     order = entries.get(f"{folder}byteorder")
     if order is not None and order.span.content(len(b"little") + 1) != b"little":
         raise MalformedFile("was written in an unknown byte order", _RESAVE)
 
-    def storage(element: Element, key: str, numel: Any) -> Storage:
+    def storage(element: Element, key: str, numel: object) -> Storage:
         entry = entries.get(f"{folder}data/{key}")
         if entry is None:
             raise MalformedFile(f"lacks storage {shown(key)}")
@@ -68,7 +59,10 @@ class _Entry:
 
 
 class _BoundedFile:
-    """The file as zipfile sees it: neither a directory of absurd size nor one before its beginning is read."""
+    """The file as zipfile sees it. A directory of absurd size, or one before the file's beginning, is refused.
+
+    zipfile reads its directory in one piece, however long the file says that it is.
+    """
 
     def __init__(self, file: BinaryIO):
         self._file, self.tell = file, file.tell
@@ -98,13 +92,15 @@ def _entries(file: BinaryIO, size: int) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     for info in infos:
         name = info.filename
+        # Compressed entries could be a thousand times as large as the file, and tensors could not be read in place.
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise MalformedFile(f"has a compressed or encrypted entry {shown(name)}", f"{_RESAVE}, which stores plainly")
+        # Two readers may take different ones of two entries of a name, so that one checks what the other runs.
         if name in entries:
             raise MalformedFile(f"has two entries {shown(name)}", FOREIGN)
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise MalformedFile(f"has an entry {shown(name)} that leaves its folder", FOREIGN)
-        # Zero stands where torch was told to leave checksums out.
+        # torch writes zero where its user has switched checksums off.
         entries[name] = _Entry(_located(file, info, size), info.CRC or None)
     return entries
 
@@ -125,10 +121,11 @@ def _folder(entries: dict[str, _Entry]) -> str:
 
 def _located(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> Span:
     """Where an entry's bytes stand by its own header, which must agree with the directory."""
-    source = Source(file, min(max(info.header_offset, 0), size), size)
-    magic, *_, name_size, extra_size = _HEADER.unpack(source.read(_HEADER.size))
     name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace")
-    if magic != ZIP or name_size != len(name) or source.read(name_size) != name:
+    try:
+        start, own_name = entry_start(file, min(max(info.header_offset, 0), size))
+    except zipfile.BadZipFile:
+        own_name = b""
+    if own_name != name:
         raise MalformedFile(f"is not a whole zip: entry {shown(info.filename)} is not where its directory says")
-    source.span(extra_size)
-    return source.span(info.file_size)
+    return Source(file, min(start, size), size).span(info.file_size)

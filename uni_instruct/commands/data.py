@@ -1,4 +1,4 @@
-"""uni-instruct data: data sets in, EDM's zip out, or what is wrong with them."""
+"""`uni-instruct data`: makes EDM's zip of a data set, or says what is wrong with one."""
 
 import json
 from pathlib import Path
@@ -36,6 +36,7 @@ def prepare(source: str, out: Path, resolution: int | None, num_classes: int | N
 
     Example: uni-instruct data prepare photos/ --resolution 64 --out photos.zip
     """
+    # Before the data set is opened, which may take minutes or a download.
     if out.suffix.lower() != ".zip" or out.is_dir():
         raise RequestError(f"--out {out} is not the name of a zip", remedy="give a file such as data.zip", param="out")
     dataset = open_dataset(source, resolution, num_classes)
@@ -61,7 +62,9 @@ def check(source: str, resolution: int | None, as_json: bool) -> None:
         click.echo("\n".join(one.problem for one in found.wrong))
     else:
         click.echo(f"nothing is wrong: {describe(open_dataset(source, resolution))}")
+    # Last, as an error and not as text: a script that checks before it trains goes by the exit code.
     if found.wrong:
+        # A file may be named twice, for its size and for its label.
         files = len({(one.source, one.file) for one in found.wrong})
         raise FileFormatError(
             f"{source}: {files} file{'s are' if files > 1 else ' is'} wrong, {found.images} images were read",
@@ -72,10 +75,10 @@ def check(source: str, resolution: int | None, as_json: bool) -> None:
 def describe(dataset: Dataset) -> str:
     """A data set in one line."""
     channels, height, width = dataset.image_shape
-    kind = "latents" if dataset.latents else f"{_COLOURS[channels]} images"
+    content = "latents" if dataset.latents else f"{_COLOURS[channels]} images"
     classes = f"{dataset.num_classes} classes" if dataset.num_classes else "no classes"
     note = f"; {dataset.note}" if dataset.note else ""
-    return f"{dataset.name}, {len(dataset)} {kind} of {width}x{height}, {classes}, licence {dataset.licence}{note}"
+    return f"{dataset.name}, {len(dataset)} {content} of {width}x{height}, {classes}, licence {dataset.licence}{note}"
 
 
 def _facts(dataset: Dataset, out: Path) -> dict[str, object]:

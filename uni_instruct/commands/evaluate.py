@@ -1,11 +1,13 @@
-"""uni-instruct evaluate: how far generated images are from a data set."""
+"""`uni-instruct evaluate`: how far generated images are from a data set."""
 
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rich_click as click
 
 from uni_instruct import __version__
@@ -14,12 +16,13 @@ from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
 from uni_instruct.evaluate.evaluator import check_shape
-from uni_instruct.evaluate.sample_source import SampleSource, bundle_subject, images_subject
+from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
 from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics, frechet_name
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 
 BATCH = 64
+# A larger number is taken for a slip of the keys.
 MAX_SAMPLES = 10_000_000
 
 
@@ -65,6 +68,7 @@ def evaluate(
 
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
+    # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
     names = check_metrics(metrics.split(",")) if metrics is not None else None
     _check_statistics_path(save_statistics)
     bundle = Bundle.open(images) if is_bundle(images) else None
@@ -72,27 +76,35 @@ def evaluate(
         _check_images_options({"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--engine": engine})
     reference = open_reference(reference_source)
     seeds = _seeds(seeds_text, seed, samples, reference)
-    subjects = {}
     if bundle is None:
-        subjects["images"] = images_subject(_open_images(images), samples, batch, reference)
+        sources = {"images": dataset_samples(_open_images(images), samples, batch, reference)}
     else:
-        subjects["generator"] = bundle_subject(bundle, seeds, engine, batch, reference)
+        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference)}
         if teacher is not None:
-            subjects["teacher"] = bundle_subject(Bundle.open(teacher), seeds, None, batch, reference)
-    for subject in subjects.values():
-        if isinstance(reference, Dataset):
-            check_shape(subject.image_shape, reference.image_shape)
-    evaluator = Evaluator(reference, extractor, progress)
-    for subject in subjects.values():
-        evaluator.check(names, subject.count, subject.class_ids is not None)
+            # The same seeds for both, so that the ratio of their distances does not depend on luck.
+            sources["teacher"] = bundle_samples(Bundle.open(teacher), seeds, None, batch, reference)
+    evaluator = _evaluator(reference, extractor, sources, names)
     if save_statistics is not None:
         write_statistics(evaluator.statistics(), save_statistics)
-    scores = {role: _score(evaluator, role, subject, names) for role, subject in subjects.items()}
-    facts = _facts(evaluator, subjects, scores, _seeds_text(seeds) if bundle else None)
+    scores = {role: _score(evaluator, role, source, names) for role, source in sources.items()}
+    facts = _facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(facts)
+
+
+def _evaluator(
+    reference: Dataset | Statistics, extractor: str, sources: dict[str, SampleSource], metrics: list[str] | None
+) -> Evaluator:
+    """The evaluator. Raises RequestError for whatever would make the sources' scores impossible, before any image is made."""
+    for source in sources.values():
+        if isinstance(reference, Dataset):
+            check_shape(source.image_shape, reference.image_shape)
+    evaluator = Evaluator(reference, extractor, progress)
+    for source in sources.values():
+        evaluator.check(metrics, source.count, source.class_ids is not None)
+    return evaluator
 
 
 def _open_images(images: str) -> Dataset:
@@ -106,7 +118,7 @@ def _open_images(images: str) -> Dataset:
     return open_dataset(images)
 
 
-def _check_images_options(options: dict[str, Any]) -> None:
+def _check_images_options(options: Mapping[str, object]) -> None:
     """Raises RequestError for an option that only a bundle can follow."""
     given = next((name for name, value in options.items() if value is not None), None)
     if given:
@@ -127,6 +139,7 @@ def _seeds(text: str | None, first: int | None, samples: int | None, reference: 
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
         return parse_seeds(text)
+    # By default as many as the reference has, or as publications use: a Frechet distance depends on the number of images.
     start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
     return parse_seeds(f"{start}-{start + count - 1}")
 
@@ -137,22 +150,22 @@ def _seeds_text(seeds: list[int]) -> str:
     return f"{seeds[0]}-{seeds[-1]}" if consecutive else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
 
 
-def _score(evaluator: Evaluator, role: str, subject: SampleSource, metrics: list[str] | None) -> Scores:
-    with progress(f"score {role}", subject.count, "images") as bar:
+def _score(evaluator: Evaluator, role: str, source: SampleSource, metrics: list[str] | None) -> Scores:
+    with progress(f"score {role}", source.count, "images") as bar:
 
-        def with_progress() -> Any:
-            for batch in subject.batches():
+        def with_progress() -> Iterator[np.ndarray]:
+            for batch in source.batches():
                 yield batch
                 bar.advance(len(batch))
 
-        return evaluator.score_batches(with_progress(), subject.class_ids, metrics)
+        return evaluator.score_batches(with_progress(), source.class_ids, metrics)
 
 
 def _facts(
-    evaluator: Evaluator, subjects: dict[str, SampleSource], scores: dict[str, Scores], seeds: str | None
+    evaluator: Evaluator, sources: dict[str, SampleSource], scores: dict[str, Scores], seeds: str | None
 ) -> dict[str, Any]:
     extractor, reference = evaluator.extractor, evaluator.reference
-    notes = [note for role in subjects for note in (*scores[role].notes, subjects[role].note) if note]
+    notes = [note for role in sources for note in (*scores[role].notes, sources[role].note) if note]
     return {
         "reference": {"name": reference.name, "samples": len(reference)},
         "extractor": {
@@ -163,13 +176,13 @@ def _facts(
         "seeds": seeds,
         "scores": {
             role: {
-                "source": subject.source,
-                "engine": subject.engine or None,
-                "weights_sha256": subject.weights_sha256 or None,
-                "samples": subject.count,
+                "source": source.source,
+                "engine": source.engine or None,
+                "weights_sha256": source.weights_sha256 or None,
+                "samples": source.count,
                 "values": scores[role].values,
             }
-            for role, subject in subjects.items()
+            for role, source in sources.items()
         },
         "distance_to_teacher_ratio": _ratio(scores, frechet_name(extractor)),
         "notes": list(dict.fromkeys(notes)),
@@ -180,6 +193,7 @@ def _facts(
 
 def _ratio(scores: dict[str, Scores], distance: str) -> float | None:
     """The generator's Frechet distance over its teacher's; None where either was not measured."""
+    # A distance alone says little; beside the teacher's it says how much the distillation lost.
     values = [scores[role].values.get(distance) for role in ("generator", "teacher") if role in scores]
     if len(values) < 2 or values[0] is None or not values[1]:
         return None
@@ -197,6 +211,7 @@ def _print(facts: dict[str, Any]) -> None:
     accuracy = extractor["heldout_accuracy"]
     skill = "" if accuracy is None else f", right on {accuracy:.1%} of held-out images"
     click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}")
+    # A table for eyes, lines for grep.
     (_print_table if sys.stdout.isatty() else _print_lines)(roles)
     if facts["distance_to_teacher_ratio"] is not None:
         click.echo(f"distance to the reference: {facts['distance_to_teacher_ratio']:.2f} times the teacher's")

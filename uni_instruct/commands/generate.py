@@ -99,8 +99,10 @@ def _write_set(request: SampleRequest, out: Path) -> bool:
         remove_leftovers(request, out)
         return True
     with open_run(request, out) as run:
-        with progress("generate", len(request.seeds), "images", done=run.done) as bar:
-            run.fill(lambda: open_engine(request.bundle, request.engine), bar)
+        if run.done < len(request.seeds):
+            engine = open_engine(request.bundle, request.engine)
+            with progress("generate", len(request.seeds), "images", done=run.done) as bar:
+                run.fill(engine, bar)
         run.finish()
     return False
 

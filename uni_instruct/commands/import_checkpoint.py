@@ -1,4 +1,4 @@
-"""uni-instruct import."""
+"""`uni-instruct import`: another project's checkpoint as a bundle."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from uni_instruct.bundle import Bundle, is_bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.hub import fetch, is_on_hub
+from uni_instruct.spec import ImageShape
 
 _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 
@@ -18,7 +19,7 @@ _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle; replaced if there.")
 @click.option(
     "--as",
-    "kind",
+    "role",
     type=click.Choice(["generator", "teacher"]),
     help="One step, or many.  [default: teacher where the file names a denoiser's loss]",
 )
@@ -45,7 +46,7 @@ _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 def import_checkpoint(
     checkpoint: str,
     out: Path,
-    kind: str | None,
+    role: str | None,
     network: str | None,
     name: str | None,
     sigma_init: float,
@@ -63,19 +64,19 @@ def import_checkpoint(
 
     Example: uni-instruct import cifar10-sid.pkl --out bundles/cifar10
     """
-    from uni_instruct.checkpoints.import_bundle import ImportRequest, attach_decoder
-    from uni_instruct.checkpoints.import_bundle import import_checkpoint as run
+    from uni_instruct.checkpoints.import_bundle import ImportRequest, attach_decoder, bundle_from_checkpoint
 
     if is_bundle(checkpoint):
         bundle = attach_decoder(Bundle.open(checkpoint), _decoder_alone(checkpoint, decoder), out)
         _report(bundle, guessed=False, as_json=as_json)
         return
+    # The card names the address and its commit, not the place in the cache.
     path, origin = Path(checkpoint), ""
     if is_on_hub(checkpoint):
         download = fetch(checkpoint)
         path, origin = download.path, download.origin
     request = ImportRequest(
-        kind=kind,
+        role=role,
         network=network,
         name=name,
         sigma_init=sigma_init,
@@ -86,7 +87,7 @@ def import_checkpoint(
         latents=latents,
         decoder=decoder,
     )
-    _report(run(path, out, request), guessed=kind is None, as_json=as_json)
+    _report(bundle_from_checkpoint(path, out, request), guessed=role is None, as_json=as_json)
 
 
 def _decoder_alone(bundle: str, decoder: str | None) -> str:
@@ -98,25 +99,25 @@ def _decoder_alone(bundle: str, decoder: str | None) -> str:
     assert context is not None, "called by a command"
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     for name in sorted(set(given) - {"checkpoint", "out", "decoder", "as_json"}):
-        option = "--as" if name == "kind" else f"--{name.replace('_', '-')}"
+        option = "--as" if name == "role" else f"--{name.replace('_', '-')}"
         raise RequestError(f"{bundle} is a bundle, which says that itself", remedy=f"leave {option} out", param=name)
     return decoder
 
 
 def _report(bundle: Bundle, *, guessed: bool, as_json: bool) -> None:
     spec, out = bundle.spec, bundle.path
-    made, other = ("teacher", "generator") if spec.steps > 1 else ("generator", "teacher")
+    role, other = ("teacher", "generator") if spec.steps > 1 else ("generator", "teacher")
     if as_json:
-        answer = {"bundle": str(out), "kind": made, "weights_sha256": bundle.weights_sha256, "network": spec.network}
-        click.echo(json.dumps(answer | {"makes_pictures": spec.makes_pictures, "provenance": dict(spec.provenance)}))
+        facts = {"bundle": str(out), "kind": role, "weights_sha256": bundle.weights_sha256, "network": spec.network}
+        click.echo(json.dumps(facts | {"makes_pictures": spec.makes_pictures, "provenance": dict(spec.provenance)}))
         return
     guess = f" (taken for one; --as {other} if it is not)" if guessed else ""
     what = "" if spec.makes_pictures else " latents"
-    click.echo(f"{made}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}{what}, licence {spec.licence}")
+    click.echo(f"{role}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}{what}, licence {spec.licence}")
     use = f"serve {out}" if spec.makes_pictures else f"import {out} --decoder VAE --out {out}"
-    click.echo(f"next: uni-instruct {use if made == 'generator' else _TRAIN.format(out=out)}")
+    click.echo(f"next: uni-instruct {use if role == 'generator' else _TRAIN.format(out=out)}")
 
 
-def _size(shape: tuple[int, int, int]) -> str:
+def _size(shape: ImageShape) -> str:
     channels, height, width = shape
     return f"{width}x{height}x{channels}"

@@ -1,4 +1,4 @@
-"""uni-instruct inspect: what is in a bundle or a data set."""
+"""`uni-instruct inspect`: what is in a bundle, a data set or a checkpoint."""
 
 import json
 import sys
@@ -10,15 +10,13 @@ import numpy as np
 import rich_click as click
 
 from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, shipped_generators
-from uni_instruct.commands.inspect_checkpoint import checkpoint_facts, checkpoint_rows, is_checkpoint
+from uni_instruct.commands.inspect_checkpoint import Row, checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
 from uni_instruct.engine import engine_standing
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.hub import fetch, names_file
 
-# Fact -> what to print for it; facts without a row here are for --json alone.
-Row = tuple[str, str]
 CLASSES_SHOWN = 20
 
 
@@ -35,6 +33,7 @@ def inspect(source: str, as_data: bool, as_json: bool) -> None:
     Example: uni-instruct inspect runs/digits/generator
     """
     path = fetch(source).path if names_file(source) else Path(source)
+    # A checkpoint is known by its suffix, bundles and data sets by what they hold.
     if is_checkpoint(str(path)):
         facts, rows = checkpoint_facts(path), checkpoint_rows
     elif is_bundle(source) and not as_data:
@@ -62,7 +61,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "path": bundle.origin,
         **bundle.spec.to_config(),
         "makes_pictures": bundle.spec.makes_pictures,
-        # The resampling filters are stored too, but constant.
+        # Resampling filters are stored with the weights, but they are constants.
         "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),
         "tensors": len(weights),
         "weights_precision": bundle.stored_precision(),
@@ -120,6 +119,7 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
 def data_rows(facts: dict[str, Any]) -> list[Row]:
     """A data set's facts in words."""
     counts = dict(zip(facts["class_names"], facts["class_counts"], strict=True))
+    # ImageNet has a thousand classes; --json lists them all.
     shown = [(f"class {name}", f"{count:,} images") for name, count in list(counts.items())[:CLASSES_SHOWN]]
     more = len(counts) - len(shown)
     return [
@@ -142,6 +142,7 @@ def _engine_facts(bundle: Bundle, stored: StoredEngine) -> dict[str, Any]:
     return {**asdict(stored.record()), "file_bytes": size, "here": engine_standing(bundle, stored.engine_id).facts()}
 
 
+# Parity is shown beside each engine, so that nobody has to trust that it agrees with torch.
 def _engine_text(engine: dict[str, Any]) -> str:
     if "error" in engine:
         return f"cannot be used: {engine['error']}"

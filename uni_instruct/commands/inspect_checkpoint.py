@@ -1,21 +1,26 @@
-"""What `inspect` says of another project's checkpoint: read, not imported."""
+"""What `inspect` says about another project's checkpoint, which is read but not imported."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
+if TYPE_CHECKING:
+    from uni_instruct.checkpoints.checkpoint import StoredNetwork
+
+CHECKPOINT_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
+# A fact, and what to print for it. Facts without a row are for --json alone.
 Row = tuple[str, str]
 
 
 def is_checkpoint(source: str) -> bool:
     """Whether the source is a file that is named as checkpoints are."""
-    return Path(source).suffix.lower() in SUFFIXES and Path(source).is_file()
+    return Path(source).suffix.lower() in CHECKPOINT_SUFFIXES and Path(source).is_file()
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """Format, networks and facts of a checkpoint, for JSON. A network that cannot be imported has an `error`."""
+    # Imported here: of all that `inspect` shows, only checkpoints need it.
     from uni_instruct.checkpoints.checkpoint import read_checkpoint
-    from uni_instruct.checkpoints.import_bundle import choose_network, likely_kind
+    from uni_instruct.checkpoints.import_bundle import choose_network, likely_role
 
     checkpoint = read_checkpoint(path)
     chosen = choose_network(checkpoint, None)
@@ -24,8 +29,8 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
         "path": str(path),
         "file_bytes": path.stat().st_size,
         "format": checkpoint.format,
-        "imported_as": likely_kind(checkpoint, chosen),
-        "imported_network": chosen.role,
+        "imported_as": likely_role(checkpoint, chosen),
+        "imported_network": chosen.name,
         "networks": [_network_facts(stored) for stored in checkpoint.networks],
         "facts": checkpoint.facts,
     }
@@ -42,17 +47,18 @@ def checkpoint_rows(facts: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _network_facts(stored: Any) -> dict[str, Any]:
+def _network_facts(stored: "StoredNetwork") -> dict[str, Any]:
     from uni_instruct.checkpoints.state_dict_adapter import translate
     from uni_instruct.errors import UniInstructError
 
     facts = {
-        "role": stored.role,
+        "role": stored.name,
         "class": stored.class_name,
         "tensors": len(stored.tensors),
         "values": sum(array.size for array in stored.tensors.values()),
         "types": sorted({str(array.dtype) for array in stored.tensors.values()}),
     }
+    # One network of a training state may be foreign and another importable, so an error ends neither the list nor the command.
     try:
         translation = translate(stored)
     except UniInstructError as error:

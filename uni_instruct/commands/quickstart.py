@@ -1,4 +1,4 @@
-"""`uni-instruct quickstart`: the other commands, one after the other, each shown as a user would type it."""
+"""`uni-instruct quickstart`: runs the other commands in turn, and shows each as a user would type it."""
 
 import shlex
 from pathlib import Path
@@ -22,7 +22,7 @@ def quickstart(out: Path, no_serve: bool, port: int) -> None:
     Example: uni-instruct quickstart --out runs/quickstart
     """
     if not no_serve:
-        free_address("127.0.0.1", port)  # a taken port is better told before the training than after
+        free_address("127.0.0.1", port)  # a taken port is refused now, not after minutes of training
     generator = out / "generator"
     for arguments in (
         ["train", "digits-jeffreys", "--out", out],
@@ -38,4 +38,5 @@ def quickstart(out: Path, no_serve: bool, port: int) -> None:
 def _run(*arguments: object) -> None:
     words = [str(argument) for argument in arguments]
     click.secho(f"\n$ uni-instruct {shlex.join(words)}", bold=True)
+    # In this process, which has paid for importing torch already. Errors pass through to the one `main`.
     cli.main(words, prog_name="uni-instruct", standalone_mode=False)

@@ -1,4 +1,4 @@
-"""check_data: reads everything a data set has and names each file that is wrong."""
+"""check_data: reads everything that a data set has, and names each file that is wrong."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from uni_instruct.data.edm_zip import ZIP_REMEDY
 from uni_instruct.data.file_kinds import data_files
 from uni_instruct.data.folder import FOLDER_REMEDY, folder_classes
 from uni_instruct.data.idx import has_idx
-from uni_instruct.data.image_files import decode, mixed
+from uni_instruct.data.image_files import decode, size_mismatch
 from uni_instruct.data.labels import META, label_entries, misfits, read_meta, stated_classes
 from uni_instruct.data.sources import is_data, is_named, is_zip, no_data, open_dataset, source_parts
-from uni_instruct.data.storage import FolderStore, Store, ZipStore, placed
+from uni_instruct.data.storage import FolderStore, Store, ZipStore, name_in_store
 from uni_instruct.data.vae_latents import read_moments
 from uni_instruct.errors import FileFormatError
 from uni_instruct.progress import ProgressFactory, silent
@@ -21,8 +21,8 @@ from uni_instruct.progress import ProgressFactory, silent
 Shape = tuple[int, ...]
 
 
-class Wrong(NamedTuple):
-    """A file that is wrong, the source it is in, and what is wrong, a sentence that names both."""
+class WrongFile(NamedTuple):
+    """A file that is wrong, the source that it is in, and the problem: a sentence that names both."""
 
     source: str
     file: str
@@ -31,32 +31,34 @@ class Wrong(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """How many images were read, and what is wrong, in the files' order."""
+    """How many images were read, and the files that are wrong, in their order."""
 
     images: int
-    wrong: tuple[Wrong, ...]
+    wrong: tuple[WrongFile, ...]
 
 
 def check_data(source: str, resolution: int | None = None, with_progress: ProgressFactory = silent) -> Findings:
     """Reads every image and label of whatever `open_dataset` takes.
 
-    Wrong is a file that cannot be read, that is of another size than most (not with a resolution, to which all are brought), or
-    in a zip of other channels; whose label is missing, no class, or outside the classes that are stated. What only shows when
-    all is opened together comes last. Raises RequestError for a source that is not there.
+    A file is wrong where it cannot be read, where its size differs from that of most (unless a resolution is given, to which
+    all are brought) or in a zip its number of channels, and where its label is missing, no class, or outside the stated
+    classes.
+    Raises RequestError for a source that is not there.
     """
     parts = source_parts(source)
     for part in parts:
         if not is_data(part):
             raise no_data(part)
-    images, wrong = 0, list[Wrong]()
+    images, wrong = 0, list[WrongFile]()
     for part in parts:
         found = _check_part(part, resolution, with_progress)
         images, wrong = images + found.images, [*wrong, *found.wrong]
     if not wrong:
+        # What shows only when all is opened together, such as two parts with other classes.
         try:
             dataset = open_dataset(source, resolution)
         except FileFormatError as error:
-            return Findings(images=images, wrong=(Wrong(source, "", error.problem),))
+            return Findings(images=images, wrong=(WrongFile(source, "", error.problem),))
         images = len(dataset)
     return Findings(images=images, wrong=tuple(wrong))
 
@@ -71,8 +73,8 @@ def _check_part(source: str, resolution: int | None, with_progress: ProgressFact
         names = store.names()
         files, latents = data_files(store, names, FOLDER_REMEDY if is_folder else ZIP_REMEDY)
     except FileFormatError as error:
-        return Findings(images=0, wrong=(Wrong(source, "", error.problem),))
-    wrong: list[Wrong] = []
+        return Findings(images=0, wrong=(WrongFile(source, "", error.problem),))
+    wrong: list[WrongFile] = []
     by_shape: dict[Shape, list[str]] = {}
     with with_progress(f"check {source}", len(files), "images") as progress:
         for file in files:
@@ -80,7 +82,7 @@ def _check_part(source: str, resolution: int | None, with_progress: ProgressFact
                 shape = _latent_shape(store, file) if latents else decode(store, file).shape
                 by_shape.setdefault(shape, []).append(file)
             except FileFormatError as error:
-                wrong.append(Wrong(source, file, error.problem))
+                wrong.append(WrongFile(source, file, error.problem))
             progress.advance(1)
     wrong += _odd_ones(store, by_shape, any_size=resolution is not None, any_channels=is_folder)
     wrong += _label_problems(store, files, names)
@@ -90,8 +92,8 @@ def _check_part(source: str, resolution: int | None, with_progress: ProgressFact
     return Findings(images=len(files), wrong=tuple(sorted(wrong, key=lambda one: places.get(one.file, -1))))
 
 
-def _odd_ones(store: Store, by_shape: dict[Shape, list[str]], *, any_size: bool, any_channels: bool) -> Iterator[Wrong]:
-    """Files of another (H, W, C) than most, as far as it matters. Folders may mix grey and colour, which become colour."""
+def _odd_ones(store: Store, by_shape: dict[Shape, list[str]], *, any_size: bool, any_channels: bool) -> Iterator[WrongFile]:
+    """Files of another (H, W, C) than most, as far as it matters. Folders may mix grey and colour, and all become colour."""
 
     def matters(shape: Shape) -> tuple[Shape, Shape]:
         return () if any_size else shape[:2], () if any_channels else shape[2:]
@@ -99,30 +101,31 @@ def _odd_ones(store: Store, by_shape: dict[Shape, list[str]], *, any_size: bool,
     numbers: Counter[tuple[Shape, Shape]] = Counter()
     for shape, files in by_shape.items():
         numbers[matters(shape)] += len(files)
+    # The most common shape, not the first file's: one stray image at the beginning would make all the others wrong.
     common = numbers.most_common(1)[0][0] if numbers else ((), ())
     example = next((shape for shape in by_shape if matters(shape) == common), ())
     for shape, files in by_shape.items():
         if matters(shape) != common:
-            yield from (Wrong(str(store.path), file, mixed(store, file, shape, example).problem) for file in files)
+            yield from (WrongFile(str(store.path), file, size_mismatch(store, file, shape, example).problem) for file in files)
 
 
-def _label_problems(store: Store, files: list[str], names: list[str]) -> Iterator[Wrong]:
+def _label_problems(store: Store, files: list[str], names: list[str]) -> Iterator[WrongFile]:
     source = str(store.path)
     try:
         meta = read_meta(store, names)
         by_file, stated = label_entries(store, meta), stated_classes(store, meta)
     except FileFormatError as error:
-        yield Wrong(source, META, error.problem)
+        yield WrongFile(source, META, error.problem)
         return
     for misfit in misfits(by_file, files, stated) if by_file is not None else ():
-        yield Wrong(source, misfit.file, f"{placed(store, misfit.file)} {misfit.problem}")
+        yield WrongFile(source, misfit.file, f"{name_in_store(store, misfit.file)} {misfit.problem}")
 
 
-def _folder_problems(path: Path, files: list[str]) -> Iterator[Wrong]:
+def _folder_problems(path: Path, files: list[str]) -> Iterator[WrongFile]:
     try:
         folder_classes(path, files)
     except FileFormatError as error:
-        yield Wrong(str(path), "", error.problem)
+        yield WrongFile(str(path), "", error.problem)
 
 
 def _latent_shape(store: Store, file: str) -> Shape:

@@ -24,8 +24,8 @@ _TABLES = ("CBDT", "CBLC", "cmap", "name")
 class ColourFont:
     """The pictures in a font's tables CBDT and CBLC, found through cmap and, for sequences, the ligatures of GSUB.
 
-    They are read from the tables and not drawn by a text engine: FreeType cannot join sequences, and HarfBuzz, which can, is
-    not in every build of Pillow; so a font gives the same pictures everywhere.
+    No text engine draws them, so that a font gives the same pictures everywhere: FreeType cannot join sequences, and HarfBuzz,
+    which can, is not in every build of Pillow.
     Raises RequestError where there is no such file, FileFormatError for what is no font or has no colour pictures.
     """
 
@@ -46,6 +46,7 @@ class ColourFont:
 
         Raises FileFormatError where it is damaged.
         """
+        # Fonts list some sequences with the variation selector and some without.
         plain = [point for point in sequence if point != _VARIATION]
         for points in (sequence, plain):
             glyph = self._glyph(points)
@@ -67,6 +68,7 @@ class ColourFont:
             self._characters: dict[int, str] = font.getBestCmap() or {}
             self._ligatures = _ligatures(font)
             sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes]
+            # A strike is one size of all pictures; the largest loses least when it is scaled down.
             strike = font["CBDT"].strikeData[sizes.index(max(sizes))]
             self._strike = {name: glyph.imageData for name, glyph in strike.items() if hasattr(glyph, "imageData")}
 
@@ -103,7 +105,7 @@ def _ligatures(font: Any) -> dict[tuple[str, ...], str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """fontTools warns of every oddity in a font, which may be thousands of lines."""
+    """Within the block fontTools is silent: it warns of every oddity in a font, which may be thousands of lines."""
     logger = logging.getLogger("fontTools")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -9,10 +9,10 @@ from uni_instruct.data.dataset import Dataset, ImageReader, number_names
 from uni_instruct.errors import FileFormatError, RequestError
 
 
-def joined(parts: Sequence[Dataset]) -> Dataset:
-    """The images of all parts. Raises FileFormatError where shapes, classes or kinds differ.
+def concatenated(parts: Sequence[Dataset]) -> Dataset:
+    """The images of all parts, in their order. Class names may be missing (plain numbers) in some parts.
 
-    Class names may be missing (plain numbers) in some parts.
+    Raises FileFormatError where shapes, classes or contents (images, latents) differ.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -27,14 +27,14 @@ def joined(parts: Sequence[Dataset]) -> Dataset:
         class_names=next((part.class_names for part in parts if _has_names(part)), first.class_names),
         licence=", ".join(dict.fromkeys(part.licence for part in parts)),
         source=",".join(part.source for part in parts),
-        reader=JoinedReader([part.reader for part in parts]),
+        reader=ConcatReader([part.reader for part in parts]),
         latents=first.latents,
         note="; ".join(dict.fromkeys(part.note for part in parts if part.note)),
     )
 
 
-class JoinedReader:
-    """Images of several readers, numbered through."""
+class ConcatReader:
+    """Images of several readers, numbered from the first of the first to the last of the last."""
 
     def __init__(self, readers: Sequence[ImageReader]):
         self.readers = readers
@@ -45,10 +45,12 @@ class JoinedReader:
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """See ImageReader."""
+        # Negative indices count from the end, as in NumPy.
         indices = np.where(indices < 0, indices + len(self), indices)
         owners = np.searchsorted(self.ends, indices, side="right")
         if not len(indices):
             return self.readers[0].read(indices)
+        # Each reader is asked once, for all that is its own: reading one by one would cost a call an image.
         out: np.ndarray | None = None
         for owner in np.unique(owners):
             chosen, reader = owners == owner, self.readers[owner]
@@ -75,19 +77,19 @@ def with_classes(dataset: Dataset, num_classes: int) -> Dataset:
 
 
 def _check_fit(first: Dataset, part: Dataset) -> None:
-    remedy = "data sets are joined where they are alike"
+    remedy = "give data sets that hold the same"
     if first.latents != part.latents or first.image_shape != part.image_shape:
         remedy = "bring them to one shape with 'uni-instruct data prepare --resolution'"
     elif first.num_classes != part.num_classes:
         remedy = "state the number with 'uni-instruct data prepare --num-classes' where some lack the last classes"
-    if _kind(first) != _kind(part):
-        raise FileFormatError(f"{first.source} has {_kind(first)}, {part.source} {_kind(part)}", remedy=remedy)
+    if _content(first) != _content(part):
+        raise FileFormatError(f"{first.source} has {_content(first)}, {part.source} {_content(part)}", remedy=remedy)
     if _has_names(first) and _has_names(part) and first.class_names != part.class_names:
         mine, theirs = next(pair for pair in zip(first.class_names, part.class_names, strict=True) if pair[0] != pair[1])
         raise FileFormatError(f"a class is '{mine}' in {first.source} and '{theirs}' in {part.source}", remedy=remedy)
 
 
-def _kind(dataset: Dataset) -> str:
+def _content(dataset: Dataset) -> str:
     what = "latents" if dataset.latents else "images"
     return f"{what} of {list(dataset.image_shape)} and {dataset.num_classes or 'no'} classes"
 

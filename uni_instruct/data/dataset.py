@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from uni_instruct.data.vae_latents import drawn
+from uni_instruct.data.vae_latents import draw_latents
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape
 
@@ -82,15 +82,17 @@ class Dataset:
     def floats(self, indices: Sequence[int] | np.ndarray, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
         """Those images as networks take them: float32 [B, H, W, C], pixels in [-1, 1].
 
-        Latents are drawn from the VAE's distribution, image i by seeds[i] alone, and have a deviation of 0.5 (`vae.drawn`).
+        Latents are drawn from the VAE's distribution and have a deviation of 0.5 (`draw_latents`); image i depends on seeds[i]
+        alone.
         """
         stored = self.stored(indices)
         if self.latents:
-            return drawn(stored, [int(seed) for seed in seeds])
+            return draw_latents(stored, [int(seed) for seed in seeds])
+        # x = p / 127.5 - 1 takes 0..255 to [-1, 1], as EDM trains.
         return stored.astype(np.float32) / 127.5 - 1
 
     def stored(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Those images as they are kept: uint8 [B, H, W, C]; of latents, means and deviations, float32 [B, 8, H, W]."""
+        """Those images as they are stored: uint8 [B, H, W, C]; of latents, means and deviations, float32 [B, 8, H, W]."""
         return self.reader.read(np.asarray(indices, dtype=np.int64))
 
     def batches(self, batch: int = READ_BATCH) -> Iterator[np.ndarray]:
@@ -99,14 +101,16 @@ class Dataset:
             yield self.images(part)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is stored and of labels, in hex: the same data in another container has the same fingerprint."""
+        """SHA-256 of pixels (or latents) and labels, in hex: the same data in another container has the same fingerprint."""
         digest = hashlib.sha256(f"{len(self)} {tuple(self.image_shape)} {self.num_classes}".encode())
         for part in self._parts(READ_BATCH):
             digest.update(self.stored(part).tobytes())
         if self.labels is not None:
+            # In one byte order, or the fingerprint would depend on the machine.
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    # Part by part: a data set may be larger than the memory.
     def _parts(self, batch: int) -> Iterator[np.ndarray]:
         for start in range(0, len(self), batch):
             yield np.arange(start, min(start + batch, len(self)))

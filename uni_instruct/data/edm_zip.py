@@ -1,20 +1,19 @@
 """EDM's data set zip: images stored uncompressed, their classes in `dataset.json`; EDM2's has latents in place of images.
 
-`labels` there is [[file, class], ...] or null; a class may also be a one-hot vector. EDM takes the largest class plus one for
-the number of classes; what it ignores is added here: name, num_classes, class_names, licence, source.
+In `dataset.json`, `labels` is [[file, class], ...] or null; a class may also be a one-hot vector. EDM takes the largest class
+plus one for the number of classes. This package adds what EDM ignores: name, num_classes, class_names, licence, source.
 """
 
 import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from uni_instruct.data.dataset import READ_BATCH, Dataset
-from uni_instruct.data.file_kinds import content_fields, data_files
-from uni_instruct.data.labels import META, described, read_meta
+from uni_instruct.data.file_kinds import content_of, data_files, dataset_of
+from uni_instruct.data.labels import META, read_description, read_meta
 from uni_instruct.data.storage import ZipStore
 from uni_instruct.data.vae_latents import moments_bytes
 from uni_instruct.files import atomic_file
@@ -22,11 +21,12 @@ from uni_instruct.images import encode
 from uni_instruct.progress import Progress
 
 ZIP_REMEDY = "give a zip of images, as 'data prepare' writes it"
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same data set gives the same bytes
+# The time of every entry, the earliest that a zip knows: the same data set gives the same bytes.
+_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def write_zip(dataset: Dataset, path: Path, progress: Progress | None = None) -> None:
-    """Writes EDM's zip, or of latents EDM2's, whole or not at all; progress is told the number of images written.
+    """Writes EDM's zip, or for latents EDM2's, whole or not at all. progress advances by an image each.
 
     Raises DiskError where it cannot be written, FileFormatError where an image cannot be read.
     """
@@ -50,12 +50,13 @@ def open_zip(path: Path, resolution: int | None = None) -> Dataset:
     store = ZipStore(path)
     names = store.names()
     files, latents = data_files(store, names, ZIP_REMEDY)
-    content = content_fields(store, files, latents, resolution, every_header=False)
-    return Dataset(**content, **described(store, files, read_meta(store, names)))
+    # Not every header: a zip may hold a million files, and whoever wrote it has seen to their sizes. Others show when read.
+    content = content_of(store, files, latents, resolution, every_header=False)
+    return dataset_of(content, read_description(store, files, read_meta(store, names)))
 
 
-def dataset_meta(dataset: Dataset, names: list[str]) -> dict[str, Any]:
-    """What `dataset.json` says of the data set whose images have those file names."""
+def dataset_meta(dataset: Dataset, names: list[str]) -> dict[str, object]:
+    """The content of `dataset.json` for a data set whose images have those file names."""
     labels = dataset.labels
     return {
         "name": dataset.name,
@@ -67,7 +68,7 @@ def dataset_meta(dataset: Dataset, names: list[str]) -> dict[str, Any]:
     }
 
 
-# How files are named, and what is in them; EDM's and EDM2's tools name them so.
+# How EDM's and EDM2's tools name files, and what makes a file's bytes.
 PICTURE_NAME = "{folder:05d}/img{index:08d}.png"
 _PICTURE: tuple[str, Callable[[np.ndarray], bytes]] = (PICTURE_NAME, encode)
 _LATENT: tuple[str, Callable[[np.ndarray], bytes]] = ("{folder:05d}/img-mean-std-{index:08d}.npy", moments_bytes)

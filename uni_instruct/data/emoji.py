@@ -1,4 +1,4 @@
-"""Emoji: one 32x32 colour picture of each Unicode emoji, drawn from a colour font on white; classes are Unicode's groups."""
+"""Emoji: one 32x32 colour picture of each Unicode emoji, from a colour font, on white; classes are Unicode's groups."""
 
 import math
 from collections.abc import Sequence
@@ -26,18 +26,20 @@ CodePoints = tuple[int, ...]
 
 
 def open_emoji(font: Path | None = None) -> Dataset:
-    """Every emoji of the table that the font (or else Debian's) has one picture of, in that order; of equal ones the first.
+    """Every emoji of the table that the font has one picture of, in the table's order. Of equal pictures the first is kept.
+
+    Without a font it is that of Debian's package.
 
     Raises RequestError where there is no such font, FileFormatError for one that is damaged, has no colour pictures, or
     lacks most emoji.
     """
     path = font or DEBIAN_FONT
-    return _drawn(path, path.stat().st_mtime_ns if path.exists() else 0)
+    return _rendered(path, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @lru_cache(maxsize=1)
-def _drawn(path: Path, _changed_ns: int) -> Dataset:
-    """Kept, as one command may open its data several times, and drawing takes two seconds."""
+def _rendered(path: Path, _changed_ns: int) -> Dataset:
+    """The data set of that font file. It is cached, as one command may open its data several times and this takes seconds."""
     opened = ColourFont(path)
     groups = emoji_groups()
     found = [(picture, label) for label, rows in enumerate(groups.values()) for row in rows if (picture := opened.picture(row))]
@@ -45,7 +47,7 @@ def _drawn(path: Path, _changed_ns: int) -> Dataset:
     if len(found) < total / 2 or len({label for _, label in found}) < len(groups):
         problem = f"{path} has {len(found)} of {total} emoji, too few or none of a group"
         raise FileFormatError(problem, remedy=REMEDY, param="source")
-    images = reduced([picture for picture, _ in found])
+    images = downscaled([picture for picture, _ in found])
     kept = _first_of_equals(images)
     return Dataset(
         name=NAME,
@@ -71,22 +73,24 @@ def emoji_groups() -> dict[str, list[CodePoints]]:
     return groups
 
 
-def reduced(pictures: Sequence[Image.Image]) -> np.ndarray:
+def downscaled(pictures: Sequence[Image.Image]) -> np.ndarray:
     """RGBA pictures on white, each centred by what can be seen of it, all at one scale: uint8 [N, SIDE, SIDE, 3].
 
     A pixel is the mean of the light of the area it covers. All sums are of whole numbers below 2^53, so that every machine
     gives the same pixels.
     """
+    # One scale for all, by the largest: scaled each for itself, a heart would be as large as a house.
     cut = [picture.crop(picture.getchannel("A").getbbox()) for picture in pictures]
     side = math.ceil(max(max(picture.size) for picture in cut) * _CANVAS)
     weights = _area_weights(side)
     light = _linear_light()
-    # Where one level ends and the next begins, in sums of side * side pixels.
+    # Where one of the 256 levels ends and the next begins, in sums over side * side pixels.
     borders = (light[1:] + light[:-1]) / 2 * side**2
     out = np.empty((len(cut), SIDE, SIDE, 3), dtype=np.uint8)
     for row, picture in zip(out, cut, strict=True):
         canvas = Image.new("RGB", (side, side), _WHITE)
         canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2), picture)
+        # In linear light, not in sRGB's levels: the mean of levels would make thin lines too dark.
         lines = weights @ light[np.asarray(canvas)].reshape(side, -1)
         sums = weights @ lines.reshape(SIDE, side, 3).swapaxes(0, 1).reshape(side, -1)
         row[...] = np.searchsorted(borders, sums).reshape(SIDE, SIDE, 3).swapaxes(0, 1)

@@ -28,14 +28,14 @@ LICENCE = "MIT"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion"
 
-# Of the unpacked files: distributions pack them anew.
+# SHA-256 of the unpacked files: distributions compress them anew.
 _SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-# Of the labels alone, by which a folder of IDX files is recognised (MNIST's have the same names).
+# SHA-256 of the labels alone, which tell a folder of Fashion-MNIST from one of MNIST: both have the same file names.
 _LABELS_SHA256 = {
     "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
     "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7",
@@ -47,16 +47,17 @@ def open_fashion_mnist(split: str = "train") -> Dataset:
 
     Raises RequestError where it can be had from none of them.
     """
+    # The system's copy first: it needs no network and no space in the cache.
     if DEBIAN_FOLDER.is_dir():
-        return recognised(open_idx(DEBIAN_FOLDER, split))
+        return with_fashion_mnist_names(open_idx(DEBIAN_FOLDER, split))
     folder = cache_folder() / NAME
     for name in idx_files(split):
         if not (folder / f"{name}.gz").is_file():
             _fetch(name, folder / f"{name}.gz")
-    return recognised(open_idx(folder, split))
+    return with_fashion_mnist_names(open_idx(folder, split))
 
 
-def recognised(dataset: Dataset) -> Dataset:
+def with_fashion_mnist_names(dataset: Dataset) -> Dataset:
     """The data set with Fashion-MNIST's names and licence where its labels are Fashion-MNIST's, else as it is."""
     labels = dataset.labels
     if labels is None or hashlib.sha256(labels.astype("u1").tobytes()).hexdigest() not in _LABELS_SHA256:

@@ -1,12 +1,13 @@
 """A folder of images or latents: classes are its sub-folders, or what a `dataset.json` beside the images says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from uni_instruct.data.dataset import Dataset
-from uni_instruct.data.file_kinds import content_fields, data_files
-from uni_instruct.data.labels import META, described, read_meta
+from uni_instruct.data.file_kinds import content_of, data_files, dataset_of
+from uni_instruct.data.labels import META, read_description, read_meta
 from uni_instruct.data.storage import FolderStore, natural_order
 from uni_instruct.errors import FileFormatError
 
@@ -14,7 +15,7 @@ FOLDER_REMEDY = "give a folder of images, or of one sub-folder for each class"
 
 
 def open_folder(path: Path, resolution: int | None = None) -> Dataset:
-    """The images below a folder, sorted by name. Every file's header is read at once, its pixels when asked for.
+    """The images below a folder, sorted by name. Every file's header is read now, its pixels when they are asked for.
 
     Without `dataset.json`, images in sub-folders have those as classes, sorted; images beside each other have none.
     Raises FileFormatError where there are none, sizes are mixed (without a resolution), or a class is empty.
@@ -22,12 +23,14 @@ def open_folder(path: Path, resolution: int | None = None) -> Dataset:
     store = FolderStore(path)
     names = store.names()
     files, latents = data_files(store, names, FOLDER_REMEDY)
-    content = content_fields(store, files, latents, resolution, every_header=True)
-    fields = described(store, files, read_meta(store, names))
+    # Every header: nobody has looked at a folder of photographs, and training would meet the odd one after hours.
+    content = content_of(store, files, latents, resolution, every_header=True)
+    description = read_description(store, files, read_meta(store, names))
     if META not in names:
         classes, labels = folder_classes(path, files)
-        fields |= {"labels": labels, "num_classes": len(classes), "class_names": classes, "name": path.resolve().name}
-    return Dataset(**content, **fields)
+        name = path.resolve().name  # '.' has no name of its own
+        description = replace(description, labels=labels, num_classes=len(classes), class_names=classes, name=name)
+    return dataset_of(content, description)
 
 
 def folder_classes(path: Path, names: list[str]) -> tuple[tuple[str, ...], np.ndarray | None]:

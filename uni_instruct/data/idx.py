@@ -11,7 +11,7 @@ from uni_instruct.data.dataset import ArrayReader, Dataset, number_names
 from uni_instruct.errors import FileFormatError
 
 _UNSIGNED_BYTES = 0x08
-SPLITS = ("train", "t10k")
+_SPLITS = ("train", "t10k")
 
 
 def idx_files(split: str) -> tuple[str, str]:
@@ -21,15 +21,15 @@ def idx_files(split: str) -> tuple[str, str]:
 
 def has_idx(folder: Path) -> bool:
     """Whether a folder holds the images of either split."""
-    return any(_find(folder, idx_files(split)[0]) for split in SPLITS)
+    return any(_find(folder, idx_files(split)[0]) for split in _SPLITS)
 
 
 def open_idx(folder: Path, split: str | None = None) -> Dataset:
     """A split of the IDX files in a folder: by default 'train', or 't10k' where only that is there.
 
-    Raises FileFormatError where a file is missing, truncated, or of another kind.
+    Raises FileFormatError where a file is missing, truncated, or holds something else.
     """
-    split = split or next((s for s in SPLITS if _find(folder, idx_files(s)[0])), SPLITS[0])
+    split = split or next((s for s in _SPLITS if _find(folder, idx_files(s)[0])), _SPLITS[0])
     images, labels = (read_idx(_require(folder, name)) for name in idx_files(split))
     if images.ndim != 3 or labels.ndim != 1 or not labels.size:
         raise FileFormatError(
@@ -58,6 +58,7 @@ def read_idx(path: Path) -> np.ndarray:
     if len(content) < header:
         raise FileFormatError(f"{path} is truncated", remedy="download it again")
     shape = struct.unpack(f">{content[3]}I", content[4:header])
+    # In floats: integers would wrap around at the sizes of a damaged header.
     expected = int(np.prod(shape, dtype=np.float64)) + header
     if len(content) != expected:
         raise FileFormatError(f"{path} has {len(content)} bytes, its header says {expected}", remedy="download it again")
@@ -65,7 +66,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_plain(path: Path) -> bytes:
-    """A file's content, unpacked where it is gzipped. Raises FileFormatError where the packing is broken."""
+    """A file's content, decompressed where it is gzipped. Raises FileFormatError where that fails."""
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -1,4 +1,4 @@
-"""Image files to pixels, one at a time, none of them kept."""
+"""Image files to pixels, one at a time; none of them stays in memory."""
 
 import io
 import warnings
@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, placed, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, name_in_store, reason_of
 from uni_instruct.errors import FileFormatError
 from uni_instruct.images import to_pil
 
@@ -14,14 +14,15 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 _COLOURS = {1: " grey", 3: " colour"}
+# EXIF orientations that turn an image by a quarter, so that width and height change places.
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 _EXIF_ORIENTATION = 0x0112
 
 
-class PictureReader:
-    """Decodes the named files of a store to [size, size or H x W, channels].
+class ImageFileReader:
+    """Decodes the named files of a store to uint8 [H, W, channels].
 
-    size: (H, W) that every file must have, or that each is centre-cropped and resized to where `resize` is set.
+    size: the (H, W) that every file must have. With `resize` each is centre-cropped and resized to it instead.
     """
 
     def __init__(self, store: Store, names: list[str], size: tuple[int, int], channels: int, resize: bool = False):
@@ -44,11 +45,11 @@ class PictureReader:
     def _picture(self, name: str) -> np.ndarray:
         image = decode(self.store, name)
         if self.resize:
-            image = fit(image, self.size[0])
+            image = crop_and_resize(image, self.size[0])
         if image.shape[2] == 1 and self.channels == 3:
             image = image.repeat(3, axis=2)
         if image.shape != (*self.size, self.channels):
-            raise mixed(self.store, name, image.shape, (*self.size, self.channels))
+            raise size_mismatch(self.store, name, image.shape, (*self.size, self.channels))
         return image
 
 
@@ -63,7 +64,7 @@ def decode(store: Store, name: str) -> np.ndarray:
     return pixels[:, :, None] if mode == "L" else pixels
 
 
-def picture_shape(store: Store, name: str) -> tuple[int, int, int]:
+def image_file_shape(store: Store, name: str) -> tuple[int, int, int]:
     """(H, W, C) of a file, from its header alone. Raises FileFormatError."""
     try:
         with _opened(store, name) as image:
@@ -80,17 +81,17 @@ def common_shape(store: Store, names: list[str], any_size: bool = False) -> tupl
 
     any_size: sizes may differ (the images will be resized), and the first one's is returned.
     """
-    first = picture_shape(store, names[0])
+    first = image_file_shape(store, names[0])
     channels = first[2]
     for name in names[1:]:
-        shape = picture_shape(store, name)
+        shape = image_file_shape(store, name)
         if shape[:2] != first[:2] and not any_size:
-            raise mixed(store, name, shape, first)
-        channels = max(channels, shape[2])
+            raise size_mismatch(store, name, shape, first)
+        channels = max(channels, shape[2])  # scans of colour and of grey photographs come in one folder
     return (*first[:2], channels)
 
 
-def fit(image: np.ndarray, resolution: int) -> np.ndarray:
+def crop_and_resize(image: np.ndarray, resolution: int) -> np.ndarray:
     """The largest centred square of [H, W, C], resized with Lanczos: uint8 [resolution, resolution, C]."""
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
@@ -101,14 +102,14 @@ def fit(image: np.ndarray, resolution: int) -> np.ndarray:
     return resized.reshape(resolution, resolution, image.shape[2])
 
 
-def is_picture(name: str) -> bool:
+def is_image_file(name: str) -> bool:
     """Whether a file name looks like an image, and is not hidden."""
     return has_suffix(name, IMAGE_SUFFIXES)
 
 
 def _opened(store: Store, name: str) -> Image.Image:
     with warnings.catch_warnings():
-        # Pillow only warns up to twice its limit on pixels; a data set has no use for such a picture.
+        # Up to twice its limit on pixels Pillow only warns; no data set has a use for an image of that size.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             return Image.open(io.BytesIO(store.read(name)))
@@ -117,6 +118,7 @@ def _opened(store: Store, name: str) -> Image.Image:
 
 
 def _channels(image: Image.Image) -> int:
+    # Pillow converts 16-bit and float images by cutting off whatever is above 255.
     if image.mode not in _GREY_MODES | _COLOUR_MODES:
         raise ValueError(f"pixels of mode {image.mode} are not 8-bit")
     return 1 if image.mode in _GREY_MODES else 3
@@ -124,16 +126,16 @@ def _channels(image: Image.Image) -> int:
 
 def _unreadable(store: Store, name: str, error: BaseException) -> FileFormatError:
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
-    return FileFormatError(f"{placed(store, name)} cannot be read: {reason}", remedy="replace or remove that file")
+    return FileFormatError(f"{name_in_store(store, name)} cannot be read: {reason}", remedy="replace or remove that file")
 
 
-def mixed(store: Store, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> FileFormatError:
+def size_mismatch(store: Store, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> FileFormatError:
     """The error for a file of (H, W, C) among others of another."""
 
     def text(shape: tuple[int, ...]) -> str:
         return f"{shape[1]}x{shape[0]}{_COLOURS.get(shape[2], '')}"
 
     return FileFormatError(
-        f"{placed(store, name)} is {text(shape)}, other images are {text(expected)}",
+        f"{name_in_store(store, name)} is {text(shape)}, other images are {text(expected)}",
         remedy="bring them to one size with 'uni-instruct data prepare --resolution'",
     )

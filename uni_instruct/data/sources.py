@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from uni_instruct.data.concat import joined, with_classes
+from uni_instruct.data.concat import concatenated, with_classes
 from uni_instruct.data.dataset import MAX_CLASSES, ArrayReader, Dataset, number_names
 from uni_instruct.data.edm_zip import open_zip
 from uni_instruct.data.emoji import open_emoji
-from uni_instruct.data.fashion_mnist import open_fashion_mnist, recognised
+from uni_instruct.data.fashion_mnist import open_fashion_mnist, with_fashion_mnist_names
 from uni_instruct.data.folder import open_folder
 from uni_instruct.data.idx import has_idx, open_idx
-from uni_instruct.data.image_files import fit
+from uni_instruct.data.image_files import crop_and_resize
 from uni_instruct.data.storage import UNREADABLE
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 
 _EMOJI_OF = "emoji:"
-_KINDS = "a zip, an .npz, a folder of images or a folder of IDX files"
+_FILE_KINDS = "a zip, an .npz, a folder of images or a folder of IDX files"
 
 
 def open_dataset(source: str | Path, resolution: int | None = None, num_classes: int | None = None) -> Dataset:
@@ -37,52 +37,57 @@ def open_dataset(source: str | Path, resolution: int | None = None, num_classes:
             f"num_classes {num_classes} is outside 1..{MAX_CLASSES}", remedy="give their number", param="num_classes"
         )
     parts = [_open_one(part, resolution) for part in source_parts(source)]
-    return joined([part if num_classes is None else with_classes(part, num_classes) for part in parts])
+    return concatenated([part if num_classes is None else with_classes(part, num_classes) for part in parts])
 
 
 def source_parts(source: str | Path) -> list[str]:
-    """The sources that a user has joined with commas; one whose own name has a comma stays whole."""
+    """The sources in a list with commas; one whose own name has a comma stays whole."""
+    # A path with a comma in its name was valid before there were lists, so a file that exists wins.
     text = str(source)
     whole = "," not in text or Path(text.removeprefix(_EMOJI_OF)).exists()
     return [text] if whole else [part.strip() for part in text.split(",") if part.strip()] or [text]
 
 
 def is_data(source: str) -> bool:
-    """Whether a source is a name, is there, or has a part that is."""
+    """Whether a source, or one of several with commas between them, is a known name, or a file or folder that exists."""
     return any(is_named(part) or Path(part).exists() for part in source_parts(source))
 
 
 def is_named(source: str) -> bool:
-    """Whether one source is a name of DATASETS, or `emoji:FONT`, and no file."""
+    """Whether one source is a name of DATASETS or `emoji:FONT`, which win over a file of that name."""
     return source in DATASETS or source.startswith(_EMOJI_OF)
 
 
 def no_data(source: str) -> RequestError:
     """The error for a source that is not there."""
     return RequestError(
-        f"there is no data set {source}", remedy=f"give one of {', '.join(DATASETS)}, or {_KINDS}", param="source"
+        f"there is no data set {source}", remedy=f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}", param="source"
     )
 
 
 def _open_one(source: str, resolution: int | None) -> Dataset:
+    # Names before paths: './digits' says the folder, and nothing else could say the data set.
     if source in DATASETS:
         return _resized(DATASETS[source](), resolution)
     if source.startswith(_EMOJI_OF):
         return _resized(open_emoji(Path(source.removeprefix(_EMOJI_OF)).expanduser()), resolution)
     path = Path(source)
+    if path.is_dir() and has_idx(path):
+        return _resized(with_fashion_mnist_names(open_idx(path)), resolution)
     if path.is_dir():
-        return _resized(recognised(open_idx(path)), resolution) if has_idx(path) else open_folder(path, resolution)
+        return open_folder(path, resolution)
     if not path.is_file():
         raise no_data(source)
     if path.suffix.lower() == ".npz":
         return _resized(open_npz(path), resolution)
     if is_zip(path):
         return open_zip(path, resolution)
-    raise FileFormatError(f"{path} is not a data set", remedy=f"give {_KINDS}", param="source")
+    raise FileFormatError(f"{path} is not a data set", remedy=f"give {_FILE_KINDS}", param="source")
 
 
 def is_zip(path: Path) -> bool:
     """Whether a file is, or is called, a zip; an .npz is none."""
+    # One that is only called so is opened as a zip too, and its error then says that it is damaged.
     suffix = path.suffix.lower()
     return suffix == ".zip" or (suffix != ".npz" and zipfile.is_zipfile(path))
 
@@ -139,7 +144,7 @@ def _npz_classes(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None
     if class_ids is None:
         return None
     if class_ids.dtype.kind not in "iu" or class_ids.ndim != 1 or not class_ids.size:
-        if name == "arr_1":  # whatever else was saved without a name
+        if name == "arr_1":  # NumPy's name for any second array, so that it need not be classes
             return None
         raise FileFormatError(
             f"{path} has {name} of {class_ids.dtype} {list(class_ids.shape)}", remedy="save them as integers [N]"
@@ -150,7 +155,7 @@ def _npz_classes(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an .npz holds; nothing in it is executed. Raises FileFormatError if corrupt."""
+    """Those of the named arrays that an .npz holds; nothing in it is executed. Raises FileFormatError where it is corrupt."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file.files}
@@ -174,7 +179,7 @@ class _ResizedReader:
         return len(self.dataset)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        return np.stack([fit(image, self.resolution) for image in self.dataset.images(indices)])
+        return np.stack([crop_and_resize(image, self.resolution) for image in self.dataset.images(indices)])
 
 
 # Name -> how it is opened. Digits come with a dependency, Fashion-MNIST may be downloaded, emoji need a font.

@@ -1,4 +1,4 @@
-"""Where a data set's files are: a folder or a zip, whose files are read one by one and never kept."""
+"""Where a data set's files are: a folder or a zip, whose files are read one by one and do not stay in memory."""
 
 import os
 import re
@@ -14,8 +14,9 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from uni_instruct.errors import FileFormatError
+from uni_instruct.zip_entry import entry_start
 
-# What zipfile, zlib, Pillow, NumPy and json raise over a damaged file: whatever their parsers stumble over.
+# What zipfile, zlib, Pillow, NumPy and json raise over a damaged file: their parsers fail in any way that Python code can.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -32,7 +33,6 @@ UNREADABLE = (
     zipfile.BadZipFile,
     tokenize.TokenError,
 )
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1"), ("locked", "?")])
 _DIGITS = str.maketrans("123456789", "000000000")
 
@@ -72,9 +72,9 @@ class FolderStore:
 
 
 class ZipStore:
-    """The members of a zip. Every process opens the file for itself, as a forked handle would share its position.
+    """The members of a zip. Of its directory only names and places stay in memory: some 110 bytes a member.
 
-    Of its directory only names and places stay in memory, a fifth of what `zipfile` keeps: some 110 bytes a member.
+    `zipfile` keeps five times as much, in every process that reads; a data set may have a million members.
     """
 
     def __init__(self, path: Path):
@@ -100,14 +100,11 @@ class ZipStore:
         if place < 0 or self._names[place] != name:
             raise KeyError(name)
         member = self._members[place]
+        # Every process opens the file for itself: after a fork they would share one position in it.
         if self._owner != os.getpid():
             self._file, self._owner = self.path.open("rb"), os.getpid()
-        self._file.seek(member["offset"])
-        header = self._file.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-            raise zipfile.BadZipFile("its place in the zip holds something else")
-        _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
-        self._file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
+        start, _ = entry_start(self._file, int(member["offset"]))
+        self._file.seek(start)
         return _unpacked(self._file.read(member["packed"]), member)
 
 
@@ -121,6 +118,7 @@ def _unpacked(packed: bytes, member: np.void) -> bytes:
         raise zipfile.BadZipFile("it is encrypted")
     if member["method"] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise zipfile.BadZipFile(f"it is compressed by method {member['method']}, not stored or deflated")
+    # One byte more than the directory announces is enough to see that there is more.
     deflated = member["method"] == zipfile.ZIP_DEFLATED
     content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, int(member["size"]) + 1) if deflated else packed
     if len(content) != member["size"]:
@@ -134,7 +132,8 @@ def naturally_sorted(names: Iterable[str]) -> list[str]:
     """Names in an order that puts '2.png' before '10.png'."""
     names = list(names)
     layouts = {name.translate(_DIGITS) for name in names}
-    # Numbers of one width in one place, as in EDM's zips: no keys are needed, which would be larger than the names.
+    # Where all names have their digits in the same places, as in EDM's zips, plain order is natural order. It needs no keys,
+    # which would take more memory than the names.
     return sorted(names) if len(layouts) == 1 else sorted(names, key=natural_order)
 
 
@@ -149,11 +148,11 @@ def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in suffixes
 
 
-def placed(store: Store, name: str) -> str:
-    """A file and where it is, for a message of one line; a name that would not print is quoted."""
+def name_in_store(store: Store, name: str) -> str:
+    """'FILE in STORE', for a message of one line; a name with characters that do not print is quoted."""
     return f"{name if name.isprintable() else ascii(name)} in {store.path}"
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or its class where it has none."""
     return str(error).split("\n", 1)[0] or type(error).__name__

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, placed, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, name_in_store, reason_of
 from uni_instruct.errors import FileFormatError
 from uni_instruct.noise import noise
 
-SUFFIXES = frozenset({".npy"})
+_SUFFIXES = frozenset({".npy"})
 # Stability AI's VAE (sd-vae-ft-mse) and ImageNet: mean and deviation of each latent channel, as EDM2 assumes them
 # (arXiv 2312.02696 and its code), and the deviation that latents are brought to, which is sigma_data.
 RAW_MEAN = (5.81, 3.25, 0.12, -2.15)
@@ -38,7 +38,7 @@ class LatentReader:
         moments = read_moments(self.store, name)
         if moments.shape[1:] != self.size:
             raise FileFormatError(
-                f"{placed(self.store, name)} is {_text(moments.shape[1:])}, other latents are {_text(self.size)}",
+                f"{name_in_store(self.store, name)} is {_text(moments.shape[1:])}, other latents are {_text(self.size)}",
                 remedy="encode all images at one resolution",
             )
         return moments
@@ -65,11 +65,13 @@ def moments_bytes(moments: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def drawn(moments: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+def draw_latents(moments: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
     """A draw from each N(mean, deviation^2), brought to mean 0 and deviation 0.5 over ImageNet: float32 [B, H, W, 4].
 
     moments is float32 [B, 8, H, W]; latent i depends on moments[i] and seeds[i] alone.
     """
+    # z = mean + std * eps, then per channel (z - RAW_MEAN) * FINAL_STD / RAW_STD: the reparametrised draw of a VAE
+    # (arXiv 1312.6114, section 2.4), and EDM2's scaling, which brings latents to the sigma_data that networks expect.
     mean, std = moments[:, :CHANNELS], moments[:, CHANNELS:]
     raw = mean + noise(seeds, mean.shape[1:]) * std
     offset, scale = (np.array(values, np.float32).reshape(CHANNELS, 1, 1) for values in (RAW_MEAN, RAW_STD))
@@ -79,11 +81,11 @@ def drawn(moments: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
 
 def is_latent(name: str) -> bool:
     """Whether a file name looks like a latent's, and is not hidden."""
-    return has_suffix(name, SUFFIXES)
+    return has_suffix(name, _SUFFIXES)
 
 
 def _wrong(store: Store, name: str, problem: str) -> FileFormatError:
-    return FileFormatError(f"{placed(store, name)} {problem}", remedy="replace or remove that file")
+    return FileFormatError(f"{name_in_store(store, name)} {problem}", remedy="replace or remove that file")
 
 
 def _text(size: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, check_interface
-from uni_instruct.engines.outputs import Outputs, in_parts
+from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
@@ -56,7 +56,8 @@ class OnnxEngine:
         session = self._session
         assert session is not None, "the engine was closed"
         results: list[list[np.ndarray]] = []
-        for z, labels in in_parts(self.spec, *checked_inputs(self.spec, noise, class_ids)):
+        # A decoder makes large pictures a few at a time, or their activations would fill the memory.
+        for z, labels in checked_inputs(self.spec, noise, class_ids).parts(self.spec.images_at_once):
             results.append(session.run(outputs, {self._noise: z} if labels is None else {self._noise: z, CLASS_IDS: labels}))
         return results[0] if len(results) == 1 else [np.concatenate(parts) for parts in zip(*results, strict=True)]
 

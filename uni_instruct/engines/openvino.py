@@ -1,6 +1,7 @@
 """OpenVINO: the generator's graph on the CPU, in fp32 or in the processor's bf16. Needs no torch."""
 
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -92,7 +93,7 @@ class _Streams:
             self._idle.put(model.create_infer_request())
         self._pool = ThreadPoolExecutor(count, "openvino") if count > 1 else None
 
-    def run(self, parts: list[Inputs]) -> list[Outputs]:
+    def run(self, parts: Iterable[Inputs]) -> list[Outputs]:
         """What each part gives, in their order."""
         return list((map if self._pool is None else self._pool.map)(self._run_one, parts))
 
@@ -104,9 +105,8 @@ class _Streams:
     def _run_one(self, part: Inputs) -> Outputs:
         request = self._idle.get()
         try:
-            result = request.infer(
-                {NOISE: part.noise} if part.class_ids is None else {NOISE: part.noise, CLASS_IDS: part.class_ids}
-            )
+            labels = {} if part.class_ids is None else {CLASS_IDS: part.class_ids}
+            result = request.infer({NOISE: part.noise, **labels})
             return Outputs(result[IMAGES].copy(), result[DENOISED].copy())  # the request's own memory is written to again
         finally:
             self._idle.put(request)

@@ -1,13 +1,11 @@
 """What an engine gives, and how far it may be from what torch gives."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-
-from uni_instruct.spec import ModelSpec
 
 
 class Outputs(NamedTuple):
@@ -18,16 +16,6 @@ class Outputs(NamedTuple):
 
     pixels: np.ndarray
     images: np.ndarray
-
-
-def in_parts(
-    spec: ModelSpec, noise: np.ndarray, class_ids: np.ndarray | None
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """A batch as an engine may run it: whole, or where a decoder makes large pictures, a few images at a time."""
-    size = spec.images_at_once or max(1, len(noise))
-    for start in range(0, len(noise), size):
-        part = slice(start, start + size)
-        yield noise[part], None if class_ids is None else class_ids[part]
 
 
 @dataclass(frozen=True, kw_only=True)

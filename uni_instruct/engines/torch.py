@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.outputs import Outputs, in_parts
+from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
+from uni_instruct.float32 import full_float32
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
@@ -25,13 +26,13 @@ class TorchEngine:
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
         self._bundle.check_makes_pictures()
-        parts = in_parts(self.spec, *checked_inputs(self.spec, noise, class_ids))
+        parts = checked_inputs(self.spec, noise, class_ids).parts(self.spec.images_at_once)
         return np.concatenate([to_uint8(self._images(*part)).cpu().numpy() for part in parts])
 
     def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]; latents as they are."""
         inputs = checked_inputs(self.spec, noise, class_ids)
-        parts = [self._images(*part) for part in in_parts(self.spec, *inputs)]
+        parts = [self._images(*part) for part in inputs.parts(self.spec.images_at_once)]
         pixels = [to_uint8(images if self.spec.makes_pictures else images[:0]).cpu().numpy() for images in parts]
         return Outputs(np.concatenate(pixels), np.concatenate([images.cpu().numpy() for images in parts]))
 
@@ -44,7 +45,9 @@ class TorchEngine:
         generator = self._generator
         assert generator is not None, "the engine was closed"
         z, labels = as_tensors(Inputs(noise, class_ids), self.device)
-        if self.spec.steps > 1:
-            return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
-        images: Tensor = generator(z, labels)
-        return images
+        # This engine is what the others are held against: on a GPU its convolutions would take TF32 otherwise.
+        with full_float32():
+            if self.spec.steps > 1:
+                return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
+            images: Tensor = generator(z, labels)
+            return images

@@ -97,8 +97,9 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
             return path
         except FileFormatError as error:
             _log.warning("training again: %s", error)
+    # Before the training, which would be in vain if its result could not be written.
     with _cache_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)  # before the training, so that it is not in vain
+        path.parent.mkdir(parents=True, exist_ok=True)
     with _one_thread():
         model, heldout_accuracy = train_classifier(dataset, with_progress)
     info = ClassifierInfo(
@@ -165,6 +166,7 @@ def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) 
             optimizer.step()
             progress.advance(1, f"loss {loss.item():.3f}")
     features, _ = _outputs(model, dataset, _spread(training))
+    # Features times s, s = (mean over features of their variance)^(-1/2): distances of two data sets have the same unit.
     model.scale.fill_(1 / features.double().var(dim=0).mean().clamp(min=1e-12).sqrt())
     _, logits = _outputs(model, dataset, probe)
     return model.eval(), (logits.argmax(1) == _labels(dataset, probe)).double().mean().item()
@@ -172,7 +174,10 @@ def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums are rounded in an order that depends on the number of threads; so small a network gains nothing from more."""
+    """Within the block torch computes in one thread, so that every machine's number of cores gives the same weights.
+
+    The order in which sums are rounded depends on the number of threads. So small a network gains nothing from more of them.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -201,6 +206,7 @@ def _initialised(model: Classifier, generator: torch.Generator) -> Classifier:
     return model
 
 
+# Rate at progress t: t / 0.1 up to 0.1, then (1 + cos(pi (t - 0.1) / 0.9)) / 2 (Loshchilov and Hutter 2017, arXiv 1608.03983).
 def _schedule(done: float) -> float:
     """Linear warm-up over the first tenth, then a cosine to zero."""
     return done / 0.1 if done < 0.1 else (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
@@ -208,6 +214,7 @@ def _schedule(done: float) -> float:
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """Every other image moved by up to SHIFT of its side, by interpolation; the rest stay sharp."""
+    # affine_grid measures in half sides: [-1, 1] is the whole image.
     offsets = (torch.rand(len(images), 2, generator=generator) * 2 - 1) * 2 * SHIFT
     offsets[::2] = 0
     affine = torch.cat([torch.eye(2).expand(len(images), 2, 2), offsets[:, :, None]], dim=2)
@@ -237,7 +244,7 @@ def _spread(indices: Tensor) -> Tensor:
 
 @contextmanager
 def _cache_errors(path: Path) -> Iterator[None]:
-    """A cache that cannot be written as a RequestError that says how to choose another."""
+    """Within the block, a cache that cannot be written is a RequestError that says how to choose another."""
     try:
         with disk_errors(path):
             yield

@@ -35,27 +35,21 @@ class Evaluator:
             chosen = choose_extractor(extractor, reference, with_progress) if isinstance(extractor, str) else extractor
             self.extractor = chosen
             with with_progress(f"features of {reference.name}", len(reference), "images") as progress:
-                self.features = self.extractor(_told(reference.batches(BATCH), progress))
+                self.features = self.extractor(_with_progress(reference.batches(BATCH), progress))
             self.mu, self.sigma = moments(self.features.features)
 
     def check(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> None:
-        """Raises RequestError for a metric that is unknown or does not apply to that many images, before any is made."""
+        """Raises RequestError for a metric that is unknown or does not apply to so many images. Call it before making any."""
         applicable(metrics, Available(self.extractor, images, self.reference_images, has_class_ids))
 
     @property
     def reference_images(self) -> int:
-        """How many images there are to compare with one by one; 0 for statistics."""
+        """How many images of the reference there are; 0 where it is statistics."""
         return len(self.features) if self.features else 0
 
     def __call__(self, images: np.ndarray, class_ids: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> Scores:
         """Scores of images uint8 [N, H, W, C]; see `score_batches`."""
         return self.score_batches((images[i : i + BATCH] for i in range(0, len(images), BATCH)), class_ids, metrics)
-
-    def quick(self, images: np.ndarray, class_ids: np.ndarray | None = None) -> Scores:
-        """All scores that apply but the kernel distance, whose hundred subsets take seconds: for use while training."""
-        reference_images = len(self.features) if self.features else 0
-        names = applicable(None, Available(self.extractor, len(images), reference_images, class_ids is not None))
-        return self(images, class_ids, [name for name in names if name != "kd"])
 
     def score_batches(
         self,
@@ -63,7 +57,7 @@ class Evaluator:
         class_ids: np.ndarray | None = None,
         metrics: Sequence[str] | None = None,
     ) -> Scores:
-        """Scores of images that come in batches uint8 [B, H, W, C], none of which is kept.
+        """Scores of images that come in batches uint8 [B, H, W, C]; only their features stay in memory.
 
         class_ids: int64 [N], the class each image should have, in the reference's numbering. metrics: names from METRICS; by
         default all that apply. Raises RequestError for images of another shape than the reference's, fewer than 4 of them, or
@@ -78,6 +72,7 @@ class Evaluator:
         )
         return score(self.extractor, comparison, metrics, self.reference.name)
 
+    # While they come, not at the end: a wrong shape should not cost an hour of generating.
     def _checked(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         known = self.reference.image_shape if isinstance(self.reference, Dataset) else self.extractor.image_shape
         for images in batches:
@@ -86,7 +81,7 @@ class Evaluator:
             yield images
 
     def statistics(self) -> Statistics:
-        """The reference's statistics, to be kept in its place."""
+        """The reference's mean and covariance, which take its place in later evaluations."""
         return Statistics(
             name=self.reference.name,
             mu=self.mu,
@@ -108,18 +103,19 @@ def check_shape(shape: ImageShape, reference: ImageShape) -> None:
         )
 
 
-def _extractor_of(statistics: Statistics, wanted: str | Extractor) -> Extractor:
-    """The extractor that made the statistics. Raises RequestError where another is wanted or it cannot be had."""
-    if not isinstance(wanted, str):
-        return wanted
-    kind = "inception" if statistics.extractor == INCEPTION else "classifier"
-    if wanted not in ("auto", kind):
+def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
+    """The extractor that made the statistics. Raises RequestError where another is asked for, or it cannot be had."""
+    # Features of two extractors have nothing in common: a distance between them would be a number without meaning.
+    if not isinstance(asked, str):
+        return asked
+    maker = "inception" if statistics.extractor == INCEPTION else "classifier"
+    if asked not in ("auto", maker):
         raise RequestError(
-            f"the statistics of {statistics.name} were made by {statistics.extractor}, not by '{wanted}'",
+            f"the statistics of {statistics.name} were made by {statistics.extractor}, not by '{asked}'",
             remedy="use --extractor auto, or give the data set itself",
             param="extractor",
         )
-    if kind == "inception":
+    if maker == "inception":
         return inception()
     from uni_instruct.evaluate.classifier import classifier_path
 
@@ -128,6 +124,7 @@ def _extractor_of(statistics: Statistics, wanted: str | Extractor) -> Extractor:
         extractor = open_classifier(classifier_path(statistics.fingerprint), statistics.extractor)
     except FileFormatError as error:
         raise RequestError(f"{statistics.extractor} is not in the cache", remedy=remedy, param="reference") from error
+    # Trained anew on another machine, a classifier of the same data has slightly other weights, and so other features.
     if extractor.sha256 != statistics.extractor_sha256:
         raise RequestError(
             f"the statistics of {statistics.name} were made by another {statistics.extractor} than the one in the cache",
@@ -137,7 +134,7 @@ def _extractor_of(statistics: Statistics, wanted: str | Extractor) -> Extractor:
     return extractor
 
 
-def _told(batches: Iterable[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
+def _with_progress(batches: Iterable[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
     for images in batches:
         yield images
         progress.advance(len(images))

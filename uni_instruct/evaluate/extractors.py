@@ -1,10 +1,10 @@
-"""What turns images into the features that are compared: InceptionV3, or a classifier of the reference's own kind."""
+"""What turns images into the features that are compared: InceptionV3, or a classifier that is trained on the reference."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from uni_instruct.download import download
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.fidelity import fidelity
 from uni_instruct.files import sha256
+from uni_instruct.float32 import full_float32
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import ImageShape
 
@@ -23,12 +24,12 @@ INCEPTION = "inception-v3"
 INCEPTION_REGISTERED = "inception-v3-compat"
 INCEPTION_DIM = 2048
 INCEPTION_MIN_SIDE = 32
-BATCH = 64
+_BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Of N images: features float32 [N, D] and class logits float32 [N, K], torch tensors on the CPU."""
+    """Features float32 [N, D] and class logits float32 [N, K] of N images: torch tensors on the CPU."""
 
     features: "torch.Tensor"
     logits: "torch.Tensor"
@@ -41,14 +42,14 @@ class Features:
 class Extractor:
     """A torch-fidelity feature extractor, ready to run.
 
-    image_shape is [C, H, W] where only such images are understood, else None. num_classes is that of the reference's classes,
-    0 where the logits are of other classes. heldout_accuracy is a trained classifier's, on images it has not seen.
+    image_shape is [C, H, W] where it takes only such images, else None. num_classes is the reference's, 0 where the logits are
+    of other classes. heldout_accuracy is a trained classifier's, on images it has not seen.
     """
 
     name: str
     sha256: str
     dim: int
-    module: Any
+    module: "torch.nn.Module"
     device: str = "cpu"
     image_shape: ImageShape | None = None
     num_classes: int = 0
@@ -69,32 +70,36 @@ class Extractor:
 
         features, logits = [], []
         for images in _rebatched(batches):
+            # Contiguous: the last bits of a convolution depend on the memory layout.
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format).to(self.device)
             if self.is_inception and pixels.shape[1] == 1:
                 pixels = pixels.expand(-1, 3, -1, -1)
-            with torch.inference_mode():
+            # Published FIDs are of float32; with TF32, cuDNN's default, a GPU gives other features than a CPU.
+            with torch.inference_mode(), full_float32():
                 first, second = self.module(pixels)
             features.append(first.cpu())
             logits.append(second.cpu())
         if not features:
             raise RequestError("there are no images to score", remedy="give at least one", param="images")
+        # Cloned outside inference mode: torch-fidelity's metrics compute with what would be inference tensors.
         with torch.inference_mode(False):
             return Features(torch.cat(features).clone(), torch.cat(logits).clone())
 
 
-def choose_extractor(kind: str, dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
-    """The extractor of that kind (EXTRACTORS) for a reference.
+def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
+    """The extractor of that name (EXTRACTORS) for a reference.
 
     auto: InceptionV3 for colour images from 32 pixels on, or where there are no classes; else the classifier.
-    Raises RequestError for an unknown kind, or where InceptionV3's weights cannot be had.
+    Raises RequestError for an unknown name, or where InceptionV3's weights cannot be had.
     """
-    if kind not in EXTRACTORS:
-        raise RequestError(f"extractor '{kind}' is unknown", remedy=f"choose one of {', '.join(EXTRACTORS)}", param="extractor")
-    if kind == "auto":
+    if name not in EXTRACTORS:
+        raise RequestError(f"extractor '{name}' is unknown", remedy=f"choose one of {', '.join(EXTRACTORS)}", param="extractor")
+    if name == "auto":
+        # InceptionV3 has seen colour photographs, enlarged to 299 pixels: of smaller or grey images its features say little.
         channels, *sides = dataset.image_shape
         suits = channels == 3 and min(sides) >= INCEPTION_MIN_SIDE
-        kind = "inception" if suits or dataset.num_classes < 2 else "classifier"
-    return inception(has_classes=dataset.num_classes > 1) if kind == "inception" else classifier(dataset, with_progress)
+        name = "inception" if suits or dataset.num_classes < 2 else "classifier"
+    return inception(has_classes=dataset.num_classes > 1) if name == "inception" else classifier(dataset, with_progress)
 
 
 EXTRACTORS = ("auto", "inception", "classifier")
@@ -110,7 +115,7 @@ def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Ext
 def open_classifier(path: Path, name: str) -> Extractor:
     """A classifier from its file. Raises FileFormatError where it is corrupt."""
     from uni_instruct.evaluate.classifier import FEATURES, load_classifier, weights_sha256
-    from uni_instruct.evaluate.registered import CLASSIFIER
+    from uni_instruct.evaluate.classifier_extractor import CLASSIFIER
 
     model, info = load_classifier(path)
     return Extractor(
@@ -126,9 +131,9 @@ def open_classifier(path: Path, name: str) -> Extractor:
 
 
 def inception(has_classes: bool = False) -> Extractor:
-    """InceptionV3 with the weights that FID is defined by. Raises RequestError where they are neither here nor to be had.
+    """InceptionV3 with the weights that FID is defined by. has_classes: whether its error may offer the classifier instead.
 
-    has_classes: whether the error may offer the classifier instead.
+    Raises RequestError where the weights are neither on this machine nor can be downloaded.
     """
     return open_inception(*inception_weights(", or use --extractor classifier" if has_classes else ""))
 
@@ -138,22 +143,23 @@ def open_inception(path: Path, digest: str) -> Extractor:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # It draws weights before it loads them; the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         module = _create(INCEPTION_REGISTERED, [str(INCEPTION_DIM), "logits_unbiased"], path).to(device)
     return Extractor(name=INCEPTION, sha256=digest, dim=INCEPTION_DIM, module=module, device=device)
 
 
 def inception_weights(otherwise: str = "") -> tuple[Path, str]:
-    """The weights' file in torch's hub folder, downloaded where it is missing, and its SHA-256; the name has its start.
+    """The weights' file in torch's hub folder, downloaded where it is missing, and its SHA-256.
 
-    otherwise: what else the user may do, for the error. Raises RequestError where it cannot be had, FileFormatError where
+    otherwise: what else the user may do, for the error. Raises RequestError where the file cannot be had, FileFormatError where
     it is corrupt.
     """
     import torch
 
     url: str = fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     name = url.rsplit("/", 1)[1]
-    start = Path(name).stem.rsplit("-", 1)[1]
+    start = Path(name).stem.rsplit("-", 1)[1]  # the name ends in the first digits of the SHA-256
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         remedy = f"put {name} from {url} into {path.parent}{otherwise}"
@@ -165,15 +171,15 @@ def inception_weights(otherwise: str = "") -> tuple[Path, str]:
 
 
 def _rebatched(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same images in batches of BATCH: the last bits of features depend on the size of the batch."""
+    """The same images in batches of _BATCH: the last bits of features depend on the size of the batch."""
     waiting: list[np.ndarray] = []
     for images in batches:
         waiting.append(images)
-        if sum(map(len, waiting)) >= BATCH:
-            joined = np.concatenate(waiting)
-            whole = len(joined) - len(joined) % BATCH
-            yield from np.split(joined[:whole], whole // BATCH)
-            waiting = [joined[whole:]]
+        if sum(map(len, waiting)) >= _BATCH:
+            gathered = np.concatenate(waiting)
+            whole = len(gathered) - len(gathered) % _BATCH
+            yield from np.split(gathered[:whole], whole // _BATCH)
+            waiting = [gathered[whole:]]
     rest = np.concatenate(waiting) if waiting else np.empty(0)
     if len(rest):
         yield rest
@@ -183,7 +189,8 @@ def _starts(content: bytes, digest: str) -> bool:
     return hashlib.sha256(content).hexdigest().startswith(digest)
 
 
-def _create(registered: str, layers: list[str], weights: Path) -> Any:
-    return fidelity("utils").create_feature_extractor(
+def _create(registered: str, layers: list[str], weights: Path) -> "torch.nn.Module":
+    module: torch.nn.Module = fidelity("utils").create_feature_extractor(
         registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
     )
+    return module

@@ -1,4 +1,4 @@
-"""torch-fidelity, imported where torchvision's compiled operators cannot be loaded too."""
+"""torch-fidelity, imported also where torchvision's compiled operators cannot be loaded."""
 
 import importlib
 from types import ModuleType
@@ -24,8 +24,8 @@ def fidelity(module: str = "") -> ModuleType:
 def _import_torchvision() -> None:
     """Imports torchvision, which torch-fidelity needs for nothing that is used here but imports at once.
 
-    A torchvision built for another kind of torch (for CUDA, beside a CPU torch) fails to load its operators, and then its
-    import fails as they are unknown. Declaring their schemas is enough: nobody calls them, and who does gets a clear error.
+    A torchvision that was built for another torch (for CUDA, beside one for the CPU) cannot load its operators, and its import
+    then fails because they are unknown. Declaring their schemas is enough: nothing here calls them, and a call raises.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What is scored: the images of a bundle's seeds, or images that are there."""
+"""What is scored: the images that a bundle makes of seeds, or images that exist already."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +16,10 @@ from uni_instruct.spec import ImageShape
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleSource:
-    """batches gives its images anew, uint8 [B, H, W, C]; class_ids is int64 [count] in the reference's numbering, or None.
+    """Images to score, and where they are from.
 
-    engine and weights_sha256 are empty for images that are there. note says why class_ids is None where there are classes.
+    batches starts over at each call and gives uint8 [B, H, W, C]. class_ids is int64 [count] in the reference's numbering, or
+    None; note then says why, where there are classes. engine and weights_sha256 are empty for images that exist already.
     """
 
     source: str
@@ -31,10 +32,10 @@ class SampleSource:
     note: str = ""
 
 
-def bundle_subject(
+def bundle_samples(
     bundle: Bundle, seeds: Sequence[int], engine: str | None, batch: int, reference: Dataset | Statistics
 ) -> SampleSource:
-    """The images of those seeds, each of its seed's class. A teacher runs on torch whatever the student runs on.
+    """The images of those seeds, each of its seed's class. A teacher always runs on torch, which alone has its sampler.
 
     Raises RequestError where the bundle makes latents, or has no such engine.
     """
@@ -55,9 +56,10 @@ def bundle_subject(
     )
 
 
-def images_subject(dataset: Dataset, samples: int | None, batch: int, reference: Dataset | Statistics) -> SampleSource:
-    """All images of a data set, or that many, evenly spaced."""
+def dataset_samples(dataset: Dataset, samples: int | None, batch: int, reference: Dataset | Statistics) -> SampleSource:
+    """All images of a data set, or so many of them."""
     count = min(samples or len(dataset), len(dataset))
+    # Evenly spaced: folders are sorted by class, so that the first thousand might be of one.
     chosen = np.arange(count) * len(dataset) // count
     labels = None if dataset.labels is None else dataset.labels[chosen]
     mapped, note = reference_class_ids(labels, dataset.class_names, reference)
@@ -74,9 +76,9 @@ def images_subject(dataset: Dataset, samples: int | None, batch: int, reference:
 def reference_class_ids(
     class_ids: np.ndarray | None, names: tuple[str, ...], reference: Dataset | Statistics
 ) -> tuple[np.ndarray | None, str]:
-    """The class ids in the reference's numbering, found by name; (None, why) where a name is not among its classes.
+    """The class ids in the reference's numbering, found by name; (None, the reason) where a name is not among its classes.
 
-    Classes without names of their own, and references that keep none (statistics), go by number.
+    Numbers are taken as they are where classes have no names of their own, and where the reference keeps none (statistics).
     """
     if class_ids is None or (isinstance(reference, Dataset) and not reference.num_classes):
         return None, ""

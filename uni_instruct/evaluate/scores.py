@@ -1,4 +1,4 @@
-"""Features to numbers: every metric is torch-fidelity's, named after what it was measured with."""
+"""From features to numbers. torch-fidelity computes every metric; its name says which extractor it was measured with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PUBLISHED_SAMPLES = 50_000
 
 @dataclass(frozen=True)
 class Scores:
-    """The values of metrics by their full names, and what they depend on. notes are limits that a reader should know."""
+    """The values of metrics by their full names, and what they depend on. notes: limits that a reader should know about."""
 
     extractor: str
     samples: int
@@ -35,7 +35,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
-    """Features of generated images, what was asked of them, and the reference's statistics and, if it has them, features."""
+    """What a metric compares: the features of generated images and the class that each should have, and the reference.
+
+    mu and sigma are the reference's statistics; `reference` holds its features, None where it is statistics alone.
+    """
 
     generated: Features
     class_ids: np.ndarray | None
@@ -46,7 +49,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Metric:
-    """measure gives values by full name; it is called where `missing` finds nothing missing, else says what is."""
+    """How a metric is measured, and what it lacks.
+
+    measure: values by full name. missing: why it cannot be measured with what is available, None where it can.
+    """
 
     measure: Callable[[Extractor, Comparison], dict[str, float]]
     missing: Callable[["Available"], str | None]
@@ -54,7 +60,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Available:
-    """What there is to measure with: `images` generated ones; reference_images is 0 where the reference is statistics."""
+    """What there is to measure with. images: how many were generated. reference_images: 0 where the reference is statistics."""
 
     extractor: Extractor
     images: int
@@ -63,7 +69,10 @@ class Available:
 
 
 def score(extractor: Extractor, comparison: Comparison, metrics: Sequence[str] | None, reference: str) -> Scores:
-    """The metrics of those names (METRICS), or all that apply. Raises RequestError for one that is unknown or cannot be had."""
+    """The metrics of those names (METRICS), or all that apply.
+
+    Raises RequestError for one that is unknown or cannot be measured, for too few images, and for class ids of another number.
+    """
     count = len(comparison.generated)
     if count < MIN_SAMPLES:
         raise RequestError(
@@ -91,12 +100,15 @@ def check_metrics(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def applicable(names: Sequence[str] | None, means: Available) -> list[str]:
-    """The named metrics, or all that those means suffice for. Raises RequestError for a named one that lacks something."""
+def applicable(names: Sequence[str] | None, available: Available) -> list[str]:
+    """The named metrics, or all that can be measured with what is available.
+
+    Raises RequestError for a named one that cannot be measured.
+    """
     if names is None:
-        return [name for name, metric in METRICS.items() if metric.missing(means) is None]
+        return [name for name, metric in METRICS.items() if metric.missing(available) is None]
     for name in check_metrics(names):
-        missing = METRICS[name].missing(means)
+        missing = METRICS[name].missing(available)
         if missing is not None:
             raise RequestError(f"metric '{name}' cannot be measured: {missing}", remedy="leave it out", param="metrics")
     return check_metrics(names)
@@ -108,16 +120,18 @@ def moments(features: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
     return statistics["mu"], statistics["sigma"]
 
 
+# d^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) for N(mu_1, S_1) and N(mu_2, S_2): Dowson and Landau 1982; for FID
+# Heusel et al. 2017, arXiv 1706.08500, equation 6.
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians (Heusel et al., arXiv 1706.08500)."""
+    """The squared Frechet distance of two Gaussians with means [D] and covariances [D, D]."""
     metric_fid = fidelity("metric_fid")
     first, second = {"mu": mu1, "sigma": sigma1}, {"mu": mu2, "sigma": sigma2}
     distance: float = metric_fid.fid_statistics_to_metric(first, second, False)[metric_fid.KEY_METRIC_FID]
-    return max(distance, 0.0)  # rounding may leave -1e-9
+    return max(distance, 0.0)  # rounding can leave a little less than 0
 
 
 def frechet_name(extractor: Extractor) -> str:
-    """FID is said of InceptionV3 alone; any other extractor is named."""
+    """'FID' for InceptionV3 alone, which defines it; with any other extractor the name says which."""
     return "FID" if extractor.is_inception else f"FD({extractor.name})"
 
 
@@ -126,6 +140,7 @@ def _frechet(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     return {frechet_name(extractor): distance}
 
 
+# MMD^2 with the kernel (x . y / D + 1)^3, the mean over subsets (Binkowski et al. 2018, arXiv 1801.01401, section 4).
 def _kernel(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     assert comparison.reference is not None  # not missing
     metric_kid = fidelity("metric_kid")
@@ -136,6 +151,8 @@ def _kernel(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     return {"KID" if extractor.is_inception else f"KD({extractor.name})": distance}
 
 
+# The share of images within the reach of a reference's k-th neighbour, and of references within an image's (Kynkaanniemi et al.
+# 2019, arXiv 1904.06991, equations 1 and 2).
 def _precision_recall(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     assert comparison.reference is not None  # not missing
     metric_prc = fidelity("metric_prc")
@@ -146,6 +163,7 @@ def _precision_recall(extractor: Extractor, comparison: Comparison) -> dict[str,
     return {name: values[name] for name in (metric_prc.KEY_METRIC_PRECISION, metric_prc.KEY_METRIC_RECALL)}
 
 
+# exp(E_x KL(p(y|x) || p(y))), the mean over splits (Salimans et al. 2016, arXiv 1606.03498, section 4).
 def _inception_score(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     metric_isc = fidelity("metric_isc")
     return {"IS": metric_isc.isc_features_to_metric(comparison.generated.logits, SPLITS)[metric_isc.KEY_METRIC_ISC_MEAN]}
@@ -156,26 +174,26 @@ def _class_accuracy(extractor: Extractor, comparison: Comparison) -> dict[str, f
     return {"class_accuracy": float((predicted == comparison.class_ids).mean())}
 
 
-def _nothing(means: Available) -> str | None:
+def _nothing(available: Available) -> str | None:
     return None
 
 
-def _reference_images(means: Available) -> str | None:
-    if not means.reference_images:
+def _reference_images(available: Available) -> str | None:
+    if not available.reference_images:
         return "the reference is statistics, not images"
-    return None if means.reference_images >= MIN_SAMPLES else "the reference has too few images"
+    return None if available.reference_images >= MIN_SAMPLES else "the reference has too few images"
 
 
-def _inception(means: Available) -> str | None:
-    if not means.extractor.is_inception:
-        return f"it is defined by InceptionV3, not by {means.extractor.name}"
-    return None if means.images >= SPLITS else f"{means.images} images are fewer than its {SPLITS} splits"
+def _inception(available: Available) -> str | None:
+    if not available.extractor.is_inception:
+        return f"it is defined by InceptionV3, not by {available.extractor.name}"
+    return None if available.images >= SPLITS else f"{available.images} images are fewer than its {SPLITS} splits"
 
 
-def _class_ids(means: Available) -> str | None:
-    if not means.extractor.num_classes:
-        return f"{means.extractor.name} does not know the reference's classes"
-    return None if means.has_class_ids else "it is not known which class each image should have"
+def _class_ids(available: Available) -> str | None:
+    if not available.extractor.num_classes:
+        return f"{available.extractor.name} does not know the reference's classes"
+    return None if available.has_class_ids else "it is not known which class each image should have"
 
 
 # Name, as --metrics takes it -> how it is measured and what it needs.

@@ -1,4 +1,4 @@
-"""A reference reduced to mean and covariance: EDM's .npz of mu and sigma, with what made them beside it, or EDM2's .pkl."""
+"""A reference as mean and covariance alone: EDM's .npz of mu and sigma, to which ours adds what made them, or EDM2's .pkl."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,8 +37,9 @@ class Statistics:
 def open_reference(source: str | Path) -> Dataset | Statistics:
     """What images are compared with: a data set as `open_dataset` takes it, or an .npz or .pkl that holds mu and sigma.
 
-    Where an .npz holds images as well (OpenAI's reference batches), mu and sigma are taken, which are of the whole data set.
-    Nothing in a .pkl is executed. Raises RequestError for latents, FileFormatError for a file that is corrupt or holds neither.
+    Where an .npz holds images as well (OpenAI's reference batches), mu and sigma are taken: they are of the whole data set, the
+    images are a part of it. Nothing in a .pkl is executed. Raises RequestError for latents, FileFormatError for a file that is
+    corrupt or holds neither.
     """
     path = Path(source)
     suffix = path.suffix.lower() if path.is_file() else ""
@@ -78,12 +79,12 @@ def _edm2_statistics(path: Path) -> Statistics:
             f"{path} holds no reference statistics but {found}",
             remedy="give a file that EDM2's calculate_metrics.py wrote, or an .npz of mu and sigma",
         )
-    # Its num_images is left out: as many as all of ImageNet would be generated to compare with it, where 50,000 are the custom.
+    # Its num_images is left out. It is all of ImageNet, and `evaluate` would generate as many; 50,000 are the custom.
     return _statistics(path, {name: fid[name] for name in ("mu", "sigma") if name in fid})
 
 
 def _statistics(path: Path, arrays: Mapping[str, Any]) -> Statistics:
-    """Without the names that `write_statistics` adds they are EDM's, of InceptionV3."""
+    """Statistics of those arrays. Without the names that `write_statistics` adds they are EDM's, made by InceptionV3."""
     try:
         mu, sigma = (np.asarray(arrays.get(name, 0.0), dtype=np.float64) for name in ("mu", "sigma"))
     except (TypeError, ValueError) as error:
@@ -93,6 +94,7 @@ def _statistics(path: Path, arrays: Mapping[str, Any]) -> Statistics:
             f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}", remedy="give finite mu [D] and sigma [D, D]"
         )
     extractor = str(arrays.get("extractor", INCEPTION))
+    # Files of other extractors (DINOv2's, 768 or 1024) look the same otherwise.
     if extractor == INCEPTION and len(mu) != INCEPTION_DIM:
         raise FileFormatError(
             f"{path} has {len(mu)} features, {INCEPTION} has {INCEPTION_DIM}", remedy="write it with --save-statistics"

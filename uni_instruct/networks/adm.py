@@ -17,7 +17,7 @@ from uni_instruct.networks.blocks import (
 )
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
-from uni_instruct.networks.unet import Skeleton, ascend, levels, skip_channels
+from uni_instruct.networks.unet import UNetLayout, levels, run_decoder_block, skip_channels
 from uni_instruct.spec import ImageShape
 
 EPS = 1e-5
@@ -26,8 +26,8 @@ EPS = 1e-5
 class ADM(Network):
     """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i].
 
-    The embedding scales and shifts what the blocks normalise; attention has a head for every channels_per_head channels, and
-    none where a level has fewer. out_channels is the image's where not given.
+    The embedding scales and shifts what the blocks normalise. Attention has a head for every channels_per_head channels; a
+    level with fewer channels has none. out_channels is the image's where not given.
     """
 
     def __init__(
@@ -55,15 +55,17 @@ class ADM(Network):
         self.map_label = Linear(num_classes, emb_channels, bias=False, init=_normal_) if num_classes else None
 
         block = partial(UNetBlock, emb_channels=emb_channels, style=_style(channels_per_head), dropout=dropout)
-        skeleton = Skeleton(levels=plan, num_blocks=num_blocks, block=block, attend_often=True)
-        self.enc = skeleton.encoder(Conv2d(image_shape[0], plan[0].channels, 3, init=fan_in_))
+        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, attend_often=True)
+        self.enc = layout.encoder(Conv2d(image_shape[0], plan[0].channels, 3, init=fan_in_))
         self.bottleneck_channels = skip_channels(self.enc)[-1]
-        self.dec = skeleton.decoder(self.enc)
+        self.dec = layout.decoder(self.enc)
         self.out_norm = GroupNorm(plan[0].channels, EPS)
+        # Zero at the start, so that D(x) begins as c_skip x.
         self.out_conv = Conv2d(plan[0].channels, out_channels or image_shape[0], 3, init=zero_)
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
         """The embedding that every block reads: [B, emb_channels]."""
+        # EDM adds the augmentation before the layers that noise goes through, and the class behind them.
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -85,7 +87,7 @@ class ADM(Network):
         skips, x = list(features), features[-1]
         for block in self.dec.values():
             assert isinstance(block, UNetBlock)
-            x = ascend(block, x, skips, emb)
+            x = run_decoder_block(block, x, skips, emb)
         out: Tensor = self.out_conv(self.out_norm(x, silu=True))
         return out
 
@@ -104,5 +106,5 @@ def _style(channels_per_head: int) -> BlockStyle:
 
 
 def _normal_(weight: Tensor, _: Tensor | None) -> None:
-    """A class's vector has unit variance, however many classes there are."""
+    """N(0, 1) weights: a class's vector has unit variance, however many classes there are."""
     nn.init.normal_(weight)

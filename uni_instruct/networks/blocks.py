@@ -16,8 +16,9 @@ from uni_instruct.networks.group_norm import GroupNorm
 Init = Callable[[Tensor, Tensor | None], None]
 
 
+# U(-b, b), b = gain sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010).
 def xavier_(weight: Tensor, bias: Tensor | None, gain: float = 1.0) -> None:
-    """Xavier-uniform with fans over the whole kernel, times gain; zero biases. As DDPM++ and NCSN++ start."""
+    """Xavier-uniform with fans over the whole kernel, times gain; zero biases. DDPM++ and NCSN++ start so."""
     nn.init.xavier_uniform_(weight)
     with torch.no_grad():
         weight.mul_(gain)
@@ -27,7 +28,7 @@ def xavier_(weight: Tensor, bias: Tensor | None, gain: float = 1.0) -> None:
 
 @torch.no_grad()
 def fan_in_(weight: Tensor, bias: Tensor | None) -> None:
-    """Weights and biases uniform within 1 / sqrt(fan-in): Kaiming's with a gain of sqrt(1/3). As ADM starts."""
+    """Weights and biases uniform within 1 / sqrt(fan-in): Kaiming's with a gain of sqrt(1/3). ADM starts so."""
     bound = math.prod(weight.shape[1:]) ** -0.5
     for parameter in (weight, bias):
         if parameter is not None:
@@ -36,14 +37,14 @@ def fan_in_(weight: Tensor, bias: Tensor | None) -> None:
 
 @torch.no_grad()
 def zero_(weight: Tensor, bias: Tensor | None) -> None:
-    """Weights and biases of layers that end a branch in ADM."""
+    """Zero weights and biases, for layers that end a branch in ADM: each block starts as the identity."""
     for parameter in (weight, bias):
         if parameter is not None:
             parameter.zero_()
 
 
 class Linear(nn.Linear):
-    """Fully connected; Xavier-uniform weights and zero bias unless `init` says otherwise."""
+    """A fully connected layer with Xavier-uniform weights and zero bias, unless `init` says otherwise."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, init: Init = xavier_):
         super().__init__(in_features, out_features, bias)
@@ -56,8 +57,8 @@ class Linear(nn.Linear):
 class Conv2d(nn.Module):
     """Convolution after optional resampling by a separable filter (nearest and average for the default filter).
 
-    kernel 0 resamples only. convolve_first halves the convolution's outputs rather than its inputs, those just outside the
-    border included (EDM's fused_resample).
+    kernel 0 resamples only. convolve_first convolves before it halves, with outputs just outside the border, which the filter
+    reaches (EDM's fused_resample).
     """
 
     resample_filter: Tensor | None
@@ -85,7 +86,7 @@ class Conv2d(nn.Module):
         taps = torch.tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
         self.register_buffer("resample_filter", taps if up or down else None)
-        # The default filter repeats pixels and averages four, which CPUs do many times as fast as a depthwise convolution.
+        # The default filter repeats a pixel or averages four, which CPUs do many times as fast as a depthwise convolution.
         self._repeats = tuple(resample_filter) == (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,15 +110,17 @@ class Conv2d(nn.Module):
             return F.interpolate(x, scale_factor=2.0) if self.up else F.avg_pool2d(x, 2)
         channels = x.shape[1]
         depthwise = taps.expand(channels, 1, -1, -1)
+        # Times 4: of the taps, whose sum is 1, each output meets a quarter, as zeros stand between the inputs.
         if self.up:
             return F.conv_transpose2d(x, depthwise * 4, stride=2, padding=padding, groups=channels)
         return F.conv2d(x, depthwise, stride=2, padding=padding, groups=channels)
 
 
+# sin(c w_i), cos(c w_i), w_i = 10000^(-i / n) (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 class PositionalEmbedding(nn.Module):
     """Sinusoids of the noise label at geometric frequencies from 1 to 1/10000: [B] -> [B, channels].
 
-    endpoint: the last frequency is 1/10000 itself, else the one that would follow the last.
+    endpoint: whether 1/10000 is the last frequency, or the first that is left out.
     """
 
     def __init__(self, channels: int, *, endpoint: bool = True, cosines_first: bool = False):
@@ -133,6 +136,7 @@ class PositionalEmbedding(nn.Module):
         return torch.cat(waves[::-1] if self.cosines_first else waves, dim=1)
 
 
+# sin(2 pi f c), cos(2 pi f c), f ~ N(0, 16^2) (Tancik et al. 2020, arXiv 2006.10739; Song et al. 2021, arXiv 2011.13456).
 class FourierEmbedding(nn.Module):
     """Sines, then cosines, of the noise label at fixed random frequencies of deviation 16: [B] -> [B, channels]."""
 
@@ -155,7 +159,7 @@ class BlockStyle:
     adaptive_scale: the embedding scales and shifts after the second normalisation; else it is added before it.
     channels_per_head: of the attention, at the least; None is one head. skip_scale: of the sum of a branch and its input.
     project_resampled: the input of a block that resamples goes through a 1x1 convolution even where the channels stay.
-    init_qkv: of the attention's first layer. init_last: of the last layer of either branch.
+    init, init_qkv, init_last: initial weights in general, of the attention's first layer, of the last layer of either branch.
     """
 
     adaptive_scale: bool
@@ -223,6 +227,7 @@ class UNetBlock(nn.Module):
     def _condition(self, hidden: Tensor, affine: Tensor) -> Tensor:
         if not self.adaptive_scale:
             return self.norm1(hidden + affine, silu=True)
+        # (1 + scale) norm(h) + shift: adaptive group normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3.1).
         scale, shift = affine.chunk(2, dim=1)
         return F.silu(torch.addcmul(shift, self.norm1(hidden), scale + 1))
 
@@ -239,8 +244,9 @@ class UNetBlock(nn.Module):
         return self.proj(attention(q, k, v).transpose(2, 3).reshape(x.shape))
 
 
+# softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v, [B, heads, N, C] each."""
+    """Attention of queries, keys and values [B, heads, N, C]: of the same shape."""
     if q.dtype == torch.bfloat16 and q.device.type != "cuda":
         # Torch's fused CPU kernel takes three times as long as these products, forward and backward.
         weights = (q @ k.transpose(2, 3)).mul(q.shape[-1] ** -0.5).softmax(dim=3)

@@ -1,4 +1,4 @@
-"""From a spec to its denoiser."""
+"""From a spec to its denoiser: the network, what stands around it, and its weights."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "edm2": EDM2,
 }
 
-# Sides of the square of pixels that a network may take as one.
+# Sides of the square of pixels that a network may see as one.
 PATCHES = (1, 2, 4)
 
 
@@ -53,6 +53,7 @@ def build_denoiser(spec: ModelSpec) -> Denoiser:
         preconditioning = build_preconditioning(args.pop("preconditioning", "edm"), sigma_data)
         patch = args.pop("patch", 1)
         shape = patched_shape(spec.noise_shape, patch)
+        # iDDPM's networks also predict a variance.
         if preconditioning.out_factor > 1:
             args["out_channels"] = preconditioning.out_factor * shape[0]
         model = NETWORKS[spec.network](shape, spec.num_classes, **args)
@@ -77,14 +78,14 @@ def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:
 
 
 def check_patch(patch: object) -> None:
-    """Raises RequestError unless it is one of PATCHES."""
+    """Raises RequestError unless the patch is one of PATCHES."""
     if type(patch) is not int or patch not in PATCHES:  # True and 1.0 equal 1
         known = ", ".join(map(str, PATCHES))
         raise RequestError(f"network.patch is {patch!r}", remedy=f"choose one of {known}", param="network")
 
 
 def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> RequestError:
-    """What levels cannot halve, in terms of the image and its patch."""
+    """The error for levels that cannot halve the network's input, in terms of the image and its patch."""
     if patch == 1:
         return RequestError(error.problem, remedy=error.remedy, param="network")
     _, height, width = image_shape
@@ -104,7 +105,10 @@ def _fitting(image_shape: ImageShape, divisor: int) -> str:
 
 
 def build_preconditioning(asked: str | Mapping[str, Any], sigma_data: float = 0.5) -> Preconditioning:
-    """By its name, or by {"name": ..., and its constants}. Raises RequestError for an unknown name or constant."""
+    """The preconditioning of that name, or of {"name": ..., and its constants}.
+
+    Raises RequestError for an unknown name or constant.
+    """
     constants = dict(asked) if isinstance(asked, Mapping) else {"name": asked}
     name = constants.pop("name", None)
     if name not in tuple(PRECONDITIONINGS):  # whatever a file holds there, hashable or not

@@ -1,4 +1,4 @@
-"""The critic of a student: its fake score, and a discriminator that gives the log density ratio."""
+"""The critic of a student: the fake score, and a discriminator whose logit is the log density ratio."""
 
 import copy
 from typing import NamedTuple
@@ -44,6 +44,7 @@ class Critic(nn.Module):
         discriminate: bool = True,
     ) -> CriticOutput:
         """CriticOutput of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; what is not asked for costs nothing."""
+        # With a shared encoder both answers cost one pass through it, which is why they are asked for together.
         discriminate = discriminate and self.head is not None
         denoised = logits = None
         shared = None
@@ -61,7 +62,7 @@ class Critic(nn.Module):
 
 
 class DiscriminatorHead(nn.Module):
-    """Bottleneck features [B, C, H, W] and embedding [B, E] to one logit a sample: the log density ratio."""
+    """Bottleneck features [B, C, H, W] and embedding [B, E] to one logit a sample: the log density ratio, real over fake."""
 
     def __init__(self, channels: int, emb_channels: int):
         super().__init__()
@@ -69,7 +70,7 @@ class DiscriminatorHead(nn.Module):
         self.conv = Conv2d(channels, channels, 3)
         self.hidden = Linear(channels + emb_channels, channels)
         self.logit = nn.Linear(channels, 1)
-        # Zero, so that every ratio starts at 1.
+        # Zero, so that every ratio starts at exp(0) = 1, and no image is preferred before anything is learnt.
         nn.init.zeros_(self.logit.weight)
         nn.init.zeros_(self.logit.bias)
 

@@ -19,13 +19,13 @@ from uni_instruct.networks.blocks import (
 )
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
-from uni_instruct.networks.unet import Level, Skeleton, ascend, levels, nothing, skip_channels
+from uni_instruct.networks.unet import Level, UNetLayout, levels, no_modules, run_decoder_block, skip_channels
 from uni_instruct.spec import ImageShape
 
 STYLE = BlockStyle(
     adaptive_scale=False,
     channels_per_head=None,
-    skip_scale=math.sqrt(0.5),
+    skip_scale=math.sqrt(0.5),  # the sum of two independent branches keeps their variance
     eps=1e-6,
     project_resampled=True,
     init=xavier_,
@@ -38,8 +38,8 @@ class SongUNet(Network):
     """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i].
 
     The defaults are DDPM++; `NCSNPP` holds those of NCSN++. encoder_type 'skip' adds the image, made smaller, to the input of
-    every level, 'residual' a strided path beside the whole encoder; decoder_type 'skip' sums an image from every level.
-    resample_filter is of even length. out_channels is the image's where not given.
+    every level; 'residual' adds a path of strided convolutions beside the whole encoder. decoder_type 'skip' sums an image from
+    every level. resample_filter is of even length. out_channels is the image's where not given.
     """
 
     def __init__(
@@ -62,26 +62,15 @@ class SongUNet(Network):
         out_channels: int | None = None,
     ):
         super().__init__()
-        for choice, value, known in (
-            ("embedding_type", embedding_type, EMBEDDINGS),
-            ("encoder_type", encoder_type, ENCODERS),
-            ("decoder_type", decoder_type, DECODERS),
-        ):
-            _check_choice(choice, value, known)
+        _check_choice("embedding_type", embedding_type, EMBEDDINGS)
+        _check_choice("encoder_type", encoder_type, ENCODERS)
+        _check_choice("decoder_type", decoder_type, DECODERS)
         _check_filter(resample_filter)
-        skeleton = Skeleton(
-            levels=levels(image_shape, model_channels, channel_mult, attn_resolutions),
-            num_blocks=num_blocks,
-            block=partial(
-                UNetBlock,
-                emb_channels=model_channels * channel_mult_emb,
-                style=STYLE,
-                dropout=dropout,
-                resample_filter=resample_filter,
-            ),
-            attend_often=False,
-        )
         self.emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        block = partial(UNetBlock, emb_channels=self.emb_channels, style=STYLE, dropout=dropout)
+        block = partial(block, resample_filter=resample_filter)
+        plan = levels(image_shape, model_channels, channel_mult, attn_resolutions)
+        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, attend_often=False)
         self.map_noise = EMBEDDINGS[embedding_type](noise_channels)
         self.map_label = Linear(num_classes, noise_channels) if num_classes else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
@@ -90,15 +79,16 @@ class SongUNet(Network):
 
         resample, image_channels = partial(Conv2d, resample_filter=resample_filter), image_shape[0]
         beside = partial(ENCODERS[encoder_type], resample, image_channels)
-        self.enc = skeleton.encoder(Conv2d(image_channels, model_channels, 3), beside)
+        self.enc = layout.encoder(Conv2d(image_channels, model_channels, 3), beside)
         self.bottleneck_channels = skip_channels(self.enc)[-1]
-        output = partial(DECODERS[decoder_type], resample, out_channels or image_channels, skeleton.levels)
-        self.dec = skeleton.decoder(self.enc, output)
+        output = partial(DECODERS[decoder_type], resample, out_channels or image_channels, plan)
+        self.dec = layout.decoder(self.enc, output)
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
         """The embedding that every block reads: [B, emb_channels]."""
         emb = self.map_noise(noise_labels)
         if self.map_label is not None and class_labels is not None:
+            # A one-hot vector of K classes times sqrt(K) has a mean square of 1, as the layer's initial weights expect.
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -123,7 +113,7 @@ class SongUNet(Network):
         image = normed = None
         for name, block in self.dec.items():
             if isinstance(block, UNetBlock):
-                x = ascend(block, x, skips, emb)
+                x = run_decoder_block(block, x, skips, emb)
             elif isinstance(block, GroupNorm):
                 normed = block(x, silu=True)
             elif name.endswith("_aux_conv"):
@@ -154,7 +144,7 @@ def _residual_path(resample: _Resample, _: int, name: str, above: int, channels:
 
 
 def _output(_: _Resample, out_channels: int, plan: list[Level], level: Level, channels: int) -> _Modules:
-    if level is not plan[0]:
+    if level is not plan[0]:  # only the finest level makes the image
         return {}
     return {
         f"{level.name}_aux_norm": GroupNorm(channels, STYLE.eps),
@@ -168,8 +158,8 @@ def _outputs(resample: _Resample, out_channels: int, plan: list[Level], level: L
 
 
 EMBEDDINGS: dict[str, Callable[[int], nn.Module]] = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
-# What stands beside the blocks of a level: on the way down, and on the way up.
-ENCODERS: dict[str, Callable[..., _Modules]] = {"standard": nothing, "skip": _skip_path, "residual": _residual_path}
+# What makes the modules that stand beside a level's blocks: on the way down, and on the way up.
+ENCODERS: dict[str, Callable[..., _Modules]] = {"standard": no_modules, "skip": _skip_path, "residual": _residual_path}
 DECODERS: dict[str, Callable[..., _Modules]] = {"standard": _output, "skip": _outputs}
 
 
@@ -178,7 +168,7 @@ def _join_residual(block: nn.Module, x: Tensor, aux: Tensor) -> tuple[Tensor, Te
     return total, total
 
 
-# What a layer beside the encoder makes of the encoder's last feature and of the path that it stands on.
+# Layer beside the encoder -> what becomes of the encoder's last feature x and of the path beside it, aux.
 _AUX_STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "down": lambda block, x, aux: (x, block(aux)),
     "skip": lambda block, x, aux: (x + block(aux), aux),

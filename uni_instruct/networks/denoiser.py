@@ -12,17 +12,17 @@ from uni_instruct.spec import ImageShape
 
 
 class Encoded(NamedTuple):
-    """Every encoder output [B, C_i, H_i, W_i], the bottleneck's last, and the embedding [B, E]."""
+    """What an encoder hands on: each of its outputs [B, C_i, H_i, W_i], the bottleneck's last, and the embedding [B, E]."""
 
     features: list[Tensor]
     emb: Tensor
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (EDM, equation 7).
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (arXiv 2206.00364, equation 7).
 
-    The network sees patch x patch pixels as the channels of one, [B, C patch^2, H / patch, W / patch]: a permutation of pixels,
-    so that noise, preconditioning and every formula stay what they are at full resolution.
+    The network sees patch x patch pixels as the channels of one: [B, C patch^2, H / patch, W / patch]. That only reorders
+    pixels, so noise, preconditioning and every formula are the same as at full resolution.
     """
 
     def __init__(
@@ -42,7 +42,10 @@ class Denoiser(nn.Module):
     def forward(
         self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        """x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; class_ids int64 [B], -1 or None gives the zero label."""
+        """The expected clean image of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1].
+
+        class_ids: int64 [B]; -1, or None for all, is the zero label.
+        """
         return self.decode(self.encode(x, sigma, class_ids, augment_labels), x, sigma)
 
     def encode(
@@ -57,18 +60,18 @@ class Denoiser(nn.Module):
         """The second half: the expected clean image."""
         c = self.preconditioning(sigma)
         out = self._shuffled(self.model.decode(encoded.features, encoded.emb))
-        if out.shape[1] != x.shape[1]:  # a predicted variance follows
+        if out.shape[1] != x.shape[1]:  # iDDPM's predicted variance follows, which no sampler here reads
             out = out[:, : x.shape[1]]
         return c.c_skip * x + c.c_out * out
 
-    # A shuffle by 1 would change nothing, but torch copies, and exporters write a node for it.
+    # A patch of 1 is left out: torch would copy the images, and exporters would write a node.
 
     def _unshuffled(self, x: Tensor) -> Tensor:
         """What the network sees of images [B, C, H, W]."""
         return x if self.patch == 1 else F.pixel_unshuffle(x, self.patch)
 
     def _shuffled(self, out: Tensor) -> Tensor:
-        """The way back, at full resolution."""
+        """The network's output at full resolution."""
         return out if self.patch == 1 else F.pixel_shuffle(out, self.patch)
 
     @property

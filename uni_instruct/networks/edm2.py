@@ -1,7 +1,8 @@
-"""EDM2's U-Net (Karras et al. 2024, arXiv 2312.02696, figure 21), whose layers keep the magnitude of what they are given.
+"""EDM2's U-Net (Karras et al. 2024, arXiv 2312.02696, figure 21), whose layers keep the magnitude of their input.
 
-Parameter names and arithmetic are those of EDM2's `unet`, so that its weights load unchanged. The head that estimates the
-loss's uncertainty (`logvar_*` there) serves EDM2's training alone and is left out.
+Equations without another source are that paper's. Parameter names and arithmetic are those of EDM2's `unet`, so that its
+weights load unchanged. The head that estimates the loss's uncertainty (`logvar_*` there) is left out: only EDM2's training
+needs it.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.blocks import attention
 from uni_instruct.networks.network import Network
-from uni_instruct.networks.unet import Skeleton, levels
+from uni_instruct.networks.unet import UNetLayout, levels
 from uni_instruct.spec import ImageShape
 
 EPS = 1e-4  # added to every magnitude that is divided by
@@ -62,17 +63,10 @@ class EDM2(Network):
         self.emb_noise = MPConv(noise_channels, self.emb_channels, 0)
         self.emb_label = MPConv(num_classes, self.emb_channels, 0) if num_classes else None
 
-        block = partial(
-            Block,
-            emb_channels=self.emb_channels,
-            dropout=dropout,
-            res_balance=res_balance,
-            attn_balance=attn_balance,
-            clip_act=clip_act,
-            channels_per_head=channels_per_head,
-            resample_filter=tuple(resample_filter),
-        )
-        down = Skeleton(levels=plan, num_blocks=num_blocks, block=block, attend_often=True)
+        block = partial(Block, emb_channels=self.emb_channels, dropout=dropout, resample_filter=tuple(resample_filter))
+        block = partial(block, res_balance=res_balance, attn_balance=attn_balance)
+        block = partial(block, clip_act=clip_act, channels_per_head=channels_per_head)
+        down = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, attend_often=True)
         self.enc = down.encoder(MPConv(image_channels + 1, widths[0], 3))
         self.bottleneck_channels = widths[-1]
         self.dec = dataclasses.replace(down, block=partial(block, decodes=True)).decoder(self.enc)
@@ -84,7 +78,8 @@ class EDM2(Network):
 
         In training mode it first brings every weight that has changed to unit magnitude (equation 66).
         """
-        if self.training and not torch._C._are_functorch_transforms_active():  # which may not change what they did not make
+        # functorch's transforms may not change tensors that they did not make.
+        if self.training and not torch._C._are_functorch_transforms_active():
             self._normalise_weights()
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
@@ -95,7 +90,8 @@ class EDM2(Network):
         return mp_silu(emb)
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Every encoder output, the bottleneck's last. A channel of ones stands for the biases that no layer has."""
+        """Every encoder output, the bottleneck's last. The image gets one more channel, of ones, in place of biases."""
+        # No layer has a bias, which magnitude preservation rules out.
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         features = []
         for block in self.enc.values():
@@ -189,10 +185,11 @@ class Block(nn.Module):
         return attended
 
 
+# W' = W / |W| per output, and y = W' * x (equation 47): |.| is the norm over an output's weights.
 class MPConv(nn.Module):
     """Convolution, or fully connected layer with kernel 0, that keeps its input's magnitude (equation 47); it has no bias.
 
-    Only the direction of each output's weights counts, so their magnitude is free to be kept at 1.
+    Only the direction of each output's weights matters, so training may keep their magnitude at 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
@@ -212,9 +209,10 @@ class MPConv(nn.Module):
     def normalise(self) -> None:
         """Forced weight normalisation (equation 66): brings each output's weights to magnitude 1, in place.
 
-        Weights that have not changed since are not written to, or graphs of earlier passes would be lost; rows that have it are
-        multiplied by exactly 1, so that a resumed run does not differ. Weights that are not the module's own stay as they are.
+        Weights that are not the module's own parameter stay as they are.
         """
+        # Weights that have not changed since are not written to, which would spoil the graphs of earlier passes. Rows of
+        # magnitude 1 are multiplied by exactly 1, so that a resumed run does not differ.
         weight = self.weight
         if not isinstance(weight, nn.Parameter) or self._normalised_at == (id(weight), weight._version):
             return
@@ -223,6 +221,7 @@ class MPConv(nn.Module):
         self._normalised_at = (id(weight), weight._version)
 
 
+# sqrt(2) cos(2 pi (f x + phi)), f ~ N(0, 1), phi ~ U(0, 1) (equation 75).
 class MPFourier(nn.Module):
     """Cosines of the noise label at random frequencies and phases, of magnitude 1 (equation 75): [B] -> [B, channels]."""
 
@@ -240,8 +239,9 @@ class MPFourier(nn.Module):
         return angles.cos() * math.sqrt(2)
 
 
+# sqrt(mean of x^2).
 def magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Root mean square over dims, which stay as 1; at least 32 bits."""
+    """Root mean square over dims, which are kept with size 1; float32 at least, as 16 bits overflow in the sum of squares."""
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return norm / math.sqrt(math.prod([x.shape[dim] for dim in dims]))
 
@@ -251,18 +251,21 @@ def normalised(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x / (magnitude(x, dims) + EPS).to(x.dtype)
 
 
+# silu(x) / sqrt(E[silu(n)^2]), n ~ N(0, 1): the divisor is 0.596 (equation 81).
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU that keeps the magnitude of N(0, 1) (equation 81)."""
+    """SiLU that keeps the magnitude of N(0, 1)."""
     return F.silu(x) / 0.596
 
 
+# ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2), t the balance (equation 88).
 def mp_sum(a: Tensor, b: Tensor, balance: float) -> Tensor:
-    """a and b in the shares 1 - balance and balance; independent ones of magnitude 1 sum to magnitude 1 (equation 88)."""
+    """a and b in the shares 1 - balance and balance. Independent ones of magnitude 1 sum to magnitude 1."""
     return a.lerp(b, balance) / math.hypot(1 - balance, balance)
 
 
+# sqrt((N_a + N_b) / ((1 - t)^2 + t^2)) [(1 - t) / sqrt(N_a) a, t / sqrt(N_b) b], N the channels (equation 103).
 def mp_cat(a: Tensor, b: Tensor, balance: float) -> Tensor:
-    """Channels of a, then of b, which contribute to a layer in the shares 1 - balance and balance (equation 103)."""
+    """Channels of a, then of b, which contribute to the next layer in the shares 1 - balance and balance."""
     whole = math.sqrt(a.shape[1] + b.shape[1]) / math.hypot(1 - balance, balance)
     first, second = (1 - balance) / math.sqrt(a.shape[1]), balance / math.sqrt(b.shape[1])
     return torch.cat([whole * first * a, whole * second * b], dim=1)

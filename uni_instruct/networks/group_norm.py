@@ -1,4 +1,4 @@
-"""Group normalisation as in EDM, with a kernel of its own where torch has no fast one."""
+"""Group normalisation as in EDM, with an implementation of our own where torch has no fast one."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class GroupNorm(nn.GroupNorm):
-    """At least four channels a group, at most 32 groups."""
+    """Group normalisation with at least four channels a group and at most 32 groups, as in EDM."""
 
     def __init__(self, channels: int, eps: float = 1e-6):
         super().__init__(max(1, min(32, channels // 4)), channels, eps=eps)
@@ -23,11 +23,13 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _lacks_kernel(x: Tensor) -> bool:
-    """Whether torch's group normalisation would go through x element by element (torch 2.13: up to 20 times as long)."""
+    """Whether torch has no fast kernel for x and goes through it element by element (torch 2.13: up to 20 times as long)."""
     on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
     return on_cpu and x.is_contiguous(memory_format=torch.channels_last)
 
 
+# y = (x - mean) / sqrt(var + eps), with mean and variance over the channels of a group and all pixels; the result is
+# weight y + bias (Wu and He 2018, arXiv 1803.08494).
 class ChannelsLastGroupNorm(torch.autograd.Function):
     """Group normalisation of bfloat16 [B, C, H, W] in channels_last on the CPU, by whole rows; statistics have 32 bits."""
 
@@ -37,6 +39,7 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
         pixels = _rows(x)
         batch, number, channels = pixels.shape
         count = number * channels // groups
+        # var = E[x^2] - E[x]^2, from sums over whole rows of channels in 32 bits.
         wide = pixels.float()
         mean = _by_group(wide.sum(1), groups).sum(2, keepdim=True) / count
         square = _by_group(pixels.float().square_().sum(1), groups).sum(2, keepdim=True) / count
@@ -59,6 +62,8 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
             grad = torch.ops.aten.silu_backward(grad, normed)
         groups, count = mean.shape[1], pixels[0].numel() // mean.shape[1]
         weight = weight.view(groups, -1)
+        # first = sum of g and second = sum of g y over pixels: all that the formula above needs, and the gradients of bias and
+        # weight. The formula is then one multiply-add a pixel: slope x + offset + scale g.
         first = _by_group(grad.sum(1, dtype=torch.float32), groups)
         second = (_by_group((grad * pixels).sum(1, dtype=torch.float32), groups) - mean * first) * rstd
         slope = -(rstd**2) * (weight * second).sum(2, keepdim=True) / count

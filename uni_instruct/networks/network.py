@@ -1,4 +1,4 @@
-"""What every U-Net here has in common: an embedding, an encoder, a decoder."""
+"""What every U-Net here has in common: an embedding of noise level and class, an encoder and a decoder."""
 
 from abc import ABC, abstractmethod
 
@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 
 class Network(nn.Module, ABC):
-    """F(x; noise label, class, augmentation). A discriminator reads the encoder's last output and the embedding.
+    """F(x; noise label, class, augmentation).
 
-    emb_channels and bottleneck_channels are the channels of these two; `enc` and `dec` hold the blocks of either half.
+    A discriminator reads the embedding and the encoder's last output, which have emb_channels and bottleneck_channels. `enc`
+    and `dec` hold the blocks of either half.
     """
 
     emb_channels: int
@@ -19,7 +20,10 @@ class Network(nn.Module, ABC):
     def forward(
         self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        """x [B, C, H, W], noise_labels [B], class_labels one-hot [B, num_classes], augment_labels [B, augment_dim]."""
+        """F(x): [B, C, H, W].
+
+        x [B, C, H, W], noise_labels [B], class_labels one-hot [B, num_classes], augment_labels [B, augment_dim].
+        """
         emb = self.embed(noise_labels, class_labels, augment_labels)
         return self.decode(self.encode(x, emb), emb)
 

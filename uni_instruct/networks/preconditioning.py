@@ -1,4 +1,7 @@
-"""Preconditionings: what stands around a network so that it denoises at every noise level (arXiv 2206.00364, table 1)."""
+"""Preconditionings: what stands around a network so that it denoises at every noise level.
+
+The coefficients of EDM, VP, VE and iDDPM are those of Karras et al. 2022, arXiv 2206.00364, table 1, in its symbols.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,10 +27,10 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Preconditioning(ABC):
-    """What a network is fed and how its output is read.
+    """How a network's input is scaled and its output is read.
 
-    sigma_data is the data's deviation, which the training losses read. The network has out_factor times the image's channels;
-    the first are read. Raises RequestError for constants that make no noise levels.
+    sigma_data is the data's deviation, which the training losses read. The network's output has out_factor times the image's
+    channels, of which the first are read. Raises RequestError for constants that give no range of noise levels.
     """
 
     name: ClassVar[str]
@@ -58,7 +61,7 @@ class Preconditioning(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class EDM(Preconditioning):
-    """EDM's: unit variance at the network's input and target at every noise level."""
+    """EDM's: the network's input and target have unit variance at every noise level."""
 
     name: ClassVar[str] = "edm"
     sigma_min: float = 0.0
@@ -70,6 +73,7 @@ class EDM(Preconditioning):
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """The coefficients at noise levels [B, 1, 1, 1]."""
+        # c_skip = s_d^2 / (s^2 + s_d^2), c_out = s s_d / sqrt(s^2 + s_d^2), c_in = 1 / sqrt(s^2 + s_d^2), c_noise = ln(s) / 4.
         total = sigma**2 + self.sigma_data**2
         return Coefficients(
             c_skip=self.sigma_data**2 / total,
@@ -81,9 +85,9 @@ class EDM(Preconditioning):
 
 @dataclass(frozen=True, kw_only=True)
 class VP(Preconditioning):
-    """That of variance-preserving diffusions: the network predicts the noise, at times t in [epsilon_t, 1] times M - 1.
+    """That of variance-preserving diffusions (Song et al. 2021, arXiv 2011.13456): the network predicts the noise.
 
-    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021, arXiv 2011.13456).
+    It is told the time t in [epsilon_t, 1], times M - 1.
     """
 
     name: ClassVar[str] = "vp"
@@ -112,18 +116,20 @@ class VP(Preconditioning):
         """sigma(1)."""
         return self._sigma(1.0)
 
+    # sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1).
     def _sigma(self, time: float) -> float:
-        # In 32 bits, as the networks' own files have it: sigma(1e-5) is 2 % lower than in 64.
+        # In 32 bits, as in the files of such networks: sigma(1e-5) is 2 % lower than in 64.
         t = torch.tensor(time, dtype=torch.float32, device="cpu")
         return float(((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt())
 
+    # Its inverse, t = (sqrt(beta_min^2 + 2 beta_d ln(1 + sigma^2)) - beta_min) / beta_d.
     def _time(self, sigma: Tensor) -> Tensor:
         return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
 
 
 @dataclass(frozen=True, kw_only=True)
 class VE(Preconditioning):
-    """That of variance-exploding diffusions: the network predicts the noise with its sign turned (arXiv 2011.13456)."""
+    """That of variance-exploding diffusions (arXiv 2011.13456): the network predicts the noise times -1."""
 
     name: ClassVar[str] = "ve"
     sigma_min: float = 0.02
@@ -135,13 +141,17 @@ class VE(Preconditioning):
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """The coefficients at noise levels [B, 1, 1, 1]."""
+        # c_skip = 1, c_out = s, c_in = 1, c_noise = ln(s / 2).
         one = torch.ones_like(sigma)
         return Coefficients(c_skip=one, c_out=sigma, c_in=one, c_noise=(0.5 * sigma).log())
 
 
 @dataclass(frozen=True, kw_only=True)
 class IDDPM(Preconditioning):
-    """That of improved DDPM (arXiv 2102.09672): the network predicts the noise at M noise levels, and a variance, not read."""
+    """That of improved DDPM (arXiv 2102.09672): the network predicts the noise at M noise levels, and a variance.
+
+    The variance is not read.
+    """
 
     name: ClassVar[str] = "iddpm"
     out_factor: ClassVar[int] = 2
@@ -157,6 +167,7 @@ class IDDPM(Preconditioning):
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """The coefficients at noise levels [B, 1, 1, 1]."""
+        # c_noise = M - 1 - argmin_j |u_j - sigma|.
         return _noise_prediction(sigma, c_noise=self.M - 1 - self._nearest(sigma).to(sigma.dtype))
 
     @property
@@ -186,17 +197,18 @@ class IDDPM(Preconditioning):
 PRECONDITIONINGS: dict[str, type[Preconditioning]] = {kind.name: kind for kind in (EDM, VP, VE, IDDPM)}
 
 
+# c_skip = 1, c_out = -s, c_in = 1 / sqrt(s^2 + 1).
 def _noise_prediction(sigma: Tensor, c_noise: Tensor) -> Coefficients:
-    """The input at unit variance for data of unit variance; the output is the noise."""
+    """Coefficients of a network that predicts the noise, with an input of unit variance for data of unit variance."""
     return Coefficients(c_skip=torch.ones_like(sigma), c_out=-sigma, c_in=1 / (sigma**2 + 1).sqrt(), c_noise=c_noise)
 
 
+# u_M = 0, u_{j-1} = sqrt((u_j^2 + 1) / max(a_{j-1} / a_j, C_1) - 1), a_j = sin^2(pi/2 j / (M (C_2 + 1))).
 @lru_cache(maxsize=8)
 def _iddpm_table(steps: int, c_1: float, c_2: float) -> np.ndarray:
-    """EDM's u_j (arXiv 2206.00364, table 1), j = 0..steps: float32.
-
-    In 32 bits throughout, as EDM's files have it: 64 bits differ by up to 5e-4. An array, which no mode of torch alters.
-    """
+    """EDM's u_j, j = 0..steps: float32 [steps + 1]."""
+    # In 32 bits throughout, as in EDM's files: 64 bits differ by up to 5e-4. On the CPU, and handed out as an array, as it is
+    # kept for ever: a tensor made under "meta" or inference mode would stay one.
     angles = 0.5 * math.pi * torch.arange(steps + 1, device="cpu") / steps / (c_2 + 1)
     alpha_bar = angles.sin() ** 2
     ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=c_1)

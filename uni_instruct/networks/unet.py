@@ -1,4 +1,4 @@
-"""How EDM's and EDM2's U-Nets are put together from their blocks."""
+"""How the U-Nets of EDM and EDM2 are put together from blocks: levels of resolution, down and up again."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Level(NamedTuple):
 
 
 class ResolutionError(RequestError):
-    """A resolution that so many levels cannot halve: level_count - 1 times is once too often."""
+    """A resolution that level_count levels cannot halve level_count - 1 times."""
 
     def __init__(self, height: int, width: int, level_count: int):
         self.level_count, self.divisor = level_count, 2 ** (level_count - 1)
@@ -34,7 +34,7 @@ class ResolutionError(RequestError):
 def levels(
     image_shape: ImageShape, model_channels: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]
 ) -> list[Level]:
-    """The finest first. Raises ResolutionError for a resolution that cannot be halved so often."""
+    """The levels of a U-Net, the finest first. Raises ResolutionError for a resolution that cannot be halved so often."""
     _, height, width = image_shape
     if not channel_mult:
         raise RequestError("channel_mult is empty", remedy="give one multiplier a level", param="network")
@@ -48,17 +48,17 @@ def levels(
     ]
 
 
-def nothing(*_: object) -> dict[str, nn.Module]:
+def no_modules(*_: object) -> dict[str, nn.Module]:
     """No modules beside a level's blocks."""
     return {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skeleton:
+class UNetLayout:
     """How blocks make up a U-Net: levels, the finest first, with num_blocks each on the way down and one more on the way up.
 
-    block makes a block, which knows its in_channels and out_channels, from these and what differs from block to block.
-    attend_often: on the way up all blocks of a level that attends do, else the last.
+    block(in_channels, out_channels, ...) makes a block; up, down and attention are passed where they differ from its defaults.
+    attend_often: on the way up every block of a level with attention attends, else only the last.
     """
 
     levels: list[Level]
@@ -66,11 +66,11 @@ class Skeleton:
     block: Callable[..., nn.Module]
     attend_often: bool
 
-    def encoder(self, stem: nn.Module, beside: Callable[[str, int, int], dict[str, nn.Module]] = nothing) -> nn.ModuleDict:
+    def encoder(self, stem: nn.Module, beside: Callable[[str, int, int], dict[str, nn.Module]] = no_modules) -> nn.ModuleDict:
         """The stem and every level's blocks.
 
-        beside(name of a level, channels that entered the level above it, channels that enter it) stands after the first block
-        of a level that halves the resolution.
+        beside gives the modules that stand beside a level's blocks, after the block that halves the resolution. It is called
+        with the level's name, the channels that entered the level above, and the channels that enter this one.
         """
         enc = nn.ModuleDict({f"{self.levels[0].name}_conv": stem})
         above, channels = int(stem.in_channels), int(stem.out_channels)  # type: ignore[arg-type]
@@ -84,8 +84,10 @@ class Skeleton:
                 channels = level.channels
         return enc
 
-    def decoder(self, encoder: nn.ModuleDict, after: Callable[[Level, int], dict[str, nn.Module]] = nothing) -> nn.ModuleDict:
-        """The blocks of the levels, the coarsest first; after(level, its channels) follows each level's."""
+    def decoder(
+        self, encoder: nn.ModuleDict, after: Callable[[Level, int], dict[str, nn.Module]] = no_modules
+    ) -> nn.ModuleDict:
+        """Every level's blocks, the coarsest first. after(level, channels) gives the modules that follow a level's blocks."""
         skips = skip_channels(encoder)
         dec, channels = nn.ModuleDict(), skips[-1]
         for level in reversed(self.levels):
@@ -94,6 +96,7 @@ class Skeleton:
                 dec[f"{level.name}_in1"] = self.block(channels, channels)
             else:
                 dec[f"{level.name}_up"] = self.block(channels, channels, up=True)
+            # One more than on the way down: the encoder also hands over the output of the block that halves, or of the stem.
             for index in range(self.num_blocks + 1):
                 attends = level.attention and (self.attend_often or index == self.num_blocks)
                 dec[f"{level.name}_block{index}"] = self.block(channels + skips.pop(), level.channels, attention=attends)
@@ -103,13 +106,14 @@ class Skeleton:
 
 
 def skip_channels(encoder: nn.ModuleDict) -> list[int]:
-    """The channels of every feature that the decoder takes back, the bottleneck's last."""
+    """The channels of every feature that the encoder hands to the decoder, the bottleneck's last."""
+    # Modules beside a level (`_aux_`) add to a feature and hand over none of their own.
     blocks = [block for name, block in encoder.items() if "_aux_" not in name]
     return [int(block.out_channels) for block in blocks]  # type: ignore[arg-type]
 
 
-def ascend(block: UNetBlock, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
-    """Through a decoder's block, joined by the last of the skips where the block has channels for it."""
+def run_decoder_block(block: UNetBlock, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+    """A decoder's block applied to x. Where the block has channels for it, the last of the skips is taken off and appended."""
     if x.shape[1] != block.in_channels:
         x = torch.cat([x, skips.pop()], dim=1)
     out: Tensor = block(x, emb)

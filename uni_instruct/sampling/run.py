@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,22 +76,20 @@ class SampleRun:
 
     @property
     def done(self) -> int:
-        """Images that are made already, by anybody."""
-        return len(self.shards) - sum(map(len, self.shards.missing()))
+        """Images that are made already, by anybody. Where it is all of them no engine is needed."""
+        return len(self.shards) - sum(map(len, self._missing()))
 
-    def fill(self, load_engine: Callable[[], Engine], progress: Progress) -> None:
-        """Makes what is missing, beside others that do, until all of it is done. The engine is loaded when it is needed.
+    def fill(self, engine: Engine, progress: Progress) -> None:
+        """Makes what is missing, beside others that do, until all of it is done.
 
         A shard that another process has claimed is waited for, and taken over where that process dies.
         """
-        engine: Engine | None = None
-        left = [] if is_finished(self.request, self.out) else self.shards.missing()
+        left = self._missing()
         while left:
             others = []
             for shard in left:
                 with self.shards.claimed(shard) as mine:
                     if mine:
-                        engine = engine or load_engine()
                         self._make(shard, engine, progress)
                     elif self.shards.is_done(shard):
                         progress.advance(len(shard))
@@ -119,6 +117,10 @@ class SampleRun:
             form_of(self.out).write(samples, staged)
             with disk_errors(self.out):
                 os.replace(staged, self.out)
+
+    def _missing(self) -> list[Shard]:
+        """Nothing once the set is there: whoever wrote it may have removed the shards."""
+        return [] if is_finished(self.request, self.out) else self.shards.missing()
 
     def _make(self, shard: Shard, engine: Engine, progress: Progress) -> None:
         request = self.request

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
-from uni_instruct.checkpoints.legacy_torch import read_stream
-from uni_instruct.checkpoints.pickle.interpreter import AllowedGlobals, StandIn
+from uni_instruct.checkpoints.pickle.legacy_torch import read_stream
+from uni_instruct.checkpoints.pickle.stand_in import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Span
 from uni_instruct.checkpoints.tensors import STORAGE_TYPES, Storage, StoredTensor, stored_tensor
 
@@ -21,7 +21,7 @@ _MOST_DIMENSIONS = 32
 
 @dataclass(eq=False)
 class ModulePlaceholder:
-    """A module or another object with a class of the project's: what becomes a StoredModule."""
+    """A module, or another object whose class is the writing project's. It becomes a StoredModule."""
 
     class_name: str
     state: dict[Any, Any] | None = None
@@ -29,28 +29,29 @@ class ModulePlaceholder:
 
 @dataclass(eq=False)
 class ArrayPlaceholder:
-    """A NumPy array, empty until it is given its state."""
+    """A NumPy array, which has no content until BUILD gives it its state."""
 
     array: np.ndarray | None = None
 
 
 @dataclass(eq=False)
 class DtypePlaceholder:
-    """A NumPy dtype on the list."""
+    """One of the NumPy dtypes of _DTYPES."""
 
     dtype: np.dtype[Any]
 
 
-def _arguments(name: str, values: tuple[Any, ...], *kinds: type | tuple[type, ...]) -> tuple[Any, ...]:
-    """The arguments. Raises MalformedFile where their number or types differ."""
-    if len(values) != len(kinds) or not all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
+def _arguments(name: str, values: tuple[Any, ...], *types: type | tuple[type, ...]) -> tuple[Any, ...]:
+    """The arguments, checked. Raises MalformedFile where their number or types are not those given."""
+    if len(values) != len(types) or not all(isinstance(value, type_) for value, type_ in zip(values, types, strict=True)):
         given = ", ".join(type(value).__name__ for value in values[:10])
         raise MalformedFile(f"calls {name} with ({given})", FOREIGN)
     return values
 
 
 def _persistent_object(budget: Budget, values: tuple[Any, ...]) -> ModulePlaceholder:
-    """NVIDIA's persistent classes, a dict of 'type', 'version', 'module_src', 'class_name', 'state'. The source is dropped."""
+    """An object of NVIDIA's persistent classes: a dict of 'type', 'version', 'module_src', 'class_name', 'state'."""
+    # module_src is Python source, which NVIDIA's own reader runs. It is never looked at here.
     (meta,) = _arguments("_reconstruct_persistent_obj", values, dict)
     name, state = meta.get("class_name"), meta.get("state")
     if meta.get("type") != "class" or type(name) is not str or len(name) > _LONGEST_CLASS or not name.isidentifier():
@@ -74,7 +75,7 @@ def _set(budget: Budget, values: tuple[Any, ...]) -> set[Any]:
 
 
 def _encode(budget: Budget, values: tuple[Any, ...]) -> bytes:
-    """How protocol 2 spells bytes."""
+    """Bytes as protocol 2 writes them: text that is to be encoded as Latin-1."""
     text, encoding = _arguments("_codecs.encode", values, str, str)
     budget.spend("bytes of text", len(text))
     if encoding != "latin1":
@@ -96,7 +97,7 @@ def _load_from_bytes(budget: Budget, values: tuple[Any, ...]) -> Storage:
 
 
 def _tensor(budget: Budget, values: tuple[Any, ...]) -> StoredTensor:
-    """storage, offset, shape, strides, whether it has gradients, hooks, and in newer files what is special about it."""
+    """Arguments: storage, offset, shape, strides, requires_grad, hooks, and in newer files a dict of metadata."""
     storage, offset, shape, strides, _, hooks, *special = _arguments(
         "_rebuild_tensor_v2", values, Storage, int, tuple, tuple, bool, dict, *([dict] * (len(values) == 7))
     )
@@ -129,19 +130,19 @@ def _scalar(budget: Budget, values: tuple[Any, ...]) -> int | float | bool:
 
 
 def _empty_array(budget: Budget, values: tuple[Any, ...]) -> ArrayPlaceholder:
-    kind, _, _ = _arguments("numpy's _reconstruct", values, StandIn, tuple, bytes)
-    if kind is not _NDARRAY:
-        raise MalformedFile(f"has an array of class {shown(kind.name)}", FOREIGN)
+    class_, _, _ = _arguments("numpy's _reconstruct", values, StandIn, tuple, bytes)
+    if class_ is not _NDARRAY:
+        raise MalformedFile(f"has an array of class {shown(class_.name)}", FOREIGN)
     return ArrayPlaceholder()
 
 
 def _array_from_buffer(budget: Budget, values: tuple[Any, ...]) -> ArrayPlaceholder:
-    """How protocol 5 spells arrays."""
+    """A NumPy array as protocol 5 writes it."""
     content, placeholder, shape, order = _arguments("numpy's _frombuffer", values, bytes, DtypePlaceholder, tuple, str)
     return ArrayPlaceholder(_array(budget, placeholder, shape, order == "F", content))
 
 
-def _build_array(budget: Budget, target: ArrayPlaceholder, state: Any) -> None:
+def _build_array(budget: Budget, target: ArrayPlaceholder, state: object) -> None:
     if type(state) is not tuple or target.array is not None:
         raise MalformedFile("has a NumPy array with a broken state", FOREIGN)
     _, shape, placeholder, by_columns, content = _arguments(
@@ -154,6 +155,7 @@ def _array(
     budget: Budget, placeholder: DtypePlaceholder, shape: tuple[Any, ...], by_columns: bool, content: bytes
 ) -> np.ndarray:
     budget.spend("bytes of tensors", len(content))
+    # Counted step by step, each size bounded: the product of a long shape of large sizes would itself take for ever.
     numel = 1
     for size in shape[: _MOST_DIMENSIONS + 1]:
         if type(size) is not int or not 0 < size <= len(content):
@@ -166,20 +168,20 @@ def _array(
     return flat.reshape(shape, order="F" if by_columns else "C").copy()
 
 
-def _build_dtype(budget: Budget, target: DtypePlaceholder, state: Any) -> None:
-    """(version, byte order, ...); the order '>' is the only one that is not this machine's."""
+def _build_dtype(budget: Budget, target: DtypePlaceholder, state: object) -> None:
+    """Checks the state, (version, byte order, ...): only '>', big-endian, is foreign to the machines that this runs on."""
     if type(state) is not tuple or len(state) != 8 or state[1] not in ("<", "|", "=") or state[2:] != _PLAIN_DTYPE_STATE:
         raise MalformedFile("has a NumPy type with parts or a foreign byte order", FOREIGN)
 
 
-def _build_module(budget: Budget, target: ModulePlaceholder, state: Any) -> None:
+def _build_module(budget: Budget, target: ModulePlaceholder, state: object) -> None:
     if target.state is not None or type(state) is not dict:
         raise MalformedFile(f"has a module {target.class_name} with a broken state", FOREIGN)
     target.state = state
 
 
-def _build_dict(budget: Budget, target: dict[Any, Any], state: Any) -> None:
-    """Attributes of a dict: EasyDict has none, and those of a state dict are versions of its modules."""
+def _build_dict(budget: Budget, target: dict[Any, Any], state: object) -> None:
+    """Drops a dict's attributes: EasyDict has none, and a state dict's are the versions of its modules."""
     if type(state) is not dict or len(state) > 1 or (state and "_metadata" not in state):
         raise MalformedFile("has a dict with attributes", FOREIGN)
 

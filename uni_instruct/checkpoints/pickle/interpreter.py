@@ -1,18 +1,18 @@
-"""Interprets pickles without being able to run anything: it knows data, and names on a list.
+"""Interprets pickles without being able to run anything: it makes data, and uses no global that is not on a list.
 
-An interpreter of its own, because the standard one cannot be held to limits: it allocates what a length announces, has no bound
-on steps, and copies the bytes of every storage. What this one leaves out (protocol 0's text, objects by INST, extension
-codes, out-of-band buffers, whatever drops from the stack) no checkpoint's writer emits.
+Python's own unpickler cannot be held to limits: it allocates whatever a length announces, has no bound on steps, and copies
+the bytes of every storage. This one leaves out what no checkpoint's writer emits: protocol 0's text, objects by INST, extension
+codes, out-of-band buffers, and opcodes that drop values from the stack.
 """
 
 import pickletools
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
+from uni_instruct.checkpoints.pickle.stand_in import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Source
 
 _LONGEST_NAME = 200
@@ -22,44 +22,28 @@ _KEYS = (str, int, bool, bytes, type(None))
 _NEWEST_PROTOCOL = 5
 _SET_STEPS = 5  # an empty set takes four times the memory of an empty dict
 
-
-@dataclass(frozen=True, eq=False)
-class StandIn:
-    """What stands in for a global of that name: what it makes of arguments (REDUCE), and of none (NEWOBJ)."""
-
-    name: str
-    call: Callable[[Budget, tuple[Any, ...]], Any] | None = None
-    new: Callable[[], Any] | None = None
-    takes_span: bool = False  # its argument stays in the file
-
-
-Builders = Mapping[type, Callable[[Budget, Any, Any], None]]
-
-
-@dataclass(frozen=True)
-class AllowedGlobals:
-    """The globals that a pickle may name, and what BUILD does to a value of a type."""
-
-    names: Mapping[str, Any]
-    builders: Builders
+_Container = TypeVar("_Container", list[object], dict[object, object], set[object])
 
 
 class PickleInterpreter:
-    """One pickle's stack and memo. persistent: what a persistent id stands for; without it none is allowed."""
+    """One pickle's stack and memo.
+
+    persistent gives the object that a persistent id stands for; without it no such id is allowed.
+    """
 
     def __init__(
         self,
         source: Source,
         budget: Budget,
         allowed: AllowedGlobals,
-        persistent: Callable[[Any], Any] | None = None,
+        persistent: Callable[[object], object] | None = None,
     ):
         self.source, self.budget, self.allowed, self.persistent = source, budget, allowed, persistent
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[object] = []
+        self.marked: list[list[object]] = []
+        self.memo: dict[int, object] = {}
 
-    def run(self) -> Any:
+    def run(self) -> object:
         """The value, with placeholders and stored tensors in it. Raises MalformedFile."""
         while (code := self.source.read(1)) != b".":
             self.budget.spend("opcodes", 1)
@@ -71,30 +55,31 @@ class PickleInterpreter:
             raise MalformedFile("is not a whole pickle")
         return self.stack[0]
 
-    def push(self, value: Any) -> None:
-        """On top of the stack."""
+    def push(self, value: object) -> None:
+        """Puts a value on top of the stack."""
         self.stack.append(value)
 
-    def pop(self) -> Any:
-        """The top of the stack. Raises MalformedFile where there is none."""
+    def pop(self) -> object:
+        """The top of the stack, taken off. Raises MalformedFile where there is none."""
         if not self.stack:
             raise MalformedFile("is not a whole pickle: its stack is empty")
         return self.stack.pop()
 
-    def top(self, kind: type) -> Any:
+    def top(self, type_: type[_Container]) -> _Container:
         """The top of the stack, left there. Raises MalformedFile where it is not of exactly that type."""
-        if not self.stack or type(self.stack[-1]) is not kind:
-            raise MalformedFile(f"is not a whole pickle: it fills a {kind.__name__} where there is none")
+        # Exactly: a subclass could have methods of its own that a list's or a dict's opcode would call.
+        if not self.stack or type(self.stack[-1]) is not type_:
+            raise MalformedFile(f"is not a whole pickle: it fills a {type_.__name__} where there is none")
         return self.stack[-1]
 
-    def pop_to_mark(self) -> list[Any]:
+    def pop_to_mark(self) -> list[object]:
         """Everything above the last mark."""
         if not self.marked:
             raise MalformedFile("is not a whole pickle: a mark is missing")
         items, self.stack = self.stack, self.marked.pop()
         return items
 
-    def named(self, module: Any, name: Any) -> Any:
+    def named(self, module: object, name: object) -> object:
         """What stands in for a global. Raises MalformedFile for one that is not on the list."""
         if type(module) is not str or type(name) is not str or len(module) + len(name) > _LONGEST_NAME:
             raise MalformedFile(f"names {shown(module)} {shown(name)}, which cannot be a global", FOREIGN)
@@ -103,8 +88,8 @@ class PickleInterpreter:
             raise MalformedFile(f"names {shown(full)}, which is not among the globals of a checkpoint", FOREIGN)
         return self.allowed.names[full]
 
-    def checked_key(self, key: Any) -> Any:
-        """A key or member: of a type whose hash is quick. Raises MalformedFile for any other."""
+    def checked_key(self, key: object) -> object:
+        """The key of a dict or member of a set. Raises MalformedFile where its hash could be slow, or chosen to collide."""
         if type(key) not in _KEYS or (type(key) is int and abs(key) >= _LARGEST_KEY):
             raise MalformedFile(f"has a key of type {type(key).__name__}", FOREIGN)
         if type(key) is int:
@@ -155,6 +140,7 @@ def _text(interpreter: PickleInterpreter, size: int) -> None:
 
 def _bytes(interpreter: PickleInterpreter, size: int) -> None:
     length = interpreter.source.unsigned(size)
+    # A storage's bytes stay in the file until they are read into their array, so that no tensor is in memory twice.
     caller = interpreter.stack[-1] if interpreter.stack else None
     if isinstance(caller, StandIn) and caller.takes_span:
         interpreter.push(interpreter.source.span(length))
@@ -234,10 +220,10 @@ def _reduce(interpreter: PickleInterpreter) -> None:
 
 
 def _new(interpreter: PickleInterpreter) -> None:
-    arguments, kind = interpreter.pop(), interpreter.pop()
-    if not isinstance(kind, StandIn) or kind.new is None or type(arguments) is not tuple or arguments:
-        raise MalformedFile(f"makes an object of {_called(kind)}, which is not a class of a checkpoint", FOREIGN)
-    interpreter.push(kind.new())
+    arguments, class_ = interpreter.pop(), interpreter.pop()
+    if not isinstance(class_, StandIn) or class_.new is None or type(arguments) is not tuple or arguments:
+        raise MalformedFile(f"makes an object of {_called(class_)}, which is not a class of a checkpoint", FOREIGN)
+    interpreter.push(class_.new())
 
 
 def _build(interpreter: PickleInterpreter) -> None:
@@ -277,7 +263,7 @@ def _get(interpreter: PickleInterpreter, size: int) -> None:
     interpreter.push(interpreter.memo[index])
 
 
-def _called(value: Any) -> str:
+def _called(value: object) -> str:
     return shown(value.name) if isinstance(value, StandIn) else f"a {type(value).__name__}"
 
 
@@ -286,6 +272,7 @@ def _opcode_name(code: bytes) -> str:
     return known.name if known else f"opcode 0x{code.hex()}, which is none of its,"
 
 
+# Opcode -> what it does. An opcode without a row ends the reading.
 _STEPS: dict[bytes, Callable[[PickleInterpreter], None]] = {
     b"\x80": _protocol,
     b"\x95": _frame,

@@ -1,4 +1,4 @@
-"""Reads pickles to plain values: numbers, strings, containers, NumPy arrays, and records of the modules that stood in them."""
+"""Reads pickles as plain values: numbers, strings, containers, NumPy arrays, and a StoredModule for each module in them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,26 +8,27 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading
-from uni_instruct.checkpoints.legacy_torch import MAGIC, read_stream
 from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT, ArrayPlaceholder, ModulePlaceholder
-from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter, StandIn
+from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter
+from uni_instruct.checkpoints.pickle.legacy_torch import MAGIC, read_stream
+from uni_instruct.checkpoints.pickle.stand_in import StandIn
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.tensors import Storage, StoredTensor
 
-# Arrays of at most so many elements may be shown as lists, so their elements count as values.
+# Arrays of at most this many elements are shown as lists, so their elements count as values.
 SMALL = 64
 _LEAVES = frozenset({str, bytes, int, float, bool, type(None), set, frozenset})
 
 
 @dataclass(frozen=True)
 class StoredModule:
-    """An object of a class of the project's: the class's name and the attributes. Its code is not kept."""
+    """An object whose class is the writing project's: the class's name and the attributes, without any code."""
 
     class_name: str
     state: dict[str, Any]
 
 
-def read_pickle(source: str | Path | BinaryIO, limits: Limits | None = None) -> Any:
+def read_pickle(source: str | Path | BinaryIO, limits: Limits | None = None) -> object:
     """The value of a pickle, or of a torch file from before version 1.6, without running anything in it.
 
     Tensors and parameters come as NumPy arrays, bfloat16 widened to float32; dicts of any kind as dict; modules as
@@ -38,10 +39,11 @@ def read_pickle(source: str | Path | BinaryIO, limits: Limits | None = None) -> 
         return plain(pickled(file, budget, size), budget)
 
 
-def pickled(file: BinaryIO, budget: Budget, size: int) -> Any:
+def pickled(file: BinaryIO, budget: Budget, size: int) -> object:
     """The value of a pickle or of torch's stream of pickles, placeholders and stored tensors in it. Raises MalformedFile."""
     source = Source(file, 0, size)
     value = PickleInterpreter(source, budget, CHECKPOINT).run()
+    # A number alone is how torch's old files begin; the rest of the stream follows.
     if value == MAGIC and type(value) is int and source.position < size:
         return read_stream(source, budget, CHECKPOINT, magic_read=True)
     if source.position < size:
@@ -49,7 +51,7 @@ def pickled(file: BinaryIO, budget: Budget, size: int) -> Any:
     return value
 
 
-def plain(value: Any, budget: Budget) -> Any:
+def plain(value: object, budget: Budget) -> object:
     """The value with placeholders and stored tensors replaced by what they stand for.
 
     Raises MalformedFile, also for cycles and depth.
@@ -67,7 +69,10 @@ class _Settled:
 
 
 class _Plain:
-    """Makes values plain. A value that occurs often is settled once and counted often, so that no tree outgrows its limit."""
+    """Makes values plain. A value that occurs often is settled once, and counted each time.
+
+    Ten lists that each hold the one before twice are a thousand values to whoever walks them: the limits are on that tree.
+    """
 
     def __init__(self, budget: Budget):
         self._limits = budget.limits
@@ -84,6 +89,7 @@ class _Plain:
         if known is None:
             raise MalformedFile("has a value that contains itself", FOREIGN)
         if not isinstance(known, _Settled):
+            # None while it is being settled: whoever meets it then is inside it.
             self._settled[id(value)] = None
             known = self._settled[id(value)] = settle(self, value, depth + 1)
         if known.count > self._limits.values:
@@ -126,12 +132,13 @@ def _settled_array(array: np.ndarray) -> _Settled:
     return _Settled(array, 1 + (array.size if array.size <= SMALL else 0))
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, StandIn):
         return f"the bare function or class {value.name}"
     return "a storage outside a tensor" if isinstance(value, Storage) else f"a {type(value).__name__}"
 
 
+# Type of value -> how it becomes plain. A type without a row has no place in a checkpoint.
 _SETTLE: dict[type, Callable[[_Plain, Any, int], _Settled]] = {
     dict: _settle_dict,
     list: lambda plain, value, depth: plain.container(value, depth, list),

@@ -1,10 +1,10 @@
 """torch's stream of pickles and raw storages: its files before version 1.6, and every tensor inside an ordinary pickle."""
 
 from collections.abc import Callable
-from typing import Any
 
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
-from uni_instruct.checkpoints.pickle.interpreter import AllowedGlobals, PickleInterpreter, StandIn
+from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter
+from uni_instruct.checkpoints.pickle.stand_in import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Source
 from uni_instruct.checkpoints.tensors import Element, Storage
 
@@ -14,11 +14,11 @@ _NOTHING = AllowedGlobals({}, {})
 _LONGEST_KEY = 100
 
 
-def read_stream(source: Source, budget: Budget, allowed: AllowedGlobals, *, magic_read: bool = False) -> Any:
-    """The value of the stream, its storages located. Raises MalformedFile.
+def read_stream(source: Source, budget: Budget, allowed: AllowedGlobals, *, magic_read: bool = False) -> object:
+    """The value of the stream, with the place of each of its storages. Raises MalformedFile.
 
-    The order: magic number, protocol, facts about the machine, the value, the storages' keys, and for each its number of
-    elements and their bytes. magic_read: the first of these is behind.
+    The stream holds a magic number, the protocol, facts about the machine, the value, the storages' keys, and for each storage
+    its number of elements and their bytes. magic_read: the magic number has been read already.
     """
     if not magic_read and _plain(source, budget) != MAGIC:
         raise MalformedFile("has a storage that is no stream of torch's", FOREIGN)
@@ -30,6 +30,7 @@ def read_stream(source: Source, budget: Budget, allowed: AllowedGlobals, *, magi
     keys = _plain(source, budget)
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(storages):
         raise MalformedFile("is not a whole torch stream: its storages are not those that it names")
+    # The bytes come after the value, in the order of the keys, so the storages learn only now where they stand.
     for key in keys:
         _locate(source, storages[key])
     if source.position != source.end:
@@ -38,14 +39,14 @@ def read_stream(source: Source, budget: Budget, allowed: AllowedGlobals, *, magi
 
 
 def persistent_storages(
-    budget: Budget, storages: dict[str, Storage], make: Callable[[Element, str, Any], Storage] | None = None
-) -> Callable[[Any], Any]:
-    """What torch's persistent ids stand for: a storage, made once for each key, or a class kept with its source code.
+    budget: Budget, storages: dict[str, Storage], make: Callable[[Element, str, object], Storage] | None = None
+) -> Callable[[object], object]:
+    """A function from torch's persistent ids to what they stand for: a storage, made once for each key, or a class.
 
     An id is ('storage', type, key, device, number of elements), in streams with a view after it, or ('module', class, ...).
     """
 
-    def persistent(identity: Any) -> Any:
+    def persistent(identity: object) -> object:
         if type(identity) is not tuple or not identity:
             raise MalformedFile("has a persistent id that is not torch's", FOREIGN)
         if identity[0] == "module" and len(identity) == 4 and isinstance(identity[1], StandIn):
@@ -57,6 +58,7 @@ def persistent_storages(
             raise MalformedFile(f"has a storage with the key {shown(key)} or a view of one", FOREIGN)
         if key not in storages:
             storages[key] = make(element, key, numel) if make else Storage(budget, element, numel)
+        # Tensors share storages by key; an id that describes a known one otherwise would reach beyond its bytes.
         if storages[key].element is not element or storages[key].numel != numel:
             raise MalformedFile(f"describes storage {shown(key)} in two ways", FOREIGN)
         return storages[key]
@@ -64,7 +66,8 @@ def persistent_storages(
     return persistent
 
 
-def _plain(source: Source, budget: Budget) -> Any:
+def _plain(source: Source, budget: Budget) -> object:
+    """The next pickle of the stream, which may name nothing."""
     return PickleInterpreter(source, budget, _NOTHING).run()
 
 

@@ -1,7 +1,6 @@
-"""The classifier as a feature extractor that torch-fidelity knows by name; importing this module registers it."""
+"""The classifier as a feature extractor that torch-fidelity finds by name. Importing this module registers it."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +15,8 @@ _LAYERS = ("features", "logits")
 class ClassifierExtractor(_fidelity.FeatureExtractorBase):  # type: ignore[name-defined]
     """Layers 'features' and 'logits' of the classifier whose file is given as feature_extractor_weights_path."""
 
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **options: Any):
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **options: object):
+        # options: what torch-fidelity passes to every extractor, such as whether to compile it.
         super().__init__(name, features_list)
         self.classifier, self.info = load_classifier(Path(feature_extractor_weights_path))
 
@@ -40,7 +40,8 @@ class ClassifierExtractor(_fidelity.FeatureExtractorBase):  # type: ignore[name-
         """None, as it cannot be compiled."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The requested layers, in order, of images uint8 [B, C, H, W]; grey ones may come as RGB, as torch-fidelity reads."""
+        """The requested layers, in order, of images uint8 [B, C, H, W]."""
+        # torch-fidelity reads every file as RGB; a grey image's channels are equal, and the first is the image.
         pixels = images[:, : self.info.image_shape[0]] / 127.5 - 1
         outputs = dict(zip(_LAYERS, self.classifier(pixels), strict=True))
         return tuple(outputs[layer] for layer in self.features_list)
