@@ -1,6 +1,7 @@
 """Image files to pixels, one at a time; none of them stays in memory."""
 
 import io
+import threading
 import warnings
 
 import numpy as np
@@ -17,6 +18,8 @@ _COLOURS = {1: " grey", 3: " colour"}
 # EXIF orientations that turn an image by a quarter, so that width and height change places.
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 _EXIF_ORIENTATION = 0x0112
+# Filters are the whole process's: of two threads that change them at once, one would leave its own behind.
+_WARNING_FILTERS = threading.Lock()
 
 
 class ImageFileReader:
@@ -108,7 +111,7 @@ def is_image_file(name: str) -> bool:
 
 
 def _opened(store: Store, name: str) -> Image.Image:
-    with warnings.catch_warnings():
+    with _WARNING_FILTERS, warnings.catch_warnings():
         # Up to twice its limit on pixels Pillow only warns; no data set has a use for an image of that size.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:

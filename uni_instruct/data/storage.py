@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+import threading
 import tokenize
 import zipfile
 import zlib
@@ -79,8 +80,7 @@ class ZipStore:
 
     def __init__(self, path: Path):
         self.path = path
-        self._owner = 0
-        self._file: BinaryIO
+        self._opened = threading.local()
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
@@ -100,12 +100,17 @@ class ZipStore:
         if place < 0 or self._names[place] != name:
             raise KeyError(name)
         member = self._members[place]
-        # Every process opens the file for itself: after a fork they would share one position in it.
-        if self._owner != os.getpid():
-            self._file, self._owner = self.path.open("rb"), os.getpid()
-        start, _ = entry_start(self._file, int(member["offset"]))
-        self._file.seek(start)
-        return _unpacked(self._file.read(member["packed"]), member)
+        file = self._own_file()
+        start, _ = entry_start(file, int(member["offset"]))
+        file.seek(start)
+        return _unpacked(file.read(member["packed"]), member)
+
+    def _own_file(self) -> BinaryIO:
+        """The zip, opened by every thread of every process for itself, as an open file has one position."""
+        if getattr(self._opened, "process", None) != os.getpid():
+            self._opened.file, self._opened.process = self.path.open("rb"), os.getpid()
+        file: BinaryIO = self._opened.file
+        return file
 
 
 def _member(entry: zipfile.ZipInfo) -> tuple[int, int, int, int, int, bool]:
