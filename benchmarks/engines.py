@@ -65,8 +65,8 @@ def random_bundle(network: str, path: Path) -> Bundle:
         z = torch.randn(tensor.shape, generator=rng) / max(tensor[0].numel(), 1) ** 0.5
         weights[name] = (tensor if "resample" in name or tensor.dim() < 2 else z).numpy()
     bundle = Bundle.write(path, spec, weights, card="")
-    for runtime in TARGETS:
-        export_engine(bundle, runtime)
+    for engine_id in TARGETS:
+        export_engine(bundle, engine_id)
     return bundle
 
 

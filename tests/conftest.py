@@ -63,7 +63,7 @@ def exported_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from uni_instruct.export.targets import export_engine
 
     bundle = random_bundle(tmp_path_factory.mktemp("bundles") / "exported", seed=1)
-    export_engine(bundle, "onnx")
+    export_engine(bundle, "onnx-fp32")
     return bundle
 
 

@@ -61,7 +61,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoded(latents: Bundle, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The generator with the decoder, exported. Read only."""
     bundle = attach_decoder(latents, str(vae), tmp_path_factory.mktemp("decoded") / "decoded")
-    export_engine(bundle, "onnx")
+    export_engine(bundle, "onnx-fp32")
     return bundle
 
 

@@ -382,7 +382,7 @@ def test_squares_of_four_are_exported(tmp_path: Path) -> None:
     from uni_instruct.export.targets import export_engine
 
     bundle = random_bundle(tmp_path / "bundle", seed=6, num_classes=0, image_shape=(3, 24, 16), patch=4)
-    parity = export_engine(bundle, "onnx").parity
+    parity = export_engine(bundle, "onnx-fp32").parity
     assert parity["batches"] == [1, 2, 7, 64]
     assert 0 < parity["relative_l2"] < 1e-5
     assert parity["batch_invariant"]

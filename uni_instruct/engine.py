@@ -141,6 +141,13 @@ RUNTIMES = {
             extra="serve",
         ),
         Runtime(
+            name="openvino",
+            engine_class="uni_instruct.engines.openvino:OpenVinoEngine",
+            package="openvino",
+            distributions=("openvino",),
+            extra="serve",
+        ),
+        Runtime(
             name="torch",
             engine_class="uni_instruct.engines.torch:TorchEngine",
             package="torch",
