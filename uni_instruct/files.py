@@ -21,6 +21,10 @@ _UNWRITABLE = {
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
     errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EIO,
 }
 
 
@@ -29,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A path to write to, beside the real one; moved onto it on success, removed on failure."""
     partial = _partial(path)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, path)
         try:
             yield partial
             os.replace(partial, path)
@@ -43,9 +47,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty folder to fill, beside the real one; it takes the place of what was there on success, is removed on failure."""
     partial, old = _partial(path), path.with_name(f".{path.name}.{os.getpid()}.old")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, path)
         try:
-            partial.mkdir()
+            make_folder(partial, path)
             yield partial
             if path.exists():
                 os.replace(path, old)
@@ -55,6 +59,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 os.replace(old, path)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(folder: Path, wanted: Path) -> None:
+    """Makes a folder and those above it, for what is going to be written. Raises DiskError that names `wanted`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # what the kernel says of /proc/x: nothing can be made there
+        raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="choose another --out") from error
 
 
 @contextmanager
