@@ -1,6 +1,7 @@
 """Dataset: images with their classes, read when asked for."""
 
 import hashlib
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -48,6 +49,8 @@ class Dataset:
     note: str = ""
 
     def __post_init__(self) -> None:
+        # As in ModelSpec: names are compared in one form of Unicode.
+        object.__setattr__(self, "class_names", tuple(unicodedata.normalize("NFC", name) for name in self.class_names))
         if not len(self):
             raise FileFormatError(f"data set '{self.source}' has no images", remedy="give at least one image")
         if len(self.class_names) != self.num_classes or (self.labels is None) != (self.num_classes == 0):
