@@ -21,7 +21,7 @@ from uni_instruct.engine import TORCH, Engine, available_engines, open_engine
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.networks.build import build_denoiser
-from uni_instruct.noise import noise
+from uni_instruct.noise import draw_inputs
 from uni_instruct.spec import ModelSpec
 
 BATCHES = (1, 16, 64)
@@ -93,13 +93,12 @@ def speed(engines: dict[str, Engine], rounds: int) -> list[dict[str, object]]:
 
 def seconds_per_call(engine: Engine, batch: int) -> float:
     """Median over the calls of at least MIN_SECONDS, after one that is not counted."""
-    z = noise(range(batch), engine.spec.noise_shape)
-    class_ids = resolve_class_ids(engine.spec, range(batch))
-    engine(z, class_ids)
+    inputs = draw_inputs(engine.spec, range(batch), resolve_class_ids(engine.spec, range(batch)))
+    engine(*inputs)
     times: list[float] = []
     while sum(times) < MIN_SECONDS:
         start = time.perf_counter()
-        engine(z, class_ids)
+        engine(*inputs)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.generate import input_batches
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
-from uni_instruct.networks.one_step import one_step
-from uni_instruct.noise import noise, random_class_ids
+from uni_instruct.networks.one_step import as_tensors, one_step
 
 LADDER = np.geomspace(80, 0.02, 25)
 BATCH = 64
@@ -38,12 +38,10 @@ def square_slopes(run: Path, images: int) -> np.ndarray:
     student, teacher = Bundle.open(run / "generator"), Bundle.open(teacher_of(run))
     generator, real, fake = load_denoiser(student), load_denoiser(teacher), fake_score_of(run, teacher)
     sums = np.zeros(len(LADDER))
-    for first in range(0, images, BATCH):
-        seeds = range(first, min(first + BATCH, images))
-        class_ids = torch.from_numpy(random_class_ids(seeds, student.spec.num_classes)) if student.spec.num_classes else None
-        z = torch.from_numpy(noise(seeds, student.spec.noise_shape))
+    for number, inputs in enumerate(input_batches(student.spec, range(images), batch=BATCH)):
+        z, class_ids = as_tensors(inputs, "cpu")
         clean = one_step(generator, z, class_ids, student.spec.sigma_init)
-        eps = torch.randn(clean.shape, generator=torch.Generator().manual_seed(first))
+        eps = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number * BATCH))
         for index, level in enumerate(LADDER):
             sigma = torch.full((len(clean), 1, 1, 1), float(level))
             noised = clean + sigma * eps

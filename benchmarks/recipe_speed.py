@@ -30,8 +30,9 @@ from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.optimization.precision import settled
 from uni_instruct.train.plan import plan_teacher
 from uni_instruct.train.recipe import load_recipe
+from uni_instruct.train.rng import initial_weights, step_rng
+from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
-from uni_instruct.train.stages.randomness import DataLoader, initial_weights, step_generator
 from uni_instruct.train.stages.teacher import TeacherStage
 
 FORMER = Path(__file__).parent / "former"
@@ -57,7 +58,7 @@ class Work:
     def step(self) -> None:
         """The stage's next."""
         index = next(self._steps)
-        self.stage.step(index, step_generator(0, self.stage.name, index), False)
+        self.stage.step(index, step_rng(0, self.stage.name, index), False)
 
 
 def compare_recipes(name: str, rounds: int, busy: bool) -> dict[str, object]:
@@ -107,11 +108,11 @@ def works_of(label: str, recipe: Recipe, dataset: Dataset) -> list[Work]:
 
 def phase_stage(teacher: Denoiser, recipe: Recipe, phase: PhaseConfig, dataset: Dataset, fabric: Fabric) -> DistillationStage:
     """The distillation under that phase's objective from its first step on."""
-    players = DistillationModels.from_teacher(teacher, recipe)
+    models = DistillationModels.from_teacher(teacher, recipe)
     config = dataclasses.replace(recipe.distillation, critic_warmup_kimg=0.0)
     alone = dataclasses.replace(recipe, objective=phase.objective, schedule=(), distillation=config)
     batches = DataLoader(dataset, config.batch, recipe.loop.seed) if recipe.needs_discriminator else None
-    return DistillationStage(players, alone, fabric, batches)
+    return DistillationStage(models, alone, fabric, batches)
 
 
 def row(works: list[Work], stage: str, condition: str) -> dict[str, float]:

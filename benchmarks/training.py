@@ -38,11 +38,12 @@ from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import DistillationConfig, LoopConfig, Recipe
 from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.objective.divergences import find_divergence
+from uni_instruct.train.objective.divergences.find import find_divergence
 from uni_instruct.train.objective.terms import DiffusedBatch, discriminator_loss, expanded_terms, sid_weight
 from uni_instruct.train.optimization.distributed import start_fabric
+from uni_instruct.train.rng import initial_weights, step_rng
+from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
-from uni_instruct.train.stages.randomness import DataLoader, initial_weights, step_generator
 from uni_instruct.train.stages.teacher import denoising_loss
 
 OBJECTIVE = ObjectiveConfig(divergence="jeffreys")
@@ -104,7 +105,7 @@ class PlainLoop:
 
     def step(self) -> None:
         self.update_critic()
-        self.update_generator()
+        self.update_student()
 
     def update_critic(self) -> None:
         self.critic.requires_grad_(True)
@@ -120,7 +121,7 @@ class PlainLoop:
         loss.backward()
         self.critic_adam.step()
 
-    def update_generator(self) -> None:
+    def update_student(self) -> None:
         self.critic.requires_grad_(False)
         clean = self.draw_students()
         sigma = OBJECTIVE.levels.draw(self.batch, torch.default_generator)
@@ -152,13 +153,13 @@ def trainer(case: Case, dataset: Dataset, precision: str, channels_last: bool, c
         distillation=DistillationConfig(batch=case.batch, duration_kimg=1e6, sigma_init=SIGMA_INIT),
         loop=LoopConfig(precision=precision, channels_last=channels_last, compile=compiled),
     )
-    players = DistillationModels.from_teacher(case.network(), recipe)
-    stage = DistillationStage(players, recipe, start_fabric(1, precision), DataLoader(dataset, case.batch, 0))
+    models = DistillationModels.from_teacher(case.network(), recipe)
+    stage = DistillationStage(models, recipe, start_fabric(1, precision), DataLoader(dataset, case.batch, 0))
     steps = itertools.count()
 
     def step() -> None:
         index = next(steps)
-        stage.step(index, step_generator(0, stage.name, index), False)
+        stage.step(index, step_rng(0, stage.name, index), False)
 
     return step
 

@@ -19,7 +19,7 @@ from made_vae import VAE_CONFIG, vae_spec, vae_weights, write_vae
 from torch import Tensor
 
 from uni_instruct.checkpoints.autoencoder_kl import WEIGHTS, read_decoder
-from uni_instruct.data.vae_latents import drawn
+from uni_instruct.data.vae_latents import draw_latents
 from uni_instruct.errors import BundleError, UniInstructError
 from uni_instruct.networks.autoencoder import AutoencoderDecoder, build_decoder, decoder_shapes
 from uni_instruct.spec import DecoderSpec, ModelSpec
@@ -75,7 +75,7 @@ def test_latents_of_the_data_are_brought_back_to_the_vaes_own(tmp_path: Path) ->
     """`data.vae_latents` brings latents to deviation 0.5; the decoder undoes it, and its [0, 1] becomes EDM2's bytes."""
     raw = np.random.default_rng(1).normal(size=(2, 4, 4, 4)).astype(np.float32) * 4
     moments = np.concatenate([raw, np.zeros_like(raw)], axis=1)
-    latents = torch.from_numpy(drawn(moments, seeds=[0, 1]).transpose(0, 3, 1, 2).copy())
+    latents = torch.from_numpy(draw_latents(moments, seeds=[0, 1]).transpose(0, 3, 1, 2).copy())
     stored = read_decoder(str(write_vae(tmp_path / "vae")))
     decoder = build_decoder(stored.spec)
     decoder.vae.load_state_dict({name: torch.from_numpy(array) for name, array in stored.weights.items()})

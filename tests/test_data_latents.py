@@ -120,7 +120,7 @@ class TestTraining:
 
     def test_batches_are_the_same_however_they_are_divided_and_differ_between_epochs(self, dataset: Dataset) -> None:
         torch = pytest.importorskip("torch")
-        from uni_instruct.train.stages.randomness import DataLoader
+        from uni_instruct.train.stages.data_loader import DataLoader
 
         cpu = torch.device("cpu")
         whole, class_ids = DataLoader(dataset, 4, seed=3)(7, slice(0, 4), cpu)
@@ -149,7 +149,8 @@ class TestTraining:
         from uni_instruct.networks.build import build_denoiser
         from uni_instruct.train.plan import plan_teacher
         from uni_instruct.train.recipe import load_recipe
-        from uni_instruct.train.stages.randomness import DataLoader, initial_weights, step_generator
+        from uni_instruct.train.rng import initial_weights, step_rng
+        from uni_instruct.train.stages.data_loader import DataLoader
         from uni_instruct.train.stages.teacher import TeacherStage
 
         changes = ["model_channels=16", "channel_mult=[1]", "num_blocks=1", "attn_resolutions=[]", "teacher.batch=6"]
@@ -158,5 +159,5 @@ class TestTraining:
         assert (spec.image_shape, spec.num_classes) == ((4, 4, 4), 3)
         denoiser = initial_weights(lambda: build_denoiser(spec), 0)
         stage = TeacherStage(denoiser, DataLoader(dataset, 6, 0), recipe, Fabric(accelerator="cpu"))
-        losses = [stage.step(step, step_generator(0, "teacher", step), True)["teacher/loss"] for step in range(60)]
+        losses = [stage.step(step, step_rng(0, "teacher", step), True)["teacher/loss"] for step in range(60)]
         assert torch.stack(losses[-20:]).mean() < 0.8 * torch.stack(losses[:20]).mean()

@@ -16,8 +16,9 @@ from uni_instruct.train.objective.guidance import NO_CLASS, drop_classes, guided
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.pairs import teacher_pairs
 from uni_instruct.train.recipe import load_recipe
+from uni_instruct.train.rng import step_rng
+from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
-from uni_instruct.train.stages.randomness import DataLoader, step_generator
 
 SETTINGS = [
     "teacher.bundle=digits",
@@ -62,13 +63,13 @@ def stage_of(tmp_path: Path, *overrides: str, dataset: Dataset | None = None) ->
     batches = DataLoader(data, recipe.distillation.batch, 0) if data else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        players = DistillationModels.from_teacher(teacher, recipe)
-    return DistillationStage(players, recipe, fabric, batches, brightness, pairs)
+        models = DistillationModels.from_teacher(teacher, recipe)
+    return DistillationStage(models, recipe, fabric, batches, brightness, pairs)
 
 
 def run(stage: DistillationStage, steps: range) -> list[dict[str, float]]:
     return [
-        {name: float(value) for name, value in stage.step(index, step_generator(0, "generator", index), True).items()}
+        {name: float(value) for name, value in stage.step(index, step_rng(0, "generator", index), True).items()}
         for index in steps
     ]
 
@@ -84,7 +85,7 @@ def terms_in(metrics: dict[str, float]) -> set[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_method_has_its_terms_and_moves_the_generator(tmp_path: Path, reward: str, method: str) -> None:
     stage = stage_of(tmp_path, f"method={method}", f"reward={reward}")
-    before = [parameter.detach().clone() for parameter in stage.generator.module.parameters()]
+    before = [parameter.detach().clone() for parameter in stage.student.module.parameters()]
     metrics = run(stage, range(1))[0]
     divergence = {"integral"} if method in INTEGRAL else {"di", "fgm", "sim"}
     assert terms_in(metrics) == divergence | FURTHER_TERMS.get(method, set())
@@ -94,7 +95,7 @@ def test_method_has_its_terms_and_moves_the_generator(tmp_path: Path, reward: st
         assert (metrics[f"generator/{term}_gradient"] > 0) == (term not in still), term
     assert ("discriminator/loss" in metrics) == (method in {"dmd2", "f-distill", "sida", "uni-instruct"})
     assert ("ratio/q50" in metrics) == stage.recipe.objective.needs_ratio
-    assert any(not torch.equal(old, new) for old, new in zip(before, stage.generator.module.parameters(), strict=True))
+    assert any(not torch.equal(old, new) for old, new in zip(before, stage.student.module.parameters(), strict=True))
 
 
 def test_warm_up_and_phases_begin_where_the_recipe_says(tmp_path: Path) -> None:
@@ -107,10 +108,10 @@ def test_warm_up_and_phases_begin_where_the_recipe_says(tmp_path: Path) -> None:
 
 def test_warm_up_leaves_the_generator_alone(tmp_path: Path) -> None:
     stage = stage_of(tmp_path, "critic_warmup_kimg=1")
-    before = {name: tensor.clone() for name, tensor in stage.generator.module.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in stage.student.module.state_dict().items()}
     critic = {name: tensor.clone() for name, tensor in stage.critic.module.state_dict().items()}
     run(stage, range(2))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in stage.generator.module.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stage.student.module.state_dict().items())
     assert any(not torch.equal(tensor, critic[name]) for name, tensor in stage.critic.module.state_dict().items())
 
 

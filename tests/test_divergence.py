@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from uni_instruct.errors import RequestError
-from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence, alpha_divergence, find_divergence, jeffreys
+from uni_instruct.train.objective.divergences.find import find_divergence
+from uni_instruct.train.objective.divergences.table import DIVERGENCES, Divergence, alpha_divergence, jeffreys
 
 ORDERS = (-0.5, 0.0, 0.5, 1.0, 2.0)
 MIXES = (0.0, 0.3, 1.0)

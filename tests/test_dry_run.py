@@ -17,7 +17,7 @@ from uni_instruct.train.dry_run.formula import DIVERGENCE_WORDS, critic_lines, m
 from uni_instruct.train.dry_run.report import needs
 from uni_instruct.train.dry_run.trial import CountedSteps
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.objective.divergences import DIVERGENCES
+from uni_instruct.train.objective.divergences.table import DIVERGENCES
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.plan import make_plan
@@ -220,8 +220,8 @@ def test_phases_are_those_that_training_goes_through() -> None:
     ]
     recipe = parse_recipe(recipe.to_dict() | {"schedule": schedule})
     plan = make_plan(recipe)
-    players = DistillationModels.from_teacher(build_denoiser(plan.teacher_spec), recipe)
-    stage = DistillationStage(players, recipe, start_fabric(1, "32-true"), None)
+    models = DistillationModels.from_teacher(build_denoiser(plan.teacher_spec), recipe)
+    stage = DistillationStage(models, recipe, start_fabric(1, "32-true"), None)
 
     told = [(p.objective, p.critic_alone) for p in phases(recipe) for _ in range(p.images // stage.batch)]
     warmup = 0.05 * 1000

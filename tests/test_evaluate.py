@@ -16,7 +16,15 @@ from PIL import Image
 
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
-from uni_instruct.evaluate import Evaluator, Extractor, Statistics, frechet_distance, open_reference, write_statistics
+from uni_instruct.evaluate import (
+    Evaluator,
+    Extractor,
+    Statistics,
+    evaluate_images,
+    frechet_distance,
+    open_reference,
+    write_statistics,
+)
 from uni_instruct.evaluate.sample_source import reference_class_ids
 from uni_instruct.evaluate.scores import moments
 
@@ -258,6 +266,14 @@ def test_scores_do_not_depend_on_batches_or_memory_layout(digits: Dataset, evalu
         assert evaluator.score_batches(variant, metrics=["fd", "pr"]) == evaluator(images, metrics=["fd", "pr"])
 
 
+def test_an_array_is_scored_as_the_evaluator_scores_it(digits: Dataset, evaluator: Evaluator) -> None:
+    images, metrics = digits.images(range(60)), ["fd", "class_accuracy"]
+    assert digits.labels is not None
+    scores = evaluate_images(images, "digits", digits.labels[:60].tolist(), metrics=metrics)
+    assert scores == evaluator(images, digits.labels[:60], metrics)
+    assert scores.values["class_accuracy"] > 0.9
+
+
 def test_moments_are_numpys_in_double_precision() -> None:
     features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 1000
     mu, sigma = moments(features)
@@ -293,6 +309,12 @@ def test_faulty_requests(digits: Dataset, evaluator: Evaluator) -> None:
         "there are no images to score": lambda: evaluator(images[:0]),
         "2 class ids were given for 10 images": lambda: evaluator(images, np.array([1, 2])),
         r"images of shape \[1, 4, 8\] cannot be compared": lambda: evaluator(images[:, :4]),
+        r"images are float64 .* from -1 to 1, not uint8 \[N, H, W, C\]; give bytes": lambda: evaluator(images / 127.5 - 1),
+        r"images are float32 \[2, 8, 8, 1\]": lambda: evaluator.score_batches([images[:8], images[8:].astype(np.float32)]),
+        r"images are int64 \[10, 8, 8, 1\], not uint8": lambda: evaluator.extractor([images.astype(int)]),
+        r"images are uint8 \[10, 8, 8\], not uint8 \[N, H, W, C\]": lambda: evaluate_images(images[..., 0], digits),
+        r"images are float64 .*, not uint8": lambda: evaluate_images(images * 1.0, "no such data set"),
+        r"class ids are <U1 \[2\], not integers \[N\]": lambda: evaluator(images, np.array(["1", "2"])),
         "extractor 'dino' is unknown; choose one of auto, inception": lambda: Evaluator(digits, "dino"),
         "0 classes and 10 images, too few for a classifier": lambda: Evaluator(unlabelled, "classifier"),
     }

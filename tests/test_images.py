@@ -1,13 +1,14 @@
 """Pixels in files: lossless forms keep every pixel, grids put every image where it belongs."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from uni_instruct.errors import RequestError
-from uni_instruct.images import IMAGE_FORMATS, SHEET_GREY, contact_sheet, encode, grid
+from uni_instruct.images import IMAGE_FORMATS, SHEET_GREY, checked_images, contact_sheet, encode, grid, latent_preview
 
 RANDOM = np.random.default_rng(0)
 
@@ -33,6 +34,23 @@ def test_a_jpeg_is_close_to_a_smooth_image() -> None:
     assert np.abs(read - image).mean() < 2
 
 
+@pytest.mark.parametrize("make", [contact_sheet, grid, lambda images: encode(images[0])])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, bool])
+def test_what_is_no_pixel_is_refused(make: Callable[[np.ndarray], object], dtype: type) -> None:
+    with pytest.raises(RequestError, match=r"images are .*, not uint8 \[N, H, W, C\]; give "):
+        make(np.zeros((2, 4, 4, 1), dtype))
+
+
+def test_floats_are_told_how_they_become_pixels() -> None:
+    floats = np.linspace(-1, 1, 256, dtype=np.float32).reshape(1, 16, 16, 1)
+    with pytest.raises(RequestError, match=r"from -1 to 1, not uint8") as refused:
+        checked_images(floats)
+    advice = str(refused.value).partition("in [-1, 1]: ")[2]
+    images = eval(advice, {"images": floats})
+    assert checked_images(images) is images
+    assert (images.min(), images.max()) == (0, 255)
+
+
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(RequestError, match="image format 'bmp' is unknown; choose one of png, jpeg, webp"):
         encode(np.zeros((1, 1, 1), np.uint8), "bmp")
@@ -55,6 +73,16 @@ def test_a_grid_holds_every_image_unchanged(count: int) -> None:
     for index, image in enumerate(images):
         top, left = index // columns * 4, index % columns * 6
         np.testing.assert_array_equal(sheet[top : top + 4, left : left + 6], image)
+
+
+def test_a_preview_of_latents_shows_their_first_channels() -> None:
+    latents = np.array([-1.5, -1, 0, 1, 1.5, np.nan], np.float32).reshape(1, 1, 2, 3).repeat(4, axis=1)
+    latents[:, 1] *= -1
+    shown = latent_preview(latents)
+    assert (shown.shape, shown.dtype) == ((1, 2, 3, 3), np.uint8)
+    assert shown[0, ..., 0].tolist() == [[0, 0, 128], [255, 255, 128]]
+    assert shown[0, ..., 1].tolist() == [[255, 255, 128], [0, 0, 128]]
+    assert latent_preview(latents[:, :2]).shape == (1, 2, 3, 1)
 
 
 @pytest.mark.parametrize(("size", "factor"), [(8, 8), (28, 2), (32, 2), (33, 1), (64, 1), (100, 1)])

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from uni_instruct.networks.critic import CriticOutput
 from uni_instruct.networks.preconditioning import EDM
-from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence
+from uni_instruct.train.objective.divergences.table import DIVERGENCES, Divergence
 from uni_instruct.train.recipe import parse_recipe
+from uni_instruct.train.rng import initial_weights, step_rng
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
-from uni_instruct.train.stages.randomness import initial_weights, step_generator
 
 SIGMA_DATA = 0.5
 # The untrained generator's Gaussian, in each pixel: beside the data, and too narrow for them.
@@ -55,7 +55,7 @@ def assert_divergence_falls(name: str, steps: int) -> None:
     stage = stage_of(name, steps)
     before = true_divergence(DIVERGENCES[name], stage)
     for index in range(stage.total_steps):
-        stage.step(index, step_generator(0, "generator", index), log_details=False)
+        stage.step(index, step_rng(0, "generator", index), log_details=False)
     after = true_divergence(DIVERGENCES[name], stage)
     assert after < before / 20, f"{before:.4f} fell to {after:.4f}"
 
@@ -89,8 +89,8 @@ def stage_of(divergence: str, steps: int) -> DistillationStage:
         }
     )
     generator, judge = initial_weights(Generator, seed=0), initial_weights(Judge, seed=1)
-    players = DistillationModels(teacher=cast(Any, Teacher()), generator=cast(Any, generator), critic=cast(Any, judge))
-    return DistillationStage(players, recipe, Fabric(accelerator="cpu", devices=1), cast(Any, Draws(BATCH)))
+    models = DistillationModels(teacher=cast(Any, Teacher()), student=cast(Any, generator), critic=cast(Any, judge))
+    return DistillationStage(models, recipe, Fabric(accelerator="cpu", devices=1), cast(Any, Draws(BATCH)))
 
 
 def data() -> toy.Mixture:
@@ -185,7 +185,7 @@ class Draws:
     dataset = SimpleNamespace(labels=None)
 
     def __call__(self, step: int, part: slice, device: torch.device) -> tuple[Tensor, None]:
-        return toy.as_images(data().sample(self.batch, step_generator(0, "data", step)))[part], None
+        return toy.as_images(data().sample(self.batch, step_rng(0, "data", step)))[part], None
 
 
 def true_divergence(divergence: Divergence, stage: DistillationStage) -> float:

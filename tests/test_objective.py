@@ -11,7 +11,8 @@ from torch import Tensor
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN, karras_sigma
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.objective.divergences import DIVERGENCES
+from uni_instruct.train.objective.divergences.table import DIVERGENCES
+from uni_instruct.train.objective.objective import Objective
 from uni_instruct.train.objective.ratio import DensityRatio, noise_bin
 from uni_instruct.train.objective.terms import (
     DiffusedBatch,
@@ -20,7 +21,6 @@ from uni_instruct.train.objective.terms import (
     expanded_terms,
     integral_terms,
 )
-from uni_instruct.train.stages.generator_update import divergence_terms
 
 M, B = -0.3, 0.4
 CHUNKS, CHUNK = 60, 10_000
@@ -104,7 +104,7 @@ def test_alpha_scales_the_fgm_term_alone(alpha: float) -> None:
 def test_switches_leave_out_their_terms_alone(off: tuple[str, ...]) -> None:
     batch, ratio = random_batch(), torch.linspace(0.2, 3, 8, dtype=torch.float64)
     config = ObjectiveConfig(divergence="chi-square", weighting="uniform", divergence_scale=3.0, **dict.fromkeys(off, False))
-    terms = divergence_terms(config, batch, ratio)
+    terms = Objective.of(config).divergence_terms(batch, ratio)
     every = expanded_terms(DIVERGENCES["chi-square"], batch, ratio)
     assert list(terms) == [name for name in ("di", "fgm", "sim") if name not in off]
     for name, values in terms.items():
@@ -118,12 +118,12 @@ def test_an_objective_without_any_term_is_refused() -> None:
 
 def test_sid_weight_divides_by_the_distance_to_the_teacher() -> None:
     batch, ratio = random_batch(), torch.ones(8, dtype=torch.float64)
-    terms = divergence_terms(ObjectiveConfig(family="integral", weighting="sid"), batch, ratio)
+    terms = Objective.of(ObjectiveConfig(family="integral", weighting="sid")).divergence_terms(batch, ratio)
     distance = (batch.clean - batch.teacher).abs().mean(dim=(1, 2, 3))
     plain = integral_terms(DIVERGENCES["reverse-kl"], batch, ratio)["integral"]
     found, expected = (torch.autograd.grad(v.sum(), batch.noised)[0] for v in (terms["integral"], plain / distance.detach()))
     torch.testing.assert_close(found, expected)
-    terms = divergence_terms(ObjectiveConfig(family="integral", weighting="sid"), batch, ratio)
+    terms = Objective.of(ObjectiveConfig(family="integral", weighting="sid")).divergence_terms(batch, ratio)
     assert torch.autograd.grad(terms["integral"].sum(), batch.clean, allow_unused=True) == (None,)
 
 
@@ -231,7 +231,7 @@ def chunk_gradients(seed: int) -> dict[tuple[str, bool], Tensor]:
     )
     found = {}
     for key, config in configs.items():
-        loss = (importance * torch.stack(list(divergence_terms(config, batch, ratio).values())).sum(0)).mean()
+        loss = (importance * torch.stack(list(Objective.of(config).divergence_terms(batch, ratio).values())).sum(0)).mean()
         found[key] = torch.stack(torch.autograd.grad(loss, (m, b), retain_graph=True))
     return found
 

@@ -30,13 +30,13 @@ from uni_instruct.networks.preconditioning import IDDPM
 from uni_instruct.sampler import heun_sample
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig, NetworkConfig
-from uni_instruct.train.dry_run.cost import count_parameters, players_without_storage
+from uni_instruct.train.dry_run.cost import count_parameters, models_without_storage
 from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.dry_run.trial import CountedSteps, distillation_stage, teacher_stage
 from uni_instruct.train.optimization.distributed import prepared, start_fabric
 from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.stages.randomness import step_generator
+from uni_instruct.train.rng import step_rng
 
 Cli = Callable[..., tuple[int, str, str]]
 SHAPE = (3, 24, 16)
@@ -413,7 +413,7 @@ def test_a_given_teacher_brings_its_patch(patched_teacher: Bundle) -> None:
     assert build_denoiser(plan.teacher_spec).patch == 2
     stage = distillation_stage(plan, start_fabric(1, "32-true"), plan.recipe.objective, False, 2)
     critic = stage.critic.module
-    assert [network.patch for network in (stage.generator.module, critic.fake_score, stage.averages.primary.module)] == [2] * 3
+    assert [network.patch for network in (stage.student.module, critic.fake_score, stage.averages.primary.module)] == [2] * 3
 
 
 @pytest.mark.parametrize("patch", PATCHES)
@@ -428,21 +428,21 @@ def test_flops_are_those_of_a_network_at_the_coarser_resolution(patch: int) -> N
     counted = CountedSteps(plan)
     assert counted.evaluation() == 2 * (pixels * convolutions + linear + attention)
     assert 2.8 < counted.teacher().flops / counted.evaluation() < 3
-    assert count_parameters(players_without_storage(plan))["teacher"] == sum(shape.numel() for shape in weights.values())
+    assert count_parameters(models_without_storage(plan))["teacher"] == sum(shape.numel() for shape in weights.values())
 
 
 def test_counts_without_storage_are_those_of_a_real_step() -> None:
     plan = tiny_plan("network.patch=2", "method=uni-instruct", "loop.precision=bf16-mixed", "loop.channels_last=true")
     counts = CountedSteps(plan).distillation(plan.recipe.objective, False)
     stage = distillation_stage(plan, start_fabric(1, "bf16-mixed"), plan.recipe.objective, False, 3)
-    flops = count_flops(lambda: stage.step(0, step_generator(0, "generator", 0), False))
+    flops = count_flops(lambda: stage.step(0, step_rng(0, "generator", 0), False))
     assert flops / 3 == pytest.approx(counts.flops, rel=1e-9)
 
 
 def test_a_patched_teacher_learns() -> None:
     long = ("teacher.warmup_kimg=0", "teacher.duration_kimg=1e3", "teacher.learning_rate=5e-3")
     stage = teacher_stage(tiny_plan("network.patch=2", "attn_resolutions=[4]", *long), start_fabric(1, "32-true"), 16)
-    losses = [stage.step(index, step_generator(0, "teacher", index), True)["teacher/loss"].item() for index in range(40)]
+    losses = [stage.step(index, step_rng(0, "teacher", index), True)["teacher/loss"].item() for index in range(40)]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10]), losses
 
 
@@ -457,13 +457,13 @@ def test_a_patched_generator_is_distilled(discriminator: str) -> None:
         "precision=bf16-mixed",
     )
     stage = distillation_stage(plan, start_fabric(1, "bf16-mixed"), plan.recipe.objective, False, 4)
-    generator, critic = ({k: v.clone() for k, v in o.module.state_dict().items()} for o in (stage.generator, stage.critic))
+    generator, critic = ({k: v.clone() for k, v in o.module.state_dict().items()} for o in (stage.student, stage.critic))
     for index in range(2):
-        metrics = stage.step(index, step_generator(0, "generator", index), True)
+        metrics = stage.step(index, step_rng(0, "generator", index), True)
     assert stage.skipped == 0
     assert all(np.isfinite(float(value)) for value in metrics.values())
     ends = ("model.enc.4x4_conv.weight", "model.dec.4x4_aux_conv.weight")
     names = [*ends, *(f"fake_score.{end}" for end in ends), "head.conv.weight"]
     names += ["own_encoder.model.enc.4x4_conv.weight"] if discriminator == "own" else []
-    now = stage.generator.module.state_dict() | stage.critic.module.state_dict()
+    now = stage.student.module.state_dict() | stage.critic.module.state_dict()
     assert [name for name in names if torch.equal(now[name], (generator | critic)[name])] == []

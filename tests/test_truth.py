@@ -2,7 +2,7 @@
 
 Students and teachers are random Gaussian mixtures, so that denoisers and density ratios are closed-form. Two parameters of the
 student move: its means along a random direction, and its scale. Held against each other are
-- the mean of what `divergence_terms` gives along reparameterised samples, as training takes it, and
+- the mean of what `Objective.divergence_terms` gives along reparameterised samples, as training takes it, and
 - the differentiated divergence: by quadrature in one dimension, by likelihood ratios in more.
 """
 
@@ -18,9 +18,9 @@ from torch.func import jvp
 
 from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.objective.divergences import DIVERGENCES, Divergence
+from uni_instruct.train.objective.divergences.table import DIVERGENCES, Divergence
+from uni_instruct.train.objective.objective import Objective
 from uni_instruct.train.objective.terms import FAMILIES, DiffusedBatch
-from uni_instruct.train.stages.generator_update import divergence_terms
 
 DIMS = (1, 2, 8)
 MIXTURES = range(5)
@@ -144,7 +144,7 @@ def training_gradient(pair: Pair, configs: dict[Key, ObjectiveConfig], draws: in
             fake=toy.as_images(pair.student.denoised(noised, sigma)),
         )
         for key, config in configs.items():
-            loss = torch.stack(list(divergence_terms(config, batch, ratio).values())).sum()
+            loss = torch.stack(list(Objective.of(config).divergence_terms(batch, ratio).values())).sum()
             (slope,) = torch.autograd.grad(loss, clean, retain_graph=True)
             # Each sample moves by its component's direction with the shift, and by its distance from the mean with the scale.
             gradient = torch.stack([(slope * pair.direction[component]).sum(1), (slope * spread).sum(1)])

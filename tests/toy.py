@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uni_instruct.train.objective.divergences import Divergence
+from uni_instruct.train.objective.divergences.table import Divergence
 
 
 @dataclass(frozen=True)

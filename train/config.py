@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.extractors import EXTRACTORS
 from uni_instruct.networks.build import NETWORKS, check_patch
-from uni_instruct.train.checks import in_range, one_of
-from uni_instruct.train.monitoring.trackers import TRACKERS
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.optimization.optimizer import DECAYS, RateSchedule
 from uni_instruct.train.recipe_file import steps_in
+from uni_instruct.train.recipe_keys import MEANING, in_range, key, one_of
 
 AUTO = "auto"
+# What a recipe may say. The tables DECAYS and TRACKERS, which say what that means, stand above this module.
+DECAY_NAMES = ("linear", "cosine", "sqrt")
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -21,22 +23,21 @@ LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 class NetworkConfig:
     """The denoiser that teacher, fake score and generator share; a given teacher brings its own.
 
-    None leaves an argument to the architecture, which refuses those that it does not have. patch x patch pixels are one to the
-    network, with patch^2 times the channels: 2 is some three times as fast; attn_resolutions count such pixels.
+    None leaves an argument to the architecture, which refuses those that it does not have.
     """
 
-    architecture: str = "ddpmpp"
-    conditional: bool = True
-    sigma_data: float = 0.5
-    patch: int | None = None
-    model_channels: int | None = None
-    channel_mult: tuple[int, ...] | None = None
-    channel_mult_emb: int | None = None
-    channel_mult_noise: int | None = None
-    num_blocks: int | None = None
-    attn_resolutions: tuple[int, ...] | None = None
-    dropout: float | None = None
-    resample_filter: tuple[int, ...] | None = None
+    architecture: str = key("ddpmpp", "ddpmpp, ncsnpp, adm or edm2; docs/architecture.md says where each is")
+    conditional: bool = key(True, "whether the network knows the classes of the data")
+    sigma_data: float = key(0.5, "deviation of the data's pixels, which the preconditioning counts on")
+    patch: int | None = key(None, "patch x patch pixels are one to the network; 2 is some three times as fast")
+    model_channels: int | None = key(None, "channels at full resolution, before channel_mult")
+    channel_mult: tuple[int, ...] | None = key(None, "channels of each level, in units of model_channels")
+    channel_mult_emb: int | None = key(None, "width of the embedding of noise level and class, in units of model_channels")
+    channel_mult_noise: int | None = key(None, "width of the embedding of the noise level alone, in units of model_channels")
+    num_blocks: int | None = key(None, "residual blocks of a level")
+    attn_resolutions: tuple[int, ...] | None = key(None, "sides, in the network's pixels, at which there is attention")
+    dropout: float | None = key(None, "share of activations that are dropped while training")
+    resample_filter: tuple[int, ...] | None = key(None, "filter of up- and downsampling, such as [1, 1] or [1, 3, 3, 1]")
 
     def __post_init__(self) -> None:
         one_of("network.architecture", self.architecture, NETWORKS)
@@ -56,29 +57,23 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What teacher and distillation have in common: how long, how fast, which averages.
-
-    The rate rises over warmup_kimg and falls as `decay` says over the last decay_kimg. micro_batch is the most images a process
-    takes at once (0: all of its share). augment is the probability of EDM's augmentations of the images. The first of
-    ema_halflife_kimg is published; ema_power_std adds EDM2's power-function averages, for reconstruction after training;
-    ema_rampup bounds a half-life by that share of what was seen.
-    """
+    """What teacher and distillation have in common: how long, how fast, which averages."""
 
     section: ClassVar[str]
-    duration_kimg: float = 200.0
-    batch: int = 128
-    micro_batch: int = 0
-    warmup_kimg: float = 0.0
-    decay_kimg: float = 0.0
-    decay: str = "linear"
-    augment: float = 0.0
-    augment_mirror: bool = True
-    ema_halflife_kimg: tuple[float, ...] = (5.0,)
-    ema_rampup: float = 0.05
-    ema_power_std: tuple[float, ...] = ()
+    duration_kimg: float = key(200.0, "how long the stage is, in thousands of images")
+    batch: int = key(128, "images of a step, of all processes together")
+    micro_batch: int = key(0, "the most images that a process takes at once, which changes memory alone; 0: all of its share")
+    warmup_kimg: float = key(0.0, "how long the learning rate rises from 0")
+    decay_kimg: float = key(0.0, "over how long, at the end, the learning rate falls to 0; 0: it stays")
+    decay: str = key("linear", "how it falls: linear, cosine or sqrt")
+    augment: float = key(0.0, "probability of each of EDM's augmentations of an image; 0: none")
+    augment_mirror: bool = key(True, "whether augmentation mirrors images; false for digits and text")
+    ema_halflife_kimg: tuple[float, ...] = key((5.0,), "half-lives of the weights' averages; the first is published")
+    ema_rampup: float = key(0.05, "bounds a half-life by that share of the images seen so far")
+    ema_power_std: tuple[float, ...] = key((), "widths of EDM2's averages, of which `average` makes any other")
 
     def __post_init__(self) -> None:
-        one_of(f"{self.section}.decay", self.decay, DECAYS)
+        one_of(f"{self.section}.decay", self.decay, DECAY_NAMES)
         for name, low, high in _STAGE_RANGES:
             in_range(f"{self.section}.{name}", getattr(self, name), low, high)
         if not self.ema_halflife_kimg:
@@ -92,17 +87,6 @@ class StageConfig:
         """The whole number of batches that comes nearest to duration_kimg, at least one."""
         return steps_in(self.duration_kimg, self.batch)
 
-    def rate(self, peak: float) -> RateSchedule:
-        """The learning rate over the steps, from its highest."""
-        return RateSchedule(
-            peak=peak,
-            total_steps=self.total_steps,
-            batch=self.batch,
-            warmup_kimg=self.warmup_kimg,
-            decay_kimg=self.decay_kimg,
-            decay=self.decay,
-        )
-
 
 _STAGE_RANGES = (
     ("duration_kimg", 1e-3, 1e9),
@@ -115,23 +99,18 @@ _STAGE_RANGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(StageConfig):
-    """EDM training of the teacher; `bundle` names a trained one instead.
-
-    Noise levels are log-normal with p_mean and p_std; gradients are clipped to clip_norm (0: not). label_dropout hides the
-    class of that share of images, for guidance. steps is the number of steps of the Heun sampler that the teacher is
-    sampled and compared with.
-    """
+    """EDM training of the teacher, at log-normal noise levels."""
 
     section = "teacher"
-    bundle: str = ""
-    learning_rate: float = 1e-3
-    warmup_kimg: float = 10.0
-    clip_norm: float = 0.0
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    label_dropout: float = 0.0
-    evaluate_kimg: float = 50.0
-    steps: int = 18
+    bundle: str = key("", "a trained teacher to use, as bundle, peer's file or hf://owner/name; empty: one is trained")
+    learning_rate: float = key(1e-3, "the highest learning rate of Adam")
+    warmup_kimg: float = key(10.0, "how long the learning rate rises from 0")
+    clip_norm: float = key(0.0, "the largest norm of the gradient; 0: no bound")
+    p_mean: float = key(-1.2, "mean of log sigma of the noise levels that are trained")
+    p_std: float = key(1.2, "deviation of log sigma")
+    label_dropout: float = key(0.0, "share of images whose class is hidden, so that the teacher can be guided")
+    evaluate_kimg: float = key(50.0, "how often the teacher is scored, and its best weights kept")
+    steps: int = key(TEACHER_STEPS, "steps of the Heun sampler that the teacher is sampled and compared with")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,8 +122,8 @@ class TeacherConfig(StageConfig):
 class PhaseConfig:
     """An objective that holds until so many kimg of the generator's."""
 
-    until_kimg: float
-    objective: ObjectiveConfig
+    until_kimg: float = field(metadata={MEANING: "the phase ends when the generator has seen so many thousand images"})
+    objective: ObjectiveConfig = field(metadata={MEANING: "what is minimised until then: any key of objective"})
 
     def __post_init__(self) -> None:
         in_range("schedule.until_kimg", self.until_kimg, 1e-3, 1e9)
@@ -152,29 +131,23 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig(StageConfig):
-    """One-step distillation: how long, how fast. One kimg is 1000 images of the generator's.
-
-    start names a bundle whose weights the generator starts from, instead of the teacher's. The critic (fake score and
-    discriminator) is trained alone for critic_warmup_kimg. sigma_init is the noise level of the generator's input.
-    The discriminator's head, and its encoder where it has one, learn at discriminator_learning_rate (0: at the critic's).
-    Gradients are clipped to *_clip_norm and *_clip_value (0: not). augment concerns what the critic sees.
-    """
+    """One-step distillation: how long, how fast. One kimg is 1000 images of the generator's; augment concerns the critic."""
 
     section = "distillation"
-    start: str = ""
-    generator_learning_rate: float = 1e-5
-    critic_learning_rate: float = 1e-5
-    discriminator_learning_rate: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.999
-    adam_eps: float = 1e-8
-    generator_clip_norm: float = 0.0
-    generator_clip_value: float = 0.0
-    critic_clip_norm: float = 0.0
-    critic_clip_value: float = 0.0
-    critic_warmup_kimg: float = 0.0
-    sigma_init: float = 2.5
-    evaluate_kimg: float = 20.0
+    start: str = key("", "a bundle whose weights the generator starts from; empty: the teacher's")
+    generator_learning_rate: float = key(1e-5, "the generator's highest learning rate")
+    critic_learning_rate: float = key(1e-5, "the highest learning rate of fake score and discriminator")
+    discriminator_learning_rate: float = key(0.0, "of the discriminator's head and own encoder; 0: the critic's")
+    beta1: float = key(0.0, "Adam's beta1, of generator and critic")
+    beta2: float = key(0.999, "Adam's beta2, of generator and critic")
+    adam_eps: float = key(1e-8, "Adam's epsilon")
+    generator_clip_norm: float = key(0.0, "the largest norm of the generator's gradient; 0: no bound")
+    generator_clip_value: float = key(0.0, "the largest value in the generator's gradient, after its norm; 0: no bound")
+    critic_clip_norm: float = key(0.0, "the largest norm of the critic's gradient; 0: no bound")
+    critic_clip_value: float = key(0.0, "the largest value in the critic's gradient, after its norm; 0: no bound")
+    critic_warmup_kimg: float = key(0.0, "how long the critic is trained alone at first")
+    sigma_init: float = key(DEFAULT_SIGMA_INIT, "noise level of the generator's input")
+    evaluate_kimg: float = key(20.0, "how often the generator is scored, and its best weights kept")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,31 +156,23 @@ class DistillationConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What happens beside the steps, for both stages.
+    """What happens beside the steps, for both stages."""
 
-    metric is minimised over `samples` generated images, in the features of `extractor` (as in `evaluate --extractor`); 'none'
-    keeps the last weights instead of the best, and makes `grid` images. precision is that of matrix products; channels_last and
-    compile change speed, not the arithmetic. 'auto' takes of precision and channels_last what is fastest on this machine, and
-    the run's recipe.yaml says what that was. After bad_steps_in_a_row updates that were not finite the run stops; what looks
-    sick for warn_after_lines log lines is said in words. trackers gets the scalars and pictures. snapshot_kimg is how often
-    power-function averages are kept for reconstruction. report: whether the run ends with report.md, which takes a minute.
-    """
-
-    seed: int = 0
-    precision: str = AUTO
-    channels_last: bool | str = AUTO
-    compile: bool = False
-    log_kimg: float = 2.0
-    state_kimg: float = 20.0
-    snapshot_kimg: float = 20.0
-    bad_steps_in_a_row: int = 5
-    warn_after_lines: int = 3
-    metric: str = "FD"
-    extractor: str = "auto"
-    samples: int = 1797
-    grid: int = 100
-    trackers: tuple[str, ...] = ("tensorboard",)
-    report: bool = True
+    seed: int = key(0, "of everything random: the same recipe and seed give the same run")
+    precision: str = key(AUTO, "of matrix products: 32-true, bf16-mixed, 16-mixed; auto measures and takes the fastest here")
+    channels_last: bool | str = key(AUTO, "memory format of images, which changes speed alone: true, false; auto measures")
+    compile: bool = key(False, "whether networks are compiled, which changes speed alone")
+    log_kimg: float = key(2.0, "how often a line is logged")
+    state_kimg: float = key(20.0, "how often the state to resume from is saved")
+    snapshot_kimg: float = key(20.0, "how often power-function averages are kept for `average`")
+    bad_steps_in_a_row: int = key(5, "after so many updates that were not finite the run stops")
+    warn_after_lines: int = key(3, "what looks sick for so many log lines is said in words")
+    metric: str = key("FD", "what the best weights are chosen by: FD, KD or none, which keeps the last")
+    extractor: str = key("auto", "whose features are compared, as in `evaluate --extractor`; auto chooses by the data")
+    samples: int = key(1797, "images that are generated to be scored")
+    grid: int = key(100, "images in samples/*.png, and all that are made where metric is none")
+    trackers: tuple[str, ...] = key(("tensorboard",), "where scalars and pictures go: tensorboard, wandb, trackio")
+    report: bool = key(True, "whether the run ends with report.md, which takes a minute")
 
     def __post_init__(self) -> None:
         one_of("loop.metric", self.metric, ("FD", "KD", "none"))
@@ -222,25 +187,21 @@ class LoopConfig:
         for name in ("log_kimg", "state_kimg", "snapshot_kimg"):
             in_range(f"loop.{name}", getattr(self, name), 1e-6, 1e9)
         for tracker in self.trackers:
-            one_of("loop.trackers", tracker, TRACKERS)
+            one_of("loop.trackers", tracker, TRACKER_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All of it. `data` is whatever `open_dataset` takes, or empty where a given teacher is enough.
+    """All of it."""
 
-    schedule lists the objectives that come before `objective`, each until so many kimg. `measured` says what the recipe
-    reached, or 'unmeasured'; `published` what its paper reports, with the source.
-    """
-
-    name: str
-    data: str = ""
-    measured: str = "unmeasured"
-    published: str = ""
+    name: str = field(metadata={MEANING: "of the recipe, and of the bundle that it makes"})
+    data: str = key("", "whatever `open_dataset` takes: digits, a zip, a folder; empty where a given teacher is enough")
+    measured: str = key("unmeasured", "what the recipe reached here")
+    published: str = key("", "what its paper reports, with the source")
     network: NetworkConfig = field(default_factory=NetworkConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    schedule: tuple[PhaseConfig, ...] = ()
+    schedule: tuple[PhaseConfig, ...] = key((), "objectives that come before `objective`, in order, each a phase:")
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
@@ -252,9 +213,9 @@ class Recipe:
                 remedy="give them in order",
                 param="recipe",
             )
-        for key in ("discriminator", "ratio_bins"):
-            if len({getattr(objective, key) for objective in self.objectives}) > 1:
-                raise RequestError(f"objective.{key} differs between phases", remedy="give one to all", param="recipe")
+        for shared in ("discriminator", "ratio_bins"):
+            if len({getattr(objective, shared) for objective in self.objectives}) > 1:
+                raise RequestError(f"objective.{shared} differs between phases", remedy="give one to all", param="recipe")
         if not self.data:
             self._check_without_data()
 

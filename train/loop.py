@@ -28,8 +28,8 @@ from uni_instruct.train.monitoring.health import Health
 from uni_instruct.train.monitoring.metrics import Metrics
 from uni_instruct.train.monitoring.scores import MOST_REFERENCE_FOR_PR, SELECTION_METRICS, metric_value
 from uni_instruct.train.optimization.ema import Averages
+from uni_instruct.train.rng import step_rng
 from uni_instruct.train.run import Run
-from uni_instruct.train.stages.randomness import step_generator
 
 # Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
 FIRST_SELECTION_SEED = 2**40
@@ -37,7 +37,7 @@ SAMPLE_BATCH = 128
 
 
 class Stage(Protocol):
-    """What is trained. A step must depend on its index, its generator and the state alone."""
+    """What is trained. A step must depend on its index, its random numbers and the state alone."""
 
     name: str
     batch: int
@@ -50,7 +50,7 @@ class Stage(Protocol):
         """Updates left out because they were not finite."""
         ...
 
-    def step(self, index: int, generator: torch.Generator, log_details: bool) -> Metrics:
+    def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
         """Trains on one batch; with `log_details`, returns scalars to log, the same in every process."""
         ...
 
@@ -106,10 +106,10 @@ class Loop:
         with _deferred_interrupt() as interrupted, shows as shown, clock.during(stage.name, "steps"):
             for index in range(first, stage.total_steps):
                 done = index + 1
-                generator = step_generator(self.config.seed, stage.name, index)
-                torch.manual_seed(generator.initial_seed() + self.fabric.global_rank)  # dropout draws from the global one
+                rng = step_rng(self.config.seed, stage.name, index)
+                torch.manual_seed(rng.initial_seed() + self.fabric.global_rank)  # dropout draws from the global one
                 log_details = _due(stage, done, self.config.log_kimg)
-                metrics = stage.step(index, generator, log_details)
+                metrics = stage.step(index, rng, log_details)
                 note = self._log(stage, done, metrics, meter) if log_details else None
                 if self.run.snapshots and _due(stage, done, self.config.snapshot_kimg):
                     self._snapshot(stage, done)

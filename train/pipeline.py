@@ -25,13 +25,14 @@ from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
-from uni_instruct.train.optimization.distributed import BatchShard, ended_together, start_fabric
+from uni_instruct.train.optimization.distributed import BatchShard, arithmetic_of, ended_together, start_fabric
 from uni_instruct.train.optimization.precision import settle_for_run
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
+from uni_instruct.train.rng import initial_weights
 from uni_instruct.train.run import Run, claimed
+from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
-from uni_instruct.train.stages.randomness import DataLoader, initial_weights
 from uni_instruct.train.stages.teacher import TeacherStage
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
     fabric = start_fabric(devices, recipe.loop.precision)
-    with ended_together(fabric):
+    with ended_together(fabric), arithmetic_of(recipe.loop.precision):
         for config in (recipe.teacher, recipe.distillation):
             BatchShard(fabric, config.batch, config.micro_batch)
         return _trained(plan, out, fabric, devices, start)
@@ -111,9 +112,9 @@ class _Session:
         denoiser = load_denoiser(teacher)
         pairs = self._pairs(denoiser)
         start = load_denoiser(self.plan.start) if self.plan.start else None
-        players = initial_weights(lambda: DistillationModels.from_teacher(denoiser, self.recipe, start), self.recipe.loop.seed)
+        models = initial_weights(lambda: DistillationModels.from_teacher(denoiser, self.recipe, start), self.recipe.loop.seed)
         batches = self._batches(config.batch) if self.recipe.needs_discriminator else None
-        stage = DistillationStage(players, self.recipe, self.fabric, batches, self.plan.reward, pairs)
+        stage = DistillationStage(models, self.recipe, self.fabric, batches, self.plan.reward, pairs)
         return self._train(stage, spec, "generator")
 
     def report(self) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from uni_instruct.errors import RequestError
-from uni_instruct.train.checks import one_of
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.methods import DEFINING, METHODS
 from uni_instruct.train.recipe_file import RECIPES, built_in_recipes, read_yaml
+from uni_instruct.train.recipe_keys import one_of
 
 METHOD_KEY = "objective.method"
 # What a section alone stands for in --set.
@@ -75,7 +75,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _full_key(key: str) -> str:
-    keys, key = all_keys(Recipe), SHORT.get(key, key)
+    keys, key = all_keys(), SHORT.get(key, key)
     matches = [k for k in keys if k == key] or [k for k in keys if k.rpartition(".")[2] == key]
     if not matches:
         raise RequestError(f"--set key '{key}' is unknown", remedy=f"choose one of {', '.join(keys)}", param="set")
@@ -84,15 +84,20 @@ def _full_key(key: str) -> str:
     return matches[0]
 
 
-def all_keys(cls: type = Recipe, prefix: str = "") -> list[str]:
+def all_keys() -> list[str]:
     """Every key of a recipe, in full."""
+    return list(recipe_fields(Recipe))
+
+
+def recipe_fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """The field behind every key of a section, by its full name, in their order."""
     hints = typing.get_type_hints(cls)
-    keys = []
+    found: dict[str, dataclasses.Field[Any]] = {}
     for f in dataclasses.fields(cls):
-        kind = hints[f.name]
-        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        keys += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
-    return keys
+        section = hints[f.name]
+        nested = isinstance(section, type) and dataclasses.is_dataclass(section)
+        found |= recipe_fields(section, f"{prefix}{f.name}.") if nested else {prefix + f.name: f}
+    return found
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

@@ -1,6 +1,35 @@
 """One-step image generators: train, export, serve, sample and evaluate.
 
 The core (this package without its stages `train`, `export` and `serve`) says what a one-step generator is and how one is run.
+What a notebook needs is exported here and documented in docs/python.md; importing it costs nothing until it is used.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+
+# Name -> the module that has it, imported when the name is first used. None is called as a module is: importing
+# `uni_instruct.generate` would otherwise put the module in the function's place. Types are in __init__.pyi.
+_EXPORTED = {
+    "Bundle": "uni_instruct.bundle",
+    "open_engine": "uni_instruct.engine",
+    "generate_images": "uni_instruct.generate",
+    "read_samples": "uni_instruct.sampling",
+    "evaluate_images": "uni_instruct.evaluate.evaluator",
+    "train_recipe": "uni_instruct.train.api",
+    "export_bundle": "uni_instruct.export.api",
+}
+
+__all__ = ["__version__", *_EXPORTED]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTED:
+        raise AttributeError(f"module 'uni_instruct' has no attribute '{name}'")
+    value: object = getattr(importlib.import_module(_EXPORTED[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTED})

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from uni_instruct.errors import RequestError
@@ -18,8 +19,23 @@ IMAGE_FORMATS = tuple(_ENCODERS)
 SHEET_GREY, SHEET_LINE, SHEET_PIXELS = 72, 2, 64
 
 
+def checked_images(images: ArrayLike) -> np.ndarray:
+    """The images, uint8 [N, H, W, C]. Raises RequestError for anything else: floats would pass for pixels and be none."""
+    array = np.asarray(images)
+    if array.dtype == np.uint8 and array.ndim == 4:
+        return array
+    found = f"images are {array.dtype} {list(array.shape)}"
+    if array.ndim == 4 and array.size and array.dtype.kind == "f":
+        found += f" from {array.min():.3g} to {array.max():.3g}"
+        remedy = "give bytes; of floats in [-1, 1]: (images * 127.5 + 128).clip(0, 255).astype('uint8')"
+    else:
+        remedy = "give what generate_images, read_samples or an engine returns"
+    raise RequestError(f"{found}, not uint8 [N, H, W, C]", remedy=remedy, param="images")
+
+
 def encode(image: np.ndarray, format: str = "png") -> bytes:
-    """A file of one image, uint8 [H, W, 1 or 3]. Raises RequestError for a format outside IMAGE_FORMATS."""
+    """A file of one image, uint8 [H, W, 1 or 3]. Raises RequestError for floats, or a format outside IMAGE_FORMATS."""
+    checked_images(image[None])
     if format not in _ENCODERS:
         raise RequestError(
             f"image format '{format}' is unknown",
@@ -38,7 +54,11 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np.ndarray:
-    """Images uint8 [N, H, W, C], row by row, as one picture; near square unless columns are given. Empty cells are black."""
+    """Images uint8 [N, H, W, C], row by row, as one picture; near square unless columns are given. Empty cells are black.
+
+    Raises RequestError for floats.
+    """
+    images = checked_images(images)
     count, height, width, channels = images.shape
     columns = columns or max(1, int(np.ceil(np.sqrt(count))))
     rows = -(-count // columns)
@@ -49,7 +69,11 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np
 
 
 def contact_sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """A grid to look at, uint8 [H', W', 1 or 3]: a grey line round every image, small images enlarged to 64 pixels or so."""
+    """A grid to look at, uint8 [H', W', 1 or 3]: a grey line round every image, small images enlarged to 64 pixels or so.
+
+    Raises RequestError for floats.
+    """
+    images = checked_images(images)
     factor, line = max(1, SHEET_PIXELS // images.shape[1]), SHEET_LINE
     count, height, width, channels = images.shape
     framed = np.full((count, factor * height + 2 * line, factor * width + 2 * line, channels), SHEET_GREY, dtype=np.uint8)

@@ -111,10 +111,10 @@ def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | None, count: int) 
             remedy="give an id for each image",
             param="class_ids",
         )
-    outside = ids[(ids < 0) | (ids >= spec.num_classes)]
-    if len(outside):
-        spec.class_id(int(outside[0]))
-    return np.require(ids, np.int64, "C")
+    outside = (ids < 0) | (ids >= spec.num_classes)
+    if outside.any():
+        spec.class_id(int(ids[outside][0]))  # raises
+    return _own(ids.astype(np.int64, copy=False))
 
 
 def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | None) -> Inputs:
@@ -131,8 +131,7 @@ def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | Non
             remedy="make it with uni_instruct.noise.noise(seeds, spec.noise_shape)",
             param="noise",
         )
-    # Runtimes share the memory: torch warns of what it must not write to, and refuses negative strides.
-    return Inputs(np.require(z, requirements=["C", "W"]), checked_class_ids(spec, class_ids, len(z)))
+    return Inputs(_own(z), checked_class_ids(spec, class_ids, len(z)))
 
 
 def class_ids_in_turn(spec: ModelSpec, count: int) -> np.ndarray | None:
@@ -146,6 +145,11 @@ def _array(values: ArrayLike, name: str) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; a torch tensor on a GPU, or with a gradient
         reason = " ".join(str(error).split())[:100]
         raise RequestError(f"{name} cannot be read as an array: {reason}", remedy="give a NumPy array", param=name) from error
+
+
+def _own(array: np.ndarray) -> np.ndarray:
+    """As runtimes want it, who share its memory: torch warns of what it must not write to, and refuses negative strides."""
+    return array if array.flags.carray else array.copy()
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

@@ -30,11 +30,11 @@ class LogNormalLevels:
     mean: float = -1.2
     std: float = 1.2
 
-    def draw(self, batch: int, generator: "torch.Generator") -> "torch.Tensor":
+    def draw(self, batch: int, rng: "torch.Generator") -> "torch.Tensor":
         """float32 [B, 1, 1, 1]."""
         import torch
 
-        return (torch.randn(batch, 1, 1, 1, generator=generator) * self.std + self.mean).exp()
+        return (torch.randn(batch, 1, 1, 1, generator=rng) * self.std + self.mean).exp()
 
     def density(self, sigma: "torch.Tensor") -> "torch.Tensor":
         """The density in sigma that `draw` draws from."""
@@ -49,11 +49,11 @@ class KarrasLevels:
     tmin: float = 0.0
     tmax: float = 1000.0
 
-    def draw(self, batch: int, generator: "torch.Generator") -> "torch.Tensor":
+    def draw(self, batch: int, rng: "torch.Generator") -> "torch.Tensor":
         """float32 [B, 1, 1, 1]."""
         import torch
 
-        position = torch.rand(batch, 1, 1, 1, generator=generator)
+        position = torch.rand(batch, 1, 1, 1, generator=rng)
         levels: torch.Tensor = karras_sigma((self.tmin + (self.tmax - self.tmin) * position) / 1000)
         return levels
 

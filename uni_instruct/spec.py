@@ -12,6 +12,9 @@ from uni_instruct.errors import BundleError, RequestError
 # [C, H, W] of one image, or of the noise that it is made of.
 ImageShape = tuple[int, int, int]
 
+# The noise level that SiD starts one-step generators from (arXiv 2404.04057); EDM's number of steps for images of 32x32.
+DEFAULT_SIGMA_INIT, TEACHER_STEPS = 2.5, 18
+
 # The one kind of decoder there is, by diffusers' name for it.
 AUTOENCODER_KL = "AutoencoderKL"
 # A decoder needs up to a kilobyte for each pixel that it makes: two pictures of 512x512 at once.
@@ -125,7 +128,7 @@ class ModelSpec:
     decoder: DecoderSpec | None = None
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
-    sigma_init: float = 2.5
+    sigma_init: float = DEFAULT_SIGMA_INIT
     steps: int = 1
     network: str = "ddpmpp"
     network_args: Mapping[str, Any] = field(default_factory=dict)

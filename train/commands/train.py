@@ -2,14 +2,31 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from uni_instruct.errors import RequestError
 from uni_instruct.processes import is_later_process, keep_freed_memory
 from uni_instruct.train.run_lock import refuse_taken
+
+if TYPE_CHECKING:
+    from uni_instruct.train.config import Recipe
+
+WIDTH = 140  # of what goes to a file
+
+
+def _show_recipe_help(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Prints every key of a recipe, and ends the command."""
+    if not wanted or context.resilient_parsing:
+        return
+    from uni_instruct.train.recipe_help import recipe_help
+
+    click.echo(recipe_help(shutil.get_terminal_size((WIDTH, 24)).columns))
+    context.exit()
 
 
 @click.command()
@@ -28,6 +45,14 @@ from uni_instruct.train.run_lock import refuse_taken
     "--nice", default=0, type=click.IntRange(0, 19), help="Leave the processors to others: 19 takes what is left over."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--help-recipe",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_recipe_help,
+    help="Print every key of a recipe with its default and its meaning, and stop.",
+)
 def train(
     recipe: str,
     more: tuple[str, ...],
@@ -59,19 +84,27 @@ def train(
 
     resolved = load_recipe(recipe, (*overrides, *more))
     if dry_run:
-        if is_later_process():
-            return
-        from uni_instruct.train.dry_run.report import explain
-
-        click.echo(explain(resolved, as_json))
-        return
-    if out is None:
+        _explain(resolved, as_json)
+    elif out is None:
         raise click.UsageError("Missing option '--out': the folder of the run")
+    else:
+        _train(resolved, out, devices, as_json)
+
+
+def _explain(recipe: "Recipe", as_json: bool) -> None:
+    if is_later_process():
+        return
+    from uni_instruct.train.dry_run.report import explain
+
+    click.echo(explain(recipe, as_json))
+
+
+def _train(recipe: "Recipe", out: Path, devices: int, as_json: bool) -> None:
     from uni_instruct.train.pipeline import train as train_run
     from uni_instruct.train.report.page import REPORT
 
     start = time.monotonic()
-    bundle = train_run(resolved, out, devices)
+    bundle = train_run(recipe, out, devices)
     if is_later_process():
         return
     answer = {"bundle": str(bundle.path), "weights_sha256": bundle.weights_sha256, "time_s": time.monotonic() - start}

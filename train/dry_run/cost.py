@@ -20,8 +20,8 @@ from uni_instruct.train.stages.distillation import DistillationModels
 
 MEASURE_S = 18.0
 MB = 2**20
-# NVIDIA's data sheet of the H100 SXM, dense: TF32, which torch takes for convolutions in fp32, and 16-bit products.
-GPU_FLOPS_PER_S = {"32-true": 494e12, "bf16-mixed": 989e12, "16-mixed": 989e12}
+# NVIDIA's data sheet of the H100 SXM: float32 without TF32, which training does not round to, and dense 16-bit products.
+GPU_FLOPS_PER_S = {"32-true": 67e12, "bf16-mixed": 989e12, "16-mixed": 989e12}
 GPU_SHARE = 0.3
 FLOAT_BYTES = 4  # gradients and moments have 32 bits whatever the precision of products
 
@@ -130,16 +130,16 @@ def settled(plan: Plan, *, measured: bool = True) -> Plan:
 
 def cost_of(plan: Plan, budget_s: float = MEASURE_S) -> Cost:
     """Counts and times a step of each stage; timing takes about budget_s."""
-    counted, players = CountedSteps(plan), players_without_storage(plan)
+    counted, models = CountedSteps(plan), models_without_storage(plan)
     evaluation_flops = counted.evaluation()
-    timed = TimedSteps(plan, evaluation_flops, _bytes(players.teacher))
+    timed = TimedSteps(plan, evaluation_flops, _bytes(models.teacher))
     given, recipe = plan.given_teacher is not None, plan.recipe
     pairs = max((o.regression_pairs for o in recipe.objectives if o.regression_scale), default=0)
     return Cost(
-        parameters=count_parameters(players),
+        parameters=count_parameters(models),
         phases=phases(recipe),
-        teacher=None if given else _teacher(plan, players, counted, timed, budget_s / 3),
-        generator=_generator(plan, players, counted, timed, budget_s * (1 if given else 2 / 3)),
+        teacher=None if given else _teacher(plan, models, counted, timed, budget_s / 3),
+        generator=_generator(plan, models, counted, timed, budget_s * (1 if given else 2 / 3)),
         pairs_flops=pairs * evaluations(recipe.teacher.steps) * evaluation_flops,
         device=timed.device,
     )
@@ -171,50 +171,50 @@ def evaluations(steps: int) -> int:
     return 2 * steps - 1
 
 
-def players_without_storage(plan: Plan) -> DistillationModels:
+def models_without_storage(plan: Plan) -> DistillationModels:
     """The networks of the distillation, of full size, on the meta device but for what a discriminator adds."""
     with torch.device("meta"):
         teacher = build_denoiser(plan.teacher_spec)
     return DistillationModels.from_teacher(teacher, plan.recipe)
 
 
-def count_parameters(players: DistillationModels) -> dict[str, int]:
+def count_parameters(models: DistillationModels) -> dict[str, int]:
     """Of each network; the discriminator's are those that it adds to the fake score's."""
-    fake_score, critic = _size(players.critic.fake_score), _size(players.critic)
+    fake_score, critic = _size(models.critic.fake_score), _size(models.critic)
     return {
-        "generator": _size(players.generator),
+        "generator": _size(models.student),
         "fake_score": fake_score,
         "discriminator": critic - fake_score,
-        "teacher": _size(players.teacher),
+        "teacher": _size(models.teacher),
     }
 
 
-def _teacher(plan: Plan, players: DistillationModels, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
-    config, counts, networks = plan.recipe.teacher, counted.teacher(), [players.teacher]
-    memory = _memory(networks, networks, players.teacher, config, counts.activations)
+def _teacher(plan: Plan, models: DistillationModels, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
+    config, counts, networks = plan.recipe.teacher, counted.teacher(), [models.teacher]
+    memory = _memory(networks, networks, models.teacher, config, counts.activations)
     return StageCost(
         images=(config.total_steps * config.batch,),
         flops_per_image=(counts.flops,),
         micro_batch=micro_batch_of(config),
         memory=memory,
-        disk=_disk(networks, players.teacher, config, plan.recipe.loop.snapshot_kimg),
+        disk=_disk(networks, models.teacher, config, plan.recipe.loop.snapshot_kimg),
         timing=timed.teacher(counts.flops, _limits(memory, config, budget_s)),
     )
 
 
-def _generator(plan: Plan, players: DistillationModels, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
+def _generator(plan: Plan, models: DistillationModels, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
     config, stretches = plan.recipe.distillation, phases(plan.recipe)
     counts = [counted.distillation(phase.objective, phase.critic_alone) for phase in stretches]
-    trained, last = [players.generator, players.critic], stretches[-1]
+    trained, last = [models.student, models.critic], stretches[-1]
     activations = max(c.activations for c in counts)
-    memory = _memory([players.teacher, *trained], trained, players.generator, config, activations)
+    memory = _memory([models.teacher, *trained], trained, models.student, config, activations)
     limits = _limits(memory, config, budget_s)
     return StageCost(
         images=tuple(phase.images for phase in stretches),
         flops_per_image=tuple(c.flops for c in counts),
         micro_batch=micro_batch_of(config),
         memory=memory,
-        disk=_disk(trained, players.generator, config, plan.recipe.loop.snapshot_kimg),
+        disk=_disk(trained, models.student, config, plan.recipe.loop.snapshot_kimg),
         timing=timed.distillation(last.objective, last.critic_alone, counts[-1].flops, limits),
     )
 

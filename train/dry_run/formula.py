@@ -8,7 +8,6 @@ import torch
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels, karras_sigma
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.objective.divergences import find_divergence
 from uni_instruct.train.objective.methods import METHODS
 
 DIVERGENCE_WORDS = {
@@ -124,7 +123,7 @@ class _Weight:
 
     @classmethod
     def of(cls, objective: ObjectiveConfig) -> "_Weight":
-        divergence = find_divergence(objective.divergence, order=objective.order, mix=objective.mix)
+        divergence = objective.found_divergence
         r = torch.logspace(-2, 2, 41, dtype=torch.float64)
         h, dh, d2h = divergence.h(r), divergence.dh(r), divergence.d2h(r)
         return cls(*(bool((v.abs() <= 1e-9 * h.abs()).all()) for v in (r * dh, r**2 * d2h, h - r * dh)))

@@ -20,11 +20,12 @@ from uni_instruct.train.config import StageConfig
 from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, count_flops
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
-from uni_instruct.train.optimization.distributed import lone_fabric
+from uni_instruct.train.optimization.distributed import arithmetic_of, lone_fabric
 from uni_instruct.train.optimization.optimizer import OptimizerStep
 from uni_instruct.train.plan import Plan
+from uni_instruct.train.rng import initial_weights
+from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
-from uni_instruct.train.stages.randomness import DataLoader, initial_weights
 from uni_instruct.train.stages.teacher import TeacherStage
 
 REWARD_IMAGES = 2  # as many as a reward is tried on when it is opened
@@ -49,8 +50,8 @@ class CountedSteps:
     def teacher(self) -> Counts:
         """A step of the teacher's training."""
         stage = teacher_stage(self.plan, self.fabric, images=1)
-        stage.denoiser = _Unstepped(stage.denoiser)
-        return self._count(stage, [stage.denoiser.module])
+        stage.optimizer_step = _Unstepped(stage.optimizer_step)
+        return self._count(stage, [stage.optimizer_step.module])
 
     def distillation(self, objective: ObjectiveConfig, critic_alone: bool) -> Counts:
         """A step of the distillation. All updates of the critic but the last are such that no generator's follows."""
@@ -64,8 +65,8 @@ class CountedSteps:
         objective = dataclasses.replace(objective, critic_updates=1)
         if (objective, critic_alone) not in self._counted:
             plan = dataclasses.replace(self.plan, reward=lambda images, class_ids: images.mean(dim=(1, 2, 3)))
-            stage = distillation_stage(plan, self.fabric, objective, critic_alone, images=1, kind=_CountedDistillation)
-            networks = [stage.generator.module, stage.critic.module, stage.update_generator.teacher]
+            stage = distillation_stage(plan, self.fabric, objective, critic_alone, images=1, stage_class=_CountedDistillation)
+            networks = [stage.student.module, stage.critic.module, stage.update_student.teacher]
             self._counted[objective, critic_alone] = self._count(stage, networks)
         return self._counted[objective, critic_alone]
 
@@ -78,9 +79,9 @@ class CountedSteps:
 
     def _count(self, stage: TeacherStage | DistillationStage, networks: Iterable[nn.Module]) -> Counts:
         saved = SavedTensors(networks)
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        with saved, OnMeta(self.plan.recipe.loop.precision, kind, saved):
-            flops = count_flops(lambda: stage.step(0, _generator(), False))
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        with saved, OnMeta(self.plan.recipe.loop.precision, device_type, saved):
+            flops = count_flops(lambda: stage.step(0, _rng(), False))
         return Counts(flops=flops / stage.batch, activations=saved.peak)  # one image at once
 
 
@@ -92,8 +93,8 @@ class _NoDevice(CPUAccelerator):
 class _Unstepped(OptimizerStep):
     """Gradients only: a step would look at their values."""
 
-    def __init__(self, optimization: OptimizerStep):
-        self.__dict__.update(optimization.__dict__)
+    def __init__(self, optimizer_step: OptimizerStep):
+        self.__dict__.update(optimizer_step.__dict__)
 
     def step(self, index: int) -> Tensor:
         """Forgets the gradients."""
@@ -102,8 +103,8 @@ class _Unstepped(OptimizerStep):
 
 
 class _CountedDistillation(DistillationStage):
-    def _optimization(self, module: nn.Module, name: str) -> OptimizerStep:
-        return _Unstepped(super()._optimization(module, name))
+    def _optimizer_step(self, module: nn.Module, name: str) -> OptimizerStep:
+        return _Unstepped(super()._optimizer_step(module, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,7 @@ class TimedSteps:
         on_gpu = self.fabric.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        step_s = self._twice_s(lambda: stage.step(0, _generator(), False))[1]
+        step_s = self._twice_s(lambda: stage.step(0, _rng(), False))[1]
         peak = torch.cuda.max_memory_allocated() if on_gpu else None
         return Timing(s_per_image=step_s / stage.batch, images=stage.batch, peak_bytes=peak)
 
@@ -200,7 +201,8 @@ class TimedSteps:
         times = []
         for _ in range(2):
             start = time.perf_counter()
-            work()
+            with arithmetic_of(self.precision):
+                work()
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
@@ -228,7 +230,7 @@ def distillation_stage(
     objective: ObjectiveConfig,
     critic_alone: bool,
     images: int,
-    kind: type[DistillationStage] = DistillationStage,
+    stage_class: type[DistillationStage] = DistillationStage,
 ) -> DistillationStage:
     """The distillation with random weights, by one objective, in steps that take that many images at once.
 
@@ -244,10 +246,10 @@ def distillation_stage(
         batches = DataLoader(plan.dataset, config.batch, loop.seed)
     with fabric.device:
         teacher = initial_weights(lambda: build_denoiser(plan.teacher_spec), loop.seed)
-    players = DistillationModels.from_teacher(teacher, plan.recipe)
-    players.critic.to(fabric.device)
+    models = DistillationModels.from_teacher(teacher, plan.recipe)
+    models.critic.to(fabric.device)
     pair, _, class_ids = _inputs(plan)
-    return kind(players, recipe, fabric, batches, plan.reward, Pairs(noise=pair, images=pair, class_ids=class_ids))
+    return stage_class(models, recipe, fabric, batches, plan.reward, Pairs(noise=pair, images=pair, class_ids=class_ids))
 
 
 Config = TypeVar("Config", bound=StageConfig)
@@ -266,7 +268,7 @@ def _inputs(plan: Plan, images: int = 1) -> tuple[Tensor, Tensor, Tensor | None]
     return torch.zeros(images, *spec.noise_shape), torch.ones(images, 1, 1, 1), class_ids
 
 
-def _generator() -> torch.Generator:
+def _rng() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)
 
 

@@ -48,11 +48,13 @@ class NonFiniteTracker:
         return None
 
 
-def raise_if_diverged(fabric: Fabric, optimization: OptimizerStep, limit: int, suspects: NonFiniteTracker, step: int) -> None:
+def raise_if_diverged(
+    fabric: Fabric, optimizer_step: OptimizerStep, limit: int, nonfinite: NonFiniteTracker, step: int
+) -> None:
     """Raises TrainingError after `limit` updates in a row that were not finite, naming step, term and noise level."""
-    if optimization.bad_in_a_row < limit:
+    if optimizer_step.bad_in_a_row < limit:
         return
-    found = fabric.all_gather(_encode(suspects.first_bad(), fabric.device))
+    found = fabric.all_gather(_encode(nonfinite.first_bad(), fabric.device))
     assert isinstance(found, Tensor)
     named = [row for row in found.reshape(-1, 2).tolist() if row[0] >= 0]
     names = list(ADVICE)

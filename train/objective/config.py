@@ -1,69 +1,57 @@
 """The objective of a recipe: its family, divergence, noise levels, ratio and further terms. Frozen, checked when built."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels, NoiseLevels
-from uni_instruct.train.checks import in_range, one_of
-from uni_instruct.train.objective.divergences import DEFAULT_MIX, DEFAULT_ORDER, find_divergence
+from uni_instruct.train.objective.divergences.find import find_divergence
+from uni_instruct.train.objective.divergences.table import DEFAULT_MIX, DEFAULT_ORDER, Divergence
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.terms import FAMILIES, WEIGHTINGS
+from uni_instruct.train.recipe_keys import in_range, key, one_of
 
 NOISES = ("karras", "lognormal")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What the generator minimises, and what is learned beside it (docs/objective.md). `method` sets what it names.
+    """What the generator minimises, and what is learned beside it (docs/objective.md)."""
 
-    family, divergence (a name, or the user's own f), order of the alpha family, mix of Jeffreys' two halves.
-    Expanded family: di, fgm, sim switch its terms; alpha scales FGM (0.5 is exact); exact_sim differentiates SIM's weight.
-    Noise levels: 'karras' is uniform on EDM's schedule from tmin/1000 to tmax/1000, 'lognormal' has noise_mean and noise_std;
-    weighting is exact, sid or uniform. critic_noise 'same' trains the critic where it is read.
-    Ratio: discriminator 'shared' is a head on the fake score's encoder, 'own' has an encoder of its own; discriminator_scale
-    weighs its loss against the fake score's; logit_clamp bounds the log-ratio; ratio_mean scales ratios to mean 1 over the
-    'batch', over a 'running' average of each of ratio_bins noise bins as well (it keeps ratio_momentum of itself per sample),
-    or not ('none').
-    Terms: every *_scale multiplies its term, 0 leaves it out. The adversarial term counts per pixel. reward is
-    module:function or file.py:function, images [B, C, H, W] in about [-1, 1] and class ids [B] (or None) to rewards [B].
-    Guidance: 1 is none; label_dropout hides the class of that share of the fake score's samples.
-    critic_updates: updates of the critic for one of the generator.
-    """
-
-    method: str = "uni-instruct"
-    family: str = "expanded"
-    divergence: str = "reverse-kl"
-    order: float = DEFAULT_ORDER
-    mix: float = DEFAULT_MIX
-    di: bool = True
-    fgm: bool = True
-    sim: bool = True
-    alpha: float = 0.5
-    exact_sim: bool = True
-    weighting: str = "sid"
-    noise: str = "karras"
-    tmin: float = 0.0
-    tmax: float = 800.0
-    noise_mean: float = -1.2
-    noise_std: float = 1.2
-    critic_noise: str = "same"
-    critic_updates: int = 1
-    discriminator: str = "shared"
-    discriminator_scale: float = 0.1
-    logit_clamp: float = 5.0
-    ratio_mean: str = "batch"
-    ratio_bins: int = 16
-    ratio_momentum: float = 0.99
-    divergence_scale: float = 1.0
-    adversarial_scale: float = 0.0
-    regression_scale: float = 0.0
-    regression_pairs: int = 1000
-    reward: str = ""
-    reward_scale: float = 0.0
-    teacher_guidance: float = 1.0
-    fake_guidance: float = 1.0
-    fake_training_guidance: float = 1.0
-    label_dropout: float = 0.0
+    method: str = key("uni-instruct", "a published method (docs/objective.md), which sets the keys that define it")
+    family: str = key("expanded", "expanded (Uni-Instruct, SiD) or integral (Diff-Instruct, DMD, f-distill)")
+    divergence: str = key("reverse-kl", "a name, or your own f: an expression in r, or file.py:function")
+    order: float = key(DEFAULT_ORDER, "of the alpha family: 0 is the reverse KL, 1 the forward KL")
+    mix: float = key(DEFAULT_MIX, "share of the forward KL in Jeffreys' divergence")
+    di: bool = key(True, "expanded family: whether its term DI is on")
+    fgm: bool = key(True, "expanded family: whether its term FGM is on")
+    sim: bool = key(True, "expanded family: whether its term SIM is on")
+    alpha: float = key(0.5, "scales FGM by 2 (1 - alpha): 0.5 is exact, 1 is SiD")
+    exact_sim: bool = key(True, "whether SIM's weight is differentiated; false is biased for all but the reverse KL")
+    weighting: str = key("sid", "of noise levels: exact, sid or uniform")
+    noise: str = key("karras", "the generator's noise levels: karras (uniform on EDM's schedule) or lognormal")
+    tmin: float = key(0.0, "karras: the lowest level's place on the schedule, in thousandths")
+    tmax: float = key(800.0, "karras: the highest level's place on the schedule, in thousandths")
+    noise_mean: float = key(-1.2, "lognormal: mean of log sigma")
+    noise_std: float = key(1.2, "lognormal: deviation of log sigma")
+    critic_noise: str = key("same", "the critic's noise levels: karras, lognormal, or same as the generator's")
+    critic_updates: int = key(1, "updates of the critic for one of the generator")
+    discriminator: str = key("shared", "shared: a head on the fake score's encoder; own: with an encoder of its own")
+    discriminator_scale: float = key(0.1, "of the discriminator's loss beside the fake score's")
+    logit_clamp: float = key(5.0, "bound of the log-ratio, both ways")
+    ratio_mean: str = key("batch", "ratios get mean 1 over the batch, or a running mean by noise bin as well, or not (none)")
+    ratio_bins: int = key(16, "running: number of noise bins")
+    ratio_momentum: float = key(0.99, "running: how much of a bin's mean stays at each of its samples")
+    divergence_scale: float = key(1.0, "of the divergence; 0 leaves it out")
+    adversarial_scale: float = key(0.0, "of the adversarial term, which counts per pixel; 0 leaves it out")
+    regression_scale: float = key(0.0, "of DMD's regression on pairs of the teacher's; 0 leaves it out")
+    regression_pairs: int = key(1000, "how many such pairs the teacher makes")
+    reward: str = key("", "module:function or file.py:function, images and class ids to rewards (docs/objective.md)")
+    reward_scale: float = key(0.0, "of the reward; 0 leaves it out")
+    teacher_guidance: float = key(1.0, "classifier-free guidance of the teacher; 1 is none")
+    fake_guidance: float = key(1.0, "of the fake score where the generator's gradient is taken; 1 is none")
+    fake_training_guidance: float = key(1.0, "of the fake score while it is trained; 1 is none")
+    label_dropout: float = key(0.0, "share of the fake score's samples whose class is hidden")
 
     def __post_init__(self) -> None:
         one_of("objective.method", self.method, METHODS)
@@ -76,7 +64,7 @@ class ObjectiveConfig:
         for name, low, high in _OBJECTIVE_RANGES:
             in_range(f"objective.{name}", getattr(self, name), low, high)
         in_range("objective.tmin", self.tmin, 0, self.tmax - 1)
-        find_divergence(self.divergence, order=self.order, mix=self.mix)
+        _ = self.found_divergence  # refused now rather than in the first step
         if self.family == "expanded" and not (self.di or self.fgm or self.sim):
             raise RequestError("objective.di, fgm and sim are all off", remedy="leave one of them on", param="recipe")
         if not (self.divergence_scale or self.adversarial_scale or self.regression_scale or self.reward_scale):
@@ -87,6 +75,11 @@ class ObjectiveConfig:
                 remedy="--set reward=file.py:function, images to rewards",
                 param="reward",
             )
+
+    @cached_property
+    def found_divergence(self) -> Divergence:
+        """What `divergence` names."""
+        return find_divergence(self.divergence, order=self.order, mix=self.mix)
 
     @property
     def levels(self) -> NoiseLevels:
@@ -101,7 +94,7 @@ class ObjectiveConfig:
     @property
     def needs_ratio(self) -> bool:
         """Whether the divergence reads a density ratio."""
-        return find_divergence(self.divergence, order=self.order, mix=self.mix).needs_ratio and self.divergence_scale != 0
+        return self.found_divergence.needs_ratio and self.divergence_scale != 0
 
     @property
     def needs_discriminator(self) -> bool:

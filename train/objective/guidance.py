@@ -19,7 +19,7 @@ def guided(denoiser: Callable[..., Tensor], x: Tensor, sigma: Tensor, class_ids:
     return without + scale * (denoised - without)
 
 
-def guided_criticism(
+def guided_critic(
     critic: Callable[..., CriticOutput],
     x: Tensor,
     sigma: Tensor,
@@ -30,19 +30,19 @@ def guided_criticism(
     discriminate: bool,
 ) -> CriticOutput:
     """The critic's guided denoised images, and its logits, which are not guided."""
-    criticism = critic(x, sigma, class_ids, augment_labels, discriminate=discriminate)
+    output = critic(x, sigma, class_ids, augment_labels, discriminate=discriminate)
     if scale == 1 or class_ids is None:
-        return criticism
+        return output
     hidden = torch.full_like(class_ids, NO_CLASS)
     without = critic(x, sigma, hidden, augment_labels, discriminate=False).denoised
     assert without is not None
-    assert criticism.denoised is not None
-    return criticism._replace(denoised=without + scale * (criticism.denoised - without))
+    assert output.denoised is not None
+    return output._replace(denoised=without + scale * (output.denoised - without))
 
 
-def drop_classes(class_ids: Tensor | None, share: float, generator: torch.Generator) -> Tensor | None:
+def drop_classes(class_ids: Tensor | None, share: float, rng: torch.Generator) -> Tensor | None:
     """Class ids with that share of them hidden, so that the denoiser learns to do without."""
     if class_ids is None or not share:
         return class_ids
-    hidden = torch.rand(class_ids.shape, generator=generator) < share
+    hidden = torch.rand(class_ids.shape, generator=rng) < share
     return torch.where(hidden.to(class_ids.device), NO_CLASS, class_ids)

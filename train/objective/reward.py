@@ -7,7 +7,7 @@ from torch import Tensor
 
 from uni_instruct.errors import RequestError
 from uni_instruct.spec import ImageShape
-from uni_instruct.user_functions import import_named
+from uni_instruct.train.objective.user_functions import import_named
 
 Reward = Callable[[Tensor, Tensor | None], Tensor]
 

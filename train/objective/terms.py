@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from uni_instruct.schedule import NoiseLevels
-from uni_instruct.train.objective.divergences import Divergence
+from uni_instruct.train.objective.divergences.table import Divergence
 
 Terms = dict[str, Tensor]
 
@@ -93,7 +93,8 @@ def uniform_weight(batch: DiffusedBatch, levels: NoiseLevels, power: int) -> Ten
     return batch.sigma.new_ones(len(batch.sigma))
 
 
-WEIGHTINGS: dict[str, Callable[[DiffusedBatch, NoiseLevels, int], Tensor]] = {
+Weighting = Callable[[DiffusedBatch, NoiseLevels, int], Tensor]
+WEIGHTINGS: dict[str, Weighting] = {
     "exact": exact_weight,
     "sid": sid_weight,
     "uniform": uniform_weight,

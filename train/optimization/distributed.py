@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies import DDPStrategy
 
 from uni_instruct.errors import RequestError
+from uni_instruct.float32 import full_float32
 from uni_instruct.train.config import LoopConfig
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -33,6 +34,14 @@ def start_fabric(devices: int, precision: str) -> Fabric:
         )
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
     return _launch(precision, devices, nodes)
+
+
+def arithmetic_of(precision: str) -> AbstractContextManager[None]:
+    """Within the block GPUs multiply as a recipe's precision says: '32-true' means all of float32's bits, as in EDM.
+
+    By default cuDNN's convolutions would round to TF32. With 16-bit products next to nothing is left in float32.
+    """
+    return full_float32() if precision == "32-true" else nullcontext()
 
 
 @contextmanager

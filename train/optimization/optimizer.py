@@ -9,7 +9,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-# How the rate falls over the last decay_kimg, from 1 at x = 1 (they begin) to x = 0 (the end).
+from uni_instruct.train.config import StageConfig
+
+# The decays of a recipe: how the rate falls over the last decay_kimg, from 1 at x = 1 (they begin) to x = 0 (the end).
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
@@ -27,6 +29,18 @@ class RateSchedule:
     warmup_kimg: float = 0.0
     decay_kimg: float = 0.0
     decay: str = "linear"
+
+    @classmethod
+    def of(cls, config: StageConfig, peak: float) -> "RateSchedule":
+        """The rate over a stage's steps, from its highest."""
+        return cls(
+            peak=peak,
+            total_steps=config.total_steps,
+            batch=config.batch,
+            warmup_kimg=config.warmup_kimg,
+            decay_kimg=config.decay_kimg,
+            decay=config.decay,
+        )
 
     def at(self, step: int) -> float:
         """The learning rate of a step in 0..total_steps-1."""

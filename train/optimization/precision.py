@@ -15,9 +15,9 @@ from uni_instruct.processes import is_later_process
 from uni_instruct.progress import ProgressFactory, progress, silent
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import AUTO, LoopConfig
-from uni_instruct.train.optimization.distributed import lone_fabric, prepared
+from uni_instruct.train.optimization.distributed import arithmetic_of, lone_fabric, prepared
 from uni_instruct.train.recipe import parse_recipe, read_yaml
-from uni_instruct.train.stages.randomness import initial_weights
+from uni_instruct.train.rng import initial_weights
 
 # Timings on a shared machine differ by as much, and the exact way is the one that needs no explaining.
 WORTH = 1.2
@@ -147,7 +147,8 @@ def _step_s(spec: ModelSpec, way: Way, images: int) -> float:
     sigma = torch.ones(images, 1, 1, 1, device=fabric.device)
     for _ in range(2):
         start = time.perf_counter()
-        fabric.backward(network(noised, sigma, class_ids).square().mean())
+        with arithmetic_of(way.precision):
+            fabric.backward(network(noised, sigma, class_ids).square().mean())
         network.zero_grad()
         if fabric.device.type == "cuda":
             torch.cuda.synchronize()

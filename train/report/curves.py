@@ -10,6 +10,7 @@ import numpy as np
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.dry_run.cost import phases
+from uni_instruct.train.optimization.optimizer import RateSchedule
 from uni_instruct.train.report.records import Curve, Evaluation, StageHistory
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _rates(stage: str, recipe: Recipe) -> list[Line]:
     steps = np.unique(np.linspace(0, config.total_steps - 1, 200).astype(int)).tolist()
     kimg = [(step + 1) * config.batch / 1000 for step in steps]
     return [
-        Line(label=name, curve=Curve(kimg, [config.rate(peak).at(step) for step in steps]), kind="exact")
+        Line(label=name, curve=Curve(kimg, [RateSchedule.of(config, peak).at(step) for step in steps]), kind="exact")
         for name, peak in peaks.items()
     ]
 

@@ -46,14 +46,14 @@ class AugmentPipe:
                 f"augmentation probability is {self.probability}", remedy="give a value in 0..1", param="probability"
             )
 
-    def draw(self, batch: int, generator: torch.Generator) -> "Augmentation":
+    def draw(self, batch: int, rng: torch.Generator) -> "Augmentation":
         """One transform an image, on the CPU. Draw for the global batch and slice: the same images on any number of devices."""
 
         def uniform() -> Tensor:
-            return torch.rand(batch, 1, generator=generator)
+            return torch.rand(batch, 1, generator=rng)
 
         def normal(columns: int = 1) -> Tensor:
-            return torch.randn(batch, columns, generator=generator)
+            return torch.randn(batch, columns, generator=rng)
 
         def kept(values: Tensor) -> Tensor:
             return torch.where(uniform() < self.probability, values, 0.0)

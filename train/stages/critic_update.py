@@ -8,13 +8,13 @@ from torch import Tensor
 
 from uni_instruct.train.monitoring.metrics import Metrics, Tally
 from uni_instruct.train.monitoring.nonfinite import NonFiniteTracker, raise_if_diverged
-from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.objective.guidance import drop_classes, guided_criticism
+from uni_instruct.train.objective.guidance import drop_classes, guided_critic
+from uni_instruct.train.objective.objective import Objective
 from uni_instruct.train.objective.terms import discriminator_loss
 from uni_instruct.train.optimization.distributed import BatchShard
 from uni_instruct.train.optimization.optimizer import OptimizerStep
 from uni_instruct.train.stages.augment import Augmentation, AugmentPipe, augmented
-from uni_instruct.train.stages.randomness import DataLoader
+from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.student import StudentBatch
 from uni_instruct.train.stages.teacher import denoising_loss
 
@@ -28,8 +28,8 @@ class CriticUpdate:
     """
 
     fabric: Fabric
-    optimization: OptimizerStep
-    share: BatchShard
+    optimizer_step: OptimizerStep
+    shard: BatchShard
     batches: DataLoader | None
     class_weights: Tensor | None
     pipe: AugmentPipe | None
@@ -40,54 +40,54 @@ class CriticUpdate:
         self,
         index: int,
         data_index: int,
-        objective: ObjectiveConfig,
+        objective: Objective,
         students: StudentBatch,
-        generator: torch.Generator,
+        rng: torch.Generator,
         log_details: bool,
     ) -> Metrics:
         """One step on the student's images, against batch number data_index of the data."""
-        self.optimization.module.requires_grad_(True)
-        draw = _Draw.of(objective, students, self.pipe, generator)
-        suspects, tally = NonFiniteTracker(), Tally(self.fabric)
-        for part in self.share.micro_batches:
+        self.optimizer_step.module.requires_grad_(True)
+        draw = _Draw.of(objective, students, self.pipe, rng)
+        nonfinite, tally = NonFiniteTracker(), Tally(self.fabric)
+        for part in self.shard.micro_batches:
             losses, logits = self._losses(part, data_index, objective, students, draw)
-            suspects.add(losses, draw.sigma[part])
-            self.optimization.backward(_total(losses, objective) / len(students.noise))
+            nonfinite.add(losses, draw.sigma[part])
+            self.optimizer_step.backward(_total(losses, objective) / len(students.noise))
             if log_details:
                 tally.add({f"{name}/loss": loss for name, loss in losses.items()} | _accuracy(*logits))
-        norm = self.optimization.step(index)
-        raise_if_diverged(self.fabric, self.optimization, self.bad_limit, suspects, index + 1)
+        norm = self.optimizer_step.step(index)
+        raise_if_diverged(self.fabric, self.optimizer_step, self.bad_limit, nonfinite, index + 1)
         return tally.means() | {"critic/gradient_norm": norm} if log_details else {}
 
     def _losses(
-        self, part: slice, data_index: int, objective: ObjectiveConfig, students: StudentBatch, draw: "_Draw"
+        self, part: slice, data_index: int, objective: Objective, students: StudentBatch, draw: "_Draw"
     ) -> tuple[Metrics, tuple[Tensor | None, Tensor | None]]:
         """Per image [b]: the fake score's loss and, where it is needed, the discriminator's; and its logits."""
-        device, critic = self.fabric.device, self.optimization.module
+        device, critic = self.fabric.device, self.optimizer_step.module
         sigma = draw.sigma[part].to(device)
         clean, labels = augmented(students.detached(part), draw.augmentation, part)
         noised = clean + sigma * draw.noise[part].to(device)
-        criticism = guided_criticism(
+        output = guided_critic(
             critic,
             noised,
             sigma,
             draw.classes_of(part, device),
             labels,
-            scale=objective.fake_training_guidance,
+            scale=objective.config.fake_training_guidance,
             discriminate=self.batches is not None,
         )
-        assert criticism.denoised is not None
-        losses = {"fake_score": denoising_loss(criticism.denoised, clean, sigma, self.sigma_data)}
+        assert output.denoised is not None
+        losses = {"fake_score": denoising_loss(output.denoised, clean, sigma, self.sigma_data)}
         if self.batches is None:
             return losses, (None, None)
-        assert criticism.logits is not None
+        assert output.logits is not None
         images, class_ids = self.batches(data_index, part, device)
         real, labels = augmented(images, draw.real_augmentation, part)
         noised = real + sigma * draw.real_noise[part].to(device)
         seen_ids = class_ids if students.class_ids is not None else None
         logits = critic(noised, sigma, seen_ids, labels, denoise=False).logits
-        losses["discriminator"] = discriminator_loss(logits, criticism.logits, self._real_weight(seen_ids))
-        return losses, (logits, criticism.logits)
+        losses["discriminator"] = discriminator_loss(logits, output.logits, self._real_weight(seen_ids))
+        return losses, (logits, output.logits)
 
     def _real_weight(self, class_ids: Tensor | None) -> Tensor | float:
         if class_ids is None or self.class_weights is None:
@@ -107,26 +107,24 @@ class _Draw:
     real_augmentation: Augmentation | None
 
     @classmethod
-    def of(
-        cls, objective: ObjectiveConfig, students: StudentBatch, pipe: AugmentPipe | None, generator: torch.Generator
-    ) -> "_Draw":
+    def of(cls, objective: Objective, students: StudentBatch, pipe: AugmentPipe | None, rng: torch.Generator) -> "_Draw":
         shape, batch = students.noise.shape, len(students.noise)
         return cls(
-            sigma=objective.critic_levels.draw(batch, generator),
-            noise=torch.randn(shape, generator=generator),
-            real_noise=torch.randn(shape, generator=generator),
-            class_ids=drop_classes(students.class_ids, objective.label_dropout, generator),
-            augmentation=pipe.draw(batch, generator) if pipe else None,
-            real_augmentation=pipe.draw(batch, generator) if pipe else None,
+            sigma=objective.critic_levels.draw(batch, rng),
+            noise=torch.randn(shape, generator=rng),
+            real_noise=torch.randn(shape, generator=rng),
+            class_ids=drop_classes(students.class_ids, objective.config.label_dropout, rng),
+            augmentation=pipe.draw(batch, rng) if pipe else None,
+            real_augmentation=pipe.draw(batch, rng) if pipe else None,
         )
 
     def classes_of(self, part: slice, device: torch.device) -> Tensor | None:
         return None if self.class_ids is None else self.class_ids[part].to(device)
 
 
-def _total(losses: Metrics, objective: ObjectiveConfig) -> Tensor:
+def _total(losses: Metrics, objective: Objective) -> Tensor:
     total = losses["fake_score"].sum()
-    return total + objective.discriminator_scale * losses["discriminator"].sum() if "discriminator" in losses else total
+    return total + objective.config.discriminator_scale * losses["discriminator"].sum() if "discriminator" in losses else total
 
 
 def _accuracy(real: Tensor | None, fake: Tensor | None) -> Metrics:

@@ -1,4 +1,4 @@
-"""Distillation: a one-step generator, started from the teacher, follows the gradient of the objective."""
+"""Distillation: a one-step student, started from the teacher, follows the gradient of the objective."""
 
 import copy
 from dataclasses import dataclass
@@ -14,37 +14,37 @@ from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.one_step import one_step
 from uni_instruct.train.config import DistillationConfig, Recipe
 from uni_instruct.train.monitoring.metrics import Metrics
-from uni_instruct.train.objective.config import ObjectiveConfig
+from uni_instruct.train.objective.objective import Objective
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective.ratio import DensityRatio
 from uni_instruct.train.objective.reward import Reward
 from uni_instruct.train.optimization.distributed import BatchShard, arranged, prepared
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizer import Clipping, OptimizerStep, can_fuse
+from uni_instruct.train.optimization.optimizer import Clipping, OptimizerStep, RateSchedule, can_fuse
 from uni_instruct.train.stages.augment import open_pipe
 from uni_instruct.train.stages.critic_update import CriticUpdate
-from uni_instruct.train.stages.generator_update import GeneratorUpdate
-from uni_instruct.train.stages.randomness import DataLoader
+from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.student import StudentBatch
+from uni_instruct.train.stages.student_update import StudentUpdate
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationModels:
-    """The networks of a distillation. All start as copies of the teacher, but for a generator that is given."""
+    """The networks of a distillation. All start as copies of the teacher, but for a student that is given a start."""
 
     teacher: Denoiser
-    generator: Denoiser
+    student: Denoiser
     critic: Critic
 
     @classmethod
     def from_teacher(cls, teacher: Denoiser, recipe: Recipe, start: Denoiser | None = None) -> "DistillationModels":
         """A discriminator is there where any phase of the recipe needs it."""
         critic = Critic(copy.deepcopy(teacher), recipe.objective.discriminator if recipe.needs_discriminator else None)
-        return cls(teacher=teacher, generator=start or copy.deepcopy(teacher), critic=critic)
+        return cls(teacher=teacher, student=start or copy.deepcopy(teacher), critic=critic)
 
 
 class DistillationStage:
-    """Critic updates and one generator update a step. State is generator, averages, critic, optimizers and ratio means.
+    """Critic updates and one update of the student a step. State is student, averages, critic, optimizers and ratio means.
 
     batches, reward and pairs are None where no phase needs them.
     """
@@ -53,7 +53,7 @@ class DistillationStage:
 
     def __init__(
         self,
-        players: DistillationModels,
+        models: DistillationModels,
         recipe: Recipe,
         fabric: Fabric,
         batches: DataLoader | None,
@@ -62,78 +62,61 @@ class DistillationStage:
     ):
         config = self.config = recipe.distillation
         self.recipe, self.fabric = recipe, fabric
+        self.objective = Objective.of(recipe.objective, reward)
+        self.schedule = [(phase.until_kimg, Objective.of(phase.objective, reward)) for phase in recipe.schedule]
         self.batch, self.total_steps, self.evaluate_kimg = config.batch, config.total_steps, config.evaluate_kimg
-        self.num_classes, self.image_shape = players.teacher.num_classes, players.teacher.image_shape
-        share = BatchShard(fabric, config.batch, config.micro_batch)
-        self._one_pass = len(share.micro_batches) == 1
-
+        self.num_classes, self.image_shape = models.teacher.num_classes, models.teacher.image_shape
+        shard = BatchShard(fabric, config.batch, config.micro_batch)
+        self._one_pass = len(shard.micro_batches) == 1
+        # From the weights before Adam takes them over: an average starts as a copy of them.
         self.averages = Averages(
-            arranged(players.generator.to(fabric.device), recipe.loop),
+            arranged(models.student.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
             config.ema_power_std,
             rampup_ratio=config.ema_rampup,
         )
-        self.generator = self._optimization(players.generator, "generator")
-        self.critic = self._optimization(players.critic, "critic")
+        self.student = self._optimizer_step(models.student, "student")
+        self.critic = self._optimizer_step(models.critic, "critic")
         self.ratio = DensityRatio(fabric, recipe.objective.ratio_bins)
-        limit = recipe.loop.bad_steps_in_a_row
-        self.update_critic = CriticUpdate(
-            fabric=fabric,
-            optimization=self.critic,
-            share=share,
-            batches=batches,
-            class_weights=_class_weights(batches, self.num_classes),
-            pipe=open_pipe(config.augment, config.augment_mirror),
-            sigma_data=players.teacher.sigma_data,
-            bad_limit=limit,
-        )
-        self.update_generator = GeneratorUpdate(
-            fabric=fabric,
-            optimization=self.generator,
-            critic=self.critic,
-            teacher=fabric.setup_module(prepared(players.teacher.eval().requires_grad_(False), recipe.loop)),
-            share=share,
-            ratio=self.ratio,
-            reward=reward,
-            pairs=pairs,
-            bad_limit=limit,
-        )
+        self.update_critic = self._critic_update(models, shard, batches)
+        self.update_student = self._student_update(models, shard, pairs)
 
-    def step(self, index: int, generator: torch.Generator, log_details: bool) -> Metrics:
-        """Updates the critic on fresh samples, then the generator through the last of them once the warm-up is over."""
+    def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
+        """Updates the critic on fresh samples, then the student through the last of them once the warm-up is over."""
         objective = self.objective_at(index)
         warmed_up = index * self.batch >= self.config.critic_warmup_kimg * 1000
-        for update in range(objective.critic_updates):
-            last = update == objective.critic_updates - 1
-            students = self._draw_students(generator, keep=warmed_up and last and self._one_pass)
-            data_index = index * objective.critic_updates + update
-            metrics = self.update_critic(index, data_index, objective, students, generator, log_details and last)
+        updates = objective.config.critic_updates
+        for update in range(updates):
+            last = update == updates - 1
+            students = self._draw_students(rng, keep=warmed_up and last and self._one_pass)
+            data_index = index * updates + update
+            metrics = self.update_critic(index, data_index, objective, students, rng, log_details and last)
         if warmed_up:
-            bad = self.generator.bad
-            metrics |= self.update_generator(index, objective, students, generator, log_details)
-            if self.generator.bad == bad:
-                self.averages.update(self.generator.module.parameters(), self.batch, self._generator_kimg(index))
+            bad = self.student.bad
+            metrics |= self.update_student(index, objective, students, rng, log_details)
+            if self.student.bad == bad:
+                self.averages.update(self.student.module.parameters(), self.batch, self._student_kimg(index))
         return metrics
 
-    def objective_at(self, index: int) -> ObjectiveConfig:
+    def objective_at(self, index: int) -> Objective:
         """What the step of that index minimises."""
         kimg = index * self.batch / 1000
-        return next((phase.objective for phase in self.recipe.schedule if kimg < phase.until_kimg), self.recipe.objective)
+        return next((objective for until_kimg, objective in self.schedule if kimg < until_kimg), self.objective)
 
     @property
     def skipped(self) -> int:
         """Updates left out because they were not finite."""
-        return self.generator.bad + self.critic.bad
+        return self.student.bad + self.critic.bad
 
     def sample(self, noise: Tensor, class_ids: Tensor | None) -> Tensor:
-        """Images of the averaged generator."""
+        """Images of the averaged student."""
         with torch.no_grad():
             return one_step(self.averages.primary.module, noise, class_ids, self.config.sigma_init)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step reads and changes; the teacher is fixed."""
         return {
-            "generator": self.generator.state_dict(),
+            "generator": self.student.state_dict(),
             "critic": self.critic.state_dict(),
             "averages": self.averages.state_dict(),
             "ratio": self.ratio.state_dict(),
@@ -141,28 +124,52 @@ class DistillationStage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.generator.load_state_dict(state["generator"])
+        self.student.load_state_dict(state["generator"])
         self.critic.load_state_dict(state["critic"])
         self.averages.load_state_dict(state["averages"])
         self.ratio.load_state_dict(state["ratio"])
 
-    def _optimization(self, module: torch.nn.Module, name: str) -> OptimizerStep:
+    def _optimizer_step(self, module: torch.nn.Module, name: str) -> OptimizerStep:
         config = self.config
-        peak = config.generator_learning_rate if name == "generator" else config.critic_learning_rate
+        peak = config.generator_learning_rate if name == "student" else config.critic_learning_rate
         module = prepared(module.train(), self.recipe.loop)
         groups = _critic_groups(module, config) if isinstance(module, Critic) else [{"params": list(module.parameters())}]
         betas, fused = (config.beta1, config.beta2), can_fuse(self.fabric.device)
         adam = torch.optim.Adam(groups, lr=peak, betas=betas, eps=config.adam_eps, fused=fused)
-        return OptimizerStep(self.fabric, module, adam, config.rate(peak), _clipping(config, name))
+        return OptimizerStep(self.fabric, module, adam, RateSchedule.of(config, peak), _clipping(config, name))
 
-    def _draw_students(self, generator: torch.Generator, keep: bool) -> StudentBatch:
-        noise = torch.randn(self.batch, *self.image_shape, generator=generator)
-        class_ids = torch.randint(self.num_classes, (self.batch,), generator=generator) if self.num_classes else None
-        return StudentBatch(
-            self.generator.module, self.config.sigma_init, noise, class_ids, keep=keep, device=self.fabric.device
+    def _critic_update(self, models: DistillationModels, shard: BatchShard, batches: DataLoader | None) -> CriticUpdate:
+        config = self.config
+        return CriticUpdate(
+            fabric=self.fabric,
+            optimizer_step=self.critic,
+            shard=shard,
+            batches=batches,
+            class_weights=_class_weights(batches, self.num_classes),
+            pipe=open_pipe(config.augment, config.augment_mirror),
+            sigma_data=models.teacher.sigma_data,
+            bad_limit=self.recipe.loop.bad_steps_in_a_row,
         )
 
-    def _generator_kimg(self, index: int) -> float:
+    def _student_update(self, models: DistillationModels, shard: BatchShard, pairs: Pairs | None) -> StudentUpdate:
+        loop, teacher = self.recipe.loop, models.teacher.eval().requires_grad_(False)
+        return StudentUpdate(
+            fabric=self.fabric,
+            optimizer_step=self.student,
+            critic=self.critic,
+            teacher=self.fabric.setup_module(prepared(teacher, loop)),
+            shard=shard,
+            ratio=self.ratio,
+            pairs=pairs,
+            bad_limit=loop.bad_steps_in_a_row,
+        )
+
+    def _draw_students(self, rng: torch.Generator, keep: bool) -> StudentBatch:
+        noise = torch.randn(self.batch, *self.image_shape, generator=rng)
+        class_ids = torch.randint(self.num_classes, (self.batch,), generator=rng) if self.num_classes else None
+        return StudentBatch(self.student.module, self.config.sigma_init, noise, class_ids, keep=keep, device=self.fabric.device)
+
+    def _student_kimg(self, index: int) -> float:
         return (index + 1) * self.batch / 1000 - self.config.critic_warmup_kimg
 
 
@@ -175,7 +182,7 @@ def _critic_groups(critic: Critic, config: DistillationConfig) -> list[dict[str,
 
 
 def _clipping(config: DistillationConfig, name: str) -> Clipping:
-    if name == "generator":
+    if name == "student":
         return Clipping(norm=config.generator_clip_norm, value=config.generator_clip_value)
     return Clipping(norm=config.critic_clip_norm, value=config.critic_clip_value)
 

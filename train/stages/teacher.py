@@ -15,9 +15,9 @@ from uni_instruct.train.monitoring.nonfinite import NonFiniteTracker, raise_if_d
 from uni_instruct.train.objective.guidance import drop_classes
 from uni_instruct.train.optimization.distributed import BatchShard, arranged, prepared
 from uni_instruct.train.optimization.ema import Averages
-from uni_instruct.train.optimization.optimizer import Clipping, OptimizerStep, can_fuse
+from uni_instruct.train.optimization.optimizer import Clipping, OptimizerStep, RateSchedule, can_fuse
 from uni_instruct.train.stages.augment import augmented, open_pipe
-from uni_instruct.train.stages.randomness import DataLoader
+from uni_instruct.train.stages.data_loader import DataLoader
 
 
 class TeacherStage:
@@ -29,7 +29,7 @@ class TeacherStage:
         config = self.config = recipe.teacher
         self.batches, self.fabric, self.bad_limit = batches, fabric, recipe.loop.bad_steps_in_a_row
         self.batch, self.total_steps, self.evaluate_kimg = config.batch, config.total_steps, config.evaluate_kimg
-        self.share = BatchShard(fabric, config.batch, config.micro_batch)
+        self.shard = BatchShard(fabric, config.batch, config.micro_batch)
         self.levels = LogNormalLevels(config.p_mean, config.p_std)
         self.sigma_data, self.image_shape, self.conditional = (
             denoiser.sigma_data,
@@ -47,40 +47,40 @@ class TeacherStage:
         adam = torch.optim.Adam(
             denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=can_fuse(fabric.device)
         )
-        self.denoiser = OptimizerStep(
-            fabric, denoiser, adam, config.rate(config.learning_rate), Clipping(norm=config.clip_norm)
+        self.optimizer_step = OptimizerStep(
+            fabric, denoiser, adam, RateSchedule.of(config, config.learning_rate), Clipping(norm=config.clip_norm)
         )
 
-    def step(self, index: int, generator: torch.Generator, log_details: bool) -> Metrics:
+    def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
         """Trains on batch number `index`; with `log_details`, returns loss and gradient norm."""
         device, shape = self.fabric.device, (self.batch, *self.image_shape)
-        sigmas, noise = self.levels.draw(self.batch, generator), torch.randn(shape, generator=generator)
-        augmentation = self.pipe.draw(self.batch, generator) if self.pipe else None
-        hidden = drop_classes(torch.zeros(self.batch, dtype=torch.int64), self.config.label_dropout, generator)
-        suspects, tally = NonFiniteTracker(), Tally(self.fabric)
-        for part in self.share.micro_batches:
+        sigmas, noise = self.levels.draw(self.batch, rng), torch.randn(shape, generator=rng)
+        augmentation = self.pipe.draw(self.batch, rng) if self.pipe else None
+        hidden = drop_classes(torch.zeros(self.batch, dtype=torch.int64), self.config.label_dropout, rng)
+        nonfinite, tally = NonFiniteTracker(), Tally(self.fabric)
+        for part in self.shard.micro_batches:
             images, class_ids = self.batches(index, part, device)
             sigma = sigmas[part].to(device)
             if class_ids is not None and hidden is not None:
                 class_ids = torch.where(hidden[part].to(device) < 0, hidden[part].to(device), class_ids)
             clean, labels = augmented(images, augmentation, part)
-            denoised = self.denoiser.module(clean + sigma * noise[part].to(device), sigma, class_ids, labels)
+            denoised = self.optimizer_step.module(clean + sigma * noise[part].to(device), sigma, class_ids, labels)
             losses = {"teacher": denoising_loss(denoised, clean, sigma, self.sigma_data)}
-            suspects.add(losses, sigma)
+            nonfinite.add(losses, sigma)
             if log_details:
                 tally.add({"teacher/loss": losses["teacher"]})
-            self.denoiser.backward(losses["teacher"].sum() / self.batch)
-        bad = self.denoiser.bad
-        norm = self.denoiser.step(index)
-        raise_if_diverged(self.fabric, self.denoiser, self.bad_limit, suspects, index + 1)
-        if self.denoiser.bad == bad:
-            self.averages.update(self.denoiser.module.parameters(), self.batch, (index + 1) * self.batch / 1000)
+            self.optimizer_step.backward(losses["teacher"].sum() / self.batch)
+        bad = self.optimizer_step.bad
+        norm = self.optimizer_step.step(index)
+        raise_if_diverged(self.fabric, self.optimizer_step, self.bad_limit, nonfinite, index + 1)
+        if self.optimizer_step.bad == bad:
+            self.averages.update(self.optimizer_step.module.parameters(), self.batch, (index + 1) * self.batch / 1000)
         return tally.means() | {"teacher/gradient_norm": norm} if log_details else {}
 
     @property
     def skipped(self) -> int:
         """Updates left out because they were not finite."""
-        return self.denoiser.bad
+        return self.optimizer_step.bad
 
     def sample(self, noise: Tensor, class_ids: Tensor | None) -> Tensor:
         """Images of the averaged teacher with its Heun sampler."""
@@ -88,11 +88,11 @@ class TeacherStage:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step reads and changes."""
-        return {"denoiser": self.denoiser.state_dict(), "averages": self.averages.state_dict()}
+        return {"denoiser": self.optimizer_step.state_dict(), "averages": self.averages.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.denoiser.load_state_dict(state["denoiser"])
+        self.optimizer_step.load_state_dict(state["denoiser"])
         self.averages.load_state_dict(state["averages"])
 
 

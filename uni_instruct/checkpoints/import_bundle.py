@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
-from uni_instruct.spec import ModelSpec
+from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec
 
 # Networks of a training state that denoise at every noise level, and so are teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
@@ -65,8 +67,8 @@ class ImportRequest:
     role: str | None = None
     network: str | None = None
     name: str | None = None
-    sigma_init: float = 2.5
-    steps: int = 18
+    sigma_init: float = DEFAULT_SIGMA_INIT
+    steps: int = TEACHER_STEPS
     licence: str | None = None
     origin: str = ""
     patch: int | None = None
@@ -74,8 +76,8 @@ class ImportRequest:
     decoder: str | None = None
 
 
-def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bundle:
-    """Writes the file's network as a bundle into `out`.
+def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, shows: ProgressFactory = silent) -> Bundle:
+    """Writes the file's network as a bundle into `out`. shows: progress of a decoder's reference images.
 
     Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
     """
@@ -91,10 +93,10 @@ def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest) -> Bun
     if latents is None or request.decoder is None:
         return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
     decoder = read_decoder(request.decoder, latents)
-    return _write_decoded(out, spec, translation.weights, _card(spec), decoder)
+    return _write_decoded(out, spec, translation.weights, _card(spec), decoder, shows)
 
 
-def attach_decoder(bundle: Bundle, decoder: str, out: Path) -> Bundle:
+def attach_decoder(bundle: Bundle, decoder: str, out: Path, shows: ProgressFactory = silent) -> Bundle:
     """The bundle with that decoder, in `out`, which may be its own folder; engines are left behind.
 
     decoder: what `read_decoder` takes. Raises RequestError where the bundle makes pictures by itself, and as `read_decoder`.
@@ -104,7 +106,7 @@ def attach_decoder(bundle: Bundle, decoder: str, out: Path) -> Bundle:
     stored = read_decoder(decoder, stated_latent_map(bundle.spec.provenance))
     # A former decoder's section is the last of the card.
     card = (bundle.path / CARD).read_text().partition(f"\n{_DECODER_TITLE}")[0]
-    return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, bundle.stored_precision())
+    return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, shows, bundle.stored_precision())
 
 
 def _write_decoded(
@@ -113,6 +115,7 @@ def _write_decoded(
     weights: Mapping[str, np.ndarray],
     card: str,
     decoder: StoredDecoder,
+    shows: ProgressFactory,
     precision: str = "fp32",
 ) -> Bundle:
     from uni_instruct.networks.reference import make_reference
@@ -125,7 +128,7 @@ def _write_decoded(
         card.replace(usage(spec), usage(decoded)) + _DECODER_CARD.format(source=decoder.spec.source),
         precision=precision,
         decoder=decoder.weights,
-        reference=make_reference,
+        reference=partial(make_reference, shows=shows),
     )
 
 

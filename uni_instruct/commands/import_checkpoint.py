@@ -7,10 +7,11 @@ from shlex import quote
 import rich_click as click
 from click.core import ParameterSource
 
-from uni_instruct.bundle import Bundle, is_bundle
+from uni_instruct.bundle import USUAL_VAE, Bundle, is_bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.hub import fetch, is_on_hub
-from uni_instruct.spec import ImageShape
+from uni_instruct.progress import progress
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ImageShape
 
 _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 
@@ -26,8 +27,10 @@ _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 )
 @click.option("--network", help="Which network of a training state.  [default: the generator's average]")
 @click.option("--name", help="Name of the bundle.  [default: the file's]")
-@click.option("--sigma-init", default=2.5, type=click.FloatRange(1e-3, 1e4), help="Noise level of a generator's input.")
-@click.option("--steps", default=18, type=click.IntRange(2, 1000), help="Steps of a teacher's sampler.")
+@click.option(
+    "--sigma-init", default=DEFAULT_SIGMA_INIT, type=click.FloatRange(1e-3, 1e4), help="Noise level of a generator's input."
+)
+@click.option("--steps", default=TEACHER_STEPS, type=click.IntRange(2, 1000), help="Steps of a teacher's sampler.")
 @click.option(
     "--patch",
     type=int,
@@ -68,7 +71,7 @@ def import_checkpoint(
     from uni_instruct.checkpoints.import_bundle import ImportRequest, attach_decoder, bundle_from_checkpoint
 
     if is_bundle(checkpoint):
-        bundle = attach_decoder(Bundle.open(checkpoint), _decoder_alone(checkpoint, decoder), out)
+        bundle = attach_decoder(Bundle.open(checkpoint), _decoder_alone(checkpoint, decoder), out, progress)
         _report(bundle, guessed=False, as_json=as_json)
         return
     # The card names the address and its commit, not the place in the cache.
@@ -88,7 +91,7 @@ def import_checkpoint(
         latents=latents,
         decoder=decoder,
     )
-    _report(bundle_from_checkpoint(path, out, request), guessed=role is None, as_json=as_json)
+    _report(bundle_from_checkpoint(path, out, request, progress), guessed=role is None, as_json=as_json)
 
 
 def _decoder_alone(bundle: str, decoder: str | None) -> str:
@@ -116,7 +119,7 @@ def _report(bundle: Bundle, *, guessed: bool, as_json: bool) -> None:
     what = "" if spec.makes_pictures else " latents"
     click.echo(f"{role}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}{what}, licence {spec.licence}")
     place = quote(str(out))
-    use = f"serve {place}" if spec.makes_pictures else f"import {place} --decoder VAE --out {place}"
+    use = f"serve {place}" if spec.makes_pictures else f"import {place} --decoder {USUAL_VAE} --out {place}"
     click.echo(f"next: uni-instruct {use if role == 'generator' else _TRAIN.format(out=place)}")
 
 

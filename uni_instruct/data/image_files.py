@@ -1,6 +1,7 @@
 """Image files to pixels, one at a time; none of them stays in memory."""
 
 import io
+import threading
 import warnings
 
 import numpy as np
@@ -25,6 +26,8 @@ _COLOURS = {1: " grey", 3: " colour"}
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 _EXIF_ORIENTATION = 0x0112
 _PNG, _PNG_HEADER, _PNG_GREY = b"\x89PNG\r\n\x1a\n", 26, (0, 4)
+# Filters are the whole process's: of two threads that change them at once, one would leave its own behind.
+_WARNING_FILTERS = threading.Lock()
 
 
 class ImageFileReader:
@@ -165,7 +168,7 @@ def is_image_file(name: str) -> bool:
 
 
 def _opened(store: Store, name: str, any_size: bool) -> Image.Image:
-    with warnings.catch_warnings():
+    with _WARNING_FILTERS, warnings.catch_warnings():
         # Up to twice its limit on pixels Pillow only warns. A data set has a use for images of that size only to shrink them.
         warnings.simplefilter("ignore" if any_size else "error", Image.DecompressionBombWarning)
         try:

@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+import threading
 import tokenize
 import unicodedata
 import zipfile
@@ -156,8 +157,7 @@ class ZipStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
-        self._owner = 0
-        self._file: BinaryIO
+        self._opened = threading.local()
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = self._by_name(archive.infolist())
@@ -201,12 +201,17 @@ class ZipStore:
         return member
 
     def _packed(self, member: np.void, size: int) -> bytes:
-        # Every process opens the file for itself: after a fork they would share one position in it.
-        if self._owner != os.getpid():
-            self._file, self._owner = self.path.open("rb"), os.getpid()
-        start, _ = entry_start(self._file, int(member["offset"]))
-        self._file.seek(start)
-        return self._file.read(size)
+        file = self._own_file()
+        start, _ = entry_start(file, int(member["offset"]))
+        file.seek(start)
+        return file.read(size)
+
+    def _own_file(self) -> BinaryIO:
+        """The zip, opened by every thread of every process for itself, as an open file has one position."""
+        if getattr(self._opened, "process", None) != os.getpid():
+            self._opened.file, self._opened.process = self.path.open("rb"), os.getpid()
+        file: BinaryIO = self._opened.file
+        return file
 
 
 def _member(entry: zipfile.ZipInfo) -> tuple[int, int, int, int, int, bool]:

@@ -27,12 +27,12 @@ class TorchEngine:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
         self._bundle.check_makes_pictures()
         parts = checked_inputs(self.spec, noise, class_ids).parts(self.spec.images_at_once)
-        return np.concatenate([to_uint8(self._images(*part)).cpu().numpy() for part in parts])
+        return np.concatenate([to_uint8(self._images(part)).cpu().numpy() for part in parts])
 
     def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]; latents as they are."""
         inputs = checked_inputs(self.spec, noise, class_ids)
-        parts = [self._images(*part) for part in inputs.parts(self.spec.images_at_once)]
+        parts = [self._images(part) for part in inputs.parts(self.spec.images_at_once)]
         pixels = [to_uint8(images if self.spec.makes_pictures else images[:0]).cpu().numpy() for images in parts]
         return Outputs(np.concatenate(pixels), np.concatenate([images.cpu().numpy() for images in parts]))
 
@@ -41,10 +41,10 @@ class TorchEngine:
         self._generator = None
 
     @torch.inference_mode()
-    def _images(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Tensor:
+    def _images(self, inputs: Inputs) -> Tensor:
         generator = self._generator
         assert generator is not None, "the engine was closed"
-        z, labels = as_tensors(Inputs(noise, class_ids), self.device)
+        z, labels = as_tensors(inputs, self.device)
         # This engine is what the others are held against: on a GPU its convolutions would take TF32 otherwise.
         with full_float32():
             if self.spec.steps > 1:

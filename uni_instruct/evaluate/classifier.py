@@ -151,14 +151,14 @@ def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) 
     indices = torch.arange(len(dataset))
     held_out = indices % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
     training, probe = indices[~held_out], _spread(indices[held_out])
-    generator = torch.Generator().manual_seed(SEED)
-    model = _initialised(_blank(dataset.image_shape, dataset.num_classes), generator)
+    rng = torch.Generator().manual_seed(SEED)
+    model = _initialised(_blank(dataset.image_shape, dataset.num_classes), rng)
     steps = min(MAX_STEPS, max(STEPS, EPOCHS * len(training) // BATCH))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     with torch.enable_grad(), with_progress(f"train {dataset.name}-classifier", steps, "steps") as progress:
         for step in range(steps):
-            chosen = training[torch.randint(len(training), (BATCH,), generator=generator)]
-            _, logits = model(_shifted(_images(dataset, chosen), generator))
+            chosen = training[torch.randint(len(training), (BATCH,), generator=rng)]
+            _, logits = model(_shifted(_images(dataset, chosen), rng))
             loss = F.cross_entropy(logits, _labels(dataset, chosen), label_smoothing=LABEL_SMOOTHING)
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * _schedule(step / steps)
             optimizer.zero_grad()
@@ -197,11 +197,11 @@ def _blank(image_shape: ImageShape, num_classes: int) -> Classifier:
 
 
 @torch.no_grad()
-def _initialised(model: Classifier, generator: torch.Generator) -> Classifier:
+def _initialised(model: Classifier, rng: torch.Generator) -> Classifier:
     """Normal weights of variance 2 / fan-in (He et al. 2015, arXiv 1502.01852), zero biases."""
     for parameter in model.parameters():
         fan_in = parameter[0].numel()
-        weight = torch.randn(parameter.shape, generator=generator) * math.sqrt(2 / fan_in)
+        weight = torch.randn(parameter.shape, generator=rng) * math.sqrt(2 / fan_in)
         parameter.copy_(weight if parameter.ndim > 1 else torch.zeros_like(parameter))
     return model
 
@@ -212,10 +212,10 @@ def _schedule(done: float) -> float:
     return done / 0.1 if done < 0.1 else (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
 
 
-def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
     """Every other image moved by up to SHIFT of its side, by interpolation; the rest stay sharp."""
     # affine_grid measures in half sides: [-1, 1] is the whole image.
-    offsets = (torch.rand(len(images), 2, generator=generator) * 2 - 1) * 2 * SHIFT
+    offsets = (torch.rand(len(images), 2, generator=rng) * 2 - 1) * 2 * SHIFT
     offsets[::2] = 0
     affine = torch.cat([torch.eye(2).expand(len(images), 2, 2), offsets[:, :, None]], dim=2)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)

@@ -1,14 +1,17 @@
 """Evaluator: scores images against one reference, whose features are computed once."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from uni_instruct.data import Dataset
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, moments, score
-from uni_instruct.evaluate.statistics import Statistics
+from uni_instruct.evaluate.statistics import Statistics, open_reference
+from uni_instruct.images import checked_images
 from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
 
@@ -49,6 +52,7 @@ class Evaluator:
 
     def __call__(self, images: np.ndarray, class_ids: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> Scores:
         """Scores of images uint8 [N, H, W, C]; see `score_batches`."""
+        images = checked_images(images)
         return self.score_batches((images[i : i + BATCH] for i in range(0, len(images), BATCH)), class_ids, metrics)
 
     def score_batches(
@@ -60,9 +64,14 @@ class Evaluator:
         """Scores of images that come in batches uint8 [B, H, W, C]; only their features stay in memory.
 
         class_ids: int64 [N], the class each image should have, in the reference's numbering. metrics: names from METRICS; by
-        default all that apply. Raises RequestError for images of another shape than the reference's, fewer than 4 of them, or
-        a metric that is unknown or does not apply.
+        default all that apply. Raises RequestError for images of another shape than the reference's, fewer than 4 of them,
+        floats in place of pixels, names in place of ids, or a metric that is unknown or does not apply.
         """
+        if class_ids is not None:
+            class_ids = np.asarray(class_ids)
+            if class_ids.dtype.kind not in "iu" or class_ids.ndim != 1:
+                problem = f"class ids are {class_ids.dtype} {list(class_ids.shape)}, not integers [N]"
+                raise RequestError(problem, remedy="give an id for each image", param="class_ids")
         comparison = Comparison(
             generated=self.extractor(self._checked(batches)),
             class_ids=class_ids,
@@ -75,7 +84,7 @@ class Evaluator:
     # While they come, not at the end: a wrong shape should not cost an hour of generating.
     def _checked(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         known = self.reference.image_shape if isinstance(self.reference, Dataset) else self.extractor.image_shape
-        for images in batches:
+        for images in map(checked_images, batches):
             if known is not None:
                 check_shape((images.shape[3], *images.shape[1:3]), known)
             yield images
@@ -91,6 +100,29 @@ class Evaluator:
             fingerprint=self.extractor.fingerprint,
             samples=len(self.reference),
         )
+
+
+def evaluate_images(
+    images: ArrayLike,
+    reference: Dataset | Statistics | str | Path,
+    class_ids: ArrayLike | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    extractor: str = "auto",
+) -> Scores:
+    """Scores of images uint8 [N, H, W, C] against a reference: `values` by full name, with what they depend on.
+
+    reference: a data set or statistics, or what `--reference` takes: a name, folder, zip or file of statistics. class_ids: the
+    class that each image should have, in the reference's numbering. metrics, extractor: as `evaluate --help` lists them; by
+    default all metrics that apply. The reference's features are computed anew at each call: to score several sets, keep an
+    `uni_instruct.evaluate.Evaluator`. Raises RequestError for floats in place of pixels, or what does not fit the reference.
+    """
+    pixels = checked_images(images)
+    opened = open_reference(str(reference)) if isinstance(reference, str | Path) else reference
+    if isinstance(opened, Dataset):
+        check_shape((pixels.shape[3], *pixels.shape[1:3]), opened.image_shape)
+    ids = None if class_ids is None else np.asarray(class_ids)
+    return Evaluator(opened, extractor)(pixels, ids, metrics)
 
 
 def check_shape(shape: ImageShape, reference: ImageShape) -> None:

@@ -14,6 +14,7 @@ from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.fidelity import fidelity
 from uni_instruct.files import sha256
 from uni_instruct.float32 import full_float32
+from uni_instruct.images import checked_images
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import ImageShape
 
@@ -64,12 +65,12 @@ class Extractor:
     def __call__(self, batches: Iterable[np.ndarray]) -> Features:
         """Features of images uint8 [B, H, W, C], the same whatever their batches and memory layout.
 
-        Raises RequestError where there are no images.
+        Raises RequestError where there are no images, or floats in place of pixels.
         """
         import torch
 
         features, logits = [], []
-        for images in _rebatched(batches):
+        for images in _rebatched(map(checked_images, batches)):
             # Contiguous: the last bits of a convolution depend on the memory layout.
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format).to(self.device)
             if self.is_inception and pixels.shape[1] == 1:

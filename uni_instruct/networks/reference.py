@@ -7,33 +7,35 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.networks.one_step import load_one_step, to_uint8
 from uni_instruct.noise import noise
+from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.reference import Reference, reference_inputs
 
 _BATCH = 16
 
 
-def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None, shows: ProgressFactory = silent) -> Outputs:
     """A one-step generator's images of the noise z, float32 [N, *noise_shape], whatever GPU is there; not of latents."""
     # Building a network draws its first weights; a training that writes a bundle keeps its own draws.
     with torch.random.fork_rng(devices=[]):
         generator = load_one_step(bundle)
     size = min(_BATCH, bundle.spec.images_at_once or _BATCH)
     parts = []
-    with torch.inference_mode():
+    with torch.inference_mode(), shows("reference", len(z), "images") as shown:
         for start in range(0, len(z), size):
             part = slice(start, start + size)
             labels = None if class_ids is None else torch.from_numpy(class_ids[part])
             images = generator(torch.from_numpy(z[part]), labels)
             parts.append((to_uint8(images).numpy(), images.numpy()))
+            shown.advance(len(images))
     pixels, images = zip(*parts, strict=True)
     return Outputs(np.concatenate(pixels), np.concatenate(images))
 
 
-def make_reference(bundle: Bundle) -> Reference | None:
+def make_reference(bundle: Bundle, shows: ProgressFactory = silent) -> Reference | None:
     """The reference of a one-step generator's stored weights; None for what torch's engine alone runs: teachers, latents."""
     spec = bundle.spec
     if spec.steps > 1 or not spec.makes_pictures:
         return None
     seeds, class_ids = reference_inputs(spec)
-    outputs = reference_outputs(bundle, noise(seeds.tolist(), spec.noise_shape), class_ids)
+    outputs = reference_outputs(bundle, noise(seeds.tolist(), spec.noise_shape), class_ids, shows)
     return Reference(seeds=seeds, class_ids=class_ids, images=outputs.images, weights_sha256=bundle.weights_sha256)

@@ -240,6 +240,8 @@ def _check_pictures(spec: ModelSpec, seeds: Sequence[int]) -> None:
             remedy="give an --out that ends in .npz, or give it a decoder with 'uni-instruct import BUNDLE --decoder VAE'",
             param="out",
         )
+    if spec.image_shape[0] not in (1, 3):
+        raise RequestError(f"images of {spec.image_shape[0]} channels cannot be PNGs", remedy="give an --out that ends in .npz")
 
 
 def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:

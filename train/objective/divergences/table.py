@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from uni_instruct.errors import RequestError
-
 Elementwise = Callable[[Any], Any]
 
 DEFAULT_ORDER = 0.5
@@ -114,26 +112,3 @@ DIVERGENCES = {
         ),
     )
 }
-
-
-def find_divergence(name: str, *, order: float = DEFAULT_ORDER, mix: float = DEFAULT_MIX) -> Divergence:
-    """The divergence of that name, or of the user's own f: 'module:function', 'file.py:function' or an expression in r.
-
-    order is the alpha family's a, mix the share of the forward KL in Jeffreys' divergence. Raises RequestError for an unknown
-    name, and for an f that is not convex or not 0 at r = 1.
-    """
-    if name == "alpha":
-        return alpha_divergence(order)
-    if name == "jeffreys":
-        return jeffreys(mix)
-    if name in DIVERGENCES:
-        return DIVERGENCES[name]
-    from uni_instruct.train.objective.custom_divergence import is_custom, read_divergence
-
-    if is_custom(name):
-        return read_divergence(name)
-    raise RequestError(
-        f"divergence '{name}' is unknown",
-        remedy=f"choose one of {', '.join(DIVERGENCES)}, or give f as module:function or as an expression in r",
-        param="divergence",
-    )

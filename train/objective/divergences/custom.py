@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from uni_instruct.errors import RequestError
-from uni_instruct.train.objective.divergences import Divergence, Elementwise
-from uni_instruct.user_functions import import_named, is_importable_name
+from uni_instruct.train.objective.divergences.table import Divergence, Elementwise
+from uni_instruct.train.objective.user_functions import import_named, is_importable_name
 
 # Where f is checked: ratios from 1e-3 to 1e3.
 _CHECKED = torch.logspace(-3, 3, 241, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Functions that a user gives by name: 'package.module:function', or 'file.py:function' for a file of theirs."""
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -18,7 +19,7 @@ def is_importable_name(text: str) -> bool:
 
 
 def import_named(text: str, *, param: str) -> Callable[..., Any]:
-    """The function of that name. Importing runs the user's module. Raises RequestError where it cannot be had."""
+    """The function of that name. Importing runs the user's module, once. Raises RequestError where it cannot be had."""
     if not is_importable_name(text):
         raise RequestError(
             f"{param} '{text}' names no function", remedy="write module:function or file.py:function", param=param
@@ -43,6 +44,13 @@ def import_named(text: str, *, param: str) -> Callable[..., Any]:
 def _import_file(file: Path) -> ModuleType:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
+    return _executed(file.resolve(), file.stat().st_mtime_ns)
+
+
+# A recipe is built several times on its way to a run, and the user's file may be slow to execute or may load a network of its
+# own. The time of its last change is part of the key, so that a notebook gets what was written last.
+@functools.cache
+def _executed(file: Path, changed_ns: int) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"_user_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None

@@ -1,0 +1,1 @@
+"""f-divergences: the table, the user's own f, and how a name is looked up in both."""

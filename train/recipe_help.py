@@ -1,0 +1,58 @@
+"""Every key of a recipe with its default and its meaning, as a table made from the code."""
+
+import dataclasses
+import textwrap
+from typing import Any, NamedTuple
+
+from uni_instruct.train.config import PhaseConfig, Recipe
+from uni_instruct.train.recipe import recipe_fields
+from uni_instruct.train.recipe_keys import MEANING
+
+NARROWEST = 40  # of the column of meanings, however narrow the terminal
+
+
+class RecipeKey(NamedTuple):
+    """One key: its full name, its default as a recipe writes it, and what it is for."""
+
+    key: str
+    default: str
+    meaning: str
+
+
+def explained_keys() -> list[RecipeKey]:
+    """Every key in the recipe's order; those of a phase come after `schedule`."""
+    found = []
+    for key, field in recipe_fields(Recipe).items():
+        found.append(_row(key, field))
+        if key == "schedule":
+            found += [_row(f"schedule[].{phase.name}", phase) for phase in dataclasses.fields(PhaseConfig)]
+    return found
+
+
+def recipe_help(width: int) -> str:
+    """The table, in lines of at most `width` characters where its last column can be that narrow."""
+    table = [RecipeKey("key", "default", "meaning"), *explained_keys()]
+    first, second = (max(len(row[column]) for row in table) + 2 for column in (0, 1))
+    lines = []
+    for row in table:
+        meaning = textwrap.wrap(row.meaning, max(NARROWEST, width - first - second))
+        lines.append(f"{row.key:{first}}{row.default:{second}}{meaning[0]}")
+        lines += [" " * (first + second) + more for more in meaning[1:]]
+    return "\n".join(lines)
+
+
+def _row(key: str, field: "dataclasses.Field[Any]") -> RecipeKey:
+    return RecipeKey(key, _written(field.default), field.metadata[MEANING])
+
+
+def _written(default: object) -> str:
+    """As YAML has it; None is left to the network."""
+    if default is dataclasses.MISSING:
+        return "(required)"
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return f"[{', '.join(map(_written, default))}]"
+    if default is None or default == "":
+        return "-"
+    return f"{default:g}" if isinstance(default, float) else str(default)
