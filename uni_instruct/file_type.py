@@ -50,13 +50,15 @@ def file_type(path: Path) -> FileType:
     if head.startswith(_IDX):
         return FileType.IDX
     # Its directory is at its end, so that a zip need not begin as one.
-    return FileType.ZIP if zipfile.is_zipfile(path) else _image_or_other(head)
-
-
-def _image_or_other(head: bytes) -> FileType:
-    from uni_instruct.data.image_files import begins_as_image
-
+    if zipfile.is_zipfile(path):
+        return FileType.ZIP
     return FileType.IMAGE if begins_as_image(head[:16]) else FileType.OTHER
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether a file's first 16 bytes are those of PNG, JPEG, GIF, WebP, AVIF or JPEG 2000."""
+    boxes = (b"ftypavif", b"jP  \r\n\x87\n")
+    return head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8")) or head[8:12] == b"WEBP" or head[4:12] in boxes
 
 
 def _first_entry(file: BinaryIO) -> str:

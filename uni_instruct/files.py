@@ -75,7 +75,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        # The kernel says so of a new file in /proc. Of any other file it is a fault, and not for lack of space.
+        nowhere = error.errno == errno.ENOENT and str(error.filename).startswith(str(path.parent / f".{path.name}."))
+        if error.errno not in _UNWRITABLE and not nowhere:
             raise
         raise DiskError(
             f"cannot write {path}: {os.strerror(error.errno)}", remedy="free space or choose another --out"

@@ -181,8 +181,8 @@ class ModelSpec:
     def class_id(self, label: int | str) -> int:
         """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other.
 
-        A name wins over an id. Digits are no id where names are numbers of their own (1, 2, 3 for the ids 0, 1, 2), and a name
-        that several classes have says none of them.
+        A name wins over an id. Digits are no id where all names are numbers (1, 2, 3 for the ids 0, 1, 2), and a name that
+        several classes have says none of them.
         """
         name = unicodedata.normalize("NFC", label) if isinstance(label, str) else None
         if name in self.class_names:
@@ -195,7 +195,7 @@ class ModelSpec:
                 remedy=f"{self._nearest(str(label))}'uni-instruct inspect' lists the classes",
                 param="classes",
             )
-        if name is not None and any(other.isdecimal() and other != str(at) for at, other in enumerate(self.class_names)):
+        if name is not None and self.class_names and all(other.isdecimal() for other in self.class_names):
             raise RequestError(
                 f"class {name} is no class's name, and with names that are numbers no id either",
                 remedy=f"give a name, such as {self.class_names[number]} for the class of id {number}",

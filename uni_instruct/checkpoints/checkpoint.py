@@ -85,6 +85,16 @@ def read_checkpoint(path: str | Path, limits: Limits | None = None) -> Checkpoin
         return Checkpoint("safetensors", (StoredNetwork("weights", "", config, _weights(tensors, budget)),), {})
 
 
+def read_plain(path: str | Path, limits: Limits | None = None) -> object:
+    """The value of a pickle or of torch's file, whatever it holds, as `read_pickle` gives it. Raises as `read_checkpoint`."""
+    with opened(path) as (file, name, size), reading(name):
+        budget = Budget(limits or Limits(), size)
+        read = _unpickler(file, size)
+        if read is None:
+            raise MalformedFile("is a file of safetensors", FOREIGN)
+        return plain(read(file, budget, size), budget)
+
+
 def _unpickler(file: BinaryIO, size: int) -> Callable[[BinaryIO, Budget, int], object] | None:
     """What reads the file by its first bytes; None for safetensors. Raises MalformedFile for what is no checkpoint."""
     if Source(file, 0, size).starts_with(ZIP):

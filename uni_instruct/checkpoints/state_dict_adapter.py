@@ -15,7 +15,6 @@ from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class ArgumentMap:
     """What a class of EDM's or EDM2's is called here, and which of its arguments are used; they have the same names here.
@@ -205,7 +204,7 @@ def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> N
     """Checks the weights outside the network: EDM2's estimate of uncertainty, and iDDPM's table of noise levels."""
     for name, array in outer.items():
         if is_counter(name) or name.startswith(("logvar_fourier.", "logvar_linear.")):
-            continue  # how often a wrapper has averaged; EDM2's training weighs its loss by the others. No image depends on them
+            continue  # how often a wrapper has averaged; what EDM2's training weighs its loss by. No image depends on them
         if name != "u":
             raise misfit("network", "holds weights that are not its own", [name])
         from uni_instruct.networks.preconditioning import IDDPM

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from uni_instruct.data.cifar10 import has_cifar10
 from uni_instruct.data.class_folders import folder_classes
 from uni_instruct.data.edm_zip import ZIP_REMEDY
-from uni_instruct.data.file_kinds import Form, data_files
+from uni_instruct.data.file_kinds import ImageForm, data_files
 from uni_instruct.data.folder import FOLDER_REMEDY
 from uni_instruct.data.idx import has_idx
 from uni_instruct.data.image_files import decode, size_mismatch
@@ -53,7 +53,7 @@ def check_data(
     for part in parts:
         if not is_data(part):
             raise no_data(part)
-    form = Form(resolution=resolution, channels=channels)
+    form = ImageForm(resolution=resolution, channels=channels)
     images, wrong = 0, list[WrongFile]()
     for part in parts:
         found = _check_part(part, form, with_progress)
@@ -68,7 +68,7 @@ def check_data(
     return Findings(images=images, wrong=tuple(wrong))
 
 
-def _check_part(source: str, form: Form, with_progress: ProgressFactory) -> Findings:
+def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) -> Findings:
     path = Path(source)
     is_folder = path.is_dir() and not has_idx(path) and not has_cifar10(path)
     if is_named(source) or not (is_folder or (path.is_file() and not is_npz(path) and is_zip(path))):

@@ -63,7 +63,7 @@ def _dataset(path: Path, read: _Read) -> Dataset:
     parts = [_values(path, name, read) for name in TRAIN]
     images, labels = [part.get("data") for part in parts], [part.get("labels") for part in parts]
     try:
-        pixels = np.concatenate(images).reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
+        pixels: np.ndarray = np.concatenate([np.asarray(part) for part in images]).reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
         class_ids = np.concatenate([np.array(part) for part in labels])
         class_names = tuple(str(name) for name in names)  # type: ignore[union-attr]
     except (ValueError, TypeError) as error:

@@ -45,7 +45,9 @@ def folder_classes(store: Store, files: list[str]) -> FolderClasses:
     if len(firsts) > 1 and {first.lower() for first in firsts} <= _SPLITS:
         raise _splits(store, root, sorted(firsts))
     if all(map(_is_in_shard, inner)):
-        return FolderClasses((), None, "folders are numbered with their images: read without classes" if len(firsts) > 1 else "")
+        return FolderClasses(
+            (), None, "folders are numbered with their images: read without classes" if len(firsts) > 1 else ""
+        )
     names = tuple(sorted(firsts, key=natural_order))
     if on_disk:
         _check_all_filled(store.path / root, names)
@@ -81,7 +83,7 @@ def _splits(store: Store, root: str, found: list[str]) -> FileFormatError:
     place = store.path / root
     remedy = f"give one of them ({place / found[0]}), or all with commas between; a dataset.json says that they are classes"
     if not store.path.is_dir():
-        remedy = f"unpack it and give one of the folders, or all with commas between; a dataset.json says that they are classes"
+        remedy = "unpack it and give one of the folders, or all with commas between; a dataset.json says that they are classes"
     return FileFormatError(f"{place} has folders {', '.join(found)}: parts of a data set, and no classes", remedy=remedy)
 
 

@@ -13,6 +13,7 @@ from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape
 
 READ_BATCH = 256
+_SAMPLED = 1024
 MAX_CLASSES = 1_000_000  # more are a mistake, and naming them all would fill the memory
 
 
@@ -110,6 +111,21 @@ class Dataset:
             digest.update(self.stored(part).tobytes())
         if self.labels is not None:
             # In one byte order, or the fingerprint would depend on the machine.
+            digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def sample_fingerprint(self) -> str:
+        """SHA-256 of number, shape, labels, class names and up to 1,024 images, evenly spaced: a second's work at most.
+
+        As `fingerprint`, it does not depend on the container. It tells data apart to which images were added, of which some
+        were removed, or whose classes are others; a few pictures that were painted over it may miss.
+        """
+        names = "\n".join(self.class_names)
+        digest = hashlib.sha256(f"{len(self)} {tuple(self.image_shape)} {self.num_classes} {names}".encode())
+        count = min(len(self), _SAMPLED)
+        for index in np.arange(count) * len(self) // count:
+            digest.update(self.stored(index[None]).tobytes())
+        if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 

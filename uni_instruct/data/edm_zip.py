@@ -1,7 +1,8 @@
 """EDM's data set zip: images stored uncompressed, their classes in `dataset.json`; EDM2's has latents in place of images.
 
 In `dataset.json`, `labels` is [[file, class], ...] or null; a class may also be a one-hot vector. EDM takes the largest class
-plus one for the number of classes. This package adds what EDM ignores: name, image_shape, num_classes, class_names, licence, source.
+plus one for the number of classes. This package adds what EDM ignores: name, image_shape, num_classes, class_names, licence,
+source.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct.data.dataset import READ_BATCH, Dataset
-from uni_instruct.data.file_kinds import Form, content_of, data_files, dataset_of, passed_over_note
+from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, passed_over_note
 from uni_instruct.data.labels import META, Meta, read_description, read_meta
 from uni_instruct.data.storage import ZipStore
 from uni_instruct.data.vae_latents import moments_bytes
@@ -42,7 +43,7 @@ def write_zip(dataset: Dataset, path: Path, progress: Progress | None = None) ->
         archive.writestr(zipfile.ZipInfo(META, _EPOCH), json.dumps(dataset_meta(dataset, names)))
 
 
-def open_zip(path: Path, form: Form = Form()) -> Dataset:
+def open_zip(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
     """A zip that `write_zip`, EDM's or EDM2's tool or another wrote; without `dataset.json` its folders are its classes.
 
     Raises FileFormatError where it is corrupt, has no images, or its `dataset.json` does not fit them.

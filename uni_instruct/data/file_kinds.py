@@ -8,7 +8,6 @@ from typing import NamedTuple
 from uni_instruct.data.dataset import Dataset, ImageReader
 from uni_instruct.data.image_files import (
     ImageFileReader,
-    begins_as_image,
     common_shape,
     image_file_shape,
     is_image_file,
@@ -18,6 +17,7 @@ from uni_instruct.data.labels import META, Description
 from uni_instruct.data.storage import UNREADABLE, Store, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.file_type import begins_as_image
 from uni_instruct.spec import ImageShape
 
 
@@ -39,11 +39,14 @@ class DataFiles(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class ImageForm:
     """What images are brought to: resolution pixels a side, after a centred crop, and channels, 1 or 3. None keeps theirs."""
 
     resolution: int | None = None
     channels: int | None = None
+
+
+AS_THEY_ARE = ImageForm()
 
 
 def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
@@ -92,7 +95,7 @@ def _is_image(store: Store, name: str) -> bool:
         return False
 
 
-def content_of(store: Store, found: DataFiles, form: Form, *, every_header: bool, stated: int | None = None) -> Content:
+def content_of(store: Store, found: DataFiles, form: ImageForm, *, every_header: bool, stated: int | None = None) -> Content:
     """Shape and reader of the files.
 
     The first file's size is taken for all; grey among colour becomes colour, wherever it stands. every_header: sizes of image

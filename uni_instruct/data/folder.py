@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from uni_instruct.data.dataset import Dataset
-from uni_instruct.data.file_kinds import Form, content_of, data_files, dataset_of, passed_over_note
+from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, passed_over_note
 from uni_instruct.data.labels import read_description, read_meta
 from uni_instruct.data.storage import FolderStore
 
 FOLDER_REMEDY = "give a folder of images, or of one sub-folder for each class"
 
 
-def open_folder(path: Path, form: Form = Form()) -> Dataset:
+def open_folder(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
     """The images below a folder, sorted by name. Every file's header is read now, its pixels when they are asked for.
 
     Without `dataset.json`, images in sub-folders have those as classes, sorted; images beside each other have none.

@@ -12,13 +12,15 @@ from uni_instruct.errors import FileFormatError
 from uni_instruct.images import to_pil
 
 # Every suffix that Pillow opens as a picture, in a list of our own: asking Pillow would load all of its plugins at each start.
-IMAGE_SUFFIXES = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .avifs .jp2 .j2k .jpc .jpf "
-    ".jpx .j2c .tga .icb .vda .vst .pcx .dcx .dds .ico .icns .cur .psd .qoi .sgi .rgb .rgba .bw .ras .im .msp .xbm .xpm .pxr "
-    ".blp .fli .flc .ftc .ftu .gbr .pcd".split()
+_SUFFIXES = (
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .avifs .jp2 .j2k .jpc "
+    ".jpf .jpx .j2c .tga .icb .vda .vst .pcx .dcx .dds .ico .icns .cur .psd .qoi .sgi .rgb .rgba .bw .ras .im .msp .xbm .xpm "
+    ".pxr .blp .fli .flc .ftc .ftu .gbr .pcd"
 )
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 # What Pillow knows but cannot show (scientific data, films), or shows by running another program (EPS), or never in 8 bits.
-NO_PICTURES = frozenset(".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm".split())
+_NOT_SHOWN = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
+NO_PICTURES = frozenset(_NOT_SHOWN.split())
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 _COLOURS = {1: " grey", 3: " colour"}
@@ -143,12 +145,6 @@ def in_channels(image: np.ndarray, channels: int) -> np.ndarray:
     if channels == 3:
         return image.repeat(3, axis=2)
     return np.asarray(to_pil(image).convert("L"))[:, :, None]
-
-
-def begins_as_image(head: bytes) -> bool:
-    """Whether a file's first 16 bytes are those of PNG, JPEG, GIF, WebP, AVIF or JPEG 2000."""
-    boxes = (b"ftypavif", b"jP  \r\n\x87\n")
-    return head.startswith((_PNG, b"\xff\xd8\xff", b"GIF8")) or head[8:12] == b"WEBP" or head[4:12] in boxes
 
 
 def crop_and_resize(image: np.ndarray, resolution: int) -> np.ndarray:

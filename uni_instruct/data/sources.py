@@ -12,7 +12,7 @@ from uni_instruct.data.dataset import MAX_CLASSES, ArrayReader, Dataset, number_
 from uni_instruct.data.edm_zip import open_zip
 from uni_instruct.data.emoji import open_emoji
 from uni_instruct.data.fashion_mnist import open_fashion_mnist, with_fashion_mnist_names
-from uni_instruct.data.file_kinds import Form
+from uni_instruct.data.file_kinds import ImageForm
 from uni_instruct.data.folder import open_folder
 from uni_instruct.data.idx import has_idx, open_idx
 from uni_instruct.data.image_files import crop_and_resize, in_channels
@@ -43,8 +43,10 @@ def open_dataset(
             f"num_classes {num_classes} is outside 1..{MAX_CLASSES}", remedy="give their number", param="num_classes"
         )
     if channels is not None and channels not in (1, 3):
-        raise RequestError(f"channels {channels} is neither 1 nor 3", remedy="give 1 for grey or 3 for colour", param="channels")
-    form = Form(resolution=resolution, channels=channels)
+        raise RequestError(
+            f"channels {channels} is neither 1 nor 3", remedy="give 1 for grey or 3 for colour", param="channels"
+        )
+    form = ImageForm(resolution=resolution, channels=channels)
     parts = [_open_one(part, form) for part in source_parts(source)]
     return concatenated([part if num_classes is None else with_classes(part, num_classes) for part in parts])
 
@@ -74,7 +76,7 @@ def no_data(source: str) -> RequestError:
     )
 
 
-def _open_one(source: str, form: Form) -> Dataset:
+def _open_one(source: str, form: ImageForm) -> Dataset:
     # Names before paths: './digits' says the folder, and nothing else could say the data set.
     if source in DATASETS:
         return _brought_to(DATASETS[source](), form)
@@ -193,7 +195,7 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         raise FileFormatError(f"{path} is not a whole .npz: {error}", remedy="write or copy it again") from error
 
 
-def _brought_to(dataset: Dataset, form: Form) -> Dataset:
+def _brought_to(dataset: Dataset, form: ImageForm) -> Dataset:
     channels, height, width = dataset.image_shape
     wanted = form.channels or channels, form.resolution or height, form.resolution or width
     if wanted == dataset.image_shape:
@@ -202,7 +204,7 @@ def _brought_to(dataset: Dataset, form: Form) -> Dataset:
 
 
 class _FormedReader:
-    def __init__(self, dataset: Dataset, form: Form):
+    def __init__(self, dataset: Dataset, form: ImageForm):
         self.dataset = dataset
         self.form = form
 

@@ -37,7 +37,7 @@ UNREADABLE = (
 )
 _MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1"), ("locked", "?")])
 _DIGITS = str.maketrans("123456789", "000000000")
-# What systems and other programs leave among a user's files: hidden folders (.ipynb_checkpoints, .git), copies of resource forks
+# What systems and other programs leave among a user's files: hidden folders (.ipynb_checkpoints), copies of resource forks
 # (macOS), thumbnails (Synology's @eaDir, Windows), waste bins.
 _DROPPING = re.compile(
     r"(?:^|/)(?:\.[^/]+/|\._[^/]*$|\.DS_Store$|Icon\r$|e?h?thumbs(?:_vista)?\.db$|desktop\.ini$|"
