@@ -80,7 +80,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno not in _UNWRITABLE and not nowhere:
             raise
         raise DiskError(
-            f"cannot write {path}: {os.strerror(error.errno)}", remedy="free space or choose another --out"
+            f"cannot write {path}: {os.strerror(error.errno or 0)}", remedy="free space or choose another --out"
         ) from error
 
 

@@ -123,8 +123,9 @@ class Dataset:
         names = "\n".join(self.class_names)
         digest = hashlib.sha256(f"{len(self)} {tuple(self.image_shape)} {self.num_classes} {names}".encode())
         count = min(len(self), _SAMPLED)
-        for index in np.arange(count) * len(self) // count:
-            digest.update(self.stored(index[None]).tobytes())
+        sampled = np.arange(count) * len(self) // count
+        for start in range(0, count, READ_BATCH):
+            digest.update(self.stored(sampled[start : start + READ_BATCH]).tobytes())
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()

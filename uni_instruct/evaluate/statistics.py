@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from uni_instruct.checkpoints.budget import Limits
 from uni_instruct.checkpoints.checkpoint import read_plain
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.data.sources import is_npz, read_npz
@@ -74,7 +75,7 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
 
 def _pickled_statistics(path: Path) -> Statistics:
     """EDM2's {'fid': {mu, sigma}, 'fd_dinov2': {mu, sigma}, num_images}, or torch-fidelity's {mu, sigma}, of InceptionV3."""
-    content = read_plain(path)
+    content = read_plain(path, _LIMITS)
     parts = content if isinstance(content, dict) else {}
     fid = parts if "mu" in parts else parts.get("fid")
     if not isinstance(fid, dict):
@@ -87,6 +88,8 @@ def _pickled_statistics(path: Path) -> Statistics:
     return _statistics(path, {name: fid[name] for name in ("mu", "sigma") if name in fid})
 
 
+# In pickles of protocol 2 a sigma of 2048 x 2048 is text, 50 MB of it, which is turned into bytes.
+_LIMITS = Limits(text_bytes=256 << 20)
 # What other tools call InceptionV3's features of every image: OpenAI's evaluator and pytorch-fid's kin, clean-fid's for KID.
 _FEATURES = ("pool_3", "feats", "features")
 
