@@ -287,3 +287,13 @@ def run_without_torch(code: str) -> None:
     block = "import sys\nsys.modules['torch'] = None\n"
     done = subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_file_on_the_map_is_where_it_says() -> None:
+    """docs/architecture.md names files by their path, or by their name where a heading or a line says the folder."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    present = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert len(named) > 60
+    missing = {name for name in named if not any(path == name or path.endswith(f"/{name}") for path in present)}
+    assert not missing

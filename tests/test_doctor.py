@@ -22,7 +22,7 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
     code, found = findings(cli, "digits", "--out", tmp_path / "runs" / "new")
     assert code == 0
     assert list(found) == ["data", "teacher", "recipe", "devices", "memory", "disk"]
-    assert all(finding["well"] for finding in found.values())
+    assert all(finding["ok"] for finding in found.values())
     assert "64 of 1,797 images of 8x8x1 read, 10 classes of 174 to 183 images" in found["data"]["words"]
     assert str(tmp_path) in found["disk"]["words"]
     assert not (tmp_path / "runs").exists()
@@ -57,5 +57,5 @@ def test_what_would_spoil_a_run_is_found(
     given = {name: tmp_path / f"{name}.npz" for name in ("grey", "gap")} | {"random": tiny_teacher.path}
     code, found = findings(cli, "digits", *[argument.format(**given) for argument in arguments])
     assert code == 2
-    assert not found[subject]["well"]
+    assert not found[subject]["ok"]
     assert words in found[subject]["words"]

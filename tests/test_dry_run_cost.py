@@ -165,5 +165,5 @@ def test_steps_are_timed_within_time_and_memory(limits: TrialLimits, images: int
 def test_accumulated_steps_are_timed_with_their_accumulation() -> None:
     plan = tiny_plan("teacher.micro_batch=2")
     fabric = start_fabric(1, "32-true")
-    assert len(teacher_stage(plan, fabric, 2).share.micro_batches) == 2
-    assert len(teacher_stage(tiny_plan(), fabric, 2).share.micro_batches) == 1
+    assert len(teacher_stage(plan, fabric, 2).shard.micro_batches) == 2
+    assert len(teacher_stage(tiny_plan(), fabric, 2).shard.micro_batches) == 1

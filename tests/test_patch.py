@@ -363,7 +363,7 @@ def test_weights_of_a_patched_network_are_imported_as_such(
 
 def test_weights_that_say_nothing_of_a_patch_have_none(patched_bundle: Bundle, cli: Cli, tmp_path: Path) -> None:
     file = shutil.copy(patched_bundle.path / WEIGHTS, tmp_path / "weights.safetensors")
-    assert cli("import", file, "--out", tmp_path / "bundle")[0] == 0
+    assert cli("import", file, "--latents", "--out", tmp_path / "bundle")[0] == 0
     spec = Bundle.open(tmp_path / "bundle").spec
     assert (spec.image_shape, "patch" in spec.network_args) == ((4, 8, 8), False)
     for patch, message in (

@@ -26,7 +26,7 @@ class NetworkConfig:
     None leaves an argument to the architecture, which refuses those that it does not have.
     """
 
-    architecture: str = key("ddpmpp", "ddpmpp, ncsnpp, adm or edm2; docs/architecture.md says where each is")
+    architecture: str = key("ddpmpp", "the network inside: ddpmpp, ncsnpp, adm or edm2")
     conditional: bool = key(True, "whether the network knows the classes of the data")
     sigma_data: float = key(0.5, "deviation of the data's pixels, which the preconditioning counts on")
     patch: int | None = key(None, "patch x patch pixels are one to the network; 2 is some three times as fast")

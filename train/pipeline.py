@@ -53,6 +53,7 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     plan = dataclasses.replace(plan, recipe=recipe)
     fabric = start_fabric(devices, recipe.loop.precision)
     with ended_together(fabric), arithmetic_of(recipe.loop.precision):
+        # Both stages, though the second comes hours later: a batch that does not divide is told now.
         for config in (recipe.teacher, recipe.distillation):
             BatchShard(fabric, config.batch, config.micro_batch)
         return _trained(plan, out, fabric, devices, start)
@@ -85,6 +86,7 @@ class _Session:
     def __init__(self, plan: Plan, run: Run, fabric: Fabric):
         self.plan, self.run, self.fabric = plan, run, fabric
         self.recipe, self.dataset = plan.recipe, plan.dataset
+        # One process scores; another's copy of the reference's features would be memory for nothing.
         judged = fabric.is_global_zero and self.recipe.loop.metric != "none" and self.dataset is not None
         self.evaluator = None
         if judged and self.dataset is not None:
@@ -128,6 +130,7 @@ class _Session:
         wanted = self.recipe.loop.report and self.fabric.is_global_zero
         if not wanted or report_is_current(self.run.folder):
             return
+        # Hours of training must not end in an error because a picture could not be drawn.
         try:
             write_report(self.run.folder, self.plan, self.evaluator, progress)
         except Exception as error:  # whatever drawing, scoring and disks raise
@@ -143,6 +146,7 @@ class _Session:
             Bundle.write(folder, spec, weights, card, encode(contact_sheet(images)), reference=make_reference)
 
         best: Best = Loop(self.run, self.recipe.loop, self.fabric, spec, self.evaluator, keep)(stage)
+        # A stage that its state calls finished is not trained again, so a bundle that was removed cannot come back.
         if not (folder / CONFIG).exists():
             raise RequestError(f"{folder} is gone, but its training is finished", remedy="train into another --out")
         log.info("%s: best after step %d: %s", name, best.step, best.scores)
@@ -153,6 +157,7 @@ class _Session:
         if not objectives:
             return None
         file, count = self.run.folder / "state" / "pairs.safetensors", max(o.regression_pairs for o in objectives)
+        # One process draws, then all read the same file.
         if self.fabric.is_global_zero:
             teacher_pairs(file, teacher, count, self.recipe.teacher.steps, self.fabric.device)
         self.fabric.barrier()

@@ -33,6 +33,7 @@ class Plan:
 
 def make_plan(recipe: Recipe) -> Plan:
     """Opens what the recipe names. Raises RequestError where its parts do not fit each other."""
+    # First what costs nothing: a missing package is told before data are opened.
     check_trackers(recipe.loop.trackers)
     dataset = open_dataset(recipe.data) if recipe.data else None
     given = open_or_import(recipe.teacher.bundle, "teacher") if recipe.teacher.bundle else None
@@ -91,6 +92,7 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> ModelSpec:
 def _open_start(source: str, teacher: ModelSpec) -> Bundle:
     bundle = open_or_import(source, "generator")
     mine, theirs = bundle.spec, teacher
+    # The plain differences first: their message is shorter than that of two lists of arguments.
     for what in ("noise_shape", "num_classes", "network"):
         if getattr(mine, what) != getattr(theirs, what):
             raise _unlike(source, what, getattr(mine, what), getattr(theirs, what))
@@ -113,6 +115,7 @@ def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestErro
 
 
 def _without_storage(spec: ModelSpec) -> Denoiser:
+    # Shapes without storage: a network of any size is built in no time.
     with torch.device("meta"):
         return build_denoiser(spec)
 
@@ -123,6 +126,7 @@ def _weights_of(denoiser: Denoiser) -> tuple[Preconditioning, dict[str, torch.Si
 
 def _open_rewards(recipe: Recipe, spec: ModelSpec) -> Reward | None:
     names = {objective.reward for objective in recipe.objectives if objective.reward_scale}
+    # One network of a user's may fill half of a GPU.
     if len(names) > 1:
         raise RequestError(f"phases name {len(names)} rewards", remedy="give all of them the same", param="reward")
     return open_reward(names.pop(), spec.image_shape, spec.num_classes) if names else None
@@ -155,6 +159,7 @@ def _check_teacher_fits(teacher: Bundle, dataset: Dataset, needs_labels: bool) -
             remedy="give the data that the teacher was trained on",
             param="teacher",
         )
+    # An unconditional use of data needs no classes that fit.
     if needs_labels and teacher.spec.num_classes and teacher.spec.num_classes != dataset.num_classes:
         raise RequestError(
             f"teacher {teacher.path} has {teacher.spec.num_classes} classes, data set '{dataset.name}' {dataset.num_classes}",

@@ -64,6 +64,7 @@ def examine(preflight: Preflight) -> list[Finding]:
         except UniInstructError as error:
             words, ok = str(error), False
         findings.append(Finding(subject, ok, words))
+        # Without parts that fit there is no network to count.
         if subject == "recipe" and not ok:
             break  # the rest counts what the recipe comes to
     return findings
@@ -73,8 +74,10 @@ def _data(preflight: Preflight) -> str:
     dataset = preflight.dataset
     if dataset is None:
         return "none named"
+    # Spread over all of it: files are often sorted by class.
     indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
     values = dataset.floats(indices, [int(index) for index in indices])
+    # A wrong folder of masks or thumbnails trains without an error.
     if values.std() < 1e-3:
         raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "look at the data with 'data check'")
     classes = "no classes"
@@ -112,6 +115,7 @@ def _teacher(preflight: Preflight) -> str:
     class_ids = torch.from_numpy(dataset.labels[indices]) if conditional and dataset.labels is not None else None
     with torch.no_grad():
         denoised = load_denoiser(bundle)(clean + SIGMA * noise, torch.full((len(clean), 1, 1, 1), SIGMA), class_ids)
+    # What share of the noise is left: a denoiser that gives back its input leaves all of it.
     left = float(((denoised - clean) ** 2).mean() / SIGMA**2)
     seen = f"of noise of {SIGMA} on {len(clean)} images it leaves {left:.0%}"
     if not left < 1:
@@ -151,6 +155,7 @@ def _memory(preflight: Preflight) -> str:
 
 
 def _disk(preflight: Preflight) -> str:
+    # The run's folder need not be there yet; its disk is that of the nearest one that is.
     folder = next(path for path in (preflight.out.absolute(), *preflight.out.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, preflight.cost.disk
     words = f"about {needed / MB:,.0f} MB needed, {free / MB:,.0f} MB free in {folder}"

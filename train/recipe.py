@@ -34,6 +34,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RequestError(f"recipe '{source}' is unknown", remedy=f"give a YAML file or one of {known}", param="recipe")
     values = read_yaml(path)
     changes = [_read_override(override) for override in overrides]
+    # The method first, wherever it was written: the other changes are meant on top of it.
     for key, value in sorted(changes, key=lambda change: change[0] != METHOD_KEY):
         if key == METHOD_KEY:
             _change_method(values, value)
@@ -113,6 +114,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in values]
     if missing:
         raise RequestError(f"recipe has no '{prefix}{missing[0]}'", remedy="add that line", param="recipe")
+    # A method's settings are defaults: the recipe's own keys go on top.
     if cls is ObjectiveConfig:
         method = values.get("method", ObjectiveConfig.method)
         one_of(METHOD_KEY, method, METHODS)

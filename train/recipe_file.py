@@ -18,6 +18,7 @@ def built_in_recipes() -> list[str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RequestError where it is none."""
     try:
+        # safe_load: a recipe from the internet runs no code.
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
@@ -29,4 +30,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def steps_in(kimg: float, batch: int) -> int:
     """The whole number of batches that comes nearest to so many thousand images, at least one."""
+    # Never zero steps, however small the number: a stage that does nothing has no weights to publish.
     return max(1, round(kimg * 1000 / batch))

@@ -61,6 +61,7 @@ class Run:
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
         """Replaces the stage's state; the old one stays where writing fails."""
+        # The state before its note: a note that is older than its state is known to be of no use.
         with atomic_file(self._state_file(stage)) as partial, partial.open("wb") as file:
             torch.save(state, file)  # to a Python file, whose errors say that the disk is full
         with atomic_file(self._state_file(stage).with_suffix(".json")) as partial:
@@ -71,6 +72,7 @@ class Run:
         """One line in log.jsonl, and the same values to the trackers over images seen."""
         self._write_line({"stage": stage, "step": step, "kimg": round(kimg, 3), **values})
         self.clock.write()
+        # Two stages log to one tracker; a bare name would mix their curves.
         named = {name if "/" in name else f"{stage}/{name}": value for name, value in values.items()}
         for tracker in self._open_trackers():
             tracker.scalars(named, int(kimg * 1000))
@@ -98,6 +100,7 @@ class Run:
             return
         lines = file.read_text().splitlines()
         kept = [line for line in lines if _line_precedes(line, stage, step)]
+        # Most resumed runs have nothing to forget, and logs are long.
         if kept == lines:
             return
         with atomic_file(file) as partial:
@@ -128,6 +131,7 @@ class Run:
 def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
     """Holds the folder for the processes of fabric. Raises RequestError, in each of them, where others train there."""
     with RunLock(folder) as lock:
+        # One process asks; the others must hear the answer, or they would wait for it in vain.
         free = lock.acquire() if fabric.is_global_zero else True
         if not fabric.broadcast(free):
             raise taken(folder)

@@ -34,11 +34,13 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     from uni_instruct.train.optimization.posthoc import reconstruct
     from uni_instruct.train.recipe import parse_recipe, read_yaml
 
+    # Not replaced: it may be the only copy of another width.
     if out.exists():
         raise RequestError(f"{out} exists already", remedy="name another folder", param="out")
     trained = Bundle.open(run / stage)
     recipe = parse_recipe(read_yaml(run / "recipe.yaml"))
     weights = {name: tensor.numpy() for name, tensor in reconstruct(run / "snapshots" / stage, std, kimg).items()}
+    # From the bundle alone it must be seen that these are no weights that training passed through.
     origin = {"average_std": std, "average_kimg": kimg, "averaged_run": trained.weights_sha256}
     spec = dataclasses.replace(trained.spec, provenance={**trained.spec.provenance, **origin})
     card = model_card(spec, recipe, open_dataset(recipe.data) if recipe.data else None, {})

@@ -136,6 +136,7 @@ def _lower_priority(nice: int) -> None:
     """
     if not nice:
         return
+    # Windows has priorities, but not these.
     if not hasattr(os, "nice"):
         raise RequestError("--nice: this system has no niceness", remedy="leave it out", param="nice")
     os.nice(max(0, nice - os.nice(0)))

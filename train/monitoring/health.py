@@ -23,6 +23,7 @@ class MetricHistory:
     def add(self, value: float) -> None:
         """Takes in the value of one more line."""
         self.seen += 1
+        # A new list, as a saved state may hold the old one.
         self.recent = [*self.recent, value][-WINDOW:]
         if self.seen > SETTLING:
             self.lowest = min(self.lowest, value)
@@ -47,6 +48,7 @@ def times_lowest(value: float, history: MetricHistory) -> float | None:
 
 def times_median(value: float, history: MetricHistory) -> float | None:
     """The value in units of the median of the last WINDOW lines."""
+    # The median, since the past may hold a spike or two.
     median = statistics.median(history.recent) if len(history.recent) >= SETTLING else 0.0
     return value / median if median > 0 else None
 
@@ -170,6 +172,7 @@ class Streak:
     def count(self, sick: bool, patience: int) -> bool:
         """Counts one more line; whether the symptom is to be reported now."""
         self.sick_lines, self.well_lines = (self.sick_lines + 1, 0) if sick else (0, self.well_lines + 1)
+        # A curve that hovers at its bound is one illness, not one a line.
         if self.well_lines >= patience:
             self.reported = False
         due = self.sick_lines >= patience and not self.reported
@@ -190,6 +193,7 @@ class Health:
 
     def examine(self, metrics: Mapping[str, float]) -> list[str]:
         """Takes in one log line; the warnings to show now, each 'what is seen and means; what to turn'."""
+        # Derived values see the past without this line: compared with itself nothing would be unusual.
         values = {**metrics, **self._derived(metrics)}
         warnings = []
         for symptom in SYMPTOMS.values():

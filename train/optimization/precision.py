@@ -66,8 +66,10 @@ def settled(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: bool = Tru
 
 def _measured(ways: list[Way], spec: ModelSpec, most: int, with_progress: ProgressFactory) -> Way:
     times = dict.fromkeys(ways, float("inf"))
+    # Round by round, so that a neighbour on the machine slows all ways and not the one that was on; the best of each counts.
     trials = [way for _ in range(ROUNDS) for way in ways]
     with with_progress("precision: what is fastest here", len(trials), "trials") as bar:
+        # One image first: how many take STEP_S on this machine is not known before.
         images = round(min(most, MOST_IMAGES, max(1.0, STEP_S / _step_s(spec, ways[0], 1))))
         for number, way in enumerate(trials):
             times[way] = min(times[way], _step_s(spec, way, images))
@@ -87,6 +89,7 @@ def settle_for_run(loop: LoopConfig, spec: ModelSpec, images: int, folder: Path)
         begun = parse_recipe(read_yaml(recipe)).loop
         if is_settled(begun):
             return _filled(loop, begun.precision, begun.channels_last)
+    # Two processes that measured for themselves could come to two precisions, and to weights that differ.
     first = not is_later_process()
     if first and not file.exists():
         chosen = settled(loop, spec, images)
@@ -122,6 +125,7 @@ def _ways() -> list[Way]:
     exact = [Way("32-true", False), Way("32-true", True)]
     if not torch.cuda.is_available():
         return [*exact, Way("bf16-mixed", True)]
+    # Before Ampere bfloat16 is emulated, and slower than float32.
     half = "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     return [*exact, Way(half, False), Way(half, True)]
 
@@ -145,11 +149,13 @@ def _step_s(spec: ModelSpec, way: Way, images: int) -> float:
     noised = torch.randn(images, *spec.noise_shape, generator=torch.Generator().manual_seed(0)).to(fabric.device)
     class_ids = torch.zeros(images, dtype=torch.int64, device=fabric.device) if spec.num_classes else None
     sigma = torch.ones(images, 1, 1, 1, device=fabric.device)
+    # The first pass compiles kernels and finds algorithms; the second one's time is returned.
     for _ in range(2):
         start = time.perf_counter()
         with arithmetic_of(way.precision):
             fabric.backward(network(noised, sigma, class_ids).square().mean())
         network.zero_grad()
         if fabric.device.type == "cuda":
+            # Kernels are only queued when their calls return.
             torch.cuda.synchronize()
     return time.perf_counter() - start

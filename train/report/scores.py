@@ -36,6 +36,7 @@ class SetScores:
 
 def samples_of_a_set(wanted: int) -> int:
     """As many as the recipe evaluates with, as far as they are affordable: a Frechet distance depends on their number."""
+    # A Frechet distance of N samples is too large by about 1/N: only those of as many compare.
     return max(MIN_SAMPLES, min(wanted, MOST_SAMPLES))
 
 

@@ -68,7 +68,7 @@ class DistillationStage:
         self.num_classes, self.image_shape = models.teacher.num_classes, models.teacher.image_shape
         shard = BatchShard(fabric, config.batch, config.micro_batch)
         self._one_pass = len(shard.micro_batches) == 1
-        # From the weights before Adam takes them over: an average starts as a copy of them.
+        # Before compilation, as the teacher's: averages are copies, and run too seldom to be worth compiling.
         self.averages = Averages(
             arranged(models.student.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
@@ -84,11 +84,14 @@ class DistillationStage:
     def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
         """Updates the critic on fresh samples, then the student through the last of them once the warm-up is over."""
         objective = self.objective_at(index)
+        # Until then the fake score is the teacher's copy and says nothing of the student.
         warmed_up = index * self.batch >= self.config.critic_warmup_kimg * 1000
         updates = objective.config.critic_updates
         for update in range(updates):
             last = update == updates - 1
+            # Only the last images are kept with their gradient, and only where the student is updated through them.
             students = self._draw_students(rng, keep=warmed_up and last and self._one_pass)
+            # New data for every update, numbered through, so that a resumed run reads on where it was.
             data_index = index * updates + update
             metrics = self.update_critic(index, data_index, objective, students, rng, log_details and last)
         if warmed_up:
@@ -100,6 +103,7 @@ class DistillationStage:
 
     def objective_at(self, index: int) -> Objective:
         """What the step of that index minimises."""
+        # From the index alone: a resumed run needs no note of its phase.
         kimg = index * self.batch / 1000
         return next((objective for until_kimg, objective in self.schedule if kimg < until_kimg), self.objective)
 
@@ -170,11 +174,13 @@ class DistillationStage:
         return StudentBatch(self.student.module, self.config.sigma_init, noise, class_ids, keep=keep, device=self.fabric.device)
 
     def _student_kimg(self, index: int) -> float:
+        # An average's half-life is bounded by what the student has seen; during the warm-up it sees nothing.
         return (index + 1) * self.batch / 1000 - self.config.critic_warmup_kimg
 
 
 def _critic_groups(critic: Critic, config: DistillationConfig) -> list[dict[str, Any]]:
     """The fake score, and the discriminator with a rate of its own."""
+    # Everything of the critic that is no denoiser: the head, or a discriminator with its own encoder.
     rest = [parameter for name, parameter in critic.named_parameters() if not name.startswith("fake_score.")]
     scale = config.discriminator_learning_rate / config.critic_learning_rate if config.discriminator_learning_rate else 1.0
     groups: list[dict[str, Any]] = [{"params": list(critic.fake_score.parameters())}]
@@ -191,5 +197,6 @@ def _class_weights(batches: DataLoader | None, num_classes: int) -> Tensor | Non
     """What an image of each class counts in data, so that every class counts alike, as among the student's images."""
     if batches is None or not num_classes or batches.dataset.labels is None:
         return None
+    # w_k = N / (K n_k): weighted so, data have every class as often as the student's images, whose classes are uniform.
     counts = np.bincount(batches.dataset.labels, minlength=num_classes)
     return torch.from_numpy(counts.sum() / num_classes / np.maximum(counts, 1)).float()
