@@ -114,6 +114,7 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "recipe_keys": (),
     "rng": (),
     "run_lock": (),
+    "same_data": (),
     "objective": ("recipe_keys",),
     "config": ("objective", "recipe_file", "recipe_keys"),
     "recipe": ("config", "objective", "recipe_file", "recipe_keys"),
@@ -128,7 +129,9 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "dry_run": ("config", "objective", "optimization", "plan", "rng", "stages"),
     "preflight": ("config", "dry_run", "optimization", "plan"),
     "report": ("config", "dry_run", "monitoring", "optimization", "plan", "recipe"),
-    "pipeline": ("card", "config", "loop", "objective", "optimization", "plan", "report", "rng", "run", "stages"),
+    "pipeline": (
+        *("card", "config", "loop", "objective", "optimization", "plan", "report", "rng", "run", "same_data", "stages"),
+    ),
     "api": ("pipeline", "recipe"),
     "commands": (
         *("card", "dry_run", "monitoring", "optimization", "pipeline", "preflight"),

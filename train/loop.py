@@ -18,7 +18,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.generate import input_batches, resolve_class_ids
+from uni_instruct.evaluate.class_draw import draw_classes
+from uni_instruct.generate import input_batches
 from uni_instruct.images import latent_preview
 from uni_instruct.networks.one_step import as_tensors, to_uint8
 from uni_instruct.progress import progress, silent
@@ -208,7 +209,8 @@ class Loop:
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
         count = self.config.samples if self.config.metric != "none" else self.config.grid
         seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + count)
-        class_ids = resolve_class_ids(self.spec, seeds)
+        # As in the data that it is to imitate: the best weights at other shares of the classes would be others.
+        class_ids = draw_classes(self.spec, seeds, self.evaluator.reference if self.evaluator else None).class_ids
         device = next(stage.averages.primary.module.parameters()).device
         parts = []
         with progress(f"{stage.name}: samples", len(seeds), "images") as shown:

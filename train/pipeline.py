@@ -12,8 +12,10 @@ from lightning_fabric import Fabric
 
 from uni_instruct import __version__
 from uni_instruct.bundle import CONFIG, Bundle
+from uni_instruct.data import Dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator
+from uni_instruct.evaluate.class_draw import class_counts
 from uni_instruct.hub import is_on_hub
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
@@ -32,6 +34,7 @@ from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.rng import initial_weights
 from uni_instruct.train.run import Run, claimed
+from uni_instruct.train.same_data import check_same_data
 from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 from uni_instruct.train.stages.teacher import TeacherStage
@@ -61,6 +64,8 @@ def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float) 
     recipe = plan.recipe
     with claimed(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
         lock.note(devices)
+        if plan.dataset is not None:
+            check_same_data(out, plan.dataset, write=fabric.is_global_zero)
         run.clock.add("run", "preparation", time.monotonic() - start)
         with run.clock.during("run", "preparation"):
             session = _Session(plan, run, fabric)
@@ -108,6 +113,7 @@ class _Session:
                 "recipe": self.recipe.to_dict(),
                 "data": self.dataset.source if self.dataset else "",
                 "teacher": _ancestry(teacher),
+                **_class_counts(teacher.spec, self.dataset),
                 "teacher_sha256": teacher.weights_sha256,
                 "uni_instruct": __version__,
             },
@@ -161,6 +167,12 @@ class _Session:
     def _batches(self, batch: int) -> DataLoader:
         assert self.dataset is not None
         return DataLoader(self.dataset, batch, self.recipe.loop.seed)
+
+
+def _class_counts(spec: ModelSpec, dataset: Dataset | None) -> dict[str, Any]:
+    """How many images each class has in the data, for `generate --classes data`; nothing where that is not known."""
+    counts = class_counts(spec, dataset)
+    return {} if counts is None else {"class_counts": counts.tolist()}
 
 
 def _ancestry(teacher: Bundle) -> dict[str, Any]:

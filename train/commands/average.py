@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 
 import rich_click as click
 
@@ -51,4 +52,4 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     samples = encode(contact_sheet(images if spec.makes_pictures else latent_preview(images)))
     bundle = Bundle.write(out, spec, weights, card, samples, decoder=decoder, reference=make_reference)
     click.echo(f"{stage}: {bundle.path} (width {std:g} of training time, reconstructed)")
-    click.echo(f"next: uni-instruct evaluate {bundle.path} --reference {recipe.data or 'DATA'}")
+    click.echo(f"next: uni-instruct evaluate {quote(str(bundle.path))} --reference {quote(recipe.data or 'DATA')}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -114,7 +115,8 @@ def _train(recipe: "Recipe", out: Path, devices: int, as_json: bool) -> None:
         click.echo(f"generator: {bundle.path} ({answer['time_s']:.0f} s)")
         if (out / REPORT).exists():
             click.echo(f"report: {out / REPORT}")
-        click.echo(f"next: uni-instruct generate {bundle.path} --seeds 0-63 --out {out}/images --grid {out}/grid.png")
+        command = ["generate", bundle.path, "--seeds", "0-63", "--out", out / "images", "--grid", out / "grid.png"]
+        click.echo(f"next: uni-instruct {shlex.join(map(str, command))}")
 
 
 def _show_status(run: str, out: Path | None, others: bool, as_json: bool) -> None:
@@ -122,9 +124,13 @@ def _show_status(run: str, out: Path | None, others: bool, as_json: bool) -> Non
     from uni_instruct.train.monitoring.status_text import status_text
 
     if out is not None:
-        raise RequestError(f"--status takes no --out: {run} is to be the run", remedy=f"uni-instruct train {out} --status")
+        raise RequestError(
+            f"--status takes no --out: {run} is to be the run", remedy=f"uni-instruct train {shlex.quote(str(out))} --status"
+        )
     if others:
-        raise RequestError("--status changes nothing, and takes --json alone", remedy=f"uni-instruct train {run} --status")
+        raise RequestError(
+            "--status changes nothing, and takes --json alone", remedy=f"uni-instruct train {shlex.quote(run)} --status"
+        )
     status = read_status(Path(run))
     click.echo(json.dumps(status.to_dict()) if as_json else status_text(status))
 
