@@ -58,15 +58,15 @@ def random_bundle(network: str, path: Path) -> Bundle:
     """A conditional generator with every weight drawn at random, exported to every target."""
     shape, arguments = NETWORKS[network]
     spec = ModelSpec(name=f"random-{network}", noise_shape=shape, num_classes=10, network_args=arguments)
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in build_denoiser(spec).state_dict().items():
         # EDM starts its last convolutions near zero: a trained network's are not.
-        z = torch.randn(tensor.shape, generator=generator) / max(tensor[0].numel(), 1) ** 0.5
+        z = torch.randn(tensor.shape, generator=rng) / max(tensor[0].numel(), 1) ** 0.5
         weights[name] = (tensor if "resample" in name or tensor.dim() < 2 else z).numpy()
     bundle = Bundle.write(path, spec, weights, card="")
-    for runtime in TARGETS:
-        export_engine(bundle, runtime)
+    for engine_id in TARGETS:
+        export_engine(bundle, engine_id)
     return bundle
 
 

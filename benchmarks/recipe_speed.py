@@ -26,8 +26,8 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.train.config import PhaseConfig, Recipe
 from uni_instruct.train.loop import Stage
+from uni_instruct.train.optimization.auto_precision import settled
 from uni_instruct.train.optimization.distributed import start_fabric
-from uni_instruct.train.optimization.precision import settled
 from uni_instruct.train.plan import plan_teacher
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.rng import initial_weights, step_rng

@@ -77,10 +77,10 @@ class Case:
             "dropout": 0.0,
         }
         spec = ModelSpec(name=self.name, noise_shape=shape, num_classes=0, network_args=arguments)
-        denoiser, generator = initial_weights(lambda: build_denoiser(spec), seed), torch.Generator().manual_seed(seed)
+        denoiser, rng = initial_weights(lambda: build_denoiser(spec), seed), torch.Generator().manual_seed(seed)
         for parameter in denoiser.parameters():
             if parameter.dim() > 1:
-                parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+                parameter.data = torch.randn(parameter.shape, generator=rng) / parameter[0].numel() ** 0.5
         return denoiser
 
 
@@ -105,7 +105,7 @@ class PlainLoop:
 
     def step(self) -> None:
         self.update_critic()
-        self.update_generator()
+        self.update_student()
 
     def update_critic(self) -> None:
         self.critic.requires_grad_(True)
@@ -121,7 +121,7 @@ class PlainLoop:
         loss.backward()
         self.critic_adam.step()
 
-    def update_generator(self) -> None:
+    def update_student(self) -> None:
         self.critic.requires_grad_(False)
         clean = self.draw_students()
         sigma = OBJECTIVE.levels.draw(self.batch, torch.default_generator)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.outputs import TOLERANCES, Tolerance, relative_l2
+from uni_instruct.engines.outputs import TOLERANCES, Tolerance, psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import ParityError
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
@@ -35,6 +35,7 @@ class Report:
     mean_difference: float
     equal_pixels: float
     largest_pixel_difference: int
+    psnr_db: float
     worst_seed: int
     batch_invariant: bool
     latency_ms: Mapping[int, float]
@@ -110,6 +111,7 @@ def compare(
         mean_difference=max(float(np.abs(error).mean()) for error in errors.values()),
         equal_pixels=min(float((level == 0).mean()) for level in pixel_difference.values()),
         largest_pixel_difference=max(int(level.max()) for level in pixel_difference.values()),
+        psnr_db=min(psnr_db(results[f"images_{batch}"], pixels[: len(found[batch])]) for batch in tried),
         worst_seed=seeds[int(per_image.argmax())],
         batch_invariant=all(np.array_equal(images, everything[: len(images)]) for images in found.values()),
         latency_ms={batch: round(float(results[f"latency_ms_{batch}"]), 3) for batch in BATCHES},
@@ -132,5 +134,11 @@ def _check(engine_id: EngineId, report: Report) -> None:
         raise ParityError(
             f"a pixel of the {engine_id} engine differs from torch by {report.largest_pixel_difference} levels, more than "
             f"{report.tolerance.pixel_difference}",
+            remedy=remedy,
+        )
+    if report.psnr_db < report.tolerance.psnr_db:
+        raise ParityError(
+            f"pixels of the {engine_id} engine have a PSNR of {report.psnr_db:.1f} dB to torch's, less than "
+            f"{report.tolerance.psnr_db:.0f} (worst seed {report.worst_seed})",
             remedy=remedy,
         )

@@ -19,7 +19,8 @@ from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
-RUNTIME = "onnx"
+# The engine that ships: the one that runs everywhere.
+ENGINE = "onnx-fp32"
 # Images that decide whether half precision may be seen, at least; every class is among them.
 CHECKED_IMAGES = 512
 # A pixel on the edge between two levels falls to either side whatever is rounded.
@@ -58,13 +59,13 @@ def publish(source: str | Path, out: Path, scores: Sequence[Path] = ()) -> Publi
     """
     original = open_generator(source)
     check_exportable(original)
-    TARGETS[RUNTIME].check_packages()
+    TARGETS[ENGINE].check_packages()
     _check_replaceable(out, original)
     read = [read_scores(path) for path in scores]
     with atomic_folder(out) as folder:
         bundle, rounding = store(original, folder)
         check_scores(read, original, bundle)
-        record = export_engine(bundle, RUNTIME)
+        record = export_engine(bundle, ENGINE)
         command, sheet = sample_sheet(bundle)
         (folder / SAMPLES).write_bytes(encode(sheet))
         card = published_card(bundle, asdict(rounding), record, read, command)
@@ -118,7 +119,7 @@ def sample_sheet(bundle: Bundle) -> tuple[str, np.ndarray]:
     rows = spec.num_classes if 0 < spec.num_classes <= SHEET_ROWS else 0
     seeds = range((rows or SHEET_COLUMNS) * SHEET_COLUMNS)
     class_ids = resolve_class_ids(spec, seeds, by_class(spec, seeds) if rows else None)
-    images = generate_images(open_engine(bundle, RUNTIME), seeds, class_ids)
+    images = generate_images(open_engine(bundle, ENGINE), seeds, class_ids)
     command = f"uni-instruct generate . --seeds 0-{len(seeds) - 1}{' --by-class' if rows else ''} --grid samples.png"
     return command, contact_sheet(images, SHEET_COLUMNS)
 

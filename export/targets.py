@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,12 @@ from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.export.parity import verify
 from uni_instruct.files import atomic_folder, sha256
 
+ALL = "all"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One engine to build: the module whose `build(bundle, path) -> versions` writes its file, and what that needs."""
+    """One engine to build: the module whose `build(bundle, path, precision) -> versions` writes its file, and what it needs."""
 
     engine_id: EngineId
     module: str
@@ -27,10 +29,10 @@ class Target:
     summary: str
     packages: tuple[str, ...]
 
-    def builder(self) -> Callable[[Bundle, Path], dict[str, str]]:
+    def builder(self) -> Callable[[Bundle, Path, str], dict[str, str]]:
         """The module's build function. Raises MissingExtraError where a package it needs is not installed."""
         self.check_packages()
-        build: Callable[[Bundle, Path], dict[str, str]] = importlib.import_module(self.module).build
+        build: Callable[[Bundle, Path, str], dict[str, str]] = importlib.import_module(self.module).build
         return build
 
     def check_packages(self) -> None:
@@ -39,6 +41,12 @@ class Target:
             if importlib.util.find_spec(package) is None:
                 raise MissingExtraError(package, extra="export")
 
+    def check_machine(self) -> None:
+        """Raises MissingExtraError for a missing package, RequestError where this machine cannot run what would be built."""
+        self.check_packages()
+        check: Callable[[str], None] = importlib.import_module(self.module).check_machine
+        check(self.engine_id.precision)
+
     def file_name(self, bundle: Bundle) -> str:
         """The engine file's name: model, resolution, engine id."""
         _, height, width = bundle.spec.image_shape
@@ -46,16 +54,25 @@ class Target:
         return f"{model}-{height}x{width}-{self.engine_id}.{self.suffix}"
 
 
-# The word of --to, a runtime -> what it builds.
 TARGETS = {
-    target.engine_id.runtime: target
+    str(target.engine_id): target
     for target in (
         Target(
             engine_id=EngineId("onnx", "fp32"),
-            module="uni_instruct.export.onnx",
+            module="uni_instruct.export.onnxruntime",
             suffix="onnx",
             summary="one ONNX file, opset 20, any batch size, for ONNX Runtime on the CPU",
             packages=("torch", "onnx", "onnxscript", "onnxruntime"),
+        ),
+        *(
+            Target(
+                engine_id=EngineId("openvino", precision),
+                module="uni_instruct.export.openvino",
+                suffix="onnx",
+                summary=f"for OpenVINO on the CPU, {words}",
+                packages=("torch", "onnx", "onnxscript", "openvino"),
+            )
+            for precision, words in (("fp32", "in fp32"), ("bf16", "in bf16 where the processor has it, half the bytes"))
         ),
     )
 }
@@ -72,7 +89,26 @@ def check_exportable(bundle: Bundle) -> None:
         )
 
 
-def export_engine(bundle: Bundle, to: str) -> EngineRecord:
+# What --to takes: every engine of a runtime, or of all.
+TO = (*dict.fromkeys(target.engine_id.runtime for target in TARGETS.values()), ALL)
+
+
+def choose_targets(to: Sequence[str], precisions: Sequence[str] = ()) -> list[Target]:
+    """The targets of these runtimes, of all precisions unless some are given. Raises RequestError where a runtime has none."""
+    chosen: dict[str, Target] = {}
+    for runtime in to:
+        fitting = {name: t for name, t in TARGETS.items() if runtime in (ALL, t.engine_id.runtime)}
+        wanted = {name: t for name, t in fitting.items() if not precisions or t.engine_id.precision in precisions}
+        if not wanted:
+            known = ", ".join(dict.fromkeys(t.engine_id.precision for t in fitting.values()))
+            raise RequestError(
+                f"{runtime} engines have no precision {', '.join(precisions)}", remedy=f"choose from {known}", param="precision"
+            )
+        chosen |= wanted
+    return list(chosen.values())
+
+
+def export_engine(bundle: Bundle, engine_id: str) -> EngineRecord:
     """Builds the engine beside its place, verifies it there, and only then lets it take the place of an older one.
 
     A bundle of an older format is then brought up to date, with reference.npz beside the weights.
@@ -80,7 +116,7 @@ def export_engine(bundle: Bundle, to: str) -> EngineRecord:
     agree with torch, DiskError where it cannot be written; in all of these the bundle stays as it was.
     """
     check_exportable(bundle)
-    target = TARGETS[to]
+    target = TARGETS[engine_id]
     build = target.builder()
     from uni_instruct.networks.reference import make_reference
 
@@ -105,9 +141,9 @@ def _remove_former(bundle: Bundle, engine_id: EngineId) -> None:
         shutil.rmtree(bundle.engine_folder(engine_id).with_name(name), ignore_errors=True)
 
 
-def _build(bundle: Bundle, target: Target, build: Callable[[Bundle, Path], dict[str, str]], folder: Path) -> EngineRecord:
+def _build(bundle: Bundle, target: Target, build: Callable[[Bundle, Path, str], dict[str, str]], folder: Path) -> EngineRecord:
     path = folder / target.file_name(bundle)
-    versions = {"uni_instruct": uni_instruct.__version__, **build(bundle, path)}
+    versions = {"uni_instruct": uni_instruct.__version__, **build(bundle, path, target.engine_id.precision)}
     record = EngineRecord(
         engine_id=str(target.engine_id),
         file=path.name,

@@ -63,7 +63,7 @@ def exported_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from uni_instruct.export.targets import export_engine
 
     bundle = random_bundle(tmp_path_factory.mktemp("bundles") / "exported", seed=1)
-    export_engine(bundle, "onnx")
+    export_engine(bundle, "onnx-fp32")
     return bundle
 
 
@@ -107,12 +107,12 @@ def random_bundle(
         steps=steps,
         network_args={"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], **around},
     )
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = build_denoiser(spec).state_dict()
     weights = {
-        name: (tensor + 0.1 * torch.randn(tensor.shape, generator=generator) * ("resample" not in name)).numpy()
+        name: (tensor + 0.1 * torch.randn(tensor.shape, generator=rng) * ("resample" not in name)).numpy()
         for name, tensor in state.items()
     }
     return Bundle.write(path, spec, weights, card="# tiny\n")

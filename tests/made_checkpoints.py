@@ -63,7 +63,7 @@ def tiny_peer(seed: int = 0, gain: Any = GAIN) -> nn.Module:
 
     gain: an argument of one layer; EDM's are NumPy's numbers, EDM2 has none of them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     shape = {"img_resolution": 8, "img_channels": 1, "label_dim": 0}
     within = {"model_channels": 4, "channel_mult": [1, 2], "dropout": 0.13, "resample_filter": [1, 1]}
     conv, norm = nn.Conv2d(1, 4, 3, bias=False), nn.GroupNorm(2, 4)
@@ -80,7 +80,7 @@ def tiny_peer(seed: int = 0, gain: Any = GAIN) -> nn.Module:
     net.model = unet
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(torch.randn(parameter.shape, generator=rng))
     return net.eval().requires_grad_(False)
 
 

@@ -19,7 +19,7 @@ from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.plan import load_start, make_plan
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.run import saved_classes
+from uni_instruct.train.same_data import check_same_data, saved_classes
 
 Cli = Callable[..., tuple[int, str, str]]
 TEACHERS, DATAS = ("cat", "dog", "red fox"), ("dog", "red fox", "cat")
@@ -181,18 +181,24 @@ def test_a_start_of_other_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_in_the_order_that_it_began_with(tmp_path: Path) -> None:
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "teacher.json").write_text(json.dumps({"step": 3, "classes": DATAS}))
-    assert saved_classes(tmp_path) == DATAS
-    assert saved_classes(tmp_path / "nowhere") == ()
-    recipe = load_recipe("digits", [f"data={photos(tmp_path / 'photos', TEACHERS)}"])
-    plan = make_plan(recipe, saved_classes(tmp_path))
+    run, recipe = tmp_path / "run", load_recipe("digits", [f"data={photos(tmp_path / 'photos', TEACHERS)}"])
+    assert saved_classes(run) == ()
+    begun = make_plan(recipe, DATAS).dataset  # as if the folders had sorted so
+    assert begun is not None
+    check_same_data(run, begun, write=True)
+    assert saved_classes(run) == ()  # nothing is trained
+    (run / "log.jsonl").touch()
+    assert saved_classes(run) == DATAS
+    plan = make_plan(recipe, saved_classes(run))
+    assert plan.dataset is not None
     assert plan.teacher_spec.class_names == DATAS
-    photos(tmp_path / "photos" / "more", ("wolf",))
-    (tmp_path / "photos" / "more" / "wolf").rename(tmp_path / "photos" / "wolf")
-    (tmp_path / "photos" / "more").rmdir()
-    with pytest.raises(RequestError, match=r"has the classes \(cat, dog, red fox, wolf\), the run \(dog, red fox, cat\)"):
-        make_plan(recipe, saved_classes(tmp_path))
+    check_same_data(run, plan.dataset, write=True)
+    photos(tmp_path / "more", ("wolf",))
+    (tmp_path / "more" / "wolf").rename(tmp_path / "photos" / "wolf")
+    other = make_plan(recipe, saved_classes(run)).dataset
+    assert other is not None
+    with pytest.raises(RequestError, match=r"has other classes \(got wolf\) since the run"):
+        check_same_data(run, other, write=True)
 
 
 def test_a_reference_is_matched_by_name_and_what_is_missing_is_said() -> None:

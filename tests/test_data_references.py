@@ -45,6 +45,47 @@ def test_statistics_of_others_are_those_of_inception(tmp_path: Path, moments: di
     assert reference.sigma.dtype == np.float64
 
 
+def test_features_that_others_keep_become_statistics(tmp_path: Path) -> None:
+    """OpenAI's pool_3, also as [N, 2048, 1, 1], clean-fid's feats, and mean and cov under those names: the same numbers."""
+    features = np.random.default_rng(1).normal(size=(5, DIM)).astype(np.float32)
+    exact = features.astype(np.float64)
+    centred = exact - exact.sum(0) / 5
+    sigma = centred.T @ centred / 4
+    for arrays in ({"pool_3": features}, {"pool_3": features[:, :, None, None]}, {"feats": features}):
+        np.savez(tmp_path / "x.npz", **arrays)
+        reference = open_reference(tmp_path / "x.npz")
+        assert isinstance(reference, Statistics)
+        assert np.allclose(reference.mu, exact.sum(0) / 5, atol=1e-12)
+        assert np.allclose(reference.sigma, sigma, atol=1e-12)
+        assert len(reference) == 5
+    np.savez(tmp_path / "x.npz", mean=exact.mean(0), cov=sigma)
+    (tmp_path / "x.npz").rename(tmp_path / "x.stats")  # known by its content
+    reference = open_reference(tmp_path / "x.stats")
+    assert isinstance(reference, Statistics)
+    assert np.array_equal(reference.sigma, sigma)
+    np.savez(tmp_path / "x.npz", pool_3=features[:, :64])
+    with pytest.raises(RequestError, match="has 64 features, inception-v3 has 2048"):
+        open_reference(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", feats=np.zeros(3, np.int64))
+    with pytest.raises(RequestError, match=r"has feats of int64 \[3\]; give features \[N, 2048\], or mu and sigma"):
+        open_reference(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torch_fidelitys_cache_of_a_data_set_is_a_reference(
+    tmp_path: Path, moments: dict[str, np.ndarray], legacy: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x-stat-fid-inception-v3-compat-2048.pt"
+    torch.save(moments, path, _use_new_zipfile_serialization=not legacy)
+    reference = open_reference(path)
+    assert isinstance(reference, Statistics)
+    assert np.array_equal(reference.mu, moments["mu"])
+    torch.save(torch.zeros(3, 2048), path)
+    with pytest.raises(RequestError, match="holds no reference statistics but ndarray"):
+        open_reference(path)
+
+
 class Attack:
     """What a pickle may ask for."""
 

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from test_hub import COMMIT, Hub, serving
 from test_import import peer
+from test_report import WITHOUT_DATA
 from test_serve_process import Running, start
 
 from uni_instruct import spec as spec_module
@@ -36,6 +37,8 @@ from uni_instruct.noise import Inputs, noise
 from uni_instruct.reference import reference_inputs
 from uni_instruct.sampling import read_samples
 from uni_instruct.spec import ModelSpec
+from uni_instruct.train.pipeline import train
+from uni_instruct.train.recipe import load_recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 # EDM2's, written out again.
@@ -58,7 +61,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoded(latents: Bundle, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The generator with the decoder, exported. Read only."""
     bundle = attach_decoder(latents, str(vae), tmp_path_factory.mktemp("decoded") / "decoded")
-    export_engine(bundle, "onnx")
+    export_engine(bundle, "onnx-fp32")
     return bundle
 
 
@@ -218,6 +221,19 @@ def test_a_teacher_of_latents_is_decoded_too(tmp_path: Path, vae: Path) -> None:
     assert images.std() > 5
 
 
+def test_training_from_a_decoded_teacher_stays_in_latents(tmp_path: Path, vae: Path) -> None:
+    """It never decodes: what comes out makes latents, and its decoder is attached afterwards."""
+    teacher = random_bundle(tmp_path / "latents", seed=4, steps=3, num_classes=0, image_shape=(4, 8, 8), latents=True)
+    decoded = attach_decoder(teacher, str(vae), tmp_path / "teacher")
+    given = [*WITHOUT_DATA, f"teacher.bundle={decoded.path}", "distillation.batch=8", "distillation.duration_kimg=0.008"]
+    train(load_recipe("digits", [*given, "loop.grid=4", "loop.report=false"]), tmp_path / "run")
+    spec = Bundle.open(tmp_path / "run" / "generator").spec
+    assert (spec.image_shape, spec.latents, spec.decoder) == ((4, 8, 8), True, None)
+    card = (tmp_path / "run" / "generator" / "README.md").read_text()
+    assert "a VAE's latents of 8x8x4" in card
+    assert "uni-instruct import . --decoder hf://stabilityai/sd-vae-ft-mse --out pictures" in card
+
+
 def test_pictures_are_told_apart_by_their_decoder(latents: Bundle, decoded: Bundle, tmp_path: Path) -> None:
     """A bundle is replaced in its own folder, its hash follows the decoder, and its card says so once."""
     assert decoded.weights_sha256 != latents.weights_sha256
@@ -260,7 +276,7 @@ def test_what_a_file_does_not_say_is_asked_for(cli: Cli, tmp_path: Path, bare: P
     out = tmp_path / "bundle"
     code, _, errors = cli("import", bare, "--out", out)
     assert code == 2
-    assert "makes 4 channels, which are no picture, and the file does not say what they are; give --latents" in errors
+    assert "makes 4 channels, which are no picture, and the file does not say what they are; import it with --latents" in errors
     assert not out.exists()
     assert cli("import", bare, "--latents", "--out", out)[0] == 0
     assert (Bundle.open(out).spec.latents, Bundle.open(out).spec.decoder) == (True, None)

@@ -85,7 +85,7 @@ def terms_in(metrics: dict[str, float]) -> set[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_method_has_its_terms_and_moves_the_generator(tmp_path: Path, reward: str, method: str) -> None:
     stage = stage_of(tmp_path, f"method={method}", f"reward={reward}")
-    before = [parameter.detach().clone() for parameter in stage.generator.module.parameters()]
+    before = [parameter.detach().clone() for parameter in stage.student.module.parameters()]
     metrics = run(stage, range(1))[0]
     divergence = {"integral"} if method in INTEGRAL else {"di", "fgm", "sim"}
     assert terms_in(metrics) == divergence | FURTHER_TERMS.get(method, set())
@@ -95,7 +95,7 @@ def test_method_has_its_terms_and_moves_the_generator(tmp_path: Path, reward: st
         assert (metrics[f"generator/{term}_gradient"] > 0) == (term not in still), term
     assert ("discriminator/loss" in metrics) == (method in {"dmd2", "f-distill", "sida", "uni-instruct"})
     assert ("ratio/q50" in metrics) == stage.recipe.objective.needs_ratio
-    assert any(not torch.equal(old, new) for old, new in zip(before, stage.generator.module.parameters(), strict=True))
+    assert any(not torch.equal(old, new) for old, new in zip(before, stage.student.module.parameters(), strict=True))
 
 
 def test_warm_up_and_phases_begin_where_the_recipe_says(tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_warm_up_and_phases_begin_where_the_recipe_says(tmp_path: Path) -> None:
 
 def test_warm_up_leaves_the_generator_alone(tmp_path: Path) -> None:
     stage = stage_of(tmp_path, "critic_warmup_kimg=1")
-    before = {name: tensor.clone() for name, tensor in stage.generator.module.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in stage.student.module.state_dict().items()}
     critic = {name: tensor.clone() for name, tensor in stage.critic.module.state_dict().items()}
     run(stage, range(2))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in stage.generator.module.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stage.student.module.state_dict().items())
     assert any(not torch.equal(tensor, critic[name]) for name, tensor in stage.critic.module.state_dict().items())
 
 
@@ -173,5 +173,5 @@ def test_rare_classes_count_as_much_as_frequent_ones(tmp_path: Path) -> None:
 
 
 def some_inputs(stage: DistillationStage) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(64, *stage.image_shape, generator=generator), torch.randint(10, (64,), generator=generator)
+    rng = torch.Generator().manual_seed(5)
+    return torch.randn(64, *stage.image_shape, generator=rng), torch.randint(10, (64,), generator=rng)

@@ -225,7 +225,7 @@ def test_phases_are_those_that_training_goes_through() -> None:
 
     told = [(p.objective, p.critic_alone) for p in phases(recipe) for _ in range(p.images // stage.batch)]
     warmup = 0.05 * 1000
-    assert told == [(stage.objective_at(i), i * stage.batch < warmup) for i in range(stage.total_steps)]
+    assert told == [(stage.objective_at(i).config, i * stage.batch < warmup) for i in range(stage.total_steps)]
     assert [phase.until_kimg for phase in phases(recipe)] == [0.032, 0.056, 0.072, 0.16]
 
 

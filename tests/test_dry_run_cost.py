@@ -98,7 +98,7 @@ def test_counts_without_storage_are_those_of_a_real_step(changes: list[str]) -> 
     for images in (3, 6):
         stage = distillation_stage(plan, fabric, plan.recipe.objective, False, images)
         step(stage)
-        with SavedTensors([stage.generator.module, stage.critic.module, stage.update_generator.teacher]) as saved:
+        with SavedTensors([stage.student.module, stage.critic.module, stage.update_student.teacher]) as saved:
             flops = count_flops(lambda stage=stage: step(stage))
         kept[images] = saved.peak
         assert flops / stage.batch == pytest.approx(counts.flops, rel=1e-9)
@@ -116,7 +116,7 @@ def test_parameters_are_those_of_the_networks(changes: list[str]) -> None:
     models = DistillationModels.from_teacher(build_denoiser(plan.teacher_spec), plan.recipe)
     added = [m for m in (models.critic.head, models.critic.own_encoder) if m is not None]
     assert count_parameters(models_without_storage(plan)) == {
-        "generator": sum(p.numel() for p in models.generator.parameters()),
+        "generator": sum(p.numel() for p in models.student.parameters()),
         "fake_score": sum(p.numel() for p in models.critic.fake_score.parameters()),
         "discriminator": sum(p.numel() for m in added for p in m.parameters()),
         "teacher": sum(p.numel() for p in models.teacher.parameters()),
@@ -129,13 +129,13 @@ def test_memory_is_what_a_stage_holds(tiny_teacher: Bundle) -> None:
     memory = cost_of(plan, budget_s=0).generator.memory
     stage = distillation_stage(plan, start_fabric(1, "32-true"), plan.recipe.objective, False, 6)
     step(stage)
-    with SavedTensors([stage.generator.module, stage.critic.module, stage.update_generator.teacher]) as saved:
+    with SavedTensors([stage.student.module, stage.critic.module, stage.update_student.teacher]) as saved:
         step(stage)
     assert memory.activations == pytest.approx(saved.peak, rel=0.01)
-    networks = [stage.generator.module, stage.critic.module, stage.update_generator.teacher]
+    networks = [stage.student.module, stage.critic.module, stage.update_student.teacher]
     assert memory.weights == sum(t.nbytes for n in networks for t in (*n.parameters(), *n.buffers()))
     assert memory.averages == sum(t.nbytes for n in stage.averages.modules().values() for t in (*n.parameters(), *n.buffers()))
-    states = [s for o in (stage.generator, stage.critic) for s in o.optimizer.state.values()]
+    states = [s for o in (stage.student, stage.critic) for s in o.optimizer.state.values()]
     assert memory.moments == sum(s[name].nbytes for s in states for name in ("exp_avg", "exp_avg_sq"))
     assert memory.gradients == max(sum(p.nbytes for p in n.parameters()) for n in networks)
 
@@ -165,5 +165,5 @@ def test_steps_are_timed_within_time_and_memory(limits: TrialLimits, images: int
 def test_accumulated_steps_are_timed_with_their_accumulation() -> None:
     plan = tiny_plan("teacher.micro_batch=2")
     fabric = start_fabric(1, "32-true")
-    assert len(teacher_stage(plan, fabric, 2).share.micro_batches) == 2
-    assert len(teacher_stage(tiny_plan(), fabric, 2).share.micro_batches) == 1
+    assert len(teacher_stage(plan, fabric, 2).shard.micro_batches) == 2
+    assert len(teacher_stage(tiny_plan(), fabric, 2).shard.micro_batches) == 1

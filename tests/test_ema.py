@@ -29,9 +29,9 @@ def profile(average: Average[Any], steps: int, batch: int) -> Tensor:
 
 def random_steps(steps: int, seed: int) -> Iterator[list[Tensor]]:
     """New weights for `small_network`, step by step."""
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        yield [torch.randn(p.shape, generator=generator) for p in small_network().parameters()]
+        yield [torch.randn(p.shape, generator=rng) for p in small_network().parameters()]
 
 
 def small_network() -> nn.Module:

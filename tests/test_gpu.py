@@ -32,8 +32,8 @@ def test_torch_makes_the_same_images_on_gpu_and_cpu(tiny_bundle: Bundle, tmp_pat
 
 
 def test_full_float32_convolves_as_a_cpu_does() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, filters = torch.randn(4, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator)
+    rng = torch.Generator().manual_seed(0)
+    images, filters = torch.randn(4, 64, 16, 16, generator=rng), torch.randn(64, 64, 3, 3, generator=rng)
     truth = torch.conv2d(images.double(), filters.double())
     with full_float32():
         made = torch.conv2d(images.cuda(), filters.cuda()).cpu().double()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uni_instruct.train.monitoring.health import SETTLING, SYMPTOMS, TRENDS, WINDOW, Health, Trend
+from uni_instruct.train.monitoring.health import DERIVED_METRICS, SETTLING, SYMPTOMS, WINDOW, DerivedMetric, Health
 
 PATIENCE = 3
 CALM = [1.0, 1.2, 0.9, 1.1, 1.0] * 4
@@ -51,7 +51,7 @@ def warnings_of(metric: str, values: Sequence[float], health: Health | None = No
 
 def test_every_symptom_has_its_curves() -> None:
     assert CURVES.keys() == SYMPTOMS.keys()
-    assert {c.metric for c in TRENDS.values()} <= {curves.metric for curves in CURVES.values()}
+    assert {c.metric for c in DERIVED_METRICS.values()} <= {curves.metric for curves in CURVES.values()}
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -107,8 +107,8 @@ def test_one_value_that_is_no_number_does_not_blind_the_comparisons(bad: float) 
     assert [line for line, _ in warnings_of("generator/score_distance", curve)] == [len(curve) - 1]
 
 
-@pytest.mark.parametrize("comparison", TRENDS.values(), ids=TRENDS)
-def test_nothing_is_divided_by_a_past_of_zeros(comparison: Trend) -> None:
+@pytest.mark.parametrize("comparison", DERIVED_METRICS.values(), ids=DERIVED_METRICS)
+def test_nothing_is_divided_by_a_past_of_zeros(comparison: DerivedMetric) -> None:
     assert warnings_of(comparison.metric, [0.0] * 2 * SETTLING + [1.0, 1.0]) == []
 
 

@@ -51,10 +51,10 @@ def peer(name: str, channels: int = 3) -> tuple[nn.Module, Denoiser]:
     denoiser = build_denoiser(
         ModelSpec(name="peer", noise_shape=(channels, 8, 8), num_classes=classes, network=ours, network_args={**args, **more})
     )
-    generator = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in denoiser.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
     shape = {"img_resolution": 8, "img_channels": channels, "label_dim": classes}
     outer = made.as_peer(nn.Module(), outer_class, {**shape, **args, "model_type": inner_class}, **shape, use_fp16=True)
     setattr(outer, "unet" if inner_class == "UNet" else "model", made.as_peer(denoiser.model, inner_class, dict(args)))
@@ -66,8 +66,8 @@ def peer(name: str, channels: int = 3) -> tuple[nn.Module, Denoiser]:
 
 
 def images_of(denoiser: Denoiser) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    x, sigma = torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([0.1, 2.5]).reshape(-1, 1, 1, 1)
+    rng = torch.Generator().manual_seed(2)
+    x, sigma = torch.randn(2, 3, 8, 8, generator=rng), torch.tensor([0.1, 2.5]).reshape(-1, 1, 1, 1)
     with torch.no_grad():
         out: torch.Tensor = denoiser(x * sigma, sigma, torch.tensor([3, 7]) if denoiser.num_classes else None)
     return out

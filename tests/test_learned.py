@@ -89,7 +89,7 @@ def stage_of(divergence: str, steps: int) -> DistillationStage:
         }
     )
     generator, judge = initial_weights(Generator, seed=0), initial_weights(Judge, seed=1)
-    models = DistillationModels(teacher=cast(Any, Teacher()), generator=cast(Any, generator), critic=cast(Any, judge))
+    models = DistillationModels(teacher=cast(Any, Teacher()), student=cast(Any, generator), critic=cast(Any, judge))
     return DistillationStage(models, recipe, Fabric(accelerator="cpu", devices=1), cast(Any, Draws(BATCH)))
 
 

@@ -122,8 +122,8 @@ def test_arguments_that_make_no_network_are_refused(architecture: str, args: dic
 
 @pytest.mark.parametrize("silu", [False, True])
 def test_group_norm_of_bfloat16_channels_last_has_torchs_values_and_gradients(silu: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, towards = (torch.randn(3, 12, 5, 4, generator=generator).bfloat16() for _ in range(2))
+    rng = torch.Generator().manual_seed(0)
+    images, towards = (torch.randn(3, 12, 5, 4, generator=rng).bfloat16() for _ in range(2))
     norm = GroupNorm(12)
     norm.load_state_dict({"weight": torch.linspace(0.5, 2, 12), "bias": torch.linspace(-1, 1, 12)})
     x = (3 * images + 2).to(memory_format=torch.channels_last).requires_grad_()

@@ -169,12 +169,12 @@ def test_ratios_are_left_alone_with_none() -> None:
 
 def test_running_means_take_out_what_a_noise_bin_is_off_by() -> None:
     """A discriminator that is off by a constant in each noise bin gives, in the long run, the ratios of one that is not."""
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     config, ratios = ObjectiveConfig(ratio_mean="running", ratio_bins=4), density_ratio(bins=4)
     offset = torch.tensor([1.5, -1.0, 0.0, 0.5])
     for _ in range(60):
-        sigma = karras_sigma(torch.rand(256, 1, 1, 1, generator=generator))
-        signal = 0.3 * torch.randn(256, generator=generator)
+        sigma = karras_sigma(torch.rand(256, 1, 1, 1, generator=rng))
+        signal = 0.3 * torch.randn(256, generator=rng)
         found = ratios(signal + offset[noise_bin(sigma, 4)], sigma, config)
     torch.testing.assert_close(found, signal.exp() / signal.exp().mean(), rtol=0.1, atol=0)
     assert ratios.state_dict()["running"] == pytest.approx((offset + 0.045).exp(), rel=0.05)
@@ -205,7 +205,7 @@ def gradients() -> dict[tuple[str, bool], Tensor]:
 
 
 def chunk_gradients(seed: int) -> dict[tuple[str, bool], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     m, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (M, B))
     teacher, frozen = toy.theory_teacher(), toy.theory_student(*double(M, B))
     configs = {
@@ -214,13 +214,13 @@ def chunk_gradients(seed: int) -> dict[tuple[str, bool], Tensor]:
         for exact in (True, False)
     }
     student = toy.theory_student(m, b)
-    component = torch.multinomial(student.weights, CHUNK, replacement=True, generator=generator)
-    narrow = torch.randn(CHUNK, generator=generator, dtype=torch.float64)
+    component = torch.multinomial(student.weights, CHUNK, replacement=True, generator=rng)
+    narrow = torch.randn(CHUNK, generator=rng, dtype=torch.float64)
     importance = WIDER * ((1 - WIDER**2) * narrow**2 / 2).exp()
     clean = student.means[component] + student.variances[component].sqrt() * WIDER * narrow
     levels = next(iter(configs.values())).levels
-    sigma = levels.draw(CHUNK, generator).double().flatten()
-    noised = clean + sigma * torch.randn(CHUNK, generator=generator, dtype=torch.float64)
+    sigma = levels.draw(CHUNK, rng).double().flatten()
+    noised = clean + sigma * torch.randn(CHUNK, generator=rng, dtype=torch.float64)
     ratio = (teacher.log_density(noised, sigma) - frozen.log_density(noised, sigma)).detach().exp()
     batch = DiffusedBatch(
         sigma=toy.as_images(sigma),
@@ -241,8 +241,8 @@ def mean_and_error(chunks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_batch() -> DiffusedBatch:
-    generator = torch.Generator().manual_seed(0)
-    clean, noised, teacher, fake = torch.randn(4, 8, 1, 2, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    clean, noised, teacher, fake = torch.randn(4, 8, 1, 2, 2, generator=rng, dtype=torch.float64).requires_grad_()
     sigma = torch.full((8, 1, 1, 1), 0.7, dtype=torch.float64)
     return DiffusedBatch(sigma=sigma, clean=clean, noised=noised, teacher=teacher, fake=fake)
 

@@ -42,13 +42,13 @@ class Training:
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
     folder = tmp_path_factory.mktemp("posthoc")
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(1000, generator=generator)
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.randn(1000, generator=rng)
     module = Walker(weights)
     emas, start, averages = [PowerEma(module, std) for std in FOLLOWED], weights.clone(), {}
     for step in range(1, STEPS + 1):
         kimg = step * BATCH / 1000
-        weights += 0.05 * torch.randn(1000, generator=generator)
+        weights += 0.05 * torch.randn(1000, generator=rng)
         for ema in emas:
             ema.update([weights], BATCH, kimg, [torch.tensor(step), FILTER])
             if step % EVERY == 0:

@@ -11,8 +11,8 @@ from tiny_plan import tiny_plan
 
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.train.config import LoopConfig
-from uni_instruct.train.optimization import precision
-from uni_instruct.train.optimization.precision import Way, exact, settle_for_run, settled
+from uni_instruct.train.optimization import auto_precision as precision
+from uni_instruct.train.optimization.auto_precision import Way, exact, settle_for_run, settled
 
 EXACT, ROWS, HALF = Way("32-true", False), Way("32-true", True), Way("bf16-mixed", True)
 SPEC = tiny_plan().teacher_spec

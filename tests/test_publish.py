@@ -20,7 +20,7 @@ from uni_instruct.bundle import CARD, CONFIG, SAMPLES, WEIGHTS, Bundle
 from uni_instruct.engine import TORCH, open_engine
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import RequestError
-from uni_instruct.export import onnx as onnx_target
+from uni_instruct.export import onnxruntime as onnxruntime_target
 from uni_instruct.export.publish import CHECKED_IMAGES, publish, store, without_folders
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
@@ -139,12 +139,12 @@ def scores_file(path: Path, weights_sha256: Any, seeds: str = "0-99", value: flo
 def test_scores_come_with_their_command_and_of_these_weights_only(
     original: Bundle, published: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build(bundle: Bundle, path: Path) -> dict[str, str]:
+    def build(bundle: Bundle, path: Path, precision: str) -> dict[str, str]:
         """The engine of the same weights: exporting anew takes ten times as long."""
         shutil.copy(published.engine_folder(ONNX) / EngineRecord.read(published.engine_folder(ONNX)).file, path)
         return {}
 
-    monkeypatch.setattr(onnx_target, "build", build)
+    monkeypatch.setattr(onnxruntime_target, "build", build)
     out = shutil.copytree(published.path, tmp_path / "out")
     first = scores_file(tmp_path / "1.json", published.weights_sha256)
     second = scores_file(tmp_path / "2.json", original.weights_sha256, "100-199", 0.375)

@@ -11,12 +11,16 @@ import torch
 
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels
+from uni_instruct.train.config import DECAY_NAMES, TRACKER_NAMES, Recipe
 from uni_instruct.train.monitoring.health import SYMPTOMS
 from uni_instruct.train.monitoring.nonfinite import ADVICE
+from uni_instruct.train.monitoring.trackers import TRACKERS
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.reward import open_reward
+from uni_instruct.train.optimization.optimizer import DECAYS
 from uni_instruct.train.recipe import all_keys, load_recipe, parse_recipe
+from uni_instruct.train.recipe_help import explained_keys
 
 REWARD = "def ink(images, class_ids):\n    return images.mean(dim=(1, 2, 3))\n"
 
@@ -166,3 +170,29 @@ def test_reward_is_tried_before_it_is_used(tmp_path: Path, body: str, message: s
 def test_reward_that_fits_is_given_back(reward: str) -> None:
     images = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(open_reward(reward, (1, 8, 8), 0)(images, None), images.mean(dim=(1, 2, 3)))
+
+
+def test_every_key_of_a_recipe_is_explained_in_one_line(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, printed, _ = cli("train", "--help-recipe")
+    assert code == 0
+    known = {key.key: key for key in explained_keys()}
+    assert set(known) == {*all_keys(), "schedule[].until_kimg", "schedule[].objective"}
+    for key in known.values():
+        assert 10 < len(key.meaning) < 100, key.key
+        assert "\n" not in key.meaning, key.key
+        assert re.search(rf"^{re.escape(key.key)} +{re.escape(key.default)} +{re.escape(key.meaning[:30])}", printed, re.M), key
+
+
+def test_defaults_are_printed_as_a_recipe_writes_them() -> None:
+    printed = {key.key: key.default for key in explained_keys()}
+    for key, text in printed.items():
+        section, _, name = key.rpartition(".")
+        if text not in ("-", "(required)"):
+            recipe = load_recipe("digits", [f"{key}={text}"])
+            default = getattr(type(getattr(recipe, section)) if section else Recipe, name)
+            assert getattr(getattr(recipe, section) if section else recipe, name) == default, key
+
+
+def test_the_words_of_a_recipe_are_those_of_the_tables() -> None:
+    assert set(DECAY_NAMES) == set(DECAYS)
+    assert set(TRACKER_NAMES) == set(TRACKERS)

@@ -15,7 +15,7 @@ import yaml
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import PhaseConfig, Recipe
 from uni_instruct.train.recipe import load_recipe, parse_recipe, recipe_fields
-from uni_instruct.train.recipe_help import recipe_help, rows
+from uni_instruct.train.recipe_help import explained_keys, recipe_help
 from uni_instruct.train.recipe_keys import RANGE, Range
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -244,7 +244,7 @@ def test_a_section_on_the_command_line_leaves_a_wrong_file_one_line(tmp_path: Pa
 
 
 def test_help_shows_every_range() -> None:
-    shown = {row.key: row.range for row in rows()}
+    shown = {row.key: row.range for row in explained_keys()}
     assert all(shown[key] == str(FIELDS[key].metadata[RANGE]) for key in NUMBERS)
     assert re.search(r"teacher\.batch +128 +1 to 1000000 +images of a step", recipe_help(140))
 

@@ -244,8 +244,8 @@ def images_dataset(images: np.ndarray) -> Dataset:
 
 
 def test_nearest_rows_are_those_of_all_distances() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows, queries = torch.randn(101, 7, generator=generator), torch.randn(20, 7, generator=generator)
+    rng = torch.Generator().manual_seed(0)
+    rows, queries = torch.randn(101, 7, generator=rng), torch.randn(20, 7, generator=rng)
     queries = torch.cat([queries, rows[[3, 50, 100]]])
     excluded = torch.tensor([-1] * 20 + [3, 50, 100])
     distances = torch.cdist(queries.double(), rows.double())

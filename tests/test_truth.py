@@ -109,13 +109,13 @@ def exact_config(divergence: str, family: str, exact_sim: bool = True) -> Object
 
 def random_pair(dims: int, seed: int) -> Pair:
     """The teacher is the narrower one, so that every moment of its ratio to the student is finite."""
-    generator = torch.Generator().manual_seed(100 * dims + seed)
+    rng = torch.Generator().manual_seed(100 * dims + seed)
 
     def uniform(low: float, high: float, count: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+        return low + (high - low) * torch.rand(count, generator=rng, dtype=torch.float64)
 
     def normal(count: int) -> Tensor:
-        return torch.randn(count, dims, generator=generator, dtype=torch.float64) / dims**0.5
+        return torch.randn(count, dims, generator=rng, dtype=torch.float64) / dims**0.5
 
     def mixture(components: int, low: float, high: float) -> toy.Mixture:
         weights = uniform(0.2, 1, components)
@@ -128,13 +128,13 @@ def training_gradient(pair: Pair, configs: dict[Key, ObjectiveConfig], draws: in
     """What training follows, from its own noise levels, terms and weights; samples are shared by all configs."""
     levels = next(iter(configs.values())).levels
     sums = {key: torch.zeros(2, 2, dtype=torch.float64) for key in configs}
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     for _ in range(draws // CHUNK):
-        component = torch.multinomial(pair.student.weights, CHUNK, replacement=True, generator=generator)
-        spread = pair.student.variances[component, None].sqrt() * normal_like(pair.direction[component], generator)
+        component = torch.multinomial(pair.student.weights, CHUNK, replacement=True, generator=rng)
+        spread = pair.student.variances[component, None].sqrt() * normal_like(pair.direction[component], rng)
         clean = (pair.student.means[component] + spread).requires_grad_()
-        sigma = levels.draw(CHUNK, generator).double().flatten()
-        noised = clean + sigma[:, None] * normal_like(clean, generator)
+        sigma = levels.draw(CHUNK, rng).double().flatten()
+        noised = clean + sigma[:, None] * normal_like(clean, rng)
         ratio = (pair.teacher.log_density(noised, sigma) - pair.student.log_density(noised, sigma)).detach().exp()
         batch = DiffusedBatch(
             sigma=toy.as_images(sigma),
@@ -157,15 +157,15 @@ def likelihood_ratio_gradient(pair: Pair, keys: Sequence[Key], draws: int, seed:
 
     The integral family's levels are drawn uniformly in log sigma, between the ends of EDM's schedule.
     """
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     sums = {key: torch.zeros(2, 2, dtype=torch.float64) for key in keys}
     span = math.log(SIGMA_MAX / SIGMA_MIN)
     for _ in range(draws // CHUNK):
         for family in dict.fromkeys(family for _, family in keys):
-            clean = pair.student.sample(CHUNK, generator)
-            sigma = SIGMA_MIN * (span * torch.rand(CHUNK, generator=generator, dtype=torch.float64)).exp()
+            clean = pair.student.sample(CHUNK, rng)
+            sigma = SIGMA_MIN * (span * torch.rand(CHUNK, generator=rng, dtype=torch.float64)).exp()
             sigma, weight = (sigma, sigma**2 * span) if family == "integral" else (0 * sigma, torch.ones_like(sigma))
-            noised = clean + sigma[:, None] * normal_like(clean, generator)
+            noised = clean + sigma[:, None] * normal_like(clean, rng)
             slopes = log_density_slopes(pair, noised, sigma)
             ratio = (pair.teacher.log_density(noised, sigma) - pair.student.log_density(noised, sigma)).exp()
             for name in (name for name, other in keys if other == family):
@@ -219,5 +219,5 @@ def estimate(total: Tensor, square: Tensor, draws: int) -> Estimate:
     return Estimate(mean, ((square / draws - mean**2) / draws).sqrt())
 
 
-def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+def normal_like(x: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=rng, dtype=torch.float64)

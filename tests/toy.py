@@ -35,10 +35,10 @@ class Mixture:
         """E[x_0 | x_sigma = x] (Tweedie)."""
         return x + (sigma**2 if self.means.ndim == 1 else sigma[..., None] ** 2) * self.score(x, sigma)
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, n: int, rng: torch.Generator) -> Tensor:
         """n draws, reparameterised: differentiable in the means and variances."""
-        component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, *self.means.shape[1:], generator=generator, dtype=self.means.dtype)
+        component = torch.multinomial(self.weights, n, replacement=True, generator=rng)
+        noise = torch.randn(n, *self.means.shape[1:], generator=rng, dtype=self.means.dtype)
         std = self.variances[component].sqrt()
         return self.means[component] + (std if self.means.ndim == 1 else std[:, None]) * noise
 

@@ -37,6 +37,7 @@ Data: {source}. Licence of data: {licence}.
 def model_card(spec: ModelSpec, recipe: Recipe, dataset: Dataset | None, scores: Mapping[str, float]) -> str:
     """README.md of a bundle, with a header that Hugging Face reads."""
     channels, height, width = spec.image_shape
+    # Teacher and generator share the card; only this tells them apart.
     one_step = spec.steps == 1
     summary = (
         f"A one-step image generator, distilled by {recipe.objective.method} ({recipe.objective.family} family, "
@@ -46,6 +47,7 @@ def model_card(spec: ModelSpec, recipe: Recipe, dataset: Dataset | None, scores:
     )
     return _CARD.format(
         name=spec.name,
+        # The hub refuses a tag that it does not know.
         licence_tag=LICENCE_TAGS.get(spec.licence, "other"),
         summary=summary,
         recipe=recipe.name,

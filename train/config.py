@@ -26,9 +26,9 @@ from uni_instruct.train.recipe_keys import (
 )
 
 AUTO = "auto"
-# Words of a recipe; what they stand for is in the table of the same name, in optimizer.py and in trackers.py.
-DECAYS = ("linear", "cosine", "sqrt")
-TRACKERS = ("tensorboard", "wandb", "trackio")
+# What a recipe may say. The tables DECAYS and TRACKERS, which say what that means, stand above this module.
+DECAY_NAMES = ("linear", "cosine", "sqrt")
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 EVALUATED = Range(1e-6, 1e9, "loop.metric=none scores nothing")
 
@@ -40,7 +40,7 @@ class NetworkConfig:
     None leaves an argument to the architecture, which refuses those that it does not have.
     """
 
-    architecture: str = key("ddpmpp", "ddpmpp, ncsnpp, adm or edm2; docs/architecture.md says where each is")
+    architecture: str = key("ddpmpp", "the network inside: ddpmpp, ncsnpp, adm or edm2")
     conditional: bool = key(True, "whether the network knows the classes of the data")
     sigma_data: float = key(0.5, "deviation of the data's pixels, which the preconditioning counts on", Range(1e-3, 1e3))
     patch: int | None = key(None, "patch x patch pixels are one to the network; 2 is some three times as fast", Range(1, 4))
@@ -100,7 +100,7 @@ class StageConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of(f"{self.section}.decay", self.decay, DECAYS)
+        one_of(f"{self.section}.decay", self.decay, DECAY_NAMES)
         check_ranges(self.section, self)
         if not self.ema_halflife_kimg:
             remedy = "give one: it is what is published"
@@ -198,7 +198,7 @@ class LoopConfig:
             )
         check_ranges("loop", self)
         for tracker in self.trackers:
-            one_of("loop.trackers", tracker, TRACKERS)
+            one_of("loop.trackers", tracker, TRACKER_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)

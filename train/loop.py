@@ -18,7 +18,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.generate import input_batches, resolve_class_ids
+from uni_instruct.evaluate.class_draw import draw_classes
+from uni_instruct.generate import input_batches
 from uni_instruct.images import latent_preview
 from uni_instruct.networks.one_step import as_tensors, to_uint8
 from uni_instruct.progress import progress, silent
@@ -98,6 +99,7 @@ class Loop:
     def __call__(self, stage: Stage) -> Best:
         """Trains to the end; raises KeyboardInterrupt after saving the state where the user interrupts."""
         first = self._resume(stage)
+        # A run that is called again after its end has nothing to do here, and must not log or evaluate once more.
         if first == stage.total_steps:
             return self.best
         self.run.note_changes(stage.name, first)
@@ -107,6 +109,7 @@ class Loop:
         with _deferred_interrupt() as interrupted, shows as shown, clock.during(stage.name, "steps"):
             for index in range(first, stage.total_steps):
                 done = index + 1
+                # One for each step, not one that goes on: what was drawn before does not matter to a resumed run.
                 rng = step_rng(self.config.seed, stage.name, index)
                 torch.manual_seed(rng.initial_seed() + self.fabric.global_rank)  # dropout draws from the global one
                 log_details = _due(stage, done, self.config.log_kimg)
@@ -118,6 +121,7 @@ class Loop:
                     with clock.during(stage.name, "evaluation"):
                         note = self._evaluate(stage, done)
                 shown.advance(1, note)
+                # After the step, so that the state that is saved is that of a whole one.
                 stop = self._anywhere(interrupted())
                 if stop or _due(stage, done, self.config.state_kimg):
                     with clock.during(stage.name, "saving"):
@@ -137,6 +141,7 @@ class Loop:
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether the flag is up in any process: all of them have to stop at the same step."""
+        # One process needs no collective, which on a GPU would wait for the step to end.
         if self.fabric.world_size == 1:
             return flag
         total = self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum")
@@ -152,6 +157,7 @@ class Loop:
                 self.best = Best(**state["best"])  # else another measure would be held against it
             self.health.load_state_dict(state["health"])
         self.fabric.barrier()  # every process has read what the first is going to change
+        # A killed run logged steps that no state remembers; they are going to be trained, and logged, again.
         if self._first:
             self.run.forget_log_after(stage.name, step if state is not None else -1)
         return step
@@ -165,7 +171,7 @@ class Loop:
                 "health": self.health.state_dict(),
                 "stage": stage.state_dict(),
             }
-            self.run.save_state(stage.name, state, self.spec.class_names)
+            self.run.save_state(stage.name, state)
         self.fabric.barrier()
 
     def _snapshot(self, stage: Stage, done: int) -> None:
@@ -174,6 +180,7 @@ class Loop:
 
     def _log(self, stage: Stage, done: int, metrics: Metrics, meter: "_Meter") -> str:
         values = {name: float(value) for name, value in metrics.items()}
+        # Health is asked before speed and memory are added: those are the machine's, and no symptom may depend on them.
         values["skipped_steps"] = stage.skipped
         warnings = self.health.examine(values)
         values["images_per_s"] = meter.steps_per_s(done) * stage.batch
@@ -196,10 +203,12 @@ class Loop:
         scores, value = {}, 0.0  # without a metric the last weights count
         if self.evaluator is not None:
             asked = SELECTION_METRICS[self.config.metric].asked
+            # Precision and recall compare every pair of images of the reference: affordable for small ones alone.
             few = self.evaluator.reference_images <= MOST_REFERENCE_FOR_PR
             scores = self.evaluator(images, class_ids, metrics=(asked, "pr") if few else (asked,)).values
             value = metric_value(scores, self.config.metric)
             self.run.log(stage.name, done, kimg, scores)
+        # Of equal scores the later one counts, and without a metric all are equal.
         if value <= self.best.value:
             self.best = Best(value, done, scores)
             self.keep(scores, images[: self.config.grid])
@@ -209,7 +218,8 @@ class Loop:
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
         count = self.config.samples if self.config.metric != "none" else self.config.grid
         seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + count)
-        class_ids = resolve_class_ids(self.spec, seeds)
+        # As in the data that it is to imitate: the best weights at other shares of the classes would be others.
+        class_ids = draw_classes(self.spec, seeds, self.evaluator.reference if self.evaluator else None).class_ids
         device = next(stage.averages.primary.module.parameters()).device
         parts = []
         with progress(f"{stage.name}: samples", len(seeds), "images") as shown:
@@ -222,6 +232,7 @@ class Loop:
 
 
 def _due(stage: Stage, done: int, every_kimg: float) -> bool:
+    # Whole batches: a stage whose batch is larger than the interval does it after each. The last step always counts.
     return done == stage.total_steps or done % max(1, round(every_kimg * 1000 / stage.batch)) == 0
 
 
@@ -234,6 +245,7 @@ class _Meter:
 
     def steps_per_s(self, done: int) -> float:
         now = time.monotonic()
+        # max: two lines within the clock's resolution.
         rate = (done - self.step) / max(now - self.time_s, 1e-9)
         self.time_s, self.step = now, done
         return rate
@@ -243,6 +255,7 @@ def _memory_mb() -> float:
     """The most memory that this process has held: of the GPU where there is one, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    # Linux gives kilobytes, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -259,10 +272,12 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     def receive(number: int, frame: FrameType | None) -> None:
         nonlocal received
+        # Who asks twice does not want to wait for the step.
         if received:
             raise KeyboardInterrupt
         received = True
 
+    # SIGTERM as well as Ctrl-C: it is what a scheduler sends before it kills.
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: received

@@ -12,8 +12,10 @@ from lightning_fabric import Fabric
 
 from uni_instruct import __version__
 from uni_instruct.bundle import CONFIG, Bundle
+from uni_instruct.data import Dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import Evaluator
+from uni_instruct.evaluate.class_draw import class_counts
 from uni_instruct.hub import is_on_hub
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
@@ -26,12 +28,14 @@ from uni_instruct.train.config import Recipe
 from uni_instruct.train.judging import announce, choose_judge
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
+from uni_instruct.train.optimization.auto_precision import settle_for_run
 from uni_instruct.train.optimization.distributed import BatchShard, ended_together, start_fabric
-from uni_instruct.train.optimization.precision import settle_for_run
+from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.rng import initial_weights
-from uni_instruct.train.run import Run, claimed, saved_classes
+from uni_instruct.train.run import Run, claimed
+from uni_instruct.train.same_data import check_same_data, saved_classes
 from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 from uni_instruct.train.stages.teacher import TeacherStage
@@ -50,7 +54,8 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
     fabric = start_fabric(devices, recipe.loop.precision)
-    with ended_together(fabric):
+    with ended_together(fabric), arithmetic_of(recipe.loop.precision):
+        # Both stages, though the second comes hours later: a batch that does not divide is told now.
         for config in (recipe.teacher, recipe.distillation):
             BatchShard(fabric, config.batch, config.micro_batch)
         return _trained(plan, out, fabric, devices, start)
@@ -60,6 +65,8 @@ def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float) 
     recipe = plan.recipe
     with claimed(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
         lock.note(devices)
+        if plan.dataset is not None:
+            check_same_data(out, plan.dataset, write=fabric.is_global_zero)
         run.clock.add("run", "preparation", time.monotonic() - start)
         with run.clock.during("run", "preparation"):
             session = _Session(plan, run, fabric)
@@ -84,6 +91,7 @@ class _Session:
     def __init__(self, plan: Plan, run: Run, fabric: Fabric):
         self.plan, self.run, self.fabric = plan, run, fabric
         self.recipe, self.dataset = plan.recipe, plan.dataset
+        # One process scores; another's copy of the reference's features would be memory for nothing.
         judged = fabric.is_global_zero and self.recipe.loop.metric != "none" and self.dataset is not None
         self.evaluator = None
         if judged and self.dataset is not None:
@@ -109,6 +117,7 @@ class _Session:
                 "recipe": self.recipe.to_dict(),
                 "data": self.dataset.source if self.dataset else "",
                 "teacher": _ancestry(teacher),
+                **_class_counts(teacher.spec, self.dataset),
                 "teacher_sha256": teacher.weights_sha256,
                 "uni_instruct": __version__,
             },
@@ -126,6 +135,7 @@ class _Session:
         wanted = self.recipe.loop.report and self.fabric.is_global_zero
         if not wanted or report_is_current(self.run.folder):
             return
+        # Hours of training must not end in an error because a picture could not be drawn.
         try:
             write_report(self.run.folder, self.plan, self.evaluator, progress)
         except Exception as error:  # whatever drawing, scoring and disks raise
@@ -141,6 +151,7 @@ class _Session:
             Bundle.write(folder, spec, weights, card, encode(contact_sheet(images)), reference=make_reference)
 
         best: Best = Loop(self.run, self.recipe.loop, self.fabric, spec, self.evaluator, keep)(stage)
+        # A stage that its state calls finished is not trained again, so a bundle that was removed cannot come back.
         if not (folder / CONFIG).exists():
             raise RequestError(f"{folder} is gone, but its training is finished", remedy="train into another --out")
         log.info("%s: best after step %d: %s", name, best.step, best.scores)
@@ -151,6 +162,7 @@ class _Session:
         if not objectives:
             return None
         file, count = self.run.folder / "state" / "pairs.safetensors", max(o.regression_pairs for o in objectives)
+        # One process draws, then all read the same file.
         if self.fabric.is_global_zero:
             teacher_pairs(file, teacher, count, self.recipe.teacher.steps, self.fabric.device)
         self.fabric.barrier()
@@ -159,6 +171,12 @@ class _Session:
     def _batches(self, batch: int) -> DataLoader:
         assert self.dataset is not None
         return DataLoader(self.dataset, batch, self.recipe.loop.seed)
+
+
+def _class_counts(spec: ModelSpec, dataset: Dataset | None) -> dict[str, Any]:
+    """How many images each class has in the data, for `generate --classes data`; nothing where that is not known."""
+    counts = class_counts(spec, dataset)
+    return {} if counts is None else {"class_counts": counts.tolist()}
 
 
 def _ancestry(teacher: Bundle) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a recipe comes to on this machine: data, teacher and reward opened, and held against each other before any training."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +39,12 @@ def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
 
     Raises RequestError where its parts do not fit each other.
     """
+    # First what costs nothing: a missing package is told before data are opened.
     check_trackers(recipe.loop.trackers)
     dataset = open_dataset(recipe.data) if recipe.data else None
-    if dataset is not None and recipe.network.conditional and not recipe.teacher.bundle:
-        dataset = numbered_as(dataset, classes, "the run")
+    if dataset is not None:
+        with suppress(RequestError):  # check_same_data says what came and went
+            dataset = numbered_as(dataset, classes, "the run")
     given = open_or_import(recipe.teacher.bundle, "teacher") if recipe.teacher.bundle else None
     if given is not None:
         _check_is_teacher(given)
@@ -99,6 +102,7 @@ def _open_start(source: str, teacher: ModelSpec) -> Bundle:
     bundle = open_or_import(source, "generator")
     mine, theirs = bundle.spec, teacher
     match_classes(teacher.class_names, mine.class_names, "the teacher", f"distillation.start {source}")
+    # The plain differences first: their message is shorter than that of two lists of arguments.
     for what in ("noise_shape", "num_classes", "network"):
         if getattr(mine, what) != getattr(theirs, what):
             raise _unlike(source, what, getattr(mine, what), getattr(theirs, what))
@@ -131,6 +135,7 @@ def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestErro
 
 
 def _without_storage(spec: ModelSpec) -> Denoiser:
+    # Shapes without storage: a network of any size is built in no time.
     with torch.device("meta"):
         return build_denoiser(spec)
 
@@ -141,6 +146,7 @@ def _weights_of(denoiser: Denoiser) -> tuple[Preconditioning, dict[str, torch.Si
 
 def _open_rewards(recipe: Recipe, spec: ModelSpec) -> Reward | None:
     names = {objective.reward for objective in recipe.objectives if objective.reward_scale}
+    # One network of a user's may fill half of a GPU.
     if len(names) > 1:
         raise RequestError(f"phases name {len(names)} rewards", remedy="give all of them the same", param="reward")
     return open_reward(names.pop(), spec.image_shape, spec.num_classes) if names else None
@@ -174,6 +180,7 @@ def _fitted_to_teacher(teacher: Bundle, dataset: Dataset, needs_labels: bool) ->
             remedy="give the data that the teacher was trained on",
             param="teacher",
         )
+    # An unconditional use of data needs no classes that fit.
     if not needs_labels or not teacher.spec.num_classes:
         return dataset
     if dataset.num_classes:  # before their number, as names say which

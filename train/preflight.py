@@ -19,11 +19,12 @@ from uni_instruct.networks.build import load_denoiser
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, settled
 from uni_instruct.train.judging import choose_judge
-from uni_instruct.train.optimization.precision import exact
+from uni_instruct.train.optimization.auto_precision import exact
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.recipe_changes import holds_training, saved_step
-from uni_instruct.train.run import Run, saved_classes
+from uni_instruct.train.run import Run
 from uni_instruct.train.run_lock import refuse_taken
+from uni_instruct.train.same_data import check_same_data, saved_classes
 
 READ = 64  # images that are read, spread over the data
 DENOISED = 4
@@ -70,6 +71,7 @@ def examine(preflight: Preflight) -> list[Finding]:
         except UniInstructError as error:
             words, ok = str(error), False
         findings.append(Finding(subject, ok, words))
+        # Without parts that fit there is no network to count.
         if subject == "recipe" and not ok:
             break  # the rest counts what the recipe comes to
     return findings
@@ -79,8 +81,10 @@ def _data(preflight: Preflight) -> str:
     dataset = preflight.dataset
     if dataset is None:
         return "none named"
+    # Spread over all of it: files are often sorted by class.
     indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
     values = dataset.floats(indices, [int(index) for index in indices])
+    # A wrong folder of masks or thumbnails trains without an error.
     if values.std() < 1e-3:
         raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "look at the data with 'data check'")
     classes = "no classes"
@@ -123,6 +127,7 @@ def _teacher(preflight: Preflight) -> str:
     class_ids = torch.from_numpy(dataset.labels[indices]) if conditional and dataset.labels is not None else None
     with torch.no_grad():
         denoised = load_denoiser(bundle)(clean + SIGMA * noise, torch.full((len(clean), 1, 1, 1), SIGMA), class_ids)
+    # What share of the noise is left: a denoiser that gives back its input leaves all of it.
     left = float(((denoised - clean) ** 2).mean() / SIGMA**2)
     seen = f"of noise of {SIGMA} on {len(clean)} images it leaves {left:.0%}"
     if not left < 1:
@@ -140,6 +145,8 @@ def _run(preflight: Preflight) -> str:
     refuse_taken(out)
     if not holds_training(out):
         return f"{out} holds no training yet"
+    if preflight.plan.dataset is not None:
+        check_same_data(out, preflight.plan.dataset, write=False)
     with closing(Run(out, recipe, first_process=False)) as run:
         stages = [stage for stage in ("teacher", "generator") if run.load_state(stage) is not None]
     at = ", ".join(f"{stage} at step {saved_step(out, stage):,}" for stage in stages)
@@ -178,6 +185,7 @@ def _memory(preflight: Preflight) -> str:
 
 
 def _disk(preflight: Preflight) -> str:
+    # The run's folder need not be there yet; its disk is that of the nearest one that is.
     folder = next(path for path in (preflight.out.absolute(), *preflight.out.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, preflight.cost.disk
     words = f"about {needed / MB:,.0f} MB needed, {free / MB:,.0f} MB free in {folder}"

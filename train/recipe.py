@@ -32,6 +32,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RequestError(f"recipe '{source}' is unknown", remedy=f"give a YAML file or one of {known}", param="recipe")
     values = _with_sections(Recipe, read_yaml(path))
     changes = [_read_override(override) for override in overrides]
+    # The method first, wherever it was written: the other changes are meant on top of it.
     for key, value in sorted(changes, key=lambda change: change[0] != METHOD_KEY):
         if key == METHOD_KEY:
             _change_method(values, value)
@@ -136,6 +137,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     missing = [f.name for f in dataclasses.fields(cls) if _required(f) and values.get(f.name) is None]
     if missing:
         raise RequestError(f"recipe has no '{prefix}{missing[0]}'", remedy="give it in a line of its own", param="recipe")
+    # A method's settings are defaults: the recipe's own keys go on top.
     if cls is ObjectiveConfig:
         method = values.get("method", ObjectiveConfig.method)
         one_of(prefix + "method", method, METHODS)

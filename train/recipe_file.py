@@ -56,4 +56,5 @@ class _OnceLoader(yaml.SafeLoader):
 
 def steps_in(kimg: float, batch: int) -> int:
     """The whole number of batches that comes nearest to so many thousand images, at least one."""
+    # Never zero steps, however small the number: a stage that does nothing has no weights to publish.
     return max(1, round(kimg * 1000 / batch))

@@ -11,7 +11,7 @@ from uni_instruct.train.recipe_keys import MEANING, RANGE
 NARROWEST = 40  # of the column of meanings, however narrow the terminal
 
 
-class Row(NamedTuple):
+class RecipeKey(NamedTuple):
     """One key: its full name, its default as a recipe writes it, the range of a number, and what it is for."""
 
     key: str
@@ -20,7 +20,7 @@ class Row(NamedTuple):
     meaning: str
 
 
-def rows() -> list[Row]:
+def explained_keys() -> list[RecipeKey]:
     """Every key in the recipe's order; those of a phase come after `schedule`."""
     found = []
     for key, field in recipe_fields(Recipe).items():
@@ -32,7 +32,7 @@ def rows() -> list[Row]:
 
 def recipe_help(width: int) -> str:
     """The table, in lines of at most `width` characters where its last column can be that narrow."""
-    table = [Row("key", "default", "range", "meaning"), *rows()]
+    table = [RecipeKey("key", "default", "range", "meaning"), *explained_keys()]
     widths = [max(len(row[column]) for row in table) + 2 for column in range(3)]
     lines = []
     for row in table:
@@ -42,8 +42,8 @@ def recipe_help(width: int) -> str:
     return "\n".join(lines)
 
 
-def _row(key: str, field: "dataclasses.Field[Any]") -> Row:
-    return Row(key, _written(field.default), str(field.metadata.get(RANGE) or "-"), field.metadata[MEANING])
+def _row(key: str, field: "dataclasses.Field[Any]") -> RecipeKey:
+    return RecipeKey(key, _written(field.default), str(field.metadata.get(RANGE) or "-"), field.metadata[MEANING])
 
 
 def _written(default: object) -> str:

@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,20 @@ class Run:
             raise FileFormatError(f"state {file} cannot be read", remedy="delete it to train that stage anew") from error
         return state
 
-    def save_state(self, stage: str, state: dict[str, Any], class_names: Sequence[str]) -> None:
+    def save_state(self, stage: str, state: dict[str, Any]) -> None:
         """Replaces the stage's state; the old one stays where writing fails."""
+        # The state before its note: a note that is older than its state is known to be of no use.
         with atomic_file(self._state_file(stage)) as partial, partial.open("wb") as file:
             torch.save(state, file)  # to a Python file, whose errors say that the disk is full
         with atomic_file(self._state_file(stage).with_suffix(".json")) as partial:
-            partial.write_text(json.dumps({"step": state["step"], "classes": list(class_names)}))  # for who asks without torch
+            partial.write_text(json.dumps({"step": state["step"]}))  # for those who ask without torch
         self.clock.write()
 
     def log(self, stage: str, step: int, kimg: float, values: Mapping[str, float]) -> None:
         """One line in log.jsonl, and the same values to the trackers over images seen."""
         self._write_line({"stage": stage, "step": step, "kimg": round(kimg, 3), **values})
         self.clock.write()
+        # Two stages log to one tracker; a bare name would mix their curves.
         named = {name if "/" in name else f"{stage}/{name}": value for name, value in values.items()}
         for tracker in self._open_trackers():
             tracker.scalars(named, int(kimg * 1000))
@@ -107,6 +109,7 @@ class Run:
             return
         lines = file.read_text().splitlines()
         kept = [line for line in lines if _line_precedes(line, stage, step)]
+        # Most resumed runs have nothing to forget, and logs are long.
         if kept == lines:
             return
         with atomic_file(file) as partial:
@@ -137,18 +140,11 @@ class Run:
         return self._trackers
 
 
-def saved_classes(folder: Path) -> tuple[str, ...]:
-    """The classes that a run has been trained with, in its order; none where nothing has been saved, or it has none."""
-    for stage in ("teacher", "generator"):
-        with suppress(OSError, ValueError, AttributeError):
-            return tuple(map(str, json.loads((folder / "state" / f"{stage}.json").read_text()).get("classes", ())))
-    return ()
-
-
 @contextmanager
 def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
     """Holds the folder for the processes of fabric. Raises RequestError, in each of them, where others train there."""
     with RunLock(folder) as lock:
+        # One process asks; the others must hear the answer, or they would wait for it in vain.
         free = lock.acquire() if fabric.is_global_zero else True
         if not fabric.broadcast(free):
             raise taken(folder)

@@ -65,6 +65,7 @@ class RunLock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # Before the lock goes: who takes it next must find how this one ended.
         if self._worker is not None:
             self._write(dataclasses.replace(self._worker, ended=_ending(error)))
         if self._file is not None:
@@ -111,6 +112,7 @@ class RunLock:
 def is_locked(folder: Path) -> bool | None:
     """Whether a process holds the run; None where the file system does not tell. Opens nothing for writing."""
     try:
+        # Not made where it is missing: asking leaves no trace in a run.
         file = os.open(folder / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
@@ -127,6 +129,7 @@ def read_worker(folder: Path) -> Worker | None:
     """Who works on the run, or did last; None where there is no note, or none that can be read."""
     try:
         values = json.loads((folder / LOCK).read_text())
+        # Whatever stands there: a note is a courtesy, and never a reason to fail.
         return Worker(**values | {"program": tuple(values["program"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -151,6 +154,7 @@ def taken(folder: Path) -> RequestError:
 def _try_lock(file: int, kind: int) -> bool | None:
     """Whether the lock was free, and is held now; None where there are no locks."""
     try:
+        # flock, not lockf: that one is lost when any other handle of the file is closed.
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
@@ -169,6 +173,7 @@ def _ending(error: BaseException | None) -> str:
 def _program() -> tuple[str, ...]:
     """How this command line was called: the script of an environment, a module, or torchrun."""
     module = (sys.executable, "-m")
+    # Under torchrun sys.argv names this process alone; what the user called is gone, and put together again.
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return (
             *module,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ class Bundle:
         if not self.spec.makes_pictures:
             raise RequestError(
                 f"{self.origin} makes a VAE's latents, no pictures",
-                remedy=f"give it the VAE's decoder: uni-instruct import {self.origin} --decoder {USUAL_VAE} "
+                remedy=f"give it the VAE's decoder: uni-instruct import {quote(self.origin)} --decoder {USUAL_VAE} "
                 f"--out {self.spec.name}-pictures",
                 param="bundle",
             )

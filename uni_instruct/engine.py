@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import quote
 from typing import Literal, Protocol
 
 import numpy as np
@@ -141,6 +142,13 @@ RUNTIMES = {
             extra="serve",
         ),
         Runtime(
+            name="openvino",
+            engine_class="uni_instruct.engines.openvino:OpenVinoEngine",
+            package="openvino",
+            distributions=("openvino",),
+            extra="serve",
+        ),
+        Runtime(
             name="torch",
             engine_class="uni_instruct.engines.torch:TorchEngine",
             package="torch",
@@ -230,7 +238,7 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None) -> list[EngineId]
         runtime, fitting = engine_id.runtime, [engine_id] if engine_id in present else []
     if not fitting:
         others = any(engine_id.runtime == runtime for engine_id in present)
-        remedy = known if others else f"uni-instruct export {bundle.path} --to {runtime}"
+        remedy = known if others else f"uni-instruct export {quote(str(bundle.path))} --to {runtime}"
         raise RequestError(f"bundle {bundle.path} has no {wanted} engine", remedy=remedy, param="engine")
     return fitting
 

@@ -21,6 +21,10 @@ _UNWRITABLE = {
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
     errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EIO,
 }
 
 
@@ -29,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A path to write to, beside the real one; moved onto it on success, removed on failure."""
     partial = _partial(path)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, path)
         try:
             yield partial
             os.replace(partial, path)
@@ -43,9 +47,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty folder to fill, beside the real one; it takes the place of what was there on success, is removed on failure."""
     partial, old = _partial(path), path.with_name(f".{path.name}.{os.getpid()}.old")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, path)
         try:
-            partial.mkdir()
+            make_folder(partial, path)
             yield partial
             if path.exists():
                 os.replace(path, old)
@@ -57,16 +61,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def make_folder(folder: Path, wanted: Path) -> None:
+    """Makes a folder and those above it, for what is going to be written. Raises DiskError that names `wanted`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # what the kernel says of /proc/x: nothing can be made there
+        raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="choose another --out") from error
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """A full disk or a folder without write permission as a DiskError that names the path."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        # The kernel says so of a new file in /proc. Of any other file it is a fault, and not for lack of space.
+        nowhere = error.errno == errno.ENOENT and str(error.filename).startswith(str(path.parent / f".{path.name}."))
+        if error.errno not in _UNWRITABLE and not nowhere:
             raise
         raise DiskError(
-            f"cannot write {path}: {os.strerror(error.errno)}", remedy="free space or choose another --out"
+            f"cannot write {path}: {os.strerror(error.errno or 0)}", remedy="free space or choose another --out"
         ) from error
 
 

@@ -54,16 +54,19 @@ def input_batches(
     return (draw_inputs(spec, seeds[part], None if class_ids is None else class_ids[part]) for part in parts)
 
 
-def resolve_class_ids(spec: ModelSpec, seeds: Sequence[int] | np.ndarray, classes: Classes = None) -> np.ndarray | None:
+def resolve_class_ids(
+    spec: ModelSpec, seeds: Sequence[int] | np.ndarray, classes: Classes = None, shares: np.ndarray | None = None
+) -> np.ndarray | None:
     """A class id per seed, int64 [N]; None for an unconditional generator.
 
-    classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class.
+    classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class: all alike, or
+    as often as `shares` [num_classes] says.
     Raises RequestError for seeds out of range, unknown classes, or a number of classes that is neither 1 nor N.
     """
     seeds = checked_seeds(seeds)
     given = _listed(classes)
     if not len(given):
-        return random_class_ids(seeds, spec.num_classes) if spec.num_classes else None
+        return random_class_ids(seeds, spec.num_classes, shares) if spec.num_classes else None
     if not spec.num_classes:
         raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes")
     if len(given) not in (1, len(seeds)):

@@ -50,9 +50,17 @@ def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
     return out
 
 
-def random_class_ids(seeds: Sequence[int], num_classes: int) -> np.ndarray:
-    """A class for each seed, uniform on 0..num_classes-1 and independent of the seed's noise: int64 [len(seeds)]."""
-    return np.array([_generator(seed, _CLASS_STREAM).integers(num_classes) for seed in seeds], dtype=np.int64)
+def random_class_ids(seeds: Sequence[int], num_classes: int, shares: np.ndarray | None = None) -> np.ndarray:
+    """A class for each seed, on 0..num_classes-1 and independent of the seed's noise: int64 [len(seeds)].
+
+    Uniform, or as often as `shares` [num_classes] says, which need not sum to 1.
+    """
+    if shares is None:
+        return np.array([_generator(seed, _CLASS_STREAM).integers(num_classes) for seed in seeds], dtype=np.int64)
+    # u uniform on [0, 1): class k where (s_0 + .. + s_(k-1)) / s <= u < (s_0 + .. + s_k) / s.
+    ends = np.cumsum(shares, dtype=np.float64)
+    drawn = np.array([_generator(seed, _CLASS_STREAM).random() for seed in seeds])
+    return np.searchsorted(ends / ends[-1], drawn, side="right").astype(np.int64)
 
 
 def parse_seeds(text: str) -> list[int]:

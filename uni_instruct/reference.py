@@ -3,6 +3,7 @@
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Reference:
     @classmethod
     def read(cls, path: Path, spec: ModelSpec, weights_sha256: str) -> "Reference":
         """The reference of a model of those weights. Raises BundleError where the file is damaged or of anything else."""
-        remedy = f"'uni-instruct export {path.parent} --to onnx' writes it anew"
+        remedy = f"'uni-instruct export {quote(str(path.parent))} --to onnx' writes it anew"
         try:
             with np.load(path, allow_pickle=False) as data:
                 found = cls(

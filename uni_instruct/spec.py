@@ -1,6 +1,8 @@
 """ModelSpec: what noise goes into a model, what picture comes out, and where the model is from."""
 
+import difflib
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -134,6 +136,8 @@ class ModelSpec:
     licence: str = "unknown"
 
     def __post_init__(self) -> None:
+        # One form of Unicode everywhere: macOS writes accents apart from their letters, and such names look alike but differ.
+        object.__setattr__(self, "class_names", tuple(unicodedata.normalize("NFC", name) for name in self.class_names))
         if len(self.noise_shape) != 3 or min(self.noise_shape) < 1:
             raise BundleError(f"shape {self.noise_shape} is not [C, H, W]", remedy="give three positive sizes")
         if self.class_names and len(self.class_names) != self.num_classes:
@@ -175,18 +179,43 @@ class ModelSpec:
         return wanted if self.images_at_once is None else min(wanted, 4 * self.images_at_once)
 
     def class_id(self, label: int | str) -> int:
-        """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other."""
-        if label in self.class_names:
-            return self.class_names.index(str(label))
+        """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other.
+
+        A name wins over an id. Digits are no id where all names are numbers (1, 2, 3 for the ids 0, 1, 2), and a name that
+        several classes have says none of them.
+        """
+        name = unicodedata.normalize("NFC", label) if isinstance(label, str) else None
+        if name in self.class_names:
+            return self._id_of_name(str(name))
         readable = isinstance(label, int) or (label.isdecimal() and len(label) < 10)
         number = int(label) if readable else -1
         if isinstance(label, bool) or not 0 <= number < self.num_classes:
             raise RequestError(
                 f"class {str(label)[:40]} is outside 0..{self.num_classes - 1}",
-                remedy="'uni-instruct inspect' lists the classes",
+                remedy=f"{self._nearest(str(label))}'uni-instruct inspect' lists the classes",
+                param="classes",
+            )
+        if name is not None and self.class_names and all(other.isdecimal() for other in self.class_names):
+            raise RequestError(
+                f"class {name} is no class's name, and with names that are numbers no id either",
+                remedy=f"give a name, such as {self.class_names[number]} for the class of id {number}",
                 param="classes",
             )
         return number
+
+    def _id_of_name(self, name: str) -> int:
+        ids = [at for at, other in enumerate(self.class_names) if other == name]
+        if len(ids) > 1:
+            raise RequestError(
+                f"{len(ids)} classes are called {name[:40]}", remedy=f"give an id: {', '.join(map(str, ids))}", param="classes"
+            )
+        return ids[0]
+
+    def _nearest(self, label: str) -> str:
+        """The names that a class's name may be a slip of, for a message; empty where none is near."""
+        by_folded = {name.casefold(): name for name in self.class_names}
+        near = difflib.get_close_matches(label[:100].casefold(), by_folded, n=3, cutoff=0.5)
+        return f"the nearest are {', '.join(by_folded[name] for name in near)}; " if near else ""
 
     def class_name(self, class_id: int) -> str:
         """The name of a class, or its id in digits where classes have no names."""

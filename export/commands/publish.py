@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 
 import rich_click as click
 
@@ -48,7 +49,6 @@ def _summary(published: Publication, scored: bool) -> str:
         f"equal pixels {parity['equal_pixels']:.3%}",
     ]
     if not scored:
-        lines.append(
-            f"next: uni-instruct evaluate {published.path} --reference DATA --json > scores.json, then --scores scores.json"
-        )
+        command = f"uni-instruct evaluate {quote(str(published.path))} --reference DATA --json > scores.json"
+        lines.append(f"next: {command}, then --scores scores.json")
     return "\n".join(lines)

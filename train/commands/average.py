@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 
 import rich_click as click
 
@@ -34,11 +35,13 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     from uni_instruct.train.optimization.posthoc import reconstruct
     from uni_instruct.train.recipe import parse_recipe, read_yaml
 
+    # Not replaced: it may be the only copy of another width.
     if out.exists():
         raise RequestError(f"{out} exists already", remedy="name another folder", param="out")
     trained = Bundle.open(run / stage)
     recipe = parse_recipe(read_yaml(run / "recipe.yaml"))
     weights = {name: tensor.numpy() for name, tensor in reconstruct(run / "snapshots" / stage, std, kimg).items()}
+    # From the bundle alone it must be seen that these are no weights that training passed through.
     origin = {"average_std": std, "average_kimg": kimg, "averaged_run": trained.weights_sha256}
     spec = dataclasses.replace(trained.spec, provenance={**trained.spec.provenance, **origin})
     card = model_card(spec, recipe, open_dataset(recipe.data) if recipe.data else None, {})
@@ -49,4 +52,4 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     samples = encode(contact_sheet(images if spec.makes_pictures else latent_preview(images)))
     bundle = Bundle.write(out, spec, weights, card, samples, decoder=decoder, reference=make_reference)
     click.echo(f"{stage}: {bundle.path} (width {std:g} of training time, reconstructed)")
-    click.echo(f"next: uni-instruct evaluate {bundle.path} --reference {recipe.data or 'DATA'}")
+    click.echo(f"next: uni-instruct evaluate {quote(str(bundle.path))} --reference {quote(recipe.data or 'DATA')}")

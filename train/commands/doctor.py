@@ -33,5 +33,6 @@ def doctor(recipe: str, more: tuple[str, ...], out: Path, overrides: tuple[str, 
     else:
         for finding in findings:
             click.echo(f"{'ok   ' if finding.ok else 'WRONG'} {finding.subject}: {finding.words}")
+    # So that a script can ask before it starts a long run.
     if not all(finding.ok for finding in findings):
         sys.exit(2)

@@ -2,15 +2,20 @@
 
 import json
 import os
+import shlex
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from uni_instruct.errors import RequestError
 from uni_instruct.processes import is_later_process, keep_freed_memory
 from uni_instruct.train.run_lock import refuse_taken
+
+if TYPE_CHECKING:
+    from uni_instruct.train.config import Recipe
 
 WIDTH = 140  # of what goes to a file
 
@@ -80,19 +85,27 @@ def train(
 
     resolved = load_recipe(recipe, (*overrides, *more))
     if dry_run:
-        if is_later_process():
-            return
-        from uni_instruct.train.dry_run.report import explain
-
-        click.echo(explain(resolved, as_json))
-        return
-    if out is None:
+        _explain(resolved, as_json)
+    elif out is None:
         raise click.UsageError("Missing option '--out': the folder of the run")
+    else:
+        _train(resolved, out, devices, as_json)
+
+
+def _explain(recipe: "Recipe", as_json: bool) -> None:
+    if is_later_process():
+        return
+    from uni_instruct.train.dry_run.report import explain
+
+    click.echo(explain(recipe, as_json))
+
+
+def _train(recipe: "Recipe", out: Path, devices: int, as_json: bool) -> None:
     from uni_instruct.train.pipeline import train as train_run
     from uni_instruct.train.report.page import REPORT
 
     start = time.monotonic()
-    bundle = train_run(resolved, out, devices)
+    bundle = train_run(recipe, out, devices)
     if is_later_process():
         return
     answer = {"bundle": str(bundle.path), "weights_sha256": bundle.weights_sha256, "time_s": time.monotonic() - start}
@@ -102,7 +115,8 @@ def train(
         click.echo(f"generator: {bundle.path} ({answer['time_s']:.0f} s)")
         if (out / REPORT).exists():
             click.echo(f"report: {out / REPORT}")
-        click.echo(f"next: uni-instruct generate {bundle.path} --seeds 0-63 --out {out}/images --grid {out}/grid.png")
+        command = ["generate", bundle.path, "--seeds", "0-63", "--out", out / "images", "--grid", out / "grid.png"]
+        click.echo(f"next: uni-instruct {shlex.join(map(str, command))}")
 
 
 def _show_status(run: str, out: Path | None, others: bool, as_json: bool) -> None:
@@ -110,9 +124,13 @@ def _show_status(run: str, out: Path | None, others: bool, as_json: bool) -> Non
     from uni_instruct.train.monitoring.status_text import status_text
 
     if out is not None:
-        raise RequestError(f"--status takes no --out: {run} is to be the run", remedy=f"uni-instruct train {out} --status")
+        raise RequestError(
+            f"--status takes no --out: {run} is to be the run", remedy=f"uni-instruct train {shlex.quote(str(out))} --status"
+        )
     if others:
-        raise RequestError("--status changes nothing, and takes --json alone", remedy=f"uni-instruct train {run} --status")
+        raise RequestError(
+            "--status changes nothing, and takes --json alone", remedy=f"uni-instruct train {shlex.quote(run)} --status"
+        )
     status = read_status(Path(run))
     click.echo(json.dumps(status.to_dict()) if as_json else status_text(status))
 
@@ -124,6 +142,7 @@ def _lower_priority(nice: int) -> None:
     """
     if not nice:
         return
+    # Windows has priorities, but not these.
     if not hasattr(os, "nice"):
         raise RequestError("--nice: this system has no niceness", remedy="leave it out", param="nice")
     os.nice(max(0, nice - os.nice(0)))

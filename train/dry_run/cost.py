@@ -13,15 +13,16 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.config import Recipe, StageConfig
 from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, Timing, TrialLimits, micro_batch_of
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.optimization.precision import exact
-from uni_instruct.train.optimization.precision import settled as settled_loop
+from uni_instruct.train.optimization.auto_precision import exact
+from uni_instruct.train.optimization.auto_precision import settled as settled_loop
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.stages.distillation import DistillationModels
 
 MEASURE_S = 18.0
 MB = 2**20
-# NVIDIA's data sheet of the H100 SXM, dense: TF32, which torch takes for convolutions in fp32, and 16-bit products.
-GPU_FLOPS_PER_S = {"32-true": 494e12, "bf16-mixed": 989e12, "16-mixed": 989e12}
+# NVIDIA's data sheet of the H100 SXM: float32 without TF32, which training does not round to, and dense 16-bit products.
+GPU_FLOPS_PER_S = {"32-true": 67e12, "bf16-mixed": 989e12, "16-mixed": 989e12}
+# What such networks reach of it in practice, and an assumption wherever it is printed.
 GPU_SHARE = 0.3
 FLOAT_BYTES = 4  # gradients and moments have 32 bits whatever the precision of products
 
@@ -80,6 +81,7 @@ class StageCost:
     @property
     def time_s(self) -> float | None:
         """Of the whole stage; other phases are taken to be as fast, FLOP for FLOP, as the timed one. None without a timing."""
+        # FLOP for FLOP: the phases run the same kernels on the same shapes.
         return None if self.timing is None else self.timing.s_per_image * self.flops / self.flops_per_image[-1]
 
 
@@ -130,6 +132,7 @@ def settled(plan: Plan, *, measured: bool = True) -> Plan:
 
 def cost_of(plan: Plan, budget_s: float = MEASURE_S) -> Cost:
     """Counts and times a step of each stage; timing takes about budget_s."""
+    # Counting needs no arithmetic and no memory, so the real size is counted, not a small one scaled up.
     counted, models = CountedSteps(plan), models_without_storage(plan)
     evaluation_flops = counted.evaluation()
     timed = TimedSteps(plan, evaluation_flops, _bytes(models.teacher))
@@ -152,6 +155,7 @@ def phases(recipe: Recipe) -> tuple[Phase, ...]:
     def first_step(kimg: float) -> int:
         return min(config.total_steps, math.ceil(kimg * 1000 / config.batch - 1e-9))
 
+    # Edges in whole steps, as the training rounds them.
     warm = first_step(config.critic_warmup_kimg)
     edges = sorted({0, warm, config.total_steps, *(first_step(phase.until_kimg) for phase in recipe.schedule)})
     return tuple(
@@ -168,6 +172,7 @@ def phases(recipe: Recipe) -> tuple[Phase, ...]:
 
 def evaluations(steps: int) -> int:
     """How often Heun's sampler of that many steps evaluates the network."""
+    # Heun's method evaluates twice a step, but for the last, which ends at noise level 0 where there is nothing to denoise.
     return 2 * steps - 1
 
 
@@ -230,6 +235,7 @@ def _memory(
     return Memory(
         weights=sum(_bytes(network) for network in networks),
         gradients=max(sizes),  # each network's are forgotten before the next one's are made
+        # Adam's two, of both networks at all times.
         moments=2 * sum(sizes),
         averages=(len(config.ema_halflife_kimg) + len(config.ema_power_std)) * _bytes(averaged),
         activations=round(activations_per_image * micro_batch_of(config)),
@@ -240,6 +246,7 @@ def _disk(trained: Sequence[nn.Module], averaged: nn.Module, config: StageConfig
     averages = (len(config.ema_halflife_kimg) + len(config.ema_power_std)) * _bytes(averaged)
     state = sum(_bytes(network) + 2 * FLOAT_BYTES * _size(network) for network in trained) + averages
     snapshots = len(config.ema_power_std) * math.ceil(config.duration_kimg / snapshot_kimg) * _bytes(averaged)
+    # The old state stays until the new one is whole.
     return 2 * state + _bytes(averaged) + snapshots
 
 

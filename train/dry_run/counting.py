@@ -40,6 +40,7 @@ class SavedTensors:
         self._hooks = saved_tensors_hooks(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor)
         self.peak = self._now = 0
         self._uses: Counter[int] = Counter()
+        # Storages are held, so that their addresses cannot be given to others.
         self._weights = [t.untyped_storage() for network in networks for t in (*network.parameters(), *network.buffers())]
         self._addresses = {storage._cdata for storage in self._weights}
 
@@ -101,6 +102,7 @@ class OnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Shape is all that matters here.
         if func is F.grid_sample and args[0].is_meta and not args[0].requires_grad:
             return args[0].new_empty(*args[0].shape[:2], *args[1].shape[1:3])
         if func in self.dtypes:

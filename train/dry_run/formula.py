@@ -77,6 +77,7 @@ def critic_lines(objective: ObjectiveConfig, recipe: Recipe) -> list[str]:
     if recipe.needs_discriminator:
         encoder = DISCRIMINATOR_WORDS[objective.discriminator]
         networks += f", and discriminator {encoder} (its loss x {objective.discriminator_scale:g})"
+    # Levels are compared, not their names: two keys may come to the same.
     same = objective.critic_levels == objective.levels
     levels = "the generator's noise levels" if same else f"noise levels {_levels(objective.critic_levels)}"
     updates = f"{objective.critic_updates} update{'s' * (objective.critic_updates > 1)} a step"
@@ -124,6 +125,7 @@ class _Weight:
     @classmethod
     def of(cls, objective: ObjectiveConfig) -> "_Weight":
         divergence = objective.found_divergence
+        # By value, so that a user's own f is recognised as what it is.
         r = torch.logspace(-2, 2, 41, dtype=torch.float64)
         h, dh, d2h = divergence.h(r), divergence.dh(r), divergence.d2h(r)
         return cls(*(bool((v.abs() <= 1e-9 * h.abs()).all()) for v in (r * dh, r**2 * d2h, h - r * dh)))

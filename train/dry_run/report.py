@@ -112,6 +112,7 @@ def cost_lines(plan: Plan, cost: Cost) -> list[str]:
 def _comment(line: str) -> str:
     """As a YAML comment of lines that a terminal holds; newlines become spaces."""
     indent = "#   " + " " * (len(line) - len(line.lstrip()))
+    # A comment, so that the whole answer is a recipe that can be trained.
     return textwrap.fill(
         line.strip(),
         WIDTH,
@@ -140,6 +141,7 @@ def _data_need(plan: Plan) -> str:
         f"for the metric {metric}": metric != "none",
     }
     why = ", ".join(reason for reason, holds in reasons.items() if holds)
+    # Somebody who named data should hear that they are not read.
     if not why:
         named = "" if plan.dataset is None else f" ({_described(plan.dataset)}, is named but not used)"
         return f"none needed, as the teacher is given and no density ratio, adversarial term or metric is asked for{named}"

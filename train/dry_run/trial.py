@@ -22,6 +22,7 @@ from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.optimization.distributed import lone_fabric
 from uni_instruct.train.optimization.optimizer import OptimizerStep
+from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.recipe_keys import KIMG
 from uni_instruct.train.rng import initial_weights
@@ -39,6 +40,7 @@ class CountedSteps:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+        # Fabric of its own: the meta device is none that it knows.
         self.fabric = Fabric(strategy=SingleDeviceStrategy(torch.device("meta"), accelerator=_NoDevice()))
         self._counted: dict[tuple[ObjectiveConfig, bool], Counts] = {}
 
@@ -164,6 +166,7 @@ class TimedSteps:
         """On more images at once from try to try, as far as half of the free memory and the time allow."""
         if self.evaluation_s is None:
             return None
+        # Half of what is free: a trial must not take the machine from whoever works on it.
         start, images, free = time.monotonic(), 1, _free_bytes(self.fabric.device) / 2
         guess_s = self.evaluation_s * flops / self.evaluation_flops
         room = (free - limits.fixed_bytes) / limits.bytes_per_image
@@ -200,9 +203,11 @@ class TimedSteps:
     def _twice_s(self, work: Callable[[], object]) -> tuple[float, float]:
         """How long it took, first and second time."""
         times = []
+        # The first time compiles kernels and fills caches.
         for _ in range(2):
             start = time.perf_counter()
-            work()
+            with arithmetic_of(self.precision):
+                work()
             if self.fabric.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
@@ -260,6 +265,7 @@ Config = TypeVar("Config", bound=StageConfig)
 
 def _taking(config: Config, images: int) -> Config:
     """Steps on that many images at once: one time, or two where the recipe sums micro-batches, which has costs of its own."""
+    # Summing gradients is a cost of its own, however many passes there are.
     passes = 2 if micro_batch_of(config) < config.batch else 1
     return dataclasses.replace(config, batch=images * passes, micro_batch=images)
 

@@ -26,6 +26,7 @@ class Clock:
     @contextmanager
     def during(self, stage: str, activity: str) -> Iterator[None]:
         """Counts the block as that activity, but for the blocks within it, which count as theirs alone."""
+        # What has passed so far belongs to the block around this one.
         self._lap()
         self._open.append((stage, activity))
         try:

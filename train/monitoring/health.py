@@ -13,7 +13,7 @@ WINDOW = 50
 
 
 @dataclass
-class Trail:
+class MetricHistory:
     """What is remembered of one metric: its values on the last WINDOW lines, newest last, and its lowest once settled."""
 
     seen: int = 0
@@ -23,76 +23,78 @@ class Trail:
     def add(self, value: float) -> None:
         """Takes in the value of one more line."""
         self.seen += 1
+        # A new list, as a saved state may hold the old one.
         self.recent = [*self.recent, value][-WINDOW:]
         if self.seen > SETTLING:
             self.lowest = min(self.lowest, value)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trend:
+class DerivedMetric:
     """A value derived from a metric and its past, under a name that symptoms can read like a metric's.
 
-    read(value, trail) sees the trail without the value; None where there is too little past.
+    read(value, history) sees the history without the value; None where there is too little past.
     """
 
     name: str
     metric: str
-    read: Callable[[float, Trail], float | None]
+    read: Callable[[float, MetricHistory], float | None]
 
 
-def times_lowest(value: float, trail: Trail) -> float | None:
+def times_lowest(value: float, history: MetricHistory) -> float | None:
     """The value in units of the lowest so far."""
-    return value / trail.lowest if 0 < trail.lowest < math.inf else None
+    return value / history.lowest if 0 < history.lowest < math.inf else None
 
 
-def times_median(value: float, trail: Trail) -> float | None:
+def times_median(value: float, history: MetricHistory) -> float | None:
     """The value in units of the median of the last WINDOW lines."""
-    median = statistics.median(trail.recent) if len(trail.recent) >= SETTLING else 0.0
+    # The median, since the past may hold a spike or two.
+    median = statistics.median(history.recent) if len(history.recent) >= SETTLING else 0.0
     return value / median if median > 0 else None
 
 
-def rise(value: float, trail: Trail) -> float | None:
+def rise(value: float, history: MetricHistory) -> float | None:
     """How much a count grew since the last line."""
-    return value - trail.recent[-1] if trail.recent else None
+    return value - history.recent[-1] if history.recent else None
 
 
-TRENDS = {
-    c.name: c
-    for c in (
-        Trend(name="generator/score_distance:times_lowest", metric="generator/score_distance", read=times_lowest),
-        Trend(name="teacher/loss:times_lowest", metric="teacher/loss", read=times_lowest),
-        Trend(name="generator/gradient_norm:times_median", metric="generator/gradient_norm", read=times_median),
-        Trend(name="critic/gradient_norm:times_median", metric="critic/gradient_norm", read=times_median),
-        Trend(name="skipped_steps:rise", metric="skipped_steps", read=rise),
+DERIVED_METRICS = {
+    d.name: d
+    for d in (
+        DerivedMetric(name="generator/score_distance:times_lowest", metric="generator/score_distance", read=times_lowest),
+        DerivedMetric(name="teacher/loss:times_lowest", metric="teacher/loss", read=times_lowest),
+        DerivedMetric(name="generator/gradient_norm:times_median", metric="generator/gradient_norm", read=times_median),
+        DerivedMetric(name="critic/gradient_norm:times_median", metric="critic/gradient_norm", read=times_median),
+        DerivedMetric(name="skipped_steps:rise", metric="skipped_steps", read=rise),
     )
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outside:
-    """Finds a metric, or a comparison, sick where it is below `low` or above `high`."""
+class HealthyRange:
+    """Where a metric, logged or derived, should be; low and high are healthy still."""
 
-    reads: str
+    metric: str
     low: float = -math.inf
     high: float = math.inf
 
-    def __call__(self, values: Mapping[str, float]) -> float | None:
-        """The offending value, None where it is healthy."""
-        value = values[self.reads]
+    def violation(self, values: Mapping[str, float]) -> float | None:
+        """The value that is outside, None where it is healthy."""
+        value = values[self.metric]
         return value if value < self.low or value > self.high else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Symptom:
-    """One row: what is seen and what it means, with {value} in it, the recipe keys to turn, and how it is recognised.
+    """One row: what is seen and what it means, with {value} in it, the recipe keys to turn, and what would be healthy.
 
-    On a line without the metric that `sick` reads nothing is known, and the symptom's counts stand still.
+    On a line without that metric nothing is known, and the symptom's counts stand still.
     """
 
     name: str
     words: str
     remedy: str
-    sick: Outside
+    healthy: HealthyRange
 
 
 # A discriminator at an accuracy of one half is missing here on purpose: it cannot tell the generator's images from real ones,
@@ -104,72 +106,73 @@ SYMPTOMS = {
             name="collapse",
             words="generated images vary {value:.2f} times as much as the teacher's: the generator is collapsing to few images",
             remedy="raise objective.critic_updates or lower distillation.generator_learning_rate",
-            sick=Outside(reads="generator/diversity", low=0.5),
+            healthy=HealthyRange(metric="generator/diversity", low=0.5),
         ),
         Symptom(
             name="discriminator won",
             words="the discriminator is right on {value:.1%} of the images: where nothing overlaps, the ratio says little",
             remedy="raise objective.tmin, or lower objective.adversarial_scale or distillation.critic_learning_rate",
-            sick=Outside(reads="discriminator/accuracy", high=0.97),
+            healthy=HealthyRange(metric="discriminator/accuracy", high=0.97),
         ),
         Symptom(
             name="ratio at the clamp",
             words="{value:.0%} of the log-ratios are cut off at the clamp: the gradient is no longer that of the divergence",
             remedy="raise objective.tmin, or objective.logit_clamp where the effective sample size is high",
-            sick=Outside(reads="ratio/clamped", high=0.1),
+            healthy=HealthyRange(metric="ratio/clamped", high=0.1),
         ),
         Symptom(
             name="few samples count",
             words="the density ratios weigh a batch as if {value:.1%} of it were there: few images make the gradient",
             remedy="lower objective.logit_clamp or raise objective.tmin",
-            sick=Outside(reads="ratio/effective_sample_size", low=0.1),
+            healthy=HealthyRange(metric="ratio/effective_sample_size", low=0.1),
         ),
         Symptom(
             name="fake score lags",
             words="teacher and fake score are {value:.1f} times as far apart as at their closest: the fake score lags behind",
             remedy="raise objective.critic_updates or distillation.critic_learning_rate, "
             "or lower distillation.generator_learning_rate",
-            sick=Outside(reads="generator/score_distance:times_lowest", high=3.0),
+            healthy=HealthyRange(metric="generator/score_distance:times_lowest", high=3.0),
         ),
         Symptom(
             name="teacher diverges",
             words="the teacher's loss is {value:.1f} times the lowest that it has been: its training diverges",
             remedy="lower teacher.learning_rate",
-            sick=Outside(reads="teacher/loss:times_lowest", high=3.0),
+            healthy=HealthyRange(metric="teacher/loss:times_lowest", high=3.0),
         ),
         Symptom(
             name="generator explodes",
             words=f"the generator's gradient is {{value:.0f}} times its median of the last {WINDOW} lines: it explodes",
             remedy="lower distillation.generator_learning_rate or objective.logit_clamp",
-            sick=Outside(reads="generator/gradient_norm:times_median", high=20.0),
+            healthy=HealthyRange(metric="generator/gradient_norm:times_median", high=20.0),
         ),
         Symptom(
             name="critic explodes",
             words=f"the critic's gradient is {{value:.0f}} times its median of the last {WINDOW} lines: it explodes",
             remedy="lower distillation.critic_learning_rate",
-            sick=Outside(reads="critic/gradient_norm:times_median", high=20.0),
+            healthy=HealthyRange(metric="critic/gradient_norm:times_median", high=20.0),
         ),
         Symptom(
             name="steps skipped",
             words="{value:.0f} steps were skipped since the last line: their gradients are not finite",
             remedy="lower distillation.generator_learning_rate and distillation.critic_learning_rate",
-            sick=Outside(reads="skipped_steps:rise", high=0.0),
+            healthy=HealthyRange(metric="skipped_steps:rise", high=0.0),
         ),
     )
 }
 
 
 @dataclass
-class Course:
+class Streak:
     """How a symptom has gone: lines in a row with it, lines in a row without it, and whether it has been reported."""
 
     sick_lines: int = 0
     well_lines: int = 0
     reported: bool = False
 
-    def proceed(self, sick: bool, patience: int) -> bool:
+    def count(self, sick: bool, patience: int) -> bool:
         """Counts one more line; whether the symptom is to be reported now."""
         self.sick_lines, self.well_lines = (self.sick_lines + 1, 0) if sick else (0, self.well_lines + 1)
+        # A curve that hovers at its bound is one illness, not one a line.
         if self.well_lines >= patience:
             self.reported = False
         due = self.sick_lines >= patience and not self.reported
@@ -185,42 +188,43 @@ class Health:
 
     def __init__(self, patience: int):
         self.patience = patience
-        self._trails: dict[str, Trail] = {}
-        self._courses: dict[str, Course] = {}
+        self._histories: dict[str, MetricHistory] = {}
+        self._streaks: dict[str, Streak] = {}
 
     def examine(self, metrics: Mapping[str, float]) -> list[str]:
         """Takes in one log line; the warnings to show now, each 'what is seen and means; what to turn'."""
-        values = {**metrics, **self._compare(metrics)}
+        # Derived values see the past without this line: compared with itself nothing would be unusual.
+        values = {**metrics, **self._derived(metrics)}
         warnings = []
         for symptom in SYMPTOMS.values():
-            if symptom.sick.reads not in values:
+            if symptom.healthy.metric not in values:
                 continue
-            value = symptom.sick(values)
-            if self._courses.setdefault(symptom.name, Course()).proceed(value is not None, self.patience):
+            value = symptom.healthy.violation(values)
+            if self._streaks.setdefault(symptom.name, Streak()).count(value is not None, self.patience):
                 warnings.append(f"{symptom.words.format(value=value)}; {symptom.remedy}")
         return warnings
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to warn as the uninterrupted one would: numbers in plain dicts."""
         return {
-            "trails": {metric: dataclasses.asdict(trail) for metric, trail in self._trails.items()},
-            "courses": {name: dataclasses.asdict(course) for name, course in self._courses.items()},
+            "trails": {metric: dataclasses.asdict(history) for metric, history in self._histories.items()},
+            "courses": {name: dataclasses.asdict(streak) for name, streak in self._streaks.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave; later lines leave the given state as it is."""
-        self._trails = {metric: Trail(**trail) for metric, trail in state["trails"].items()}
-        self._courses = {name: Course(**course) for name, course in state["courses"].items()}
+        self._histories = {metric: MetricHistory(**history) for metric, history in state["trails"].items()}
+        self._streaks = {name: Streak(**streak) for name, streak in state["courses"].items()}
 
-    def _compare(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        compared = {}
-        for comparison in TRENDS.values():
-            value = metrics.get(comparison.metric, math.nan)
+    def _derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        found = {}
+        for derived in DERIVED_METRICS.values():
+            value = metrics.get(derived.metric, math.nan)
             if not math.isfinite(value):
                 continue  # absent, or a value that would spoil every comparison to come
-            trail = self._trails.setdefault(comparison.metric, Trail())
-            result = comparison.read(value, trail)
-            trail.add(value)
+            history = self._histories.setdefault(derived.metric, MetricHistory())
+            result = derived.read(value, history)
+            history.add(value)
             if result is not None:
-                compared[comparison.name] = result
-        return compared
+                found[derived.name] = result
+        return found

@@ -36,6 +36,7 @@ class History:
 
     def add_speed(self, step: int, batch: int, images_per_s: float, line: bytes) -> None:
         """Takes in a line of curves. Its speed is that since the line before it, whatever happened between the two."""
+        # A resumed run logs steps again; they are no new images.
         images = max(0, step - self.curve_step) * batch
         self.step, self.curve_step, self.last_line = max(self.step, step), step, line
         if images_per_s > 0:
@@ -63,6 +64,7 @@ class History:
     def best(self, metric: str) -> dict[str, Any] | None:
         """The score line with the lowest value of a recipe's metric; None where there is none yet."""
         valued = [(_value(line, metric), line) for line in self.scored]
+        # A NaN, which is not equal to itself, is no score.
         found = [(value, line) for value, line in valued if value is not None and value == value]
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
@@ -98,6 +100,7 @@ def _lines(file: Path) -> Iterator[bytes]:
         with file.open("rb") as stream:
             for line in stream:
                 yield line.rstrip(b"\n")
+    # A run that has just begun has no log yet.
     except FileNotFoundError:
         return
 

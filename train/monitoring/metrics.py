@@ -25,6 +25,7 @@ class Tally:
         """The mean of every name; each process has as many images."""
         if not self._values:
             return {}
+        # One reduction for all names: processes wait for each other once a log line.
         local = torch.stack([torch.cat(values).mean() for values in self._values.values()])
         means = self.fabric.all_reduce(local, reduce_op="mean")
         assert isinstance(means, Tensor)

@@ -37,6 +37,7 @@ class NonFiniteTracker:
 
     def add(self, terms: Mapping[str, Tensor], sigma: Tensor) -> None:
         """terms: name -> [b]; sigma [b, 1, 1, 1]."""
+        # Looked at only when a gradient was bad: asking each term would make the GPU wait in every step.
         self._terms += [(name, values.detach(), sigma.detach().flatten()) for name, values in terms.items()]
 
     def first_bad(self) -> tuple[str, float] | None:
@@ -54,6 +55,7 @@ def raise_if_diverged(
     """Raises TrainingError after `limit` updates in a row that were not finite, naming step, term and noise level."""
     if optimizer_step.bad_in_a_row < limit:
         return
+    # The term may have gone bad in another process's share; all must raise the same error.
     found = fabric.all_gather(_encode(nonfinite.first_bad(), fabric.device))
     assert isinstance(found, Tensor)
     named = [row for row in found.reshape(-1, 2).tolist() if row[0] >= 0]
@@ -66,4 +68,5 @@ def raise_if_diverged(
 
 
 def _encode(bad: tuple[str, float] | None, device: torch.device) -> Tensor:
+    # Processes exchange tensors: a term is sent as its place in the table.
     return torch.tensor([-1.0, 0.0] if bad is None else [list(ADVICE).index(bad[0]), bad[1]], device=device)

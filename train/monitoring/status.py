@@ -173,6 +173,7 @@ def _stage(folder: Path, name: str, steps: int, batch: int, history: History, me
     step = min(steps, max(history.step, saved or 0))
     # Without a saved step, from an earlier version, the bundle and the last line have to do.
     finished = saved >= steps if saved is not None else step >= steps and (folder / name).is_dir()
+    # The present speed, not the mean: a machine that has become slow stays slow.
     speed = history.recent_images_per_s
     left_s = 0.0 if finished else (steps - step) * batch / speed if speed else None
     return StageStatus(
@@ -204,6 +205,7 @@ def _saved_step(folder: Path, stage: str) -> int | None:
 def _state(folder: Path, worker: Worker | None, done: bool, age_s: float, longest_s: float) -> tuple[str, str]:
     """In what state a run is, and how that is known."""
     locked = is_locked(folder)
+    # A lock is the system's own word; all else here is inference.
     if locked:
         return RUNNING, f"{worker or 'a process'} holds {LOCK}"
     if done:
@@ -213,6 +215,7 @@ def _state(folder: Path, worker: Worker | None, done: bool, age_s: float, longes
         return word, f"{worker} said so when it ended" + (f": {worker.ended[len(FAILED) + 2 :]}" if word == FAILED else "")
     if worker is not None and worker.is_local and (locked is False or not _exists(worker.pid)):
         return KILLED, f"{worker} is gone, and did not say that it ended"
+    # Evaluations are the longest silences of a healthy run.
     silence_s = 60 + SILENCE * longest_s if longest_s else UNKNOWN_SILENCE_S
     who = f"{worker} left no sign that it ended" if worker is not None else f"there is no {LOCK} to tell"
     state = PROBABLY_RUNNING if age_s < silence_s else PROBABLY_STOPPED
@@ -224,6 +227,7 @@ def _exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    # Somebody else's process: it is there.
     except PermissionError:
         pass
     return True

@@ -31,6 +31,7 @@ def status_text(status: Status) -> str:
 
 def duration(seconds: float) -> str:
     """Two units at most: 42 s, 3 min 20 s, 5 h 10 min, 2 d 3 h."""
+    # A clock that was set back would give a negative age.
     seconds = max(0, round(seconds))
     for large_s, large, small_s, small in _UNITS:
         if seconds >= large_s:
@@ -65,6 +66,7 @@ def _quality(stage: StageStatus, metric: str) -> list[str]:
     last, best = stage.last_scores, stage.best_scores
     if last is None:
         return ["no scores: the recipe's metric is 'none'"] if metric == "none" and stage.step else []
+    # Saying one thing twice looks like two.
     if best is None or best["step"] == last["step"]:
         return [f"{'best and last' if best else 'last'} scores {_scores(last)}"]
     return [f"last scores {_scores(last)}", f"best scores {_scores(best)}"]

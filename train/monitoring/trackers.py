@@ -68,9 +68,11 @@ def open_trackers(names: Sequence[str], folder: Path, run_name: str, config: Map
 
     A later call with the same folder goes on with the same runs. config: plain values, as YAML takes them.
     """
+    # TensorBoard is local and always there, whatever else is asked for.
     wanted = list(dict.fromkeys(("tensorboard", *names)))
     check_trackers(wanted)
     run = TrackedRun(folder=folder, name=run_name, config=config)
+    # Where the second one refuses, the first must not stay open and draw an empty run.
     with ExitStack() as opened:
         trackers = []
         for name in wanted:

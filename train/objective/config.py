@@ -65,6 +65,7 @@ class ObjectiveConfig:
         check_ranges("objective", self)
         in_range("objective.tmin", self.tmin, 0, self.tmax - 1)
         _ = self.found_divergence  # refused now rather than in the first step
+        # Each of these would train without an error, and without a gradient.
         if self.family == "expanded" and not (self.di or self.fgm or self.sim):
             raise RequestError("objective.di, fgm and sim are all off", remedy="leave one of them on", param="recipe")
         if not (self.divergence_scale or self.adversarial_scale or self.regression_scale or self.reward_scale):
@@ -76,6 +77,7 @@ class ObjectiveConfig:
                 param="reward",
             )
 
+    # Cached, as it is asked for whenever somebody wants to know whether a ratio is needed.
     @cached_property
     def found_divergence(self) -> Divergence:
         """What `divergence` names."""
@@ -94,6 +96,7 @@ class ObjectiveConfig:
     @property
     def needs_ratio(self) -> bool:
         """Whether the divergence reads a density ratio."""
+        # A divergence that is scaled away needs no ratio either.
         return self.found_divergence.needs_ratio and self.divergence_scale != 0
 
     @property

@@ -10,6 +10,7 @@ from uni_instruct.networks.critic import CriticOutput
 NO_CLASS = -1
 
 
+# D_w = D_none + w (D_class - D_none): w = 1 is the class alone, w > 1 exaggerates what it adds.
 def guided(denoiser: Callable[..., Tensor], x: Tensor, sigma: Tensor, class_ids: Tensor | None, scale: float) -> Tensor:
     """The guided denoised images [B, C, H, W]; a second evaluation only where scale is not 1."""
     denoised = denoiser(x, sigma, class_ids)
@@ -30,6 +31,7 @@ def guided_critic(
     discriminate: bool,
 ) -> CriticOutput:
     """The critic's guided denoised images, and its logits, which are not guided."""
+    # The discriminator's logit is a ratio of densities within a class; there is nothing to exaggerate.
     output = critic(x, sigma, class_ids, augment_labels, discriminate=discriminate)
     if scale == 1 or class_ids is None:
         return output
@@ -42,6 +44,7 @@ def guided_critic(
 
 def drop_classes(class_ids: Tensor | None, share: float, rng: torch.Generator) -> Tensor | None:
     """Class ids with that share of them hidden, so that the denoiser learns to do without."""
+    # No number is drawn where nothing is hidden, so that a recipe without it draws what it always did.
     if class_ids is None or not share:
         return class_ids
     hidden = torch.rand(class_ids.shape, generator=rng) < share

@@ -24,6 +24,7 @@ class Objective:
     """What a step works with. config has the numbers, the rest is what its words stand for; reward None where it has none."""
 
     config: ObjectiveConfig
+    # Found once: looking a user's own up executes a file and differentiates f at 241 ratios.
     divergence: Divergence
     weighting: Weighting
     levels: NoiseLevels

@@ -31,6 +31,7 @@ class Pairs:
 
 def teacher_pairs(file: Path, teacher: Denoiser, count: int, steps: int, device: torch.device) -> Pairs:
     """The pairs in `file`, drawn from the teacher with its Heun sampler where they are not there yet."""
+    # They are drawn once for a run, as each costs the teacher's whole sampler.
     if not file.exists():
         _draw(file, teacher.to(device).eval(), count, steps, device)
     stored = safetensors.torch.load_file(file)

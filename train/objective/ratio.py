@@ -24,11 +24,13 @@ class DensityRatio:
 
     def __call__(self, logits: Tensor, sigma: Tensor, config: ObjectiveConfig) -> Tensor:
         """Ratios [b] of this process's whole share, from logits [b] and sigma [b, 1, 1, 1]; no gradient."""
+        # r = exp(clip(logit)). Without the clip one image of a batch could outweigh all others.
         ratio = logits.detach().float().clamp(-config.logit_clamp, config.logit_clamp).exp()
         if config.ratio_mean == "none":
             return ratio
         if config.ratio_mean == "running":
             ratio = ratio / self._running_means(ratio, sigma, config.ratio_momentum)
+        # r_i / mean_j r_j over the global batch, as E_p[q / p] = 1: whatever factor the discriminator is off by cancels.
         total, count = self._sum(torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))]))
         return ratio * count / total
 
@@ -41,6 +43,7 @@ class DensityRatio:
         self.running = state["running"].to(self.running)
 
     def _running_means(self, ratio: Tensor, sigma: Tensor, momentum: float) -> Tensor:
+        # m_k <- mu^n m_k + (1 - mu^n) mean of the bin's n ratios. Sums over processes, so that all keep the same means.
         index = noise_bin(sigma, self.bins)
         sums = torch.zeros(2, self.bins, device=ratio.device)
         sums[0].index_add_(0, index, ratio)
@@ -59,6 +62,7 @@ class DensityRatio:
 
 def noise_bin(sigma: Tensor, bins: int) -> Tensor:
     """The bin of each noise level, int64 [b]: equal parts of EDM's rho schedule."""
+    # (s^(1/rho) - s_min^(1/rho)) / (s_max^(1/rho) - s_min^(1/rho)): equation 5 of EDM (arXiv 2206.00364), solved for the place.
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
     position = (sigma.flatten() ** (1 / RHO) - low) / (high - low)
     return (position * bins).long().clamp(0, bins - 1)

@@ -19,6 +19,7 @@ def open_reward(name: str, image_shape: ImageShape, num_classes: int) -> Reward:
     gradient to the images.
     """
     reward: Reward = import_named(name, param="reward")
+    # Two images: a reward that gives one number for the whole batch would pass with one.
     images = torch.zeros(2, *image_shape, requires_grad=True)
     class_ids = torch.zeros(2, dtype=torch.int64) if num_classes else None
     try:
@@ -31,6 +32,7 @@ def open_reward(name: str, image_shape: ImageShape, num_classes: int) -> Reward:
         raise _refused(name, f"gives {got} for 2 images, not [2]")
     if not torch.isfinite(rewards).all():
         raise _refused(name, f"gives {rewards.tolist()} for two grey images")
+    # A classifier's decision or a count would train nothing, and nobody would notice.
     if not rewards.requires_grad:
         raise _refused(name, "has no gradient to the images")
     return reward

@@ -35,6 +35,11 @@ class DiffusedBatch:
     fake: Tensor
 
 
+# With x = G(z) + s eps, d = grad log q_s - grad log p_s and [.] what is held fixed (arXiv 2505.20755, theorem 3.2):
+#   DI  = -r^2 h''(r) [|d|^2 d] . x
+#   FGM = 2 (1 - alpha) (h(r) - r h'(r)) |d|^2
+#   SIM = 2 h(r) d . (grad log p_s + eps / s) + 2 r h'(r) [d . (grad log p_s + eps / s) d] . x
+# The last part is the derivative of SIM's weight along the path, grad h(r) = h'(r) r d (docs/objective.md).
 def expanded_terms(
     divergence: Divergence, batch: DiffusedBatch, ratio: Tensor, *, alpha: float = 0.5, exact_sim: bool = True
 ) -> Terms:
@@ -61,6 +66,7 @@ def expanded_terms(
     }
 
 
+# grad D_f(q_s || p_s) = -E[h(r) d . dx_s] (Diff-Instruct, arXiv 2305.18455; f-distill, arXiv 2502.15681).
 def integral_terms(divergence: Divergence, batch: DiffusedBatch, ratio: Tensor) -> Terms:
     """sigma^2 times the integrand of the integral family, as one term [B]; its gradient is meant, not its value (zero)."""
     delta = (batch.teacher - batch.fake).detach()  # sigma^2 d
@@ -78,6 +84,7 @@ class Family:
 FAMILIES = {"expanded": Family(4, ("di", "fgm", "sim")), "integral": Family(2, ("integral",))}
 
 
+# E_{s ~ p}[w(s) g(s)] = integral of s g(s) ds for w(s) = s / p(s); the terms carry s^power, which is taken out again.
 def exact_weight(batch: DiffusedBatch, levels: NoiseLevels, power: int) -> Tensor:
     """sigma / sigma^power / p(sigma), [B]: the weighted terms' mean over sigma ~ p is the integral over noise levels."""
     return (batch.sigma ** (1 - power) / levels.density(batch.sigma)).flatten()
@@ -85,6 +92,8 @@ def exact_weight(batch: DiffusedBatch, levels: NoiseLevels, power: int) -> Tenso
 
 def sid_weight(batch: DiffusedBatch, levels: NoiseLevels, power: int) -> Tensor:
     """1 / mean |G(z) - D_q|, [B], no gradient: the practical weight of DMD (arXiv 2311.18828) and SiD (arXiv 2404.04057)."""
+    # Detached: the weight is a scale, not a term; its gradient would push images away from the teacher's. The bound is for
+    # levels so small that the teacher changes nothing.
     return 1 / (batch.clean - batch.teacher).detach().abs().mean(dim=(1, 2, 3)).clamp(min=1e-5)
 
 
@@ -101,6 +110,7 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
+# -log S(l_real) - log(1 - S(l_fake)), S the logistic function; least at l = log(p_real / p_fake) (arXiv 1406.2661).
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, real_weight: Tensor | float = 1.0) -> Tensor:
     """Binary cross-entropy whose optimum is the log-ratio of real to fake density: [B].
 
@@ -109,6 +119,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, real_weight: Te
     return real_weight * torch.nn.functional.softplus(-real_logits) + torch.nn.functional.softplus(fake_logits)
 
 
+# -log S(l_fake) rather than log(1 - S(l_fake)), whose gradient is gone where the discriminator is sure (arXiv 1406.2661).
 def adversarial_loss(fake_logits: Tensor) -> Tensor:
     """The generator's side of the same game, non-saturating: [B]."""
     return torch.nn.functional.softplus(-fake_logits)
@@ -118,6 +129,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1)
 
 
+# v . (x - [x]) is 0, and its derivative [v] . dx: how a vector field is handed to automatic differentiation.
 def _along_path(field: Tensor, x: Tensor) -> Tensor:
     """Zero in value; its gradient is that of field . x with the field held fixed: [B]."""
     return _dot(field, x - x.detach())

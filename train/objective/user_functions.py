@@ -15,6 +15,7 @@ from uni_instruct.errors import RequestError
 
 def is_importable_name(text: str) -> bool:
     """Whether the text has the form of such a name."""
+    # No brackets before the colon: an expression such as f(r)[0:n] is no name.
     return re.fullmatch(r"[^:()]+:[A-Za-z_]\w*", text) is not None
 
 

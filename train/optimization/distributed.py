@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies import DDPStrategy
 
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import LoopConfig
+from uni_instruct.train.optimization.precision import AUTOCASTS
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -23,6 +23,7 @@ def start_fabric(devices: int, precision: str) -> Fabric:
     Under torchrun the processes are torchrun's, on any number of machines. Otherwise the other processes are started here, by
     running the same command again.
     """
+    # torchrun has started the processes already; --devices would start as many again.
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
     devices = launched or devices
     if torch.cuda.is_available() and devices > torch.cuda.device_count():
@@ -46,12 +47,14 @@ def ended_together(fabric: Fabric) -> Iterator[None]:
         yield
         fabric.barrier()
     finally:
+        # gloo's threads would otherwise abort the process where the interpreter ends before them.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def lone_fabric(precision: str) -> Fabric:
     """A launched Fabric of this process alone, even where torchrun started it among others."""
+    # Trials of speed are each process's own; a group of all would wait for those that make none.
     return _launch(precision, 1, 1)
 
 
@@ -59,12 +62,14 @@ def _launch(precision: str, devices: int, nodes: int) -> Fabric:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "16-mixed" and device == "cpu":
         raise RequestError("loop.precision 16-mixed needs a GPU", remedy="--set precision=bf16-mixed", param="precision")
+    # It greets every launch on standard error.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=device,
         devices=devices,
         num_nodes=nodes,
         strategy=_Replicas() if devices * nodes > 1 else "auto",
+        # Autocast of our own, as Fabric's would round the inputs too.
         plugins=None if precision == "32-true" else [AUTOCASTS[precision](precision, device)],  # type: ignore[arg-type]
     )
     fabric.launch()
@@ -74,6 +79,7 @@ def _launch(precision: str, devices: int, nodes: int) -> Fabric:
 def prepared(module: Module, loop: LoopConfig) -> Module:
     """The module compiled, where the recipe asks for it, and in its memory format. The arithmetic stays the same."""
     module = arranged(module, loop)
+    # Last, and in place: the compiled module keeps the names of its weights.
     if loop.compile:
         module.compile()
     return module
@@ -93,6 +99,7 @@ class BatchShard:
     """
 
     def __init__(self, fabric: Fabric, batch: int, micro_batch: int):
+        # Unequal shares would make a mean of means that is not the mean of the batch.
         if batch % fabric.world_size:
             raise RequestError(
                 f"a batch of {batch} cannot be divided among {fabric.world_size} processes",
@@ -100,6 +107,7 @@ class BatchShard:
                 param="devices",
             )
         local = batch // fabric.world_size
+        # Every process draws for the whole batch and takes its slice, so that N processes see what one would.
         start = fabric.global_rank * local
         step = micro_batch or local
         self.whole = slice(start, start + local)
@@ -115,22 +123,3 @@ class _Replicas(DDPStrategy):
 
     def setup_module(self, module: torch.nn.Module) -> Any:
         return module
-
-
-class _InnerAutocast(MixedPrecision):
-    """Autocast inside the networks; images and noise levels keep 32 bits.
-
-    Fabric's own converts inputs as well, which at sigma = 80 rounds away the image under the noise.
-    """
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-
-class _InnerBFloat16(_InnerAutocast):
-    """Needs no loss scaler, and so no backward pass but torch's: gradients of single terms can be taken."""
-
-    backward = Precision.backward
-
-
-AUTOCASTS = {"bf16-mixed": _InnerBFloat16, "16-mixed": _InnerAutocast}

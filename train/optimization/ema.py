@@ -39,6 +39,7 @@ class Average(ABC, Generic[Averaged]):
         Buffers are copied, not averaged: give the module's where training changes them. Both come in the module's order.
         """
         share = 1 - self.keep(batch, seen_kimg)
+        # One kernel for all tensors: on a GPU hundreds of launches would take longer than the arithmetic.
         torch._foreach_lerp_(list(self.module.parameters()), list(parameters), share)
         if changed := list(buffers):
             torch._foreach_copy_(list(self.module.buffers()), changed)
@@ -55,6 +56,8 @@ class Ema(Average[Averaged]):
         self.halflife_kimg, self.rampup_ratio = halflife_kimg, rampup_ratio
         self.name = f"halflife-{halflife_kimg:g}kimg"
 
+    # beta = 2^(-batch / H), H = min(halflife, rampup_ratio seen), as in EDM's training loop (arXiv 2206.00364).
+    # After H images what an average held before counts for half, whatever the batch.
     def keep(self, batch: int, seen_kimg: float) -> float:
         """beta of a step of `batch` images that ends at seen_kimg."""
         halflife_kimg = self.halflife_kimg
@@ -76,6 +79,8 @@ class PowerEma(Average[Averaged]):
         super().__init__(module)
         self.name = f"power-{std:g}"
 
+    # beta_t = (1 - 1/t)^(gamma + 1), t in steps (arXiv 2312.02696, section 3.1): at t = 1 it is 0, so nothing is left of
+    # random initial weights, whatever the width.
     def keep(self, batch: int, seen_kimg: float) -> float:
         """beta of a step of `batch` images that ends at seen_kimg."""
         seen = max(1000 * seen_kimg, batch)  # kimg are rounded, and the first step must not come out below zero
@@ -97,6 +102,7 @@ class Averages(Generic[Averaged]):
         *,
         rampup_ratio: float | None,
     ):
+        # A copy of the module each, which is memory; their number is the user's choice.
         emas = [Ema(module, halflife, rampup_ratio) for halflife in halflives_kimg]
         averages: list[Average[Averaged]] = [*emas, *(PowerEma(module, std) for std in power_widths)]
         if not emas:
@@ -128,6 +134,7 @@ class Averages(Generic[Averaged]):
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes back what `state_dict` gave. Raises FileFormatError for a state of other averages."""
         modules = self.modules()
+        # An average cannot be made up afterwards: it would have missed what came before.
         if state.keys() != modules.keys():
             raise FileFormatError(
                 f"the state holds the averages {', '.join(state)}, not {', '.join(modules)}",
@@ -137,6 +144,8 @@ class Averages(Generic[Averaged]):
             module.load_state_dict(state[name])
 
 
+# sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (arXiv 2312.02696, appendix C), sorted by powers of gamma:
+# gamma^3 + 7 gamma^2 + (16 - 1/sigma_rel^2) gamma + (12 - 1/sigma_rel^2) = 0.
 def power_exponent(std: float) -> float:
     """gamma of the profile t^gamma on 0..1 whose standard deviation is std: 0.05 gives 16.97, 0.10 gives 6.94.
 

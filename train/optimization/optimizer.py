@@ -44,6 +44,8 @@ class RateSchedule:
 
     def at(self, step: int) -> float:
         """The learning rate of a step in 0..total_steps-1."""
+        # rate = peak * min(1, seen / warmup) * fall(min(1, left / decay)); step + 1, so that the first step moves something and
+        # the last one, with something left, still does.
         seen_kimg = (step + 1) * self.batch / 1000
         left_kimg = (self.total_steps - step) * self.batch / 1000
         rise = min(1.0, seen_kimg / self.warmup_kimg) if self.warmup_kimg else 1.0
@@ -83,19 +85,23 @@ class OptimizerStep:
 
     def step(self, index: int) -> Tensor:
         """Takes the step at the rate of `index`; returns the norm of its gradient before clipping, a scalar."""
+        # Set anew from the step's index, and not by a scheduler: there is no state of it to save.
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.at(index) * group.get("rate_scale", 1.0)
+        # Before clipping: the bound is meant for the gradient of the whole batch.
         self._sum_over_processes()
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.clipping.norm or math.inf, error_if_nonfinite=False
         )
         assert norm is not None
+        # The norm of all gradients is finite only where every value is, and asks the GPU once.
         finite, scaler = bool(torch.isfinite(norm)), self._scaler()
         if finite and self.clipping.value:
             nn.utils.clip_grad_value_(self.module.parameters(), self.clipping.value)
         if finite or scaler is not None:  # a scaler leaves out the bad step itself, and learns from it
             self.optimizer.step()
         self.optimizer.zero_grad()
+        # A scaler overflows now and then while it looks for its scale; below 1 it has nowhere left to go.
         if finite:
             self.bad_in_a_row = 0
         elif scaler is None or scaler.get_scale() < 1:
@@ -132,12 +138,14 @@ class OptimizerStep:
             scaler.load_state_dict(state["scaler"])
 
     def _scaler(self) -> Any:
+        # Fabric has no public way to it.
         return getattr(self.fabric._precision, "scaler", None)
 
     def _sum_over_processes(self) -> None:
         if self.fabric.world_size == 1:
             return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        # One sum over processes instead of one for every tensor.
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         total = self.fabric.all_reduce(flat, reduce_op="sum")
         assert isinstance(total, Tensor)

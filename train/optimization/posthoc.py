@@ -83,6 +83,7 @@ def reconstruct(folder: Path, std: float, kimg: float | None = None) -> dict[str
     return {name: _narrowed(sums.pop(name)) for name in list(sums)}
 
 
+# With A_ij = <p_i, p_j>, b_i = <p_i, p>: A x + mu 1 = b and 1.x = 1, the stationary point of |sum x_i p_i - p|^2 / 2.
 def solve_coefficients(t_in: Sequence[float], std_in: Sequence[float], t_out: float, std_out: float) -> Tensor:
     """How to sum averages of times t_in and widths std_in to come closest to the one of t_out, std_out: float64 [N].
 
@@ -103,6 +104,8 @@ def solve_coefficients(t_in: Sequence[float], std_in: Sequence[float], t_out: fl
     return solution * norms[n] / norms[:n]
 
 
+# <p_i, p_j> = a_i a_j / (a_i + a_j - 1) * m^(a_i + a_j - 1) / (t_i^a_i t_j^a_j), a = gamma + 1, m = min(t_i, t_j):
+# the integral of both profiles up to where the earlier one ends (arXiv 2312.02696, appendix C).
 def _inner_products(times: Sequence[float], stds: Sequence[float]) -> Tensor:
     """integral of p_i p_j over training time, float64 [N, N], with p(s) = (gamma + 1) s^gamma / t^(gamma + 1) on 0..t."""
     t = torch.tensor(times, dtype=torch.float64)
@@ -114,6 +117,7 @@ def _inner_products(times: Sequence[float], stds: Sequence[float]) -> Tensor:
 
 def _warn_if_far(coefficients: Tensor, products: Tensor, wanted: str) -> None:
     """The last of the profiles is the wanted one."""
+    # |sum x_i p_i - p|^2 = (x, -1) A (x, -1)^T, over |p|^2, which stands in the last corner.
     difference = torch.cat([coefficients, coefficients.new_full((1,), -1.0)])
     distance = float((difference @ products @ difference / products[-1, -1]).clamp(min=0).sqrt())
     if distance > _TOLERATED_DISTANCE:
@@ -139,6 +143,7 @@ def _add(sums: dict[str, Tensor], path: Path, coefficient: float) -> None:
 
 
 def _add_tensor(sums: dict[str, Tensor], name: str, tensor: Tensor, coefficient: float, path: Path) -> None:
+    # Counters of steps and the like have no average.
     if not tensor.is_floating_point():
         sums[name] = tensor
     elif name not in sums:

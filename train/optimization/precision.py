@@ -1,154 +1,35 @@
-"""`auto`: what this machine multiplies fastest, measured in seconds on the network that is going to be trained."""
+"""What a recipe's precision means: how networks multiply, and what keeps all bits of float32."""
 
-import json
-import time
-from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-import torch
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
 
-from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import atomic_file
-from uni_instruct.networks.build import build_denoiser
-from uni_instruct.processes import is_later_process
-from uni_instruct.progress import ProgressFactory, progress, silent
-from uni_instruct.spec import ModelSpec
-from uni_instruct.train.config import AUTO, LoopConfig
-from uni_instruct.train.optimization.distributed import lone_fabric, prepared
-from uni_instruct.train.recipe import parse_recipe, read_yaml
-from uni_instruct.train.rng import initial_weights
-
-# Timings on a shared machine differ by as much, and the exact way is the one that needs no explaining.
-WORTH = 1.2
-ROUNDS = 3
-# So many images that a step takes about this long, whatever the network.
-STEP_S, MOST_IMAGES = 0.5, 32
-PATIENCE_S = 600.0
+from uni_instruct.float32 import full_float32
 
 
-class Way(NamedTuple):
-    """How a network is run: the precision of its products, and whether its images are in channels_last."""
+def arithmetic_of(precision: str) -> AbstractContextManager[None]:
+    """Within the block GPUs multiply as a recipe's precision says: '32-true' means all of float32's bits, as in EDM.
 
-    precision: str
-    channels_last: bool
-
-    def __str__(self) -> str:
-        return f"{self.precision}, channels_last {str(self.channels_last).lower()}"
-
-
-def is_settled(loop: LoopConfig) -> bool:
-    """Whether nothing is left to choose."""
-    return AUTO not in (loop.precision, loop.channels_last)
-
-
-def exact(loop: LoopConfig) -> LoopConfig:
-    """loop with `auto` replaced by what every machine can do, measuring nothing."""
-    precision = "32-true" if loop.precision == AUTO else loop.precision
-    return replace(loop, precision=precision, channels_last=loop.channels_last is True)
-
-
-def settled(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: bool = True) -> LoopConfig:
-    """loop with `auto` replaced by what takes the least time here for a training step of the spec's network.
-
-    images: the most that a process takes at once; no more than MOST_IMAGES are timed.
+    By default cuDNN's convolutions would round to TF32. With 16-bit products next to nothing is left in float32.
     """
-    if is_settled(loop):
-        return loop
-    ways = [
-        way for way in _ways() if loop.precision in (AUTO, way.precision) and loop.channels_last in (AUTO, way.channels_last)
-    ]
-    if loop.precision not in (AUTO, *(way.precision for way in ways)):  # start_fabric says why
-        ways = [Way(loop.precision, False)]
-    best = _measured(ways, spec, images, progress if shown else silent) if len(ways) > 1 else ways[0]
-    return replace(loop, precision=best.precision, channels_last=best.channels_last)
+    return full_float32() if precision == "32-true" else nullcontext()
 
 
-def _measured(ways: list[Way], spec: ModelSpec, most: int, with_progress: ProgressFactory) -> Way:
-    times = dict.fromkeys(ways, float("inf"))
-    trials = [way for _ in range(ROUNDS) for way in ways]
-    with with_progress("precision: what is fastest here", len(trials), "trials") as bar:
-        images = round(min(most, MOST_IMAGES, max(1.0, STEP_S / _step_s(spec, ways[0], 1))))
-        for number, way in enumerate(trials):
-            times[way] = min(times[way], _step_s(spec, way, images))
-            bar.advance(1, _verdict(times, images) if number == len(trials) - 1 else None)
-    return _fastest(times)
+class _InnerAutocast(MixedPrecision):
+    """Autocast inside the networks; images and noise levels keep 32 bits.
 
-
-def settle_for_run(loop: LoopConfig, spec: ModelSpec, images: int, folder: Path) -> LoopConfig:
-    """As `settled`, once for a run: its first process measures and notes it, later processes and resumed runs read that.
-
-    Raises RequestError where the first process's note does not come.
+    Fabric's own converts inputs as well, which at sigma = 80 rounds away the image under the noise.
     """
-    if is_settled(loop):
-        return loop
-    recipe, file = folder / "recipe.yaml", folder / "state" / "fastest.json"
-    if recipe.exists():  # a run that is resumed keeps what it began with
-        begun = parse_recipe(read_yaml(recipe)).loop
-        if is_settled(begun):
-            return _filled(loop, begun.precision, begun.channels_last)
-    first = not is_later_process()
-    if first and not file.exists():
-        chosen = settled(loop, spec, images)
-        with atomic_file(file) as partial:
-            partial.write_text(json.dumps({"precision": chosen.precision, "channels_last": chosen.channels_last}))
-    waited = time.monotonic()
-    while not file.exists():
-        if time.monotonic() - waited > PATIENCE_S:
-            raise RequestError(
-                f"{file} was not written by the first process",
-                remedy="give --out a folder that all processes share",
-                param="out",
-            )
-        time.sleep(0.1)
-    try:
-        noted = json.loads(file.read_text())
-        return _filled(loop, noted["precision"], noted["channels_last"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"{file} cannot be read", remedy="delete it, and run the same command again") from error
+
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
-def _filled(loop: LoopConfig, precision: str, channels_last: bool | str) -> LoopConfig:
-    """loop with its `auto` replaced by these."""
-    return replace(
-        loop,
-        precision=precision if loop.precision == AUTO else loop.precision,
-        channels_last=channels_last if loop.channels_last == AUTO else loop.channels_last,
-    )
+class _InnerBFloat16(_InnerAutocast):
+    """Needs no loss scaler, and so no backward pass but torch's: gradients of single terms can be taken."""
+
+    backward = Precision.backward
 
 
-def _ways() -> list[Way]:
-    """The exact one first."""
-    exact = [Way("32-true", False), Way("32-true", True)]
-    if not torch.cuda.is_available():
-        return [*exact, Way("bf16-mixed", True)]
-    half = "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    return [*exact, Way(half, False), Way(half, True)]
-
-
-def _fastest(times: dict[Way, float]) -> Way:
-    exact, best = next(iter(times)), min(times, key=lambda way: times[way])
-    return best if times[best] * WORTH < times[exact] else exact
-
-
-def _verdict(times: dict[Way, float], images: int) -> str:
-    speeds = "; ".join(f"{way}: {images / seconds:.0f}" for way, seconds in times.items())
-    return f"{_fastest(times)} (images/s: {speeds})"
-
-
-def _step_s(spec: ModelSpec, way: Way, images: int) -> float:
-    """Seconds of a forward and a backward pass, after one that does not count."""
-    fabric = lone_fabric(way.precision)
-    loop = LoopConfig(precision=way.precision, channels_last=way.channels_last)
-    denoiser = initial_weights(lambda: build_denoiser(spec), 0).to(fabric.device)
-    network = fabric.setup_module(prepared(denoiser.train(), loop))
-    noised = torch.randn(images, *spec.noise_shape, generator=torch.Generator().manual_seed(0)).to(fabric.device)
-    class_ids = torch.zeros(images, dtype=torch.int64, device=fabric.device) if spec.num_classes else None
-    sigma = torch.ones(images, 1, 1, 1, device=fabric.device)
-    for _ in range(2):
-        start = time.perf_counter()
-        fabric.backward(network(noised, sigma, class_ids).square().mean())
-        network.zero_grad()
-        if fabric.device.type == "cuda":
-            torch.cuda.synchronize()
-    return time.perf_counter() - start
+AUTOCASTS = {"bf16-mixed": _InnerBFloat16, "16-mixed": _InnerAutocast}

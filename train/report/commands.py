@@ -13,6 +13,7 @@ def command_section(material: Material) -> list[str]:
     for why, *words in _commands(material):
         lines += [f"# {why}", f"uni-instruct {shlex.join(map(str, words))}"]
     lines.append("```")
+    # A command that is sure to be refused helps nobody.
     if not material.makes_pictures:
         lines += ["", "`export`, `evaluate` and `serve` take pictures; these are latents, of which a decoder makes them."]
     elif material.plan.dataset is None:

@@ -183,6 +183,7 @@ def _draw_line(axes: "Axes", line: Line, colour: str) -> None:
 
 def _running_median(values: Sequence[float]) -> np.ndarray:
     """Over a twentieth of the curve, centred, fewer at the ends: a single spike leaves no trace."""
+    # The median follows a step in a curve where a mean would draw a slope.
     half = max(2, len(values) // 40)
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
@@ -198,6 +199,7 @@ def _set_scale(axes: "Axes", panel: Panel, values: Sequence[float]) -> None:
         axes.set_yticks(np.linspace(low, high, 5))
     elif low > 0 and not panel.linear and high > LOG_FROM * low:
         axes.set_yscale("log")
+        # Room for the legend is a factor on a logarithmic axis.
         bottom, top = axes.get_ylim()
         axes.set_ylim(bottom, top * (top / bottom) ** LEGEND_ROOM)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))

@@ -68,6 +68,7 @@ def time_section(material: Material, report_s: float) -> list[str]:
     """Seconds of every activity, over all calls of the run, and the sum."""
     spent = [(stage, name, time_s) for stage, parts in material.times.items() for name, time_s in parts.items()]
     spent += [("run", "this report", report_s)]
+    # The report counts itself, as it is part of what the user waits for.
     total_s = sum(time_s for *_, time_s in spent)
     rows = [
         ("" if stage == "run" else stage, ACTIVITIES.get(name, name), duration(time_s), f"{time_s / total_s:.1%}")
@@ -78,6 +79,7 @@ def time_section(material: Material, report_s: float) -> list[str]:
     for stage, history in material.history.items():
         steps_s = material.times.get(stage, {}).get("steps", 0.0)
         kimg = max((record["kimg"] for record in history.records), default=0.0)
+        # A stage that was given has neither.
         if steps_s and kimg:
             lines += ["", f"{stage}: {1000 * kimg / steps_s:,.0f} images a second, evaluation and writing left out."]
     return [*lines, "", "Calls that were interrupted or killed count too, and what they did that had to be done again."]

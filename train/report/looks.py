@@ -25,6 +25,7 @@ def sample_section(material: Material) -> list[str]:
         return [_NO_PICTURES]
     grid, teacher = material.grid, material.teacher_drawn
     student = material.samples
+    # The teacher draws as many rows as the time allows; more of the student's would have nothing above them.
     count = min(len(teacher.images), len(student.images))
     for name, images in (("teacher", teacher.images[:count]), ("student", student.images[:count])):
         with atomic_file(material.pictures / f"{name}.png") as partial:
@@ -69,6 +70,7 @@ def score_section(material: Material) -> list[str]:
         f"played no part in choosing weights. Reference: {text(evaluator.reference.name)}, {len(evaluator.reference):,} "
         "images. Distances depend on the number of samples. Last rows: on the seeds that the weights were chosen by.",
     ]
+    # A missing row has to be explained, or it looks like a failure.
     if teacher is None:
         lines += ["", f"The teacher was not scored again: {samples:,} samples take {duration(s_per_image * samples)} here."]
     if len(evaluator.reference) > MOST_REFERENCE_FOR_PR:
@@ -175,6 +177,7 @@ def _by_features(evaluator: Evaluator | None, samples: np.ndarray) -> Closeness 
 def _neighbour_sheet(material: Material, space: Closeness) -> np.ndarray:
     dataset, samples = material.plan.dataset, material.samples.images
     assert dataset is not None
+    # The nearest of all are shown too: copies hide among samples that are none.
     order = space.samples.distances[:, 0].argsort()
     chosen = torch.cat([torch.arange(min(SHOWN, len(samples))), order[:SHOWN]])
     indices = space.samples.indices[chosen].numpy()

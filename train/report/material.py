@@ -47,6 +47,7 @@ class Material:
     @property
     def parameters(self) -> int:
         """Of the generator's network, which the teacher shares."""
+        # Counted, not loaded: the weights are not needed for their number.
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in build_denoiser(self.spec).parameters())
 

@@ -55,6 +55,7 @@ def write_report(
 def report_is_current(folder: Path) -> bool:
     """Whether the report was made after the last line of the log."""
     report, log = folder / REPORT, folder / "log.jsonl"
+    # Nanoseconds: a short run ends within the second of its report.
     return report.exists() and (not log.exists() or report.stat().st_mtime_ns >= log.stat().st_mtime_ns)
 
 

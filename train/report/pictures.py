@@ -46,6 +46,7 @@ def draw_rows(engine: Engine, grid: Grid, budget_s: float) -> Drawn:
     """Rows of the grid while the time lasts, at least one."""
     start, parts = time.monotonic(), list[np.ndarray]()
     for first in range(0, len(grid.seeds), grid.columns):
+        # Stops before a row that would take longer than is left, by the mean of those before it.
         if parts and (time.monotonic() - start) * (len(parts) + 1) / len(parts) > budget_s:
             break
         row = slice(first, first + grid.columns)

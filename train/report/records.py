@@ -42,6 +42,7 @@ class StageHistory:
 
     def curve(self, name: str) -> Curve:
         """The metric of that name, empty where it was never logged; None and values that are not finite are left out."""
+        # A curve may begin late, or hold a NaN from a bad step: what is there is drawn.
         points = [(r["kimg"], r[name]) for r in self.records if math.isfinite(r.get(name, math.nan))]
         return Curve([kimg for kimg, _ in points], [value for _, value in points])
 
@@ -61,6 +62,7 @@ class StageHistory:
 
     def best(self, metric: str) -> Evaluation | None:
         """The evaluation whose weights were kept: the lowest, of equal ones the last, as the loop chooses."""
+        # Reversed: of equal scores the loop kept the last.
         return min(reversed(self.evaluations(metric)), key=lambda e: e.value, default=None)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from uni_instruct.data import Dataset
 from uni_instruct.engine import Engine
 from uni_instruct.evaluate import METRICS, Evaluator, frechet_distance
+from uni_instruct.evaluate.class_draw import draw_classes
 from uni_instruct.evaluate.sample_source import reference_class_ids
 from uni_instruct.evaluate.scores import MIN_SAMPLES, Available, frechet_name, moments
-from uni_instruct.generate import generate_batches, resolve_class_ids
+from uni_instruct.generate import generate_batches
 from uni_instruct.train.monitoring import scores as selection
 
 SETS, BUDGET_S = 3, 40.0
@@ -35,6 +36,7 @@ class SetScores:
 
 def samples_of_a_set(wanted: int) -> int:
     """As many as the recipe evaluates with, as far as they are affordable: a Frechet distance depends on their number."""
+    # A Frechet distance of N samples is too large by about 1/N: only those of as many compare.
     return max(MIN_SAMPLES, min(wanted, MOST_SAMPLES))
 
 
@@ -50,12 +52,13 @@ def score_sets(evaluator: Evaluator, engine: Engine, metric: str, samples: int, 
 
     def score(number: int) -> dict[str, float]:
         seeds = range(number * samples, (number + 1) * samples)
-        class_ids = resolve_class_ids(engine.spec, seeds)
+        drawn = draw_classes(engine.spec, seeds, evaluator.reference)
+        class_ids = drawn.class_ids
         names = tuple(engine.spec.class_name(i) for i in range(engine.spec.num_classes))
         mapped, note = reference_class_ids(class_ids, names, evaluator.reference)
         asked = _asked(evaluator, metric, samples, mapped is not None)
         scores = evaluator.score_batches(generate_batches(engine, seeds, class_ids, BATCH), mapped, asked)
-        notes.extend(n for n in (*scores.notes, note) if n and n not in notes)
+        notes.extend(n for n in (*scores.notes, note, drawn.note) if n and n not in notes)
         return scores.values
 
     sets = _while_affordable(score)

@@ -46,6 +46,7 @@ class CriticUpdate:
         log_details: bool,
     ) -> Metrics:
         """One step on the student's images, against batch number data_index of the data."""
+        # The student's update froze it.
         self.optimizer_step.module.requires_grad_(True)
         draw = _Draw.of(objective, students, self.pipe, rng)
         nonfinite, tally = NonFiniteTracker(), Tally(self.fabric)
@@ -65,6 +66,7 @@ class CriticUpdate:
         """Per image [b]: the fake score's loss and, where it is needed, the discriminator's; and its logits."""
         device, critic = self.fabric.device, self.optimizer_step.module
         sigma = draw.sigma[part].to(device)
+        # Augmented like the data, so that the discriminator cannot tell images by their augmentation.
         clean, labels = augmented(students.detached(part), draw.augmentation, part)
         noised = clean + sigma * draw.noise[part].to(device)
         output = guided_critic(
@@ -84,6 +86,7 @@ class CriticUpdate:
         images, class_ids = self.batches(data_index, part, device)
         real, labels = augmented(images, draw.real_augmentation, part)
         noised = real + sigma * draw.real_noise[part].to(device)
+        # A student without classes is compared with data without classes, whatever the data have.
         seen_ids = class_ids if students.class_ids is not None else None
         logits = critic(noised, sigma, seen_ids, labels, denoise=False).logits
         losses["discriminator"] = discriminator_loss(logits, output.logits, self._real_weight(seen_ids))
@@ -112,6 +115,7 @@ class _Draw:
         return cls(
             sigma=objective.critic_levels.draw(batch, rng),
             noise=torch.randn(shape, generator=rng),
+            # Other noise, the same levels: the ratio is one of densities at a level.
             real_noise=torch.randn(shape, generator=rng),
             class_ids=drop_classes(students.class_ids, objective.config.label_dropout, rng),
             augmentation=pipe.draw(batch, rng) if pipe else None,
@@ -123,6 +127,7 @@ class _Draw:
 
 
 def _total(losses: Metrics, objective: Objective) -> Tensor:
+    # One backward pass for both, as they share the encoder.
     total = losses["fake_score"].sum()
     return total + objective.config.discriminator_scale * losses["discriminator"].sum() if "discriminator" in losses else total
 
@@ -130,4 +135,5 @@ def _total(losses: Metrics, objective: Objective) -> Tensor:
 def _accuracy(real: Tensor | None, fake: Tensor | None) -> Metrics:
     if real is None or fake is None:
         return {}
+    # Half of it from real images, half from the student's: guessing gives 0.5.
     return {"discriminator/accuracy": ((real > 0).float() + (fake < 0).float()) / 2}

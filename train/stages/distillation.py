@@ -68,7 +68,7 @@ class DistillationStage:
         self.num_classes, self.image_shape = models.teacher.num_classes, models.teacher.image_shape
         shard = BatchShard(fabric, config.batch, config.micro_batch)
         self._one_pass = len(shard.micro_batches) == 1
-
+        # Before compilation, as the teacher's: averages are copies, and run too seldom to be worth compiling.
         self.averages = Averages(
             arranged(models.student.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
@@ -78,36 +78,20 @@ class DistillationStage:
         self.student = self._optimizer_step(models.student, "student")
         self.critic = self._optimizer_step(models.critic, "critic")
         self.ratio = DensityRatio(fabric, recipe.objective.ratio_bins)
-        limit = recipe.loop.bad_steps_in_a_row
-        self.update_critic = CriticUpdate(
-            fabric=fabric,
-            optimizer_step=self.critic,
-            shard=shard,
-            batches=batches,
-            class_weights=_class_weights(batches, self.num_classes),
-            pipe=open_pipe(config.augment, config.augment_mirror),
-            sigma_data=models.teacher.sigma_data,
-            bad_limit=limit,
-        )
-        self.update_student = StudentUpdate(
-            fabric=fabric,
-            optimizer_step=self.student,
-            critic=self.critic,
-            teacher=fabric.setup_module(prepared(models.teacher.eval().requires_grad_(False), recipe.loop)),
-            shard=shard,
-            ratio=self.ratio,
-            pairs=pairs,
-            bad_limit=limit,
-        )
+        self.update_critic = self._critic_update(models, shard, batches)
+        self.update_student = self._student_update(models, shard, pairs)
 
     def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
         """Updates the critic on fresh samples, then the student through the last of them once the warm-up is over."""
         objective = self.objective_at(index)
+        # Until then the fake score is the teacher's copy and says nothing of the student.
         warmed_up = index * self.batch >= self.config.critic_warmup_kimg * 1000
         updates = objective.config.critic_updates
         for update in range(updates):
             last = update == updates - 1
+            # Only the last images are kept with their gradient, and only where the student is updated through them.
             students = self._draw_students(rng, keep=warmed_up and last and self._one_pass)
+            # New data for every update, numbered through, so that a resumed run reads on where it was.
             data_index = index * updates + update
             metrics = self.update_critic(index, data_index, objective, students, rng, log_details and last)
         if warmed_up:
@@ -119,6 +103,7 @@ class DistillationStage:
 
     def objective_at(self, index: int) -> Objective:
         """What the step of that index minimises."""
+        # From the index alone: a resumed run needs no note of its phase.
         kimg = index * self.batch / 1000
         return next((objective for until_kimg, objective in self.schedule if kimg < until_kimg), self.objective)
 
@@ -157,17 +142,45 @@ class DistillationStage:
         adam = torch.optim.Adam(groups, lr=peak, betas=betas, eps=config.adam_eps, fused=fused)
         return OptimizerStep(self.fabric, module, adam, RateSchedule.of(config, peak), _clipping(config, name))
 
+    def _critic_update(self, models: DistillationModels, shard: BatchShard, batches: DataLoader | None) -> CriticUpdate:
+        config = self.config
+        return CriticUpdate(
+            fabric=self.fabric,
+            optimizer_step=self.critic,
+            shard=shard,
+            batches=batches,
+            class_weights=_class_weights(batches, self.num_classes),
+            pipe=open_pipe(config.augment, config.augment_mirror),
+            sigma_data=models.teacher.sigma_data,
+            bad_limit=self.recipe.loop.bad_steps_in_a_row,
+        )
+
+    def _student_update(self, models: DistillationModels, shard: BatchShard, pairs: Pairs | None) -> StudentUpdate:
+        loop, teacher = self.recipe.loop, models.teacher.eval().requires_grad_(False)
+        return StudentUpdate(
+            fabric=self.fabric,
+            optimizer_step=self.student,
+            critic=self.critic,
+            teacher=self.fabric.setup_module(prepared(teacher, loop)),
+            shard=shard,
+            ratio=self.ratio,
+            pairs=pairs,
+            bad_limit=loop.bad_steps_in_a_row,
+        )
+
     def _draw_students(self, rng: torch.Generator, keep: bool) -> StudentBatch:
         noise = torch.randn(self.batch, *self.image_shape, generator=rng)
         class_ids = torch.randint(self.num_classes, (self.batch,), generator=rng) if self.num_classes else None
         return StudentBatch(self.student.module, self.config.sigma_init, noise, class_ids, keep=keep, device=self.fabric.device)
 
     def _student_kimg(self, index: int) -> float:
+        # An average's half-life is bounded by what the student has seen; during the warm-up it sees nothing.
         return (index + 1) * self.batch / 1000 - self.config.critic_warmup_kimg
 
 
 def _critic_groups(critic: Critic, config: DistillationConfig) -> list[dict[str, Any]]:
     """The fake score, and the discriminator with a rate of its own."""
+    # Everything of the critic that is no denoiser: the head, or a discriminator with its own encoder.
     rest = [parameter for name, parameter in critic.named_parameters() if not name.startswith("fake_score.")]
     scale = config.discriminator_learning_rate / config.critic_learning_rate if config.discriminator_learning_rate else 1.0
     groups: list[dict[str, Any]] = [{"params": list(critic.fake_score.parameters())}]
@@ -184,5 +197,6 @@ def _class_weights(batches: DataLoader | None, num_classes: int) -> Tensor | Non
     """What an image of each class counts in data, so that every class counts alike, as among the student's images."""
     if batches is None or not num_classes or batches.dataset.labels is None:
         return None
+    # w_k = N / (K n_k): weighted so, data have every class as often as the student's images, whose classes are uniform.
     counts = np.bincount(batches.dataset.labels, minlength=num_classes)
     return torch.from_numpy(counts.sum() / num_classes / np.maximum(counts, 1)).float()

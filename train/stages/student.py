@@ -32,6 +32,7 @@ class StudentBatch:
         """Images of that part, without gradient; made once."""
         if self.keep:
             return self.with_grad(part).detach()
+        # The critic and the ratio's forward pass ask for the same images.
         if part.start not in self._fixed:
             with torch.no_grad():
                 self._fixed[part.start] = self._images(part)
@@ -39,6 +40,7 @@ class StudentBatch:
 
     def with_grad(self, part: slice) -> Tensor:
         """Images of that part, with the gradient to the generator's weights."""
+        # Kept graphs of all micro-batches at once would be the memory that micro-batches are there to save.
         if not self.keep:
             return self._images(part)
         if self._kept is None:

@@ -39,11 +39,13 @@ class StudentUpdate:
         self, index: int, objective: Objective, students: StudentBatch, rng: torch.Generator, log_details: bool
     ) -> Metrics:
         """One step; with `log_details`, terms, their gradients and the ratio are measured as well."""
+        # Its gradient passes through the critic; the critic's own weights would only cost memory.
         self.critic.module.requires_grad_(False)
         draw = _Draw.of(objective, students, self.pairs, rng)
         ratios = self._ratios_beforehand(objective, students, draw)
         nonfinite, tally = NonFiniteTracker(), Tally(self.fabric)
         for part in self.shard.micro_batches:
+            # Parts are places in the global batch, ratios those of this process.
             local = slice(part.start - self.shard.whole.start, part.stop - self.shard.whole.start)
             diffused, output = self._diffuse(part, objective, students, draw)
             ratio = self._ratio(output, diffused.sigma, objective) if ratios is None else ratios[local]
@@ -66,6 +68,7 @@ class StudentUpdate:
         config = objective.config
         clean, class_ids = students.with_grad(part), students.classes(part)
         sigma = draw.sigma[part].to(self.fabric.device)
+        # x_s = G(z) + s eps, the path along which every term is differentiated.
         noised = clean + sigma * draw.noise[part].to(self.fabric.device)
         # The integral family's gradient does not run through the denoisers, so their graphs are never built.
         differentiated = config.family == "expanded"
@@ -79,6 +82,7 @@ class StudentUpdate:
                 discriminate=config.needs_discriminator and (differentiated or not config.adversarial_scale),
             )
             teacher = guided(self.teacher, noised, sigma, class_ids, config.teacher_guidance)
+        # The one thing there whose gradient does run through the critic.
         if config.adversarial_scale and not differentiated:
             output = output._replace(logits=self.critic.module(noised, sigma, class_ids, denoise=False).logits)
         assert output.denoised is not None
@@ -118,6 +122,7 @@ class StudentUpdate:
             terms |= objective.divergence_terms(diffused, ratio)
         if config.adversarial_scale:
             assert output.logits is not None
+            # The divergence sums over pixels; a loss of one number an image would fade beside it in large images.
             pixels = diffused.clean[0].numel()
             terms["adversarial"] = config.adversarial_scale * pixels * adversarial_loss(output.logits)
         if config.regression_scale:
@@ -164,6 +169,7 @@ def _image_gradients(terms: Terms, clean: Tensor) -> Metrics:
     """Per term that acts on the images, the norm of its gradient with respect to each: [b]."""
     norms = {}
     for name, values in terms.items():
+        # With respect to the image, which every term reaches, and at the price of no pass through the student.
         (gradient,) = torch.autograd.grad(values.sum(), clean, retain_graph=True, allow_unused=True)
         if gradient is not None:
             norms[f"generator/{name}_gradient"] = gradient.flatten(1).norm(dim=1)
@@ -175,12 +181,14 @@ def _state_of(diffused: DiffusedBatch, output: CriticOutput, ratio: Tensor, obje
     clean, teacher, fake = diffused.clean.detach(), diffused.teacher.detach(), diffused.fake.detach()
     state = {
         "generator/score_distance": (teacher - fake).square().mean().sqrt(),
+        # Against the teacher's images of the same noised ones: below half of their spread the student collapses.
         "generator/diversity": clean.std(0).mean() / teacher.std(0).mean().clamp(min=1e-6),
     }
     if objective.config.needs_ratio:
         assert output.logits is not None
         ratio = ratio.float()
         state |= {name: ratio.quantile(at) for name, at in QUANTILES.items()}
+        # (sum r)^2 / (n sum r^2), Kish's effective sample size: 1 where all weigh alike, 1/n where one image is all.
         state["ratio/effective_sample_size"] = ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)
         state["ratio/clamped"] = (output.logits.detach().abs() >= objective.config.logit_clamp).float().mean()
     return {name: value.reshape(1) for name, value in state.items()}

@@ -37,6 +37,7 @@ class TeacherStage:
             denoiser.num_classes > 0,
         )
         self.pipe = open_pipe(config.augment, config.augment_mirror)
+        # Before compilation: averages are copies, and run too seldom to be worth compiling.
         self.averages = Averages(
             arranged(denoiser.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
@@ -54,6 +55,7 @@ class TeacherStage:
     def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
         """Trains on batch number `index`; with `log_details`, returns loss and gradient norm."""
         device, shape = self.fabric.device, (self.batch, *self.image_shape)
+        # Everything random is drawn for the whole batch before it is divided: micro-batches and processes change no number.
         sigmas, noise = self.levels.draw(self.batch, rng), torch.randn(shape, generator=rng)
         augmentation = self.pipe.draw(self.batch, rng) if self.pipe else None
         hidden = drop_classes(torch.zeros(self.batch, dtype=torch.int64), self.config.label_dropout, rng)
@@ -61,6 +63,7 @@ class TeacherStage:
         for part in self.shard.micro_batches:
             images, class_ids = self.batches(index, part, device)
             sigma = sigmas[part].to(device)
+            # `hidden` says where, as the classes come with their images, part by part.
             if class_ids is not None and hidden is not None:
                 class_ids = torch.where(hidden[part].to(device) < 0, hidden[part].to(device), class_ids)
             clean, labels = augmented(images, augmentation, part)
@@ -69,10 +72,12 @@ class TeacherStage:
             nonfinite.add(losses, sigma)
             if log_details:
                 tally.add({"teacher/loss": losses["teacher"]})
+            # Summed over parts and processes, this is the gradient of the mean over the batch.
             self.optimizer_step.backward(losses["teacher"].sum() / self.batch)
         bad = self.optimizer_step.bad
         norm = self.optimizer_step.step(index)
         raise_if_diverged(self.fabric, self.optimizer_step, self.bad_limit, nonfinite, index + 1)
+        # A step that was left out has changed no weights, and must not age the averages.
         if self.optimizer_step.bad == bad:
             self.averages.update(self.optimizer_step.module.parameters(), self.batch, (index + 1) * self.batch / 1000)
         return tally.means() | {"teacher/gradient_norm": norm} if log_details else {}
@@ -98,5 +103,6 @@ class TeacherStage:
 
 def denoising_loss(denoised: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """EDM's loss, lambda(sigma) |D(x; sigma) - clean|^2 averaged over pixels: [B]."""
+    # lambda(s) = (s^2 + sigma_data^2) / (s sigma_data)^2 = 1 / c_out^2: all noise levels then count alike (EDM, section 5).
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return (weight * (denoised - clean) ** 2).mean(dim=(1, 2, 3))

@@ -10,12 +10,15 @@ import numpy as np
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.modules import config_of, is_network, plain_value, tensors_of
 from uni_instruct.checkpoints.pickle.unpickle import StoredModule, pickled, plain
+from uni_instruct.checkpoints.prefixes import is_counter, network_prefixes
 from uni_instruct.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.torch_file import zipped
 from uni_instruct.zip_entry import SIGNATURE as ZIP
 
 _PICKLE = b"\x80"
+# What stands in the names of states that hold tensors and are no networks.
+_OPTIMIZER = "optim"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ def read_checkpoint(path: str | Path, limits: Limits | None = None) -> Checkpoin
         return Checkpoint("safetensors", (StoredNetwork("weights", "", config, _weights(tensors, budget)),), {})
 
 
+def read_plain(path: str | Path, limits: Limits | None = None) -> object:
+    """The value of a pickle or of torch's file, whatever it holds, as `read_pickle` gives it. Raises as `read_checkpoint`."""
+    with opened(path) as (file, name, size), reading(name):
+        budget = Budget(limits or Limits(), size)
+        read = _unpickler(file, size)
+        if read is None:
+            raise MalformedFile("is a file of safetensors", FOREIGN)
+        return plain(read(file, budget, size), budget)
+
+
 def _unpickler(file: BinaryIO, size: int) -> Callable[[BinaryIO, Budget, int], object] | None:
     """What reads the file by its first bytes; None for safetensors. Raises MalformedFile for what is no checkpoint."""
     if Source(file, 0, size).starts_with(ZIP):
@@ -100,7 +113,8 @@ def _checkpoint(value: object, budget: Budget) -> Checkpoint:
     if not isinstance(value, dict):
         raise MalformedFile(f"holds a {type(value).__name__}, no checkpoint", FOREIGN)
     if _is_weights(value):
-        return Checkpoint("state dict", (_network("weights", value, budget),), {})
+        parts = _split("", "weights", value)
+        return Checkpoint("state dict", tuple(_network(part.name, part.stored, budget) for part in parts), {})
     found = list(_found(value))
     networks = tuple(_network(part.name, part.stored, budget) for part in found)
     if not networks or len({network.name for network in networks}) < len(networks):
@@ -121,22 +135,39 @@ class _Found:
 
 
 def _found(value: dict[Any, Any]) -> Iterator[_Found]:
-    """Modules and state dicts, and the several averages of EDM2's training states ({'emas': [...], 'stds': [...]})."""
+    """Modules and state dicts, also those in dicts of them, and the averages of EDM2's states ({'emas': [], 'stds': []})."""
     for key, part in value.items():
         if is_network(part) or _is_weights(part):
-            yield _Found(key, str(key), part)
+            yield from _split(key, str(key), part)
         elif isinstance(part, dict) and isinstance(part.get("emas"), list) and isinstance(part.get("stds"), list):
             if len(part["emas"]) != len(part["stds"]) or not all(map(_is_weights, part["emas"])):
                 raise MalformedFile(f"has averages in {shown(key)} that do not fit their widths", FOREIGN)
             for std, weights in zip(part["stds"], part["emas"], strict=True):
                 yield _Found(key, f"{key} {std}", weights)
+        elif isinstance(part, dict) and _OPTIMIZER not in str(key).lower():
+            # FastGen's {'model': {'net': ..., 'fake_score': ...}}: networks by name, one level down.
+            for name, inner in part.items():
+                if is_network(inner) or _is_weights(inner):
+                    yield from _split(key, str(name), inner)
+
+
+def _split(key: object, name: str, stored: StoredModule | dict[str, np.ndarray]) -> Iterator[_Found]:
+    """The network; of Lightning's state dict, which names several (net., net_ema.), each of them by its own name."""
+    prefixes = network_prefixes(stored) if isinstance(stored, dict) else []
+    if not isinstance(stored, dict) or len(prefixes) < 2:
+        yield _Found(key, name, stored)
+        return
+    for prefix in prefixes:
+        part = {at: array for at, array in stored.items() if at.startswith(prefix)}
+        yield _Found(key, prefix.rstrip(".") or name, part)
 
 
 def _is_weights(value: object) -> TypeGuard[dict[str, np.ndarray]]:
-    """Whether a value is a state dict: names and tensors, nothing else."""
-    if not isinstance(value, dict) or not value:
+    """Whether a value is a state dict: names and tensors, and at most counters beside them."""
+    if not isinstance(value, dict) or not value or not all(isinstance(name, str) for name in value):
         return False
-    return all(isinstance(name, str) and isinstance(array, np.ndarray) for name, array in value.items())
+    others = [name for name, part in value.items() if not isinstance(part, np.ndarray)]
+    return len(others) < len(value) and all(is_counter(name) and isinstance(value[name], int | float) for name in others)
 
 
 def _network(name: str, stored: StoredModule | dict[str, np.ndarray], budget: Budget) -> StoredNetwork:
@@ -146,7 +177,11 @@ def _network(name: str, stored: StoredModule | dict[str, np.ndarray], budget: Bu
 
 
 def _weights(tensors: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
-    """The tensors, counted against the budget. Raises MalformedFile where there are none, or a few repeat without end."""
+    """The tensors, counted against the budget; counters that are plain numbers as arrays without dimensions.
+
+    Raises MalformedFile where there are none, or a few repeat without end.
+    """
+    tensors = {name: array if isinstance(array, np.ndarray) else np.array(array) for name, array in tensors.items()}
     # One storage can stand under any number of names, at no cost in the file.
     if not tensors:
         raise MalformedFile("has a network without weights", FOREIGN)

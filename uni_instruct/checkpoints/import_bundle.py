@@ -25,7 +25,7 @@ from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec
 # Networks of a training state that denoise at every noise level, and so are teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
 # The average of the weights is what every project publishes and scores.
-PREFERRED = ("ema", "G_ema", "G_ema_state")
+PREFERRED = ("ema", "G_ema", "G_ema_state", "net_ema", "ema_net", "ema_model", "model_ema", "student_ema")
 # EDM's and EDM2's code and weights are NVIDIA's; what was trained with them carries their classes.
 NVIDIAS_LICENCE = "CC-BY-NC-SA-4.0, as far as it derives from NVIDIA's EDM"
 UNKNOWN_LICENCE = "unknown: that of the file's source"

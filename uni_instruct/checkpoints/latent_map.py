@@ -47,7 +47,7 @@ def find_latent_map(facts: Mapping[str, Any], channels: int, asked: bool) -> Lat
     if not asked and channels not in (1, 3):
         raise RequestError(
             f"the network makes {channels} channels, which are no picture, and the file does not say what they are",
-            remedy="give --latents for a VAE's latents, or --decoder VAE to make pictures of them",
+            remedy="import it with --latents for a VAE's latents, or with --decoder VAE to make pictures of them",
             param="latents",
         )
     return EDM2_LATENTS if asked else None

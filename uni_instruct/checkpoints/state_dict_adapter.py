@@ -10,13 +10,9 @@ import numpy as np
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.checkpoint import StoredNetwork
 from uni_instruct.checkpoints.fit import check_fit, finite, misfit
+from uni_instruct.checkpoints.prefixes import is_counter, split_weights
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
-
-# What wrappers of a network put before its parameters' names.
-WRAPPERS = ("module.", "_orig_mod.")
-# Where EDM and EDM2 keep the network inside its preconditioning; here it is `model`.
-INNER = ("model.", "unet.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +112,7 @@ def translate(stored: StoredNetwork, patch: int | None = None) -> Translation:
     Raises RequestError for a class or argument that is not known here, FileFormatError where weights are missing, left over,
     of another shape, or not finite.
     """
-    tensors = _without_wrappers(stored.tensors)
-    bare, outer = _inner_tensors(tensors)
+    bare, outer = split_weights(stored.tensors)
     class_name, config = (stored.class_name, stored.config) if stored.class_name else infer_architecture(bare)
     class_name = _known(class_name, PRECONDITIONING_ARGUMENTS, "preconditioning")
     network_name = _known(str(config.get("model_type", DEFAULT_NETWORKS[class_name])), NETWORK_ARGUMENTS, "network")
@@ -158,23 +153,6 @@ def _image_shape(channels: int, size: int, patch: int) -> ImageShape:
             param="patch",
         )
     return channels // patch**2, size * patch, size * patch
-
-
-def _without_wrappers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    stripped = dict(tensors)
-    for wrapper in WRAPPERS:
-        if stripped and all(name.startswith(wrapper) for name in stripped):
-            stripped = {name.removeprefix(wrapper): array for name, array in stripped.items()}
-    return stripped
-
-
-def _inner_tensors(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The network's own tensors without their prefix, and those of its preconditioning."""
-    for prefix in INNER:
-        inner = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-        if inner:
-            return inner, {name: array for name, array in tensors.items() if not name.startswith(prefix)}
-    return tensors, {}
 
 
 def _known(name: str, table: Mapping[str, ArgumentMap], what: str) -> str:
@@ -225,8 +203,8 @@ def _chosen(config: Mapping[str, Any], names: ArgumentMap) -> dict[str, Any]:
 def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> None:
     """Checks the weights outside the network: EDM2's estimate of uncertainty, and iDDPM's table of noise levels."""
     for name, array in outer.items():
-        if name.startswith(("logvar_fourier.", "logvar_linear.")):
-            continue  # EDM2's training weighs its loss by it; no image depends on it
+        if is_counter(name) or name.startswith(("logvar_fourier.", "logvar_linear.")):
+            continue  # how often a wrapper has averaged; what EDM2's training weighs its loss by. No image depends on them
         if name != "u":
             raise misfit("network", "holds weights that are not its own", [name])
         from uni_instruct.networks.preconditioning import IDDPM

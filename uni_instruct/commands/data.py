@@ -25,21 +25,24 @@ def data() -> None:
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The zip to write; replaced if there.")
 @click.option("--resolution", type=int, help="Centre-crop to a square and resize to this many pixels.")
+@click.option("--channels", type=int, help="Make every image grey (1) or of colour (3).")
 @click.option("--num-classes", type=int, help="How many classes there are, where the last of them have no image.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def prepare(source: str, out: Path, resolution: int | None, num_classes: int | None, as_json: bool) -> None:
+def prepare(
+    source: str, out: Path, resolution: int | None, channels: int | None, num_classes: int | None, as_json: bool
+) -> None:
     """Write SOURCE as a zip that `train`, `evaluate` and EDM's tools read.
 
-    SOURCE is digits, fashion-mnist, fashion-mnist-test or emoji (emoji:FILE of another colour font); a folder of images
-    (classes are its sub-folders), a zip of images or of EDM2's latents, an .npz with arr_0, a folder of IDX files; or several
-    of them with commas between, such as a.zip,b.zip, which become one.
+    SOURCE is digits, fashion-mnist, fashion-mnist-test or emoji (emoji:FILE of another colour font); a folder or zip of images
+    (classes are its folders) or of EDM2's latents, an .npz with arr_0, a folder of IDX files, cifar-10-python.tar.gz; or
+    several of them with commas between, such as a.zip,b.zip, which become one.
 
     Example: uni-instruct data prepare photos/ --resolution 64 --out photos.zip
     """
     # Before the data set is opened, which may take minutes or a download.
     if out.suffix.lower() != ".zip" or out.is_dir():
         raise RequestError(f"--out {out} is not the name of a zip", remedy="give a file such as data.zip", param="out")
-    dataset = open_dataset(source, resolution, num_classes)
+    dataset = open_dataset(source, resolution, num_classes, channels)
     with progress("prepare", len(dataset), "images") as bar:
         write_zip(dataset, out, bar)
     click.echo(json.dumps(_facts(dataset, out), indent=2) if as_json else f"wrote {out}: {describe(dataset)}")
@@ -48,20 +51,22 @@ def prepare(source: str, out: Path, resolution: int | None, num_classes: int | N
 @data.command()
 @click.argument("source")
 @click.option("--resolution", type=int, help="Sizes may differ: images will be brought to this many pixels.")
+@click.option("--channels", type=int, help="Images will be made grey (1) or of colour (3).")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check(source: str, resolution: int | None, as_json: bool) -> None:
+def check(source: str, resolution: int | None, channels: int | None, as_json: bool) -> None:
     """Read every image and label of SOURCE and name each file that is wrong; the exit code is then 2.
 
     Example: uni-instruct data check data.zip
     """
-    found = check_data(source, resolution, progress)
+    found = check_data(source, resolution, channels, progress)
     if as_json:
         wrong = [one._asdict() for one in found.wrong]
-        click.echo(json.dumps({"source": source, "images": found.images, "wrong": wrong}, indent=2))
+        facts = {"source": source, "images": found.images, "wrong": wrong, "note": found.note}
+        click.echo(json.dumps(facts, indent=2))
     elif found.wrong:
         click.echo("\n".join(one.problem for one in found.wrong))
     else:
-        click.echo(f"nothing is wrong: {describe(open_dataset(source, resolution))}")
+        click.echo(f"nothing is wrong: {describe(open_dataset(source, resolution, channels=channels))}")
     # Last, as an error and not as text: a script that checks before it trains goes by the exit code.
     if found.wrong:
         # A file may be named twice, for its size and for its label.
@@ -92,4 +97,5 @@ def _facts(dataset: Dataset, out: Path) -> dict[str, object]:
         "class_names": list(dataset.class_names),
         "licence": dataset.licence,
         "source": dataset.source,
+        "note": dataset.note,
     }

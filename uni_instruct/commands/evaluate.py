@@ -15,6 +15,7 @@ from uni_instruct.bundle import Bundle, is_bundle, shipped_generators
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
+from uni_instruct.evaluate.class_draw import DATA, UNIFORM, DrawnClasses, draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
 from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
 from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics, frechet_name
@@ -39,6 +40,11 @@ MAX_SAMPLES = 10_000_000
 )
 @click.option("--seed", type=click.IntRange(0), help="First seed. [default: 0]")
 @click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
+@click.option(
+    "--classes",
+    type=click.Choice([UNIFORM, DATA]),
+    help="How often the seeds draw each class: all alike, or as in the reference. [default: data where it is unbalanced]",
+)
 @click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest here]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
@@ -56,6 +62,7 @@ def evaluate(
     samples: int | None,
     seed: int | None,
     seeds_text: str | None,
+    classes: str | None,
     engine: str | None,
     batch: int,
     save_statistics: Path | None,
@@ -73,25 +80,29 @@ def evaluate(
     _check_statistics_path(save_statistics)
     bundle = Bundle.open(images) if is_bundle(images) else None
     if bundle is None:
-        _check_images_options({"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--engine": engine})
+        options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
+        _check_images_options(options)
     reference = open_reference(reference_source)
     seeds = _seeds(seeds_text, seed, samples, reference)
+    drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
     if bundle is None:
         sources = {"images": dataset_samples(_open_images(images), samples, batch, reference)}
     else:
-        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference)}
+        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids)}
         if teacher is not None:
-            # The same seeds for both, so that the ratio of their distances does not depend on luck.
-            sources["teacher"] = bundle_samples(Bundle.open(teacher), seeds, None, batch, reference)
+            sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how)
     evaluator = _evaluator(reference, extractor, sources, names)
     if save_statistics is not None:
         write_statistics(evaluator.statistics(), save_statistics)
     scores = {role: _score(evaluator, role, source, names) for role, source in sources.items()}
-    facts = _facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None)
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-    else:
-        _print(facts)
+    facts = _facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
+    click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts)
+
+
+def _teacher_samples(teacher: Bundle, seeds: list[int], batch: int, reference: Dataset | Statistics, how: str) -> SampleSource:
+    # Seeds and classes as the generator's, so that the ratio of their distances does not depend on luck.
+    drawn = draw_classes(teacher.spec, seeds, reference, how if how and teacher.spec.num_classes else None)
+    return bundle_samples(teacher, seeds, None, batch, reference, drawn.class_ids)
 
 
 def _evaluator(
@@ -162,10 +173,15 @@ def _score(evaluator: Evaluator, role: str, source: SampleSource, metrics: list[
 
 
 def _facts(
-    evaluator: Evaluator, sources: dict[str, SampleSource], scores: dict[str, Scores], seeds: str | None
+    evaluator: Evaluator,
+    sources: dict[str, SampleSource],
+    scores: dict[str, Scores],
+    seeds: str | None,
+    drawn: DrawnClasses,
 ) -> dict[str, Any]:
     extractor, reference = evaluator.extractor, evaluator.reference
-    notes = [note for role in sources for note in (*scores[role].notes, sources[role].note) if note]
+    notes = [drawn.note, reference.note if isinstance(reference, Dataset) else ""]
+    notes += [note for role in sources for note in (*scores[role].notes, sources[role].note) if note]
     return {
         "reference": {"name": reference.name, "samples": len(reference)},
         "extractor": {
@@ -174,6 +190,7 @@ def _facts(
             "heldout_accuracy": extractor.heldout_accuracy,
         },
         "seeds": seeds,
+        "classes": drawn.how or None,
         "scores": {
             role: {
                 "source": source.source,
@@ -185,7 +202,7 @@ def _facts(
             for role, source in sources.items()
         },
         "distance_to_teacher_ratio": _ratio(scores, frechet_name(extractor)),
-        "notes": list(dict.fromkeys(notes)),
+        "notes": list(dict.fromkeys(filter(None, notes))),
         "versions": {"uni-instruct": __version__}
         | {package: version(package) for package in ("torch", "torch-fidelity", "numpy")},
     }
@@ -203,7 +220,8 @@ def _ratio(scores: dict[str, Scores], distance: str) -> float | None:
 def _print(facts: dict[str, Any]) -> None:
     roles: dict[str, Any] = facts["scores"]
     for role, score in roles.items():
-        made_by = f" on {score['engine']}, seeds {facts['seeds']}" if score["engine"] else ""
+        classes = f", classes {facts['classes']}" if facts["classes"] else ""
+        made_by = f" on {score['engine']}, seeds {facts['seeds']}{classes}" if score["engine"] else ""
         click.echo(f"{role}: {score['samples']} images of {score['source']}{made_by}")
     reference, extractor = facts["reference"], facts["extractor"]
     size = f", {reference['samples']} images" if reference["samples"] else ""

@@ -16,8 +16,10 @@ from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 from uni_instruct.sampling import SampleRequest, is_finished, noted_engine, open_run, read_samples, remove_leftovers
+from uni_instruct.spec import ModelSpec
 
 BATCH = 64
+UNIFORM, DATA = "uniform", "data"
 # More would be a picture that few programs open.
 GRID_IMAGES = 1024
 
@@ -42,6 +44,12 @@ GRID_IMAGES = 1024
     is_flag=True,
     help="The classes in equal shares of the seeds, one after the other: a row of --grid each.",
 )
+@click.option(
+    "--classes",
+    "shares",
+    type=click.Choice([UNIFORM, DATA]),
+    help="How often the seeds draw each class: all alike, or as in the data of its training. [default: uniform]",
+)
 @click.option("--engine", help="Engine id, as onnx-fp32, or a runtime, as onnx. [default: the fastest here]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
@@ -54,6 +62,7 @@ def generate(
     out: Path | None,
     classes: tuple[str, ...],
     by_classes: bool,
+    shares: str | None,
     engine: str | None,
     batch: int,
     grid_path: Path | None,
@@ -72,7 +81,11 @@ def generate(
         opened.check_makes_pictures()
     if by_classes and classes:
         raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
-    class_ids = resolve_class_ids(opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes)
+    if shares and (by_classes or classes):
+        raise RequestError("--classes says how seeds draw classes, and they are given", remedy="leave one out", param="classes")
+    class_ids = resolve_class_ids(
+        opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes, _shares(opened.spec, shares)
+    )
     engine_id = _engine_id(opened, engine, out)
     request = SampleRequest(bundle=opened, engine=engine_id, seeds=seeds, class_ids=class_ids, batch=batch)
     already = out is not None and _write_set(request, out)
@@ -82,7 +95,25 @@ def generate(
         else:
             images = read_samples(out, GRID_IMAGES).images
         _write_grid(images, grid_path, len(seeds) // opened.spec.num_classes if by_classes else None)
-    _report(request.facts() | {"out": str(out or grid_path), "already": already}, as_json)
+    how = shares or (UNIFORM if opened.spec.num_classes and not by_classes and not classes else None)
+    _report(request.facts() | {"out": str(out or grid_path), "already": already, "classes": how}, as_json)
+
+
+def _shares(spec: ModelSpec, wanted: str | None) -> np.ndarray | None:
+    """How often each class is to be drawn, None for all alike. Raises RequestError where the bundle does not say it."""
+    if wanted and not spec.num_classes:
+        raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave --classes out", param="classes")
+    if wanted != DATA:
+        return None
+    given = spec.provenance.get("class_counts")
+    counts = [count for count in given if type(count) is int and count >= 0] if isinstance(given, list | tuple) else []
+    if len(counts) != spec.num_classes or not sum(counts):
+        raise RequestError(
+            f"generator '{spec.name}' does not say how many images of each class it was trained on",
+            remedy="use --classes uniform, or give the classes with --class",
+            param="classes",
+        )
+    return np.array(counts)
 
 
 def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None) -> str:
@@ -128,4 +159,5 @@ def _report(facts: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(facts, indent=2))
     else:
         verb = "was complete" if facts["already"] else "written"
-        print(f"{facts['out']} {verb}: {facts['images']} images of {facts['generator']} by {facts['engine']}")
+        classes = f", classes {facts['classes']}" if facts["classes"] == DATA else ""
+        print(f"{facts['out']} {verb}: {facts['images']} images of {facts['generator']} by {facts['engine']}{classes}")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 
 import rich_click as click
 from click.core import ParameterSource
@@ -117,8 +118,9 @@ def _report(bundle: Bundle, *, guessed: bool, as_json: bool) -> None:
     guess = f" (taken for one; --as {other} if it is not)" if guessed else ""
     what = "" if spec.makes_pictures else " latents"
     click.echo(f"{role}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}{what}, licence {spec.licence}")
-    use = f"serve {out}" if spec.makes_pictures else f"import {out} --decoder {USUAL_VAE} --out {out}"
-    click.echo(f"next: uni-instruct {use if role == 'generator' else _TRAIN.format(out=out)}")
+    place = quote(str(out))
+    use = f"serve {place}" if spec.makes_pictures else f"import {place} --decoder {USUAL_VAE} --out {place}"
+    click.echo(f"next: uni-instruct {use if role == 'generator' else _TRAIN.format(out=place)}")
 
 
 def _size(shape: ImageShape) -> str:

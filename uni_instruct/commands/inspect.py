@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,12 @@ def inspect(source: str, as_data: bool, as_json: bool) -> None:
     """Say what is in SOURCE.
 
     A bundle (a folder, a shipped generator, hf://owner/name), a data set (a folder, zip, npz or name), or another project's
-    checkpoint (.pkl, .pt, .safetensors, hf://owner/name/file), which is read without running anything in it.
+    checkpoint (a pickle, torch's file, safetensors, hf://owner/name/file), which is read without running anything in it.
 
     Example: uni-instruct inspect runs/digits/generator
     """
     path = fetch(source).path if names_file(source) else Path(source)
-    # A checkpoint is known by its suffix, bundles and data sets by what they hold.
-    if is_checkpoint(str(path)):
+    if is_checkpoint(path):
         facts, rows = checkpoint_facts(path), checkpoint_rows
     elif is_bundle(source) and not as_data:
         facts, rows = bundle_facts(Bundle.open(source)), bundle_rows
@@ -94,9 +94,9 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
     """A bundle's facts in words."""
     provenance = [(f"provenance: {key}", _text(value)) for key, value in facts["provenance"].items()]
     engines = [(f"engine {engine['engine_id']}", _engine_text(engine)) for engine in facts["engines"]]
-    hint = [("engines", f"none exported; uni-instruct export {facts['path']} --to onnx")] if facts["steps"] == 1 else []
+    hint = [("engines", f"none exported; uni-instruct export {quote(facts['path'])} --to onnx")] if facts["steps"] == 1 else []
     if not facts["makes_pictures"]:
-        attach = f"uni-instruct import {facts['path']} --decoder VAE --out BUNDLE"
+        attach = f"uni-instruct import {quote(facts['path'])} --decoder VAE --out BUNDLE"
         hint = [("decoder", f"none, so that it makes no pictures; {attach}")]
     return [
         (facts["kind"], facts["name"]),
@@ -118,9 +118,9 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
 
 def data_rows(facts: dict[str, Any]) -> list[Row]:
     """A data set's facts in words."""
-    counts = dict(zip(facts["class_names"], facts["class_counts"], strict=True))
+    counts = list(zip(facts["class_names"], facts["class_counts"], strict=True))
     # ImageNet has a thousand classes; --json lists them all.
-    shown = [(f"class {name}", f"{count:,} images") for name, count in list(counts.items())[:CLASSES_SHOWN]]
+    shown = [(f"class {name}", f"{count:,} images") for name, count in counts[:CLASSES_SHOWN]]
     more = len(counts) - len(shown)
     return [
         ("data set", facts["name"]),

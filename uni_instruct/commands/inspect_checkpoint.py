@@ -1,19 +1,26 @@
 """What `inspect` says about another project's checkpoint, which is read but not imported."""
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
+
+from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
 
 if TYPE_CHECKING:
     from uni_instruct.checkpoints.checkpoint import StoredNetwork
 
-CHECKPOINT_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
+# Of a damaged file the name alone says what it was, and reading it then says what is wrong.
+_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
 # A fact, and what to print for it. Facts without a row are for --json alone.
 Row = tuple[str, str]
 
 
-def is_checkpoint(source: str) -> bool:
-    """Whether the source is a file that is named as checkpoints are."""
-    return Path(source).suffix.lower() in CHECKPOINT_SUFFIXES and Path(source).is_file()
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a file that is one by its content, or is named as checkpoints are and no other kind known here."""
+    if not path.is_file():
+        return False
+    kind = file_type(path)
+    return kind in CHECKPOINTS or (path.suffix.lower() in _SUFFIXES and kind in (FileType.OTHER, FileType.EMPTY))
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
@@ -37,13 +44,25 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_rows(facts: dict[str, Any]) -> list[Row]:
-    """A checkpoint's facts in words."""
+    """A checkpoint's facts in words, and the import that takes it, unless that has just been refused."""
+    errors = {network["role"]: network.get("error") for network in facts["networks"]}
+    chosen, path = facts["imported_network"], quote(facts["path"])
+    others = [role for role, error in errors.items() if error is None]
+    if errors[chosen] is None:
+        end = [
+            ("imported", f"network {chosen} as a {facts['imported_as']}; --network and --as choose otherwise"),
+            ("next", f"uni-instruct import {path} --out BUNDLE"),
+        ]
+    elif others:
+        command = f"uni-instruct import {path} --network {quote(others[0])} --out BUNDLE"
+        end = [("imported", f"network {chosen} cannot be, {', '.join(others)} can"), ("next", command)]
+    else:
+        end = [("imported", "no network of this file can be")]
     return [
         ("checkpoint", f"{facts['format']}, {facts['file_bytes'] / 1e6:.1f} MB"),
         *((f"network {network['role']}", _network_text(network)) for network in facts["networks"]),
         *((name, _short(value)) for name, value in facts["facts"].items()),
-        ("imported", f"network {facts['imported_network']} as a {facts['imported_as']}; --network and --as choose otherwise"),
-        ("next", f"uni-instruct import {facts['path']} --out BUNDLE"),
+        *end,
     ]
 
 

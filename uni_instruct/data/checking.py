@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from uni_instruct.data.cifar10 import has_cifar10
+from uni_instruct.data.class_folders import folder_classes
 from uni_instruct.data.edm_zip import ZIP_REMEDY
-from uni_instruct.data.file_kinds import data_files
-from uni_instruct.data.folder import FOLDER_REMEDY, folder_classes
+from uni_instruct.data.file_kinds import ImageForm, data_files
+from uni_instruct.data.folder import FOLDER_REMEDY
 from uni_instruct.data.idx import has_idx
 from uni_instruct.data.image_files import decode, size_mismatch
 from uni_instruct.data.labels import META, label_entries, misfits, read_meta, stated_classes
-from uni_instruct.data.sources import is_data, is_named, is_zip, no_data, open_dataset, source_parts
+from uni_instruct.data.sources import is_data, is_named, is_npz, is_zip, no_data, open_dataset, source_parts
 from uni_instruct.data.storage import FolderStore, Store, ZipStore, name_in_store
 from uni_instruct.data.vae_latents import read_moments
 from uni_instruct.errors import FileFormatError
@@ -31,81 +33,79 @@ class WrongFile(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """How many images were read, and the files that are wrong, in their order."""
+    """How many images were read, the files that are wrong, in their order, and where none is, the data set's note."""
 
     images: int
     wrong: tuple[WrongFile, ...]
+    note: str = ""
 
 
-def check_data(source: str, resolution: int | None = None, with_progress: ProgressFactory = silent) -> Findings:
+def check_data(
+    source: str, resolution: int | None = None, channels: int | None = None, with_progress: ProgressFactory = silent
+) -> Findings:
     """Reads every image and label of whatever `open_dataset` takes.
 
     A file is wrong where it cannot be read, where its size differs from that of most (unless a resolution is given, to which
-    all are brought) or in a zip its number of channels, and where its label is missing, no class, or outside the stated
-    classes.
+    all are brought), and where its label is missing, no class, or outside the stated classes.
     Raises RequestError for a source that is not there.
     """
     parts = source_parts(source)
     for part in parts:
         if not is_data(part):
             raise no_data(part)
+    form = ImageForm(resolution=resolution, channels=channels)
     images, wrong = 0, list[WrongFile]()
     for part in parts:
-        found = _check_part(part, resolution, with_progress)
+        found = _check_part(part, form, with_progress)
         images, wrong = images + found.images, [*wrong, *found.wrong]
     if not wrong:
         # What shows only when all is opened together, such as two parts with other classes.
         try:
-            dataset = open_dataset(source, resolution)
+            dataset = open_dataset(source, resolution, channels=channels)
         except FileFormatError as error:
             return Findings(images=images, wrong=(WrongFile(source, "", error.problem),))
-        images = len(dataset)
+        return Findings(images=len(dataset), wrong=(), note=dataset.note)
     return Findings(images=images, wrong=tuple(wrong))
 
 
-def _check_part(source: str, resolution: int | None, with_progress: ProgressFactory) -> Findings:
+def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) -> Findings:
     path = Path(source)
-    is_folder = path.is_dir() and not has_idx(path)
-    if is_named(source) or not (is_folder or (path.is_file() and is_zip(path))):
+    is_folder = path.is_dir() and not has_idx(path) and not has_cifar10(path)
+    if is_named(source) or not (is_folder or (path.is_file() and not is_npz(path) and is_zip(path))):
         return Findings(images=0, wrong=())  # arrays, which are whole once they are open
     try:
         store: Store = FolderStore(path) if is_folder else ZipStore(path)
         names = store.names()
-        files, latents = data_files(store, names, FOLDER_REMEDY if is_folder else ZIP_REMEDY)
+        files, latents, _ = data_files(store, names, FOLDER_REMEDY if is_folder else ZIP_REMEDY)
     except FileFormatError as error:
         return Findings(images=0, wrong=(WrongFile(source, "", error.problem),))
     wrong: list[WrongFile] = []
+    any_size = form.resolution is not None
     by_shape: dict[Shape, list[str]] = {}
     with with_progress(f"check {source}", len(files), "images") as progress:
         for file in files:
             try:
-                shape = _latent_shape(store, file) if latents else decode(store, file).shape
+                shape = _latent_shape(store, file) if latents else decode(store, file, any_size).shape
                 by_shape.setdefault(shape, []).append(file)
             except FileFormatError as error:
                 wrong.append(WrongFile(source, file, error.problem))
             progress.advance(1)
-    wrong += _odd_ones(store, by_shape, any_size=resolution is not None, any_channels=is_folder)
+    wrong += [] if any_size else _odd_ones(store, by_shape)
     wrong += _label_problems(store, files, names)
-    if is_folder and META not in names:
-        wrong += _folder_problems(path, files)
     places = {name: place for place, name in enumerate(files)}
     return Findings(images=len(files), wrong=tuple(sorted(wrong, key=lambda one: places.get(one.file, -1))))
 
 
-def _odd_ones(store: Store, by_shape: dict[Shape, list[str]], *, any_size: bool, any_channels: bool) -> Iterator[WrongFile]:
-    """Files of another (H, W, C) than most, as far as it matters. Folders may mix grey and colour, and all become colour."""
-
-    def matters(shape: Shape) -> tuple[Shape, Shape]:
-        return () if any_size else shape[:2], () if any_channels else shape[2:]
-
-    numbers: Counter[tuple[Shape, Shape]] = Counter()
+def _odd_ones(store: Store, by_shape: dict[Shape, list[str]]) -> Iterator[WrongFile]:
+    """Files of another (H, W) than most. Grey among colour is not odd: all become colour."""
+    numbers: Counter[Shape] = Counter()
     for shape, files in by_shape.items():
-        numbers[matters(shape)] += len(files)
+        numbers[shape[:2]] += len(files)
     # The most common shape, not the first file's: one stray image at the beginning would make all the others wrong.
-    common = numbers.most_common(1)[0][0] if numbers else ((), ())
-    example = next((shape for shape in by_shape if matters(shape) == common), ())
+    common = numbers.most_common(1)[0][0] if numbers else ()
+    example = next((shape for shape in by_shape if shape[:2] == common), ())
     for shape, files in by_shape.items():
-        if matters(shape) != common:
+        if shape[:2] != common:
             yield from (WrongFile(str(store.path), file, size_mismatch(store, file, shape, example).problem) for file in files)
 
 
@@ -119,13 +119,11 @@ def _label_problems(store: Store, files: list[str], names: list[str]) -> Iterato
         return
     for misfit in misfits(by_file, files, stated) if by_file is not None else ():
         yield WrongFile(source, misfit.file, f"{name_in_store(store, misfit.file)} {misfit.problem}")
-
-
-def _folder_problems(path: Path, files: list[str]) -> Iterator[WrongFile]:
-    try:
-        folder_classes(path, files)
-    except FileFormatError as error:
-        yield WrongFile(str(path), "", error.problem)
+    if not meta.has_labels:
+        try:
+            folder_classes(store, files)
+        except FileFormatError as error:
+            yield WrongFile(source, "", error.problem)
 
 
 def _latent_shape(store: Store, file: str) -> Shape:

@@ -7,6 +7,7 @@ import numpy as np
 
 from uni_instruct.data.dataset import Dataset, ImageReader, number_names
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.spec import ImageShape
 
 
 def concatenated(parts: Sequence[Dataset]) -> Dataset:
@@ -76,10 +77,16 @@ def with_classes(dataset: Dataset, num_classes: int) -> Dataset:
     return replace(dataset, num_classes=num_classes, class_names=names)
 
 
+def shape_remedy(one: ImageShape, other: ImageShape) -> str:
+    """What brings images of two shapes [C, H, W] to one: the options that it takes, and no others."""
+    options = " --resolution" * (tuple(one[1:]) != tuple(other[1:])) + " --channels" * (one[0] != other[0])
+    return f"bring them to one shape with 'uni-instruct data prepare{options}'"
+
+
 def _check_fit(first: Dataset, part: Dataset) -> None:
     remedy = "give data sets that hold the same"
     if first.latents != part.latents or first.image_shape != part.image_shape:
-        remedy = "bring them to one shape with 'uni-instruct data prepare --resolution'"
+        remedy = shape_remedy(first.image_shape, part.image_shape)
     elif first.num_classes != part.num_classes:
         remedy = "state the number with 'uni-instruct data prepare --num-classes' where some lack the last classes"
     if _content(first) != _content(part):

@@ -1,7 +1,8 @@
 """EDM's data set zip: images stored uncompressed, their classes in `dataset.json`; EDM2's has latents in place of images.
 
 In `dataset.json`, `labels` is [[file, class], ...] or null; a class may also be a one-hot vector. EDM takes the largest class
-plus one for the number of classes. This package adds what EDM ignores: name, num_classes, class_names, licence, source.
+plus one for the number of classes. This package adds what EDM ignores: name, image_shape, num_classes, class_names, licence,
+source.
 """
 
 import json
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct.data.dataset import READ_BATCH, Dataset
-from uni_instruct.data.file_kinds import content_of, data_files, dataset_of
-from uni_instruct.data.labels import META, read_description, read_meta
+from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, passed_over_note
+from uni_instruct.data.labels import META, Meta, read_description, read_meta
 from uni_instruct.data.storage import ZipStore
 from uni_instruct.data.vae_latents import moments_bytes
 from uni_instruct.files import atomic_file
@@ -42,17 +43,23 @@ def write_zip(dataset: Dataset, path: Path, progress: Progress | None = None) ->
         archive.writestr(zipfile.ZipInfo(META, _EPOCH), json.dumps(dataset_meta(dataset, names)))
 
 
-def open_zip(path: Path, resolution: int | None = None) -> Dataset:
-    """A zip that `write_zip`, EDM's or EDM2's tool or another wrote; without `dataset.json` it has no classes.
+def open_zip(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
+    """A zip that `write_zip`, EDM's or EDM2's tool or another wrote; without `dataset.json` its folders are its classes.
 
     Raises FileFormatError where it is corrupt, has no images, or its `dataset.json` does not fit them.
     """
     store = ZipStore(path)
     names = store.names()
-    files, latents = data_files(store, names, ZIP_REMEDY)
-    # Not every header: a zip may hold a million files, and whoever wrote it has seen to their sizes. Others show when read.
-    content = content_of(store, files, latents, resolution, every_header=False)
-    return dataset_of(content, read_description(store, files, read_meta(store, names)))
+    found = data_files(store, names, ZIP_REMEDY)
+    meta = read_meta(store, names)
+    # Not every size: a zip may hold a million files, and whoever wrote it has seen to them. Others show when read.
+    content = content_of(store, found, form, every_header=False, stated=_stated_channels(meta))
+    return dataset_of(content, read_description(store, found.files, meta), passed_over_note(found, store.repeated))
+
+
+def _stated_channels(meta: Meta) -> int | None:
+    shape = meta.content.get("image_shape")
+    return shape[0] if isinstance(shape, list) and len(shape) == 3 and shape[0] in (1, 3) else None
 
 
 def dataset_meta(dataset: Dataset, names: list[str]) -> dict[str, object]:
@@ -60,6 +67,7 @@ def dataset_meta(dataset: Dataset, names: list[str]) -> dict[str, object]:
     labels = dataset.labels
     return {
         "name": dataset.name,
+        "image_shape": list(dataset.image_shape),
         "num_classes": dataset.num_classes,
         "class_names": dataset.class_names,
         "licence": dataset.licence,

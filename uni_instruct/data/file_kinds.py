@@ -1,13 +1,23 @@
-"""What a folder or zip holds: image files, or where there are none, latents."""
+"""What a folder or zip holds: image files, or where there are none, latents; and what else, which is passed over."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from uni_instruct.data.dataset import Dataset, ImageReader
-from uni_instruct.data.image_files import ImageFileReader, common_shape, image_file_shape, is_image_file
-from uni_instruct.data.labels import Description
-from uni_instruct.data.storage import Store, naturally_sorted
+from uni_instruct.data.image_files import (
+    ImageFileReader,
+    common_shape,
+    image_file_shape,
+    is_image_file,
+    with_colour,
+)
+from uni_instruct.data.labels import META, Description
+from uni_instruct.data.storage import UNREADABLE, Store, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.file_type import begins_as_image
 from uni_instruct.spec import ImageShape
 
 
@@ -20,39 +30,99 @@ class Content:
     latents: bool = False
 
 
-def data_files(store: Store, names: list[str], remedy: str) -> tuple[list[str], bool]:
-    """The image files in natural order, or where there are none the latents; and whether they are latents.
+class DataFiles(NamedTuple):
+    """A store's images, or latents, in natural order, and the names of what is neither."""
 
-    Raises FileFormatError where there is neither.
+    files: list[str]
+    latents: bool
+    passed_over: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageForm:
+    """What images are brought to: resolution pixels a side, after a centred crop, and channels, 1 or 3. None keeps theirs."""
+
+    resolution: int | None = None
+    channels: int | None = None
+
+
+AS_THEY_ARE = ImageForm()
+
+
+def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
+    """The image files in natural order, or where there are none the latents.
+
+    A file whose name says nothing is an image where it begins as one. Raises FileFormatError where there is neither.
     """
     # Images win: an .npy among them is some other array, whereas among latents there are no images.
-    for belongs in (is_image_file, is_latent):
-        files = naturally_sorted(filter(belongs, names))
-        if files:
-            return files, belongs is is_latent
-    raise FileFormatError(f"{store.path} has no images", remedy=remedy)
+    for latents in (False, True):
+        chosen = [name for name in names if (is_latent(name) if latents else _is_image(store, name))]
+        if chosen:
+            taken = set(chosen)
+            rest = [name for name in names if name not in taken and name.rpartition("/")[2] != META]
+            return DataFiles(naturally_sorted(chosen), latents, naturally_sorted(rest))
+    there = f" but {_counted(naturally_sorted(names), 'file')}" if names else ""
+    raise FileFormatError(f"{store.path} has no images{there}", remedy=remedy)
 
 
-def content_of(store: Store, files: list[str], latents: bool, resolution: int | None, *, every_header: bool) -> Content:
-    """Shape and reader of the files, which `data_files` has found.
+def passed_over_note(found: DataFiles, repeated: Sequence[str]) -> str:
+    """What was not read, counted and named; empty where everything was."""
+    notes = [
+        f"{_counted(found.passed_over, 'file')} passed over, as no {'latents' if found.latents else 'images'}"
+        if found.passed_over
+        else "",
+        f"{_counted(repeated, 'name')} passed over, as repeating others" if repeated else "",
+    ]
+    return "; ".join(note for note in notes if note)
 
-    The first file's shape is taken for all. every_header: sizes of image files are compared now, and not when they are read.
+
+def _counted(names: Sequence[str], what: str) -> str:
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:3])
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 3 else ''})"
+
+
+def _is_image(store: Store, name: str) -> bool:
+    if is_image_file(name):
+        return True
+    base = name.rpartition("/")[2]
+    suffix = os.path.splitext(base)[1]
+    # '.mp4' or '.csv' says what a file is; '1', '1.jpg_large' and '1.12' do not.
+    if base.startswith(".") or (suffix and suffix[1:2].isalpha() and suffix[1:].isalnum()):
+        return False
+    try:
+        return begins_as_image(store.head(name, 16))
+    except UNREADABLE:
+        return False
+
+
+def content_of(store: Store, found: DataFiles, form: ImageForm, *, every_header: bool, stated: int | None = None) -> Content:
+    """Shape and reader of the files.
+
+    The first file's size is taken for all; grey among colour becomes colour, wherever it stands. every_header: sizes of image
+    files are compared now, and not when they are read. stated: the channels that whoever wrote the files has noted.
     Raises FileFormatError where they differ, RequestError where latents are to be resized.
     """
-    if latents:
-        if resolution is not None:
+    files, resolution = found.files, form.resolution
+    if found.latents:
+        if resolution is not None or form.channels is not None:
             raise RequestError(
                 f"{store.path} holds latents, which cannot be resized", remedy="resize the images, then encode them"
             )
         height, width = read_moments(store, files[0]).shape[1:]
         return Content(image_shape=(CHANNELS, height, width), reader=LatentReader(store, files, (height, width)), latents=True)
     any_size = resolution is not None
-    shape = common_shape(store, files, any_size) if every_header else image_file_shape(store, files[0])
+    if every_header:
+        shape = common_shape(store, files, any_size)
+    else:
+        shape = image_file_shape(store, files[0], any_size)
+        shape = shape if (form.channels or stated) == shape[2] else with_colour(store, files, shape, any_size)
     height, width = (resolution, resolution) if resolution is not None else shape[:2]
-    reader = ImageFileReader(store, files, (height, width), shape[2], resize=any_size)
-    return Content(image_shape=(shape[2], height, width), reader=reader)
+    channels = form.channels or shape[2]
+    reader = ImageFileReader(store, files, (height, width), channels, resize=any_size, recolour=form.channels is not None)
+    return Content(image_shape=(channels, height, width), reader=reader)
 
 
-def dataset_of(content: Content, description: Description) -> Dataset:
+def dataset_of(content: Content, description: Description, passed_over: str) -> Dataset:
     """The data set of what the files give and what is said of them. Raises FileFormatError where these do not fit."""
-    return Dataset(**vars(content), **vars(description))
+    said = vars(description) | {"note": "; ".join(note for note in (description.note, passed_over) if note)}
+    return Dataset(**vars(content), **said)

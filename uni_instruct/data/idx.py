@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct.data.dataset import ArrayReader, Dataset, number_names
+from uni_instruct.data.labels import first_label_note
 from uni_instruct.errors import FileFormatError
 
 _UNSIGNED_BYTES = 0x08
@@ -46,6 +47,7 @@ def open_idx(folder: Path, split: str | None = None) -> Dataset:
         licence="unknown",
         source=str(folder),
         reader=ArrayReader(images[:, :, :, None]),
+        note=first_label_note(labels),
     )
 
 

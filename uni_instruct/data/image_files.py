@@ -1,6 +1,7 @@
 """Image files to pixels, one at a time; none of them stays in memory."""
 
 import io
+import threading
 import warnings
 
 import numpy as np
@@ -10,27 +11,49 @@ from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, name_in_sto
 from uni_instruct.errors import FileFormatError
 from uni_instruct.images import to_pil
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# Every suffix that Pillow opens as a picture, in a list of our own: asking Pillow would load all of its plugins at each start.
+_SUFFIXES = (
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .avifs .jp2 .j2k .jpc "
+    ".jpf .jpx .j2c .tga .icb .vda .vst .pcx .dcx .dds .ico .icns .cur .psd .qoi .sgi .rgb .rgba .bw .ras .im .msp .xbm .xpm "
+    ".pxr .blp .fli .flc .ftc .ftu .gbr .pcd"
+)
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+# What Pillow knows but cannot show (scientific data, films), or shows by running another program (EPS), or never in 8 bits.
+_NOT_SHOWN = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
+NO_PICTURES = frozenset(_NOT_SHOWN.split())
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 _COLOURS = {1: " grey", 3: " colour"}
 # EXIF orientations that turn an image by a quarter, so that width and height change places.
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 _EXIF_ORIENTATION = 0x0112
+_PNG, _PNG_HEADER, _PNG_GREY = b"\x89PNG\r\n\x1a\n", 26, (0, 4)
+# Filters are the whole process's: of two threads that change them at once, one would leave its own behind.
+_WARNING_FILTERS = threading.Lock()
 
 
 class ImageFileReader:
     """Decodes the named files of a store to uint8 [H, W, channels].
 
-    size: the (H, W) that every file must have. With `resize` each is centre-cropped and resized to it instead.
+    size: the (H, W) that every file must have. With `resize` each is centre-cropped and resized to it instead. Grey becomes
+    colour where channels is 3; colour becomes grey only with `recolour`.
     """
 
-    def __init__(self, store: Store, names: list[str], size: tuple[int, int], channels: int, resize: bool = False):
+    def __init__(
+        self,
+        store: Store,
+        names: list[str],
+        size: tuple[int, int],
+        channels: int,
+        resize: bool = False,
+        recolour: bool = False,
+    ):
         self.store = store
         self.names = names
         self.size = size
         self.channels = channels
         self.resize = resize
+        self.recolour = recolour
 
     def __len__(self) -> int:
         return len(self.names)
@@ -43,20 +66,23 @@ class ImageFileReader:
         return out
 
     def _picture(self, name: str) -> np.ndarray:
-        image = decode(self.store, name)
+        image = decode(self.store, name, self.resize)
         if self.resize:
             image = crop_and_resize(image, self.size[0])
-        if image.shape[2] == 1 and self.channels == 3:
-            image = image.repeat(3, axis=2)
+        if (image.shape[2] == 1 and self.channels == 3) or self.recolour:
+            image = in_channels(image, self.channels)
         if image.shape != (*self.size, self.channels):
             raise size_mismatch(self.store, name, image.shape, (*self.size, self.channels))
         return image
 
 
-def decode(store: Store, name: str) -> np.ndarray:
-    """A file's pixels, upright: uint8 [H, W, 1 or 3]. Transparency is dropped. Raises FileFormatError."""
+def decode(store: Store, name: str, any_size: bool = False) -> np.ndarray:
+    """A file's pixels, upright: uint8 [H, W, 1 or 3]. Transparency is dropped. any_size: it is going to be made smaller.
+
+    Raises FileFormatError.
+    """
     try:
-        with _opened(store, name) as image:
+        with _opened(store, name, any_size) as image:
             mode = "L" if _channels(image) == 1 else "RGB"
             pixels = np.asarray(ImageOps.exif_transpose(image).convert(mode))
     except UNREADABLE as error:
@@ -64,10 +90,10 @@ def decode(store: Store, name: str) -> np.ndarray:
     return pixels[:, :, None] if mode == "L" else pixels
 
 
-def image_file_shape(store: Store, name: str) -> tuple[int, int, int]:
+def image_file_shape(store: Store, name: str, any_size: bool = False) -> tuple[int, int, int]:
     """(H, W, C) of a file, from its header alone. Raises FileFormatError."""
     try:
-        with _opened(store, name) as image:
+        with _opened(store, name, any_size) as image:
             width, height = image.size
             if image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS:
                 width, height = height, width
@@ -81,14 +107,44 @@ def common_shape(store: Store, names: list[str], any_size: bool = False) -> tupl
 
     any_size: sizes may differ (the images will be resized), and the first one's is returned.
     """
-    first = image_file_shape(store, names[0])
+    first = image_file_shape(store, names[0], any_size)
     channels = first[2]
     for name in names[1:]:
-        shape = image_file_shape(store, name)
+        shape = image_file_shape(store, name, any_size)
         if shape[:2] != first[:2] and not any_size:
             raise size_mismatch(store, name, shape, first)
         channels = max(channels, shape[2])  # scans of colour and of grey photographs come in one folder
     return (*first[:2], channels)
+
+
+def with_colour(store: Store, names: list[str], first: tuple[int, int, int], any_size: bool) -> tuple[int, int, int]:
+    """The first file's (H, W, C), of colour where any file is. Raises FileFormatError for one that cannot be read."""
+    if first[2] == 3 or not any(_is_colour(store, name, any_size) for name in names):
+        return first
+    return (*first[:2], 3)
+
+
+def _is_colour(store: Store, name: str, any_size: bool) -> bool:
+    try:
+        head = store.head(name, _PNG_HEADER)
+    except UNREADABLE as error:
+        raise _unreadable(store, name, error) from error
+    # A PNG's 26th byte says it. Pillow, which wants the whole file, takes ten times as long, and there may be a million.
+    if head.startswith(_PNG) and len(head) == _PNG_HEADER:
+        return head[-1] not in _PNG_GREY
+    try:
+        return image_file_shape(store, name, any_size)[2] == 3
+    except FileFormatError:
+        return False  # named when it is read, and by 'data check' with all others
+
+
+def in_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """[H, W, C] in 1 or 3 channels; grey is the luma of ITU-R BT.601, as in Pillow."""
+    if image.shape[2] == channels:
+        return image
+    if channels == 3:
+        return image.repeat(3, axis=2)
+    return np.asarray(to_pil(image).convert("L"))[:, :, None]
 
 
 def crop_and_resize(image: np.ndarray, resolution: int) -> np.ndarray:
@@ -107,13 +163,15 @@ def is_image_file(name: str) -> bool:
     return has_suffix(name, IMAGE_SUFFIXES)
 
 
-def _opened(store: Store, name: str) -> Image.Image:
-    with warnings.catch_warnings():
-        # Up to twice its limit on pixels Pillow only warns; no data set has a use for an image of that size.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+def _opened(store: Store, name: str, any_size: bool) -> Image.Image:
+    with _WARNING_FILTERS, warnings.catch_warnings():
+        # Up to twice its limit on pixels Pillow only warns. A data set has a use for images of that size only to shrink them.
+        warnings.simplefilter("ignore" if any_size else "error", Image.DecompressionBombWarning)
         try:
             return Image.open(io.BytesIO(store.read(name)))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except Image.DecompressionBombWarning as error:
+            raise ValueError("it is too large to be taken as it is; --resolution makes it smaller") from error
+        except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
 
 
@@ -135,7 +193,9 @@ def size_mismatch(store: Store, name: str, shape: tuple[int, ...], expected: tup
     def text(shape: tuple[int, ...]) -> str:
         return f"{shape[1]}x{shape[0]}{_COLOURS.get(shape[2], '')}"
 
+    way = "size with 'uni-instruct data prepare --resolution'"
+    if tuple(shape[:2]) == tuple(expected[:2]):
+        way = "form with 'uni-instruct data prepare --channels'"
     return FileFormatError(
-        f"{name_in_store(store, name)} is {text(shape)}, other images are {text(expected)}",
-        remedy="bring them to one size with 'uni-instruct data prepare --resolution'",
+        f"{name_in_store(store, name)} is {text(shape)}, other images are {text(expected)}", remedy=f"bring them to one {way}"
     )

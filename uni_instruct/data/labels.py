@@ -1,14 +1,15 @@
-"""What a `dataset.json` says about the files beside it: labels, number and names of classes, name, licence."""
+"""What a `dataset.json` says about the files beside and below it: labels, number and names of classes, name, licence."""
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import numpy as np
 
+from uni_instruct.data.class_folders import FolderClasses, folder_classes
 from uni_instruct.data.dataset import MAX_CLASSES, number_names
-from uni_instruct.data.storage import UNREADABLE, Store, name_in_store, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, name_in_store, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
 
 META = "dataset.json"
@@ -44,37 +45,67 @@ class Description:
     note: str
 
 
-def read_description(store: Store, files: list[str], meta: dict[str, object]) -> Description:
-    """What `dataset.json` says about the files. Raises FileFormatError where it does not fit them."""
+@dataclass(frozen=True)
+class Meta:
+    """A `dataset.json`: its content, and the folder that it lies in, '' or 'a/b/'. found: whether there is one."""
+
+    content: dict[str, object] = field(default_factory=dict)
+    folder: str = ""
+    found: bool = False
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it says what classes there are; null says that there are none."""
+        return "labels" in self.content
+
+
+def read_description(store: Store, files: list[str], meta: Meta) -> Description:
+    """What `dataset.json` says about the files, or where it says nothing of classes, their folders.
+
+    Raises FileFormatError where it does not fit them, or as `folder_classes` does.
+    """
     labels = read_labels(store, files, meta)
-    named = meta.get("class_names")
-    class_names = tuple(str(name) for name in named) if isinstance(named, list) else ()
+    by_folder = FolderClasses((), None) if meta.has_labels else folder_classes(store, files)
+    num_classes = labels.num_classes or len(by_folder.names)
+    named = meta.content.get("class_names")
+    class_names = tuple(str(name) for name in named) if isinstance(named, list) else by_folder.names
+    # '.' has no name of its own; a file's suffix is none.
+    own_name = store.path.resolve().name if store.path.is_dir() else store.path.stem
+    silent = f"{META} says nothing about labels" if meta.found and not meta.has_labels else ""
     return Description(
-        name=str(meta.get("name") or store.path.stem),
-        labels=labels.class_ids,
-        num_classes=labels.num_classes,
+        name=str(meta.content.get("name") or own_name),
+        labels=labels.class_ids if by_folder.class_ids is None else by_folder.class_ids,
+        num_classes=num_classes,
         # Names that do not fit the number of classes are passed over: EDM's tools write none, others write all sorts.
-        class_names=class_names if len(class_names) == labels.num_classes else number_names(labels.num_classes),
-        licence=str(meta.get("licence") or "unknown"),
+        class_names=class_names if len(class_names) == num_classes else by_folder.names or number_names(num_classes),
+        licence=str(meta.content.get("licence") or "unknown"),
         source=str(store.path),
-        note=labels.note,
+        note="; ".join(note for note in (labels.note, silent, by_folder.note) if note),
     )
 
 
-def read_meta(store: Store, names: list[str]) -> dict[str, object]:
-    """The content of `dataset.json`; {} where it is not among the names. Raises FileFormatError where it is no JSON object."""
-    if META not in names:
-        return {}
+def read_meta(store: Store, names: list[str]) -> Meta:
+    """The `dataset.json` among the names that lies highest. Raises FileFormatError where it is no JSON object, or two do."""
+    found = sorted((name for name in names if name.rpartition("/")[2] == META), key=lambda name: (name.count("/"), name))
+    if not found:
+        return Meta()
+    name = found[0]
+    if len(found) > 1 and found[1].count("/") == name.count("/"):
+        places = [place.rpartition("/")[0] for place in found[:2]]
+        raise FileFormatError(
+            f"{store.path} holds several data sets ({', '.join(places)}, each with a {META})",
+            remedy=f"give them one by one, or with commas between{'' if store.path.is_dir() else ', once it is unpacked'}",
+        )
     try:
-        meta = json.loads(store.read(META))
+        content = json.loads(store.read(name))
     except UNREADABLE as error:
         raise FileFormatError(f"{META} in {store.path} is not JSON: {reason_of(error)}", remedy="prepare it again") from error
-    if not isinstance(meta, dict):
+    if not isinstance(content, dict):
         raise FileFormatError(f"{META} in {store.path} is not an object", remedy='write {"labels": [[file, class], ...]}')
-    return meta
+    return Meta(content, name.removesuffix(META), found=True)
 
 
-def read_labels(store: Store, files: list[str], meta: dict[str, object]) -> Labels:
+def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
     """The files' classes. One-hot vectors are classes; other vectors give none.
 
     Raises FileFormatError for the first file whose label is missing or wrong.
@@ -91,7 +122,8 @@ def read_labels(store: Store, files: list[str], meta: dict[str, object]) -> Labe
     vectors = [label for label in labels if isinstance(label, list)]
     if not vectors:
         class_ids = np.array(labels, dtype=np.int64)
-        return Labels(class_ids=class_ids, num_classes=stated or int(class_ids.max()) + 1)
+        num_classes = stated or int(class_ids.max()) + 1
+        return Labels(class_ids=class_ids, num_classes=num_classes, note=first_label_note(class_ids))
     if not all(map(_is_one_hot, vectors)):
         note = f"labels are vectors of {len(vectors[0])} numbers and not one-hot: read without classes"
         return Labels(class_ids=None, num_classes=0, note=note)
@@ -99,22 +131,23 @@ def read_labels(store: Store, files: list[str], meta: dict[str, object]) -> Labe
     return Labels(class_ids=class_ids, num_classes=stated or len(vectors[0]))
 
 
-def label_entries(store: Store, meta: dict[str, object]) -> dict[str, object] | None:
+def label_entries(store: Store, meta: Meta) -> dict[str, object] | None:
     """File -> label, as `dataset.json` has them; None where it has none. Raises FileFormatError where they are no list."""
-    entries = meta.get("labels")
+    entries = meta.content.get("labels")
     if entries is None:
         return None
     try:
-        return dict(cast(Iterable[tuple[str, object]], entries))
+        by_name = dict(cast(Iterable[tuple[str, object]], entries))
+        return {_full_name(name, meta.folder): label for name, label in by_name.items()}
     except (TypeError, ValueError) as error:
         raise FileFormatError(
             f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write them so, or null"
         ) from error
 
 
-def stated_classes(store: Store, meta: dict[str, object]) -> int:
+def stated_classes(store: Store, meta: Meta) -> int:
     """The number of classes that `dataset.json` states, 0 where it states none. Raises FileFormatError for a wrong one."""
-    stated = meta.get("num_classes") or 0
+    stated = meta.content.get("num_classes") or 0
     if type(stated) is not int or not 0 <= stated <= MAX_CLASSES:
         raise FileFormatError(
             f"num_classes {_shown(stated)} in {META} of {store.path} is not a number of classes",
@@ -134,7 +167,29 @@ def misfits(by_file: dict[str, object], files: list[str], stated: int) -> Iterat
             continue
         problem = _vector_problem(by_file[file], width) if width else _class_problem(by_file[file], stated)
         if problem:
-            yield Misfit(file, f"has label {_shown(by_file[file])}, {problem}", f"correct it in {META}")
+            words = isinstance(by_file[file], str)
+            remedy = _numbers_for_words(by_file) if words else f"correct it in {META}"
+            yield Misfit(file, f"has label {_shown(by_file[file])}, {problem}", remedy)
+
+
+def first_label_note(class_ids: np.ndarray) -> str:
+    """What to say of labels that begin above 0, as a count from 1 does; empty for others."""
+    first = int(class_ids.min())
+    missing = "class 0 has" if first == 1 else f"classes 0 to {first - 1} have"
+    return f"labels begin at {first}: {missing} no image" if first else ""
+
+
+def _full_name(name: str, folder: str) -> str:
+    """A file as a store names it, from what `dataset.json` in that folder calls it: seen from there, or from the top."""
+    name = plain_name(name)
+    return name if name.startswith(folder) else folder + name
+
+
+def _numbers_for_words(by_file: dict[str, object]) -> str:
+    words = sorted({label for label in by_file.values() if isinstance(label, str)})
+    shown = ", ".join(json.dumps(word, ensure_ascii=not word.isprintable())[:40] for word in words[:3])
+    more = ", ..." if len(words) > 3 else ""
+    return f'write the classes\' numbers, from 0, and beside "labels" their names: "class_names": [{shown}{more}]'
 
 
 def _class_problem(label: object, stated: int) -> str:

@@ -1,33 +1,39 @@
 """open_dataset: what a user may name as a data set."""
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from uni_instruct.data.cifar10 import has_cifar10, open_cifar10
 from uni_instruct.data.concat import concatenated, with_classes
 from uni_instruct.data.dataset import MAX_CLASSES, ArrayReader, Dataset, number_names
 from uni_instruct.data.edm_zip import open_zip
 from uni_instruct.data.emoji import open_emoji
 from uni_instruct.data.fashion_mnist import open_fashion_mnist, with_fashion_mnist_names
+from uni_instruct.data.file_kinds import ImageForm
 from uni_instruct.data.folder import open_folder
 from uni_instruct.data.idx import has_idx, open_idx
-from uni_instruct.data.image_files import crop_and_resize
+from uni_instruct.data.image_files import crop_and_resize, in_channels
+from uni_instruct.data.labels import first_label_note
 from uni_instruct.data.storage import UNREADABLE
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
+from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
 
 _EMOJI_OF = "emoji:"
-_FILE_KINDS = "a zip, an .npz, a folder of images or a folder of IDX files"
+_FILE_KINDS = "a zip, an .npz, a folder of images or a folder of IDX files, CIFAR-10's archive for Python"
 
 
-def open_dataset(source: str | Path, resolution: int | None = None, num_classes: int | None = None) -> Dataset:
-    """A data set by name (DATASETS), or from a zip, an .npz of samples, a folder of images, or a folder of IDX files.
+def open_dataset(
+    source: str | Path, resolution: int | None = None, num_classes: int | None = None, channels: int | None = None
+) -> Dataset:
+    """A data set by name (DATASETS), or from a zip, an .npz of samples, a folder of images or of IDX files, CIFAR-10's archive.
 
     Several, with commas between them, are one ('a.zip,b.zip'). `emoji:FONT` is the emoji of that font's file. A name wins over
     a file or folder called so, unless that is written as a path ('./digits'). resolution: centre-crop every image to a square
-    and resize it to this many pixels. num_classes: how many there are, where the last of them have no image.
+    and resize it to this many pixels. num_classes: how many there are, where the last of them have no image. channels: make
+    every image grey (1) or of colour (3).
     Raises RequestError for an unknown source, FileFormatError for one that is corrupt or not what it was taken for.
     """
     if resolution is not None and not 1 <= resolution <= 4096:
@@ -36,7 +42,12 @@ def open_dataset(source: str | Path, resolution: int | None = None, num_classes:
         raise RequestError(
             f"num_classes {num_classes} is outside 1..{MAX_CLASSES}", remedy="give their number", param="num_classes"
         )
-    parts = [_open_one(part, resolution) for part in source_parts(source)]
+    if channels is not None and channels not in (1, 3):
+        raise RequestError(
+            f"channels {channels} is neither 1 nor 3", remedy="give 1 for grey or 3 for colour", param="channels"
+        )
+    form = ImageForm(resolution=resolution, channels=channels)
+    parts = [_open_one(part, form) for part in source_parts(source)]
     return concatenated([part if num_classes is None else with_classes(part, num_classes) for part in parts])
 
 
@@ -65,31 +76,51 @@ def no_data(source: str) -> RequestError:
     )
 
 
-def _open_one(source: str, resolution: int | None) -> Dataset:
+def _open_one(source: str, form: ImageForm) -> Dataset:
     # Names before paths: './digits' says the folder, and nothing else could say the data set.
     if source in DATASETS:
-        return _resized(DATASETS[source](), resolution)
+        return _brought_to(DATASETS[source](), form)
     if source.startswith(_EMOJI_OF):
-        return _resized(open_emoji(Path(source.removeprefix(_EMOJI_OF)).expanduser()), resolution)
+        return _brought_to(open_emoji(Path(source.removeprefix(_EMOJI_OF)).expanduser()), form)
     path = Path(source)
     if path.is_dir() and has_idx(path):
-        return _resized(with_fashion_mnist_names(open_idx(path)), resolution)
+        return _brought_to(with_fashion_mnist_names(open_idx(path)), form)
+    if has_cifar10(path):
+        return _brought_to(open_cifar10(path), form)
     if path.is_dir():
-        return open_folder(path, resolution)
+        return open_folder(path, form)
     if not path.is_file():
         raise no_data(source)
-    if path.suffix.lower() == ".npz":
-        return _resized(open_npz(path), resolution)
+    if is_npz(path):
+        return _brought_to(open_npz(path), form)
     if is_zip(path):
-        return open_zip(path, resolution)
-    raise FileFormatError(f"{path} is not a data set", remedy=f"give {_FILE_KINDS}", param="source")
+        return open_zip(path, form)
+    raise FileFormatError(f"{path} is not a data set{what_it_is(path)}", remedy=f"give {_FILE_KINDS}", param="source")
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file is, or is called, a zip; an .npz is none."""
-    # One that is only called so is opened as a zip too, and its error then says that it is damaged.
-    suffix = path.suffix.lower()
-    return suffix == ".zip" or (suffix != ".npz" and zipfile.is_zipfile(path))
+    """Whether a file is a zip of images, or is called one: its error then says that it is damaged."""
+    return file_type(path) is FileType.ZIP or path.suffix.lower() == ".zip"
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a file is an .npz, or is called one and is no other kind of file that is known here."""
+    kind = file_type(path)
+    named = path.suffix.lower() == ".npz"
+    return kind is FileType.NPZ or (named and kind in (FileType.OTHER, FileType.EMPTY))
+
+
+def what_it_is(path: Path) -> str:
+    """' but ...': what a file is that is no data set, and what can be done with it; empty where that is not known."""
+    kind = file_type(path)
+    if kind in CHECKPOINTS:
+        return f" but {kind.value}, which 'uni-instruct inspect' and 'import' take"
+    advice = {
+        FileType.TAR: "which is to be unpacked",
+        FileType.IDX: "whose folder is the data set",
+        FileType.IMAGE: "whose folder is the data set",
+    }
+    return f" but {kind.value}, {advice[kind]}" if kind in advice else ""
 
 
 def open_digits() -> Dataset:
@@ -132,6 +163,7 @@ def open_npz(path: Path) -> Dataset:
         licence="unknown",
         source=str(path),
         reader=ArrayReader(images),
+        note="" if class_ids is None else first_label_note(class_ids),
     )
 
 
@@ -163,23 +195,27 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         raise FileFormatError(f"{path} is not a whole .npz: {error}", remedy="write or copy it again") from error
 
 
-def _resized(dataset: Dataset, resolution: int | None) -> Dataset:
-    if resolution is None or dataset.image_shape[1:] == (resolution, resolution):
+def _brought_to(dataset: Dataset, form: ImageForm) -> Dataset:
+    channels, height, width = dataset.image_shape
+    wanted = form.channels or channels, form.resolution or height, form.resolution or width
+    if wanted == dataset.image_shape:
         return dataset
-    shape = (dataset.image_shape[0], resolution, resolution)
-    return replace(dataset, image_shape=shape, reader=_ResizedReader(dataset, resolution))
+    return replace(dataset, image_shape=wanted, reader=_FormedReader(dataset, form))
 
 
-class _ResizedReader:
-    def __init__(self, dataset: Dataset, resolution: int):
+class _FormedReader:
+    def __init__(self, dataset: Dataset, form: ImageForm):
         self.dataset = dataset
-        self.resolution = resolution
+        self.form = form
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        return np.stack([crop_and_resize(image, self.resolution) for image in self.dataset.images(indices)])
+        images = list(self.dataset.images(indices))
+        if self.form.resolution is not None:
+            images = [crop_and_resize(image, self.form.resolution) for image in images]
+        return np.stack([in_channels(image, self.form.channels or image.shape[2]) for image in images])
 
 
 # Name -> how it is opened. Digits come with a dependency, Fashion-MNIST may be downloaded, emoji need a font.

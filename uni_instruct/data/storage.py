@@ -3,7 +3,9 @@
 import os
 import re
 import struct
+import threading
 import tokenize
+import unicodedata
 import zipfile
 import zlib
 from bisect import bisect_right
@@ -35,40 +37,115 @@ UNREADABLE = (
 )
 _MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1"), ("locked", "?")])
 _DIGITS = str.maketrans("123456789", "000000000")
+# What systems and other programs leave among a user's files: hidden folders (.ipynb_checkpoints), copies of resource forks
+# (macOS), thumbnails (Synology's @eaDir, Windows), waste bins.
+_DROPPING = re.compile(
+    r"(?:^|/)(?:\.[^/]+/|\._[^/]*$|\.DS_Store$|Icon\r$|e?h?thumbs(?:_vista)?\.db$|desktop\.ini$|"
+    r"(?:__MACOSX|__pycache__|@eaDir|@Recycle|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found)/)",
+    re.IGNORECASE,
+)
 
 
 class Store(Protocol):
     """Files by name: a folder or a zip."""
 
     path: Path
+    repeated: list[str]
 
     def names(self) -> list[str]:
-        """Every file, in any order; with forward slashes, relative to the store."""
+        """Every file once, in any order; with forward slashes, relative to the store, in Unicode's form NFC; no droppings.
+
+        Links to what is there already, and names that stand twice, are left out and put into `repeated`.
+        """
         ...
 
     def read(self, name: str) -> bytes:
         """The file's bytes."""
+        ...
+
+    def head(self, name: str, size: int) -> bytes:
+        """The file's first bytes, at most so many."""
         ...
 
 
 class FolderStore:
-    """The files below a folder; hidden folders are passed over."""
+    """The files below a folder, and below folders that links in it lead to; each file once."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.repeated: list[str] = []
+        self._raw: dict[str, str] = {}  # NFC -> the name on disk, where they differ
 
     def names(self) -> list[str]:
-        """Every file."""
+        """Every file. Raises FileFormatError for a folder that cannot be read."""
+        self.repeated = []
         found: list[str] = []
-        for folder, subfolders, files in os.walk(self.path, followlinks=True):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            relative = Path(folder).relative_to(self.path)
-            found.extend((relative / name).as_posix() for name in files)
-        return found
+        # The folders above, too: a link to one of them would bring in everything beside this folder.
+        seen = {_identity(folder) for folder in (self.path, *self.path.resolve().parents)}
+        links = self._walk("", found, seen)
+        files: set[tuple[int, int]] | None = None
+        # Links after all that is no link: a file counts where it is, not where a link has it.
+        while links:
+            link = links.pop()
+            path = self.path / link
+            if path.is_dir():
+                if (place := _identity(path)) in seen:
+                    self.repeated.append(f"{link}/")
+                else:
+                    seen.add(place)
+                    links.extend(self._walk(f"{link}/", found, seen))
+            elif path.is_file():
+                files = {_identity(self.path / name) for name in found} if files is None else files
+                if (place := _identity(path)) in files:
+                    self.repeated.append(link)
+                else:
+                    files.add(place)
+                    found.append(link)
+            else:
+                found.append(link)  # leads nowhere: reading it says so
+        return [self._normal(name) for name in found]
 
     def read(self, name: str) -> bytes:
         """The file's bytes."""
-        return (self.path / name).read_bytes()
+        return self._place(name).read_bytes()
+
+    def head(self, name: str, size: int) -> bytes:
+        """The file's first bytes."""
+        with self._place(name).open("rb") as file:
+            return file.read(size)
+
+    def _place(self, name: str) -> Path:
+        return self.path / self._raw.get(name, name)
+
+    def _walk(self, start: str, found: list[str], seen: set[tuple[int, int]]) -> list[str]:
+        """Adds the files below to `found`, the folders to `seen`; returns the links, the last in order first."""
+        links, folders = list[str](), [start]
+        while folders:
+            folder = folders.pop()
+            try:
+                entries = sorted(os.scandir(self.path / folder), key=lambda entry: entry.name)
+            except OSError as error:
+                problem = f"folder {self.path / folder} cannot be read: {os.strerror(error.errno or 0)}"
+                raise FileFormatError(problem, remedy="make it readable, or remove it") from error
+            for entry in entries:
+                name = folder + entry.name
+                if is_dropping(f"{name}/" if entry.is_dir() else name):
+                    continue
+                if entry.is_symlink():
+                    links.append(name)
+                elif not entry.is_dir():
+                    found.append(name)
+                elif (place := _identity(Path(entry.path))) not in seen:
+                    seen.add(place)
+                    folders.append(f"{name}/")
+        return sorted(links, reverse=True)
+
+    def _normal(self, name: str) -> str:
+        normal = name if name.isascii() else unicodedata.normalize("NFC", name)
+        if normal == name or normal in self._raw or (self.path / normal).exists():
+            return name  # as it is, where two names differ in their form alone
+        self._raw[normal] = name
+        return normal
 
 
 class ZipStore:
@@ -79,33 +156,62 @@ class ZipStore:
 
     def __init__(self, path: Path):
         self.path = path
-        self._owner = 0
-        self._file: BinaryIO
+        self.repeated: list[str] = []
+        self._opened = threading.local()
         try:
             with zipfile.ZipFile(path) as archive:
-                entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
+                entries = self._by_name(archive.infolist())
         except UNREADABLE as error:
             reason = reason_of(error).lower()
             raise FileFormatError(f"{path} is not a whole zip: {reason}", remedy="copy or prepare it again") from error
-        self._names = [entry.filename for entry in entries]
-        self._members = np.fromiter(map(_member, entries), _MEMBER, count=len(entries))
+        self._names = [name for name, _ in entries]
+        self._members = np.fromiter((_member(entry) for _, entry in entries), _MEMBER, count=len(entries))
 
     def names(self) -> list[str]:
         """Every member."""
-        return [name for name in self._names if not name.endswith("/")]
+        return [name for name in self._names if not name.endswith("/") and not is_dropping(name)]
 
     def read(self, name: str) -> bytes:
         """The member's bytes, its checksum verified. Raises BadZipFile where they are not whole."""
+        member = self._member(name)
+        return _unpacked(self._packed(member, int(member["packed"])), member)
+
+    def head(self, name: str, size: int) -> bytes:
+        """The member's first bytes, not verified."""
+        member = self._member(name)
+        # Deflate can make a few bytes longer; what is cut off within a block gives what came before.
+        packed = self._packed(member, min(int(member["packed"]), size + 1024))
+        return packed[:size] if member["method"] == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(packed, size)
+
+    def _by_name(self, infos: list[zipfile.ZipInfo]) -> list[tuple[str, zipfile.ZipInfo]]:
+        """Members by name, sorted. Of two of one name the last counts, as for every program that unpacks."""
+        entries: dict[str, zipfile.ZipInfo] = {}
+        for info in infos:
+            name = plain_name(info.filename)
+            if name in entries and not name.endswith("/"):
+                self.repeated.append(name)
+            entries[name] = info
+        return sorted(entries.items())
+
+    def _member(self, name: str) -> np.void:
         place = bisect_right(self._names, name) - 1
         if place < 0 or self._names[place] != name:
             raise KeyError(name)
-        member = self._members[place]
-        # Every process opens the file for itself: after a fork they would share one position in it.
-        if self._owner != os.getpid():
-            self._file, self._owner = self.path.open("rb"), os.getpid()
-        start, _ = entry_start(self._file, int(member["offset"]))
-        self._file.seek(start)
-        return _unpacked(self._file.read(member["packed"]), member)
+        member: np.void = self._members[place]
+        return member
+
+    def _packed(self, member: np.void, size: int) -> bytes:
+        file = self._own_file()
+        start, _ = entry_start(file, int(member["offset"]))
+        file.seek(start)
+        return file.read(size)
+
+    def _own_file(self) -> BinaryIO:
+        """The zip, opened by every thread of every process for itself, as an open file has one position."""
+        if getattr(self._opened, "process", None) != os.getpid():
+            self._opened.file, self._opened.process = self.path.open("rb"), os.getpid()
+        file: BinaryIO = self._opened.file
+        return file
 
 
 def _member(entry: zipfile.ZipInfo) -> tuple[int, int, int, int, int, bool]:
@@ -126,6 +232,25 @@ def _unpacked(packed: bytes, member: np.void) -> bytes:
     if zlib.crc32(content) != member["crc"]:
         raise zipfile.BadZipFile("its checksum is wrong")
     return content
+
+
+def plain_name(name: str) -> str:
+    """A name as stores give it: forward slashes (some programs of Windows write others), no './' before it, Unicode's NFC."""
+    name = name.replace("\\", "/")
+    while name.startswith("./"):
+        name = name[2:]
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def is_dropping(name: str) -> bool:
+    """Whether a file, or a folder whose name ends in '/', is what another program left there, and no user's file."""
+    return _DROPPING.search(name) is not None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What two names of one file or folder share."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def naturally_sorted(names: Iterable[str]) -> list[str]:

@@ -6,21 +6,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, check_interface
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.noise import checked_inputs
-from uni_instruct.spec import ModelSpec
 
 if TYPE_CHECKING:
     import onnxruntime
-
-# The graph's interface: what `export` writes and this engine feeds and reads.
-NOISE, CLASS_IDS = "noise", "class_ids"
-IMAGES, DENOISED = "images", "denoised"
-# What engines of format 1 call their noise.
-FORMER_NOISE = "latents"
 
 # Provider of ONNX Runtime -> the device it runs on.
 PROVIDERS = {"CPUExecutionProvider": "cpu"}
@@ -42,7 +36,8 @@ class OnnxEngine:
         self.id = stored.engine_id
         self.device = PROVIDERS[provider]
         self._session: onnxruntime.InferenceSession | None = _session(stored.file(), provider, spin)
-        self._noise = _check_interface(self._session, bundle.spec)
+        inputs: dict[str, list[int | str]] = {port.name: port.shape for port in self._session.get_inputs()}
+        self._noise = check_interface(bundle.spec, inputs, {port.name for port in self._session.get_outputs()})
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
@@ -90,17 +85,3 @@ def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSes
             param="engine",
         )
     return session
-
-
-def _check_interface(session: "onnxruntime.InferenceSession", spec: ModelSpec) -> str:
-    """The name that the graph gives to its noise. Raises BundleError unless its ports are those of the generator."""
-    inputs: dict[str, list[int | str]] = {port.name: port.shape for port in session.get_inputs()}
-    outputs = {port.name for port in session.get_outputs()}
-    noise = FORMER_NOISE if FORMER_NOISE in inputs else NOISE
-    expected = {noise, CLASS_IDS} if spec.num_classes else {noise}
-    if set(inputs) != expected or outputs != {IMAGES, DENOISED} or tuple(inputs[noise][1:]) != spec.noise_shape:
-        raise BundleError(
-            f"the graph maps {inputs} to {sorted(outputs)}, which does not fit generator '{spec.name}'",
-            remedy="export the engine again",
-        )
-    return noise

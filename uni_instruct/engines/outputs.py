@@ -1,5 +1,6 @@
 """What an engine gives, and how far it may be from what torch gives."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,22 +20,27 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """The largest relative L2 distance before rounding, and the largest difference of a uint8 pixel."""
+    """The largest relative L2 distance before rounding, and of uint8 pixels the least PSNR and the largest difference."""
 
     relative_l2: float
     pixel_difference: int
+    psnr_db: float = 0.0
 
 
 # precision -> what its engines must keep; docs/export.md has the measurements behind it.
-TOLERANCES = {"fp32": Tolerance(relative_l2=1e-5, pixel_difference=1)}
+TOLERANCES = {
+    "fp32": Tolerance(relative_l2=1e-5, pixel_difference=1),
+    "bf16": Tolerance(relative_l2=2.5e-2, pixel_difference=4, psnr_db=50.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far an engine's images are from torch's: relative L2 before rounding, and the largest difference of a pixel."""
+    """How far an engine's images are from torch's: relative L2 before rounding, largest difference and PSNR of pixels."""
 
     relative_l2: float
     pixel_difference: int
+    psnr_db: float
 
     def problem(self, tolerance: Tolerance) -> str:
         """What is out of tolerance, in words; '' for nothing."""
@@ -42,13 +48,19 @@ class Agreement:
             return f"it differs from torch by {self.relative_l2:.1e} (relative L2), more than {tolerance.relative_l2:.0e}"
         if self.pixel_difference > tolerance.pixel_difference:
             return f"a pixel differs from torch's by {self.pixel_difference} levels, more than {tolerance.pixel_difference}"
+        if self.psnr_db < tolerance.psnr_db:
+            return f"its pixels have a PSNR of {self.psnr_db:.1f} dB to torch's, less than {tolerance.psnr_db:.0f}"
         return ""
 
 
 def agreement(batches: Sequence[Outputs], truth: np.ndarray) -> Agreement:
     """The worst over some batches, each of torch's first images, float32 [N, C, H, W]."""
-    found = [_distance(batch, truth[: len(batch.images)]) for batch in batches]
-    return Agreement(relative_l2=max(error for error, _ in found), pixel_difference=max(levels for _, levels in found))
+    found = [_agreement(batch, truth[: len(batch.images)]) for batch in batches]
+    return Agreement(
+        relative_l2=max(one.relative_l2 for one in found),
+        pixel_difference=max(one.pixel_difference for one in found),
+        psnr_db=min(one.psnr_db for one in found),
+    )
 
 
 def relative_l2(images: np.ndarray, truth: np.ndarray) -> float:
@@ -56,9 +68,19 @@ def relative_l2(images: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(images.astype(np.float64) - truth) / max(float(np.linalg.norm(truth)), 1e-12))
 
 
-def _distance(found: Outputs, truth: np.ndarray) -> tuple[float, int]:
-    levels = np.abs(found.pixels.astype(int) - to_uint8(truth))
-    return relative_l2(found.images, truth), int(levels.max(initial=0))
+def psnr_db(pixels: np.ndarray, truth: np.ndarray) -> float:
+    """20 log10(255 / RMSE) of uint8 pixels; 120 dB where they are equal."""
+    rmse = float(np.sqrt(np.mean((pixels.astype(np.float64) - truth) ** 2)))
+    return 20 * math.log10(255 / max(rmse, 255e-6))
+
+
+def _agreement(found: Outputs, truth: np.ndarray) -> Agreement:
+    pixels = to_uint8(truth)
+    return Agreement(
+        relative_l2=relative_l2(found.images, truth),
+        pixel_difference=int(np.abs(found.pixels.astype(int) - pixels).max(initial=0)),
+        psnr_db=psnr_db(found.pixels, pixels),
+    )
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from uni_instruct.errors import BundleError, RequestError
@@ -121,7 +122,7 @@ class StoredEngine:
         return path
 
     def _remedy(self) -> str:
-        return f"run 'uni-instruct export {self.bundle} --to {self.engine_id.runtime}' again"
+        return f"run 'uni-instruct export {quote(str(self.bundle))} --to {self.engine_id.runtime}' again"
 
 
 def id_of_folder(name: str) -> EngineId | None:

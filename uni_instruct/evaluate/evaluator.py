@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from uni_instruct.data import Dataset
+from uni_instruct.data.concat import shape_remedy
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, moments, score
@@ -130,7 +131,7 @@ def check_shape(shape: ImageShape, reference: ImageShape) -> None:
     if tuple(shape) != tuple(reference):
         raise RequestError(
             f"images of shape {list(shape)} cannot be compared with a reference of {list(reference)}",
-            remedy="bring both to one shape with 'uni-instruct data prepare --resolution'",
+            remedy=shape_remedy(shape, reference),
             param="reference",
         )
 

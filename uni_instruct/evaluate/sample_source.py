@@ -33,15 +33,22 @@ class SampleSource:
 
 
 def bundle_samples(
-    bundle: Bundle, seeds: Sequence[int], engine: str | None, batch: int, reference: Dataset | Statistics
+    bundle: Bundle,
+    seeds: Sequence[int],
+    engine: str | None,
+    batch: int,
+    reference: Dataset | Statistics,
+    class_ids: np.ndarray | None = None,
 ) -> SampleSource:
-    """The images of those seeds, each of its seed's class. A teacher always runs on torch, which alone has its sampler.
+    """The images of those seeds, of those classes; without them each of its seed's class, all drawn alike.
+
+    A teacher always runs on torch, which alone has its sampler.
 
     Raises RequestError where the bundle makes latents, or has no such engine.
     """
     bundle.check_makes_pictures()
     opened = open_engine(bundle, TORCH if bundle.spec.steps > 1 else engine)
-    class_ids = resolve_class_ids(bundle.spec, seeds)
+    class_ids = resolve_class_ids(bundle.spec, seeds) if class_ids is None else class_ids
     names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))
     mapped, note = reference_class_ids(class_ids, names, reference)
     return SampleSource(
@@ -63,13 +70,15 @@ def dataset_samples(dataset: Dataset, samples: int | None, batch: int, reference
     chosen = np.arange(count) * len(dataset) // count
     labels = None if dataset.labels is None else dataset.labels[chosen]
     mapped, note = reference_class_ids(labels, dataset.class_names, reference)
+    if labels is None and isinstance(reference, Dataset) and reference.num_classes:
+        note = "no class_accuracy: the images have no classes"
     return SampleSource(
         source=dataset.source,
         count=count,
         image_shape=dataset.image_shape,
         batches=lambda: (dataset.images(chosen[start : start + batch]) for start in range(0, count, batch)),
         class_ids=mapped,
-        note=note,
+        note="; ".join(part for part in (note, dataset.note) if part),
     )
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.pickle.unpickle import read_pickle
+from uni_instruct.checkpoints.budget import Limits
+from uni_instruct.checkpoints.checkpoint import read_plain
 from uni_instruct.data import Dataset, open_dataset
-from uni_instruct.data.sources import read_npz
+from uni_instruct.data.sources import is_npz, read_npz
 from uni_instruct.errors import FileFormatError
 from uni_instruct.evaluate.extractors import INCEPTION, INCEPTION_DIM
+from uni_instruct.file_type import FileType, file_type
 from uni_instruct.files import atomic_file
 
 
@@ -35,20 +37,22 @@ class Statistics:
 
 
 def open_reference(source: str | Path) -> Dataset | Statistics:
-    """What images are compared with: a data set as `open_dataset` takes it, or an .npz or .pkl that holds mu and sigma.
+    """What images are compared with: a data set as `open_dataset` takes it, or a file of statistics, known by its content.
 
-    Where an .npz holds images as well (OpenAI's reference batches), mu and sigma are taken: they are of the whole data set, the
-    images are a part of it. Nothing in a .pkl is executed. Raises RequestError for latents, FileFormatError for a file that is
-    corrupt or holds neither.
+    Those are mu and sigma (or mean and cov), or InceptionV3's features themselves (pool_3, feats), in an .npz; EDM2's pickle;
+    and torch-fidelity's .pt. Where an .npz holds images as well (OpenAI's reference batches), mu and sigma are taken: they are
+    of the whole data set, the images are a part of it. Nothing in a file is executed. Raises RequestError for latents,
+    FileFormatError for a file that is corrupt or holds neither.
     """
     path = Path(source)
-    suffix = path.suffix.lower() if path.is_file() else ""
-    if suffix == ".pkl":
-        return _edm2_statistics(path)
-    if suffix == ".npz":
-        arrays = read_npz(path, ("mu", "sigma", "extractor", "extractor_sha256", "fingerprint", "samples", "name"))
-        if "mu" in arrays or "sigma" in arrays:
-            return _statistics(path, arrays)
+    kind = file_type(path) if path.is_file() and "," not in str(source) else None
+    if kind is FileType.PICKLE or kind is FileType.TORCH:
+        return _pickled_statistics(path)
+    if kind is not None and is_npz(path):
+        names = ("mu", "sigma", "mean", "cov", *_FEATURES)
+        arrays = read_npz(path, (*names, "extractor", "extractor_sha256", "fingerprint", "samples", "name", "arr_0"))
+        if any(name in arrays for name in names) and ("arr_0" not in arrays or "mu" in arrays or "mean" in arrays):
+            return _statistics(path, _of_other_tools(path, arrays))
     dataset = open_dataset(source)
     dataset.require_images()
     return dataset
@@ -69,10 +73,11 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
         )
 
 
-def _edm2_statistics(path: Path) -> Statistics:
-    """Those of InceptionV3 in EDM2's {'fid': {mu, sigma}, 'fd_dinov2': {mu, sigma}, num_images}."""
-    content = read_pickle(path)
-    fid = content.get("fid") if isinstance(content, dict) else None
+def _pickled_statistics(path: Path) -> Statistics:
+    """EDM2's {'fid': {mu, sigma}, 'fd_dinov2': {mu, sigma}, num_images}, or torch-fidelity's {mu, sigma}, of InceptionV3."""
+    content = read_plain(path, _LIMITS)
+    parts = content if isinstance(content, dict) else {}
+    fid = parts if "mu" in parts else parts.get("fid")
     if not isinstance(fid, dict):
         found = f"keys {', '.join(map(str, content))[:80]}" if isinstance(content, dict) else type(content).__name__
         raise FileFormatError(
@@ -81,6 +86,30 @@ def _edm2_statistics(path: Path) -> Statistics:
         )
     # Its num_images is left out. It is all of ImageNet, and `evaluate` would generate as many; 50,000 are the custom.
     return _statistics(path, {name: fid[name] for name in ("mu", "sigma") if name in fid})
+
+
+# In pickles of protocol 2 a sigma of 2048 x 2048 is text, 50 MB of it, which is turned into bytes.
+_LIMITS = Limits(text_bytes=256 << 20)
+# What other tools call InceptionV3's features of every image: OpenAI's evaluator and pytorch-fid's kin, clean-fid's for KID.
+_FEATURES = ("pool_3", "feats", "features")
+
+
+def _of_other_tools(path: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """mu and sigma under their usual names, computed from features where those are given. Raises FileFormatError."""
+    named = dict(arrays)
+    for usual, other in (("mu", "mean"), ("sigma", "cov")):
+        if usual not in named and other in named:
+            named[usual] = named[other]
+    name = next((name for name in _FEATURES if name in named), None)
+    if name is None or "mu" in named:
+        return named
+    features = np.asarray(named[name])
+    features = features.reshape(len(features), -1) if features.ndim > 2 else features
+    if features.ndim != 2 or features.dtype.kind != "f" or len(features) < 2:
+        found = f"{name} of {features.dtype} {list(features.shape)}"
+        raise FileFormatError(f"{path} has {found}", remedy=f"give features [N, {INCEPTION_DIM}], or mu and sigma")
+    exact = features.astype(np.float64)
+    return named | {"mu": exact.mean(0), "sigma": np.cov(exact, rowvar=False), "samples": len(features)}
 
 
 def _statistics(path: Path, arrays: Mapping[str, Any]) -> Statistics:

@@ -21,7 +21,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.files import atomic_file, disk_errors, try_lock
+from uni_instruct.files import atomic_file, disk_errors, make_folder, try_lock
 from uni_instruct.generate import generate_batches, sample_format
 from uni_instruct.progress import Progress
 from uni_instruct.sampling.forms import SampleSet, finished_request, form_of
@@ -198,7 +198,7 @@ def _enter(folder: Path, out: Path, shared: bool) -> int:
     path = folder / WORKERS_LOCK
     while True:
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, out)
             try:
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:

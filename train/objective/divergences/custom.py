@@ -40,6 +40,7 @@ def read_divergence(text: str) -> Divergence:
     return divergence_of(f, name=text)
 
 
+# h = r^2 f''(r), and h', h'' of it: four derivatives of f, which in single precision would be noise.
 def divergence_of(f: Elementwise, name: str) -> Divergence:
     """h = r^2 f'' and its derivatives by automatic differentiation, in double precision."""
 
@@ -65,6 +66,7 @@ def _check(text: str, f: Elementwise) -> None:
     except Exception as error:  # the user's own code may raise anything
         reason = " ".join(str(error).split())
         raise _refused(text, f"cannot be differentiated twice: {reason}", "write it with torch operations on r") from error
+    # "not <", so that a NaN is refused too.
     if not abs(value) < 1e-6:
         raise _refused(text, f"is {value:.4g} at r = 1", "subtract that, so that f(1) = 0")
     if not torch.isfinite(bend).all():
@@ -84,6 +86,7 @@ def _refused(text: str, problem: str, remedy: str) -> RequestError:
 
 def _derivative(f: Elementwise) -> Elementwise:
     def derivative(r: Tensor) -> Tensor:
+        # Training asks for h where gradients are off.
         with torch.enable_grad():
             r = r if r.requires_grad else r.detach().requires_grad_()
             value = f(r)

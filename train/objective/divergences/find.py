@@ -18,6 +18,7 @@ def find_divergence(name: str, *, order: float = DEFAULT_ORDER, mix: float = DEF
     order is the alpha family's a, mix the share of the forward KL in Jeffreys' divergence. Raises RequestError for an unknown
     name, and for an f that is not convex or not 0 at r = 1.
     """
+    # These two rows of the table have a parameter, and stand there with its default.
     if name == "alpha":
         return alpha_divergence(order)
     if name == "jeffreys":

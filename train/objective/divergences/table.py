@@ -31,6 +31,7 @@ class Divergence:
 
 def alpha_divergence(order: float) -> Divergence:
     """The alpha family, h = r^a: reverse KL at a = 0, forward KL at 1; 2 is half of chi-square, 1/2 squared Hellinger."""
+    # f(r) = (r^a - a r - (1 - a)) / (a (a - 1)), h = r^2 f'' = r^a; at a = 0 and 1 the limits are the two KLs.
     a = order
     if a == 0:
         f = DIVERGENCES["reverse-kl"].f
@@ -50,6 +51,7 @@ def alpha_divergence(order: float) -> Divergence:
 
 def jeffreys(mix: float) -> Divergence:
     """2 (mix KL(q||p) + (1 - mix) KL(p||q)): Jeffreys' divergence at 1/2, forward KL alone (twice) at 1."""
+    # f(r) = 2 m r log r - 2 (1 - m) log r, h = 2 m r + 2 (1 - m): twice the mixture, so that m = 1/2 is Jeffreys' sum.
     forward, reverse = 2 * mix, 2 * (1 - mix)
     return Divergence(
         name="jeffreys",

@@ -130,7 +130,7 @@ def _scalar(budget: Budget, values: tuple[Any, ...]) -> int | float | bool:
 
 
 def _empty_array(budget: Budget, values: tuple[Any, ...]) -> ArrayPlaceholder:
-    class_, _, _ = _arguments("numpy's _reconstruct", values, StandIn, tuple, bytes)
+    class_, _, _ = _arguments("numpy's _reconstruct", values, StandIn, tuple, (bytes, str))
     if class_ is not _NDARRAY:
         raise MalformedFile(f"has an array of class {shown(class_.name)}", FOREIGN)
     return ArrayPlaceholder()
@@ -146,8 +146,12 @@ def _build_array(budget: Budget, target: ArrayPlaceholder, state: object) -> Non
     if type(state) is not tuple or target.array is not None:
         raise MalformedFile("has a NumPy array with a broken state", FOREIGN)
     _, shape, placeholder, by_columns, content = _arguments(
-        "ndarray.__setstate__", state, int, tuple, DtypePlaceholder, bool, bytes
+        "ndarray.__setstate__", state, int, tuple, DtypePlaceholder, bool, (bytes, str)
     )
+    try:
+        content = content.encode("latin1") if isinstance(content, str) else content  # as Python 2 wrote it
+    except UnicodeEncodeError as error:
+        raise MalformedFile("has a NumPy array whose content is text", FOREIGN) from error
     target.array = _array(budget, placeholder, shape, by_columns, content)
 
 

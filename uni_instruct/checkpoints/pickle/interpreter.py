@@ -138,6 +138,11 @@ def _text(interpreter: PickleInterpreter, size: int) -> None:
         raise MalformedFile("has a string that is not UTF-8") from error
 
 
+def _python2_text(interpreter: PickleInterpreter, size: int) -> None:
+    # Python 2's strings are bytes: Latin-1 has a letter for each, so that none is lost.
+    interpreter.push(_counted(interpreter, interpreter.source.unsigned(size)).decode("latin1"))
+
+
 def _bytes(interpreter: PickleInterpreter, size: int) -> None:
     length = interpreter.source.unsigned(size)
     # A storage's bytes stay in the file until they are read into their array, so that no tensor is in memory twice.
@@ -288,6 +293,8 @@ _STEPS: dict[bytes, Callable[[PickleInterpreter], None]] = {
     b"\x8c": partial(_text, size=1),
     b"X": partial(_text, size=4),
     b"\x8d": partial(_text, size=8),
+    b"U": partial(_python2_text, size=1),
+    b"T": partial(_python2_text, size=4),
     b"C": partial(_bytes, size=1),
     b"B": partial(_bytes, size=4),
     b"\x8e": partial(_bytes, size=8),

@@ -1,4 +1,4 @@
-"""Bundle -> ONNX, through torch.export: the whole one-step map, from N(0, 1) noise and class ids to uint8 pixels."""
+"""Bundle -> ONNX graph, through torch.export: the whole one-step map, from N(0, 1) noise and class ids to uint8 pixels."""
 
 import json
 import math
@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import onnxscript
 import torch
 from torch import Tensor, nn
 
 import uni_instruct
 from uni_instruct.bundle import DECODER, WEIGHTS, Bundle
-from uni_instruct.engines.onnxruntime import CLASS_IDS, DENOISED, IMAGES, NOISE
+from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE
 from uni_instruct.errors import RequestError
-from uni_instruct.networks.one_step import OneStep, load_one_step, to_uint8
+from uni_instruct.export.canonical import FACTORS, CanonicalOneStep
+from uni_instruct.export.canonical_blocks import NormFactory
+from uni_instruct.networks.one_step import load_one_step, to_uint8
 
 # The newest that keeps group normalisation in a form that CPU runtimes are fast at.
 OPSET = 20
@@ -30,7 +31,7 @@ SMALLEST_HALVED = 1024
 class WithPixels(nn.Module):
     """z -> (uint8 pixels [B, H, W, C], the images before rounding [B, C, H, W]): the two outputs of the graph."""
 
-    def __init__(self, generator: OneStep):
+    def __init__(self, generator: nn.Module):
         super().__init__()
         self.generator = generator
 
@@ -40,10 +41,11 @@ class WithPixels(nn.Module):
         return to_uint8(images), images
 
 
-def build(bundle: Bundle, path: Path) -> dict[str, str]:
+def write_graph(bundle: Bundle, path: Path, norm: NormFactory, *, round_weights: bool = False) -> dict[str, str]:
     """Writes the bundle's graph to `path`, weights inline. Returns the versions of the tools.
 
-    Raises RequestError for weights that do not fit into one file.
+    norm: the form of group normalisation that the runtime is fast at. round_weights: to float16, for engines that compute in
+    less. Raises RequestError for weights that do not fit into one file.
     """
     size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
     size += (bundle.path / DECODER).stat().st_size if bundle.spec.decoder else 0
@@ -52,13 +54,13 @@ def build(bundle: Bundle, path: Path) -> dict[str, str]:
             f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {LARGEST_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
-    model = _export(WithPixels(load_one_step(bundle)).eval(), bundle)
+    model = _export(WithPixels(CanonicalOneStep(load_one_step(bundle), norm)).eval(), bundle)
     _strip(model)
-    _store_in_half(model)
+    _store_in_half(model, round_weights)
     onnx.helper.set_model_props(model, _properties(bundle))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    return {tool.__name__: tool.__version__ for tool in (torch, onnx, onnxscript, onnxruntime)}
+    return {tool.__name__: tool.__version__ for tool in (torch, onnx, onnxscript)}
 
 
 def _export(module: WithPixels, bundle: Bundle) -> onnx.ModelProto:
@@ -86,25 +88,39 @@ def _export(module: WithPixels, bundle: Bundle) -> onnx.ModelProto:
     return model
 
 
-def _store_in_half(model: onnx.ModelProto) -> None:
-    """Stores as float16, with a Cast behind it, each weight that float16 holds exactly: those of a bundle in half precision.
+def _store_in_half(model: onnx.ModelProto, round_weights: bool) -> None:
+    """Stores as float16, with a Cast behind it, each weight that float16 holds: those of a bundle in half precision.
 
-    Runtimes fold the casts when they load the file, so that the graph computes what it did before, from half the bytes.
+    Exactly, or times one of the factors that folding multiplied it by; with round_weights all of them, as near as it goes.
+    Runtimes fold what stands behind when they load the file, so that the graph computes what it did, from half the bytes.
     """
-    graph, casts = model.graph, []
+    graph, nodes = model.graph, []
     for tensor in graph.initializer:
         if tensor.data_type != onnx.TensorProto.FLOAT or math.prod(tensor.dims) < SMALLEST_HALVED:
             continue
-        array = onnx.numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if np.array_equal(half, array):
-            stored = f"{tensor.name}.fp16"
-            casts.append(onnx.helper.make_node("Cast", [stored], [tensor.name], to=onnx.TensorProto.FLOAT))
-            tensor.CopyFrom(onnx.numpy_helper.from_array(half, stored))
-    nodes = [*casts, *graph.node]
+        array, name = onnx.numpy_helper.to_array(tensor), tensor.name
+        half, factor = (array.astype(np.float16), 1.0) if round_weights else _as_half(array)
+        if half is None:
+            continue
+        tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.fp16"))
+        wide = name if factor == 1 else f"{name}.wide"
+        nodes.append(onnx.helper.make_node("Cast", [f"{name}.fp16"], [wide], to=onnx.TensorProto.FLOAT))
+        if factor != 1:
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(factor, np.float32), f"{name}.factor"))
+            nodes.append(onnx.helper.make_node("Mul", [wide, f"{name}.factor"], [name]))
+    nodes += graph.node
     graph.ClearField("node")
     graph.node.extend(nodes)
+
+
+def _as_half(array: np.ndarray) -> tuple[np.ndarray | None, float]:
+    """(half, factor) with array = factor * half to the last bit of float32; (None, 1) where there is no such half."""
+    for factor in FACTORS:
+        with np.errstate(over="ignore", invalid="ignore"):
+            half = (array.astype(np.float64) / factor).astype(np.float16)
+            if np.allclose(half.astype(np.float64) * factor, array, rtol=2**-23, atol=0):
+                return half, factor
+    return None, 1.0
 
 
 def _strip(model: onnx.ModelProto) -> None:

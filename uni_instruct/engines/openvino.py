@@ -1,0 +1,167 @@
+"""OpenVINO: the generator's graph on the CPU, in fp32 or in the processor's bf16. Needs no torch."""
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, check_interface
+from uni_instruct.engines.outputs import Outputs
+from uni_instruct.engines.record import EngineId, StoredEngine
+from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.errors import BundleError, MissingExtraError, RequestError
+from uni_instruct.files import cache_folder
+from uni_instruct.noise import Inputs, checked_inputs
+
+if TYPE_CHECKING:
+    import openvino
+
+# Precision -> OpenVINO's word for it, and for what a processor must be able to do.
+# It takes bf16 by itself where the processor has it, so that fp32 has to be asked for as well.
+HINTS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16")}
+# More images at once gain nothing: what lies between two layers then leaves the cache.
+LARGEST_PART = 16
+# From so many images a stream on, several streams of one thread are faster than one stream of several threads.
+LEAST_PART = 4
+
+
+class OpenVinoEngine:
+    """Runs a bundle's graph: few images by all threads together, many shared out among one stream a thread.
+
+    spin is not read: OpenVINO's threads sleep while they wait. Raises BundleError where the engine's files do not match
+    engine.json or the bundle's weights, RequestError where this processor does not have the engine's precision.
+    """
+
+    def __init__(self, bundle: Bundle, stored: StoredEngine, *, spin: bool = True):
+        self.spec, self.id, self.device = bundle.spec, stored.engine_id, "cpu"
+        self._file, self._threads = stored.file(), usable_cpus()
+        self._together: _Streams | None = _Streams(self._file, self.id, 1)
+        check_interface(self.spec, self._together.inputs, self._together.outputs)
+        self._apart: _Streams | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]."""
+        return self.outputs(noise, class_ids).pixels
+
+    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
+        inputs = checked_inputs(self.spec, noise, class_ids)
+        streams = self._streams_for(len(inputs.noise))
+        found = streams.run(inputs.parts(self._part_size(len(inputs.noise), streams.count)))
+        return found[0] if len(found) == 1 else Outputs(*map(np.concatenate, zip(*found, strict=True)))
+
+    def close(self) -> None:
+        """Frees the graph, once what runs in other threads is done."""
+        with self._lock:
+            for streams in (self._together, self._apart):
+                if streams is not None:
+                    streams.close()
+            self._together = self._apart = None
+
+    def _streams_for(self, images: int) -> "_Streams":
+        with self._lock:
+            assert self._together is not None, "the engine was closed"
+            if self._threads == 1 or images < LEAST_PART * self._threads:
+                return self._together
+            if self._apart is None:  # compiled when first needed: who makes one image at a time never waits for it
+                self._apart = _Streams(self._file, self.id, self._threads)
+            return self._apart
+
+    def _part_size(self, images: int, streams: int) -> int:
+        """Equal parts, as many as a multiple of the streams."""
+        largest = min(LARGEST_PART, self.spec.images_at_once or LARGEST_PART)
+        rounds = -(-images // (streams * largest))
+        return -(-images // (streams * rounds))
+
+
+class _Streams:
+    """The graph compiled for so many requests at a time."""
+
+    def __init__(self, file: Path, engine_id: EngineId, count: int):
+        self.count = count
+        model = _compiled(file, engine_id, count)
+        self.inputs = {port.any_name: _shape(port) for port in model.inputs}
+        self.outputs = {port.any_name for port in model.outputs}
+        self._idle: SimpleQueue[openvino.InferRequest] = SimpleQueue()
+        for _ in range(count):
+            self._idle.put(model.create_infer_request())
+        self._pool = ThreadPoolExecutor(count, "openvino") if count > 1 else None
+
+    def run(self, parts: Iterable[Inputs]) -> list[Outputs]:
+        """What each part gives, in their order."""
+        return list((map if self._pool is None else self._pool.map)(self._run_one, parts))
+
+    def close(self) -> None:
+        """Waits for what runs."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _run_one(self, part: Inputs) -> Outputs:
+        request = self._idle.get()
+        try:
+            labels = {} if part.class_ids is None else {CLASS_IDS: part.class_ids}
+            result = request.infer({NOISE: part.noise, **labels})
+            return Outputs(result[IMAGES].copy(), result[DENOISED].copy())  # the request's own memory is written to again
+        finally:
+            self._idle.put(request)
+
+
+def check_precision(engine_id: EngineId) -> None:
+    """Raises RequestError where this processor does not have the engine's precision, MissingExtraError without OpenVINO."""
+    core, (_, ability) = _core(), HINTS[engine_id.precision]
+    if ability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise RequestError(
+            f"this processor has no {engine_id.precision} arithmetic, which engine {engine_id} needs",
+            remedy=f"use an engine of another precision, such as {engine_id.runtime}-fp32",
+            param="engine",
+        )
+
+
+def _core() -> "openvino.Core":
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("openvino", extra="serve") from error
+    return openvino.Core()
+
+
+def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.CompiledModel":
+    check_precision(engine_id)
+    hint, _ = HINTS[engine_id.precision]
+    settings = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": usable_cpus(),
+        # Threads bound to the first cores would be bound to the same ones in every worker process of a server.
+        "ENABLE_CPU_PINNING": False,
+    }
+    try:
+        model = _core().compile_model(file, "CPU", settings | _cache())
+    except Exception as error:  # its errors share no class but RuntimeError, and not all of them that
+        problem = " ".join(str(error).split())[:200]
+        raise BundleError(f"OpenVINO cannot load {file}: {problem}", remedy="export the engine again") from error
+    found = model.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if found != hint:
+        raise RequestError(f"OpenVINO would compute in {found}, not in {hint}", remedy="use another engine", param="engine")
+    return model
+
+
+def _cache() -> dict[str, str]:
+    """Where compiled graphs are kept, which cuts the next start; nowhere if the user's cache cannot be written."""
+    try:
+        folder = cache_folder() / "openvino"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+    except (OSError, RuntimeError):
+        return {}
+    return {"CACHE_DIR": str(folder)}
+
+
+def _shape(port: "openvino.ConstOutput") -> list[int | str]:
+    return [size.get_length() if size.is_static else "batch" for size in port.partial_shape]

@@ -1,0 +1,92 @@
+"""What a file is, by what it holds. Names are not asked: pytorch_model.bin is a checkpoint, samples.dat may be an .npz."""
+
+import zipfile
+from enum import Enum
+from pathlib import Path
+from typing import BinaryIO
+
+from uni_instruct.zip_entry import SIGNATURE, entry_start
+
+_HEAD = 512
+# Arrays that tools of this field write; a zip of other .npy files is a data set's latents.
+_ARRAYS = frozenset({"arr_0", "images", "mu", "sigma", "mean", "cov", "pool_3", "feats", "class_ids", "labels"})
+_TAR_AT, _TAR, _GZIP, _IDX = 257, b"ustar", b"\x1f\x8b", b"\x00\x00\x08"
+_LAST_PROTOCOL = 5
+
+
+class FileType(Enum):
+    """Kinds of files that commands take or should name."""
+
+    TORCH = "a checkpoint"
+    PICKLE = "a pickle"
+    SAFETENSORS = "a file of safetensors"
+    NPZ = "an .npz"
+    ZIP = "a zip"
+    TAR = "a tar archive"
+    IDX = "an IDX file"
+    IMAGE = "an image"
+    EMPTY = "empty"
+    OTHER = "none that is known here"
+
+
+CHECKPOINTS = frozenset({FileType.TORCH, FileType.PICKLE, FileType.SAFETENSORS})
+
+
+def file_type(path: Path) -> FileType:
+    """The kind of a file that is there. Nothing in it is run; of a zip the first entry is read, and its directory in doubt."""
+    with path.open("rb") as file:
+        head, size = file.read(_HEAD), path.stat().st_size
+        if head.startswith(SIGNATURE):
+            return _type_of_zip(path, _first_entry(file))
+    if not head:
+        return FileType.EMPTY
+    # Before pickles: a file of safetensors begins with a length, whose first byte may be a pickle's.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return FileType.SAFETENSORS
+    if head[0] == 0x80 and len(head) > 1 and head[1] <= _LAST_PROTOCOL:
+        return FileType.PICKLE
+    if head[_TAR_AT:].startswith(_TAR) or head.startswith(_GZIP):
+        return FileType.TAR if head[_TAR_AT:].startswith(_TAR) or _is_tar(path) else FileType.OTHER
+    if head.startswith(_IDX):
+        return FileType.IDX
+    # Its directory is at its end, so that a zip need not begin as one.
+    if zipfile.is_zipfile(path):
+        return FileType.ZIP
+    return FileType.IMAGE if begins_as_image(head[:16]) else FileType.OTHER
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether a file's first 16 bytes are those of PNG, JPEG, GIF, WebP, AVIF or JPEG 2000."""
+    boxes = (b"ftypavif", b"jP  \r\n\x87\n")
+    return head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8")) or head[8:12] == b"WEBP" or head[4:12] in boxes
+
+
+def _first_entry(file: BinaryIO) -> str:
+    try:
+        return entry_start(file, 0)[1].decode("utf-8", "replace")
+    except zipfile.BadZipFile:
+        return ""
+
+
+def _type_of_zip(path: Path, first: str) -> FileType:
+    if first.endswith("/data.pkl"):
+        return FileType.TORCH
+    if first.lower().endswith((".png", ".jpg", ".jpeg")) or (first.endswith(".npy") and "/" in first):
+        return FileType.ZIP
+    # Only where the first entry leaves a doubt: the directory of a large data set takes seconds.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # zipfile raises anything over a damaged directory; who opens the file next says what is wrong
+        return FileType.NPZ if path.suffix.lower() == ".npz" else FileType.ZIP
+    if any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
+        return FileType.TORCH
+    arrays = {name.removesuffix(".npy") for name in names if name.endswith(".npy") and "/" not in name}
+    is_npz = len(arrays) == len(names) > 0 and (path.suffix.lower() == ".npz" or arrays & _ARRAYS)
+    return FileType.NPZ if is_npz else FileType.ZIP
+
+
+def _is_tar(path: Path) -> bool:
+    import tarfile
+
+    return tarfile.is_tarfile(path)
