@@ -131,7 +131,10 @@ def _scores(scores: Sequence[Mapping[str, Any]], weights_sha256: str) -> str:
 
 def _command(facts: Mapping[str, Any]) -> str:
     teacher = " --teacher RUN/teacher" if "teacher" in facts["scores"] else ""
-    return f"uni-instruct evaluate . --reference {facts['reference']['name']} --seeds {facts['seeds']}{teacher}"
+    # Of colour, and so by default, InceptionV3 would be asked for features.
+    judged = any("-classifier)" in name for name in facts["scores"]["generator"]["values"])
+    extractor = " --extractor classifier" if judged else ""
+    return f"uni-instruct evaluate . --reference {facts['reference']['name']} --seeds {facts['seeds']}{extractor}{teacher}"
 
 
 def _training(provenance: Mapping[str, Any]) -> str:

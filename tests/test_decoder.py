@@ -225,7 +225,13 @@ def test_training_from_a_decoded_teacher_stays_in_latents(tmp_path: Path, vae: P
     """It never decodes: what comes out makes latents, and its decoder is attached afterwards."""
     teacher = random_bundle(tmp_path / "latents", seed=4, steps=3, num_classes=0, image_shape=(4, 8, 8), latents=True)
     decoded = attach_decoder(teacher, str(vae), tmp_path / "teacher")
-    given = [*WITHOUT_DATA, f"teacher.bundle={decoded.path}", "distillation.batch=8", "distillation.duration_kimg=0.008"]
+    given = [
+        *WITHOUT_DATA,
+        f"teacher.bundle={decoded.path}",
+        "distillation.batch=8",
+        "distillation.duration_kimg=0.008",
+        "critic_warmup_kimg=0",
+    ]
     train(load_recipe("digits", [*given, "loop.grid=4", "loop.report=false"]), tmp_path / "run")
     spec = Bundle.open(tmp_path / "run" / "generator").spec
     assert (spec.image_shape, spec.latents, spec.decoder) == ((4, 8, 8), True, None)

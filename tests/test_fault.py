@@ -9,6 +9,9 @@ import torch
 from conftest import run_cli
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.errors import UniInstructError
+from uni_instruct.train.pipeline import train as train_run
+from uni_instruct.train.recipe import load_recipe
 
 SETTINGS = [
     "method=di-star",
@@ -76,14 +79,25 @@ def test_gradient_that_is_not_finite_under_a_finite_loss_is_caught(digits_teache
     assert "error: gradient is not finite, 5 updates in a row, the last in step 5; clip it (generator_clip_norm" in errors
 
 
-@pytest.mark.parametrize("key", ["critic_learning_rate", "learning_rate"])
-def test_diverging_network_is_named(digits_teacher: Path, tmp_path: Path, key: str) -> None:
-    term, advice = {
-        "critic_learning_rate": ("fake_score", "lower distillation.critic_learning_rate"),
-        "learning_rate": ("teacher", "lower teacher.learning_rate"),
-    }[key]
-    own = ["teacher.bundle=", "teacher.duration_kimg=1.28", "network.model_channels=8"] if term == "teacher" else []
-    code, errors, _ = train(tmp_path / "run", digits_teacher, "every_third", f"{key}=1e25", *own)
-    assert code == 1
-    assert re.search(rf"error: {term} is not finite at noise level [\d.e+-]+, 5 updates in a row", errors), errors
-    assert advice in errors
+@pytest.mark.parametrize(
+    ("section", "key", "term", "own"),
+    [
+        ("distillation", "critic_learning_rate", "fake_score", ()),
+        ("teacher", "learning_rate", "teacher", ("teacher.bundle=", "teacher.duration_kimg=1.28", "network.model_channels=8")),
+    ],
+    ids=["critic", "teacher"],
+)
+def test_diverging_network_is_named(
+    digits_teacher: Path, tmp_path: Path, section: str, key: str, term: str, own: tuple[str, ...]
+) -> None:
+    """A rate that no recipe may have, so that networks diverge within a few steps."""
+    recipe = load_recipe(
+        "digits",
+        [f"teacher.bundle={digits_teacher}", "method=sid", *[one for one in SETTINGS if not one.startswith("method")], *own],
+    )
+    object.__setattr__(getattr(recipe, section), key, 1e25)
+    with pytest.raises(UniInstructError) as caught:
+        train_run(recipe, tmp_path / "run")
+    assert caught.value.exit_code == 1
+    assert re.search(rf"^{term} is not finite at noise level [\d.e+-]+, 5 updates in a row", str(caught.value))
+    assert f"lower {section}.{key}" in str(caught.value)

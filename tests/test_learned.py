@@ -82,7 +82,7 @@ def stage_of(divergence: str, steps: int) -> DistillationStage:
                 "critic_learning_rate": 3e-3,
                 "beta1": 0.5,
                 "beta2": 0.99,
-                "critic_warmup_kimg": 100 * kimg,
+                "critic_warmup_kimg": min(100, steps // 2) * kimg,
                 "decay_kimg": steps * kimg / 2,
                 "ema_halflife_kimg": 40 * kimg,
             },

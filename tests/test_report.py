@@ -317,7 +317,13 @@ def test_a_teacher_alone_is_reported_too(tmp_path: Path, shape: tuple[int, int, 
         spec = dataclasses.replace(teacher.spec, num_classes=classes, class_names=tuple(f"class|{n}" for n in range(classes)))
         weights = {name: tensor.numpy() for name, tensor in build_denoiser(spec).state_dict().items()}
         teacher = Bundle.write(tmp_path / "given teacher", spec, weights, "test")
-    given = [*WITHOUT_DATA, f"teacher.bundle={teacher.path}", "distillation.batch=8", "distillation.duration_kimg=0.04"]
+    given = [
+        *WITHOUT_DATA,
+        f"teacher.bundle={teacher.path}",
+        "distillation.batch=8",
+        "distillation.duration_kimg=0.04",
+        "critic_warmup_kimg=0",
+    ]
     train(load_recipe("digits", [*given, "loop.grid=4", "loop.samples=8", "loop.log_kimg=0.008"]), tmp_path / "run")
     report, names = report_of(tmp_path / "run"), [Path(link).name for link in assert_links_hold(tmp_path / "run")]
     assert names == (["teacher.png", "student.png"] if makes else []) + ["curves-generator.png"]
@@ -350,7 +356,13 @@ def test_a_section_that_fails_leaves_the_others_and_says_so(
 def test_a_report_that_cannot_be_written_costs_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     teacher = random_bundle(tmp_path / "teacher", seed=1, steps=3)
     (tmp_path / "run" / "report.md" / "in the way").mkdir(parents=True)
-    given = [*WITHOUT_DATA, f"teacher.bundle={teacher.path}", "distillation.batch=8", "distillation.duration_kimg=0.016"]
+    given = [
+        *WITHOUT_DATA,
+        f"teacher.bundle={teacher.path}",
+        "distillation.batch=8",
+        "distillation.duration_kimg=0.016",
+        "critic_warmup_kimg=0",
+    ]
     with caplog.at_level(logging.WARNING):
         bundle = train(load_recipe("digits", [*given, "loop.samples=8", "loop.grid=4"]), tmp_path / "run")
     assert Bundle.open(bundle.path).weights_sha256 == bundle.weights_sha256
