@@ -35,7 +35,11 @@ IDS = np.array([1, 2, 3])
 # Calls of an engine: noise and class ids -> the error.
 WRONG_CALLS: dict[str, tuple[Any, Any, str]] = {
     "no class": (z(), None, "generator 'tiny' has 10 classes, and no class ids were given; give one for each image"),
-    "class too large": (z(), [1, 2, 10], "class 10 is outside 0..9; the nearest are 1, 0; 'uni-instruct inspect' lists the classes"),
+    "class too large": (
+        z(),
+        [1, 2, 10],
+        "class 10 is outside 0..9; the nearest are 1, 0; 'uni-instruct inspect' lists the classes",
+    ),
     "class negative": (z(), np.array([1, -1, 2]), "class -1 is outside 0..9"),
     "too few classes": (z(), [1], "class ids are int64 [1], not integers [3]; give an id for each image"),
     "one class for all": (z(), 4, "class ids are int64 [], not integers [3]"),
