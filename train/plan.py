@@ -45,7 +45,8 @@ def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
     if dataset is not None:
         with suppress(RequestError):  # check_same_data says what came and went
             dataset = numbered_as(dataset, classes, "the run")
-    given = open_or_import(recipe.teacher.bundle, "teacher") if recipe.teacher.bundle else None
+    latents = dataset is not None and dataset.latents
+    given = open_or_import(recipe.teacher.bundle, "teacher", latents) if recipe.teacher.bundle else None
     if given is not None:
         _check_is_teacher(given)
         spec = given.spec
@@ -99,7 +100,7 @@ def plan_teacher(recipe: Recipe, dataset: Dataset) -> ModelSpec:
 
 
 def _open_start(source: str, teacher: ModelSpec) -> Bundle:
-    bundle = open_or_import(source, "generator")
+    bundle = open_or_import(source, "generator", teacher.latents)
     mine, theirs = bundle.spec, teacher
     match_classes(teacher.class_names, mine.class_names, "the teacher", f"distillation.start {source}")
     # The plain differences first: their message is shorter than that of two lists of arguments.

@@ -113,8 +113,8 @@ def _teacher(preflight: Preflight) -> str:
     """Denoises some of the data: a teacher of other data, or one whose pixels have another range, does worse than nothing."""
     if not preflight.recipe.teacher.bundle:
         return "none given: it is trained first"
-    bundle = open_or_import(preflight.recipe.teacher.bundle, "teacher")
     dataset = preflight.dataset
+    bundle = open_or_import(preflight.recipe.teacher.bundle, "teacher", dataset is not None and dataset.latents)
     if dataset is None:
         return f"{bundle.spec.name}: there are no data to try it on"
     indices = np.linspace(0, len(dataset) - 1, DENOISED).astype(np.int64)

@@ -125,9 +125,10 @@ def _check_same_data(folder: Path, was: str, wanted: str) -> None:
 
 def _check_same_teacher(folder: Path, was: str, wanted: str) -> None:
     """Raises RequestError unless another path leads to the same teacher's weights."""
-    digest = open_or_import(wanted, "teacher").weights_sha256
+    # Weights are the same whatever they make; plan.py knows by the data whether that is latents.
+    digest = open_or_import(wanted, "teacher", latents=True).weights_sha256
     try:
-        same = open_or_import(was, "teacher").weights_sha256 == digest
+        same = open_or_import(was, "teacher", latents=True).weights_sha256 == digest
     except UniInstructError as error:
         problem = f"{folder} holds a run with teacher.bundle={was}, which cannot be compared with {wanted} ({error.problem})"
         raise RequestError(problem, remedy=f"link the teacher to {was}, or choose another --out", param="out") from error

@@ -132,10 +132,11 @@ def _write_decoded(
     )
 
 
-def open_or_import(source: str, role: str) -> Bundle:
+def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
     """A bundle, or a checkpoint's file as one, imported once and then kept in the cache. role: as in ImportRequest.
 
-    Takes whatever `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `bundle_from_checkpoint` do.
+    latents: that it goes with a VAE's latents, which counts where the file does not say what it makes. Takes whatever
+    `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `bundle_from_checkpoint` do.
     """
     origin, path = source, Path(source)
     if is_on_hub(source):
@@ -144,9 +145,18 @@ def open_or_import(source: str, role: str) -> Bundle:
     if not path.is_file():
         return Bundle.open(source)
     # Under the file's hash and our version: another file of the same name, or a reader that was mended, is imported anew.
-    folder = cache_folder() / "imported" / f"{sha256(path)}-{__version__}-{role}"
+    made_of = f"{sha256(path)}-{__version__}"
+    folder = cache_folder() / "imported" / f"{made_of}-{role}"
     if not (folder / CONFIG).is_file():
-        bundle_from_checkpoint(path, folder, ImportRequest(role=role, origin=origin))
+        try:
+            bundle_from_checkpoint(path, folder, ImportRequest(role=role, origin=origin))
+        except RequestError as error:
+            if error.param != "latents" or not latents:
+                raise
+            # Kept apart: beside other data nothing would say that these are latents.
+            folder = folder.with_name(f"{made_of}-latents-{role}")
+            if not (folder / CONFIG).is_file():
+                bundle_from_checkpoint(path, folder, ImportRequest(role=role, origin=origin, latents=True))
     return Bundle.open(folder)
 
 
