@@ -121,7 +121,7 @@ def compare(
 
 
 def _check(engine_id: EngineId, report: Report) -> None:
-    remedy = "the engine was discarded; use torch, or export with other versions of torch and onnxruntime"
+    remedy = "the engine was discarded; use an engine of another precision or runtime, or torch"
     if not report.finite:
         raise ParityError(f"the {engine_id} engine or torch gives values that are not finite", remedy=remedy)
     if not report.relative_l2 <= report.tolerance.relative_l2:
