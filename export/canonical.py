@@ -2,7 +2,7 @@
 
 In one step sigma is sigma_init for every image. So the embedding is one vector, or one a class: what each block makes of it
 becomes a constant of its layers, or a row of a table. Preconditioning and skip_scale go into neighbouring convolutions. The
-result is the same function: equal within 1e-5 (tests/test_canonical.py).
+result is the same function: equal within 1e-5 (tests/export/test_canonical.py).
 """
 
 import copy

@@ -1,40 +1,17 @@
 """What several test modules share: small bundles with random weights, and the rule for Debian packages."""
 
 import dataclasses
-import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from builders.bundles import random_bundle
 from uni_instruct.bundle import Bundle
 from uni_instruct.cli import main
-from uni_instruct.engines.record import EngineId
-from uni_instruct.spec import ImageShape, ModelSpec
-
-ONNX = EngineId("onnx", "fp32")
-DIGITS = tuple(str(n) for n in range(10))
-
-
-def require_debian(path: str, package: str) -> Path:
-    """The file of a Debian package; where it is missing the test skips, in CI it fails."""
-    if not Path(path).exists():
-        message = f"needs the Debian package {package}"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return Path(path)
-
-
-def run_cli(*arguments: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """The command line as a user calls it: a process of its own."""
-    command = [sys.executable, "-m", "uni_instruct", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, **kwargs)
 
 
 @pytest.fixture(scope="session")
@@ -84,40 +61,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def random_bundle(
-    path: Path,
-    seed: int,
-    steps: int = 1,
-    num_classes: int = 10,
-    image_shape: ImageShape = (1, 8, 8),
-    patch: int = 1,
-    latents: bool = False,
-) -> Bundle:
-    """A bundle whose images differ visibly between seeds and classes; latents: they are a VAE's latents."""
-    torch = pytest.importorskip("torch")
-    from uni_instruct.networks.build import build_denoiser
-
-    around = {"patch": patch} if patch > 1 else {}
-    spec = ModelSpec(
-        name="tiny",
-        noise_shape=image_shape,
-        latents=latents,
-        num_classes=num_classes,
-        class_names=DIGITS[:num_classes],
-        steps=steps,
-        network_args={"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], **around},
-    )
-    rng = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state = build_denoiser(spec).state_dict()
-    weights = {
-        name: (tensor + 0.1 * torch.randn(tensor.shape, generator=rng) * ("resample" not in name)).numpy()
-        for name, tensor in state.items()
-    }
-    return Bundle.write(path, spec, weights, card="# tiny\n")
-
-
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No weights on this machine and no way to any."""
@@ -137,14 +80,3 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextmanager
-def files_of_at_most(limit_bytes: int) -> Iterator[None]:
-    """The kernel refuses to write more than this to any file (errno EFBIG), here as a full disk does elsewhere."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

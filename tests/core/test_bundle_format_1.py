@@ -1,0 +1,54 @@
+"""Bundles of format 1, which wrote an engine into engines/onnx and called its noise latents: the digits that shipped then."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builders.bundles import ONNX
+from builders.paths import FORMAT_1
+from uni_instruct.bundle import CONFIG, Bundle
+from uni_instruct.engine import TORCH, available_engines, open_engine
+from uni_instruct.engines.record import RECORD
+from uni_instruct.generate import generate_images, resolve_class_ids
+
+SEEDS = range(32)
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(FORMAT_1, tmp_path / "digits"))
+
+
+def test_its_spec_is_that_of_what_ships_now() -> None:
+    assert json.loads((FORMAT_1 / CONFIG).read_text())["format_version"] == 1
+    assert Bundle.open(FORMAT_1).spec == Bundle.open("digits").spec
+
+
+def test_its_engine_is_found_under_the_name_that_it_has_now(digits: Bundle) -> None:
+    assert available_engines(digits) == [ONNX, TORCH]
+    stored = digits.engines()[ONNX]
+    record = stored.record()
+    assert (stored.folder.name, record.id) == ("onnx", ONNX)
+    assert record.parity["largest_pixel_difference"] == 0
+    assert record.parity["tolerance"] == {"relative_l2": 1e-5, "pixel_difference": 1}
+
+
+def test_its_engines_make_the_images_of_what_ships_now(digits: Bundle) -> None:
+    class_ids = resolve_class_ids(digits.spec, SEEDS)
+    for engine_id in available_engines(digits):
+        former, now = (
+            generate_images(open_engine(bundle, engine_id), SEEDS, class_ids) for bundle in (digits, Bundle.open("digits"))
+        )
+        assert len(np.unique(now, axis=0)) == len(SEEDS)
+        assert np.abs(now.astype(int) - former).max() <= 1
+
+
+def test_an_engine_that_was_exported_since_is_preferred(digits: Bundle) -> None:
+    newer = digits.engine_folder(ONNX)
+    shutil.copytree(digits.engines()[ONNX].folder, newer)
+    assert digits.engines()[ONNX].folder == newer
+    shutil.rmtree(newer.with_name("onnx"))
+    assert (digits.engines()[ONNX].folder / RECORD).is_file()

@@ -1,0 +1,80 @@
+"""Files appear whole or not at all, and a full disk is one clear error."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from builders.machine import files_of_at_most
+from uni_instruct.errors import DiskError
+from uni_instruct.files import atomic_file, atomic_folder, sha256
+
+
+def test_a_file_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with atomic_file(path) as partial:
+        partial.write_text("old")
+    with atomic_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    with pytest.raises(KeyError), atomic_file(path) as partial:
+        _break_off(partial, KeyError)
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_folder_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with atomic_folder(path) as partial:
+        (partial / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as partial:
+        _break_off(partial / "b", KeyboardInterrupt)
+    assert os.listdir(path) == ["a"]
+    with atomic_folder(path) as partial:
+        (partial / "b").write_text("new")
+    assert os.listdir(path) == ["b"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(small_disk: Path) -> None:
+    for kind in (atomic_file, atomic_folder):
+        with pytest.raises(DiskError, match="No space left on device; free space") as caught, kind(small_disk / "x") as p:
+            (p / "y" if p.is_dir() else p).write_bytes(b"1" * 200_000)
+        assert caught.value.exit_code == 2
+        assert os.listdir(small_disk) == []
+
+
+def test_a_limit_on_file_size_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    for kind in (atomic_file, atomic_folder):
+        with (
+            files_of_at_most(10_000),
+            pytest.raises(DiskError, match=os.strerror(errno.EFBIG)),
+            kind(tmp_path / "x") as partial,
+        ):
+            (partial / "y" if partial.is_dir() else partial).write_bytes(b"1" * 20_000)
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_parent_that_is_a_file_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for kind in (atomic_file, atomic_folder):
+        with pytest.raises(DiskError, match="cannot write"), kind(tmp_path / "file" / "x"):
+            pytest.fail("nothing can be written there")
+
+
+def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "x"):
+        (tmp_path / "missing").read_bytes()
+
+
+def test_sha256_is_the_standard_one(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc" * 100_000)
+    assert sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def _break_off(path: Path, error: type[BaseException]) -> None:
+    path.write_text("broken")
+    raise error

@@ -1,0 +1,102 @@
+"""However a global batch is divided, among processes or into micro-batches, the gradient is that of the whole batch."""
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from builders.machine import run_cli
+
+# Two steps of everything that couples the images of a batch: ratios of mean 1, running means per bin, adversarial and
+# regression terms. A large Adam epsilon keeps the first step from blowing rounding errors up to the size of the learning rate.
+SETTINGS = [
+    "method=f-distill",
+    "critic_updates=1",
+    "regression_scale=0.1",
+    "regression_pairs=32",
+    "teacher.steps=4",
+    "distillation.batch=32",
+    "distillation.duration_kimg=0.064",
+    "critic_warmup_kimg=0",
+    "distillation.decay_kimg=0",
+    "adam_eps=1e-2",
+    "critic_learning_rate=1e-2",
+    "metric=none",
+    "loop.samples=16",
+    "log_kimg=0.032",
+    "loop.report=false",
+]
+WAYS = {
+    "micro-batches": (["distillation.micro_batch=5"], []),
+    "two processes": ([], ["--devices", "2"]),
+    "both": (["distillation.micro_batch=7"], ["--devices", "2"]),
+}
+
+
+def train(out: Path, teacher: Path, *overrides: str, options: tuple[str, ...] = ()) -> dict:
+    """The stage's state after the run."""
+    sets = [word for override in (f"teacher.bundle={teacher}", *SETTINGS, *overrides) for word in ("--set", override)]
+    done = run_cli("train", "digits", "--out", str(out), *sets, *options)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out / "state" / "generator.pt", weights_only=True)["stage"]
+
+
+def gradient(state: dict, network: str) -> Tensor:
+    """Of the last step: with beta1 = 0 it is Adam's first moment."""
+    moments = state[network]["optimizer"]["state"]
+    return torch.cat([moments[index]["exp_avg"].flatten() for index in sorted(moments)]).double()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, digits_teacher: Path) -> Callable[[str], dict]:
+    """Trained with the whole batch at once, in one process, once per family."""
+    folder = tmp_path_factory.mktemp("whole")
+    return functools.cache(lambda family: train(folder / family, digits_teacher, f"family={family}"))
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        ("expanded", "micro-batches"),
+        ("expanded", "two processes"),
+        ("integral", "both"),
+        pytest.param("integral", "two processes", marks=pytest.mark.slow),
+        pytest.param("integral", "micro-batches", marks=pytest.mark.slow),
+        pytest.param("expanded", "both", marks=pytest.mark.slow),
+    ],
+)
+def test_division_of_the_batch_does_not_change_the_gradient(
+    whole: Callable[[str], dict], digits_teacher: Path, tmp_path: Path, family: str, way: str
+) -> None:
+    overrides, options = WAYS[way]
+    expected = whole(family)
+    state = train(tmp_path / "run", digits_teacher, f"family={family}", *overrides, options=tuple(options))
+    for network in ("generator", "critic"):
+        truth = gradient(expected, network)
+        assert truth.norm() > 1e-3
+        assert (gradient(state, network) - truth).norm() < 2e-5 * truth.norm(), network
+    torch.testing.assert_close(state["ratio"]["running"], expected["ratio"]["running"], rtol=1e-5, atol=1e-6)
+    assert (state["ratio"]["running"] != 1).any()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_as_well(digits_teacher: Path, tmp_path: Path) -> None:
+    ours = train(tmp_path / "ours", digits_teacher, options=("--devices", "2"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uni_instruct"]
+    sets = [word for override in (f"teacher.bundle={digits_teacher}", *SETTINGS) for word in ("--set", override)]
+    command = [*launcher, "train", "digits", "--out", str(tmp_path / "theirs"), *sets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(tmp_path / "theirs" / "state" / "generator.pt", weights_only=True)["stage"]
+    assert torch.equal(gradient(ours, "generator"), gradient(theirs, "generator"))
+    assert done.stdout.count("generator:") == 1, "only the first process speaks"
+
+    dry = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, timeout=200)
+    assert dry.returncode == 0, dry.stderr
+    assert json.loads(dry.stdout)["images"]["generator"] == 64
