@@ -1,4 +1,4 @@
-"""report.md: the sections of a run's report, each made on its own, so that one that fails leaves the others standing."""
+"""report.md and report.html: each section is made on its own, so that one that fails leaves the others standing."""
 
 import logging
 import time
@@ -11,11 +11,12 @@ from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.report.commands import command_section
 from uni_instruct.train.report.facts import objective_section, subject_section, time_section, warning_section
+from uni_instruct.train.report.html import write_html
 from uni_instruct.train.report.looks import curve_section, neighbour_section, sample_section, score_section
 from uni_instruct.train.report.markdown import text
 from uni_instruct.train.report.material import Material, open_run
 
-REPORT, PICTURES = "report.md", "report"
+REPORT, HTML, PICTURES = "report.md", "report.html", "report"
 Section = Callable[[Material], list[str]]
 SECTIONS: dict[str, Section] = {
     "What was trained": subject_section,
@@ -35,6 +36,8 @@ def write_report(
 ) -> Path:
     """Makes a finished run's report.md anew, with its pictures in report/, from what the folder holds; returns its path.
 
+    report.html beside it is the same in one file, with its pictures within.
+
     plan and evaluator spare opening the data and computing its features again. A section that fails says why in its place.
     Raises RequestError where the run is not finished, DiskError where nothing can be written.
     """
@@ -47,8 +50,10 @@ def write_report(
             blocks += [f"## {title}", "\n".join(lines)] if lines else []
             shown.advance(1, title.lower())
         blocks += ["## Time", "\n".join(time_section(material, time.monotonic() - start))]
+    page = "\n\n".join(blocks) + "\n"
+    write_html(page, folder / HTML)
     with atomic_file(folder / REPORT) as partial:
-        partial.write_text("\n\n".join(blocks) + "\n")
+        partial.write_text(page)
     return folder / REPORT
 
 
