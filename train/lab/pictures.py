@@ -59,7 +59,7 @@ def draw_paths(file: Path, lab: Lab, outcomes: Sequence[Outcome], quality: Axis,
             label = variant.name if index == 0 else "_"
             axes.plot(*zip(*known, strict=True), label=label, alpha=0.8, color=_colour(number), linestyle=_style(number))
             sizes = [8 + 40 * i / len(known) for i in range(1, len(known) + 1)]
-            axes.scatter(*zip(*known, strict=True), s=sizes, color=_colour(number))
+            axes.scatter([x for x, _ in known], [y for _, y in known], s=sizes, color=_colour(number))
     axes.set_xlabel(diversity.label)
     axes.set_ylabel(quality.label)
     _save(figure, axes, file)
