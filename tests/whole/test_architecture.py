@@ -132,13 +132,14 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "dry_run": ("config", "objective", "optimization", "plan", "recipe_keys", "rng", "stages"),
     "preflight": (*("config", "dry_run", "judging", "optimization", "plan", "recipe_changes", "run", "run_lock", "same_data"),),
     "report": ("config", "dry_run", "monitoring", "optimization", "plan", "recipe"),
+    "lab": ("config", "judging", "monitoring", "objective", "optimization", "plan", "recipe", "recipe_keys", "report"),
     "pipeline": (
         *("card", "config", "judging", "loop", "objective", "optimization"),
         *("plan", "report", "rng", "run", "same_data", "stages"),
     ),
     "api": ("pipeline", "recipe"),
     "commands": (
-        *("card", "dry_run", "monitoring", "optimization", "pipeline", "preflight"),
+        *("card", "dry_run", "lab", "monitoring", "optimization", "pipeline", "preflight"),
         *("recipe", "recipe_help", "report", "run_lock"),
     ),
 }
@@ -248,7 +249,7 @@ ROOMS = {
 # Files that also import what is optional even where their room is used, and the extra that brings it.
 OPTIONAL = {"train/monitoring/trackers.py": "trackers"}
 # Where a distribution is not called as what is imported from it.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 def test_every_imported_package_is_declared() -> None:

@@ -26,14 +26,14 @@ def lab(recipe: str, more: tuple[str, ...], methods: tuple[str, ...], seeds: str
     Example: uni-instruct lab digits --methods "sid, sid alpha=0.5, dmd2 critic_updates=1" --seeds 0-2 --out runs/lab
     """
     from uni_instruct.noise import parse_seeds
+    from uni_instruct.train.lab.experiments import parse_variants, plan_lab, settled
     from uni_instruct.train.lab.page import write_page
     from uni_instruct.train.lab.processes import train_all
-    from uni_instruct.train.lab.trials import parse_variants, plan_lab, settled
 
     planned = settled(plan_lab(recipe, more, parse_variants(methods), parse_seeds(seeds), out))
     click.echo(f"live: tensorboard --logdir {shlex.quote(str(out))}", err=True)
     failed = train_all(planned, jobs, nice)
     page = write_page(planned, failed, ["uni-instruct", *sys.argv[1:]])
     click.echo(f"results: {page}")
-    if len(failed) == len(planned.trials):
+    if len(failed) == len(planned.experiments):
         sys.exit(1)

@@ -8,6 +8,7 @@ import torch
 
 from uni_instruct import __version__
 from uni_instruct.files import atomic_file, atomic_folder
+from uni_instruct.train.lab.experiments import Lab
 from uni_instruct.train.lab.pictures import draw_distance, draw_paths
 from uni_instruct.train.lab.results import (
     QUALITY,
@@ -20,7 +21,6 @@ from uni_instruct.train.lab.results import (
     to_json,
     values_of,
 )
-from uni_instruct.train.lab.trials import Lab
 from uni_instruct.train.report.html import write_html
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
 
@@ -39,7 +39,7 @@ def write_page(lab: Lab, failed: dict[Path, str], command: Sequence[str]) -> Pat
             with atomic_file(pictures / "quality-diversity.png") as partial:
                 draw_paths(partial, lab, outcomes, quality, diversity)
     blocks = [
-        f"# Lab: {text(lab.trials[0].recipe.name)}",
+        f"# Lab: {text(lab.experiments[0].recipe.name)}",
         "\n".join(_introduction(lab, outcomes)),
         "## Scores\n\n" + "\n".join(_table(lab, outcomes)),
         "## Over time\n\n" + picture("distance.png", "the score of every variant over thousands of images seen"),
@@ -57,13 +57,13 @@ def write_page(lab: Lab, failed: dict[Path, str], command: Sequence[str]) -> Pat
 
 
 def _introduction(lab: Lab, outcomes: Sequence[Outcome]) -> list[str]:
-    distillation, loop = lab.trials[0].recipe.distillation, lab.trials[0].recipe.loop
+    distillation, loop = lab.experiments[0].recipe.distillation, lab.experiments[0].recipe.loop
     teacher = teacher_best(lab)
-    seeds = sorted({trial.seed for trial in lab.trials})
+    seeds = sorted({experiment.seed for experiment in lab.experiments})
     lines = [
         f"{len(lab.variants)} variants, {len(seeds)} seed{'s' * (len(seeds) > 1)} each ({', '.join(map(str, seeds))}), all "
         f"from one teacher: {distillation.duration_kimg:g} kimg in steps of {distillation.batch} images unless a variant "
-        f"says otherwise. Scores are of {loop.samples:,} samples, of the best weights of each trial; ± is the deviation "
+        f"says otherwise. Scores are of {loop.samples:,} samples, of the best weights of each experiment; ± is the deviation "
         "between seeds.",
         "",
         f"uni-instruct {__version__}, torch {torch.__version__}, precision {text(loop.precision)}.",
@@ -98,10 +98,12 @@ def _table(lab: Lab, outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _failures(outcomes: Sequence[Outcome]) -> list[str]:
-    lines = [f"- {text(o.trial.folder.name)}: {text(o.failure)}" for o in outcomes if o.failure]
+    lines = [f"- {text(o.experiment.folder.name)}: {text(o.failure)}" for o in outcomes if o.failure]
     warned = [
-        f"- {text(o.trial.folder.name)}, step {step}: {text(words)}" for o in outcomes for step, words in o.history.warnings
+        f"- {text(o.experiment.folder.name)}, step {step}: {text(words)}"
+        for o in outcomes
+        for step, words in o.history.warnings
     ]
-    return ["## Trials that failed\n\n" + "\n".join(lines)] * bool(lines) + ["## Warnings\n\n" + "\n".join(warned)] * bool(
+    return ["## Experiments that failed\n\n" + "\n".join(lines)] * bool(lines) + ["## Warnings\n\n" + "\n".join(warned)] * bool(
         warned
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uni_instruct.errors import MissingExtraError
+from uni_instruct.train.lab.experiments import Lab
 from uni_instruct.train.lab.results import Axis, Outcome, metric_name
-from uni_instruct.train.lab.trials import Lab
 from uni_instruct.train.report.records import Evaluation
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ LOG_FROM = 8.0  # an axis is logarithmic where the largest value is more than so
 
 
 def draw_distance(file: Path, lab: Lab, outcomes: Sequence[Outcome], teacher: Evaluation | None) -> None:
-    """Each trial's score over thousands of images seen; the teacher as a level. Logarithmic where scores span much."""
+    """Each experiment's score over thousands of images seen; the teacher as a level. Logarithmic where scores span much."""
     figure, axes = _figure()
     for number, variant in enumerate(lab.variants):
-        for index, outcome in enumerate(o for o in outcomes if o.trial.variant == variant):
+        for index, outcome in enumerate(o for o in outcomes if o.experiment.variant == variant):
             points = outcome.evaluations
             label = variant.name if index == 0 else "_"
             axes.plot(
@@ -48,10 +48,10 @@ def draw_distance(file: Path, lab: Lab, outcomes: Sequence[Outcome], teacher: Ev
 
 
 def draw_paths(file: Path, lab: Lab, outcomes: Sequence[Outcome], quality: Axis, diversity: Axis) -> None:
-    """Each trial's way: diversity to the right, quality upwards, points that grow with time."""
+    """Each experiment's way: diversity to the right, quality upwards, points that grow with time."""
     figure, axes = _figure()
     for number, variant in enumerate(lab.variants):
-        for index, outcome in enumerate(o for o in outcomes if o.trial.variant == variant):
+        for index, outcome in enumerate(o for o in outcomes if o.experiment.variant == variant):
             pairs = [(diversity.read(outcome, e), quality.read(outcome, e)) for e in outcome.evaluations]
             known = [(x, y) for x, y in pairs if x is not None and y is not None]
             if not known:

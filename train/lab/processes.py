@@ -17,7 +17,7 @@ from uni_instruct.errors import UniInstructError
 from uni_instruct.files import atomic_file
 from uni_instruct.progress import Progress, progress
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.lab.trials import Lab
+from uni_instruct.train.lab.experiments import Lab
 from uni_instruct.train.monitoring.status import read_status
 
 POLL_S = 1.0
@@ -46,17 +46,17 @@ class Training:
 
 
 def train_all(lab: Lab, jobs: int, nice: int) -> dict[Path, str]:
-    """Trains the teacher, then all trials, `jobs` at once; goes on where an earlier call stopped.
+    """Trains the teacher, then all experiments, `jobs` at once; goes on where an earlier call stopped.
 
-    Returns folder -> last line of output of those trials that failed. Raises UniInstructError where the teacher did.
+    Returns folder -> last line of output of those experiments that failed. Raises UniInstructError where the teacher did.
     """
     words = ("--nice", str(nice)) if nice else ()
     if lab.teacher is not None:
         teacher = Training(folder=lab.teacher_run, recipe=lab.teacher, words=("--teacher-only", *words))
         if failed := _run([teacher], 1, "teacher", lab.teacher.teacher.total_steps):
             raise UniInstructError(f"the teacher was not trained: {failed[teacher.folder]}", remedy=f"see {teacher.output}")
-    trainings = [Training(folder=trial.folder, recipe=trial.recipe, words=words) for trial in lab.trials]
-    return _run(trainings, jobs, "trials", sum(t.recipe.distillation.total_steps for t in trainings))
+    trainings = [Training(folder=experiment.folder, recipe=experiment.recipe, words=words) for experiment in lab.experiments]
+    return _run(trainings, jobs, "experiments", sum(t.recipe.distillation.total_steps for t in trainings))
 
 
 def _run(trainings: Sequence[Training], jobs: int, label: str, steps: int) -> dict[Path, str]:

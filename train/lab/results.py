@@ -1,4 +1,4 @@
-"""What a lab's trials reached, read back from their logs: the best weights of each, and its scores on the way."""
+"""What a lab's experiments reached, read back from their logs: the best weights of each, and its scores on the way."""
 
 import json
 import statistics
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from uni_instruct.train.lab.trials import Lab, Trial, Variant
+from uni_instruct.train.lab.experiments import Experiment, Lab, Variant
 from uni_instruct.train.monitoring.clock import read_times
 from uni_instruct.train.report.records import Evaluation, StageHistory, read_history
 
@@ -16,9 +16,9 @@ DIVERSITY = "generator/diversity"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One trial's: its evaluations in order, the one whose weights were kept, seconds of its steps, why it failed."""
+    """One experiment's: its evaluations in order, the one whose weights were kept, seconds of its steps, why it failed."""
 
-    trial: Trial
+    experiment: Experiment
     history: StageHistory
     evaluations: tuple[Evaluation, ...]
     best: Evaluation | None
@@ -40,13 +40,13 @@ class VariantJson(TypedDict):
 
 
 class Axis:
-    """A quantity that a trial has at each of its evaluations: a score, or a curve's value nearest to it."""
+    """A quantity that an experiment has at each of its evaluations: a score, or a curve's value nearest to it."""
 
     def __init__(self, label: str, read: Callable[[Outcome, Evaluation], float | None]):
         self.label, self.read = label, read
 
     def known(self, outcomes: Sequence[Outcome]) -> bool:
-        """Whether any trial has it."""
+        """Whether any experiment has it."""
         return any(self.read(o, e) is not None for o in outcomes for e in o.evaluations)
 
 
@@ -68,14 +68,14 @@ SPREAD = (Axis("recall", _score("recall")), Axis("diversity (student's to teache
 
 
 def read_outcomes(lab: Lab, failed: Mapping[Path, str]) -> list[Outcome]:
-    """Of every trial, in their order; failed: folder -> why."""
-    return [_outcome(trial, failed.get(trial.folder, "")) for trial in lab.trials]
+    """Of every experiment, in their order; failed: folder -> why."""
+    return [_outcome(experiment, failed.get(experiment.folder, "")) for experiment in lab.experiments]
 
 
 def teacher_best(lab: Lab) -> Evaluation | None:
     """The evaluation of the teacher that the lab trained; None where it was given."""
     history = read_history(lab.teacher_run).get("teacher")
-    return history.best(lab.trials[0].recipe.loop.metric) if history else None
+    return history.best(lab.experiments[0].recipe.loop.metric) if history else None
 
 
 def metric_name(outcomes: Sequence[Outcome]) -> str:
@@ -84,8 +84,8 @@ def metric_name(outcomes: Sequence[Outcome]) -> str:
 
 
 def ranked(lab: Lab, outcomes: Sequence[Outcome]) -> list[tuple[Variant, list[Outcome]]]:
-    """Variants with their trials, the best mean first; those of which nothing is known last."""
-    groups = [(variant, [o for o in outcomes if o.trial.variant == variant]) for variant in lab.variants]
+    """Variants with their experiments, the best mean first; those of which nothing is known last."""
+    groups = [(variant, [o for o in outcomes if o.experiment.variant == variant]) for variant in lab.variants]
 
     def order(group: tuple[Variant, list[Outcome]]) -> tuple[bool, float]:
         values = [o.best.value for o in group[1] if o.best is not None]
@@ -95,7 +95,7 @@ def ranked(lab: Lab, outcomes: Sequence[Outcome]) -> list[tuple[Variant, list[Ou
 
 
 def values_of(outcomes: Sequence[Outcome], name: str) -> list[float]:
-    """A score of the best weights of each trial that has it."""
+    """A score of the best weights of each experiment that has it."""
     return [o.best.scores[name] for o in outcomes if o.best is not None and name in o.best.scores]
 
 
@@ -110,7 +110,7 @@ def to_json(lab: Lab, outcomes: Sequence[Outcome]) -> str:
                 variant=variant.name,
                 method=variant.method,
                 settings=list(variant.settings),
-                seeds=[o.trial.seed for o in group],
+                seeds=[o.experiment.seed for o in group],
                 best_kimg=[evaluation.kimg for evaluation in best],
                 scores={name: values_of(group, name) for name in names},
                 steps_s=[round(o.steps_s, 1) for o in group],
@@ -120,14 +120,14 @@ def to_json(lab: Lab, outcomes: Sequence[Outcome]) -> str:
     return json.dumps({"metric": metric_name(outcomes), "variants": entries}, indent=2) + "\n"
 
 
-def _outcome(trial: Trial, failure: str) -> Outcome:
-    history = read_history(trial.folder).get("generator", StageHistory())
-    metric = trial.recipe.loop.metric
+def _outcome(experiment: Experiment, failure: str) -> Outcome:
+    history = read_history(experiment.folder).get("generator", StageHistory())
+    metric = experiment.recipe.loop.metric
     return Outcome(
-        trial=trial,
+        experiment=experiment,
         history=history,
         evaluations=tuple(history.evaluations(metric)),
         best=history.best(metric),
-        steps_s=read_times(trial.folder).get("generator", {}).get("steps", 0.0),
+        steps_s=read_times(experiment.folder).get("generator", {}).get("steps", 0.0),
         failure=failure,
     )

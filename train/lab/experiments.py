@@ -16,10 +16,10 @@ from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.recipe_keys import one_of
 
-TEACHER_RUN, TRIALS = "teacher-run", "trials"
-# The lab's own page says more than a report of each trial would, which takes a minute; the user's settings go on top.
-DEFAULTS = ("loop.report=false",)
-MOST_TRIALS = 1000
+TEACHER_RUN, EXPERIMENTS = "teacher-run", "experiments"
+# The lab's own page says more than a report of each experiment would, which takes a minute; the user's settings go on top.
+WITHOUT_REPORT = ("loop.report=false",)
+MOST_EXPERIMENTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Experiment:
     """A variant trained with one seed; seed is loop.seed, folder that of its run."""
 
     variant: Variant
@@ -52,11 +52,11 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Lab:
-    """All trials of one folder. teacher is the recipe of the run that trains it, None where the recipe gives one."""
+    """All experiments of one folder. teacher is the recipe of the run that trains it, None where the recipe gives one."""
 
     folder: Path
     teacher: Recipe | None
-    trials: tuple[Trial, ...]
+    experiments: tuple[Experiment, ...]
 
     @property
     def teacher_run(self) -> Path:
@@ -66,7 +66,7 @@ class Lab:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """Each once, in their order."""
-        return tuple(dict.fromkeys(trial.variant for trial in self.trials))
+        return tuple(dict.fromkeys(experiment.variant for experiment in self.experiments))
 
 
 def parse_variants(methods: Sequence[str]) -> tuple[Variant, ...]:
@@ -91,21 +91,21 @@ def parse_variants(methods: Sequence[str]) -> tuple[Variant, ...]:
 
 
 def plan_lab(recipe: str, changes: Sequence[str], variants: Sequence[Variant], seeds: Sequence[int], folder: Path) -> Lab:
-    """The lab's trials. recipe, changes: as `train` takes them, and the same for all.
+    """The lab's experiments. recipe, changes: as `train` takes them, and the same for all.
 
     Raises RequestError where a variant's recipe is refused, or distillation would be scored by nothing.
     """
-    if len(seeds) * len(variants) > MOST_TRIALS:
-        problem = f"{len(variants)} methods with {len(seeds)} seeds are more than {MOST_TRIALS} trainings"
+    if len(seeds) * len(variants) > MOST_EXPERIMENTS:
+        problem = f"{len(variants)} methods with {len(seeds)} seeds are more than {MOST_EXPERIMENTS} trainings"
         raise RequestError(problem, remedy="ask for fewer", param="seeds")
-    base = load_recipe(recipe, (*DEFAULTS, *changes))
+    base = load_recipe(recipe, (*WITHOUT_REPORT, *changes))
     if base.loop.metric == "none":
         raise RequestError("a lab compares scores, and loop.metric is none", remedy="leave loop.metric out", param="set")
     given = base.teacher.bundle
     bundle = given or str((folder / TEACHER_RUN / "teacher").absolute())
-    trials = []
+    experiments = []
     for variant in variants:
-        own = load_recipe(recipe, (*DEFAULTS, *changes, f"method={variant.method}", *variant.settings))
+        own = load_recipe(recipe, (*WITHOUT_REPORT, *changes, f"method={variant.method}", *variant.settings))
         for seed in dict.fromkeys(seeds):
             made = dataclasses.replace(
                 own,
@@ -113,20 +113,22 @@ def plan_lab(recipe: str, changes: Sequence[str], variants: Sequence[Variant], s
                 teacher=dataclasses.replace(own.teacher, bundle=bundle),
                 loop=dataclasses.replace(own.loop, seed=seed),
             )
-            trials.append(
-                Trial(variant=variant, seed=seed, folder=folder / TRIALS / f"{variant.folder}-seed{seed}", recipe=made)
+            experiments.append(
+                Experiment(
+                    variant=variant, seed=seed, folder=folder / EXPERIMENTS / f"{variant.folder}-seed{seed}", recipe=made
+                )
             )
-    return Lab(folder=folder, teacher=None if given else base, trials=tuple(trials))
+    return Lab(folder=folder, teacher=None if given else base, experiments=tuple(experiments))
 
 
 def settled(lab: Lab) -> Lab:
-    """The lab with everything opened once and every `auto` answered once, so that all trials use the same arithmetic.
+    """The lab with everything opened once and every `auto` answered once, so that all experiments use the same arithmetic.
 
     Raises RequestError, before anything is trained, where data, teacher, reward and a variant do not fit each other.
     """
     first: LoopConfig | None = None
     for variant in lab.variants:
-        recipe = next(trial.recipe for trial in lab.trials if trial.variant == variant)
+        recipe = next(experiment.recipe for experiment in lab.experiments if experiment.variant == variant)
         if lab.teacher is not None:  # its bundle is yet to be trained
             recipe = dataclasses.replace(recipe, teacher=lab.teacher.teacher)
         plan = make_plan(recipe)
@@ -135,10 +137,10 @@ def settled(lab: Lab) -> Lab:
             announce(judge, recipe.loop)
             images = recipe.distillation.micro_batch or recipe.distillation.batch
             first = settle_for_run(judge.loop, plan.teacher_spec, images, lab.folder)
-    assert first is not None, "a lab has a trial"
+    assert first is not None, "a lab has an experiment"
     alike = {key: getattr(first, key) for key in ("precision", "channels_last", "metric", "extractor")}
-    trials = [dataclasses.replace(t, recipe=_with_loop(t.recipe, alike)) for t in lab.trials]
-    return dataclasses.replace(lab, trials=tuple(trials), teacher=lab.teacher and _with_loop(lab.teacher, alike))
+    experiments = [dataclasses.replace(t, recipe=_with_loop(t.recipe, alike)) for t in lab.experiments]
+    return dataclasses.replace(lab, experiments=tuple(experiments), teacher=lab.teacher and _with_loop(lab.teacher, alike))
 
 
 def _with_loop(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
