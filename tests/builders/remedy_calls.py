@@ -92,9 +92,8 @@ def command(remedy: str, arguments: Arguments) -> Arguments:
     return shlex.split(found[1])
 
 
-GENERATE, EVALUATE, IMPORT = (
+GENERATE, IMPORT = (
     "uni_instruct/commands/generate.py",
-    "uni_instruct/commands/evaluate.py",
     "uni_instruct/commands/import_checkpoint.py",
 )
 NOISE, FORMS, SPEC, IMAGES = (
@@ -103,7 +102,6 @@ NOISE, FORMS, SPEC, IMAGES = (
     "uni_instruct/spec.py",
     "uni_instruct/generate.py",
 )
-SCORED = "--metrics frechet --seeds 0-49 --reference digits"
 CALLS = [
     Call(GENERATE, "--class and --by-class", "generate {tiny} --seeds 0-9 --by-class --class 1 --out {out}",
          left_out("--by-class", 0)),
@@ -140,7 +138,7 @@ CALLS = [
     Call(FORMS, "--out {} ends in {}", "generate {tiny} --seeds 0-3 --out {tmp}/x.png",
          lambda remedy, arguments: with_value(arguments, "--out", "{tmp}/x" + re.findall(r"\.\w+", remedy)[-1])),
     Call(FORMS, "generator '{}' makes a VAE's latents", "generate {latents} --seeds 0-3 --out {out}",
-         spelled("--out", r"that ends in (\.\w+)")),
+         lambda remedy, arguments: with_value(arguments, "--out", "{tmp}/x" + re.findall(r"\.\w+", remedy)[0])),
     Call(FORMS, "{} seeds are given twice", "generate {tiny} --seeds 1,1 --out {out}",
          lambda remedy, arguments: with_value(arguments, "--out", "{tmp}/x" + re.findall(r"\.\w+", remedy)[-1])),
     Call("uni_instruct/sampling/run.py", "{} holds {}", "generate {tiny} --seeds 0-3 --out {filled}",
@@ -154,18 +152,6 @@ CALLS = [
     Call("uni_instruct/engine.py", "bundle {} has no {} engine", "generate {copy} --seeds 0 --engine onnx --out {out}", command),
     Call("uni_instruct/engine.py", "engine '{}' is unknown", "generate {tiny} --seeds 0 --engine jax-fp32 --out {out}",
          lambda remedy, arguments: with_value(arguments, "--engine", remedy.split(", ")[-1])),
-    Call(EVALUATE, "--save-statistics {} is not", f"evaluate {{tiny}} {SCORED} --save-statistics {{tmp}}/x.json",
-         such_as("--save-statistics")),
-    Call(EVALUATE, "{} needs a bundle", "evaluate {digits} --metrics frechet --reference digits --seed 3", left_out("--seed")),
-    Call(EVALUATE, "--seeds already says", f"evaluate {{tiny}} {SCORED} --seed 3 --samples 50",
-         both_left_out("--seed", "--samples")),
-    Call(EVALUATE, "there is no bundle and there are no images", f"evaluate {{tmp}}/nothing {SCORED}",
-         instead("{tmp}/nothing", r"shipped generator: (\w+)")),
-    Call("uni_instruct/evaluate/scores.py", "(check_metrics)", f"evaluate {{tiny}} {SCORED} --metrics fid", chosen("--metrics")),
-    Call("uni_instruct/evaluate/scores.py", "{} images are too few", f"evaluate {{tiny}} {SCORED} --seeds 0-2",
-         lambda remedy, arguments: with_value(arguments, "--seeds", f"0-{int(re.findall(r'[0-9]+', remedy)[-1]) - 1}")),
-    Call("uni_instruct/evaluate/class_draw.py", "generator '{}' has no classes", f"evaluate {{plain}} {SCORED} --classes data",
-         left_out("--classes")),
     Call("uni_instruct/data/sources.py", "there is no data set", "data prepare {tmp}/nothing --out {tmp}/x.zip",
          lambda remedy, arguments: [first_choice(remedy) if word == "{tmp}/nothing" else word for word in arguments]),
     Call("uni_instruct/commands/data.py", "--out {} is not the name", "data prepare digits --out {tmp}/x.tar", such_as("--out")),
@@ -175,29 +161,14 @@ CALLS = [
          lambda remedy, arguments: [
              "{weights}" if "a checkpoint's file" in remedy and word == "{tiny}" else word for word in arguments
          ]),
-    Call(IMPORT, "{} is a bundle, which says that", "import {latents} --decoder {vae} --steps 4 --out {out}", left_out("--steps")),
     Call("uni_instruct/checkpoints/import_bundle.py", "the file holds no network", "import {weights} --network ema --out {out}",
          chosen("--network")),
     Call("uni_instruct/networks/build.py", "network.patch is {}", "import {weights} --patch 3 --out {out}", chosen("--patch")),
     Call("export/targets.py", "{} engines have no precision", "export {copy} --to onnx --precision int8", chosen("--precision")),
     Call("train/recipe.py", "recipe '{}' is unknown", "train nothing --dry-run",
-         instead("nothing", r"one of ([\w-]+)")),
+         instead("nothing", r" (digits),")),
     Call("train/recipe.py", "--set {} has no value", "train digits --dry-run --set seed",
          lambda remedy, arguments: with_value(arguments, "--set", example(f"such as {remedy}").replace("write", "seed=1"))),
-    Call("train/recipe.py", "--set key '{}' is unknown", "train digits --dry-run --set loop.sed=1",
-         lambda remedy, arguments: with_value(arguments, "--set", f"{first_choice(remedy)}=text")),
     Call("train/recipe.py", "--set key '{}' is ambiguous", "train digits --dry-run --set batch=8",
          lambda remedy, arguments: with_value(arguments, "--set", f"{remedy.split()[1]}=8")),
-    Call("train/commands/train.py", "--status takes no --out", "train {run} --status --out {out}", command),
-    Call("train/commands/train.py", "--status changes nothing", "train {run} --status --nice 3", command),
-    Call("train/commands/average.py", "{} exists already", "average {run} --std 0.1 --out {filled}",
-         value("--out", "{out}", "name another folder")),
-    Call("train/plan.py", "data set '{}' has no classes", "train digits --dry-run --set data={unlabelled}",
-         lambda remedy, arguments: [*arguments, *shlex.split(remedy)]),
-    Call("train/plan.py", "guidance needs a teacher", "train digits --dry-run --set network.conditional=false "
-         "data={unlabelled} objective.teacher_guidance=2",
-         lambda remedy, arguments: [
-             *arguments,
-             *(f"objective.{name}={remedy.split()[-1]}" for name in re.findall(r"\w+_guidance", remedy)),
-         ]),
 ]  # fmt: skip
