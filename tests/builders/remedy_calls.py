@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Wrong calls of the command line, and how the remedy of each is followed: what it says, and nothing that it does not."""
 
 import re

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Wrong calls from Python and over HTTP, and how each remedy is followed."""
 
 import json
