@@ -122,7 +122,7 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "same_data": ("recipe_changes",),
     "judging": ("config",),
     "recipe_help": ("config", "recipe", "recipe_keys"),
-    "optimization": ("config", "recipe", "rng"),
+    "optimization": ("config", "recipe", "recipe_keys", "rng"),
     "monitoring": ("optimization", "recipe_file", "run_lock"),
     "stages": ("config", "monitoring", "objective", "optimization"),
     "run": ("config", "monitoring", "optimization", "recipe", "recipe_changes", "run_lock"),
@@ -140,7 +140,7 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "api": ("pipeline", "recipe"),
     "commands": (
         *("card", "dry_run", "lab", "monitoring", "optimization", "pipeline", "preflight"),
-        *("recipe", "recipe_help", "report", "run_lock"),
+        *("recipe", "recipe_help", "recipe_keys", "report", "run_lock"),
     ),
 }
 

@@ -7,15 +7,22 @@ from shlex import quote
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.errors import RequestError
+from uni_instruct.train.recipe_keys import NARROWEST_AVERAGE, WIDEST_AVERAGE
 
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "--std", required=True, type=float, help="Width of the average, relative to training time; EDM2 tries 0.02 to 0.25."
+    "--std",
+    required=True,
+    type=FiniteRange(NARROWEST_AVERAGE, WIDEST_AVERAGE),
+    help="Width of the average, relative to training time; EDM2 tries 0.02 to 0.25.",
 )
-@click.option("--kimg", type=float, help="As of this time of training, in thousands of images.  [default: the end]")
+@click.option(
+    "--kimg", type=FiniteRange(1e-3, 1e9), help="As of this time of training, in thousands of images.  [default: the end]"
+)
 @click.option("--stage", default="generator", type=click.Choice(["generator", "teacher"]), help="Whose weights.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
 def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) -> None:

@@ -18,7 +18,7 @@ from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statis
 from uni_instruct.evaluate.class_draw import DATA, UNIFORM, DrawnClasses, draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
 from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
-from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics, frechet_name
+from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_count, check_metrics, frechet_name
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 
@@ -38,7 +38,7 @@ MAX_SAMPLES = 10_000_000
     type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES),
     help=f"How many images. [default: as many as the reference has, or {PUBLISHED_SAMPLES}]",
 )
-@click.option("--seed", type=click.IntRange(0), help="First seed. [default: 0]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="First seed. [default: 0]")
 @click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
 @click.option(
     "--classes",
@@ -149,7 +149,9 @@ def _seeds(text: str | None, first: int | None, samples: int | None, reference: 
     if text is not None:
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
-        return parse_seeds(text)
+        seeds = parse_seeds(text)
+        check_count(len(seeds))  # before features of a reference are made, which may take minutes
+        return seeds
     # By default as many as the reference has, or as publications use: a Frechet distance depends on the number of images.
     start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
     return parse_seeds(f"{start}-{start + count - 1}")
