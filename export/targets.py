@@ -108,10 +108,10 @@ def choose_targets(to: Sequence[str], precisions: Sequence[str] = ()) -> list[Ta
     return list(chosen.values())
 
 
-def export_engine(bundle: Bundle, engine_id: str) -> EngineRecord:
+def export_engine(bundle: Bundle, engine_id: str, device: str | None = None) -> EngineRecord:
     """Builds the engine beside its place, verifies it there, and only then lets it take the place of an older one.
 
-    A bundle of an older format is then brought up to date, with reference.npz beside the weights.
+    device: where it is verified, a GPU where it can use one unless told. A bundle of an older format is then brought up to date, with reference.npz beside the weights.
     Raises RequestError for a teacher, MissingExtraError where a tool is missing, ParityError where the engine does not
     agree with torch, DiskError where it cannot be written; in all of these the bundle stays as it was.
     """
@@ -124,7 +124,7 @@ def export_engine(bundle: Bundle, engine_id: str) -> EngineRecord:
     try:
         with atomic_folder(place) as folder:
             record = _build(bundle, target, build, folder)
-            report = verify(bundle, record, folder)
+            report = verify(bundle, record, folder, device)
             replace(record, parity=report).write(folder)
     finally:
         with suppress(OSError):  # an empty engines folder, where nothing was admitted

@@ -7,6 +7,8 @@ from typing import Any
 import rich_click as click
 
 from uni_instruct.bundle import WEIGHTS, Bundle
+from uni_instruct.engine import RUNTIMES
+from uni_instruct.engines.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import ParityError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
@@ -26,9 +28,12 @@ from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportab
 @click.option(
     "--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), help="Only these; repeatable. [default: all]"
 )
+@click.option("--device", help="Where it is checked: cpu, cuda or cuda:1. [default: a GPU where the engine can use one]")
 @click.option("--dry-run", is_flag=True, help="Check the request and say what would be built; build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records (engine.json) as JSON.")
-def export(bundle: str, runtimes: tuple[str, ...], precisions: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def export(
+    bundle: str, runtimes: tuple[str, ...], precisions: tuple[str, ...], device: str | None, dry_run: bool, as_json: bool
+) -> None:
     """Compile a one-step generator to engines, each admitted only when it agrees with torch on fresh seeds.
 
     An engine and its parity report (engine.json) go to BUNDLE/engines. An older engine of the same id stays until
@@ -43,7 +48,7 @@ def export(bundle: str, runtimes: tuple[str, ...], precisions: tuple[str, ...], 
     targets = choose_targets(runtimes, precisions)
     if ALL in runtimes:
         targets = [target for target in targets if _can_be_built(target)]
-    plans = [plan(opened, target) for target in targets]
+    plans = [plan(opened, target, device) for target in targets]
     if dry_run:
         print(json.dumps(plans, indent=2) if as_json else "\n".join(_plan_text(p) for p in plans))
         return
@@ -52,7 +57,7 @@ def export(bundle: str, runtimes: tuple[str, ...], precisions: tuple[str, ...], 
         if not as_json:
             click.echo(f"building the {target.engine_id} engine and checking it against torch ...", err=True)
         try:
-            records.append(export_engine(opened, str(target.engine_id)))
+            records.append(export_engine(opened, str(target.engine_id), device))
         except ParityError as error:  # the others may agree: what a processor rounds away is a matter of the precision
             failures.append(error)
             continue
@@ -76,9 +81,11 @@ def _can_be_built(target: Target) -> bool:
     return True
 
 
-def plan(bundle: Bundle, target: Target) -> dict[str, Any]:
-    """What an export would write. Raises MissingExtraError where a tool is missing."""
+def plan(bundle: Bundle, target: Target, device: str | None = None) -> dict[str, Any]:
+    """What an export would write. Raises MissingExtraError where a tool is missing, RequestError where the device is."""
     target.check_machine()
+    if device:
+        RUNTIMES[target.engine_id.runtime].device_for(target.engine_id, checked_device(device))
     return {
         "engine_id": str(target.engine_id),
         "path": str(bundle.engine_folder(target.engine_id) / target.file_name(bundle)),

@@ -22,7 +22,7 @@ pytestmark = [
 def test_torch_makes_the_same_images_on_gpu_and_cpu(tiny_bundle: Bundle, tmp_path: Path) -> None:
     seeds = range(32)
     engine = open_engine(tiny_bundle, "torch")
-    assert engine.device == "cuda"
+    assert engine.device == "cuda:0"
     on_gpu = generate_images(engine, seeds, resolve_class_ids(engine.spec, seeds))
     without_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     arguments = ("generate", tiny_bundle.path, "--seeds", "0-31", "--engine", "torch", "--out", tmp_path / "cpu.npz")

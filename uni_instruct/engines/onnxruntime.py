@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.device import CPU, CUDA, kind_of
 from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, check_interface
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
@@ -16,8 +17,8 @@ from uni_instruct.noise import checked_inputs
 if TYPE_CHECKING:
     import onnxruntime
 
-# Provider of ONNX Runtime -> the device it runs on.
-PROVIDERS = {"CPUExecutionProvider": "cpu"}
+# Provider of ONNX Runtime -> the kind of device it runs on; the first of a kind is taken where none is asked for.
+PROVIDERS = {"CPUExecutionProvider": CPU, "CUDAExecutionProvider": CUDA}
 
 
 class OnnxEngine:
@@ -27,14 +28,16 @@ class OnnxEngine:
     RequestError where ONNX Runtime does not use the provider that was asked for.
     """
 
-    def __init__(self, bundle: Bundle, stored: StoredEngine, *, provider: str = "CPUExecutionProvider", spin: bool = True):
-        if provider not in PROVIDERS:
+    def __init__(
+        self, bundle: Bundle, stored: StoredEngine, *, device: str = CPU, provider: str | None = None, spin: bool = True
+    ):
+        self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
+        fitting = [name for name, kind in PROVIDERS.items() if kind == kind_of(device)]
+        provider = provider or fitting[0]
+        if provider not in fitting:
             raise RequestError(
-                f"provider '{provider}' is unknown", remedy=f"choose one of {', '.join(PROVIDERS)}", param="engine"
+                f"no provider '{provider}' runs on {device}", remedy=f"choose one of {', '.join(fitting)}", param="engine"
             )
-        self.spec = bundle.spec
-        self.id = stored.engine_id
-        self.device = PROVIDERS[provider]
         self._session: onnxruntime.InferenceSession | None = _session(stored.file(), provider, spin)
         inputs: dict[str, list[int | str]] = {port.name: port.shape for port in self._session.get_inputs()}
         self._noise = check_interface(bundle.spec, inputs, {port.name for port in self._session.get_outputs()})

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.device import CPU
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
 from uni_instruct.float32 import full_float32
@@ -14,13 +15,12 @@ from uni_instruct.sampler import heun_sample
 
 
 class TorchEngine:
-    """Runs a bundle's weights in fp32 on the GPU where there is one, else on the CPU."""
+    """Runs a bundle's weights in fp32, on the CPU or a GPU ('cuda:0')."""
 
     id = EngineId("torch", "fp32")
 
-    def __init__(self, bundle: Bundle):
-        self.spec, self._bundle = bundle.spec, bundle
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, bundle: Bundle, *, device: str = CPU):
+        self.spec, self.device, self._bundle = bundle.spec, device, bundle
         self._generator: OneStep | None = load_one_step(bundle).to(self.device)
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
