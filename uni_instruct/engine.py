@@ -195,7 +195,9 @@ def _standing(bundle: Bundle, engine_id: EngineId, wanted: str | None, look_up: 
         return Standing(engine_id, "untried", device=device)
     if trial.problem:
         return Standing(engine_id, "refused", trial.problem, trial, key.existing_note(), device)
-    reason = "" if key.reference_sha256 else "no reference.npz to hold it against"
+    stored, reason = bundle.engines()[engine_id], "" if key.reference_sha256 else "no reference.npz to hold it against"
+    if reason and not stored.record().parity:  # built for a GPU that was not there: nobody has ever compared it
+        return Standing(engine_id, "refused", f"untried where it was built, and {reason}", trial, device=device)
     return Standing(engine_id, "trusted", reason, trial, device=device)
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from uni_instruct.engines.cuda import gpus
-from uni_instruct.engines.device import CPU, CUDA, kind_of
+from uni_instruct.engines.device import CPU, CUDA, index_of, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
 from uni_instruct.errors import MissingExtraError, RequestError
@@ -86,7 +86,7 @@ class Runtime:
                 remedy=f"pip uninstall -y {names}, then pip install the one that you need",
                 param="engine",
             )
-        device = wanted or (f"{CUDA}:0" if self._can_use_a_gpu() else self.devices[0])
+        device = wanted or (f"{CUDA}:{_fitting_gpu(engine_id)}" if self._can_use_a_gpu() else self.devices[0])
         self._check_device(engine_id, device)
         return device
 
@@ -118,6 +118,13 @@ class Runtime:
                 remedy=f"install {' or '.join(self.cuda_distributions)} with CUDA in its place, or use --device {CPU}",
                 param="device",
             )
+        if kind == CUDA and engine_id.target and engine_id.target != f"sm{gpus()[index_of(device)].sm}":
+            name, sm = gpus()[index_of(device)]
+            raise RequestError(
+                f"engine {engine_id} was built for {engine_id.target}, and {device} ({name}) is sm{sm}",
+                remedy=f"export it with --to {engine_id.runtime} --sm {sm}, or use another engine",
+                param="device",
+            )
 
     def load_class(self) -> Callable[..., Engine]:
         """The class, imported now."""
@@ -147,6 +154,24 @@ RUNTIMES = {
             extra="serve",
         ),
         Runtime(
+            name="tensorrt",
+            engine_class="uni_instruct.engines.tensorrt:TensorRtEngine",
+            package="tensorrt",
+            distributions=("tensorrt",),
+            extra="gpu",
+            devices=(CUDA,),
+            cuda_distributions=("tensorrt",),
+        ),
+        Runtime(
+            name="tensorrt-rtx",
+            engine_class="uni_instruct.engines.tensorrt:TensorRtEngine",
+            package="tensorrt_rtx",
+            distributions=("tensorrt_rtx",),
+            extra="tensorrt-rtx",
+            devices=(CUDA,),
+            cuda_distributions=("tensorrt_rtx",),
+        ),
+        Runtime(
             name="torch",
             engine_class="uni_instruct.engines.torch:TorchEngine",
             package="torch",
@@ -157,6 +182,11 @@ RUNTIMES = {
         ),
     )
 }
+
+
+def _fitting_gpu(engine_id: EngineId) -> int:
+    """The first GPU that the engine was built for; the first of all where none is, or it runs on any."""
+    return next((index for index, gpu in enumerate(gpus()) if engine_id.target == f"sm{gpu.sm}"), 0)
 
 
 def _installed(distributions: tuple[str, ...]) -> list[str]:
