@@ -18,4 +18,7 @@ def check_machine(precision: str) -> None:
 
 def build(bundle: Bundle, path: Path, precision: str) -> dict[str, str]:
     """Writes the engine's file. Returns the versions of the tools. Raises RequestError for weights too large for one file."""
-    return {**write_graph(bundle, path, copy.deepcopy, precision=precision), "onnxruntime": onnxruntime.__version__}
+    return {
+        **write_graph(bundle, path, copy.deepcopy, precision=precision, bytes_last=precision != "fp32"),
+        "onnxruntime": onnxruntime.__version__,
+    }
