@@ -15,7 +15,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.cuda import gpus
 from uni_instruct.engines.record import EngineId, EngineRecord, former_folder
 from uni_instruct.engines.tensorrt import PACKAGES
-from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
 from uni_instruct.export.capabilities import BATCH_PROFILE, CAPABILITIES
 from uni_instruct.export.parity import verify
 from uni_instruct.files import atomic_folder, sha256
@@ -192,6 +192,21 @@ def _for_gpus(row: Target, sms: Sequence[int], precision_given: bool, all_given:
             param="sm",
         )
     return [row.for_gpu(sm) for sm in wanted if precision_given or sm in row.sms]
+
+
+def targets_here() -> list[Target]:
+    """The targets that this machine can build and try, those for its GPUs among them."""
+    here = sorted({gpu.sm for gpu in gpus()})
+    rows = [t for row in TARGETS.values() for t in ([row.for_gpu(sm) for sm in here if sm in row.sms] if row.sms else [row])]
+    return [target for target in rows if _is_possible(target)]
+
+
+def _is_possible(target: Target) -> bool:
+    try:
+        target.check_machine()
+    except UniInstructError:
+        return False
+    return True
 
 
 def find_target(engine_id: str) -> Target:
