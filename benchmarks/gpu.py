@@ -34,7 +34,7 @@ from uni_instruct.export.targets import export_engine, targets_here
 SHIPPED, NETWORK = ("digits", "fashion-mnist", "emoji"), "cifar10"
 BATCHES, ROUNDS = (1, 16, 64, 256), 3
 TRAINING = {"32-true": ("teacher.duration_kimg=25.6", "distillation.duration_kimg=12.8")}
-TRAINING |= {precision: TRAINING["32-true"] for precision in ("bf16-mixed", "16-mixed")}
+TRAINING |= dict.fromkeys(("bf16-mixed", "16-mixed"), TRAINING["32-true"])
 SMALLEST = ("teacher.duration_kimg=0.256", "distillation.duration_kimg=0.128", "critic_warmup_kimg=0", "loop.samples=64")
 
 

@@ -11,7 +11,8 @@ from uni_instruct.export.targets import ALL, TO, choose_targets, export_engine
 def export_bundle(bundle: Bundle | str | Path, to: str = "onnx-fp32", device: str | None = None) -> EngineRecord:
     """Builds an engine of the bundle, checks it against torch, puts it into the bundle, and returns its record.
 
-    to: the engine's id, or a runtime that has but one; device: where it is checked, as in `open_engine`. The record's `parity` is how well the engine agrees with torch. Raises
+    to: the engine's id, or a runtime that has but one; device: where it is checked, as in `open_engine`. The record's `parity`
+    is how well the engine agrees with torch. Raises
     RequestError for an unknown target or a many-step teacher, ParityError where the engine does not agree.
     """
     fitting = [str(target.engine_id) for target in choose_targets([to])] if to in TO else [to]

@@ -1,6 +1,7 @@
 """Runs one exported engine in a process of its own, as a server would: no torch, everything from the files on disk.
 
-Called by `parity.run_worker` as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER ENGINE_ID DEVICE INPUTS.npz OUTPUTS.npz`.
+Called by `parity.run_worker` as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER ENGINE_ID DEVICE INPUTS OUTPUTS`,
+the last two being npz files; an empty DEVICE leaves the choice to the engine.
 """
 
 import platform

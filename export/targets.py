@@ -29,7 +29,7 @@ class Target:
     """One engine to build: the module whose `build(bundle, path, precision) -> versions` writes its file, and what it needs.
 
     packages are what it takes, by the extra that brings them. Where the engine is built for one compute capability of GPUs, sms
-    are those it can have, build takes `runtime` and `sm` as well, and the id names one: `for_gpu` makes it of a row of the table.
+    are those it can have, build takes `runtime` and `sm` as well, and the id names one: `for_gpu` makes it of the table's row.
     only_with_gpu: on a machine without one it is built only where its precision is asked for.
     """
 
@@ -221,7 +221,8 @@ def find_target(engine_id: str) -> Target:
 def export_engine(bundle: Bundle, engine_id: str, device: str | None = None) -> EngineRecord:
     """Builds the engine beside its place, verifies it there, and only then lets it take the place of an older one.
 
-    device: where it is verified, a GPU where it can use one unless told. A bundle of an older format is then brought up to date, with reference.npz beside the weights.
+    device: where it is verified, a GPU where it can use one unless told. A bundle of an older format is then brought up to
+    date, with reference.npz beside the weights.
     Raises RequestError for a teacher, MissingExtraError where a tool is missing, ParityError where the engine does not
     agree with torch, DiskError where it cannot be written; in all of these the bundle stays as it was.
     """

@@ -76,8 +76,8 @@ def open_engine(
     """The bundle's engine of that id; of a bare runtime, or without a word, the fastest that can be trusted on this machine.
 
     device: 'cpu', 'cuda' or 'cuda:1'; without a word a GPU where the engine can use one. spin: whether its threads keep their
-    cores while they wait for each other. That is faster where the engine has the machine to itself, slower where others want the
-    cores, as in a server (docs/export.md, "Threads"); torch goes by OMP_WAIT_POLICY.
+    cores while they wait for each other. That is faster where the engine has the machine to itself, slower where others want
+    the cores, as in a server (docs/export.md, "Threads"); torch goes by OMP_WAIT_POLICY.
     Raises as `select_engine` does, and BundleError where a file does not match its hash.
     """
     if not isinstance(bundle, Bundle):
@@ -87,7 +87,7 @@ def open_engine(
 
 
 def load_engine(bundle: Bundle, stored: StoredEngine | None, *, device: str | None = None, spin: bool = True) -> Engine:
-    """That engine of the bundle, None for torch, whether or not it can be trusted here. Raises RequestError without its device."""
+    """That engine of the bundle, None for torch, trusted here or not. Raises RequestError without its device."""
     engine_id = TORCH if stored is None else stored.engine_id
     runtime = RUNTIMES[engine_id.runtime]
     device = runtime.device_for(engine_id, checked_device(device) if device else None)

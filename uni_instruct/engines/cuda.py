@@ -1,7 +1,7 @@
 """NVIDIA's GPUs through the driver itself: which there are, their memory, a stream. Needs neither torch nor CUDA's toolkit.
 
-The driver's library is there wherever a GPU can be used, its calls are stable, and 24 of them are all that an engine needs; every
-package that wraps them is tied to a version of CUDA.
+The driver's library is there wherever a GPU can be used, its calls are stable, and 25 of them are all that an engine needs;
+every package that wraps them is tied to a version of CUDA.
 """
 
 import ctypes

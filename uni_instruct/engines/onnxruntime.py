@@ -35,9 +35,9 @@ LARGEST_BATCH = 64
 class OnnxEngine:
     """Runs a bundle's exported graph; on the CPU results do not depend on the batch (measured when it was exported).
 
-    provider: what runs it, one of PROVIDERS that the device has. spin: as in `open_engine`. Raises BundleError where the engine's
-    files do not match engine.json or the bundle's weights, RequestError where ONNX Runtime does not use the device or the
-    provider that was asked for.
+    provider: what runs it, one of PROVIDERS that the device has. spin: as in `open_engine`. Raises BundleError where the
+    engine's files do not match engine.json or the bundle's weights, RequestError where ONNX Runtime does not use the device or
+    the provider that was asked for.
     """
 
     def __init__(

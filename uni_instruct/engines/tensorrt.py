@@ -37,8 +37,8 @@ _errors: deque[str] = deque(maxlen=8)
 class TensorRtEngine:
     """Runs a bundle's plan: whole batches of 1, 2, 4, ..., each a CUDA graph; what is more than the plan's profile is split.
 
-    spin is not read. Raises BundleError where the engine's files do not match engine.json or the bundle's weights, or the plan is
-    not one that this TensorRT runs here.
+    spin is not read. Raises BundleError where the engine's files do not match engine.json or the bundle's weights, or the plan
+    is not one that this TensorRT runs here.
     """
 
     def __init__(self, bundle: Bundle, stored: StoredEngine, *, device: str, spin: bool = True):
@@ -166,7 +166,7 @@ class _Call:
 
 
 class _KernelCache:
-    """TensorRT-RTX compiles its kernels where they run: what it compiled is kept for the next process. It captures by itself."""
+    """TensorRT-RTX compiles its kernels where they run, which is kept for the next process. It captures graphs by itself."""
 
     def __init__(self, trt: "types.ModuleType", engine: Any, file: Path | None):
         self._trt, self._engine, self._file = trt, engine, file
@@ -216,7 +216,7 @@ def check_version(record: EngineRecord, installed: str) -> None:
 
 
 def deserialised(trt: "types.ModuleType", file: Path) -> Any:
-    """The plan of the file, on the current GPU. Raises BundleError where it is none, or not one for here, with TensorRT's words."""
+    """The plan of the file, on the current GPU. Raises BundleError, with TensorRT's words, where it is none for here."""
     _errors.clear()
     runtime, plan = trt.Runtime(logger(trt)), file.read_bytes()
     if hasattr(runtime, "get_engine_validity"):  # it reads the header alone, and says what does not fit

@@ -90,9 +90,9 @@ def test_threads_take_turns(engine: TensorRtEngine, planned: Bundle) -> None:
 def test_wrong_input_and_a_closed_engine(engine: TensorRtEngine, planned: Bundle) -> None:
     z, class_ids = inputs(planned, 4)
     assert class_ids is not None
-    with pytest.raises(RequestError, match="B >= 1"):
+    with pytest.raises(RequestError, match=r"B >= 1"):
         engine(z[:0], class_ids[:0])
-    with pytest.raises(RequestError, match="outside 0..9"):
+    with pytest.raises(RequestError, match=r"outside 0\.\.9"):
         engine(z, class_ids + 7)
     engine.close()
     with pytest.raises(AssertionError, match="the engine was closed"):
@@ -189,7 +189,7 @@ def test_an_altered_plan_and_one_of_other_weights_never_run(built: Bundle, tmp_p
     stored = Bundle.open(path).engines()[RTX]
     plan = stored.file()
     plan.write_bytes(plan.read_bytes()[:-100])
-    with pytest.raises(BundleError, match="does not match the sha256 in engine.json"):
+    with pytest.raises(BundleError, match=r"does not match the sha256 in engine\.json"):
         stored.file()
     values = json.loads((stored.folder / RECORD).read_text())
     (stored.folder / RECORD).write_text(json.dumps(values | {"weights_sha256": "0" * 64}))
