@@ -113,7 +113,7 @@ class CudaStream:
         address = c_void_p()
         _call("cuMemHostAlloc", byref(address), size, 0)
         self._memory.append(lambda: _call("cuMemFreeHost", address))
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address.value or 0), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address.value or 0))
 
     def upload(self, address: int, source: np.ndarray) -> None:
         """Begins to copy a contiguous array to the GPU."""
