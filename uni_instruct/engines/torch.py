@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.cuda_graphs import CapturedBatches
 from uni_instruct.engines.device import CPU, CUDA, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
 from uni_instruct.float32 import full_float32
+from uni_instruct.networks.cuda_graphs import CapturedBatches
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
