@@ -83,8 +83,7 @@ def evaluate(
     bundle = Bundle.open(images) if is_bundle(images) else None
     if bundle is None:
         options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes}
-        options |= {"--engine": engine, "--device": device}
-        _check_images_options(options)
+        _check_images_options(options | {"--engine": engine, "--device": device})
     reference = open_reference(reference_source)
     seeds = _seeds(seeds_text, seed, samples, reference)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")

@@ -234,7 +234,7 @@ def deserialised(trt: "types.ModuleType", file: Path) -> Any:
 def logger(trt: "types.ModuleType") -> Any:
     """The one logger of a package in this process: a second would be ignored. It keeps errors for `last_error`."""
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
