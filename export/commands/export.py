@@ -64,7 +64,21 @@ def export(
     if dry_run:
         print(json.dumps(plans, indent=2) if as_json else "\n".join(_plan_text(p) for p in plans))
         return
-    records, failures = [], []
+    records, failures = _build(opened, targets, device, as_json)
+    if as_json:
+        print(json.dumps([asdict(record) for record in records], indent=2))
+    for failure in failures[:-1]:
+        click.echo(f"error: {failure}", err=True)
+    if failures:
+        raise failures[-1]
+
+
+def _build(
+    opened: Bundle, targets: list[Target], device: str | None, as_json: bool
+) -> tuple[list[EngineRecord], list[ParityError]]:
+    """The engines that were admitted, and what the others failed of."""
+    records: list[EngineRecord] = []
+    failures: list[ParityError] = []
     for target in targets:
         if not as_json:
             click.echo(f"building the {target.engine_id} engine{_checking(target)} ...", err=True)
@@ -75,12 +89,7 @@ def export(
             continue
         if not as_json:
             print(_summary(opened, records[-1]))
-    if as_json:
-        print(json.dumps([asdict(record) for record in records], indent=2))
-    for failure in failures[:-1]:
-        click.echo(f"error: {failure}", err=True)
-    if failures:
-        raise failures[-1]
+    return records, failures
 
 
 def _checking(target: Target) -> str:
