@@ -60,6 +60,8 @@ def export(
     targets = choose_targets(runtimes, precisions, _sms(sms_text, runtimes))
     if ALL in runtimes:
         targets = [target for target in targets if _can_be_built(target)]
+        if not any(target.sms for target in targets):
+            click.echo("leaving out what is built for one kind of GPU: there is none here; --sm says for which", err=True)
     plans = [plan(opened, target, device) for target in targets]
     if dry_run:
         print(json.dumps(plans, indent=2) if as_json else "\n".join(_plan_text(p) for p in plans))
@@ -100,7 +102,7 @@ def _sms(text: str | None, runtimes: tuple[str, ...]) -> list[int]:
     """Compute capabilities as 80,89. Raises RequestError for anything else, and where no runtime reads them."""
     if text is None:
         return []
-    if not any(target.sms and target.engine_id.runtime in runtimes for target in TARGETS.values()):
+    if ALL not in runtimes and not any(target.sms and target.engine_id.runtime in runtimes for target in TARGETS.values()):
         raise RequestError("--sm says for which GPUs, and no such engine is asked for", remedy="leave it out", param="sm")
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) <= 3 for part in parts):

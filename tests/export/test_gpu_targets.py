@@ -81,6 +81,14 @@ def test_a_wrong_request_is_one_line(options: str, message: str, tiny_bundle: Bu
 
 
 @without_gpu
+def test_all_says_what_it_leaves_out_for_want_of_a_gpu(tiny_bundle: Bundle, cli: Cli) -> None:
+    code, output, error = cli("export", tiny_bundle.path, "--to", "all", "--dry-run")
+    assert code == 0
+    assert "tensorrt" not in output
+    assert "leaving out what is built for one kind of GPU: there is none here; --sm says for which" in error
+
+
+@without_gpu
 @needs_rtx
 def test_dry_run_names_the_plan(tiny_bundle: Bundle, cli: Cli) -> None:
     options = ("--to", "tensorrt-rtx", "--sm", "89", "--precision", "fp16", "--dry-run", "--json")
