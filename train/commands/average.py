@@ -34,7 +34,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     Example: uni-instruct average runs/digits --std 0.08 --out runs/digits-0.08
     """
     from uni_instruct.data import open_dataset
-    from uni_instruct.engines.torch import TorchEngine
+    from uni_instruct.engine import TORCH, open_engine
     from uni_instruct.generate import generate_images, resolve_class_ids
     from uni_instruct.images import contact_sheet, encode, latent_preview
     from uni_instruct.networks.reference import make_reference
@@ -54,7 +54,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     card = model_card(spec, recipe, open_dataset(recipe.data) if recipe.data else None, {})
     seeds = range(recipe.loop.grid)
     decoder = trained.decoder_weights()
-    engine = TorchEngine(Bundle.write(out, spec, weights, card, decoder=decoder))
+    engine = open_engine(Bundle.write(out, spec, weights, card, decoder=decoder), TORCH)
     images = generate_images(engine, seeds, resolve_class_ids(spec, seeds))
     samples = encode(contact_sheet(images if spec.makes_pictures else latent_preview(images)))
     bundle = Bundle.write(out, spec, weights, card, samples, decoder=decoder, reference=make_reference)

@@ -46,6 +46,7 @@ MAX_SAMPLES = 10_000_000
     help="How often the seeds draw each class: all alike, or as in the reference. [default: data where it is unbalanced]",
 )
 @click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest here]")
+@click.option("--device", help="Where the engine runs: cpu, cuda or cuda:1. [default: a GPU where it can use one]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
     "--save-statistics",
@@ -64,6 +65,7 @@ def evaluate(
     seeds_text: str | None,
     classes: str | None,
     engine: str | None,
+    device: str | None,
     batch: int,
     save_statistics: Path | None,
     as_json: bool,
@@ -80,17 +82,17 @@ def evaluate(
     _check_statistics_path(save_statistics)
     bundle = Bundle.open(images) if is_bundle(images) else None
     if bundle is None:
-        options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
-        _check_images_options(options)
+        options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes}
+        _check_images_options(options | {"--engine": engine, "--device": device})
     reference = open_reference(reference_source)
     seeds = _seeds(seeds_text, seed, samples, reference)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
     if bundle is None:
         sources = {"images": dataset_samples(_open_images(images), samples, batch, reference)}
     else:
-        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids)}
+        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids, device)}
         if teacher is not None:
-            sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how)
+            sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how, device)
     evaluator = _evaluator(reference, extractor, sources, names)
     if save_statistics is not None:
         write_statistics(evaluator.statistics(), save_statistics)
@@ -99,10 +101,12 @@ def evaluate(
     click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts)
 
 
-def _teacher_samples(teacher: Bundle, seeds: list[int], batch: int, reference: Dataset | Statistics, how: str) -> SampleSource:
+def _teacher_samples(
+    teacher: Bundle, seeds: list[int], batch: int, reference: Dataset | Statistics, how: str, device: str | None
+) -> SampleSource:
     # Seeds and classes as the generator's, so that the ratio of their distances does not depend on luck.
     drawn = draw_classes(teacher.spec, seeds, reference, how if how and teacher.spec.num_classes else None)
-    return bundle_samples(teacher, seeds, None, batch, reference, drawn.class_ids)
+    return bundle_samples(teacher, seeds, None, batch, reference, drawn.class_ids, device)
 
 
 def _evaluator(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.device import CPU
 from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, check_interface
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, StoredEngine
@@ -37,8 +38,9 @@ class OpenVinoEngine:
     engine.json or the bundle's weights, RequestError where this processor does not have the engine's precision.
     """
 
-    def __init__(self, bundle: Bundle, stored: StoredEngine, *, spin: bool = True):
-        self.spec, self.id, self.device = bundle.spec, stored.engine_id, "cpu"
+    def __init__(self, bundle: Bundle, stored: StoredEngine, *, device: str = CPU, spin: bool = True):
+        assert device == CPU, device
+        self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
         self._file, self._threads = stored.file(), usable_cpus()
         self._together: _Streams | None = _Streams(self._file, self.id, 1)
         check_interface(self.spec, self._together.inputs, self._together.outputs)

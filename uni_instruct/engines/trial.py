@@ -34,13 +34,15 @@ _log = logging.getLogger(__name__)
 class TrialKey:
     """What a trial's result depends on: where any of it changes, the engine is tried again.
 
-    file_sha256 is the engine file's hash, for torch that of the weights; reference_sha256 is '' where there is no such file.
+    file_sha256 is the engine file's hash, for torch that of the weights; reference_sha256 is '' where there is no such file;
+    device is where it runs, 'cpu' or 'cuda:0'.
     """
 
     engine_id: str
     file_sha256: str
     reference_sha256: str
     runtime: str
+    device: str
     machine: str
     uni_instruct: str
 
@@ -69,18 +71,21 @@ class Trial:
     relative_l2: float | None = None
     pixel_difference: int | None = None
     images_per_s: float | None = None
-    device: str = ""
     lasting: bool = True
 
 
-def trial_key(bundle: Bundle, engine_id: EngineId, runtime: str) -> TrialKey:
-    """The key of the bundle's engine here; runtime is its name and version. Raises BundleError where its record is damaged."""
+def trial_key(bundle: Bundle, engine_id: EngineId, runtime: str, device: str) -> TrialKey:
+    """The key of the bundle's engine on that device; runtime is its name and version.
+
+    Raises BundleError where its record is damaged.
+    """
     stored, reference = bundle.engines().get(engine_id), bundle.path / REFERENCE
     return TrialKey(
         engine_id=str(engine_id),
         file_sha256=stored.record().file_sha256 if stored else bundle.weights_sha256,
         reference_sha256=sha256(reference) if reference.is_file() else "",
         runtime=runtime,
+        device=device,
         machine=machine(),
         uni_instruct=__version__,
     )
@@ -111,15 +116,15 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
             stored.file()
         bundle.reference()
         _log.info("trying engine %s on this machine, once", engine_id)
-        trial = _run(bundle.path, engine_id)
+        trial = _run(bundle.path, engine_id, key.device)
         if trial.lasting:
             _note(key, trial)
         return trial
 
 
-def _run(bundle: Path, engine_id: EngineId) -> Trial:
+def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
     # -P: not what lies in the current folder.
-    command = [sys.executable, "-P", "-m", "uni_instruct.engines.trial_worker", str(bundle.resolve()), str(engine_id)]
+    command = [sys.executable, "-P", "-m", "uni_instruct.engines.trial_worker", str(bundle.resolve()), str(engine_id), device]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -145,6 +150,5 @@ def _is_plausible(trial: Trial) -> bool:
     def is_number(value: Any) -> bool:
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
-    texts = isinstance(trial.problem, str) and isinstance(trial.device, str)
     numbers = (trial.relative_l2, trial.pixel_difference, trial.images_per_s)
-    return texts and all(map(is_number, numbers)) and bool(trial.problem or trial.images_per_s)
+    return isinstance(trial.problem, str) and all(map(is_number, numbers)) and bool(trial.problem or trial.images_per_s)

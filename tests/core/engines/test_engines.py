@@ -234,12 +234,15 @@ def test_the_graph_of_another_generator_is_refused(exported: Bundle, tmp_path: P
 
 
 def test_a_provider_that_is_not_in_use_is_refused(exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="provider 'GPU' is unknown; choose one of CPUExecutionProvider"):
-        OnnxEngine(exported_bundle, exported_bundle.engines()[ONNX], provider="GPU")
+    stored = exported_bundle.engines()[ONNX]
+    with pytest.raises(RequestError, match="no provider 'GPU' runs on cpu; choose one of CPUExecutionProvider"):
+        OnnxEngine(exported_bundle, stored, provider="GPU")
+    with pytest.raises(RequestError, match="no provider 'CUDAExecutionProvider' runs on cpu"):
+        OnnxEngine(exported_bundle, stored, provider="CUDAExecutionProvider")
     # ONNX Runtime itself falls back to the CPU; this machine's build, or the machine, has no such provider.
-    monkeypatch.setitem(onnx_engine.PROVIDERS, "DmlExecutionProvider", "gpu")
+    monkeypatch.setitem(onnx_engine.PROVIDERS, "DmlExecutionProvider", "cpu")
     with pytest.raises(RequestError, match="uses CPUExecutionProvider, not DmlExecutionProvider"):
-        OnnxEngine(exported_bundle, exported_bundle.engines()[ONNX], provider="DmlExecutionProvider")
+        OnnxEngine(exported_bundle, stored, provider="DmlExecutionProvider")
 
 
 def test_a_missing_runtime_names_the_extra(exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
