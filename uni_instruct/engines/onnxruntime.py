@@ -10,7 +10,7 @@ from uni_instruct.engines.device import CPU, CUDA, kind_of
 from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, check_interface
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
-from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.engines.threads import Threads
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.noise import checked_inputs
 
@@ -38,7 +38,7 @@ class OnnxEngine:
             raise RequestError(
                 f"no provider '{provider}' runs on {device}", remedy=f"choose one of {', '.join(fitting)}", param="engine"
             )
-        self._session: onnxruntime.InferenceSession | None = _session(stored.file(), provider, spin)
+        self._session: onnxruntime.InferenceSession | None = _session(stored.file(), provider, Threads.here(spin))
         inputs: dict[str, list[int | str]] = {port.name: port.shape for port in self._session.get_inputs()}
         self._noise = check_interface(bundle.spec, inputs, {port.name for port in self._session.get_outputs()})
 
@@ -65,15 +65,16 @@ class OnnxEngine:
         return results[0] if len(results) == 1 else [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
-def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSession":
+def _session(path: Path, provider: str, threads: Threads) -> "onnxruntime.InferenceSession":
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise MissingExtraError("onnxruntime", extra="serve") from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cpus()
+    options.intra_op_num_threads = threads.count
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    for key, value in threads.for_onnxruntime().items():
+        options.add_session_config_entry(key, value)
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[provider])

@@ -8,6 +8,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.device import CPU
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.threads import Threads
 from uni_instruct.float32 import full_float32
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
@@ -21,6 +22,7 @@ class TorchEngine:
 
     def __init__(self, bundle: Bundle, *, device: str = CPU):
         self.spec, self.device, self._bundle = bundle.spec, device, bundle
+        Threads.here(spin=False).for_torch()
         self._generator: OneStep | None = load_one_step(bundle).to(self.device)
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:

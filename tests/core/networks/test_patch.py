@@ -19,6 +19,7 @@ from torch.autograd.functional import jvp, vjp
 
 from builders.bundles import random_bundle
 from builders.plans import TINY, tiny_plan
+from uni_instruct.networks.flops import count_flops
 from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.networks.build import NETWORKS, PATCHES, build_denoiser, load_denoiser
@@ -31,7 +32,6 @@ from uni_instruct.sampler import heun_sample
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig, NetworkConfig
 from uni_instruct.train.dry_run.cost import count_parameters, models_without_storage
-from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.dry_run.trial import CountedSteps, distillation_stage, teacher_stage
 from uni_instruct.train.optimization.distributed import prepared, start_fabric
 from uni_instruct.train.plan import make_plan
