@@ -1,6 +1,5 @@
 """What `uni-instruct benchmark` shows: a table, and a plot of images a second by batch."""
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ def check_plot(path: Path | None) -> None:
         return
     if path.suffix.lower() != ".png":
         raise RequestError(f"--plot {path} is not the name of a PNG", remedy="give a file such as speed.png", param="plot")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib", extra="benchmark")
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("matplotlib", extra="benchmark") from error
     with atomic_file(path) as partial:  # a folder that cannot be written is better known now
         partial.write_bytes(path.read_bytes() if path.is_file() else b"")
     if not path.stat().st_size:
@@ -61,6 +62,8 @@ def plot(found: Comparison, facts: Mapping[str, Any], path: Path) -> None:
         axes.fill_between(batches, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:,.4g}")
     axes.set_xticks(sorted({row.batch for row in found.rows}), [str(size) for size in sorted({r.batch for r in found.rows})])
     axes.set_xlabel("batch")
     axes.set_ylabel("images a second")

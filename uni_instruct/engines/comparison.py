@@ -1,5 +1,6 @@
 """Every engine of a bundle side by side, beside torch eager and the machine's own peak; the fastest is chosen afterwards."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +42,8 @@ class Plan:
                 remedy="give a one-step generator, such as digits",
                 param="bundle",
             )
+        if not math.isfinite(self.least_s):  # --seconds nan passes every comparison with a bound
+            raise RequestError(f"{self.least_s} seconds for a figure", remedy="give a number such as 0.2", param="seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
