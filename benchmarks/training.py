@@ -28,11 +28,11 @@ from machine import describe_machine, time_of
 from recipe_speed import SHAPES, compare_recipes
 from torch import Tensor
 
-from uni_instruct.networks.flops import count_flops
 from uni_instruct.data.dataset import ArrayReader, Dataset
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.flops import count_flops
 from uni_instruct.networks.one_step import one_step
 from uni_instruct.processes import keep_freed_memory, sleep_while_waiting
 from uni_instruct.spec import ModelSpec

@@ -48,9 +48,9 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One engine at one batch. images_per_s: median and quartiles over the rounds; the others are medians of ratios in a round.
+    """One engine at one batch. images_per_s: median and quartiles over the rounds; ratios are medians of those within a round.
 
-    streams: 0 where the engine decides, or has none. to_eager and share_of_peak are None where there is nothing to compare with.
+    streams: 0 where the engine decides, or has none. to_eager and share_of_peak are None where there is nothing to compare.
     """
 
     engine: str
@@ -95,7 +95,7 @@ def compare(plan: Plan, progress: ProgressFactory) -> Comparison:
     """
     found, entries, peaks = _prepare(plan, progress)
     contenders = [_contender(plan, entry) for entry in entries]
-    contenders += [Contender(name=name, prepare=lambda batch, peak=peak: peak.call) for name, peak in peaks.items()]  # type: ignore[misc]
+    contenders += [_peak_contender(name, peak) for name, peak in peaks.items()]
     steps = turns(contenders, plan.batches, plan.rounds)
     with progress("benchmark", steps, "figures") as bar:
         seconds = take_turns(contenders, plan.batches, plan.rounds, plan.least_s, bar)
@@ -197,6 +197,11 @@ def _contender(plan: Plan, entry: _Entry) -> Contender:
         return call
 
     return Contender(name=entry.name, prepare=prepare)
+
+
+def _peak_contender(name: str, peak: Convolutions) -> Contender:
+    """Measured beside every batch, whose shares are of the peak at that moment."""
+    return Contender(name=name, prepare=lambda batch: peak.call)
 
 
 def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convolutions], flops: float | None) -> Row:

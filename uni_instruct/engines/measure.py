@@ -41,9 +41,7 @@ def turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: int) 
     return len(contenders) * len(batches) * (rounds + 1)
 
 
-def take_turns(
-    contenders: Sequence[Contender], batches: Sequence[int], rounds: int, least_s: float, bar: Progress
-) -> Seconds:
+def take_turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: int, least_s: float, bar: Progress) -> Seconds:
     """Seconds of a call of each contender at each batch, `rounds` figures of calls that take least_s together.
 
     Those of one batch follow each other, forwards and backwards in turn: none has always the same one before it, whose

@@ -63,8 +63,9 @@ class TrialKey:
 class Trial:
     """What an engine did here. problem says why it is not to be used, '' where it is.
 
-    relative_l2 and pixel_difference are the distance from torch's images, None where there was nothing to compare;
-    images_per_s is that of one batch of the reference's images, or what a benchmark of that name measured. lasting: whether another trial would end the same way.
+    relative_l2 and pixel_difference are the distance from torch's images, None where there was nothing to compare.
+    images_per_s is that of one batch of the reference's images; or, where benchmark is not '', what the benchmark of that time
+    measured. lasting: whether another trial would end the same way.
     """
 
     problem: str = ""

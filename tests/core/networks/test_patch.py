@@ -19,12 +19,12 @@ from torch.autograd.functional import jvp, vjp
 
 from builders.bundles import random_bundle
 from builders.plans import TINY, tiny_plan
-from uni_instruct.networks.flops import count_flops
 from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.networks.build import NETWORKS, PATCHES, build_denoiser, load_denoiser
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.flops import count_flops
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.one_step import one_step
 from uni_instruct.networks.preconditioning import IDDPM

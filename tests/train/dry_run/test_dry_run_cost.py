@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from builders.plans import tiny_plan
-from uni_instruct.networks.flops import count_flops
 from uni_instruct.bundle import Bundle
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.networks.flops import count_flops
 from uni_instruct.train.dry_run.cost import cost_of, count_parameters, models_without_storage
 from uni_instruct.train.dry_run.counting import SavedTensors
 from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, TrialLimits, distillation_stage, teacher_stage
