@@ -77,9 +77,9 @@ def open_engine(
 ) -> Engine:
     """The bundle's engine of that id; of a bare runtime, or without a word, the fastest that can be trusted on this machine.
 
-    device: 'cpu', 'cuda' or 'cuda:1'; without a word a GPU where the engine can use one. spin: whether its threads keep their
-    cores while they wait for each other. That is faster where the engine has the machine to itself, slower where others want the
-    cores, as in a server (docs/export.md, "Threads"); torch goes by OMP_WAIT_POLICY.
+    device: 'cpu', 'cuda' or 'cuda:1'; without a word a GPU where the engine can use one. spin: whether its threads may keep
+    their cores while they wait for each other. They do where a core is to spare for each at this moment; where others will want
+    the cores, as in a server, give False (docs/engines.md, "Threads"). torch goes by OMP_WAIT_POLICY.
     Raises as `select_engine` does, and BundleError where a file does not match its hash.
     """
     if not isinstance(bundle, Bundle):
@@ -155,7 +155,7 @@ def engine_standing(bundle: Bundle, engine_id: EngineId) -> Standing:
 
 
 def standings(bundle: Bundle, wanted: Sequence[str], device: str | None, bar: Progress) -> list[Standing]:
-    """How the wanted engines (ids or runtimes; without a word all) stand here, each after its trial; bar advances by 1 for each.
+    """How the wanted engines (ids or runtimes, all without a word) stand here, each after its trial; bar advances by 1 for each.
 
     The wanted device must be there; what cannot run on it is 'absent'. Raises RequestError for an unknown engine or device.
     """
