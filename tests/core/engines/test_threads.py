@@ -26,17 +26,19 @@ def load(wanting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("spin", [True, False])
 def test_threads_spin_as_asked_and_images_do_not_depend_on_it(
-    spin: bool, exported_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spin: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load("1", tmp_path, monkeypatch)
-    engine: Any = open_engine(exported_bundle, "onnx", spin=spin)
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 64)
+    bundle = Bundle.open("digits")
+    engine: Any = open_engine(bundle, "onnx", spin=spin)
     options = engine._session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
     assert options.intra_op_num_threads == threads.usable_cpus()
-    images = generate_images(engine, SEEDS, resolve_class_ids(exported_bundle.spec, SEEDS), 64)
+    images = generate_images(engine, SEEDS, resolve_class_ids(bundle.spec, SEEDS), 64)
     load("9", tmp_path, monkeypatch)
-    other = open_engine(exported_bundle, "onnx")
-    np.testing.assert_array_equal(images, generate_images(other, SEEDS, resolve_class_ids(exported_bundle.spec, SEEDS), 64))
+    other = open_engine(bundle, "onnx")
+    np.testing.assert_array_equal(images, generate_images(other, SEEDS, resolve_class_ids(bundle.spec, SEEDS), 64))
 
 
 @pytest.mark.parametrize(("wanting", "spins"), [("1", True), ("3", True), ("4", False), ("40", False), ("?", True)])
@@ -53,9 +55,7 @@ def test_threads_spin_only_where_a_core_is_to_spare_for_each(
     assert threads.wanting_cpus() == 0
 
 
-def test_pinned_threads_get_a_core_each_as_onnx_runtime_counts_them(
-    exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pinned_threads_get_a_core_each_as_onnx_runtime_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0, 2, 5}, raising=False)
     entries = Threads(count=3, spin=False, pin=True).for_onnxruntime()
@@ -66,7 +66,7 @@ def test_pinned_threads_get_a_core_each_as_onnx_runtime_counts_them(
     options.intra_op_num_threads = 2
     for key, value in Threads(count=2, spin=False, pin=True).for_onnxruntime().items():
         options.add_session_config_entry(key, value)
-    (stored,) = exported_bundle.engines().values()
+    (stored,) = Bundle.open("digits").engines().values()
     onnxruntime.InferenceSession(stored.file(), options, providers=["CPUExecutionProvider"])  # it takes them
 
 
