@@ -155,7 +155,7 @@ def engine_standing(bundle: Bundle, engine_id: EngineId) -> Standing:
 
 
 def standings(bundle: Bundle, wanted: Sequence[str], device: str | None, bar: Progress) -> list[Standing]:
-    """How the wanted engines (ids or runtimes, all without a word) stand here, each after its trial; bar advances by 1 for each.
+    """How the wanted engines (ids or runtimes, all without a word) stand here, after their trials; bar advances by 1 for each.
 
     The wanted device must be there; what cannot run on it is 'absent'. Raises RequestError for an unknown engine or device.
     """

@@ -78,6 +78,7 @@ from pathlib import Path
 from uni_instruct.engine import open_engine
 from uni_instruct.engines import threads
 threads.usable_cpus, threads.LOAD = lambda: int(sys.argv[1]), Path("/none")
+os.cpu_count = lambda: 64
 engine = open_engine("digits", "torch", spin=sys.argv[3] == "spin")
 import torch
 torch.set_num_threads(int(sys.argv[2]))
