@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uni_instruct.engines.comparison import EAGER, Comparison, Row
+from uni_instruct.engines.comparison import EAGER, Comparison, SpeedRow
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.files import atomic_file
 
@@ -74,11 +74,11 @@ def plot(found: Comparison, facts: Mapping[str, Any], path: Path) -> None:
         figure.savefig(partial, format="png", dpi=150)
 
 
-def _name(row: Row) -> str:
+def _name(row: SpeedRow) -> str:
     return f"{row.engine}, {row.streams} streams" if row.streams else row.engine
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: SpeedRow) -> list[str]:
     speed = row.images_per_s
     return [
         _name(row),

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["DATASETS", "ArrayReader", "Dataset", "Findings", "check_data", "is_data", "open_dataset", "write_zip"]
 
 _HOMES = {
-    "checking": ("Findings", "check_data"),
-    "dataset": ("ArrayReader", "Dataset"),
-    "edm_zip": ("write_zip",),
-    "sources": ("DATASETS", "is_data", "open_dataset"),
+    "uni_instruct.data.checking": ("Findings", "check_data"),
+    "uni_instruct.data.dataset": ("ArrayReader", "Dataset"),
+    "uni_instruct.data.edm_zip": ("write_zip",),
+    "uni_instruct.data.sources": ("DATASETS", "is_data", "open_dataset"),
 }
 
 
 def __getattr__(name: str) -> object:
     for module, names in _HOMES.items():
         if name in names:
-            found: object = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            found: object = getattr(importlib.import_module(module), name)
             globals()[name] = found
             return found
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -21,7 +21,7 @@ EAGER = "eager fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BenchmarkPlan:
     """What to measure. engines: ids or runtimes, empty for all; rounds figures of at least least_s of calls each.
 
     spin: as in `open_engine`: as batch sampling runs an engine, or as a server does.
@@ -47,7 +47,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SpeedRow:
     """One engine at one batch. images_per_s: median and quartiles over the rounds; ratios are medians of those within a round.
 
     streams: 0 where the engine decides, or has none. to_eager and share_of_peak are None where there is nothing to compare.
@@ -67,7 +67,7 @@ class Row:
 class Comparison:
     """left_out: engine -> why it was not measured. chosen: what open_engine takes now, '' where nothing was noted."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[SpeedRow, ...]
     peaks: Mapping[str, Mapping[str, str | float]]
     left_out: Mapping[str, str]
     flops_per_image: float | None
@@ -87,7 +87,7 @@ class _Entry:
     images: Callable[[Inputs], object]
 
 
-def compare(plan: Plan, progress: ProgressFactory) -> Comparison:
+def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> Comparison:
     """Measures, and notes what `open_engine` chooses by. An engine that is not trusted here is not measured.
 
     Raises RequestError for unknown engines or devices, EngineRefusedError where none is trusted, UniInstructError where one
@@ -117,7 +117,7 @@ def compare(plan: Plan, progress: ProgressFactory) -> Comparison:
     )
 
 
-def _prepare(plan: Plan, progress: ProgressFactory) -> tuple[list[Standing], list[_Entry], dict[str, Convolutions]]:
+def _prepare(plan: BenchmarkPlan, progress: ProgressFactory) -> tuple[list[Standing], list[_Entry], dict[str, Convolutions]]:
     """Tries, opens and warms up; a bar shows it."""
     with progress("try engines", len(plan.engines) or len(plan.bundle.engines()) + 1, "engines") as bar:
         found = standings(plan.bundle, plan.engines, plan.device, bar)
@@ -140,7 +140,7 @@ def _prepare(plan: Plan, progress: ProgressFactory) -> tuple[list[Standing], lis
     return found, entries, peaks
 
 
-def _entries(plan: Plan, standing: Standing) -> list[_Entry]:
+def _entries(plan: BenchmarkPlan, standing: Standing) -> list[_Entry]:
     """The engine as open_engine opens it; where its runtime has streams also with one, and with one a CPU."""
     engine_id = standing.engine_id
     several = RUNTIMES[engine_id.runtime].has_streams and usable_cpus() > 1
@@ -167,7 +167,7 @@ def _caller(engine: Engine) -> Callable[[Inputs], object]:
     return lambda inputs: run(*inputs)
 
 
-def _eager_entry(plan: Plan) -> list[_Entry]:
+def _eager_entry(plan: BenchmarkPlan) -> list[_Entry]:
     try:
         device = RUNTIMES[TORCH.runtime].device_for(TORCH, plan.device)
     except UniInstructError:
@@ -178,7 +178,7 @@ def _eager_entry(plan: Plan) -> list[_Entry]:
     return [_Entry(name=EAGER, engine=EAGER, streams=0, device=device, precision="fp32", images=images)]
 
 
-def _contender(plan: Plan, entry: _Entry) -> Contender:
+def _contender(plan: BenchmarkPlan, entry: _Entry) -> Contender:
     spec = plan.bundle.spec
 
     def prepare(batch: int) -> Callable[[], object]:
@@ -204,14 +204,14 @@ def _peak_contender(name: str, peak: Convolutions) -> Contender:
     return Contender(name=name, prepare=lambda batch: peak.call)
 
 
-def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convolutions], flops: float | None) -> Row:
+def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convolutions], flops: float | None) -> SpeedRow:
     own, base = seconds[entry.name, batch], seconds.get((EAGER, batch))
     share, name = None, _peak_name(entry.precision, entry.device)
     if flops is not None and name in peaks:
         # (FLOPs of the batch / its seconds) / (FLOPs of the convolutions / theirs).
         share = batch * flops / peaks[name].flops * ratio(seconds[name, batch], own)
     speed = Spread.of([batch / time_s for time_s in own])
-    return Row(
+    return SpeedRow(
         engine=entry.engine,
         streams=entry.streams,
         device=entry.device,
@@ -223,7 +223,7 @@ def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convol
     )
 
 
-def _note(plan: Plan, trusted: Sequence[Standing], rows: Sequence[Row]) -> tuple[str, list[str]]:
+def _note(plan: BenchmarkPlan, trusted: Sequence[Standing], rows: Sequence[SpeedRow]) -> tuple[str, list[str]]:
     """What open_engine takes after this benchmark, and what is to be said of it."""
     if plan.engines:
         return "", ["only some engines were measured: what open_engine chooses stays as it was"]
@@ -242,7 +242,7 @@ def _peak_name(precision: str, device: str) -> str:
     return f"3x3 convolutions {precision} on {device}"
 
 
-def _peak_facts(name: str, peak: Convolutions, plan: Plan, seconds: Seconds) -> dict[str, str | float]:
+def _peak_facts(name: str, peak: Convolutions, plan: BenchmarkPlan, seconds: Seconds) -> dict[str, str | float]:
     rates = Spread.of([peak.flops / time_s / 1e9 for batch in plan.batches for time_s in seconds[name, batch]])
     return {"by": peak.by, "gflops_per_s": rates.median, "gflops_per_s_low": rates.low, "gflops_per_s_high": rates.high}
 

@@ -15,7 +15,7 @@ from uni_instruct.engines.threads import Threads
 
 CHANNELS, SIZE, LAYERS = 128, 32, 4
 # A GPU needs far more images to be busy.
-IMAGES = {"cpu": 8, "cuda": 512}
+PEAK_IMAGES = {"cpu": 8, "cuda": 512}
 _TRY_S = 0.2
 # Precision -> OpenVINO's hint, and its word for what a processor must be able to do. int8 is quantized by nodes in the graph.
 _OPENVINO = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
@@ -40,7 +40,7 @@ def convolutions(precision: str, device: str) -> Convolutions | None:
         return None
     seconds = {name: seconds_of(call, _TRY_S) for name, call in calls.items()}
     fastest = min(seconds, key=lambda name: seconds[name])
-    images = IMAGES[kind_of(device)]
+    images = PEAK_IMAGES[kind_of(device)]
     flops = 2.0 * 9 * CHANNELS**2 * SIZE**2 * images * LAYERS
     what = f"{LAYERS} layers of {CHANNELS} channels, {SIZE}x{SIZE}, {images} images"
     by = f"{RUNTIMES[fastest].version()}: {what}"
@@ -61,7 +61,7 @@ def _by_torch(precision: str, device: str) -> Callable[[], object] | None:
 
     dtype = getattr(torch, _TORCH[precision])
     place = {"device": device, "dtype": dtype}
-    images = IMAGES[kind_of(device)]
+    images = PEAK_IMAGES[kind_of(device)]
     weight = torch.from_numpy(_weights()).to(**place).contiguous(memory_format=torch.channels_last)
     start = torch.randn(images, CHANNELS, SIZE, SIZE).to(**place).contiguous(memory_format=torch.channels_last)
 
@@ -86,7 +86,7 @@ def _by_openvino(precision: str, device: str) -> Callable[[], object] | None:
     core = openvino.Core()
     if ability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return None
-    images = IMAGES[CPU]
+    images = PEAK_IMAGES[CPU]
     noise = np.random.default_rng(1).standard_normal((images, CHANNELS, SIZE, SIZE)).astype(np.float32)
     port = x = ops.parameter(noise.shape, np.float32)
     for _ in range(LAYERS):

@@ -27,7 +27,7 @@ QUICK = ("--rounds", "2", "--seconds", "0.001")
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(peak.IMAGES, "cpu", 1)  # so that it takes milliseconds
+    monkeypatch.setitem(peak.PEAK_IMAGES, "cpu", 1)  # so that it takes milliseconds
     return tmp_path / "cache" / "uni-instruct" / "engines"
 
 

@@ -79,7 +79,7 @@ def test_the_peak_is_of_the_convolutions_that_it_says(name: str, monkeypatch: py
     found = peak.convolutions("fp32", "cpu")
     if found is None:
         pytest.skip(f"{name} is not installed")
-    x = torch.randn(peak.IMAGES["cpu"], peak.CHANNELS, peak.SIZE, peak.SIZE)
+    x = torch.randn(peak.PEAK_IMAGES["cpu"], peak.CHANNELS, peak.SIZE, peak.SIZE)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         y = x
         for _ in range(peak.LAYERS):
