@@ -15,7 +15,7 @@ from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.benchmark_report import check_plot, plot, show
 from uni_instruct.engine import RUNTIMES
-from uni_instruct.engines.comparison import BenchmarkPlan, Comparison, compare
+from uni_instruct.engines.comparison import BenchmarkPlan, EngineComparison, compare
 from uni_instruct.engines.machine import machine_facts
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import RequestError
@@ -93,7 +93,7 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _facts(plan: BenchmarkPlan, found: Comparison, load: float, threads: str) -> dict[str, Any]:
+def _facts(plan: BenchmarkPlan, found: EngineComparison, load: float, threads: str) -> dict[str, Any]:
     """Everything, for JSON."""
     spec = plan.bundle.spec
     return {

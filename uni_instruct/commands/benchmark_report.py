@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uni_instruct.engines.comparison import EAGER, Comparison, SpeedRow
+from uni_instruct.engines.comparison import EAGER, EngineComparison, SpeedRow
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.files import atomic_file
 
@@ -27,7 +27,7 @@ def check_plot(path: Path | None) -> None:
         path.unlink()
 
 
-def show(found: Comparison, facts: Mapping[str, Any]) -> None:
+def show(found: EngineComparison, facts: Mapping[str, Any]) -> None:
     """Prints the table, and under it what it was measured on."""
     from rich.console import Console
     from rich.table import Table
@@ -46,7 +46,7 @@ def show(found: Comparison, facts: Mapping[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def plot(found: Comparison, facts: Mapping[str, Any], path: Path) -> None:
+def plot(found: EngineComparison, facts: Mapping[str, Any], path: Path) -> None:
     """Writes the PNG: a line an engine, with its quartiles. Raises DiskError where it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ def _cells(row: SpeedRow) -> list[str]:
     ]
 
 
-def _lines(found: Comparison, facts: Mapping[str, Any]) -> list[str]:
+def _lines(found: EngineComparison, facts: Mapping[str, Any]) -> list[str]:
     peaks = [f"{name}: {peak['gflops_per_s']:,.0f} GFLOP/s ({peak['by']})" for name, peak in found.peaks.items()]
     gflops = [f"one image: {found.flops_per_image / 1e9:.3g} GFLOP"] if found.flops_per_image else []
     machine, load = facts["machine"], facts["load_average"]

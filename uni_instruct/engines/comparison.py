@@ -64,7 +64,7 @@ class SpeedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class EngineComparison:
     """left_out: engine -> why it was not measured. chosen: what open_engine takes now, '' where nothing was noted."""
 
     rows: tuple[SpeedRow, ...]
@@ -87,7 +87,7 @@ class _Entry:
     images: Callable[[Inputs], object]
 
 
-def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> Comparison:
+def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
     """Measures, and notes what `open_engine` chooses by. An engine that is not trusted here is not measured.
 
     Raises RequestError for unknown engines or devices, EngineRefusedError where none is trusted, UniInstructError where one
@@ -107,7 +107,7 @@ def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> Comparison:
         remarks.append("no eager row: torch is not installed, or does not run on that device")
     if flops is None or not peaks:
         remarks.append("no share of the peak: torch counts the generator's FLOPs, and torch or OpenVINO finds the peak")
-    return Comparison(
+    return EngineComparison(
         rows=rows,
         peaks={name: _peak_facts(name, peak, plan, seconds) for name, peak in peaks.items()},
         left_out={str(standing.engine_id): standing.reason for standing in found if standing.state != "trusted"},
