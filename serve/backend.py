@@ -118,7 +118,7 @@ class Backend:
         bundle = Bundle.open(self.settings.bundle)
         bundle.check_makes_pictures()
         selection = select_engine(bundle, self.settings.engine, self.settings.device)
-        # Spinning threads would take the cores from the event loop and the encoders (docs/export.md, "Threads").
+        # Spinning threads would take the cores from the event loop and the encoders (docs/engines.md, "Threads").
         stored = bundle.engines().get(selection.engine_id)
         return bundle, selection, load_engine(bundle, stored, device=selection.device, spin=False)
 

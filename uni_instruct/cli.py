@@ -39,6 +39,10 @@ COMMANDS = {
         "uni_instruct.export.commands.export:export",
         "Compile a generator to an engine proven equal to torch.",
     ),
+    "benchmark": (
+        "uni_instruct.commands.benchmark:benchmark",
+        "Measure every engine of a bundle on this machine, side by side.",
+    ),
     "publish": (
         "uni_instruct.export.commands.publish:publish",
         "Make a generator ready to ship: half-size weights, engine, samples, card.",

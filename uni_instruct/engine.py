@@ -1,7 +1,7 @@
 """Engine: whatever turns noise into images. The caller never learns which runtime it holds."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -12,8 +12,10 @@ from uni_instruct.engines.device import checked_device, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import PRECISIONS, EngineId, StoredEngine
 from uni_instruct.engines.runtime import RUNTIMES, Engine, Runtime
-from uni_instruct.engines.trial import Trial, TrialKey, noted, trial_key, try_engine
+from uni_instruct.engines.threads import Threads
+from uni_instruct.engines.trial import Trial, TrialKey, note_speed, noted, trial_key, try_engine
 from uni_instruct.errors import EngineRefusedError, RequestError, UniInstructError
+from uni_instruct.progress import Progress
 
 __all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "Outputs", "Runtime", "Selection", "Standing"]
 __all__ += ["available_engines", "engine_standing", "load_engine", "open_engine", "select_engine"]
@@ -75,9 +77,9 @@ def open_engine(
 ) -> Engine:
     """The bundle's engine of that id; of a bare runtime, or without a word, the fastest that can be trusted on this machine.
 
-    device: 'cpu', 'cuda' or 'cuda:1'; without a word a GPU where the engine can use one. spin: whether its threads keep their
-    cores while they wait for each other. That is faster where the engine has the machine to itself, slower where others want
-    the cores, as in a server (docs/export.md, "Threads"); torch goes by OMP_WAIT_POLICY.
+    device: 'cpu', 'cuda' or 'cuda:1'; without a word a GPU where the engine can use one. spin: whether its threads may keep
+    their cores while they wait for each other. They do where a core is to spare for each at this moment; where others will want
+    the cores, as in a server, give False (docs/engines.md, "Threads"). torch goes by OMP_WAIT_POLICY.
     Raises as `select_engine` does, and BundleError where a file does not match its hash.
     """
     if not isinstance(bundle, Bundle):
@@ -86,13 +88,22 @@ def open_engine(
     return load_engine(bundle, bundle.engines().get(selection.engine_id), device=selection.device, spin=spin)
 
 
-def load_engine(bundle: Bundle, stored: StoredEngine | None, *, device: str | None = None, spin: bool = True) -> Engine:
-    """That engine of the bundle, None for torch, trusted here or not. Raises RequestError without its device."""
+def load_engine(
+    bundle: Bundle, stored: StoredEngine | None, *, device: str | None = None, spin: bool = True, streams: int | None = None
+) -> Engine:
+    """That engine of the bundle, None for torch, whether or not it can be trusted here. Raises RequestError without its device.
+
+    streams: for a runtime that has them, always so many; without a word the engine decides by the batch.
+    """
     engine_id = TORCH if stored is None else stored.engine_id
     runtime = RUNTIMES[engine_id.runtime]
     device = runtime.device_for(engine_id, checked_device(device) if device else None)
+    Threads.here(spin).before_torch()
     engine_class = runtime.load_class()
-    return engine_class(bundle, device=device) if stored is None else engine_class(bundle, stored, device=device, spin=spin)
+    if stored is None:
+        return engine_class(bundle, device=device)
+    shared_out = {} if streams is None else {"streams": streams}
+    return engine_class(bundle, stored, device=device, spin=spin, **shared_out)
 
 
 def available_engines(bundle: Bundle) -> list[EngineId]:
@@ -126,7 +137,7 @@ def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: 
         standings.append(_stand(bundle, TORCH, device) if contested else _torch_alone(device))
     trusted = [standing for standing in standings if standing.state == "trusted"]
     if not trusted:
-        raise _refusal(standings)
+        raise refusal(standings)
     chosen = _fastest(trusted)
     selection = Selection(chosen.engine_id, chosen.device, tuple(standings))
     for refused in selection.refused:
@@ -141,6 +152,30 @@ def engine_standing(bundle: Bundle, engine_id: EngineId) -> Standing:
     Raises BundleError where the engine's record is damaged.
     """
     return _standing(bundle, engine_id, None, noted) if engine_id.runtime in RUNTIMES else Standing(engine_id, "unknown")
+
+
+def standings(bundle: Bundle, wanted: Sequence[str], device: str | None, bar: Progress) -> list[Standing]:
+    """How the wanted engines (ids or runtimes, all without a word) stand here, after their trials; bar advances by 1 for each.
+
+    The wanted device must be there; what cannot run on it is 'absent'. Raises RequestError for an unknown engine or device.
+    """
+    device = checked_device(device) if device else None
+    chosen = {engine_id for word in wanted for engine_id in _candidates(bundle, word, device)}
+    found = []
+    for engine_id in available_engines(bundle):
+        if not wanted or engine_id in chosen:
+            found.append(_torch_alone(device) if engine_id == TORCH else _stand(bundle, engine_id, device))
+            bar.advance(1, str(engine_id))
+    return found
+
+
+def note_speeds(bundle: Bundle, speeds: Mapping[Standing, float], benchmark: str) -> bool:
+    """Has `select_engine` choose by these images/s of a benchmark; whether the user's cache took them all."""
+    taken = []
+    for standing, images_per_s in speeds.items():
+        key = trial_key(bundle, standing.engine_id, RUNTIMES[standing.engine_id.runtime].version(), standing.device)
+        taken.append(note_speed(key, noted(key), images_per_s, benchmark))
+    return all(taken)
 
 
 def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | None) -> list[EngineId]:
@@ -209,12 +244,14 @@ def _torch_alone(device: str | None) -> Standing:
 
 
 def _fastest(standings: list[Standing]) -> Standing:
-    """The first that no other outruns by WORTHWHILE."""
-    speeds = [(standing.trial.images_per_s if standing.trial else None) or 0.0 for standing in standings]
-    return next(s for s, speed in zip(standings, speeds, strict=True) if speed * WORTHWHILE >= max(speeds))
+    """The first that no other outruns by WORTHWHILE; of those that one benchmark compared, the fastest."""
+    trials = [standing.trial or Trial() for standing in standings]
+    speeds, benchmarks = [trial.images_per_s or 0.0 for trial in trials], {trial.benchmark for trial in trials}
+    margin = 1.0 if len(benchmarks) == 1 and "" not in benchmarks else WORTHWHILE
+    return next(s for s, speed in zip(standings, speeds, strict=True) if speed * margin >= max(speeds))
 
 
-def _refusal(standings: list[Standing]) -> UniInstructError:
+def refusal(standings: list[Standing]) -> UniInstructError:
     """Why none of them can be used, and what to do about it."""
     refused = [standing for standing in standings if standing.state == "refused"]
     if not refused:

@@ -235,9 +235,14 @@ ROOMS = {
     "export": ("export",),
     "train": ("train",),
     "uni_instruct/checkpoints": ("train", "export", "evaluate"),
+    "uni_instruct/commands/benchmark_report.py": ("benchmark",),
     "uni_instruct/data": ("train", "evaluate"),
     "uni_instruct/engines/onnxruntime.py": ("serve", "export"),
     "uni_instruct/engines/openvino.py": ("serve", "export"),
+    # Whichever of the two is installed.
+    "uni_instruct/engines/peak.py": (),
+    # Used where torch is there already.
+    "uni_instruct/engines/threads.py": (),
     "uni_instruct/engines/torch.py": ("train", "export", "evaluate"),
     "uni_instruct/evaluate": ("evaluate",),
     "uni_instruct/float32.py": ("train", "export", "evaluate"),

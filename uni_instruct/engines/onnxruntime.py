@@ -13,7 +13,7 @@ from uni_instruct.engines.device import CPU, CUDA, index_of, kind_of
 from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, check_interface
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
-from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.engines.threads import Threads
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.files import cache_folder
 from uni_instruct.noise import Inputs, checked_inputs
@@ -46,7 +46,7 @@ class OnnxEngine:
         self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
         runtime = _package()
         provider = _checked_provider(runtime, device, provider)
-        session = _session(runtime, stored.file(), provider, index_of(device), spin)
+        session = _session(runtime, stored.file(), provider, index_of(device), Threads.here(spin))
         self._session: onnxruntime.InferenceSession | None = session
         inputs: dict[str, list[int | str]] = {port.name: port.shape for port in session.get_inputs()}
         self._noise = check_interface(bundle.spec, inputs, {port.name for port in session.get_outputs()})
@@ -155,12 +155,13 @@ def _session(
     path: Path,
     provider: str,
     index: int,
-    spin: bool,
+    threads: Threads,
 ) -> "onnxruntime.InferenceSession":
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = usable_cpus()
+    options.intra_op_num_threads = threads.count
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    for key, value in threads.for_onnxruntime().items():
+        options.add_session_config_entry(key, value)
     options.log_severity_level = 3
     providers = None  # a plugin is in the options already
     if provider == TENSORRT_RTX:

@@ -47,7 +47,8 @@ class Runtime:
 
     distributions are the names that the package is installed under, one of them at a time; extra is that of this package that
     brings it. devices are the kinds that it can run on; on a GPU only with one of cuda_distributions, of a build that has CUDA.
-    The class takes `(bundle, stored, device=..., spin=...)`, or `(bundle, device=...)` where it runs the weights themselves.
+    The class takes `(bundle, stored, device=..., spin=...)`, or `(bundle, device=...)` where it runs the weights themselves;
+    with has_streams also `streams=...`, into how many parts at a time it shares out a batch.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Runtime:
     extra: str
     devices: tuple[str, ...] = (CPU,)
     cuda_distributions: tuple[str, ...] = ()
+    has_streams: bool = False
 
     def is_installed(self) -> bool:
         """Whether its package can be imported."""
@@ -152,6 +154,7 @@ RUNTIMES = {
             package="openvino",
             distributions=("openvino",),
             extra="serve",
+            has_streams=True,
         ),
         Runtime(
             name="tensorrt",

@@ -8,6 +8,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.device import CPU, CUDA, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.threads import Threads
 from uni_instruct.float32 import full_float32
 from uni_instruct.networks.cuda_graphs import CapturedBatches
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
@@ -27,6 +28,7 @@ class TorchEngine:
     def __init__(self, bundle: Bundle, *, device: str = CPU, precision: str = "fp32"):
         self.spec, self.device, self._bundle = bundle.spec, device, bundle
         self.id = EngineId("torch", precision)
+        Threads.here(spin=False).for_torch()
         self._generator: OneStep | None = load_one_step(bundle).to(self.device)
         # A teacher's sampler is many evaluations, each of other noise levels.
         captures = kind_of(device) == CUDA and bundle.spec.steps == 1

@@ -63,14 +63,16 @@ class TrialKey:
 class Trial:
     """What an engine did here. problem says why it is not to be used, '' where it is.
 
-    relative_l2 and pixel_difference are the distance from torch's images, None where there was nothing to compare;
-    images_per_s is that of one batch of the reference's images. lasting: whether another trial would end the same way.
+    relative_l2 and pixel_difference are the distance from torch's images, None where there was nothing to compare.
+    images_per_s is that of one batch of the reference's images; or, where benchmark is not '', what the benchmark of that time
+    measured. lasting: whether another trial would end the same way.
     """
 
     problem: str = ""
     relative_l2: float | None = None
     pixel_difference: int | None = None
     images_per_s: float | None = None
+    benchmark: str = ""
     lasting: bool = True
 
 
@@ -122,6 +124,14 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
         return trial
 
 
+def note_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchmark: str) -> bool:
+    """Notes what a benchmark measured in place of the trial's own speed; whether the cache could be written."""
+    measured = replace(trial or Trial(), images_per_s=images_per_s, benchmark=benchmark)
+    with _one_at_a_time:
+        _note(key, measured)
+    return noted(key) == measured
+
+
 def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
     # -P: not what lies in the current folder.
     command = [sys.executable, "-P", "-m", "uni_instruct.engines.trial_worker", str(bundle.resolve()), str(engine_id), device]
@@ -151,4 +161,5 @@ def _is_plausible(trial: Trial) -> bool:
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
     numbers = (trial.relative_l2, trial.pixel_difference, trial.images_per_s)
-    return isinstance(trial.problem, str) and all(map(is_number, numbers)) and bool(trial.problem or trial.images_per_s)
+    texts = isinstance(trial.problem, str) and isinstance(trial.benchmark, str)
+    return texts and all(map(is_number, numbers)) and bool(trial.problem or trial.images_per_s)

@@ -1,7 +1,6 @@
 """Runs one engine of a bundle on its reference images, in a process that may die of it. Needs no torch, unless torch is tried.
 
-`trial.try_engine` calls it as `python -m uni_instruct.engines.trial_worker BUNDLE ENGINE_ID DEVICE`; it prints a `Trial` as
-JSON.
+`trial.try_engine` calls it as `python -m uni_instruct.engines.trial_worker BUNDLE ENGINE_ID DEVICE`; it prints a `Trial`.
 """
 
 import json

@@ -16,7 +16,6 @@ from builders.bundles import ONNX, random_bundle
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import TORCH, EngineId, available_engines, open_engine
 from uni_instruct.engines import onnxruntime as onnx_engine
-from uni_instruct.engines import threads
 from uni_instruct.engines.onnxruntime import OnnxEngine
 from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
@@ -111,15 +110,6 @@ def test_the_fastest_engine_that_was_exported_is_opened(exported_bundle: Bundle,
         open_engine(tiny_bundle, "onnx")
     with pytest.raises(RequestError, match="engine 'gpu' is unknown; choose one of onnx, openvino, torch, torch-fp32"):
         open_engine(tiny_bundle, "gpu")
-
-
-@pytest.mark.parametrize("spin", [True, False])
-def test_threads_spin_as_asked_and_images_do_not_depend_on_it(spin: bool, exported_bundle: Bundle) -> None:
-    engine: Any = open_engine(exported_bundle, "onnx", spin=spin)
-    options = engine._session.get_session_options()
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
-    images = generate_images(engine, SEEDS, resolve_class_ids(exported_bundle.spec, SEEDS), 64)
-    np.testing.assert_array_equal(images, images_of(exported_bundle, "onnx", 64))
 
 
 @pytest.mark.parametrize(
@@ -250,26 +240,3 @@ def test_a_missing_runtime_names_the_extra(exported_bundle: Bundle, monkeypatch:
     with pytest.raises(MissingExtraError, match=r"pip install 'uni-instruct\[serve\]'") as caught:
         OnnxEngine(exported_bundle, exported_bundle.engines()[ONNX])
     assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("quota", "wanted", "expected"),
-    [
-        ("max 100000", "", None),
-        ("100000 100000", "", 1),
-        ("150000 100000", "", 2),
-        ("max 100000", "1", 1),
-        ("max 100000", "4096", None),
-        ("max 100000", "0", 1),
-        ("max 100000", "2,1", None),
-        ("50000 100000", "8", 1),
-    ],
-)
-def test_threads_follow_the_cpus_the_quota_and_the_user(
-    quota: str, wanted: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu.max").write_text(quota + "\n")
-    monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-    here = len(os.sched_getaffinity(0))
-    assert threads.usable_cpus() == min(here, expected or here)
