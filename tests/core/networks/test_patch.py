@@ -14,7 +14,6 @@ from builders.patches import SHAPE, SIGMA, filled, permuted, shuffle, spec_of, t
 from uni_instruct.networks.build import NETWORKS, PATCHES
 from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
-from uni_instruct.networks.flops import count_flops
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.one_step import one_step
 from uni_instruct.networks.preconditioning import IDDPM
