@@ -2,7 +2,8 @@
 
 `python benchmarks/threads.py [BUNDLE] [--busy 0,1] [--batches 1,16,64] [--rounds 9]`: ONNX Runtime's threads spinning and
 sleeping, each also bound to cores; OpenVINO's in one stream and in one a CPU, where the bundle has its engine. All take turns,
-alone and beside that many processes that do nothing but count; figures are medians, ratios are taken within a round. The machine's own load is printed with them: on one that has other work, "beside 0" is no idle machine.
+alone and beside that many processes that do nothing but count; figures are medians, ratios are taken within a round. The
+machine's own load is printed with them: on one that has other work, "beside 0" is no idle machine.
 """
 
 import argparse
