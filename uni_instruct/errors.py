@@ -17,7 +17,7 @@ class UniInstructError(Exception):
         self.param = param
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions are pickled as their message alone, which no constructor here takes; workers send theirs to who started them.
+        # Exceptions are pickled as their message alone, which no constructor here takes. Workers send theirs.
         return _rebuilt, (type(self), self.problem, self.remedy, self.param)
 
 

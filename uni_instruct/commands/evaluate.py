@@ -1,30 +1,32 @@
 """`uni-instruct evaluate`: how far generated images are from a data set."""
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import rich_click as click
 
-from uni_instruct import __version__
 from uni_instruct.bundle import Bundle, is_bundle, shipped_generators
+from uni_instruct.commands.evaluate_report import print_scores, score_facts
+from uni_instruct.commands.staff_options import ray_option, workers_option
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
-from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
+from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Statistics, open_reference, write_statistics
 from uni_instruct.evaluate.class_draw import DATA, UNIFORM, DrawnClasses, draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
+from uni_instruct.evaluate.measure import measure
 from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
-from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics, frechet_name
+from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
+from uni_instruct.sampling.staff import Staff
 
 BATCH = 64
 # A larger number is taken for a slip of the keys.
 MAX_SAMPLES = 10_000_000
+# Without a word there are three sets where no more pixels than these are to be made for one, and a covariance is not singular.
+QUICK_SETS, QUICK_VALUES, MIN_SAMPLES_OF_SETS = 3, 500_000, 1000
 
 
 @click.command()
@@ -41,12 +43,19 @@ MAX_SAMPLES = 10_000_000
 @click.option("--seed", type=click.IntRange(0), help="First seed. [default: 0]")
 @click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
 @click.option(
+    "--sets",
+    type=click.IntRange(1, 100),
+    help="Disjoint sets of seeds, --samples each (--seeds is divided), for mean and spread. [default: 3 where that is quick]",
+)
+@click.option(
     "--classes",
     type=click.Choice([UNIFORM, DATA]),
     help="How often the seeds draw each class: all alike, or as in the reference. [default: data where it is unbalanced]",
 )
 @click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest here]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
+@workers_option
+@ray_option
 @click.option(
     "--save-statistics",
     type=click.Path(path_type=Path),
@@ -62,9 +71,12 @@ def evaluate(
     samples: int | None,
     seed: int | None,
     seeds_text: str | None,
+    sets: int | None,
     classes: str | None,
     engine: str | None,
     batch: int,
+    workers: int | None,
+    ray_address: str | None,
     save_statistics: Path | None,
     as_json: bool,
 ) -> None:
@@ -73,30 +85,37 @@ def evaluate(
     Colour images from 32 pixels on are compared by InceptionV3 (FID, KID, IS, precision, recall). For others a small classifier
     is trained on the reference once; its distances are named after it and are no FID.
 
+    Features are computed where images are made (--workers, --ray), and no image is stored.
+
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
     # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
     names = check_metrics(metrics.split(",")) if metrics is not None else None
     _check_statistics_path(save_statistics)
+    staff = Staff(workers, ray_address)
     bundle = Bundle.open(images) if is_bundle(images) else None
     if bundle is None:
         options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
-        _check_images_options(options)
+        _check_images_options(options | {"--sets": sets})
     reference = open_reference(reference_source)
-    seeds = _seeds(seeds_text, seed, samples, reference)
+    count = _sets(sets, seeds_text, samples, bundle, reference)
+    seeds = _seeds(seeds_text, seed, samples, reference, count)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
     if bundle is None:
-        sources = {"images": dataset_samples(_open_images(images), samples, batch, reference)}
+        sources = {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
     else:
         sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids)}
         if teacher is not None:
             sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how)
-    evaluator = _evaluator(reference, extractor, sources, names)
+    evaluator = _evaluator(reference, extractor, sources, names, count)
     if save_statistics is not None:
         write_statistics(evaluator.statistics(), save_statistics)
-    scores = {role: _score(evaluator, role, source, names) for role, source in sources.items()}
-    facts = _facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
-    click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts)
+    scores = {
+        role: measure(evaluator, source.parts(count), names, staff, progress, f"score {role}")
+        for role, source in sources.items()
+    }
+    facts = score_facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
+    click.echo(json.dumps(facts, indent=2)) if as_json else print_scores(facts)
 
 
 def _teacher_samples(teacher: Bundle, seeds: list[int], batch: int, reference: Dataset | Statistics, how: str) -> SampleSource:
@@ -106,7 +125,7 @@ def _teacher_samples(teacher: Bundle, seeds: list[int], batch: int, reference: D
 
 
 def _evaluator(
-    reference: Dataset | Statistics, extractor: str, sources: dict[str, SampleSource], metrics: list[str] | None
+    reference: Dataset | Statistics, extractor: str, sources: dict[str, SampleSource], metrics: list[str] | None, sets: int
 ) -> Evaluator:
     """The evaluator. Raises RequestError for whatever would make the sources' scores impossible, before any image is made."""
     for source in sources.values():
@@ -114,7 +133,7 @@ def _evaluator(
             check_shape(source.image_shape, reference.image_shape)
     evaluator = Evaluator(reference, extractor, progress)
     for source in sources.values():
-        evaluator.check(metrics, source.count, source.class_ids is not None)
+        evaluator.check(metrics, source.count // sets, source.expected is not None)
     return evaluator
 
 
@@ -145,109 +164,35 @@ def _check_statistics_path(path: Path | None) -> None:
         )
 
 
-def _seeds(text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics) -> list[int]:
+def _sets(
+    wanted: int | None, seeds: str | None, samples: int | None, bundle: Bundle | None, reference: Dataset | Statistics
+) -> int:
+    """How many sets of seeds are scored: as many as asked for, else several where their images take seconds."""
+    if wanted is not None or bundle is None or seeds is not None:
+        return wanted or 1
+    count = samples or len(reference) or PUBLISHED_SAMPLES
+    cost = count * math.prod(bundle.spec.image_shape) * bundle.spec.steps
+    return QUICK_SETS if count >= MIN_SAMPLES_OF_SETS and cost <= QUICK_VALUES else 1
+
+
+def _seeds(text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics, sets: int) -> list[int]:
     if text is not None:
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
-        return parse_seeds(text)
+        seeds = parse_seeds(text)
+        if len(seeds) % sets or len(seeds) < sets:
+            raise RequestError(
+                f"{len(seeds)} seeds cannot be divided into {sets} equal sets", remedy="give a multiple of --sets", param="sets"
+            )
+        if sets > 1 and len(set(seeds)) < len(seeds):
+            raise RequestError("sets of seeds that share some are not disjoint", remedy="give each seed once", param="seeds")
+        return seeds
     # By default as many as the reference has, or as publications use: a Frechet distance depends on the number of images.
     start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
-    return parse_seeds(f"{start}-{start + count - 1}")
+    return parse_seeds(f"{start}-{start + count * sets - 1}")
 
 
 def _seeds_text(seeds: list[int]) -> str:
     """'0-1796' where the seeds are consecutive, else how many there are."""
     consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     return f"{seeds[0]}-{seeds[-1]}" if consecutive else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
-
-
-def _score(evaluator: Evaluator, role: str, source: SampleSource, metrics: list[str] | None) -> Scores:
-    with progress(f"score {role}", source.count, "images") as bar:
-
-        def with_progress() -> Iterator[np.ndarray]:
-            for batch in source.batches():
-                yield batch
-                bar.advance(len(batch))
-
-        return evaluator.score_batches(with_progress(), source.class_ids, metrics)
-
-
-def _facts(
-    evaluator: Evaluator,
-    sources: dict[str, SampleSource],
-    scores: dict[str, Scores],
-    seeds: str | None,
-    drawn: DrawnClasses,
-) -> dict[str, Any]:
-    extractor, reference = evaluator.extractor, evaluator.reference
-    notes = [drawn.note, reference.note if isinstance(reference, Dataset) else ""]
-    notes += [note for role in sources for note in (*scores[role].notes, sources[role].note) if note]
-    return {
-        "reference": {"name": reference.name, "samples": len(reference)},
-        "extractor": {
-            "name": extractor.name,
-            "sha256": extractor.sha256,
-            "heldout_accuracy": extractor.heldout_accuracy,
-        },
-        "seeds": seeds,
-        "classes": drawn.how or None,
-        "scores": {
-            role: {
-                "source": source.source,
-                "engine": source.engine or None,
-                "weights_sha256": source.weights_sha256 or None,
-                "samples": source.count,
-                "values": scores[role].values,
-            }
-            for role, source in sources.items()
-        },
-        "distance_to_teacher_ratio": _ratio(scores, frechet_name(extractor)),
-        "notes": list(dict.fromkeys(filter(None, notes))),
-        "versions": {"uni-instruct": __version__}
-        | {package: version(package) for package in ("torch", "torch-fidelity", "numpy")},
-    }
-
-
-def _ratio(scores: dict[str, Scores], distance: str) -> float | None:
-    """The generator's Frechet distance over its teacher's; None where either was not measured."""
-    # A distance alone says little; beside the teacher's it says how much the distillation lost.
-    values = [scores[role].values.get(distance) for role in ("generator", "teacher") if role in scores]
-    if len(values) < 2 or values[0] is None or not values[1]:
-        return None
-    return values[0] / values[1]
-
-
-def _print(facts: dict[str, Any]) -> None:
-    roles: dict[str, Any] = facts["scores"]
-    for role, score in roles.items():
-        classes = f", classes {facts['classes']}" if facts["classes"] else ""
-        made_by = f" on {score['engine']}, seeds {facts['seeds']}{classes}" if score["engine"] else ""
-        click.echo(f"{role}: {score['samples']} images of {score['source']}{made_by}")
-    reference, extractor = facts["reference"], facts["extractor"]
-    size = f", {reference['samples']} images" if reference["samples"] else ""
-    click.echo(f"reference: {reference['name']}{size}")
-    accuracy = extractor["heldout_accuracy"]
-    skill = "" if accuracy is None else f", right on {accuracy:.1%} of held-out images"
-    click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}")
-    # A table for eyes, lines for grep.
-    (_print_table if sys.stdout.isatty() else _print_lines)(roles)
-    if facts["distance_to_teacher_ratio"] is not None:
-        click.echo(f"distance to the reference: {facts['distance_to_teacher_ratio']:.2f} times the teacher's")
-    for note in facts["notes"]:
-        click.echo(f"note: {note}")
-
-
-def _print_table(roles: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("metric", *roles)
-    for name in next(iter(roles.values()))["values"]:
-        table.add_row(name, *(f"{score['values'][name]:.4g}" if name in score["values"] else "" for score in roles.values()))
-    Console().print(table)
-
-
-def _print_lines(roles: dict[str, Any]) -> None:
-    for role, score in roles.items():
-        for name, value in score["values"].items():
-            click.echo(f"{role} {name}: {value:.4g}")

@@ -32,7 +32,9 @@ class TarStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
-        self._tars = naturally_sorted(entry.name for entry in path.iterdir() if entry.suffix == ".tar") if path.is_dir() else [""]
+        self._tars = (
+            naturally_sorted(entry.name for entry in path.iterdir() if entry.suffix == ".tar") if path.is_dir() else [""]
+        )
         self._places: dict[str, tuple[int, int, int]] = {}  # name -> which tar, where in it, how long
         for number, tar in enumerate(self._tars):
             self._index(number, path / tar if tar else path)
@@ -66,7 +68,7 @@ class TarStore:
                             self.repeated.append(name)
                         self._places[name] = number, member.offset_data, member.size
                     archive.members = []  # type: ignore[attr-defined]  # or it keeps a kilobyte for each
-        except UNREADABLE + (tarfile.TarError,) as error:
+        except (*UNREADABLE, tarfile.TarError) as error:
             packed = "it is compressed" if tar.open("rb").read(2) == b"\x1f\x8b" else reason_of(error)
             raise FileFormatError(f"{tar} is not a whole tar: {packed}", remedy="unpack or copy it again") from error
 

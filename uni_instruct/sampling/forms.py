@@ -1,4 +1,4 @@
-"""The forms of a finished sample set: a folder of PNGs or of tar shards, an npz, a zip. Each is written whole or not at all, and read back."""
+"""The forms of a finished sample set: a folder of PNGs or tars, an npz, a zip. Each is written whole or not at all."""
 
 import hashlib
 import json

@@ -3,6 +3,8 @@
 import hashlib
 import importlib
 import logging
+import os
+import socket
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,17 @@ from types import ModuleType
 from typing import Any, Generic
 
 from uni_instruct import __version__
-from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
 from uni_instruct.files import atomic_folder, cache_folder, sha256
 from uni_instruct.sampling.pool import Deaths, Job, Shard, T, Task, failure
 
 # The address that means a Ray of our own on this machine.
 LOCAL = "local"
+_CONNECT_S = 10.0
+# Ray gives itself 30 s to start, which a busy machine may exceed once.
+_STARTS = 3
+_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 class RayPool(Generic[T]):
@@ -28,7 +35,7 @@ class RayPool(Generic[T]):
 
     def __init__(self, job: Job[T], count: int | None, address: str = LOCAL):
         self._ray = import_ray()
-        self._ours = _connect(self._ray, address)
+        self._ours = _connect(self._ray, address, count)
         resources = self._ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
         self._count = count or gpus or cpus
@@ -140,19 +147,24 @@ class Actor:
 
 def import_ray() -> ModuleType:
     """Ray. Raises MissingExtraError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns otherwise where an actor has no GPU
     try:
         return importlib.import_module("ray")
     except ModuleNotFoundError as error:
         raise MissingExtraError("ray", extra="ray") from error
 
 
-def _connect(ray: ModuleType, address: str) -> bool:
+def _connect(ray: ModuleType, address: str, count: int | None) -> bool:
     """Connects this process; whether the connection is ours to end. Raises RequestError."""
     if ray.is_initialized():
         return False
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == LOCAL:
+        _start_local(ray, count or usable_cpus())
+        return True
+    _check_listens(address)
     try:
-        ray.init(**({"include_dashboard": False} if address == LOCAL else {"address": address}), **quiet)
+        ray.init(address=address, **_QUIET)
     except Exception as error:  # Ray raises RuntimeError, ConnectionError, ValueError, or gRPC's own
         reason = " ".join(str(error).split())
         if "ersion mismatch" in reason:
@@ -161,12 +173,41 @@ def _connect(ray: ModuleType, address: str) -> bool:
                 remedy=f"install the same ray and Python here as there (ray {ray.__version__} is here)",
                 param="ray",
             ) from error
-        raise RequestError(
-            f"there is no Ray cluster at {address}: {reason[:200]}",
-            remedy="give its HOST:PORT, or --ray alone for this machine; 'ray start --head' starts one",
-            param="ray",
-        ) from error
+        raise _no_cluster(address, reason[:200]) from error
     return True
+
+
+def _start_local(ray: ModuleType, cpus: int) -> None:
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **_QUIET)
+            return
+        except Exception as error:  # of no class of its own
+            ray.shutdown()
+            if not left:
+                reason = " ".join(str(error).split())[:300]
+                raise UniInstructError(f"Ray does not start: {reason}", remedy="use --workers in place of --ray") from error
+
+
+def _check_listens(address: str) -> None:
+    """Raises RequestError where nothing listens: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        if address != "auto" and not address.startswith("ray://"):
+            raise _no_cluster(address, "that is no HOST:PORT")
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _no_cluster(address: str, reason: str) -> RequestError:
+    return RequestError(
+        f"there is no Ray cluster at {address}: {reason}",
+        remedy="give its HOST:PORT, or --ray alone for this machine; 'ray start --head' starts one",
+        param="ray",
+    )
 
 
 def _contents(path: Path) -> tuple[str, dict[str, bytes]]:

@@ -179,8 +179,8 @@ def open_run(request: SampleRequest, out: Path, *, shared: bool = False, part: P
     """The request's run, at the point where others left it or are. What is done survives a failure.
 
     shared: several processes, of any machines that see the folder, may open the same run at once, each with the same request;
-    otherwise one has it to itself. part: what of it this process is to make. Raises RequestError where `out` or its run hold another request, cannot hold this one, or
-    are another's; DiskError where nothing can be written.
+    otherwise one has it to itself. part: what of it this process is to make. Raises RequestError where `out` or its run hold
+    another request, cannot hold this one, or are another's; DiskError where nothing can be written.
     """
     form_of(out).check(request.spec, request.seeds)
     folder = _work_folder(out)

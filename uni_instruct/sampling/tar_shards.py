@@ -98,5 +98,3 @@ def _npy(array: np.ndarray) -> bytes:
     np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
     file.seek(0)
     return file.read()
-
-
