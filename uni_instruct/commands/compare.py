@@ -72,7 +72,9 @@ def _results(text: str) -> list[_Result]:
     results = [_Result(Path(part)) for part in ([text] if whole else text.split(","))]
     weights = [result.generator.get("weights_sha256") for result in results]
     if len(set(weights)) < len(weights):
-        raise RequestError(f"{text} has the same weights twice", remedy="give each training once; --sets scores one several times")
+        raise RequestError(
+            f"{text} has the same weights twice", remedy="give each training once; --sets scores one several times"
+        )
     return results
 
 
