@@ -12,7 +12,7 @@ from uni_instruct.commands.evaluate_report import print_scores, score_facts
 from uni_instruct.commands.staff_options import ray_option, workers_option
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
-from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Statistics, open_reference, write_statistics
+from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
 from uni_instruct.evaluate.class_draw import DATA, UNIFORM, DrawnClasses, draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
 from uni_instruct.evaluate.measure import measure
@@ -85,8 +85,6 @@ def evaluate(
     Colour images from 32 pixels on are compared by InceptionV3 (FID, KID, IS, precision, recall). For others a small classifier
     is trained on the reference once; its distances are named after it and are no FID.
 
-    Features are computed where images are made (--workers, --ray), and no image is stored.
-
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
     # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
@@ -94,28 +92,45 @@ def evaluate(
     _check_statistics_path(save_statistics)
     staff = Staff(workers, ray_address)
     bundle = Bundle.open(images) if is_bundle(images) else None
-    if bundle is None:
-        options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
-        _check_images_options(options | {"--sets": sets})
+    given = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
+    _check_images_options(bundle, given | {"--sets": sets})
     reference = open_reference(reference_source)
     count = _sets(sets, seeds_text, samples, bundle, reference)
     seeds = _seeds(seeds_text, seed, samples, reference, count)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
-    if bundle is None:
-        sources = {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
+    if bundle is not None:
+        sources = _bundle_sources(bundle, teacher, seeds, engine, batch, reference, drawn)
     else:
-        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids)}
-        if teacher is not None:
-            sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how)
+        sources = {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
     evaluator = _evaluator(reference, extractor, sources, names, count)
-    if save_statistics is not None:
-        write_statistics(evaluator.statistics(), save_statistics)
-    scores = {
-        role: measure(evaluator, source.parts(count), names, staff, progress, f"score {role}")
-        for role, source in sources.items()
-    }
+    _save_statistics(evaluator, save_statistics)
+    scores = {role: _score(evaluator, role, source.parts(count), names, staff) for role, source in sources.items()}
     facts = score_facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
     click.echo(json.dumps(facts, indent=2)) if as_json else print_scores(facts)
+
+
+def _score(evaluator: Evaluator, role: str, sets: list[SampleSource], metrics: list[str] | None, staff: Staff) -> list[Scores]:
+    return measure(evaluator, sets, metrics, staff, progress, f"score {role}")
+
+
+def _save_statistics(evaluator: Evaluator, path: Path | None) -> None:
+    if path is not None:
+        write_statistics(evaluator.statistics(), path)
+
+
+def _bundle_sources(
+    bundle: Bundle,
+    teacher: str | None,
+    seeds: list[int],
+    engine: str | None,
+    batch: int,
+    reference: Dataset | Statistics,
+    drawn: DrawnClasses,
+) -> dict[str, SampleSource]:
+    sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids)}
+    if teacher is not None:
+        sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how)
+    return sources
 
 
 def _teacher_samples(teacher: Bundle, seeds: list[int], batch: int, reference: Dataset | Statistics, how: str) -> SampleSource:
@@ -148,10 +163,10 @@ def _open_images(images: str) -> Dataset:
     return open_dataset(images)
 
 
-def _check_images_options(options: Mapping[str, object]) -> None:
+def _check_images_options(bundle: Bundle | None, options: Mapping[str, object]) -> None:
     """Raises RequestError for an option that only a bundle can follow."""
     given = next((name for name, value in options.items() if value is not None), None)
-    if given:
+    if given and bundle is None:
         raise RequestError(f"{given} needs a bundle, and images were given", remedy=f"leave {given} out", param=given)
 
 

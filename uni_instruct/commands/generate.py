@@ -83,24 +83,16 @@ def generate(
 
     Interrupted, the same command goes on where it was. An --out that holds something else is never overwritten.
 
-    Several processes (--workers), machines (--ray) or jobs (--shard) make the same bytes as one.
-
     Example: uni-instruct generate digits --seeds 0-159 --by-class --out samples --grid samples.png
     """
     seeds, part = parse_seeds(seeds_text), Part.parse(part_text) if part_text is not None else None
     staff = Staff(workers, ray_address)
     _check_paths(out, grid_path, len(seeds))
-    if out is None and (part or staff.wanted):
-        raise RequestError("--workers, --ray and --shard write a set", remedy="give --out", param="out")
-    if part and grid_path:
-        raise RequestError("a part alone has no grid", remedy="leave --grid out, and give it once all is done", param="grid")
+    _check_sharing(out, grid_path, staff, part)
     opened = Bundle.open(bundle)
     if grid_path:
         opened.check_makes_pictures()
-    if by_classes and classes:
-        raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
-    if shares and (by_classes or classes):
-        raise RequestError("--classes says how seeds draw classes, and they are given", remedy="leave one out", param="classes")
+    _check_classes(by_classes, classes, shares)
     class_ids = resolve_class_ids(
         opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes, _shares(opened.spec, shares)
     )
@@ -116,6 +108,20 @@ def generate(
     how = shares or (UNIFORM if opened.spec.num_classes and not by_classes and not classes else None)
     facts = request.facts() | {"out": str(out or grid_path), "already": already, "classes": how, "shard": part_text}
     _report(facts | {"complete": out is None or is_finished(request, out)}, as_json)
+
+
+def _check_sharing(out: Path | None, grid_path: Path | None, staff: Staff, part: Part | None) -> None:
+    if out is None and (part or staff.wanted):
+        raise RequestError("--workers, --ray and --shard write a set", remedy="give --out", param="out")
+    if part and grid_path:
+        raise RequestError("a part alone has no grid", remedy="leave --grid out, and give it once all is done", param="grid")
+
+
+def _check_classes(by_classes: bool, classes: tuple[str, ...], shares: str | None) -> None:
+    if by_classes and classes:
+        raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
+    if shares and (by_classes or classes):
+        raise RequestError("--classes says how seeds draw classes, and they are given", remedy="leave one out", param="classes")
 
 
 def _shares(spec: ModelSpec, wanted: str | None) -> np.ndarray | None:

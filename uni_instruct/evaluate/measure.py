@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryJob:
-    """Summaries of tasks, for workers: see `sampling.pool.Job`."""
+    """Summaries of tasks, for workers: see `sampling.pool.WorkerJob`."""
 
     images: BundleImages | DatasetImages
     extractor: ExtractorFile
@@ -46,7 +46,7 @@ class SummaryJob:
         return [*self.images.paths(), self.extractor.path]
 
     def moved(self, places: Mapping[Path, Path]) -> "SummaryJob":
-        """See Job."""
+        """See WorkerJob."""
         path = places.get(self.extractor.path, self.extractor.path)
         return replace(self, images=self.images.moved(places), extractor=replace(self.extractor, path=path))
 

@@ -37,7 +37,7 @@ class Task(NamedTuple):
     expected: np.ndarray | None = None
 
 
-class Job(Protocol[T_co]):
+class WorkerJob(Protocol[T_co]):
     """What workers do. It is pickled to them, so it holds names and numbers, and opens what it needs where they run."""
 
     def open(self) -> Callable[[Task], T_co]:
@@ -48,7 +48,7 @@ class Job(Protocol[T_co]):
         """Files and folders that it reads, for workers on machines that do not have them."""
         ...
 
-    def moved(self, places: Mapping[Path, Path]) -> "Job[T_co]":
+    def moved(self, places: Mapping[Path, Path]) -> "WorkerJob[T_co]":
         """The same job where those paths stand elsewhere."""
         ...
 
@@ -82,7 +82,7 @@ class ImageJob:
     batch: int
 
     def open(self) -> Callable[[Task], np.ndarray]:
-        """See Job."""
+        """See WorkerJob."""
         # Other workers want the cores as well.
         engine = open_engine(Bundle.open(self.bundle), self.engine, spin=False)
         return lambda task: np.concatenate(list(generate_batches(engine, task.seeds, task.class_ids, self.batch)))
@@ -92,7 +92,7 @@ class ImageJob:
         return [self.bundle]
 
     def moved(self, places: Mapping[Path, Path]) -> "ImageJob":
-        """See Job."""
+        """See WorkerJob."""
         return ImageJob(bundle=places.get(self.bundle, self.bundle), engine=self.engine, batch=self.batch)
 
 

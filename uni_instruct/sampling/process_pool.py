@@ -14,7 +14,7 @@ from typing import Generic
 
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import UniInstructError
-from uni_instruct.sampling.pool import Deaths, Job, Shard, T, Task, failure
+from uni_instruct.sampling.pool import Deaths, WorkerJob, Shard, T, Task, failure
 
 # Workers that may die one after the other before any has started, each.
 MAX_FAILED_STARTS = 5
@@ -27,7 +27,7 @@ class ProcessPool(Generic[T]):
     A process that dies is replaced. When this process ends, however it ends, they end too.
     """
 
-    def __init__(self, job: Job[T], count: int):
+    def __init__(self, job: WorkerJob[T], count: int):
         self._job, self._deaths, self._failed_starts = job, Deaths[T]({}), 0
         self._again: deque[Task] = deque()
         # Fresh processes, not forks: a fork of a process with threads (torch, ONNX Runtime) can hang.
@@ -122,7 +122,7 @@ class _Worker:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _work(pipe: Connection, job: Job[T], environment: dict[str, str]) -> None:
+def _work(pipe: Connection, job: WorkerJob[T], environment: dict[str, str]) -> None:
     """A worker's life: opens the job, says so, and answers each task until the other end is closed."""
     os.environ.update(environment)  # before torch or a runtime is loaded
     shard: Shard | None = None

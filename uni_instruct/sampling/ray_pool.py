@@ -15,7 +15,7 @@ from uni_instruct import __version__
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
 from uni_instruct.files import atomic_folder, cache_folder, sha256
-from uni_instruct.sampling.pool import Deaths, Job, Shard, T, Task, failure
+from uni_instruct.sampling.pool import Deaths, WorkerJob, Shard, T, Task, failure
 
 # The address that means a Ray of our own on this machine.
 LOCAL = "local"
@@ -33,7 +33,7 @@ class RayPool(Generic[T]):
     Raises MissingExtraError without Ray, RequestError where there is no such cluster or one of another version.
     """
 
-    def __init__(self, job: Job[T], count: int | None, address: str = LOCAL):
+    def __init__(self, job: WorkerJob[T], count: int | None, address: str = LOCAL):
         self._ray = import_ray()
         self._ours = _connect(self._ray, address, count)
         resources = self._ray.cluster_resources()
@@ -129,7 +129,7 @@ class RayPool(Generic[T]):
 class Actor:
     """What lives in a Ray worker: the opened job."""
 
-    def open(self, job: Job[Any], files: list[tuple[str, Any]], version: str) -> None:
+    def open(self, job: WorkerJob[Any], files: list[tuple[str, Any]], version: str) -> None:
         """Puts the files in their place, once a node, and opens the job. Raises RequestError for another version of ours."""
         if version != __version__:
             raise RequestError(

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from uni_instruct.sampling.pool import Job, Pool
+from uni_instruct.sampling.pool import WorkerJob, Pool
 from uni_instruct.sampling.process_pool import ProcessPool
 from uni_instruct.sampling.ray_pool import LOCAL, RayPool, import_ray
 
@@ -33,7 +33,7 @@ class Staff:
         """Whether anybody but this process is asked for."""
         return self.workers is not None or self.ray_address is not None
 
-    def pool(self, job: Job[T]) -> AbstractContextManager[Pool[T]]:
+    def pool(self, job: WorkerJob[T]) -> AbstractContextManager[Pool[T]]:
         """The workers, opening the job."""
         if self.ray_address is not None:
             return RayPool(job, self.workers, self.ray_address)
