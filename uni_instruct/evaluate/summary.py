@@ -64,10 +64,9 @@ class Summary:
         self.second += later.second
         self.right += later.right
         self.kept.extend(later.kept)
-        if self.probabilities is not None:
-            self.probabilities += later.probabilities
-            self.negative_entropy += later.negative_entropy
-            self.split_counts += later.split_counts
+        self.probabilities = _sum(self.probabilities, later.probabilities)
+        self.negative_entropy = _sum(self.negative_entropy, later.negative_entropy)
+        self.split_counts = _sum(self.split_counts, later.split_counts)
 
     def kept_features(self) -> np.ndarray:
         """Features float32 [K, D]."""
@@ -93,6 +92,10 @@ class Summary:
             marginal = (probabilities / count).clip(np.finfo(np.float64).tiny)  # 0 log 0 is 0
             scores.append(np.exp(negative_entropy / count - (marginal * np.log(marginal)).sum()))
         return float(np.mean(scores))
+
+
+def _sum(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else first + second
 
 
 def summed_up(
