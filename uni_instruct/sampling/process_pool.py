@@ -14,7 +14,7 @@ from typing import Generic
 
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import UniInstructError
-from uni_instruct.sampling.pool import Deaths, WorkerJob, Shard, T, Task, failure
+from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
 
 # Workers that may die one after the other before any has started, each.
 MAX_FAILED_STARTS = 5

@@ -15,7 +15,7 @@ from uni_instruct import __version__
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
 from uni_instruct.files import atomic_folder, cache_folder, sha256
-from uni_instruct.sampling.pool import Deaths, WorkerJob, Shard, T, Task, failure
+from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
 
 # The address that means a Ray of our own on this machine.
 LOCAL = "local"

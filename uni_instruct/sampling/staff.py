@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from uni_instruct.sampling.pool import WorkerJob, Pool
+from uni_instruct.sampling.pool import Pool, WorkerJob
 from uni_instruct.sampling.process_pool import ProcessPool
 from uni_instruct.sampling.ray_pool import LOCAL, RayPool, import_ray
 
