@@ -119,7 +119,8 @@ def _scores(scores: Sequence[Mapping[str, Any]], weights_sha256: str) -> str:
         for role, score in facts["scores"].items():
             for metric, value in score["values"].items():
                 cells = rows.setdefault(metric if role == "generator" else f"{role}: {metric}", [""] * len(scores))
-                cells[column] = f"{value:.4g}"
+                spread = f" +- {score['spread'][metric]:.2g}" if "spread" in score else ""
+                cells[column] = f"{value:.4g}{spread}"
     heads = [f"seeds {facts['seeds']}" for facts in scores]
     lines = [["", *heads], ["---"] * (len(heads) + 1), *([name, *cells] for name, cells in rows.items())]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -134,7 +135,9 @@ def _command(facts: Mapping[str, Any]) -> str:
     # Of colour, and so by default, InceptionV3 would be asked for features.
     judged = any("-classifier)" in name for name in facts["scores"]["generator"]["values"])
     extractor = " --extractor classifier" if judged else ""
-    return f"uni-instruct evaluate . --reference {facts['reference']['name']} --seeds {facts['seeds']}{extractor}{teacher}"
+    sets = f" --sets {facts['sets']}" if facts.get("sets", 1) > 1 else ""
+    seeds = f"--seeds {facts['seeds']}{sets}"
+    return f"uni-instruct evaluate . --reference {facts['reference']['name']} {seeds}{extractor}{teacher}"
 
 
 def _training(provenance: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ COMMANDS = {
         "uni_instruct.commands.evaluate:evaluate",
         "Score a generator or images against a data set.",
     ),
+    "compare": ("uni_instruct.commands.compare:compare", "Say whether one generator scores better than another."),
     "serve": ("uni_instruct.serve.command:serve", "Serve a generator over HTTP, with a web demo under /ui."),
     "inspect": ("uni_instruct.commands.inspect:inspect", "Say what is in a bundle or a data set."),
 }

@@ -16,6 +16,16 @@ class UniInstructError(Exception):
         self.remedy = remedy
         self.param = param
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are pickled as their message alone, which no constructor here takes. Workers send theirs.
+        return _rebuilt, (type(self), self.problem, self.remedy, self.param)
+
+
+def _rebuilt(kind: type[UniInstructError], problem: str, remedy: str, param: str | None) -> UniInstructError:
+    error = kind.__new__(kind)
+    UniInstructError.__init__(error, problem, remedy=remedy, param=param)
+    return error
+
 
 class RequestError(UniInstructError):
     """The request was wrong: an unknown name, a bad value, a missing file."""

@@ -1,30 +1,32 @@
 """`uni-instruct evaluate`: how far generated images are from a data set."""
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import rich_click as click
 
-from uni_instruct import __version__
 from uni_instruct.bundle import Bundle, is_bundle, shipped_generators
+from uni_instruct.commands.evaluate_report import print_scores, score_facts
+from uni_instruct.commands.staff_options import ray_option, workers_option
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
 from uni_instruct.evaluate.class_draw import DATA, UNIFORM, DrawnClasses, draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
+from uni_instruct.evaluate.measure import measure
 from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
-from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_count, check_metrics, frechet_name
+from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_count, check_metrics
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
+from uni_instruct.sampling.staff import Staff
 
 BATCH = 64
 # A larger number is taken for a slip of the keys.
 MAX_SAMPLES = 10_000_000
+# Without a word there are three sets where no more pixels than these are to be made for one, and a covariance is not singular.
+QUICK_SETS, QUICK_VALUES, MIN_SAMPLES_OF_SETS = 3, 500_000, 1000
 
 
 @click.command()
@@ -41,6 +43,11 @@ MAX_SAMPLES = 10_000_000
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="First seed. [default: 0]")
 @click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
 @click.option(
+    "--sets",
+    type=click.IntRange(1, 100),
+    help="Disjoint sets of seeds, --samples each (--seeds is divided), for mean and spread. [default: 3 where that is quick]",
+)
+@click.option(
     "--classes",
     type=click.Choice([UNIFORM, DATA]),
     help="How often the seeds draw each class: all alike, or as in the reference. [default: data where it is unbalanced]",
@@ -48,6 +55,8 @@ MAX_SAMPLES = 10_000_000
 @click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest here]")
 @click.option("--device", help="Where the engine runs: cpu, cuda or cuda:1. [default: a GPU where it can use one]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
+@workers_option
+@ray_option
 @click.option(
     "--save-statistics",
     type=click.Path(path_type=Path),
@@ -63,10 +72,13 @@ def evaluate(
     samples: int | None,
     seed: int | None,
     seeds_text: str | None,
+    sets: int | None,
     classes: str | None,
     engine: str | None,
     device: str | None,
     batch: int,
+    workers: int | None,
+    ray_address: str | None,
     save_statistics: Path | None,
     as_json: bool,
 ) -> None:
@@ -80,25 +92,49 @@ def evaluate(
     # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
     names = check_metrics(metrics.split(",")) if metrics is not None else None
     _check_statistics_path(save_statistics)
+    staff = Staff(workers, ray_address)
+    staff.check_device(device)
     bundle = Bundle.open(images) if is_bundle(images) else None
-    if bundle is None:
-        options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes}
-        _check_images_options(options | {"--engine": engine, "--device": device})
+    given = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
+    _check_images_options(bundle, given | {"--device": device, "--sets": sets})
     reference = open_reference(reference_source)
-    seeds = _seeds(seeds_text, seed, samples, reference)
+    count = _sets(sets, seeds_text, samples, bundle, reference)
+    seeds = _seeds(seeds_text, seed, samples, reference, count)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
-    if bundle is None:
-        sources = {"images": dataset_samples(_open_images(images), samples, batch, reference)}
+    if bundle is not None:
+        sources = _bundle_sources(bundle, teacher, seeds, engine, device, batch, reference, drawn)
     else:
-        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids, device)}
-        if teacher is not None:
-            sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how, device)
-    evaluator = _evaluator(reference, extractor, sources, names)
-    if save_statistics is not None:
-        write_statistics(evaluator.statistics(), save_statistics)
-    scores = {role: _score(evaluator, role, source, names) for role, source in sources.items()}
-    facts = _facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
-    click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts)
+        sources = {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
+    evaluator = _evaluator(reference, extractor, sources, names, count)
+    _save_statistics(evaluator, save_statistics)
+    scores = {role: _score(evaluator, role, source.parts(count), names, staff) for role, source in sources.items()}
+    facts = score_facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
+    click.echo(json.dumps(facts, indent=2)) if as_json else print_scores(facts)
+
+
+def _score(evaluator: Evaluator, role: str, sets: list[SampleSource], metrics: list[str] | None, staff: Staff) -> list[Scores]:
+    return measure(evaluator, sets, metrics, staff, progress, f"score {role}")
+
+
+def _save_statistics(evaluator: Evaluator, path: Path | None) -> None:
+    if path is not None:
+        write_statistics(evaluator.statistics(), path)
+
+
+def _bundle_sources(
+    bundle: Bundle,
+    teacher: str | None,
+    seeds: list[int],
+    engine: str | None,
+    device: str | None,
+    batch: int,
+    reference: Dataset | Statistics,
+    drawn: DrawnClasses,
+) -> dict[str, SampleSource]:
+    sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids, device)}
+    if teacher is not None:
+        sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how, device)
+    return sources
 
 
 def _teacher_samples(
@@ -110,7 +146,7 @@ def _teacher_samples(
 
 
 def _evaluator(
-    reference: Dataset | Statistics, extractor: str, sources: dict[str, SampleSource], metrics: list[str] | None
+    reference: Dataset | Statistics, extractor: str, sources: dict[str, SampleSource], metrics: list[str] | None, sets: int
 ) -> Evaluator:
     """The evaluator. Raises RequestError for whatever would make the sources' scores impossible, before any image is made."""
     for source in sources.values():
@@ -118,7 +154,7 @@ def _evaluator(
             check_shape(source.image_shape, reference.image_shape)
     evaluator = Evaluator(reference, extractor, progress)
     for source in sources.values():
-        evaluator.check(metrics, source.count, source.class_ids is not None)
+        evaluator.check(metrics, source.count // sets, source.expected is not None)
     return evaluator
 
 
@@ -133,10 +169,10 @@ def _open_images(images: str) -> Dataset:
     return open_dataset(images)
 
 
-def _check_images_options(options: Mapping[str, object]) -> None:
+def _check_images_options(bundle: Bundle | None, options: Mapping[str, object]) -> None:
     """Raises RequestError for an option that only a bundle can follow."""
     given = next((name for name, value in options.items() if value is not None), None)
-    if given:
+    if given and bundle is None:
         raise RequestError(f"{given} needs a bundle, and images were given", remedy=f"leave {given} out", param=given)
 
 
@@ -149,111 +185,36 @@ def _check_statistics_path(path: Path | None) -> None:
         )
 
 
-def _seeds(text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics) -> list[int]:
+def _sets(
+    wanted: int | None, seeds: str | None, samples: int | None, bundle: Bundle | None, reference: Dataset | Statistics
+) -> int:
+    """How many sets of seeds are scored: as many as asked for, else several where their images take seconds."""
+    if wanted is not None or bundle is None or seeds is not None:
+        return wanted or 1
+    count = samples or len(reference) or PUBLISHED_SAMPLES
+    cost = count * math.prod(bundle.spec.image_shape) * bundle.spec.steps
+    return QUICK_SETS if count >= MIN_SAMPLES_OF_SETS and cost <= QUICK_VALUES else 1
+
+
+def _seeds(text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics, sets: int) -> list[int]:
     if text is not None:
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
         seeds = parse_seeds(text)
-        check_count(len(seeds))  # before features of a reference are made, which may take minutes
+        check_count(len(seeds) // max(1, sets))  # before features of a reference are made, which may take minutes
+        if len(seeds) % sets or len(seeds) < sets:
+            raise RequestError(
+                f"{len(seeds)} seeds cannot be divided into {sets} equal sets", remedy="give a multiple of --sets", param="sets"
+            )
+        if sets > 1 and len(set(seeds)) < len(seeds):
+            raise RequestError("sets of seeds that share some are not disjoint", remedy="give each seed once", param="seeds")
         return seeds
     # By default as many as the reference has, or as publications use: a Frechet distance depends on the number of images.
     start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
-    return parse_seeds(f"{start}-{start + count - 1}")
+    return parse_seeds(f"{start}-{start + count * sets - 1}")
 
 
 def _seeds_text(seeds: list[int]) -> str:
     """'0-1796' where the seeds are consecutive, else how many there are."""
     consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     return f"{seeds[0]}-{seeds[-1]}" if consecutive else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
-
-
-def _score(evaluator: Evaluator, role: str, source: SampleSource, metrics: list[str] | None) -> Scores:
-    with progress(f"score {role}", source.count, "images") as bar:
-
-        def with_progress() -> Iterator[np.ndarray]:
-            for batch in source.batches():
-                yield batch
-                bar.advance(len(batch))
-
-        return evaluator.score_batches(with_progress(), source.class_ids, metrics)
-
-
-def _facts(
-    evaluator: Evaluator,
-    sources: dict[str, SampleSource],
-    scores: dict[str, Scores],
-    seeds: str | None,
-    drawn: DrawnClasses,
-) -> dict[str, Any]:
-    extractor, reference = evaluator.extractor, evaluator.reference
-    notes = [drawn.note, reference.note if isinstance(reference, Dataset) else ""]
-    notes += [note for role in sources for note in (*scores[role].notes, sources[role].note) if note]
-    return {
-        "reference": {"name": reference.name, "samples": len(reference)},
-        "extractor": {
-            "name": extractor.name,
-            "sha256": extractor.sha256,
-            "heldout_accuracy": extractor.heldout_accuracy,
-        },
-        "seeds": seeds,
-        "classes": drawn.how or None,
-        "scores": {
-            role: {
-                "source": source.source,
-                "engine": source.engine or None,
-                "weights_sha256": source.weights_sha256 or None,
-                "samples": source.count,
-                "values": scores[role].values,
-            }
-            for role, source in sources.items()
-        },
-        "distance_to_teacher_ratio": _ratio(scores, frechet_name(extractor)),
-        "notes": list(dict.fromkeys(filter(None, notes))),
-        "versions": {"uni-instruct": __version__}
-        | {package: version(package) for package in ("torch", "torch-fidelity", "numpy")},
-    }
-
-
-def _ratio(scores: dict[str, Scores], distance: str) -> float | None:
-    """The generator's Frechet distance over its teacher's; None where either was not measured."""
-    # A distance alone says little; beside the teacher's it says how much the distillation lost.
-    values = [scores[role].values.get(distance) for role in ("generator", "teacher") if role in scores]
-    if len(values) < 2 or values[0] is None or not values[1]:
-        return None
-    return values[0] / values[1]
-
-
-def _print(facts: dict[str, Any]) -> None:
-    roles: dict[str, Any] = facts["scores"]
-    for role, score in roles.items():
-        classes = f", classes {facts['classes']}" if facts["classes"] else ""
-        made_by = f" on {score['engine']}, seeds {facts['seeds']}{classes}" if score["engine"] else ""
-        click.echo(f"{role}: {score['samples']} images of {score['source']}{made_by}")
-    reference, extractor = facts["reference"], facts["extractor"]
-    size = f", {reference['samples']} images" if reference["samples"] else ""
-    click.echo(f"reference: {reference['name']}{size}")
-    accuracy = extractor["heldout_accuracy"]
-    skill = "" if accuracy is None else f", right on {accuracy:.1%} of held-out images"
-    click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}")
-    # A table for eyes, lines for grep.
-    (_print_table if sys.stdout.isatty() else _print_lines)(roles)
-    if facts["distance_to_teacher_ratio"] is not None:
-        click.echo(f"distance to the reference: {facts['distance_to_teacher_ratio']:.2f} times the teacher's")
-    for note in facts["notes"]:
-        click.echo(f"note: {note}")
-
-
-def _print_table(roles: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("metric", *roles)
-    for name in next(iter(roles.values()))["values"]:
-        table.add_row(name, *(f"{score['values'][name]:.4g}" if name in score["values"] else "" for score in roles.values()))
-    Console().print(table)
-
-
-def _print_lines(roles: dict[str, Any]) -> None:
-    for role, score in roles.items():
-        for name, value in score["values"].items():
-            click.echo(f"{role} {name}: {value:.4g}")

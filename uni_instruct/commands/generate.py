@@ -1,4 +1,4 @@
-"""uni-instruct generate: images of seeds, as a folder, an npz or a zip."""
+"""uni-instruct generate: images of seeds, as a folder of PNGs or tar shards, an npz or a zip."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,18 @@ import numpy as np
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.commands.staff_options import ray_option, workers_option
 from uni_instruct.engine import EngineId, open_engine, select_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file
 from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import parse_seeds
-from uni_instruct.progress import progress
-from uni_instruct.sampling import SampleRequest, is_finished, noted_engine, open_run, read_samples, remove_leftovers
+from uni_instruct.progress import Progress, progress
+from uni_instruct.sampling import SampleRequest, SampleRun, is_finished, noted_engine, open_run, read_samples, remove_leftovers
+from uni_instruct.sampling.pool import ImageJob
+from uni_instruct.sampling.shards import WHOLE, Part
+from uni_instruct.sampling.staff import Staff
 from uni_instruct.spec import ModelSpec
 
 BATCH = 64
@@ -30,7 +34,8 @@ GRID_IMAGES = 1024
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A file that ends in .npz or .zip, else a folder of PNGs named by seed. Not needed with --grid. Latents go to .npz.",
+    help="A file that ends in .npz or .zip, a folder of tar shards that ends in .wds, else a folder of PNGs named by seed. "
+    "Not needed with --grid. Latents go to .npz or .wds.",
 )
 @click.option(
     "--class",
@@ -56,6 +61,9 @@ GRID_IMAGES = 1024
 @click.option(
     "--grid", "grid_path", type=click.Path(path_type=Path), help=f"Also write a PNG of the first {GRID_IMAGES} images."
 )
+@workers_option
+@ray_option
+@click.option("--shard", "part_text", metavar="K/N", help="Make part K of N alone, for batch systems; all give the same --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def generate(
     bundle: str,
@@ -68,6 +76,9 @@ def generate(
     device: str | None,
     batch: int,
     grid_path: Path | None,
+    workers: int | None,
+    ray_address: str | None,
+    part_text: str | None,
     as_json: bool,
 ) -> None:
     """Make the images of seeds. One seed is one image, whatever the engine, the batch or the machine.
@@ -76,21 +87,21 @@ def generate(
 
     Example: uni-instruct generate digits --seeds 0-159 --by-class --out samples --grid samples.png
     """
-    seeds = parse_seeds(seeds_text)
+    seeds, part = parse_seeds(seeds_text), Part.parse(part_text) if part_text is not None else None
+    staff = Staff(workers, ray_address)
+    staff.check_device(device)
     _check_paths(out, grid_path, len(seeds))
+    _check_sharing(out, grid_path, staff, part)
     opened = Bundle.open(bundle)
     if grid_path:
         opened.check_makes_pictures()
-    if by_classes and classes:
-        raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
-    if shares and (by_classes or classes):
-        raise RequestError("--classes says how seeds draw classes, and they are given", remedy="leave one out", param="classes")
+    _check_classes(by_classes, classes, shares)
     class_ids = resolve_class_ids(
         opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes, _shares(opened.spec, shares)
     )
     engine_id = _engine_id(opened, engine, out, device)
     request = SampleRequest(bundle=opened, engine=engine_id, seeds=seeds, class_ids=class_ids, batch=batch)
-    already = out is not None and _write_set(request, out, device)
+    already = out is not None and _write_set(request, out, staff, part, device)
     if grid_path:
         if out is None:
             images = generate_images(open_engine(opened, engine_id, device=device), seeds, class_ids, batch)
@@ -98,7 +109,22 @@ def generate(
             images = read_samples(out, GRID_IMAGES).images
         _write_grid(images, grid_path, len(seeds) // opened.spec.num_classes if by_classes else None)
     how = shares or (UNIFORM if opened.spec.num_classes and not by_classes and not classes else None)
-    _report(request.facts() | {"out": str(out or grid_path), "already": already, "classes": how}, as_json)
+    facts = request.facts() | {"out": str(out or grid_path), "already": already, "classes": how, "shard": part_text}
+    _report(facts | {"complete": out is None or is_finished(request, out)}, as_json)
+
+
+def _check_sharing(out: Path | None, grid_path: Path | None, staff: Staff, part: Part | None) -> None:
+    if out is None and (part or staff.wanted):
+        raise RequestError("--workers, --ray and --shard write a set", remedy="give --out", param="out")
+    if part and grid_path:
+        raise RequestError("a part alone has no grid", remedy="leave --grid out, and give it once all is done", param="grid")
+
+
+def _check_classes(by_classes: bool, classes: tuple[str, ...], shares: str | None) -> None:
+    if by_classes and classes:
+        raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
+    if shares and (by_classes or classes):
+        raise RequestError("--classes says how seeds draw classes, and they are given", remedy="leave one out", param="classes")
 
 
 def _shares(spec: ModelSpec, wanted: str | None) -> np.ndarray | None:
@@ -126,18 +152,31 @@ def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None, device: str
     return str(select_engine(bundle, wanted, device).engine_id)
 
 
-def _write_set(request: SampleRequest, out: Path, device: str | None) -> bool:
-    """Writes the set, or what an interrupted run left to do of it; True where it was complete already."""
+def _write_set(request: SampleRequest, out: Path, staff: Staff, part: Part | None, device: str | None) -> bool:
+    """Writes the set, or what an interrupted run left to do of it; True where it was complete already.
+
+    Of a part: makes its images, and writes the set where all others are there.
+    """
     if is_finished(request, out):
         remove_leftovers(request, out)
         return True
-    with open_run(request, out) as run:
-        if run.done < len(request.seeds):
-            engine = open_engine(request.bundle, request.engine, device=device)
-            with progress("generate", len(request.seeds), "images", done=run.done) as bar:
-                run.fill(engine, bar)
-        run.finish()
+    with open_run(request, out, shared=part is not None, part=part or WHOLE) as run:
+        if run.done < run.count:
+            label = "generate" if part is None else f"generate {part.number}/{part.count}"
+            with progress(label, run.count, "images", done=run.done) as bar:
+                _fill(run, staff, device, bar)
+        if run.is_complete:
+            run.finish()
     return False
+
+
+def _fill(run: SampleRun, staff: Staff, device: str | None, bar: Progress) -> None:
+    request = run.request
+    if not staff.wanted:
+        run.fill(open_engine(request.bundle, request.engine, device=device), bar)
+        return
+    with staff.pool(ImageJob(bundle=request.bundle.path, engine=request.engine, batch=request.batch, device=device)) as pool:
+        run.fill_with(pool, bar)
 
 
 def _check_paths(out: Path | None, grid: Path | None, count: int) -> None:
@@ -159,6 +198,8 @@ def _write_grid(images: np.ndarray, path: Path, columns: int | None) -> None:
 def _report(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
+    elif not facts["complete"]:
+        print(f"{facts['out']}: shard {facts['shard']} is done; the set is written once the others are")
     else:
         verb = "was complete" if facts["already"] else "written"
         classes = f", classes {facts['classes']}" if facts["classes"] == DATA else ""

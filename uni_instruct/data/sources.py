@@ -18,12 +18,13 @@ from uni_instruct.data.idx import has_idx, open_idx
 from uni_instruct.data.image_files import crop_and_resize, in_channels
 from uni_instruct.data.labels import first_label_note
 from uni_instruct.data.storage import UNREADABLE
+from uni_instruct.data.tar_files import has_tars, is_tar, open_tars
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
 
 MAX_RESOLUTION = 4096
 _EMOJI_OF = "emoji:"
-_FILE_KINDS = "a zip, an .npz, a folder of images or a folder of IDX files, CIFAR-10's archive for Python"
+_FILE_KINDS = "a zip, an .npz, a folder of images, of tars or of IDX files, a tar, CIFAR-10's archive for Python"
 
 
 def open_dataset(
@@ -88,6 +89,8 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
         return _brought_to(with_fashion_mnist_names(open_idx(path)), form)
     if has_cifar10(path):
         return _brought_to(open_cifar10(path), form)
+    if path.is_dir() and has_tars(path):
+        return open_tars(path, form)
     if path.is_dir():
         return open_folder(path, form)
     if not path.is_file():
@@ -96,6 +99,8 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
         return _brought_to(open_npz(path), form)
     if is_zip(path):
         return open_zip(path, form)
+    if is_tar(path):
+        return open_tars(path, form)
     raise FileFormatError(f"{path} is not a data set{what_it_is(path)}", remedy=f"give {_FILE_KINDS}", param="source")
 
 

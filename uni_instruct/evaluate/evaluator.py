@@ -10,13 +10,17 @@ from uni_instruct.data import Dataset
 from uni_instruct.data.concat import shape_remedy
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
-from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, moments, score
+from uni_instruct.evaluate.reference_cache import ReferenceCache, ReferenceFeatures
+from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, score
 from uni_instruct.evaluate.statistics import Statistics, open_reference
+from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, summed_up
 from uni_instruct.images import checked_images
 from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
 
 BATCH = 256
+# A reference's features that stay in memory, all of them, and images whose features are summed up at once.
+REFERENCE_BYTES, _FLOAT_BYTES, _SHARD_IMAGES = 2**29, 4, 1024
 
 
 class Evaluator:
@@ -33,23 +37,57 @@ class Evaluator:
         if isinstance(reference, Statistics):
             self.extractor = _extractor_of(reference, extractor)
             self.features: Features | None = None
+            self.kept: np.ndarray | None = None
             self.mu, self.sigma = reference.mu, reference.sigma
         else:
             reference.require_images()
             chosen = choose_extractor(extractor, reference, with_progress) if isinstance(extractor, str) else extractor
             self.extractor = chosen
             with with_progress(f"features of {reference.name}", len(reference), "images") as progress:
-                self.features = self.extractor(_with_progress(reference.batches(BATCH), progress))
-            self.mu, self.sigma = moments(self.features.features)
+                self._read(reference, progress)
+
+    def _read(self, reference: Dataset, progress: Progress) -> None:
+        """Features and statistics of the reference; of a large one only evenly spaced features stay in memory."""
+        known = ReferenceCache(reference, self.extractor)
+        found = known.read()
+        if found is None:
+            plan = SummaryPlan(total=len(reference))
+            parts = list[np.ndarray]()
+            keeps_all = len(reference) * self.extractor.dim * _FLOAT_BYTES <= REFERENCE_BYTES
+            summary: Summary | None = None
+            for start in range(0, len(reference), _SHARD_IMAGES):
+                indices = np.arange(start, min(start + _SHARD_IMAGES, len(reference)))
+                features = self.extractor([reference.images(indices)])
+                part = summed_up(features, plan, start)
+                parts.append(features.features.numpy() if keeps_all else part.kept[0])
+                progress.advance(len(indices))
+                if summary is None:
+                    summary = part
+                else:
+                    summary.add(part)
+            assert summary is not None  # a data set has images
+            found = ReferenceFeatures(np.concatenate(parts), *summary.moments())
+            known.write(found)
+        self.features = _features(found.features) if len(found.features) == len(reference) else None
+        self.kept, self.mu, self.sigma = found.features[:: -(-len(found.features) // KEPT_IMAGES)], found.mu, found.sigma
 
     def check(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> None:
         """Raises RequestError for a metric that is unknown or does not apply to so many images. Call it before making any."""
-        applicable(metrics, Available(self.extractor, images, self.reference_images, has_class_ids))
+        self.asked(metrics, images, has_class_ids)
+
+    def asked(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> list[str]:
+        """The metrics that are measured of so many images: those named, or all that apply. Raises as `check`."""
+        return applicable(metrics, Available(self.extractor, images, self.reference_images, has_class_ids))
+
+    @property
+    def known_shape(self) -> ImageShape | None:
+        """The [C, H, W] that images must have, None where any do."""
+        return self.reference.image_shape if isinstance(self.reference, Dataset) else self.extractor.image_shape
 
     @property
     def reference_images(self) -> int:
         """How many images of the reference there are; 0 where it is statistics."""
-        return len(self.features) if self.features else 0
+        return len(self.reference) if self.kept is not None else 0
 
     def __call__(self, images: np.ndarray, class_ids: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> Scores:
         """Scores of images uint8 [N, H, W, C]; see `score_batches`."""
@@ -73,22 +111,22 @@ class Evaluator:
             if class_ids.dtype.kind not in "iu" or class_ids.ndim != 1:
                 problem = f"class ids are {class_ids.dtype} {list(class_ids.shape)}, not integers [N]"
                 raise RequestError(problem, remedy="give an id for each image", param="class_ids")
-        comparison = Comparison(
-            generated=self.extractor(self._checked(batches)),
-            class_ids=class_ids,
-            mu=self.mu,
-            sigma=self.sigma,
-            reference=self.features,
-        )
-        return score(self.extractor, comparison, metrics, self.reference.name)
+        features = self.extractor(checked_batches(batches, self.known_shape))
+        if class_ids is not None and len(class_ids) != len(features):
+            raise RequestError(
+                f"{len(class_ids)} class ids were given for {len(features)} images",
+                remedy="give one for each image",
+                param="class_ids",
+            )
+        wanted = metrics is None or "is" in metrics
+        plan = SummaryPlan(total=len(features), with_scores=wanted and self.extractor.is_inception)
+        return self.score_summary(summed_up(features, plan, 0, class_ids), class_ids is not None, metrics)
 
-    # While they come, not at the end: a wrong shape should not cost an hour of generating.
-    def _checked(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        known = self.reference.image_shape if isinstance(self.reference, Dataset) else self.extractor.image_shape
-        for images in map(checked_images, batches):
-            if known is not None:
-                check_shape((images.shape[3], *images.shape[1:3]), known)
-            yield images
+    def score_summary(self, summary: Summary, has_class_ids: bool, metrics: Sequence[str] | None = None) -> Scores:
+        """Scores of images that were summed up. Raises RequestError as `score_batches` does."""
+        kept = None if self.kept is None else _features(self.kept).features
+        comparison = Comparison(generated=summary, mu=self.mu, sigma=self.sigma, reference=kept, has_class_ids=has_class_ids)
+        return score(self.extractor, comparison, metrics, self.reference.name)
 
     def statistics(self) -> Statistics:
         """The reference's mean and covariance, which take its place in later evaluations."""
@@ -124,6 +162,15 @@ def evaluate_images(
         check_shape((pixels.shape[3], *pixels.shape[1:3]), opened.image_shape)
     ids = None if class_ids is None else np.asarray(class_ids)
     return Evaluator(opened, extractor)(pixels, ids, metrics)
+
+
+# While they come, not at the end: a wrong shape should not cost an hour of generating.
+def checked_batches(batches: Iterable[np.ndarray], shape: ImageShape | None) -> Iterator[np.ndarray]:
+    """The same batches, uint8 [B, H, W, C]. Raises RequestError at one that holds no pixels, or is of another [C, H, W]."""
+    for images in map(checked_images, batches):
+        if shape is not None:
+            check_shape((images.shape[3], *images.shape[1:3]), shape)
+        yield images
 
 
 def check_shape(shape: ImageShape, reference: ImageShape) -> None:
@@ -167,7 +214,8 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
     return extractor
 
 
-def _with_progress(batches: Iterable[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
-    for images in batches:
-        yield images
-        progress.advance(len(images))
+def _features(values: np.ndarray) -> Features:
+    """As a torch tensor; the reference's logits are of no use to any metric."""
+    import torch
+
+    return Features(torch.from_numpy(values), torch.empty(len(values), 0))

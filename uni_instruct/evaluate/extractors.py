@@ -39,6 +39,19 @@ class Features:
         return len(self.features)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtractorFile:
+    """What a worker opens an extractor from: its weights, and the SHA-256 (InceptionV3) or the name that goes with them."""
+
+    path: Path
+    is_inception: bool
+    label: str
+
+    def open(self) -> "Extractor":
+        """The extractor. Raises FileFormatError where the file is corrupt."""
+        return open_inception(self.path, self.label) if self.is_inception else open_classifier(self.path, self.label)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Extractor:
     """A torch-fidelity feature extractor, ready to run.
@@ -56,11 +69,18 @@ class Extractor:
     num_classes: int = 0
     heldout_accuracy: float | None = None
     fingerprint: str = ""
+    file: "ExtractorFile | None" = None
 
     @property
     def is_inception(self) -> bool:
         """Whether the field's names (FID, KID, IS) are right for what it measures."""
         return self.name == INCEPTION
+
+    def required_file(self) -> ExtractorFile:
+        """What a worker opens it from. Raises RequestError for one that is in this process alone."""
+        if self.file is None:
+            raise RequestError(f"extractor {self.name} is in no file", remedy="score without workers", param="extractor")
+        return self.file
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Features:
         """Features of images uint8 [B, H, W, C], the same whatever their batches and memory layout.
@@ -128,6 +148,7 @@ def open_classifier(path: Path, name: str) -> Extractor:
         num_classes=info.num_classes,
         heldout_accuracy=info.heldout_accuracy,
         fingerprint=info.fingerprint,
+        file=ExtractorFile(path=path, is_inception=False, label=name),
     )
 
 
@@ -147,7 +168,8 @@ def open_inception(path: Path, digest: str) -> Extractor:
     # It draws weights before it loads them; the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         module = _create(INCEPTION_REGISTERED, [str(INCEPTION_DIM), "logits_unbiased"], path).to(device)
-    return Extractor(name=INCEPTION, sha256=digest, dim=INCEPTION_DIM, module=module, device=device)
+    file = ExtractorFile(path=path, is_inception=True, label=digest)
+    return Extractor(name=INCEPTION, sha256=digest, dim=INCEPTION_DIM, module=module, device=device, file=file)
 
 
 def inception_weights(otherwise: str = "") -> tuple[Path, str]:

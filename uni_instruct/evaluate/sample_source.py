@@ -1,16 +1,17 @@
 """What is scored: the images that a bundle makes of seeds, or images that exist already."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.class_map import has_names, ids_by_name, shown_classes
 from uni_instruct.data import Dataset
-from uni_instruct.engine import TORCH, open_engine
+from uni_instruct.engine import TORCH, select_engine
+from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages
 from uni_instruct.evaluate.statistics import Statistics
-from uni_instruct.generate import generate_batches, resolve_class_ids
+from uni_instruct.generate import resolve_class_ids
 from uni_instruct.spec import ImageShape
 
 
@@ -18,18 +19,36 @@ from uni_instruct.spec import ImageShape
 class SampleSource:
     """Images to score, and where they are from.
 
-    batches starts over at each call and gives uint8 [B, H, W, C]. class_ids is int64 [count] in the reference's numbering, or
-    None; note then says why, where there are classes. engine and weights_sha256 are empty for images that exist already.
+    seeds int64 [count] are the seeds, or of images that exist already their indices; class_ids int64 [count] are the
+    generator's, or None. expected int64 [count] are the classes in the reference's numbering, or None; note then says why,
+    where there are classes. engine and weights_sha256 are empty for images that exist already.
     """
 
     source: str
     count: int
     image_shape: ImageShape
-    batches: Callable[[], Iterator[np.ndarray]] = field(repr=False)
+    images: BundleImages | DatasetImages = field(repr=False)
+    seeds: np.ndarray = field(repr=False)
     class_ids: np.ndarray | None = field(repr=False, default=None)
+    expected: np.ndarray | None = field(repr=False, default=None)
     engine: str = ""
     weights_sha256: str = ""
     note: str = ""
+
+    def parts(self, sets: int) -> "list[SampleSource]":
+        """As many sets of equal size, each of the seeds that follow the last one's."""
+        size = self.count // sets
+        rows = [slice(start, start + size) for start in range(0, size * sets, size)]
+        return [
+            replace(
+                self,
+                count=size,
+                seeds=self.seeds[part],
+                class_ids=None if self.class_ids is None else self.class_ids[part],
+                expected=None if self.expected is None else self.expected[part],
+            )
+            for part in rows
+        ]
 
 
 def bundle_samples(
@@ -48,7 +67,7 @@ def bundle_samples(
     Raises RequestError where the bundle makes latents, or has no such engine on that device.
     """
     bundle.check_makes_pictures()
-    opened = open_engine(bundle, TORCH if bundle.spec.steps > 1 else engine, device=device)
+    chosen = str(select_engine(bundle, TORCH if bundle.spec.steps > 1 else engine, device).engine_id)
     class_ids = resolve_class_ids(bundle.spec, seeds) if class_ids is None else class_ids
     names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))
     mapped, note = reference_class_ids(class_ids, names, reference)
@@ -56,16 +75,20 @@ def bundle_samples(
         source=str(bundle.path),
         count=len(seeds),
         image_shape=bundle.spec.image_shape,
-        batches=lambda: generate_batches(opened, seeds, class_ids, batch),
-        class_ids=mapped,
-        engine=str(opened.id),
+        images=BundleImages(bundle=bundle.path, engine=chosen, batch=batch, device=device),
+        seeds=np.array(seeds, dtype=np.int64),
+        class_ids=class_ids,
+        expected=mapped,
+        engine=chosen,
         weights_sha256=bundle.weights_sha256,
         note=note,
     )
 
 
-def dataset_samples(dataset: Dataset, samples: int | None, batch: int, reference: Dataset | Statistics) -> SampleSource:
-    """All images of a data set, or so many of them."""
+def dataset_samples(
+    dataset: Dataset, samples: int | None, batch: int, reference: Dataset | Statistics, opened_as: str = ""
+) -> SampleSource:
+    """All images of a data set, or so many of them. opened_as: what `open_dataset` was given, for workers."""
     count = min(samples or len(dataset), len(dataset))
     # Evenly spaced: folders are sorted by class, so that the first thousand might be of one.
     chosen = np.arange(count) * len(dataset) // count
@@ -77,8 +100,9 @@ def dataset_samples(dataset: Dataset, samples: int | None, batch: int, reference
         source=dataset.source,
         count=count,
         image_shape=dataset.image_shape,
-        batches=lambda: (dataset.images(chosen[start : start + batch]) for start in range(0, count, batch)),
-        class_ids=mapped,
+        images=DatasetImages(source=opened_as or dataset.source, batch=batch, opened=dataset),
+        seeds=chosen,
+        expected=mapped,
         note="; ".join(part for part in (note, dataset.note) if part),
     )
 

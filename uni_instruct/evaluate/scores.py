@@ -1,4 +1,4 @@
-"""From features to numbers. torch-fidelity computes every metric; its name says which extractor it was measured with."""
+"""From features to numbers. torch-fidelity computes what compares single images; names say which extractor measured."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uni_instruct.errors import RequestError
-from uni_instruct.evaluate.extractors import Extractor, Features
+from uni_instruct.evaluate.extractors import Extractor
 from uni_instruct.evaluate.fidelity import fidelity
+from uni_instruct.evaluate.summary import KEPT_IMAGES, SPLITS, Summary
 
 if TYPE_CHECKING:
     import torch
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
-NEIGHBOURS, SPLITS = 3, 10
+NEIGHBOURS = 3
 MIN_SAMPLES = NEIGHBOURS + 1
 POOR_ACCURACY = 0.8
 _NEIGHBOUR_BATCH = 2000  # rows of a distance matrix that are in memory at once
@@ -35,16 +36,17 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
-    """What a metric compares: the features of generated images and the class that each should have, and the reference.
+    """What a metric compares: generated images, summed up, and the reference.
 
-    mu and sigma are the reference's statistics; `reference` holds its features, None where it is statistics alone.
+    mu and sigma are the reference's statistics; `reference` holds features of its images [K, D], at most KEPT_IMAGES, None
+    where it is statistics alone. has_class_ids: whether it is known which class each generated image should have.
     """
 
-    generated: Features
-    class_ids: np.ndarray | None
+    generated: Summary
     mu: np.ndarray
     sigma: np.ndarray
-    reference: Features | None
+    reference: "torch.Tensor | None"
+    has_class_ids: bool
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,13 @@ class Available:
 def score(extractor: Extractor, comparison: Comparison, metrics: Sequence[str] | None, reference: str) -> Scores:
     """The metrics of those names (METRICS), or all that apply.
 
-    Raises RequestError for one that is unknown or cannot be measured, for too few images, and for class ids of another number.
+    Raises RequestError for one that is unknown or cannot be measured, and for too few images.
     """
-    count = len(comparison.generated)
+    count = comparison.generated.count
     check_count(count)
-    if comparison.class_ids is not None and len(comparison.class_ids) != count:
-        raise RequestError(
-            f"{len(comparison.class_ids)} class ids were given for {count} images",
-            remedy="give one for each image",
-            param="class_ids",
-        )
     values: dict[str, float] = {}
-    reference_images = len(comparison.reference) if comparison.reference else 0
-    for name in applicable(metrics, Available(extractor, count, reference_images, comparison.class_ids is not None)):
+    reference_images = 0 if comparison.reference is None else len(comparison.reference)
+    for name in applicable(metrics, Available(extractor, count, reference_images, comparison.has_class_ids)):
         values |= METRICS[name].measure(extractor, comparison)
     return Scores(extractor.name, count, reference, values, extractor.sha256, _notes(extractor, comparison))
 
@@ -129,10 +125,20 @@ def moments(features: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
 # Heusel et al. 2017, arXiv 1706.08500, equation 6.
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """The squared Frechet distance of two Gaussians with means [D] and covariances [D, D]."""
-    metric_fid = fidelity("metric_fid")
-    first, second = {"mu": mu1, "sigma": sigma1}, {"mu": mu2, "sigma": sigma2}
-    distance: float = metric_fid.fid_statistics_to_metric(first, second, False)[metric_fid.KEY_METRIC_FID]
+    # tr (S_1 S_2)^(1/2) is the sum of the singular values of S_1^(1/2) S_2^(1/2). Unlike the square roots of the product's
+    # eigenvalues these are exact to rounding where covariances are singular, and nothing here can turn complex.
+    product = symmetric_root(sigma1) @ symmetric_root(sigma2)
+    cross = np.linalg.svd(product, compute_uv=False).sum()
+    difference = mu1 - mu2
+    distance = float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
     return max(distance, 0.0)  # rounding can leave a little less than 0
+
+
+def symmetric_root(matrix: np.ndarray) -> np.ndarray:
+    """The symmetric square root of a covariance [D, D]; what rounding has made negative counts as 0."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    root: np.ndarray = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return root
 
 
 def frechet_name(extractor: Extractor) -> str:
@@ -141,7 +147,7 @@ def frechet_name(extractor: Extractor) -> str:
 
 
 def _frechet(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
-    distance = frechet_distance(*moments(comparison.generated.features), comparison.mu, comparison.sigma)
+    distance = frechet_distance(*comparison.generated.moments(), comparison.mu, comparison.sigma)
     return {frechet_name(extractor): distance}
 
 
@@ -149,7 +155,7 @@ def _frechet(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
 def _kernel(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     assert comparison.reference is not None  # not missing
     metric_kid = fidelity("metric_kid")
-    generated, reference = comparison.generated.features, comparison.reference.features
+    generated, reference = _kept(comparison), comparison.reference
     size = min(KERNEL_SUBSET_SIZE, len(generated), len(reference))
     options = {"kid_subsets": KERNEL_SUBSETS, "kid_subset_size": size, "verbose": False}
     distance = metric_kid.kid_features_to_metric(generated, reference, **options)[metric_kid.KEY_METRIC_KID_MEAN]
@@ -161,7 +167,7 @@ def _kernel(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
 def _precision_recall(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     assert comparison.reference is not None  # not missing
     metric_prc = fidelity("metric_prc")
-    generated, reference = comparison.generated.features, comparison.reference.features
+    generated, reference = _kept(comparison), comparison.reference
     # save_cpu_ram keeps a few rows of the distance matrix in memory, not all of it.
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": _NEIGHBOUR_BATCH, "save_cpu_ram": True}
     values = metric_prc.prc_features_to_metric(generated, reference, verbose=False, **options)
@@ -170,13 +176,17 @@ def _precision_recall(extractor: Extractor, comparison: Comparison) -> dict[str,
 
 # exp(E_x KL(p(y|x) || p(y))), the mean over splits (Salimans et al. 2016, arXiv 1606.03498, section 4).
 def _inception_score(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
-    metric_isc = fidelity("metric_isc")
-    return {"IS": metric_isc.isc_features_to_metric(comparison.generated.logits, SPLITS)[metric_isc.KEY_METRIC_ISC_MEAN]}
+    return {"IS": comparison.generated.inception_score()}
 
 
 def _class_accuracy(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
-    predicted = comparison.generated.logits.argmax(dim=1).numpy()
-    return {"class_accuracy": float((predicted == comparison.class_ids).mean())}
+    return {"class_accuracy": comparison.generated.right / comparison.generated.count}
+
+
+def _kept(comparison: Comparison) -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(comparison.generated.kept_features())
 
 
 def _nothing(available: Available) -> str | None:
@@ -212,7 +222,7 @@ METRICS = {
 
 
 def _notes(extractor: Extractor, comparison: Comparison) -> tuple[str, ...]:
-    count = len(comparison.generated)
+    count = comparison.generated.count
     few = count <= extractor.dim
     unpublished = extractor.is_inception and not few and count < PUBLISHED_SAMPLES
     poor = extractor.heldout_accuracy is not None and extractor.heldout_accuracy < POOR_ACCURACY
@@ -220,5 +230,6 @@ def _notes(extractor: Extractor, comparison: Comparison) -> tuple[str, ...]:
         f"{count} images are no more than the {extractor.dim} features: their Frechet distance is too large": few,
         f"published FIDs use {PUBLISHED_SAMPLES} images; fewer give a larger FID": unpublished,
         f"{extractor.name} is right on only {extractor.heldout_accuracy or 0:.1%} of held-out images": poor,
+        f"kd, precision and recall compare {KEPT_IMAGES} of the images, evenly spaced": count > KEPT_IMAGES,
     }
     return tuple(note for note, holds in notes.items() if holds)

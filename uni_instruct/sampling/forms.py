@@ -1,81 +1,34 @@
-"""The forms of a finished sample set: a folder of PNGs, an npz, a zip. Each is written whole or not at all, and read back."""
+"""The forms of a finished sample set: a folder of PNGs or tars, an npz, a zip. Each is written whole or not at all."""
 
+import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from uni_instruct.data import Dataset, write_zip
-from uni_instruct.data.dataset import ImageReader
+from uni_instruct.data import write_zip
 from uni_instruct.data.edm_zip import META, PICTURE_NAME, dataset_meta
 from uni_instruct.data.image_files import decode
 from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, ZipStore, reason_of
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.images import encode
+from uni_instruct.sampling.sample_set import Samples, SampleSet
+from uni_instruct.sampling.tar_shards import read_tar_folder, request_of_tar_folder, write_tar_folder
 from uni_instruct.spec import ModelSpec
 
-# Beside the images: the seeds in the images' order, and the request.
+# Beside the images: the seeds in the images' order, the request, and of a folder each file's hash.
 RECORD = "samples.json"
-READ_BATCH = 256
 # What an npz calls the images, and what stands there in their place where no decoder made any.
 IMAGES, LATENTS = "arr_0", "latents"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same set gives the same bytes
 _FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".pt", ".tar", ".gz", ".json"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSet:
-    """Images of seeds, or a VAE's latents, in the order of the seeds; class_ids int64 [N], None without classes."""
-
-    spec: ModelSpec
-    seeds: Sequence[int] = field(repr=False)
-    class_ids: np.ndarray | None = field(repr=False)
-    reader: ImageReader = field(repr=False)
-    request: dict[str, Any]
-
-    def dataset(self) -> Dataset:
-        """The set as a data set, for those who train on it or score it."""
-        spec = self.spec
-        return Dataset(
-            name=f"{spec.name}-samples",
-            image_shape=spec.image_shape,
-            labels=self.class_ids,
-            num_classes=spec.num_classes,
-            class_names=tuple(spec.class_name(class_id) for class_id in range(spec.num_classes)),
-            licence=spec.licence,
-            source=f"uni-instruct generate, weights {self.request['weights_sha256']}",
-            reader=self.reader,
-        )
-
-    def record(self) -> str:
-        """The text of samples.json."""
-        return json.dumps({"request": self.request, "seeds": list(self.seeds)})
-
-    def parts(self) -> Iterator[np.ndarray]:
-        """The images in order, each part uint8 [<=READ_BATCH, H, W, C]; of latents float32 [<=READ_BATCH, C, H, W]."""
-        for start in range(0, len(self.reader), READ_BATCH):
-            yield self.reader.read(np.arange(start, min(start + READ_BATCH, len(self.reader))))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Samples:
-    """A set that was read back: images uint8 [N, H, W, C] of seeds int64 [N] in the order that they were asked for.
-
-    Of a generator of latents, images are those: float32 [N, C, H, W]. class_ids is int64 [N], None without classes; request
-    says what made them.
-    """
-
-    images: np.ndarray = field(repr=False)
-    seeds: np.ndarray
-    class_ids: np.ndarray | None
-    request: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +46,9 @@ def form_of(out: Path) -> Form:
     """The form that the suffix of `out` tells. Raises RequestError for a suffix that is neither a folder's nor known."""
     suffix = out.suffix.lower()
     if suffix in _FILE_SUFFIXES:
-        raise RequestError(
-            f"--out {out} ends in {suffix}", remedy="give a folder, or a file that ends in .npz or .zip", param="out"
-        )
+        tars = ", or for tar shards a folder that ends in .wds" if suffix == ".tar" else ""
+        remedy = f"give a folder, or a file that ends in .npz or .zip{tars}"
+        raise RequestError(f"--out {out} ends in {suffix}", remedy=remedy, param="out")
     return FORMS.get(suffix, FORMS[""])
 
 
@@ -109,7 +62,7 @@ def finished_request(out: Path) -> dict[str, Any] | None:
 
 
 def read_samples(path: str | Path, count: int | None = None) -> Samples:
-    """The set that `generate` wrote there, a folder, npz or zip; count: only its first images.
+    """The set that `generate` wrote there, a folder of PNGs or tars, npz or zip; count: only its first images.
 
     Raises RequestError where there is none, FileFormatError where it is damaged.
     """
@@ -129,14 +82,16 @@ def read_samples(path: str | Path, count: int | None = None) -> Samples:
 
 
 def write_folder(samples: SampleSet, out: Path) -> None:
-    """PNGs named by seed, classes in dataset.json as EDM's tools read them, seeds in samples.json."""
-    names = _names_by_seed(samples.seeds)
+    """PNGs named by seed, classes in dataset.json as EDM's tools read them, seeds and each file's SHA-256 in samples.json."""
+    names, hashes = _names_by_seed(samples.seeds), []
     with atomic_folder(out) as partial:
         pictures = (image for part in samples.parts() for image in part)
         for name, image in zip(names, pictures, strict=True):
-            (partial / name).write_bytes(encode(image))
+            content = encode(image)
+            hashes.append(hashlib.sha256(content).hexdigest())
+            (partial / name).write_bytes(content)
         (partial / META).write_text(json.dumps(dataset_meta(samples.dataset(), names)))
-        (partial / RECORD).write_text(samples.record())
+        (partial / RECORD).write_text(samples.record(sha256=hashes))
 
 
 def write_zip_file(samples: SampleSet, out: Path) -> None:
@@ -255,7 +210,7 @@ def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:
 
 
 def _check_nothing(spec: ModelSpec, seeds: Sequence[int]) -> None:
-    """An npz holds images and latents of any shape and order."""
+    """An npz holds images and latents of any shape and order, and so do tars."""
 
 
 # Suffix of the output -> its form; any other is a folder.
@@ -264,5 +219,12 @@ FORMS = {
         check=_check_named_by_seed, write=write_folder, read_request=_request_of_folder, read=_read_folder, is_folder=True
     ),
     ".npz": Form(check=_check_nothing, write=write_npz, read_request=_request_of_npz, read=_read_npz),
+    ".wds": Form(
+        check=_check_nothing,
+        write=write_tar_folder,
+        read_request=request_of_tar_folder,
+        read=read_tar_folder,
+        is_folder=True,
+    ),
     ".zip": Form(check=_check_pictures, write=write_zip_file, read_request=_request_of_zip, read=_read_zip),
 }

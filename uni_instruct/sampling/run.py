@@ -10,8 +10,9 @@ import logging
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from uni_instruct.files import atomic_file, disk_errors, make_folder, try_lock
 from uni_instruct.generate import generate_batches, sample_format
 from uni_instruct.progress import Progress
 from uni_instruct.sampling.forms import SampleSet, finished_request, form_of
-from uni_instruct.sampling.shards import Shard, Shards, images_per_shard
+from uni_instruct.sampling.pool import Pool, Task
+from uni_instruct.sampling.shards import WHOLE, Part, Shard, Shards, images_per_shard
 from uni_instruct.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -69,15 +71,28 @@ class SampleRequest:
 
 
 class SampleRun:
-    """A request's work folder: `fill` makes the shards that nobody has made, `finish` writes the set."""
+    """A request's work folder: `fill` makes the shards that nobody has made, `finish` writes the set.
 
-    def __init__(self, request: SampleRequest, out: Path, shards: Shards):
-        self.request, self.out, self.shards = request, out, shards
+    part: which of the shards this process is to make; whoever finds all of them there writes the set.
+    """
+
+    def __init__(self, request: SampleRequest, out: Path, shards: Shards, part: Part = WHOLE):
+        self.request, self.out, self.shards, self.part = request, out, shards, part
+
+    @property
+    def count(self) -> int:
+        """Images of the part."""
+        return sum(map(len, self.part.of(self.shards.all())))
 
     @property
     def done(self) -> int:
-        """Images that are made already, by anybody. Where it is all of them no engine is needed."""
-        return len(self.shards) - sum(map(len, self._missing()))
+        """Images of the part that are made already, by anybody. Where it is all of them no engine is needed."""
+        return self.count - sum(map(len, self._missing()))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every image of the request is made, so that `finish` can write the set."""
+        return is_finished(self.request, self.out) or not self.shards.missing()
 
     def fill(self, engine: Engine, progress: Progress) -> None:
         """Makes what is missing, beside others that do, until all of it is done.
@@ -98,6 +113,33 @@ class SampleRun:
             if len(others) == len(left):
                 time.sleep(LOOK_S)
             left = others
+
+    def fill_with(self, pool: Pool[np.ndarray], progress: Progress) -> None:
+        """The same by the workers of a pool: this process claims shards, hands them out and writes what comes back."""
+        left, claims = deque(self._missing()), dict[Shard, ExitStack]()
+        with ExitStack() as held:
+            while left or claims:
+                for _ in range(len(left)):
+                    if not pool.idle:
+                        break
+                    shard = left.popleft()
+                    claim = held.enter_context(ExitStack())
+                    if claim.enter_context(self.shards.claimed(shard)):
+                        claims[shard] = claim
+                        pool.submit(self._task(shard))
+                    elif self.shards.is_done(shard):
+                        progress.advance(len(shard))
+                    else:
+                        claim.close()
+                        left.append(shard)
+                for shard, images in pool.wait(LOOK_S):
+                    self.shards.write(shard, images)
+                    claims.pop(shard).close()
+                    progress.advance(len(shard))
+
+    def _task(self, shard: Shard) -> Task:
+        class_ids = None if self.request.class_ids is None else self.request.class_ids[shard.rows]
+        return Task(shard, np.array(self.request.seeds[shard.rows], dtype=np.int64), class_ids)
 
     def finish(self) -> None:
         """Writes the set whole, unless another process has. Raises DiskError where it cannot be written."""
@@ -120,7 +162,7 @@ class SampleRun:
 
     def _missing(self) -> list[Shard]:
         """Nothing once the set is there: whoever wrote it may have removed the shards."""
-        return [] if is_finished(self.request, self.out) else self.shards.missing()
+        return [] if is_finished(self.request, self.out) else self.shards.missing(self.part)
 
     def _make(self, shard: Shard, engine: Engine, progress: Progress) -> None:
         request = self.request
@@ -133,12 +175,12 @@ class SampleRun:
 
 
 @contextmanager
-def open_run(request: SampleRequest, out: Path, *, shared: bool = False) -> Iterator[SampleRun]:
+def open_run(request: SampleRequest, out: Path, *, shared: bool = False, part: Part = WHOLE) -> Iterator[SampleRun]:
     """The request's run, at the point where others left it or are. What is done survives a failure.
 
     shared: several processes, of any machines that see the folder, may open the same run at once, each with the same request;
-    otherwise one has it to itself. Raises RequestError where `out` or its run hold another request, cannot hold this one, or
-    are another's; DiskError where nothing can be written.
+    otherwise one has it to itself. part: what of it this process is to make. Raises RequestError where `out` or its run hold
+    another request, cannot hold this one, or are another's; DiskError where nothing can be written.
     """
     form_of(out).check(request.spec, request.seeds)
     folder = _work_folder(out)
@@ -149,7 +191,7 @@ def open_run(request: SampleRequest, out: Path, *, shared: bool = False) -> Iter
             _note_request(folder, request, per_shard)
         # Nothing from here to the form looks at values: of latents, size and type alone are others.
         size, dtype = sample_format(request.spec)
-        yield SampleRun(request, out, Shards(folder, size, dtype, len(request.seeds), per_shard))
+        yield SampleRun(request, out, Shards(folder, size, dtype, len(request.seeds), per_shard), part)
     finally:
         _leave(lock, request, out, shared)
 

@@ -5,14 +5,14 @@ half done, and shards may be done in any order, by anybody. Their ranges follow 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from uni_instruct.errors import FileFormatError
+from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file, disk_errors, try_lock
 from uni_instruct.sampling.forms import write_npy
 from uni_instruct.spec import ModelSpec
@@ -37,6 +37,33 @@ class Shard:
         return slice(self.start, self.stop)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of `count` of a request, 1..count: what one job of a batch system makes."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """'3/16'. Raises RequestError for anything else, and for a part out of range."""
+        first, slash, second = text.partition("/")
+        if not slash or not (first.isdecimal() and second.isdecimal()) or max(len(first), len(second)) > 9:
+            raise RequestError(f"--shard {text[:40]!r} cannot be read", remedy="write it as 3/16", param="shard")
+        part = cls(int(first), int(second))
+        if not 1 <= part.number <= part.count:
+            remedy = f"give 1/{part.count} to {part.count}/{part.count}" if part.count else "give 1/1, or leave it out"
+            raise RequestError(f"--shard {text} is out of range", remedy=remedy, param="shard")
+        return part
+
+    def of(self, shards: Sequence[Shard]) -> Sequence[Shard]:
+        """Its shards: consecutive ones, as many as any other part's give or take one."""
+        return shards[len(shards) * (self.number - 1) // self.count : len(shards) * self.number // self.count]
+
+
+WHOLE = Part(1, 1)
+
+
 def images_per_shard(spec: ModelSpec, batch: int) -> int:
     """A whole number of batches, so that every batch is the same whoever makes it: some engines' last bit depends on that."""
     affordable = min(SHARD_IMAGES, SHARD_BYTES // (int(np.prod(spec.image_shape)) * spec.steps))
@@ -54,11 +81,14 @@ class Shards:
     def __len__(self) -> int:
         return self.total
 
-    def missing(self) -> list[Shard]:
-        """The shards that nobody is done with yet, in their order."""
+    def all(self) -> list[Shard]:
+        """Every shard, in order."""
         starts = range(0, self.total, self.per_shard)
-        shards = (Shard(start, min(start + self.per_shard, self.total)) for start in starts)
-        return [shard for shard in shards if not self.is_done(shard)]
+        return [Shard(start, min(start + self.per_shard, self.total)) for start in starts]
+
+    def missing(self, part: Part = WHOLE) -> list[Shard]:
+        """The shards of that part that nobody is done with yet, in their order."""
+        return [shard for shard in part.of(self.all()) if not self.is_done(shard)]
 
     def is_done(self, shard: Shard) -> bool:
         """Whether its file is there and whole: the crash of a machine may cut a file short."""

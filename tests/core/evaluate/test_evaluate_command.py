@@ -44,6 +44,24 @@ def test_a_bundle_and_its_images_in_every_form_score_the_same(cli: Cli, tiny_bun
     assert evaluated(cli, tmp_path / "prepared.zip")["scores"]["images"]["values"] == truth
 
 
+def test_workers_and_sets_of_seeds_do_not_change_a_score(cli: Cli, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Two workers sum up what one process does, in its order; each set is what it is alone."""
+    options = ["--metrics", "fd,class_accuracy,pr", "--batch", "64"]
+    alone = evaluated(cli, tiny_bundle.path, "--seeds", "0-2399", "--sets", "2", *options)
+    shared = evaluated(cli, tiny_bundle.path, "--seeds", "0-2399", "--sets", "2", "--workers", "2", *options)
+    assert shared["scores"] == alone["scores"]
+    generator = alone["scores"]["generator"]
+    second = evaluated(cli, tiny_bundle.path, "--seeds", "1200-2399", *options)["scores"]["generator"]["values"]
+    assert generator["by_set"][1] == second
+    values = [values[FD] for values in generator["by_set"]]
+    assert generator["values"][FD] == pytest.approx(np.mean(values))
+    assert generator["spread"][FD] == pytest.approx(np.std(values, ddof=1))
+    assert generator["least"][FD] == min(values)
+    assert cli("generate", tiny_bundle.path, "--seeds", "1200-2399", "--out", tmp_path / "out.wds")[0] == 0
+    images = evaluated(cli, tmp_path / "out.wds", "--workers", "1", *options)
+    assert images["scores"]["images"]["values"] == second
+
+
 def test_teacher_and_student_are_scored_on_the_same_seeds(cli: Cli, tiny_bundle: Bundle, tiny_teacher: Bundle) -> None:
     options = ["--seed", "50", "--samples", "60", "--metrics", "fd,class_accuracy"]
     both = evaluated(cli, tiny_bundle.path, "--teacher", tiny_teacher.path, *options)
@@ -75,7 +93,7 @@ def test_saved_statistics_are_a_reference(cli: Cli, tiny_bundle: Bundle, tmp_pat
 
 
 def test_as_many_seeds_as_the_reference_has_images(cli: Cli, tiny_bundle: Bundle) -> None:
-    assert evaluated(cli, tiny_bundle.path, "--metrics", "class_accuracy")["seeds"] == "0-1796"
+    assert evaluated(cli, tiny_bundle.path, "--metrics", "class_accuracy", "--sets", "1")["seeds"] == "0-1796"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +114,8 @@ def test_as_many_seeds_as_the_reference_has_images(cli: Cli, tiny_bundle: Bundle
         (["BUNDLE", "--reference", "digits", "--seeds", "x"], "seeds 'x' cannot be read"),
         (["BUNDLE", "--reference", "digits", "--seeds", "0-9", "--samples", "5"], "--seeds already says which"),
         (["BUNDLE", "--reference", "digits", "--seeds", "0-2"], "3 images are too few"),
+        (["BUNDLE", "--reference", "digits", "--seeds", "0-9", "--sets", "3"], "10 seeds cannot be divided into 3 equal sets"),
+        (["wide.npz", "--reference", "digits", "--sets", "3"], "--sets needs a bundle, and images were given"),
         (["BUNDLE", "--reference", "digits", "--engine", "onnx"], "has no onnx engine"),
         (["BUNDLE", "--reference", "digits", "--engine", "abacus"], "engine 'abacus' is unknown"),
         (["BUNDLE", "--reference", "digits", "--teacher", "nothing"], "there is no bundle nothing"),

@@ -1,0 +1,136 @@
+"""What `evaluate` prints: scores, and all that they depend on."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from statistics import mean, stdev
+from typing import Any
+
+import rich_click as click
+
+from uni_instruct import __version__
+from uni_instruct.data import Dataset
+from uni_instruct.evaluate import Evaluator, Scores
+from uni_instruct.evaluate.class_draw import DrawnClasses
+from uni_instruct.evaluate.sample_source import SampleSource
+from uni_instruct.evaluate.scores import frechet_name
+
+
+def score_facts(
+    evaluator: Evaluator,
+    sources: dict[str, SampleSource],
+    scores: dict[str, list[Scores]],
+    seeds: str | None,
+    drawn: DrawnClasses,
+) -> dict[str, Any]:
+    """The result as `--json` prints it. scores: of each role one for every set of seeds."""
+    extractor, reference = evaluator.extractor, evaluator.reference
+    notes = [drawn.note, reference.note if isinstance(reference, Dataset) else ""]
+    notes += [note for role in sources for note in (*scores[role][0].notes, sources[role].note) if note]
+    sets = len(scores[next(iter(sources))])
+    if seeds is not None and sets == 1:
+        notes.append("one set of seeds has no spread: --sets 3 measures it")
+    return {
+        "reference": {"name": reference.name, "samples": len(reference)},
+        "extractor": {
+            "name": extractor.name,
+            "sha256": extractor.sha256,
+            "heldout_accuracy": extractor.heldout_accuracy,
+        },
+        "seeds": seeds,
+        "sets": sets,
+        "classes": drawn.how or None,
+        "scores": {
+            role: {
+                "source": source.source,
+                "engine": source.engine or None,
+                "weights_sha256": source.weights_sha256 or None,
+                "samples": source.count // sets,
+            }
+            | over_sets(scores[role])
+            for role, source in sources.items()
+        },
+        "distance_to_teacher_ratio": _ratio(scores, frechet_name(extractor)),
+        "notes": list(dict.fromkeys(filter(None, notes))),
+        "versions": {"uni-instruct": __version__}
+        | {package: version(package) for package in ("torch", "torch-fidelity", "numpy")},
+    }
+
+
+def over_sets(scores: Sequence[Scores]) -> dict[str, Any]:
+    """Means over sets of seeds; of several sets also the standard deviation (divided by n - 1), all values, and the least."""
+    by_set = [score.values for score in scores]
+    columns = {name: [values[name] for values in by_set] for name in by_set[0]}
+    if len(scores) == 1:
+        return {"values": by_set[0]}
+    return {
+        "values": {name: mean(column) for name, column in columns.items()},
+        "spread": {name: stdev(column) for name, column in columns.items()},
+        "by_set": by_set,
+        "least": {name: min(column) for name, column in columns.items()},
+    }
+
+
+def _ratio(scores: dict[str, list[Scores]], distance: str) -> float | None:
+    """The generator's Frechet distance over its teacher's; None where either was not measured."""
+    # A distance alone says little; beside the teacher's it says how much the distillation lost.
+    roles = [scores[role] for role in ("generator", "teacher") if role in scores]
+    if len(roles) < 2 or any(distance not in score.values for role in roles for score in role):
+        return None
+    values = [mean(score.values[distance] for score in role) for role in roles]
+    if not values[1]:
+        return None
+    return values[0] / values[1]
+
+
+def print_scores(facts: dict[str, Any]) -> None:
+    """Prints the result: a table on a terminal, lines elsewhere."""
+    roles: dict[str, Any] = facts["scores"]
+    for role, score in roles.items():
+        classes = f", classes {facts['classes']}" if facts["classes"] else ""
+        times = f"{facts['sets']} x " if facts["sets"] > 1 else ""
+        made_by = f" on {score['engine']}, seeds {facts['seeds']}{classes}" if score["engine"] else ""
+        click.echo(f"{role}: {times}{score['samples']} images of {score['source']}{made_by}")
+    reference, extractor = facts["reference"], facts["extractor"]
+    size = f", {reference['samples']} images" if reference["samples"] else ""
+    click.echo(f"reference: {reference['name']}{size}")
+    accuracy = extractor["heldout_accuracy"]
+    skill = "" if accuracy is None else f", right on {accuracy:.1%} of held-out images"
+    click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}")
+    # A table for eyes, lines for grep.
+    (_print_table if sys.stdout.isatty() else _print_lines)(roles)
+    if facts["distance_to_teacher_ratio"] is not None:
+        click.echo(f"distance to the reference: {facts['distance_to_teacher_ratio']:.2f} times the teacher's")
+    _print_least(roles)
+    for note in facts["notes"]:
+        click.echo(f"note: {note}")
+
+
+def _print_table(roles: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", *roles)
+    for name in next(iter(roles.values()))["values"]:
+        table.add_row(name, *(_value(score, name) if name in score["values"] else "" for score in roles.values()))
+    Console().print(table)
+
+
+def _print_lines(roles: dict[str, Any]) -> None:
+    for role, score in roles.items():
+        for name in score["values"]:
+            click.echo(f"{role} {name}: {_value(score, name)}")
+
+
+def _value(score: dict[str, Any], name: str) -> str:
+    spread = f" +- {score['spread'][name]:.2g}" if "spread" in score else ""
+    return f"{score['values'][name]:.4g}{spread}"
+
+
+def _print_least(roles: dict[str, Any]) -> None:
+    """The least distance of several sets, which many papers print as theirs."""
+    for role, score in roles.items():
+        for name, value in score.get("least", {}).items():
+            if name == "FID" or name.startswith("FD("):
+                sets = len(score["by_set"])
+                click.echo(f"{role} {name}, best of {sets}: {value:.4g} (what EDM and its followers report; the mean is above)")

@@ -1,0 +1,19 @@
+"""The options that say who does the work, alike for every command that has them."""
+
+import rich_click as click
+
+from uni_instruct.sampling.staff import LOCAL, MAX_WORKERS
+
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    help="Processes that share the work, each with its part of the cores, or a GPU. [default: this one alone]",
+)
+ray_option = click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value=LOCAL,
+    metavar="[ADDRESS]",
+    help="Let Ray's actors do the work: of the cluster at ADDRESS (HOST:PORT), or without it of a Ray on this machine.",
+)

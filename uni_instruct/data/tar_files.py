@@ -1,0 +1,162 @@
+"""Tar archives of images, as webdataset writes and reads them: one, or a folder of them that is one data set.
+
+An image's class stands beside it in a member of the same key, KEY.cls; other members are passed over.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.data.dataset import MAX_CLASSES, Dataset, number_names
+from uni_instruct.data.file_kinds import ImageForm, content_of, data_files
+from uni_instruct.data.image_files import decode, is_image_file
+from uni_instruct.data.storage import UNREADABLE, naturally_sorted, reason_of
+from uni_instruct.errors import FileFormatError
+from uni_instruct.file_type import FileType, file_type
+
+# What `generate` writes beside its tars, and how it is known from other files of that name.
+MANIFEST, LIBRARY = "manifest.json", "uni-instruct"
+_CLASS, _ARRAY = ".cls", ".npy"
+_REMEDY = "give tars of images, as 'generate --out NAME.wds' writes them"
+
+
+class TarStore:
+    """The members of a tar, or of all tars in a folder: names are then TAR/MEMBER. Only where each begins stays in memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.repeated: list[str] = []
+        self._tars = (
+            naturally_sorted(entry.name for entry in path.iterdir() if entry.suffix == ".tar") if path.is_dir() else [""]
+        )
+        self._places: dict[str, tuple[int, int, int]] = {}  # name -> which tar, where in it, how long
+        for number, tar in enumerate(self._tars):
+            self._index(number, path / tar if tar else path)
+
+    def names(self) -> list[str]:
+        """Every member that is a file."""
+        return list(self._places)
+
+    def read(self, name: str) -> bytes:
+        """The member's bytes."""
+        number, start, size = self._places[name]
+        tar = self.path / self._tars[number] if self._tars[number] else self.path
+        with tar.open("rb") as file:
+            content = os.pread(file.fileno(), size, start)
+        if len(content) < size:
+            raise EOFError(f"{tar} ends within {name}")
+        return content
+
+    def head(self, name: str, size: int) -> bytes:
+        """The member's first bytes."""
+        return self.read(name)[:size]
+
+    def _index(self, number: int, tar: Path) -> None:
+        prefix = f"{tar.stem}/" if self._tars[number] else ""
+        try:
+            with tarfile.open(tar, "r:") as archive:
+                for member in archive:
+                    if member.isfile():
+                        name = prefix + member.name
+                        if name in self._places:
+                            self.repeated.append(name)
+                        self._places[name] = number, member.offset_data, member.size
+                    archive.members = []  # type: ignore[attr-defined]  # or it keeps a kilobyte for each
+        except (*UNREADABLE, tarfile.TarError) as error:
+            packed = "it is compressed" if tar.open("rb").read(2) == b"\x1f\x8b" else reason_of(error)
+            raise FileFormatError(f"{tar} is not a whole tar: {packed}", remedy="unpack or copy it again") from error
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file is called a tar, or is one, uncompressed."""
+    return path.suffix == ".tar" or (path.is_file() and file_type(path) is FileType.TAR and path.suffix not in (".gz", ".tgz"))
+
+
+def has_tars(folder: Path) -> bool:
+    """Whether a folder holds tars, and no image beside them."""
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    return any(name.endswith(".tar") for name in names) and not any(map(is_image_file, names))
+
+
+def open_tars(path: Path, form: ImageForm) -> Dataset:
+    """A tar, or a folder of them, as a data set.
+
+    Raises FileFormatError where one is corrupt or missing, there are no images, or classes are given for some of them alone.
+    """
+    manifest = _manifest(path)
+    store = TarStore(path)
+    found = data_files(store, [name for name in store.names() if not name.endswith((_CLASS, ".json", ".txt"))], _REMEDY)
+    labels = class_ids_of(store, found.files)
+    described: dict[str, Any] = manifest.get("dataset", {})
+    count = max(int(described.get("num_classes", 0)), 0 if labels is None else int(labels.max()) + 1)
+    names = described.get("class_names", ())
+    content = content_of(store, found, form, every_header=False, stated=described.get("image_shape", [None])[0])
+    return Dataset(
+        **vars(content),
+        name=str(described.get("name", path.stem)),
+        labels=labels,
+        num_classes=0 if labels is None else count,
+        class_names=() if labels is None else tuple(names) if len(names) == count else number_names(count),
+        licence=str(described.get("licence", "unknown")),
+        source=str(path),
+    )
+
+
+def image_members(names: Sequence[str]) -> list[str]:
+    """Those that are images, or arrays in their place, in order."""
+    return naturally_sorted(name for name in names if is_image_file(name) or name.endswith(_ARRAY))
+
+
+def decoded_member(store: TarStore, name: str) -> np.ndarray:
+    """A picture, uint8 [H, W, C]; an array as it is."""
+    if name.endswith(_ARRAY):
+        array: np.ndarray = np.load(io.BytesIO(store.read(name)), allow_pickle=False)
+        return array
+    return decode(store, name)
+
+
+def class_ids_of(store: TarStore, names: Sequence[str]) -> np.ndarray | None:
+    """The classes that stand beside the images, int64 [N]; None where none has one. Raises FileFormatError."""
+    present = set(store.names())
+    beside = [name.rpartition(".")[0] + _CLASS for name in names]
+    given = [name for name in beside if name in present]
+    if not given:
+        return None
+    if len(given) < len(beside):
+        missing = next(name for name in beside if name not in present)
+        raise FileFormatError(f"{store.path} has no {missing}", remedy="give every image a class, or none")
+    ids = [_class_id(store, name) for name in beside]
+    return np.array(ids, dtype=np.int64)
+
+
+def _class_id(store: TarStore, name: str) -> int:
+    text = store.read(name).decode("utf-8", "replace").strip()
+    if not text.isdecimal() or len(text) > 9 or int(text) >= MAX_CLASSES:
+        raise FileFormatError(f"{name} in {store.path} holds {text[:20]!r}", remedy=f"write class ids below {MAX_CLASSES}")
+    return int(text)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What `generate` wrote beside its tars, {} where there is none. Raises FileFormatError where a tar is missing or short."""
+    file = path / MANIFEST
+    if not path.is_dir() or not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise FileFormatError(f"{file} is damaged: {reason_of(error)}", remedy="copy it again") from error
+    if not isinstance(found, dict) or found.get("library") != LIBRARY:
+        return {}
+    for tar in found["files"]:
+        there = (path / tar["name"]).stat().st_size if (path / tar["name"]).is_file() else 0
+        if there != tar["bytes"]:
+            raise FileFormatError(
+                f"{path / tar['name']} has {there} bytes, {MANIFEST} says {tar['bytes']}", remedy="copy or make it again"
+            )
+    return found

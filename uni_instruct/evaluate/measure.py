@@ -1,0 +1,147 @@
+"""Scores of many images, summed up shard by shard, here or where workers make them. No image is stored."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from uni_instruct.evaluate.evaluator import Evaluator, checked_batches
+from uni_instruct.evaluate.extractors import Extractor, ExtractorFile
+from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages, ReadTask
+from uni_instruct.evaluate.sample_source import SampleSource
+from uni_instruct.evaluate.scores import Scores
+from uni_instruct.evaluate.summary import Summary, SummaryPlan, summed_up
+from uni_instruct.progress import Progress, ProgressFactory
+from uni_instruct.sampling.pool import Pool, Task
+from uni_instruct.sampling.shards import SHARD_IMAGES, Shard
+from uni_instruct.sampling.staff import Staff
+from uni_instruct.spec import ImageShape
+
+# Features come in batches of so many: a shard of whole ones gives the bits that all images at once would give.
+EXTRACTOR_BATCH = 64
+# How many summaries may wait for the one before them: each has D^2 numbers.
+_WAITING = 16
+_LOOK_S = 0.2
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryJob:
+    """Summaries of tasks, for workers: see `sampling.pool.WorkerJob`."""
+
+    images: BundleImages | DatasetImages
+    extractor: ExtractorFile
+    plan: SummaryPlan
+    shape: ImageShape | None
+
+    def open(self) -> Callable[[Task], Summary]:
+        """Opens the images' source and the extractor."""
+        return _summariser(self.images.open(alone=False), self.extractor.open(), self.plan, self.shape)
+
+    def paths(self) -> list[Path]:
+        """The bundle, and the extractor's weights."""
+        return [*self.images.paths(), self.extractor.path]
+
+    def moved(self, places: Mapping[Path, Path]) -> "SummaryJob":
+        """See WorkerJob."""
+        path = places.get(self.extractor.path, self.extractor.path)
+        return replace(self, images=self.images.moved(places), extractor=replace(self.extractor, path=path))
+
+
+def measure(
+    evaluator: Evaluator,
+    sources: Sequence[SampleSource],
+    metrics: Sequence[str] | None,
+    staff: Staff,
+    with_progress: ProgressFactory,
+    label: str,
+) -> list[Scores]:
+    """Scores of sources of one kind and size that differ in their seeds alone: one progress, one set of workers for all.
+
+    The same whoever works: shards are fixed, and their sums are added in order.
+    """
+    first, total = sources[0], sum(source.count for source in sources)
+    wants_scores = "is" in evaluator.asked(metrics, first.count, first.expected is not None)
+    plan = SummaryPlan(total=first.count, with_scores=wants_scores)
+    with with_progress(label, total, "images") as progress:
+        if not staff.wanted:
+            read = _shown(first.images.open(alone=True), progress)
+            make = _summariser(read, evaluator.extractor, plan, evaluator.known_shape)
+            summaries = [_added(map(make, _tasks(source, first.images.batch))) for source in sources]
+        else:
+            job = SummaryJob(
+                images=replace(first.images, opened=None) if isinstance(first.images, DatasetImages) else first.images,
+                extractor=evaluator.extractor.required_file(),
+                plan=plan,
+                shape=evaluator.known_shape,
+            )
+            with staff.pool(job) as pool:
+                summaries = [_added(in_order(pool, _tasks(source, first.images.batch), progress)) for source in sources]
+    return [
+        evaluator.score_summary(summary, source.expected is not None, metrics)
+        for summary, source in zip(summaries, sources, strict=True)
+    ]
+
+
+def in_order(pool: Pool[T], tasks: Iterable[Task], progress: Progress) -> Iterator[T]:
+    """The tasks' results in their order, made by the pool's workers."""
+    left, waiting, due = iter(tasks), dict[int, T](), list[Shard]()
+    more = True
+    while more or due:
+        while more and pool.idle and len(due) < _WAITING:
+            task = next(left, None)
+            if task is None:
+                more = False
+            else:
+                due.append(task.shard)
+                pool.submit(task)
+        for shard, result in pool.wait(_LOOK_S) if due or more else []:
+            waiting[shard.start] = result
+            progress.advance(len(shard))
+        while due and due[0].start in waiting:
+            yield waiting.pop(due.pop(0).start)
+
+
+def shard_images(batch: int) -> int:
+    """Images of a shard: whole batches of the engine's, and where that is not too many of the extractor's too."""
+    unit = math.lcm(batch, EXTRACTOR_BATCH)
+    unit = unit if unit <= 4 * SHARD_IMAGES else batch
+    return max(1, SHARD_IMAGES // unit) * unit
+
+
+def _tasks(source: SampleSource, batch: int) -> Iterator[Task]:
+    size = shard_images(batch)
+    for start in range(0, source.count, size):
+        shard = Shard(start, min(start + size, source.count))
+        class_ids = None if source.class_ids is None else source.class_ids[shard.rows]
+        expected = None if source.expected is None else source.expected[shard.rows]
+        yield Task(shard, source.seeds[shard.rows], class_ids, expected)
+
+
+def _summariser(read: ReadTask, extractor: Extractor, plan: SummaryPlan, shape: ImageShape | None) -> Callable[[Task], Summary]:
+    splits = plan.splits() if plan.with_scores else None
+
+    def summarise(task: Task) -> Summary:
+        features = extractor(checked_batches(read(task), shape))
+        return summed_up(features, plan, task.shard.start, task.expected, splits)
+
+    return summarise
+
+
+def _added(summaries: Iterator[Summary]) -> Summary:
+    total = next(summaries)
+    for summary in summaries:
+        total.add(summary)
+    return total
+
+
+def _shown(read: ReadTask, progress: Progress) -> ReadTask:
+    def with_progress(task: Task) -> Iterator[np.ndarray]:
+        for images in read(task):
+            yield images
+            progress.advance(len(images))
+
+    return with_progress

@@ -1,0 +1,62 @@
+"""A set of samples: the one that is about to be written, and one that was read back."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from uni_instruct.data import Dataset
+from uni_instruct.data.dataset import ImageReader
+from uni_instruct.spec import ModelSpec
+
+READ_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """Images of seeds, or a VAE's latents, in the order of the seeds; class_ids int64 [N], None without classes."""
+
+    spec: ModelSpec
+    seeds: Sequence[int] = field(repr=False)
+    class_ids: np.ndarray | None = field(repr=False)
+    reader: ImageReader = field(repr=False)
+    request: dict[str, Any]
+
+    def dataset(self) -> Dataset:
+        """The set as a data set, for those who train on it or score it."""
+        spec = self.spec
+        return Dataset(
+            name=f"{spec.name}-samples",
+            image_shape=spec.image_shape,
+            labels=self.class_ids,
+            num_classes=spec.num_classes,
+            class_names=tuple(spec.class_name(class_id) for class_id in range(spec.num_classes)),
+            licence=spec.licence,
+            source=f"uni-instruct generate, weights {self.request['weights_sha256']}",
+            reader=self.reader,
+        )
+
+    def record(self, **more: list[str]) -> str:
+        """The text of samples.json."""
+        return json.dumps({"request": self.request, "seeds": list(self.seeds)} | more)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The images in order, each part uint8 [<=READ_BATCH, H, W, C]; of latents float32 [<=READ_BATCH, C, H, W]."""
+        for start in range(0, len(self.reader), READ_BATCH):
+            yield self.reader.read(np.arange(start, min(start + READ_BATCH, len(self.reader))))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Samples:
+    """A set that was read back: images uint8 [N, H, W, C] of seeds int64 [N] in the order that they were asked for.
+
+    Of a generator of latents, images are those: float32 [N, C, H, W]. class_ids is int64 [N], None without classes; request
+    says what made them.
+    """
+
+    images: np.ndarray = field(repr=False)
+    seeds: np.ndarray
+    class_ids: np.ndarray | None
+    request: dict[str, Any]
