@@ -18,10 +18,11 @@ from starlette.types import Receive
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.connections import bound_connections
 from uni_instruct.serve.demo import DemoMount
 from uni_instruct.serve.errors import MethodError, NotFoundError
 from uni_instruct.serve.metrics import exposition
-from uni_instruct.serve.middleware import ApiKeyMiddleware, BodyLimitMiddleware
+from uni_instruct.serve.middleware import Guards, route_path
 from uni_instruct.serve.model_info import model_info, model_list
 from uni_instruct.serve.openapi import openapi_document
 from uni_instruct.serve.responses import error_response, image_response
@@ -51,12 +52,8 @@ def create_app(settings: Settings) -> Starlette:
 
 
 def middleware_of(backend: Backend) -> list[Middleware]:
-    """The API key and the body limit, for this app and for what it is mounted in."""
-    settings, requests = backend.settings, backend.metrics.requests
-    return [
-        Middleware(ApiKeyMiddleware, key=settings.api_key, requests=requests),
-        Middleware(BodyLimitMiddleware, limit_bytes=settings.max_body_bytes, requests=requests),
-    ]
+    """The guards, for this app and for what it is mounted in."""
+    return [Middleware(Guards, settings=backend.settings, metrics=backend.metrics, stopping=backend.stopping)]
 
 
 def _routes(backend: Backend, demo: DemoMount) -> list[BaseRoute]:
@@ -83,6 +80,8 @@ def _lifespan(backend: Backend, demo: DemoMount) -> Callable[[Starlette], Any]:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        backend.stopping.watch(backend.turn_away)
+        bound_connections(backend.settings)
         # In the background: the server answers /livez while it loads, or an orchestrator would take it for dead.
         loading = asyncio.create_task(load())
         yield
@@ -135,7 +134,7 @@ async def _docs(backend: Backend, request: Request) -> Response:
 
 
 async def _unknown(backend: Backend, request: Request) -> Response:
-    allowed = [method for method, path, _ in _HANDLERS if path == request.url.path]
+    allowed = [method for method, path, _ in _HANDLERS if path == route_path(request.scope)]
     raise HTTPException(405, headers={"Allow": ", ".join(allowed)}) if allowed else HTTPException(404)
 
 

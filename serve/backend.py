@@ -16,6 +16,7 @@ from uni_instruct.serve.batcher import Batcher, prewarm
 from uni_instruct.serve.errors import NotReadyError
 from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.settings import Settings
+from uni_instruct.serve.stopping import Stopping
 from uni_instruct.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Backend:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.metrics = ServerMetrics()
+        self.stopping = Stopping(settings.grace_s)
         self.failure: UniInstructError | None = None
         self.encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
         self.ready = False
@@ -104,6 +106,13 @@ class Backend:
             self.metrics.ready.set(1)
             self.ready = True
             logger.info("serving %s with %s", self.bundle.spec.name, self.engine.id)
+
+    def turn_away(self) -> None:
+        """Answers what waits for the engine with 503, and stops being ready: the server is about to stop."""
+        self.metrics.ready.set(0)
+        self.ready = False
+        if self._batcher is not None:
+            self._batcher.turn_away()
 
     async def close(self) -> None:
         """Stops the engine after its running batch."""

@@ -21,7 +21,7 @@ import numpy as np
 from uni_instruct.engine import Engine
 from uni_instruct.generate import image_size
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
-from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
+from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
 from uni_instruct.serve.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,10 @@ class Batcher:
     async def submit(self, seeds: Sequence[int], class_ids: np.ndarray | None, timeout_s: float) -> Generated:
         """Images of the seeds. class_ids: int64 [N], None for an unconditional generator. Cancelling frees its place.
 
-        Raises QueueFullError, TimedOutError, EngineFailedError, or NotReadyError once closed.
+        Raises QueueFullError, TimedOutError, EngineFailedError, or StoppingError once closed.
         """
         if self._closed:
-            raise NotReadyError("the server is stopping", remedy="try another one")
+            raise StoppingError
         # Refused at once rather than late: whoever waits longer than the timeout would get nothing, and hold up the others.
         if self._queued + len(seeds) > self._queue_images:
             self._metrics.dropped.labels("queue_full").inc(len(seeds))
@@ -113,13 +113,18 @@ class Batcher:
         return Generated(ticket.images, queue_ms=1e3 * max(0.0, total_s - ticket.model_s), model_ms=1e3 * ticket.model_s)
 
     async def close(self) -> None:
-        """Stops after the running batch, which is still answered; what waits ends in NotReadyError."""
+        """Stops after the running batch, which is still answered; what waits ends in StoppingError."""
         self._closed = True
-        for ticket in list(self._tickets):
-            self._fail(ticket, NotReadyError("the server is stopping", remedy="try another one"), "stopping")
+        self.turn_away(begun=True)
         self._wake.set()
         await self._loop
         self._thread.shutdown()
+
+    def turn_away(self, *, begun: bool = False) -> None:
+        """Ends what waits in StoppingError; requests of which the engine has made a part only where `begun` says so."""
+        for ticket in list(self._tickets):
+            if begun or ticket.next == 0:
+                self._fail(ticket, StoppingError(), "stopping")
 
     async def _run(self) -> None:
         while not self._closed:

@@ -5,8 +5,10 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
 from importlib.util import find_spec
 from types import FrameType
+from typing import Any
 
 import rich_click as click
 
@@ -14,22 +16,54 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import select_engine
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.ports import free_address
+from uni_instruct.serve.settings import Settings, as_environment, settings_from_environment, variable
 
 
 class _StopRequested(Exception):
     """Ctrl-C, or SIGTERM."""
 
 
+# The bundle is the command's argument, and a key among the arguments would be seen by every user of the machine.
+_NO_OPTIONS = ("bundle", "api_key")
+
+
+def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds an option for every setting: given, it wins over the environment variable, which wins over the default."""
+    for setting in reversed(fields(Settings)):
+        if setting.name not in _NO_OPTIONS:
+            command = _option(setting)(command)
+    return command
+
+
+def _option(setting: "Field[Any]") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    flag, least = "--" + setting.name.replace("_", "-"), setting.metadata["least"]
+    numbers = {int: click.IntRange(least, min_open=True), float: click.FloatRange(least, min_open=True)}
+    default = "" if setting.default in (None, MISSING) else f"  [default: {_shown(setting.default)}]"
+    return click.option(
+        f"{flag}/--no-{flag[2:]}" if setting.type is bool else flag,
+        setting.name,
+        type=numbers.get(setting.type),  # type: ignore[call-overload]
+        # None where it is not given: a default here would overwrite the environment's value.
+        default=None,
+        show_default=False,
+        help=setting.metadata["help"] + default,
+    )
+
+
+def _shown(value: object) -> str:
+    return {"True": "on", "False": "off"}.get(str(value), f"{value:g}" if isinstance(value, float) else str(value))
+
+
 @click.command()
 @click.argument("bundle", required=False)
-@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
-@click.option("--port", default=3000, type=click.IntRange(1, 65535), help="Port to listen on.")
-@click.option("--engine", default=None, help="Engine id, as onnx-fp32, or a runtime, as onnx.  [default: the fastest here]")
-@click.option("--workers", default=1, type=click.IntRange(1, 64), help="Processes. The demo needs 1.")
-def serve(bundle: str | None, host: str, port: int, engine: str | None, workers: int) -> None:
+@click.option("--host", default="127.0.0.1", envvar=variable("host"), help="Address to listen on; 0.0.0.0 for every interface.")
+@click.option("--port", default=3000, envvar=variable("port"), type=click.IntRange(1, 65535), help="Port to listen on.")
+@_setting_options
+def serve(bundle: str | None, host: str, port: int, **options: object) -> None:
     """Serve BUNDLE over HTTP, with a web demo under /ui.
 
     A folder, hf://owner/name, or the name of a shipped generator; without it UNI_INSTRUCT_BUNDLE, else the best that ships.
+    Every option has an environment variable, UNI_INSTRUCT_PORT for --port, which holds where the option is not given.
     Ctrl-C stops it. docs/serving.md has the API, the metrics and the settings.
 
     Example: uni-instruct serve runs/digits/generator --port 3000
@@ -38,29 +72,28 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
         if find_spec(package) is None:
             raise MissingExtraError(package, extra="serve")
     from uni_instruct.serve.process import Server
-    from uni_instruct.serve.settings import PREFIX, settings_from_environment
 
     # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
-    settings = settings_from_environment()
-    opened = Bundle.open(bundle or settings.bundle)
-    wanted = engine or settings.engine
-    _check(opened, wanted)
+    settings = settings_from_environment(options={"bundle": bundle, **options})
+    opened = Bundle.open(settings.bundle)
+    _check(opened, settings.engine)
     address = free_address(host, port)
     environment = {
         **os.environ,
         "BENTOML_DO_NOT_TRACK": "true",
         "GRADIO_ANALYTICS_ENABLED": "False",
-        f"{PREFIX}BUNDLE": str(opened.path.resolve()),
-        f"{PREFIX}ENGINE": wanted or "",
-        f"{PREFIX}WORKERS": str(workers),
+        **as_environment(settings),
+        # Absolute, as the server runs in a folder of its own.
+        variable("bundle"): str(opened.path.resolve()),
+        variable("api_key_file"): os.path.abspath(settings.api_key_file) if settings.api_key_file else "",
     }
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
         # BentoML keeps its files in that folder, and imports nothing that happens to lie in the user's.
         environment.setdefault("BENTOML_HOME", folder)
-        server = Server(address, port, environment, folder)
+        server = Server(address, port, environment, folder, settings)
         try:
             server.wait_until_ready()
-            _announce(opened.spec.name, server.url, workers)
+            _announce(opened.spec.name, server.url, settings)
             server.wait()
         except _StopRequested:
             click.echo("\nstopping", err=True)
@@ -77,11 +110,11 @@ def _check(bundle: Bundle, engine: str | None) -> None:
         stored.file()
 
 
-def _announce(name: str, url: str, workers: int) -> None:
+def _announce(name: str, url: str, settings: Settings) -> None:
     click.echo(f"serving on {url}  (Ctrl-C stops)")
     click.echo(f"generator  {name}")
-    demo = f"{url}/ui" if workers == 1 else "off: its state lives in one process; use --workers 1"
-    click.echo(f"demo       {demo}")
+    reason = "its state lives in one process; use --workers 1" if settings.ui else "use --ui"
+    click.echo(f"demo       {f'{url}/ui' if settings.serves_ui else f'off: {reason}'}")
     click.echo(f"API        {url}/docs")
 
 

@@ -47,11 +47,21 @@ class NotReadyError(UniInstructError):
     http_status = 503
 
 
+class StoppingError(NotReadyError):
+    """The server is being stopped: another one, or the same a little later, will answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping", remedy="try again in a second, or another one")
+
+
 class TimedOutError(UniInstructError):
     """The images were not made in time."""
 
     http_status = 504
 
+
+# Of what a message repeats a client's own words may be the greater part; more than this helps nobody.
+_LONGEST_MESSAGE = 400
 
 # HTTP status -> (type, code) as OpenAI's clients know them.
 _OPENAI_ERRORS = {
@@ -69,10 +79,14 @@ _OPENAI_ERRORS = {
 
 def error_body(error: UniInstructError) -> dict[str, dict[str, str | None]]:
     """The body of an error: {"error": {message, type, param, code, remedy}}."""
+    message = str(error)
+    if len(message) > _LONGEST_MESSAGE:
+        # The remedy stands at the end, and is what helps.
+        message = f"{error.problem[: _LONGEST_MESSAGE - 100]}...; {error.remedy[:_LONGEST_MESSAGE]}"
     type_, code = _OPENAI_ERRORS.get(error.http_status, _OPENAI_ERRORS[500])
     return {
         "error": {
-            "message": str(error),
+            "message": message,
             "type": type_,
             "param": error.param,
             "code": code,

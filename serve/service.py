@@ -15,11 +15,14 @@ import bentoml
 import numpy as np
 
 from uni_instruct.errors import UniInstructError
+from uni_instruct.processes import ending_with
 from uni_instruct.serve.app import create_app, middleware_of
 from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.metrics import use_own_folder
 from uni_instruct.serve.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
 
+use_own_folder()
 _settings = settings_from_environment()
 _app = create_app(_settings)
 
@@ -48,6 +51,8 @@ class UniInstruct:
     """A one-step image generator. POST /v1/generate answers files; this method answers arrays to BentoML's client."""
 
     def __init__(self) -> None:
+        # Only workers get here. Their supervisor may be killed, and would leave them running.
+        ending_with(os.getppid())()
         self._backend: Backend = _app.state.backend
 
     @bentoml.api

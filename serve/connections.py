@@ -1,0 +1,107 @@
+"""Bounds on connections, which uvicorn does not have: a deadline for a request to arrive, and a number that may be open.
+
+A request that is complete costs nothing of it: there is one timer a connection, not one a request.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+from typing import Any
+
+from uni_instruct.serve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Files beside connections that a worker holds: sockets, logs, the bundle, the runtime's own.
+_OTHER_FILES = 128
+_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
+
+
+def bound_connections(settings: Settings) -> None:
+    """Gives uvicorn, in whose event loop this is called, the limits of the settings; elsewhere it does nothing."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    config = getattr(server, "config", None)
+    if config is None:
+        return
+    _allow_files(settings.connections + _OTHER_FILES)
+    config.timeout_keep_alive = settings.keep_alive_s
+    config.http_protocol_class = _bounded(config.http_protocol_class, settings)
+
+
+def _allow_files(count: int) -> None:
+    """Raises this process's limit of open files, as far as the system lets it: a thousand is a common default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _bounded(protocol: type[Any], settings: Settings) -> type[Any]:
+    """Uvicorn's protocol, one object a connection, with the limits."""
+    receive_s, limit = settings.receive_s, settings.connections
+    # Connections on which no request is under way, the one that has been silent for longest first.
+    silent: dict[Any, None] = {}
+
+    class Bounded(protocol):  # type: ignore[misc]
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > limit and not _make_room(silent):
+                transport.write(_TOO_MANY)
+                transport.close()
+                return
+            silent[self] = None
+            self._expect()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            cycle = self.cycle
+            if cycle is None or cycle.response_complete or cycle.more_body:
+                self._expect()
+            else:
+                self._unexpect()
+                silent.pop(self, None)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            silent[self] = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unexpect()
+            silent.pop(self, None)
+            super().connection_lost(exc)
+
+        def _expect(self) -> None:
+            # From the first byte on, not from the last: one byte a second would never end.
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(receive_s, self._too_slow)
+
+        def _unexpect(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _too_slow(self) -> None:
+            silent.pop(self, None)
+            # A websocket's connection has been handed to another protocol.
+            if not self.transport.is_closing() and self.transport.get_protocol() is self:
+                if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+                    self.transport.write(_TOO_SLOW)
+                self.transport.close()
+
+    return Bounded
+
+
+def _make_room(silent: dict[Any, None]) -> bool:
+    """Closes the connection that has been silent for longest. False where every one has a request under way."""
+    oldest = next(iter(silent), None)
+    if oldest is None:
+        return False
+    del silent[oldest]
+    oldest.transport.close()
+    return True
