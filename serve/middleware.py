@@ -24,7 +24,7 @@ _PASSED = "uni_instruct.passed"
 
 
 class Guards:
-    """One pass for all of them. In BentoML it stands before its routes and ours; a request that has passed is not asked again."""
+    """One pass for all of them, before BentoML's routes and ours; a request that has passed is not asked again."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics, stopping: Stopping):
         self._settings, self._metrics, self._stopping = settings, metrics, stopping

@@ -1,5 +1,6 @@
 """How the server runs: options of the command, else environment variables, else defaults; for every setting alike."""
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -7,9 +8,9 @@ from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from uni_instruct.bundle import default_generator
 from uni_instruct.errors import RequestError
 from uni_instruct.serve.keys import read_keys
+from uni_instruct.serve.sources import default_sources, split_sources
 
 PREFIX = "UNI_INSTRUCT_"
 
@@ -23,11 +24,12 @@ def _setting(default: object, help: str, *, least: float = 0) -> Any:
 class Settings:
     """One server. Every field is an environment variable of the same name (UNI_INSTRUCT_BUNDLE and so on), and an option.
 
-    The limits count images, per worker. Raises RequestError for a value that makes no sense.
+    The limits count images, per worker and model. Raises RequestError for a value that makes no sense.
     """
 
-    bundle: str = field(
-        default_factory=default_generator, metadata={"help": "A folder, or the name of a shipped generator.", "least": 0}
+    bundle: tuple[str, ...] = field(
+        default_factory=default_sources,
+        metadata={"help": "Folders, names of shipped generators, or NAME=one of them.", "least": 0},
     )
     engine: str | None = _setting(None, "Engine id, as onnx-fp32, or a runtime, as onnx; without it the fastest here.")
     workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.")
@@ -54,7 +56,9 @@ class Settings:
         for setting in fields(self):
             value, least = getattr(self, setting.name), setting.metadata["least"]
             if isinstance(value, int | float) and not isinstance(value, bool) and not (least < value < math.inf):
-                raise wrong_setting(setting.name, value, f"give a number above {least:g}" if least else "give a positive number")
+                raise wrong_setting(
+                    setting.name, value, f"give a number above {least:g}" if least else "give a positive number"
+                )
         # A request that fits no empty queue would be told to come back later, for ever.
         if self.queue_images < self.request_images:
             raise wrong_setting("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
@@ -128,6 +132,7 @@ _READERS: dict[object, tuple[Callable[[str], object], str]] = {
     int: (int, "give an integer"),
     float: (float, "give a number"),
     bool: (_truth, "give true or false"),
+    tuple[str, ...]: (lambda text: tuple(split_sources(text)), ""),
 }
 
 
@@ -140,4 +145,6 @@ def _parsed(setting: "Field[Any]", text: str) -> object:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return json.dumps(value)
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

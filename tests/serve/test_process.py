@@ -24,9 +24,10 @@ from builders.bundles import random_bundle
 from builders.machine import require_debian, run_cli
 from builders.paths import ROOT
 from builders.servers import PATIENCE_S, Running, free_port, start
-from uni_instruct.bundle import Bundle, default_generator
+from uni_instruct.bundle import Bundle, default_generator, shipped_generators
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.serve.sources import default_sources
 
 KEY = "sesame"
 # The server stops within 5 s of its own accord; an open page would hold BentoML for over 20.
@@ -187,7 +188,7 @@ def test_the_demo_follows_the_slider(server: Running, exported_bundle: Bundle, b
     assert all(stage in readout for stage in ("queue", "model", "encode", "total", "ms"))
     curl = browser.find_element(By.ID, "curl").text
     assert f"{server.url}/v1/generate" in curl
-    assert '{"seeds":[3],"class_ids":[9]}' in curl
+    assert '{"model":"tiny","seeds":[3],"class_ids":[9]}' in curl
     browser.find_element(By.ID, "dice").click()
     WebDriverWait(browser, PATIENCE_S).until(lambda _: not np.array_equal(shown(), truth(exported_bundle, [3], ["9"])))
 
@@ -293,6 +294,15 @@ def test_without_a_name_it_serves_what_ships(tmp_path: Path) -> None:
         running.until_announced()
         assert f"generator  {default_generator()}\n" in running.log.read_text()
         assert httpx.get(f"{running.url}/v1/spec").json()["name"] == default_generator()
+        listed = httpx.get(f"{running.url}/v1/models").json()["data"]
+        assert [(model["id"], model["state"]) for model in listed] == [(name, "ready") for name in default_sources()]
+        for name in shipped_generators():
+            body = {"model": name, "seeds": [7], "format": "npz"}
+            answer = httpx.post(f"{running.url}/v1/generate", json=body)
+            images = np.load(io.BytesIO(answer.content))["arr_0"]
+            engine = open_engine(name, answer.headers["x-engine"])
+            assert answer.headers["x-model"] == name
+            np.testing.assert_array_equal(images, generate_images(engine, [7], resolve_class_ids(engine.spec, [7])))
         answer = httpx.post(f"{running.url}/v1/generate", json={"seeds": [7]})
         np.testing.assert_array_equal(pixels(answer.content), truth(Bundle.open(default_generator()), [7])[0])
     finally:
@@ -326,7 +336,7 @@ def test_several_workers_serve_without_the_demo(exported_bundle: Bundle, tmp_pat
             np.testing.assert_array_equal(pixels(answer.content), truth(exported_bundle, [seed])[0])
         assert httpx.get(f"{running.url}/ui").status_code == 404
         metrics = httpx.get(f"{running.url}/metrics").text
-        assert "uni_instruct_images_total 10.0" in metrics  # summed over the workers
+        assert 'uni_instruct_images_total{model="tiny"} 10.0' in metrics  # summed over the workers
         assert "uni_instruct_ready 2.0" in metrics
     finally:
         running.kill()

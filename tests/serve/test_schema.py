@@ -37,7 +37,7 @@ WRONG = [
     (b"{", "the body is not JSON; send an object"),
     (b"\xff\xfe", "the body is not JSON"),
     (b"[1]", "the body is [1], not an object"),
-    (b'{"seds": [1]}', "field 'seds' is unknown; the fields are seeds, num_images,"),
+    (b'{"seds": [1]}', "field 'seds' is unknown; the fields are model, seeds, num_images,"),
     (b'{"seeds": 7}', "seeds is 7; give a list of integers"),
     (b'{"seeds": ["a"]}', "seeds[0] is 'a'; give a list of integers"),
     (b'{"seeds": [1.5]}', "seeds[0] is 1.5"),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from builders.machine import run_cli
-from uni_instruct.bundle import default_generator
+from uni_instruct.bundle import default_generator, shipped_generators
 from uni_instruct.errors import RequestError
-from uni_instruct.serve.command import _NO_OPTIONS, serve
+from uni_instruct.serve.commands.serve import _NO_OPTIONS, serve
 from uni_instruct.serve.keys import given_key, is_one_of, read_keys
 from uni_instruct.serve.settings import Settings, as_environment, settings_from_environment, variable
 
@@ -25,6 +25,8 @@ def two_values(name: str, kind: object, folder: Path) -> tuple[Any, Any]:
     if kind is bool:
         default = getattr(Settings(), name)
         return not default, default
+    if name == "bundle":
+        return ("first", "other=second"), ("third",)
     if kind is int:
         return 2048, 4096
     return (1.5, 2.5) if kind is float else ("/first", "/second")
@@ -40,7 +42,7 @@ def test_an_option_wins_over_the_variable_and_the_variable_over_the_default(sett
     def read(text: str, given: object) -> object:
         return getattr(settings_from_environment({variable(name): text} if text else {}, {name: given, **room}), name)
 
-    written = str(environment).lower() if setting.type is bool else str(environment)
+    written = as_environment(Settings(**{name: environment}, **room))[variable(name)]
     assert read(written, option) == option
     assert read(written, None) == environment
     assert read("", None) == getattr(Settings(**room), name)
@@ -77,7 +79,9 @@ def test_a_wrong_setting_is_refused(name: str, value: str, message: str) -> None
 def test_settings_come_from_the_environment() -> None:
     environment = {"UNI_INSTRUCT_TIMEOUT_S": "2.5", "UNI_INSTRUCT_UI": "no", "UNI_INSTRUCT_ENGINE": "", "OTHER": "x"}
     settings = settings_from_environment(environment)
-    assert (settings.timeout_s, settings.ui, settings.engine, settings.bundle) == (2.5, False, None, default_generator())
+    assert (settings.timeout_s, settings.ui, settings.engine) == (2.5, False, None)
+    assert settings.bundle[0] == default_generator()
+    assert sorted(settings.bundle) == shipped_generators()
     assert not settings_from_environment({"UNI_INSTRUCT_WORKERS": "2"}).serves_ui
 
 

@@ -1,9 +1,10 @@
 """`uni-instruct serve`: checks the request, runs BentoML as a child process, and stops everything that it has started."""
 
+import json
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from importlib.util import find_spec
@@ -55,28 +56,31 @@ def _shown(value: object) -> str:
 
 
 @click.command()
-@click.argument("bundle", required=False)
+@click.argument("names", nargs=-1)
 @click.option("--host", default="127.0.0.1", envvar=variable("host"), help="Address to listen on; 0.0.0.0 for every interface.")
 @click.option("--port", default=3000, envvar=variable("port"), type=click.IntRange(1, 65535), help="Port to listen on.")
 @_setting_options
-def serve(bundle: str | None, host: str, port: int, **options: object) -> None:
-    """Serve BUNDLE over HTTP, with a web demo under /ui.
+def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> None:
+    """Serve generators over HTTP, with a web demo under /ui.
 
-    A folder, hf://owner/name, or the name of a shipped generator; without it UNI_INSTRUCT_BUNDLE, else the best that ships.
-    Every option has an environment variable, UNI_INSTRUCT_PORT for --port, which holds where the option is not given.
-    Ctrl-C stops it. docs/serving.md has the API, the metrics and the settings.
+    Each of NAMES is a shipped generator, a folder or hf://owner/name; other=FOLDER gives it a name of your own, by which
+    requests choose it ("model"). Without names UNI_INSTRUCT_BUNDLE, else every generator that ships. Every option has an
+    environment variable, UNI_INSTRUCT_PORT for --port, which holds where the option is not given. Ctrl-C stops the server.
+    docs/serving.md has the API, the metrics and the settings.
 
-    Example: uni-instruct serve runs/digits/generator --port 3000
+    Example: uni-instruct serve digits runs/mine/generator --port 3000
     """
     for package in ("bentoml", "prometheus_client", "psutil", "pydantic", "starlette"):
         if find_spec(package) is None:
             raise MissingExtraError(package, extra="serve")
     from uni_instruct.serve.process import Server
+    from uni_instruct.serve.sources import sources_by_name
 
     # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
-    settings = settings_from_environment(options={"bundle": bundle, **options})
-    opened = Bundle.open(settings.bundle)
-    _check(opened, settings.engine)
+    settings = settings_from_environment(options={"bundle": names or None, **options})
+    bundles = {name: Bundle.open(source) for name, source in sources_by_name(settings.bundle).items()}
+    for bundle in bundles.values():
+        _check(bundle, settings.engine)
     address = free_address(host, port)
     environment = {
         **os.environ,
@@ -84,7 +88,7 @@ def serve(bundle: str | None, host: str, port: int, **options: object) -> None:
         "GRADIO_ANALYTICS_ENABLED": "False",
         **as_environment(settings),
         # Absolute, as the server runs in a folder of its own.
-        variable("bundle"): str(opened.path.resolve()),
+        variable("bundle"): json.dumps([f"{name}={bundle.path.resolve()}" for name, bundle in bundles.items()]),
         variable("api_key_file"): os.path.abspath(settings.api_key_file) if settings.api_key_file else "",
     }
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
@@ -93,7 +97,7 @@ def serve(bundle: str | None, host: str, port: int, **options: object) -> None:
         server = Server(address, port, environment, folder, settings)
         try:
             server.wait_until_ready()
-            _announce(opened.spec.name, server.url, settings)
+            _announce(bundles, server.url, settings)
             server.wait()
         except _StopRequested:
             click.echo("\nstopping", err=True)
@@ -110,9 +114,10 @@ def _check(bundle: Bundle, engine: str | None) -> None:
         stored.file()
 
 
-def _announce(name: str, url: str, settings: Settings) -> None:
+def _announce(names: Iterable[str], url: str, settings: Settings) -> None:
     click.echo(f"serving on {url}  (Ctrl-C stops)")
-    click.echo(f"generator  {name}")
+    for place, name in enumerate(names):
+        click.echo(f"{'' if place else 'generator':<10} {name}")
     reason = "its state lives in one process; use --workers 1" if settings.ui else "use --ui"
     click.echo(f"demo       {f'{url}/ui' if settings.serves_ui else f'off: {reason}'}")
     click.echo(f"API        {url}/docs")
