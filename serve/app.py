@@ -28,6 +28,7 @@ from uni_instruct.serve.openapi import openapi_document
 from uni_instruct.serve.responses import error_response, image_response
 from uni_instruct.serve.schema import parse_request, resolve
 from uni_instruct.serve.settings import Settings
+from uni_instruct.serve.stopping import uvicorn_server
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,9 @@ def _lifespan(models: Models, demo: DemoMount) -> Callable[[Starlette], Any]:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        models.stopping.watch(models.turn_away)
-        bound_connections(models.settings)
+        if server := uvicorn_server():
+            bound_connections(server, models.settings)
+            models.stopping.watch(server, models.turn_away)
         # In the background: the server answers /livez while it loads, or an orchestrator would take it for dead.
         loading = asyncio.create_task(load())
         yield

@@ -7,10 +7,12 @@ import asyncio
 import contextlib
 import logging
 import resource
-import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uni_instruct.serve.settings import Settings
+
+if TYPE_CHECKING:
+    import uvicorn
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +22,11 @@ _TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-lengt
 _TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
 
 
-def bound_connections(settings: Settings) -> None:
-    """Gives uvicorn, in whose event loop this is called, the limits of the settings; elsewhere it does nothing."""
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    config = getattr(server, "config", None)
-    if config is None:
-        return
+def bound_connections(server: "uvicorn.Server", settings: Settings) -> None:
+    """Gives the server, before it listens, the limits of the settings."""
     _allow_files(settings.connections + _OTHER_FILES)
-    config.timeout_keep_alive = settings.keep_alive_s
-    config.http_protocol_class = _bounded(config.http_protocol_class, settings)
+    server.config.timeout_keep_alive = settings.keep_alive_s  # type: ignore[assignment]
+    server.config.http_protocol_class = _bounded(server.config.http_protocol_class, settings)
 
 
 def _allow_files(count: int) -> None:

@@ -6,6 +6,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import uvicorn
 
 logger = logging.getLogger(__name__)
 
@@ -13,6 +17,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_EVERY_S = 0.02
 # Open pages of the demo hold a connection each, which the server would wait for.
 _OPEN_PAGES_S = 1
+
+
+def uvicorn_server() -> "uvicorn.Server | None":
+    """The server that runs this app, None under another one. To be called before anybody else takes its signals."""
+    # Uvicorn handles signals by a method of its server, which is the only way to it from inside an app.
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return server if hasattr(server, "handle_exit") and hasattr(server, "config") else None
 
 
 class Stopping:
@@ -36,16 +47,12 @@ class Stopping:
         finally:
             self._running -= 1
 
-    def watch(self, turn_away: Callable[[], None]) -> None:
-        """Takes the signals that stop uvicorn, in whose event loop this is called; elsewhere it does nothing.
+    def watch(self, server: "uvicorn.Server", turn_away: Callable[[], None]) -> None:
+        """Takes the signals that stop the server, in whose event loop this is called.
 
         turn_away: to be called once stopping has begun, for the requests that wait.
         """
-        # Uvicorn handles its signals by a method of its server, which is the only way to it from inside an app.
-        server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        handle_exit = getattr(server, "handle_exit", None)
-        if server is None or handle_exit is None:
-            return
+        handle_exit = server.handle_exit
         server.config.timeout_graceful_shutdown = server.config.timeout_graceful_shutdown or _OPEN_PAGES_S
         loop = asyncio.get_running_loop()
 

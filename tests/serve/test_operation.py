@@ -1,0 +1,122 @@
+"""The server as a process in bad company: silent and slow connections, being stopped and being killed."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from builders.servers import PATIENCE_S, Running, start
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import open_engine
+from uni_instruct.generate import generate_images, resolve_class_ids
+
+CONNECTIONS = 20
+
+
+@pytest.fixture(scope="module")
+def bounded(exported_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("bounded")
+    (folder / "keys").write_text("sesame \nschlüssel\n", encoding="utf-8")
+    options = ("--no-ui", "--connections", str(CONNECTIONS), "--receive-s", "2", "--api-key-file", str(folder / "keys"))
+    running = start(exported_bundle, folder, *options, "--cors-origins", "https://page.example")
+    try:
+        running.until_announced()
+        yield running
+    finally:
+        running.kill()
+
+
+def connect(running: Running) -> socket.socket:
+    port = int(running.url.rpartition(":")[2])
+    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+
+
+def test_silent_connections_lock_nobody_out(bounded: Running) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(bounded)) for _ in range(5 * CONNECTIONS)]
+        answer = httpx.get(f"{bounded.url}/v1/models", headers={"Authorization": "Bearer sesame"}, timeout=PATIENCE_S)
+        assert answer.status_code == 200
+        # The first were closed to make room; the last are told when they have said nothing for too long.
+        assert silent[0].recv(100) == b""
+        assert silent[-1].recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("sent", [b"POST /v1/gen", b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"])
+def test_a_request_that_drips_in_is_ended(bounded: Running, sent: bytes) -> None:
+    with connect(bounded) as slow:
+        slow.sendall(sent.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer sesame"))
+        slow.settimeout(0.2)
+        answer = b""
+        for _ in range(100):  # a byte every now and then does not prolong it
+            with contextlib.suppress(TimeoutError, BrokenPipeError):
+                slow.sendall(b" ")
+                answer = slow.recv(100)
+            if answer:
+                break
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_bentomls_own_answers_carry_cors_headers_too(bounded: Running) -> None:
+    for path in ("/generate", "/schema.json"):
+        answer = httpx.post(f"{bounded.url}{path}", headers={"Origin": "https://page.example"})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "https://page.example")
+
+
+def test_the_command_that_is_killed_leaves_nothing_running(bounded: Running) -> None:
+    import psutil
+
+    family = bounded.family()
+    assert len(family) >= 2
+    os.kill(bounded.process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+    assert not alive
+
+
+def test_stopped_under_load_it_finishes_what_runs_and_turns_the_rest_away(exported_bundle: Bundle, tmp_path: Path) -> None:
+    """A request that the engine works on is answered with its images; who comes meanwhile gets 503, not a reset."""
+    count = 8000
+    running = start(
+        exported_bundle,
+        tmp_path,
+        *("--no-ui", "--max-batch", "1", "--request-images", str(count), "--queue-images", str(2 * count), "--grace-s", "60"),
+    )
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {"seeds": list(range(count)), "format": "npz"}
+        answers.append(httpx.post(f"{running.url}/v1/generate", json=body, timeout=PATIENCE_S))
+
+    try:
+        running.until_announced()
+        asking = threading.Thread(target=ask)
+        # Every request on a new connection.
+        with httpx.Client(base_url=running.url, limits=httpx.Limits(max_keepalive_connections=0), timeout=PATIENCE_S) as client:
+            asking.start()
+            while not re.search(r"^uni_instruct_queue_images{.*} [1-9]", client.get("/metrics").text, re.MULTILINE):
+                assert asking.is_alive()
+            running.process.send_signal(signal.SIGTERM)
+            while (answer := client.post("/v1/generate", json={})).status_code == 200:
+                assert asking.is_alive()
+            for _ in range(5):
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+                assert answer.json()["error"]["message"].startswith("the server is stopping")
+                answer = client.post("/v1/generate", json={})
+            assert client.get("/livez").status_code == 200
+        asking.join()
+        assert answers[0].status_code == 200
+        engine = open_engine(exported_bundle.path, "onnx")
+        seeds = [0, 1, count - 1]
+        expected = generate_images(engine, seeds, resolve_class_ids(exported_bundle.spec, seeds))
+        np.testing.assert_array_equal(np.load(io.BytesIO(answers[0].content))["arr_0"][seeds], expected)
+        assert running.process.wait(PATIENCE_S) == 0
+    finally:
+        running.kill()
