@@ -80,6 +80,7 @@ def _lifespan(models: Models, demo: DemoMount) -> Callable[[Starlette], Any]:
         if models.alive and models.settings.serves_ui:
             await demo.start()
         models.mark_ready()
+        await models.watch()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

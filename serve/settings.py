@@ -4,7 +4,17 @@ import os
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from uni_instruct.errors import RequestError
 from uni_instruct.serve.sources import default_sources, split_sources
@@ -34,6 +44,7 @@ class Settings(BaseModel):
     request_images: PositiveInt = Field(256, description="How many images one request may ask for.")
     max_batch: PositiveInt = Field(64, description="How many images one engine call may make.")
     max_batch_ms: PositiveFloat = Field(250.0, description="How long one engine call may take; larger batches are not used.")
+    reload_s: NonNegativeFloat = Field(2.0, description="How often bundles are looked at for changes; 0: never.")
     max_body_bytes: PositiveInt = Field(1 << 20, description="The longest body of a request that is read.")
 
     @field_validator("bundle", mode="before")
