@@ -103,7 +103,10 @@ class Models:
                 # Twice the same: files that are still being copied would be taken for damaged.
                 settled, seen[name] = now == seen.get(name), now
                 if settled and now is not None and now != self._tried[name]:
-                    await self._exchange(name)
+                    try:
+                        await self._exchange(name)
+                    except Exception:  # whatever a runtime raises when it is closed: the others must still be watched
+                        logger.exception("the exchange of %s failed", name)
 
     async def _exchange(self, name: str) -> None:
         older = self._served[name]

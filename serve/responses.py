@@ -51,7 +51,10 @@ def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str,
 
 async def generate_images(served: ServedModel, seeds: Sequence[int], class_ids: np.ndarray | None) -> Generated:
     """The images themselves. Raises NotReadyError, and what Batcher.submit raises."""
-    return await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
+    generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
+    served.metrics.stage["queue"].observe(generated.queue_ms / 1e3)
+    served.metrics.stage["model"].observe(generated.model_ms / 1e3)
+    return generated
 
 
 async def generate_encoded(
@@ -66,10 +69,8 @@ async def generate_encoded(
     # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
     files = await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, generated.images)
     encode_ms = 1e3 * (time.perf_counter() - start)
-    stage_ms = {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms}
-    for stage, milliseconds in stage_ms.items():
-        served.metrics.stage[stage].observe(milliseconds / 1e3)
-    return EncodedImages(files, stage_ms)
+    served.metrics.stage["encode"].observe(encode_ms / 1e3)
+    return EncodedImages(files, {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms})
 
 
 def error_response(error: UniInstructError) -> JSONResponse:

@@ -19,6 +19,7 @@ from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.app import create_app, middleware_of
 from uni_instruct.serve.bento_route import BentoRouteMiddleware, note_error
 from uni_instruct.serve.models import Models
+from uni_instruct.serve.responses import generate_images
 from uni_instruct.serve.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
 
@@ -74,8 +75,7 @@ class UniInstruct:
         try:
             with self._models.using(model) as served:
                 job = resolve(wanted, served.spec, _settings.request_images)
-                generated = await served.batcher.submit(job.seeds, job.class_ids, _settings.timeout_s)
-            return generated.images
+                return (await generate_images(served, job.seeds, job.class_ids)).images
         except UniInstructError as error:
             note_error(error)
             raise bentoml.exceptions.BentoMLException(str(error), error_code=HTTPStatus(error.http_status)) from error
