@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from starlette.datastructures import Headers
 from starlette.types import Message, Scope, Send
 
+from uni_instruct.serve.request_id import SCOPE_KEY
+
 
 def logged(scope: Scope, send: Send) -> Send:
     """The same `send`, which writes the line once the answer is out."""
@@ -32,7 +34,7 @@ def _write(scope: Scope, status: int, size: int, total_ms: float, answer: Header
     asked = Headers(scope=scope)
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "request_id": answer.get("x-request-id"),
+        "request_id": scope.get(SCOPE_KEY),
         "client": scope["client"][0] if scope.get("client") else None,
         "method": scope["method"],
         "path": scope["path"],

@@ -17,14 +17,18 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive
 
 from uni_instruct.errors import UniInstructError
+from uni_instruct.serve.body import read_body
 from uni_instruct.serve.connections import bound_connections
 from uni_instruct.serve.demo import DemoMount
 from uni_instruct.serve.errors import MethodError, NotFoundError
+from uni_instruct.serve.image_route import addressed_image, resolve_address
 from uni_instruct.serve.metrics import exposition
 from uni_instruct.serve.middleware import Guards, route_path
 from uni_instruct.serve.model_info import model_entry, model_info, model_list
 from uni_instruct.serve.models import Models
+from uni_instruct.serve.openai_images import images_response, parse_images_request, resolve_images
 from uni_instruct.serve.openapi import openapi_document
+from uni_instruct.serve.request_id import RequestIdMiddleware
 from uni_instruct.serve.responses import error_response, image_response
 from uni_instruct.serve.schema import parse_request, resolve
 from uni_instruct.serve.settings import Settings
@@ -53,8 +57,11 @@ def create_app(settings: Settings) -> Starlette:
 
 
 def middleware_of(models: Models) -> list[Middleware]:
-    """The guards, for this app and for what it is mounted in."""
-    return [Middleware(Guards, settings=models.settings, metrics=models.metrics, stopping=models.stopping)]
+    """The request's id and the guards, for this app and for what it is mounted in."""
+    return [
+        Middleware(RequestIdMiddleware),
+        Middleware(Guards, settings=models.settings, metrics=models.metrics, stopping=models.stopping),
+    ]
 
 
 def _routes(models: Models, demo: DemoMount) -> list[BaseRoute]:
@@ -78,6 +85,7 @@ def _lifespan(models: Models, demo: DemoMount) -> Callable[[Starlette], Any]:
         if models.alive and models.settings.serves_ui:
             await demo.start()
         models.mark_ready()
+        await models.watch()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -95,10 +103,23 @@ def _lifespan(models: Models, demo: DemoMount) -> Callable[[Starlette], Any]:
 
 
 async def _generate(models: Models, request: Request) -> Response:
-    wanted = parse_request(await request.body())
+    wanted = parse_request(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve(wanted, served.spec, models.settings.request_images)
         return await _unless_client_leaves(request.receive, image_response(served, job))
+
+
+async def _openai_images(models: Models, request: Request) -> Response:
+    wanted = parse_images_request(await read_body(request, models.settings.max_body_bytes))
+    with models.using(wanted.model) as served:
+        job = resolve_images(wanted, served.spec, models.settings.request_images)
+        return await _unless_client_leaves(request.receive, images_response(served, job, str(request.base_url)))
+
+
+async def _image(models: Models, request: Request) -> Response:
+    with models.using(request.path_params["model"]) as served:
+        address = resolve_address(request.path_params["file"], request.query_params, served)
+        return await _unless_client_leaves(request.receive, addressed_image(served, address, request.headers))
 
 
 async def _models(models: Models, request: Request) -> Response:
@@ -152,6 +173,8 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
 
 _HANDLERS: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/generate", _generate),
+    ("POST", "/v1/images/generations", _openai_images),
+    ("GET", "/v1/images/{model}/{file}", _image),
     ("GET", "/v1/models", _models),
     ("GET", "/v1/models/{model}", _model),
     ("GET", "/v1/spec", _spec),

@@ -261,7 +261,8 @@ class Batcher:
 
     def _count(self, images: int) -> None:
         self._queued += images
-        self._metrics.queue.set(self._queued)
+        # Added, not set: while one model takes another's place, two batchers share the gauge.
+        self._metrics.queue.inc(images)
 
     def _retry_after_s(self) -> int:
         """When the queue is likely to be empty: the images in it, at the engine's present speed."""

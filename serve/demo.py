@@ -238,7 +238,7 @@ def _curl(served: ServedModel, seeds: list[int], label: int | None, base_url: st
     if len(seeds) > 1:
         body["grid"] = True
     # The variable, not the key itself: the page may be shown to others.
-    key = ' -H "Authorization: Bearer $UNI_INSTRUCT_API_KEY"' if served.settings.api_key else ""
+    key = ' -H "Authorization: Bearer $UNI_INSTRUCT_API_KEY"' if served.settings.keys else ""
     origin = base_url.split("/ui")[0].rstrip("/")
     data = shlex.quote(json.dumps(body, separators=(",", ":")))
     return f"curl {origin}/v1/generate -H 'Content-Type: application/json'{key} -d {data} -o images.png"

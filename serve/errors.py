@@ -39,6 +39,12 @@ class BodyTooLargeError(RequestError):
     http_status = 413
 
 
+class EncodingError(RequestError):
+    """The body comes in an encoding that the server does not read."""
+
+    http_status = 415
+
+
 class QueueFullError(UniInstructError):
     """The queue has no room for that many images. In retry_after_s seconds it is likely to have."""
 
@@ -82,6 +88,7 @@ _OPENAI_ERRORS = {
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
     413: ("invalid_request_error", "body_too_large"),
+    415: ("invalid_request_error", "unsupported_encoding"),
     429: ("rate_limit_error", "queue_full"),
     500: ("server_error", "internal_error"),
     503: ("server_error", "not_ready"),

@@ -54,6 +54,12 @@ class ServerMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.reloads = Counter(
+            "uni_instruct_reloads",
+            "Changed bundles that took the place of the older one, or could not be loaded.",
+            ["model", "outcome"],
+            registry=registry,
+        )
         self.batch = Histogram(
             "uni_instruct_batch_images", "Images per engine call.", ["model"], buckets=_BATCH_BUCKETS, registry=registry
         )

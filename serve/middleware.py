@@ -10,6 +10,7 @@ from uni_instruct.serve.access_log import logged
 from uni_instruct.serve.errors import BodyTooLargeError, StoppingError, UnauthorizedError
 from uni_instruct.serve.keys import given_key, is_one_of
 from uni_instruct.serve.metrics import ServerMetrics
+from uni_instruct.serve.request_id import RequestIdMiddleware
 from uni_instruct.serve.responses import error_response
 from uni_instruct.serve.settings import Settings
 from uni_instruct.serve.stopping import Stopping
@@ -98,14 +99,14 @@ class Guards:
 
 
 def put_guards_first(app: Starlette, *, tracing: bool) -> None:
-    """Rearranges the middleware of BentoML's app, in which the guards stand: they come first, and two others go.
+    """Rearranges the middleware of BentoML's app, in which ours stands: the request's id and the guards come first, and two go.
 
     Its timeout keeps a timer for every request until that would have ended, and answers without CORS headers, while the server
     has a timeout of its own. A span costs as much as the rest of a request's Python, also where it is sent nowhere.
     """
     unwanted = {"TimeoutMiddleware"} if tracing else {"TimeoutMiddleware", "OpenTelemetryMiddleware"}
     kept = [middleware for middleware in app.user_middleware if getattr(middleware.cls, "__name__", "") not in unwanted]
-    app.user_middleware = sorted(kept, key=lambda middleware: middleware.cls is not Guards)
+    app.user_middleware = sorted(kept, key=lambda middleware: middleware.cls not in (RequestIdMiddleware, Guards))
     app.middleware_stack = None  # Starlette builds it anew with the first request; what runs now is the lifespan
 
 

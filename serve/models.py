@@ -1,5 +1,6 @@
 """The generators of one worker, by name: loaded one after the other while the server already answers."""
 
+import asyncio
 import gc
 import logging
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from uni_instruct.serve.batcher import DeviceThreads
 from uni_instruct.serve.errors import UnknownModelError
 from uni_instruct.serve.metrics import ServerMetrics
+from uni_instruct.serve.reload import Fingerprint, fingerprint
 from uni_instruct.serve.served_model import ServedModel, State
 from uni_instruct.serve.settings import Settings
 from uni_instruct.serve.sources import sources_by_name
@@ -32,8 +34,10 @@ class Models:
         self.metrics = ServerMetrics()
         self.encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
         self.stopping = Stopping(settings.grace_s)
-        self.ready = False
+        self._settled = False
         self._devices = DeviceThreads()
+        self._tried: dict[str, Fingerprint | None] = {}  # the newest files of each model that loading was tried with
+        self._retired: set[ServedModel] = set()  # exchanged for newer ones, but still with requests to answer
         self._served = {name: self._new(name, source) for name, source in sources_by_name(settings.bundle).items()}
 
     @property
@@ -50,6 +54,11 @@ class Models:
     def states(self) -> dict[str, State]:
         """Name -> 'loading', 'ready' or 'failed'."""
         return {name: served.state for name, served in self._served.items()}
+
+    @property
+    def ready(self) -> bool:
+        """Whether loading is over and at least one model can be asked."""
+        return self._settled and "ready" in self.states.values()
 
     @property
     def alive(self) -> bool:
@@ -74,27 +83,65 @@ class Models:
         """Loads all, the default first; one at a time, as each measures which batch sizes are fast enough."""
         for name, served in self._served.items():
             await served.load()
+            self._tried[name] = served.fingerprint
             self._report(name)
 
     def mark_ready(self) -> None:
         """To be called once everything that lives as long as the server has been loaded."""
-        if "ready" in self.states.values():
-            settle_garbage_collector()
-            self.metrics.ready.set(1)
-            self.ready = True
+        settle_garbage_collector()
+        self._settled = True
+        self.metrics.ready.set(self.ready)
+
+    async def watch(self) -> None:
+        """Looks for bundles that have changed, for ever: each takes the place of the one that is served. 0: never looks.
+
+        The newer one is loaded and warmed beside the older, which answers until then, finishes what it has, and is closed.
+        """
+        seen: dict[str, Fingerprint | None] = {}
+        while self.settings.reload_s:
+            await asyncio.sleep(self.settings.reload_s)
+            for name, served in list(self._served.items()):
+                now = await asyncio.to_thread(fingerprint, served.source)
+                # Twice the same: files that are still being copied would be taken for damaged.
+                settled, seen[name] = now == seen.get(name), now
+                if settled and now is not None and now != self._tried[name]:
+                    try:
+                        await self._exchange(name)
+                    except Exception:  # whatever a runtime raises when it is closed: the others must still be watched
+                        logger.exception("the exchange of %s failed", name)
+
+    async def _exchange(self, name: str) -> None:
+        older = self._served[name]
+        newer = self._new(name, older.source)
+        await newer.load()
+        self._tried[name] = newer.fingerprint
+        if newer.failure is not None and older.failure is None:
+            logger.error("the generator %s has changed and cannot be loaded; the older one is served on", name)
+            self.metrics.reloads.labels(name, "failed").inc()
+            return
+        self._retired.add(older)
+        self._served[name] = newer  # from here on requests get the newer one
+        self.metrics.reloads.labels(name, "failed" if newer.failure else "loaded").inc()
+        if older.state == "ready":
+            self.metrics.engine.labels(str(older.engine.id), name).set(0)
+        self._report(name)
+        await older.drain()
+        self._retired.discard(older)
+        settle_garbage_collector()
+        self.metrics.ready.set(self.ready)
 
     def turn_away(self) -> None:
         """Answers what waits for an engine with 503, and stops being ready: the server is about to stop."""
         self.metrics.ready.set(0)
-        self.ready = False
-        for served in self._served.values():
+        self._settled = False
+        for served in (*self._served.values(), *self._retired):
             served.turn_away()
 
     async def close(self) -> None:
         """Stops every engine after its running batch."""
         self.metrics.ready.set(0)
-        self.ready = False
-        for served in self._served.values():
+        self._settled = False
+        for served in (*self._served.values(), *self._retired):
             await served.close()
         self._devices.close()
         self.encoders.shutdown()
@@ -115,6 +162,7 @@ def settle_garbage_collector() -> None:
 
     What is loaded stays until the end, so walking it finds nothing; the pauses for it were the slowest answers.
     """
+    gc.unfreeze()  # a model that has been exchanged for a newer one is garbage by now
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -17,6 +17,7 @@ from uni_instruct.images import IMAGE_FORMATS, encode
 from uni_instruct.serve.batcher import Batcher, DeviceThreads, prewarm
 from uni_instruct.serve.errors import NotReadyError
 from uni_instruct.serve.metrics import ModelMetrics
+from uni_instruct.serve.reload import Fingerprint, fingerprint
 from uni_instruct.serve.settings import Settings
 from uni_instruct.spec import ModelSpec
 
@@ -48,6 +49,8 @@ class ServedModel:
         self.metrics = metrics
         self.encoders = encoders
         self.failure: UniInstructError | None = None
+        # Of the files that were loaded, or tried; None before that.
+        self.fingerprint: Fingerprint | None = None
         self._devices = devices
         self._bundle: Bundle | None = None
         self._engine: Engine | None = None
@@ -114,6 +117,8 @@ class ServedModel:
 
     async def load(self) -> None:
         """Opens the bundle and its engine and warms it up, in a thread. What goes wrong is kept in `failure`."""
+        # Before anything is read: files that change while they are read are then seen to have changed.
+        self.fingerprint = await asyncio.to_thread(fingerprint, self.source)
         try:
             bundle, selection, engine = await asyncio.to_thread(self._open)
             longest_s = self.settings.max_batch_ms / 1e3

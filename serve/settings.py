@@ -15,9 +15,9 @@ from uni_instruct.serve.sources import default_sources, split_sources
 PREFIX = "UNI_INSTRUCT_"
 
 
-def _setting(default: object, help: str, *, least: float = 0) -> Any:
-    """A field with what it means. Numbers must be above `least`."""
-    return field(default=default, metadata={"help": help, "least": least})
+def _setting(default: object, help: str, *, least: float = 0, or_zero: bool = False) -> Any:
+    """A field with what it means. Numbers must be above `least`, or zero where `or_zero` says so."""
+    return field(default=default, metadata={"help": help, "least": least, "or_zero": or_zero})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,15 @@ class Settings:
 
     bundle: tuple[str, ...] = field(
         default_factory=default_sources,
-        metadata={"help": "Folders, names of shipped generators, or NAME=one of them.", "least": 0},
+        metadata={"help": "Folders, names of shipped generators, or NAME=one of them.", "least": 0, "or_zero": False},
     )
     engine: str | None = _setting(None, "Engine id, as onnx-fp32, or a runtime, as onnx; without it the fastest here.")
     workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.")
     ui: bool = _setting(True, "The web demo under /ui.")
     # Neither in `repr` nor an option: other users of a machine see a process's arguments.
-    api_key: str | None = field(default=None, repr=False, metadata={"help": "Keys that open the API, by commas.", "least": 0})
+    api_key: str | None = field(
+        default=None, repr=False, metadata={"help": "Keys that open the API, by commas.", "least": 0, "or_zero": False}
+    )
     api_key_file: str | None = _setting(None, "File with API keys, one a line; requests must bring one of them.")
     cors_origins: str | None = _setting(None, "Origins whose pages may call the API, by commas; * for all.")
     path_prefix: str | None = _setting(None, "Path under which a proxy serves this, as /images; the proxy may cut it off.")
@@ -48,6 +50,7 @@ class Settings:
     request_images: int = _setting(256, "How many images one request may ask for.")
     max_batch: int = _setting(64, "How many images one engine call may make.")
     max_batch_ms: float = _setting(250.0, "How long one engine call may take; larger batches are not used.")
+    reload_s: float = _setting(2.0, "How often bundles are looked at for changes; 0: never.", or_zero=True)
     max_body_bytes: int = _setting(1 << 16, "The longest body of a request that is read.")
     access_log: bool = _setting(False, "One line of JSON on standard output for every request.")
     tracing: bool = _setting(False, "OpenTelemetry spans of requests, as BentoML is configured for them.")
@@ -55,10 +58,10 @@ class Settings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             value, least = getattr(self, setting.name), setting.metadata["least"]
-            if isinstance(value, int | float) and not isinstance(value, bool) and not (least < value < math.inf):
-                raise wrong_setting(
-                    setting.name, value, f"give a number above {least:g}" if least else "give a positive number"
-                )
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and not least < value < math.inf and not (value == 0 and setting.metadata["or_zero"]):
+                remedy = f"give a number above {least:g}" if least else "give a positive number"
+                raise wrong_setting(setting.name, value, remedy)
         # A request that fits no empty queue would be told to come back later, for ever.
         if self.queue_images < self.request_images:
             raise wrong_setting("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")

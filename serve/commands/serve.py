@@ -38,7 +38,8 @@ def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _option(setting: "Field[Any]") -> Callable[[Callable[..., None]], Callable[..., None]]:
     flag, least = "--" + setting.name.replace("_", "-"), setting.metadata["least"]
-    numbers = {int: click.IntRange(least, min_open=True), float: click.FloatRange(least, min_open=True)}
+    open_end = not setting.metadata["or_zero"]
+    numbers = {int: click.IntRange(least, min_open=open_end), float: click.FloatRange(least, min_open=open_end)}
     default = "" if setting.default in (None, MISSING) else f"  [default: {_shown(setting.default)}]"
     return click.option(
         f"{flag}/--no-{flag[2:]}" if setting.type is bool else flag,

@@ -219,6 +219,46 @@ def test_bentomls_client_gets_arrays(bento: Running, exported_bundle: Bundle, mo
         np.testing.assert_array_equal(images[:, :, :, 0], truth(exported_bundle, [7, 8], ["3"]))
         with pytest.raises(bentoml.exceptions.BentoMLException, match="class dog is outside"):
             client.generate(classes=["dog"])
+        with pytest.raises(bentoml.exceptions.NotFound, match="no model 'red' is served; choose one of tiny"):
+            client.generate(model="red")
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status", "message"),
+    [
+        (b'{"seeds": ["a"]}', "application/json", 400, "seeds[0] is 'a'; give a list of integers"),
+        (b'{"seeds": [1.0]}', "application/json", 400, "seeds[0] is 1.0"),
+        (b'{"seds": [1]}', "application/json", 400, "field 'seds' is unknown; the fields are seeds, num_images,"),
+        (b'{"seeds": [1], "num_images": 1}', "application/json", 400, "both seeds and num_images are given"),
+        (b'{"model": "red"}', "application/json", 404, "no model 'red' is served"),
+        (b"{", "application/json", 400, "the body is not JSON"),
+        (b"seeds=1", "application/x-www-form-urlencoded", 415, "is not read here; send application/json"),
+    ],
+)
+def test_bentomls_own_route_is_as_strict_as_the_others(
+    bento: Running, body: bytes, content_type: str, status: int, message: str
+) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": content_type, "X-Request-ID": "mine"}
+
+    def counted() -> float:
+        metrics = httpx.get(f"{bento.url}/metrics", headers=headers).text
+        start = f'uni_instruct_requests_total{{route="/generate",status="{status}"}} '
+        return sum(float(line.removeprefix(start)) for line in metrics.splitlines() if line.startswith(start))
+
+    before = counted()
+    answer = httpx.post(f"{bento.url}/generate", content=body, headers=headers)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine")
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code", "remedy"}
+    assert message in answer.json()["error"]["message"]
+    assert counted() == before + 1
+
+
+def test_bentomls_own_route_reads_what_the_others_read(bento: Running, exported_bundle: Bundle) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    body = b'\xef\xbb\xbf{"seeds": ["7"], "classes": ["3"]}'
+    answer = httpx.post(f"{bento.url}/generate", content=body, headers=headers)
+    assert answer.status_code == 200
+    np.testing.assert_array_equal(np.array(answer.json())[:, :, :, 0], truth(exported_bundle, [7], ["3"]))
 
 
 def test_bentoml_builds_the_checkout(tmp_path: Path) -> None:
