@@ -20,7 +20,10 @@ HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
 # Answered until the end: who watches a server that stops must not take it for dead.
 _ALWAYS_ANSWERED = (*HEALTH_PATHS, "/metrics")
 # What a page of another origin may read of an answer.
-_EXPOSED = ("X-Seeds", "X-Class-Ids", "X-Engine", "X-Engines-Refused", "X-Request-ID", "Server-Timing", "Retry-After", "ETag")
+_EXPOSED = (
+    *("X-Seeds", "X-Class-Ids", "X-Model", "X-Engine", "X-Engines-Refused"),
+    *("X-Request-ID", "Server-Timing", "Retry-After", "ETag"),
+)
 _PASSED = "uni_instruct.passed"
 
 
