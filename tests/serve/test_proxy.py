@@ -98,7 +98,7 @@ def test_pages_name_their_files_under_the_prefix(proxied: httpx.Client) -> None:
     for page in ("/images/", "/images/docs", "/images/ui/"):
         answer = proxied.get(page)
         assert answer.status_code == 200
-        named = re.findall(r'(?:href|src)="([^"#]+)"', answer.text)
+        named = re.findall(r'<(?:a|script|link rel="stylesheet")[^>]*? (?:href|src)="([^"#]+)"', answer.text)
         links = [f"{answer.url.join(link)}" for link in named if not link.startswith("data:")]
         assert links
         for link in links:
