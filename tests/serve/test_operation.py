@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,5 +131,40 @@ def test_stopped_under_load_it_finishes_what_runs_and_turns_the_rest_away(export
         expected = generate_images(engine, seeds, resolve_class_ids(exported_bundle.spec, seeds))
         np.testing.assert_array_equal(np.load(io.BytesIO(answers[0].content))["arr_0"][seeds], expected)
         assert running.process.wait(PATIENCE_S) == 0
+    finally:
+        running.kill()
+
+
+def test_metrics_survive_a_killed_worker_and_another_server(exported_bundle: Bundle, tmp_path: Path) -> None:
+    """The dead count no longer among the ready, and what a second server does to the folder of both is of no effect."""
+    from bentoml.serving import ensure_prometheus_dir
+
+    home = tmp_path / "home"
+    running = start(exported_bundle, tmp_path, "--workers", "2", BENTOML_HOME=str(home))
+    try:
+        running.until_announced()
+        with httpx.Client(base_url=running.url, timeout=PATIENCE_S) as client:
+
+            def metric(name: str) -> float:
+                return float(re.search(rf"^{re.escape(name)} (\S+)", client.get("/metrics").text, re.MULTILINE)[1])  # type: ignore[index]
+
+            made = 'uni_instruct_images_total{model="tiny"}'
+            for seed in range(10):
+                assert client.post("/v1/generate", json={"seeds": [seed]}).status_code == 200
+            assert (metric("uni_instruct_ready"), metric(made)) == (2, 10)
+            (folder,) = (home / "uni-instruct-metrics").iterdir()
+            worker = next(process for process in running.family() if any(folder.glob(f"gauge_livesum_{process.pid}.db")))
+        worker.kill()
+        with httpx.Client(base_url=running.url, timeout=PATIENCE_S, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+            deadline = time.monotonic() + PATIENCE_S
+            while metric("uni_instruct_ready") != 1:
+                assert time.monotonic() < deadline
+            # What every server does with this folder when it starts.
+            (home / "prometheus_multiproc_dir" / "another").touch()
+            ensure_prometheus_dir(directory=str(home / "prometheus_multiproc_dir"))
+            assert metric(made) == 10
+            while (ready := metric("uni_instruct_ready")) != 2:
+                assert ready == 1
+                assert time.monotonic() < deadline
     finally:
         running.kill()
