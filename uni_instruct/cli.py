@@ -45,6 +45,10 @@ COMMANDS = {
         "Score a generator or images against a data set.",
     ),
     "serve": ("uni_instruct.serve.commands.serve:serve", "Serve generators over HTTP, with a web demo under /ui."),
+    "loadtest": (
+        "uni_instruct.serve.commands.loadtest:loadtest",
+        "Load a server at a steady rate, and check every image that it answers.",
+    ),
     "inspect": ("uni_instruct.commands.inspect:inspect", "Say what is in a bundle or a data set."),
 }
 

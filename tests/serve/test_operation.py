@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -15,10 +16,13 @@ import httpx
 import numpy as np
 import pytest
 
+from builders.bundles import random_bundle
+from builders.machine import run_cli
 from builders.servers import PATIENCE_S, Running, start
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.serve.load import Answer, count_wrong, summary
 
 CONNECTIONS = 20
 
@@ -70,6 +74,40 @@ def test_bentomls_own_answers_carry_cors_headers_too(bounded: Running) -> None:
     for path in ("/generate", "/schema.json"):
         answer = httpx.post(f"{bounded.url}{path}", headers={"Origin": "https://page.example"})
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "https://page.example")
+
+
+def test_a_load_test_checks_every_image(bounded: Running, exported_bundle: Bundle, tmp_path: Path) -> None:
+    environment = {**os.environ, "UNI_INSTRUCT_API_KEY": "sesame"}
+    load = ("loadtest", bounded.url, "--rate", "20", "--seconds", "1", "--images", "3", "--bundle")
+    done = run_cli(*load, exported_bundle.path, "--json", env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["statuses"], report["images"], report["wrong_images"]) == ({"200": 20}, 60, 0)
+    assert 0 < report["p50_ms"] <= report["p99_ms"]
+    other = random_bundle(tmp_path / "other", seed=5)
+    refused = run_cli(*load, other.path, env=environment)
+    assert refused.returncode == 2
+    assert "has other weights than tiny there; give the same --bundle" in refused.stderr
+    assert run_cli(*load, exported_bundle.path, env={**os.environ, "UNI_INSTRUCT_API_KEY": ""}).returncode == 2
+
+
+def test_a_wrong_pixel_a_wrong_seed_and_a_torn_file_are_counted(exported_bundle: Bundle) -> None:
+    engine = open_engine(exported_bundle.path, "onnx")
+    seeds = [4, 5]
+    images = generate_images(engine, seeds, resolve_class_ids(engine.spec, seeds))
+
+    def answer(pixels: np.ndarray, named: list[int]) -> Answer:
+        file = io.BytesIO()
+        np.savez(file, arr_0=pixels, seeds=np.array(named))
+        return Answer(seeds, 200, 1.0, file.getvalue())
+
+    altered = images.copy()
+    altered[1, 0, 0, 0] ^= 128
+    good, bad, swapped = answer(images, seeds), answer(altered, seeds), answer(images, [5, 4])
+    torn = Answer(seeds, 200, 1.0, good.body[:100])
+    lost = Answer(seeds, 0, 1.0, b"")
+    assert [count_wrong([each], engine, 1) for each in (good, bad, swapped, torn, lost)] == [0, 1, 2, 2, 0]
+    assert summary([good, bad, lost], 2.0)["statuses"] == {"200": 2, "no answer": 1}
 
 
 def test_the_command_that_is_killed_leaves_nothing_running(bounded: Running) -> None:

@@ -1,7 +1,8 @@
-"""The alert rules and the dashboard: every metric and every label they ask for is one that the server has."""
+"""The alert rules, the dashboard and the deployment: every metric and every label they ask for is one that the server has."""
 
 import json
 import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from builders.paths import ROOT
+from uni_instruct.cli import COMMANDS
 from uni_instruct.serve.metrics import ServerMetrics, exposition
+from uni_instruct.serve.settings import Settings, settings_from_environment, variable
 
 FOLDER = ROOT / "docs" / "operations"
 
@@ -58,3 +61,25 @@ def exposition_text() -> str:
     metrics = ServerMetrics()
     metrics.of_model("digits")
     return exposition(metrics, workers=1).decode()
+
+
+def test_the_deployment_asks_for_what_the_server_has() -> None:
+    """Settings, probes and the autoscaler's metric; and the pod is given the time that stopping takes."""
+    documents = {document["kind"]: document for document in yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text())}
+    pod = documents["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"] if "KEY_FILE" not in entry["name"]}
+    assert environment.keys() <= {variable(setting.name) for setting in fields(Settings)}
+    settings = settings_from_environment(environment)
+    pause_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > settings.grace_s + pause_s
+    assert [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")] == [
+        "/readyz",
+        "/readyz",
+        "/livez",
+    ]
+    (metric,) = documents["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] in samples()
+    assert container["args"][1] in COMMANDS
+    labels = documents["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert documents["Service"]["spec"]["selector"] == documents["Deployment"]["spec"]["selector"]["matchLabels"] == labels
