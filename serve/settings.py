@@ -56,6 +56,8 @@ class Settings:
     tracing: bool = _setting(False, "OpenTelemetry spans of requests, as BentoML is configured for them.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.bundle, str):
+            object.__setattr__(self, "bundle", tuple(split_sources(self.bundle)))
         for setting in fields(self):
             value, least = getattr(self, setting.name), setting.metadata["least"]
             number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -74,7 +74,7 @@ def test_a_body_of_nonsense_does_not_stop_the_server(tiny_bundle: Bundle) -> Non
             body = b'{"seeds": [' + b'"",' * 1_000_000 + b"1]}"
             answer = await client.post("/v1/generate", content=body)
             assert answer.status_code == 400
-            assert answer.json()["error"]["message"] == "seeds[0] is ''; give a list of integers, such as [7, 8]"
+            assert answer.json()["error"]["message"].startswith("seeds[0] is ''; give a list of integers")
         async with client_of(app_of(tiny_bundle)) as client:
             assert (await client.post("/v1/generate", content=body)).status_code == 413
 
