@@ -40,59 +40,69 @@ def _allow_files(count: int) -> None:
 
 def _bounded(protocol: type[Any], settings: Settings) -> type[Any]:
     """Uvicorn's protocol, one object a connection, with the limits."""
-    receive_s, limit = settings.receive_s, settings.connections
-    # Connections on which no request is under way, the one that has been silent for longest first.
-    silent: dict[Any, None] = {}
+    limits = {"receive_s": settings.receive_s, "limit": settings.connections, "silent": {}}
+    return type("Bounded", (_Bounds, protocol), limits)
 
-    class Bounded(protocol):  # type: ignore[misc]
-        _deadline: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > limit and not _make_room(silent):
-                transport.write(_TOO_MANY)
-                transport.close()
-                return
-            silent[self] = None
+class _Bounds:
+    """Stands before uvicorn's protocol. `silent` has the connections on which no request is under way, the oldest first."""
+
+    receive_s: float
+    limit: int
+    silent: dict[Any, None]
+    # Of uvicorn's own.
+    connections: set[Any]
+    cycle: Any
+    loop: asyncio.AbstractEventLoop
+    transport: Any
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)  # type: ignore[misc]
+        if len(self.connections) > self.limit and not _make_room(self.silent):
+            transport.write(_TOO_MANY)
+            transport.close()
+            return
+        self.silent[self] = None
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)  # type: ignore[misc]
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
             self._expect()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            cycle = self.cycle
-            if cycle is None or cycle.response_complete or cycle.more_body:
-                self._expect()
-            else:
-                self._unexpect()
-                silent.pop(self, None)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            silent[self] = None
-
-        def connection_lost(self, exc: Exception | None) -> None:
+        else:
             self._unexpect()
-            silent.pop(self, None)
-            super().connection_lost(exc)
+            self.silent.pop(self, None)
 
-        def _expect(self) -> None:
-            # From the first byte on, not from the last: one byte a second would never end.
-            if self._deadline is None:
-                self._deadline = self.loop.call_later(receive_s, self._too_slow)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # type: ignore[misc]
+        if not self.transport.is_closing():
+            self.silent[self] = None
 
-        def _unexpect(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unexpect()
+        self.silent.pop(self, None)
+        super().connection_lost(exc)  # type: ignore[misc]
 
-        def _too_slow(self) -> None:
-            silent.pop(self, None)
-            # A websocket's connection has been handed to another protocol.
-            if not self.transport.is_closing() and self.transport.get_protocol() is self:
-                if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
-                    self.transport.write(_TOO_SLOW)
-                self.transport.close()
+    def _expect(self) -> None:
+        # From the first byte on, not from the last: one byte a second would never end.
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.receive_s, self._too_slow)
 
-    return Bounded
+    def _unexpect(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self.silent.pop(self, None)
+        # A websocket's connection has been handed to another protocol.
+        if not self.transport.is_closing() and self.transport.get_protocol() is self:
+            if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+                self.transport.write(_TOO_SLOW)
+            self.transport.close()
 
 
 def _make_room(silent: dict[Any, None]) -> bool:

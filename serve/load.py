@@ -33,7 +33,7 @@ class Answer:
     body: bytes
 
 
-class Target:
+class LoadedServer:
     """A server: its URL, and the header with its key."""
 
     def __init__(self, url: str, key: str | None = None):
@@ -73,7 +73,7 @@ class Target:
         return dict(json.loads(body))
 
 
-def apply_load(target: Target, model: str, rate: float, seconds: float, images: int) -> list[Answer]:
+def apply_load(target: LoadedServer, model: str, rate: float, seconds: float, images: int) -> list[Answer]:
     """Asks for `images` images `rate` times a second, each with seeds of its own, and waits for all answers."""
     start = time.perf_counter()
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
-from uni_instruct.serve.load import Target, apply_load, count_wrong, summary
+from uni_instruct.serve.load import LoadedServer, apply_load, count_wrong, summary
 from uni_instruct.serve.settings import variable
 
 
@@ -41,7 +41,7 @@ def loadtest(
 
     Example: uni-instruct loadtest http://127.0.0.1:3000 --rate 200 --seconds 30
     """
-    target = Target(url, os.environ.get(variable("api_key"), "").split(",")[0] or None)
+    target = LoadedServer(url, os.environ.get(variable("api_key"), "").split(",")[0] or None)
     facts = target.facts(model)
     name = str(model or facts["name"])
     opened = Bundle.open(bundle or str(facts["name"]))

@@ -39,12 +39,15 @@ def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
 def _option(setting: "Field[Any]") -> Callable[[Callable[..., None]], Callable[..., None]]:
     flag, least = "--" + setting.name.replace("_", "-"), setting.metadata["least"]
     open_end = not setting.metadata["or_zero"]
-    numbers = {int: click.IntRange(least, min_open=open_end), float: click.FloatRange(least, min_open=open_end)}
+    numbers: dict[object, click.ParamType] = {
+        int: click.IntRange(least, min_open=open_end),
+        float: click.FloatRange(least, min_open=open_end),
+    }
     default = "" if setting.default in (None, MISSING) else f"  [default: {_shown(setting.default)}]"
     return click.option(
         f"{flag}/--no-{flag[2:]}" if setting.type is bool else flag,
         setting.name,
-        type=numbers.get(setting.type),  # type: ignore[call-overload]
+        type=numbers.get(setting.type),
         # None where it is not given: a default here would overwrite the environment's value.
         default=None,
         show_default=False,

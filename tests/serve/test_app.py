@@ -284,7 +284,7 @@ def test_what_is_served_is_described(tiny_bundle: Bundle) -> None:
             assert (await client.get("/v1/models")).json()["data"][0]["id"] == "tiny"
             fields = (await client.get("/openapi.json")).json()["paths"]["/v1/generate"]["post"]["requestBody"]
             assert "seeds" in fields["content"]["application/json"]["schema"]["properties"]
-            assert "/ui" in (await client.get("/")).text
+            assert 'href="ui/"' in (await client.get("/")).text
 
     run(work())
 
