@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uni_instruct.errors import MissingExtraError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode
-from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.models import Models
 from uni_instruct.serve.responses import error_response, generate_encoded
+from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ _MOST_RADIO_BUTTONS = 12
 class DemoMount:
     """The ASGI app under /ui: the Gradio page once it is built, and until then a page that waits for it."""
 
-    def __init__(self, backend: Backend):
-        self._backend = backend
+    def __init__(self, models: Models):
+        self._models = models
         self._app: ASGIApp | None = None
         self._failure: UniInstructError | None = None
         self._stack = AsyncExitStack()
@@ -51,7 +52,7 @@ class DemoMount:
     async def start(self) -> None:
         """Builds the page in a thread, for importing Gradio takes seconds. Where that fails, /ui says why."""
         try:
-            app = await asyncio.to_thread(_gradio_app, self._backend)
+            app = await asyncio.to_thread(_gradio_app, self._models)
             await self._stack.enter_async_context(app.router.lifespan_context(app))
         except MissingExtraError as error:
             self._failure = error
@@ -70,20 +71,21 @@ class DemoMount:
         """One ASGI connection."""
         app = self._app
         if app is None:
-            error = self._failure or self._backend.failure
+            error = self._failure or self._models.get().failure
             waiting = HTMLResponse((files("uni_instruct.serve") / "pages" / "waiting.html").read_text(), 503)
             app = error_response(error) if error else waiting
         await app(scope, receive, send)
 
 
-def build_demo(backend: Backend) -> "gr.Blocks":
-    """The page for a loaded backend: its controls on the left, the images on the right, the same as a curl command below."""
+def build_demo(models: Models) -> "gr.Blocks":
+    """The page of the first model that is loaded: controls on the left, images on the right, the same as a curl line below."""
     import gradio as gr
 
-    spec = backend.bundle.spec
-    most = min(LARGEST_COUNT, backend.settings.request_images)
+    name = next(name for name, state in models.states.items() if state == "ready")
+    spec = models.get(name).spec
+    most = min(LARGEST_COUNT, models.settings.request_images)
     with gr.Blocks(title=f"{spec.name} · Uni-Instruct", analytics_enabled=False, fill_width=True) as demo:
-        gr.HTML(_header(backend), elem_id="header")
+        gr.HTML(_header(models.get(name)), elem_id="header")
         with gr.Row(elem_id="workbench"):
             with gr.Column(scale=2, min_width=300):
                 seed = gr.Slider(0, LARGEST_SEED, 0, step=1, label="Seed", elem_id="seed")
@@ -103,7 +105,7 @@ def build_demo(backend: Backend) -> "gr.Blocks":
             buttons=["copy"],
             elem_id="curl",
         )
-        show = _show_of(backend, most)
+        show = _show_of(models, name, most)
         _show_on_every_change(demo, show, inputs=[seed, count, label], outputs=[stage, readout, curl], dice=dice)
     return demo
 
@@ -111,14 +113,15 @@ def build_demo(backend: Backend) -> "gr.Blocks":
 _Show = Callable[..., Awaitable[tuple[str, str, str]]]
 
 
-def _show_of(backend: Backend, most: int) -> _Show:
+def _show_of(models: Models, name: str, most: int) -> _Show:
     """What the page calls: (seed, images, class) to the images, the readout of milliseconds, and the curl command."""
     import gradio as gr
 
     # Gradio passes the request to a parameter of that type, so the annotation is more than documentation.
     async def show(seed: float | None, count: float | None, label: int | None, request: gr.Request) -> tuple[str, str, str]:
         wanted = max(1, min(most, int(count or 1)))  # a field may be empty, and a client may send what it likes
-        return await _show(backend, int(seed or 0), wanted, label, str(request.base_url))
+        with models.using(name) as served:
+            return await _show(served, int(seed or 0), wanted, label, str(request.base_url))
 
     return show
 
@@ -148,7 +151,7 @@ def _show_on_every_change(
     rolled.then(**event)
 
 
-def _gradio_app(backend: Backend) -> "fastapi.FastAPI":
+def _gradio_app(models: Models) -> "fastapi.FastAPI":
     """A FastAPI app with the page under /ui. Raises MissingExtraError without Gradio."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -159,7 +162,7 @@ def _gradio_app(backend: Backend) -> "fastapi.FastAPI":
     css = (files("uni_instruct.serve") / "pages" / "demo.css").read_text()
     app: FastAPI = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
-        build_demo(backend),
+        build_demo(models),
         path="/ui",
         theme=gr.themes.Base(primary_hue="indigo", neutral_hue="slate"),
         css=css,
@@ -181,19 +184,19 @@ def _class_picker(spec: ModelSpec) -> "gr.Radio | gr.Dropdown | gr.State":
     return picker(choices, value=ANY_CLASS, label="Class", elem_id="label")
 
 
-async def _show(backend: Backend, seed: int, count: int, label: int | None, base_url: str) -> tuple[str, str, str]:
+async def _show(served: ServedModel, seed: int, count: int, label: int | None, base_url: str) -> tuple[str, str, str]:
     """The images of `count` seeds from `seed` on, the readout of milliseconds, and the curl line."""
     seeds = list(range(seed, seed + count))
     start = time.perf_counter()
-    spec = backend.bundle.spec
+    spec = served.spec
     try:
         class_ids = resolve_class_ids(spec, seeds, None if label in (None, ANY_CLASS) else [label])
-        encoded = await generate_encoded(backend, seeds, class_ids, lambda images: [encode(image) for image in images])
+        encoded = await generate_encoded(served, seeds, class_ids, lambda images: [encode(image) for image in images])
     except UniInstructError as error:
         return f'<p class="problem">{html.escape(str(error))}</p>', "", ""
     stages = {**encoded.stage_ms, "total": 1e3 * (time.perf_counter() - start)}
     captions = [_caption(spec, *pair) for pair in zip(seeds, _ids(class_ids, count), strict=True)]
-    return _gallery(encoded.files, captions), _readout(stages), _curl(backend, seeds, label, base_url)
+    return _gallery(encoded.files, captions), _readout(stages), _curl(served, seeds, label, base_url)
 
 
 def _ids(class_ids: np.ndarray | None, count: int) -> list[int | None]:
@@ -218,24 +221,24 @@ def _readout(stages: dict[str, float]) -> str:
     return f"<dl>{tiles}</dl>"
 
 
-def _header(backend: Backend) -> str:
-    spec = backend.bundle.spec
+def _header(served: ServedModel) -> str:
+    spec = served.spec
     channels, height, width = spec.image_shape
     classes = f" · {spec.num_classes} classes" if spec.num_classes else ""
     steps = "one step" if spec.steps == 1 else f"{spec.steps} steps"
-    facts = f"{height}×{width}{' grey' if channels == 1 else ''}{classes} · {steps} · {backend.engine.id}"
-    return f'<h1>{html.escape(spec.name)}</h1><p>{html.escape(facts)} · <a href="/docs">HTTP API</a></p>'
+    facts = f"{height}×{width}{' grey' if channels == 1 else ''}{classes} · {steps} · {served.engine.id}"
+    return f'<h1>{html.escape(served.name)}</h1><p>{html.escape(facts)} · <a href="/docs">HTTP API</a></p>'
 
 
-def _curl(backend: Backend, seeds: list[int], label: int | None, base_url: str) -> str:
+def _curl(served: ServedModel, seeds: list[int], label: int | None, base_url: str) -> str:
     """A command that fetches the same images."""
-    body: dict[str, object] = {"seeds": seeds}
+    body: dict[str, object] = {"model": served.name, "seeds": seeds}
     if label not in (None, ANY_CLASS):
         body["class_ids"] = [label]
     if len(seeds) > 1:
         body["grid"] = True
     # The variable, not the key itself: the page may be shown to others.
-    key = ' -H "Authorization: Bearer $UNI_INSTRUCT_API_KEY"' if backend.settings.api_key else ""
+    key = ' -H "Authorization: Bearer $UNI_INSTRUCT_API_KEY"' if served.settings.keys else ""
     origin = base_url.split("/ui")[0].rstrip("/")
     data = shlex.quote(json.dumps(body, separators=(",", ":")))
     return f"curl {origin}/v1/generate -H 'Content-Type: application/json'{key} -d {data} -o images.png"

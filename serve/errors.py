@@ -1,5 +1,7 @@
 """The errors of the server, beside those of the core: each with its HTTP status, and the body they all share."""
 
+from collections.abc import Sequence
+
 from uni_instruct.errors import RequestError, UniInstructError
 
 
@@ -15,6 +17,16 @@ class NotFoundError(RequestError):
     http_status = 404
 
 
+class UnknownModelError(NotFoundError):
+    """No generator of that name is served."""
+
+    code = "model_not_found"
+
+    def __init__(self, name: str, names: Sequence[str]):
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        super().__init__(f"no model {shown!r} is served", remedy=f"choose one of {', '.join(names)}", param="model")
+
+
 class MethodError(RequestError):
     """The path exists, but not for that method."""
 
@@ -25,6 +37,12 @@ class BodyTooLargeError(RequestError):
     """The body is larger than the server reads."""
 
     http_status = 413
+
+
+class EncodingError(RequestError):
+    """The body comes in an encoding that the server does not read."""
+
+    http_status = 415
 
 
 class QueueFullError(UniInstructError):
@@ -47,11 +65,21 @@ class NotReadyError(UniInstructError):
     http_status = 503
 
 
+class StoppingError(NotReadyError):
+    """The server is being stopped: another one, or the same a little later, will answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping", remedy="try again in a second, or another one")
+
+
 class TimedOutError(UniInstructError):
     """The images were not made in time."""
 
     http_status = 504
 
+
+# Of what a message repeats a client's own words may be the greater part; more than this helps nobody.
+_LONGEST_MESSAGE = 400
 
 # HTTP status -> (type, code) as OpenAI's clients know them.
 _OPENAI_ERRORS = {
@@ -60,6 +88,7 @@ _OPENAI_ERRORS = {
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
     413: ("invalid_request_error", "body_too_large"),
+    415: ("invalid_request_error", "unsupported_encoding"),
     429: ("rate_limit_error", "queue_full"),
     500: ("server_error", "internal_error"),
     503: ("server_error", "not_ready"),
@@ -69,13 +98,17 @@ _OPENAI_ERRORS = {
 
 def error_body(error: UniInstructError) -> dict[str, dict[str, str | None]]:
     """The body of an error: {"error": {message, type, param, code, remedy}}."""
+    message = str(error)
+    if len(message) > _LONGEST_MESSAGE:
+        # The remedy stands at the end, and is what helps.
+        message = f"{error.problem[: _LONGEST_MESSAGE - 100]}...; {error.remedy[:_LONGEST_MESSAGE]}"
     type_, code = _OPENAI_ERRORS.get(error.http_status, _OPENAI_ERRORS[500])
     return {
         "error": {
-            "message": str(error),
+            "message": message,
             "type": type_,
             "param": error.param,
-            "code": code,
+            "code": getattr(error, "code", code),
             "remedy": error.remedy,
         }
     }

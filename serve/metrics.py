@@ -1,12 +1,22 @@
 """What the server measures, for Prometheus. Every label has few values: nothing grows with the requests."""
 
+import contextlib
 import os
+import shutil
+import socket
+from pathlib import Path
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 # From one small image on a warm engine to the default timeout.
 _STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+# Why images are not made, and what a request passes through.
+DROP_REASONS = ("queue_full", "timeout", "cancelled", "stopping", "failed")
+STAGES = ("queue", "model", "encode")
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -19,36 +29,108 @@ class ServerMetrics:
         self.requests = Counter(
             "uni_instruct_requests", "Answers by route and HTTP status.", ["route", "status"], registry=registry
         )
-        self.images = Counter("uni_instruct_images", "Images made and answered.", registry=registry)
+        self.images = Counter("uni_instruct_images", "Images made and answered.", ["model"], registry=registry)
         self.dropped = Counter(
             "uni_instruct_dropped_images",
             "Images refused or given up: the queue was full, the client left, time ran out, or the engine failed.",
-            ["reason"],
+            ["reason", "model"],
             registry=registry,
         )
-        self.queue = Gauge("uni_instruct_queue_images", "Images waiting.", registry=registry, multiprocess_mode="livesum")
+        self.queue = Gauge(
+            "uni_instruct_queue_images", "Images waiting.", ["model"], registry=registry, multiprocess_mode="livesum"
+        )
         self.ready = Gauge("uni_instruct_ready", "Workers that are ready.", registry=registry, multiprocess_mode="livesum")
+        self.model_ready = Gauge(
+            "uni_instruct_model_ready",
+            "Workers in which the model is loaded and warm.",
+            ["model"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.engine = Gauge(
-            "uni_instruct_engine", "Workers by engine id.", ["engine"], registry=registry, multiprocess_mode="livesum"
+            "uni_instruct_engine",
+            "Workers by engine id and model.",
+            ["engine", "model"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.reloads = Counter(
+            "uni_instruct_reloads",
+            "Changed bundles that took the place of the older one, or could not be loaded.",
+            ["model", "outcome"],
+            registry=registry,
         )
         self.batch = Histogram(
-            "uni_instruct_batch_images", "Images per engine call.", buckets=_BATCH_BUCKETS, registry=registry
+            "uni_instruct_batch_images", "Images per engine call.", ["model"], buckets=_BATCH_BUCKETS, registry=registry
         )
         self.stage = Histogram(
             "uni_instruct_stage_seconds",
             "Time of a request in the queue, in the model, and in encoding.",
-            ["stage"],
+            ["stage", "model"],
             buckets=_STAGE_BUCKETS_S,
             registry=registry,
         )
+
+    def of_model(self, name: str) -> "ModelMetrics":
+        """What is counted for that model alone."""
+        return ModelMetrics(self, name)
+
+
+class ModelMetrics:
+    """One model's counters; every series of it is there from the start, at zero."""
+
+    def __init__(self, server: ServerMetrics, name: str):
+        # Looked up once: finding a series by its labels takes a lock and a dictionary, for every image.
+        self.images = server.images.labels(name)
+        self.queue = server.queue.labels(name)
+        self.batch = server.batch.labels(name)
+        self.dropped = {reason: server.dropped.labels(reason, name) for reason in DROP_REASONS}
+        self.stage = {stage: server.stage.labels(stage, name) for stage in STAGES}
 
 
 def exposition(metrics: ServerMetrics, workers: int) -> bytes:
     """The text that Prometheus scrapes: of this worker, or summed over all where there are several."""
     # prometheus-client's way to sum over processes: each writes its counts into a file of that folder, which BentoML sets.
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    folder = os.environ.get(_FOLDER)
     if workers == 1 or not folder:
         return generate_latest(metrics.registry)
+    _forget_the_dead(Path(folder))
     registry = CollectorRegistry()
     MultiProcessCollector(registry, folder)
     return generate_latest(registry)
+
+
+def use_own_folder() -> None:
+    """Moves this worker's counts, before any is made, to a folder that only the workers of its own supervisor share.
+
+    BentoML's is one for all servers of a BENTOML_HOME, and each empties it when it starts.
+    """
+    shared = os.environ.get(_FOLDER)
+    if not shared:
+        return
+    servers = Path(shared).parent / "uni-instruct-metrics"
+    folder = servers / _server_name(os.getppid())
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ[_FOLDER] = str(folder)
+    for other in servers.glob(f"{socket.gethostname()}-*"):
+        if other.name != _server_name(int(other.name.split("-")[-2])):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _server_name(supervisor: int) -> str:
+    """Of a server on this machine: its supervisor's id, and when that began, as ids are given again."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return f"{socket.gethostname()}-{supervisor}-{int(psutil.Process(supervisor).create_time())}"
+    return ""
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """Takes workers that were killed out of the gauges of what is; what they have counted stays counted."""
+    living = {os.getpid()}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        living |= {process.pid for process in psutil.Process(os.getppid()).children()}
+    for file in folder.glob("gauge_live*_*.db"):
+        worker = int(file.stem.rpartition("_")[2])
+        if worker not in living:
+            with contextlib.suppress(FileNotFoundError):
+                mark_process_dead(worker, str(folder))

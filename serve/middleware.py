@@ -1,79 +1,142 @@
-"""What every request passes before it reaches a route, BentoML's own included: the API key and the limit of the body."""
+"""What every request passes before it reaches a route, BentoML's own included: CORS, the API key, the limit of the body."""
 
-import base64
-import binascii
-import hmac
-
-from prometheus_client import Counter
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from uni_instruct.serve.errors import BodyTooLargeError, UnauthorizedError
+from uni_instruct.errors import UniInstructError
+from uni_instruct.serve.access_log import logged
+from uni_instruct.serve.errors import BodyTooLargeError, StoppingError, UnauthorizedError
+from uni_instruct.serve.keys import given_key, is_one_of
+from uni_instruct.serve.metrics import ServerMetrics
+from uni_instruct.serve.request_id import RequestIdMiddleware
 from uni_instruct.serve.responses import error_response
+from uni_instruct.serve.settings import Settings
+from uni_instruct.serve.stopping import Stopping
 
 # Open without a key: orchestrators probe them without one, and they say nothing but yes or no.
 HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
+# Answered until the end: who watches a server that stops must not take it for dead.
+_ALWAYS_ANSWERED = (*HEALTH_PATHS, "/metrics")
+# What a page of another origin may read of an answer.
+_EXPOSED = (
+    *("X-Seeds", "X-Class-Ids", "X-Model", "X-Engine", "X-Engines-Refused"),
+    *("X-Request-ID", "Server-Timing", "Retry-After", "ETag"),
+)
+_PASSED = "uni_instruct.passed"
 
 
-class ApiKeyMiddleware:
-    """Answers 401 without the key, except for health checks and preflight requests. Without a key all is open.
+class Guards:
+    """One pass for all of them, before BentoML's routes and ours; a request that has passed is not asked again."""
 
-    The key comes as 'Authorization: Bearer KEY', or as the password of basic authentication, which browsers ask for.
-    """
-
-    def __init__(self, app: ASGIApp, key: str | None, requests: Counter):
-        self.app = app
-        self._requests = requests
-        self._key = key.encode() if key else None
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics, stopping: Stopping):
+        self._settings, self._metrics, self._stopping = settings, metrics, stopping
+        self._app = app
+        self._guarded = _with_cors(self._guard, settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
-        needs_key = self._key is not None and scope["type"] in ("http", "websocket")
+        if scope["type"] == "lifespan":
+            put_guards_first(scope["app"], tracing=self._settings.tracing)
+        if scope["type"] == "lifespan" or _PASSED in scope:
+            await self._app(scope, receive, send)
+            return
+        scope[_PASSED] = True
+        add_prefix(scope, self._settings.prefix)
+        if self._settings.access_log and scope["type"] == "http":
+            send = logged(scope, send)
+        await self._guarded(scope, receive, send)
+
+    async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = route_path(scope)
+        error = self._refusal(scope, path)
+        if error is not None:
+            await self._refuse(error, scope, receive, send)
+        elif scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif path.startswith("/ui") or path in _ALWAYS_ANSWERED:
+            # An open page holds a connection for as long as it is open: stopping does not wait for it.
+            await self._limited(scope, receive, send)
+        else:
+            with self._stopping.request():
+                await self._limited(scope, receive, send)
+
+    def _refusal(self, scope: Scope, path: str) -> UniInstructError | None:
+        """Why the request goes no further, None where it does. The cheapest reasons come first."""
+        if self._stopping.begun and path not in _ALWAYS_ANSWERED:
+            return StoppingError()
+        headers = Headers(scope=scope)
         # A browser's preflight request (OPTIONS) never carries the key.
-        if needs_key and scope.get("method") != "OPTIONS" and scope["path"] not in HEALTH_PATHS:
-            given = _given_key(Headers(scope=scope).get("authorization", ""))
-            # In constant time: a comparison that stops at the first difference would give the key away letter by letter.
-            if not hmac.compare_digest(given, self._key or b""):
-                error = UnauthorizedError(
+        if self._settings.keys and scope.get("method") != "OPTIONS" and path not in HEALTH_PATHS:
+            # As bytes: which characters they stand for is not the header's to say.
+            header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not is_one_of(given_key(header), self._settings.keys):
+                return UnauthorizedError(
                     "the API key is missing or wrong", remedy="send the header 'Authorization: Bearer KEY'"
                 )
-                self._requests.labels("guard", "401").inc()
-                await error_response(error)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._settings.max_body_bytes):
+            return self._too_large()
+        return None
 
-
-class BodyLimitMiddleware:
-    """Answers 413 to a body of more than limit_bytes, whether its length is announced or not."""
-
-    def __init__(self, app: ASGIApp, limit_bytes: int, requests: Counter):
-        self.app = app
-        self._requests = requests
-        self._limit_bytes = limit_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI connection."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._limit_bytes:
-            await self._refuse()(scope, receive, send)
-            return
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A chunked body announces no length, and an announced one may be a lie.
-        body = _CountedBody(self._limit_bytes, receive, send)
-        await self.app(scope, body.receive, body.send)
+        body = _CountedBody(self._settings.max_body_bytes, receive, send)
+        await self._app(scope, body.receive, body.send)
         if body.exceeded and not body.responded:
-            await self._refuse()(scope, receive, send)
+            await self._refuse(self._too_large(), scope, receive, send)
 
-    def _refuse(self) -> JSONResponse:
-        self._requests.labels("guard", "413").inc()
-        error = BodyTooLargeError(f"the body is larger than {self._limit_bytes} bytes", remedy="ask for fewer images at once")
+    def _too_large(self) -> BodyTooLargeError:
+        limit = self._settings.max_body_bytes
+        return BodyTooLargeError(f"the body is larger than {limit} bytes", remedy="ask for fewer images at once")
+
+    async def _refuse(self, error: UniInstructError, scope: Scope, receive: Receive, send: Send) -> None:
+        self._metrics.requests.labels("guard", str(error.http_status)).inc()
         response = error_response(error)
         # The rest of the body is not read: what follows on this connection would be taken for the next request.
-        response.headers["Connection"] = "close"
-        return response
+        # And a client whose server stops should open its next connection to another one.
+        if error.http_status != UnauthorizedError.http_status:
+            response.headers["Connection"] = "close"
+        await response(scope, receive, send)
+
+
+def put_guards_first(app: Starlette, *, tracing: bool) -> None:
+    """Rearranges the middleware of BentoML's app, in which ours stands: the request's id and the guards come first, and two go.
+
+    Its timeout keeps a timer for every request until that would have ended, and answers without CORS headers, while the server
+    has a timeout of its own. A span costs as much as the rest of a request's Python, also where it is sent nowhere.
+    """
+    unwanted = {"TimeoutMiddleware"} if tracing else {"TimeoutMiddleware", "OpenTelemetryMiddleware"}
+    kept = [middleware for middleware in app.user_middleware if getattr(middleware.cls, "__name__", "") not in unwanted]
+    app.user_middleware = sorted(kept, key=lambda middleware: middleware.cls not in (RequestIdMiddleware, Guards))
+    app.middleware_stack = None  # Starlette builds it anew with the first request; what runs now is the lifespan
+
+
+def add_prefix(scope: Scope, prefix: str) -> None:
+    """Makes the path what ASGI wants it to be behind a proxy: with the prefix, which the proxy may have cut off."""
+    if prefix:
+        scope["root_path"] = prefix
+        if scope["path"] != prefix and not scope["path"].startswith(f"{prefix}/"):
+            scope["path"] = prefix + scope["path"]
+
+
+def route_path(scope: Scope) -> str:
+    """The path as the routes name it, without a proxy's prefix."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _with_cors(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """The app, with CORS headers on all of its answers. Outside of the other guards: a page may read their errors too."""
+    if settings.cors_origins is None:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=settings.origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", "x-request-id"],
+        expose_headers=_EXPOSED,
+    )
 
 
 class _CountedBody:
@@ -97,16 +160,3 @@ class _CountedBody:
         if not self.exceeded or self.responded:
             self.responded = True
             await self._send(message)
-
-
-def _given_key(header: str) -> bytes:
-    """The key in an Authorization header, empty where it holds none."""
-    scheme, _, credentials = header.partition(" ")
-    if scheme.lower() == "bearer":
-        return credentials.strip().encode()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(credentials).partition(b":")[2]
-        except binascii.Error:
-            return b""
-    return b""

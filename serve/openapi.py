@@ -1,55 +1,218 @@
-"""GET /openapi.json: the description of the routes that /docs shows and that tools read."""
+"""GET /openapi.json: every route with its parameters, types and statuses, which /docs shows and tools read."""
+
+from pydantic import BaseModel
 
 from uni_instruct import __version__
+from uni_instruct.serve.bento_route import BentoRequest
+from uni_instruct.serve.openai_images import ImagesRequest
 from uni_instruct.serve.schema import GenerateRequest
 
+_Json = dict[str, object]
 
-def openapi_document() -> dict[str, object]:
-    """The routes for people and tools; the request's fields come from the pydantic model, so that they cannot drift apart."""
-    paths: dict[str, object] = {"/v1/generate": {"post": _generate()}}
-    for path, summary in _READABLE.items():
-        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "The answer."}}}}
+
+def openapi_document() -> _Json:
+    """The description; requests' fields come from the pydantic models that check them, so that they cannot drift apart."""
     return {
         "openapi": "3.1.0",
         "info": {"title": "Uni-Instruct", "version": __version__, "description": "One-step image generators."},
-        "paths": paths,
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "paths": {**_POSTS, **_GETS},
+        "components": {
+            "schemas": {"Error": _ERROR, "Model": _MODEL, "Images": _IMAGES_ANSWER},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
         # The empty entry says that the key is optional: whether one is needed is the server's setting.
         "security": [{}, {"key": []}],
     }
 
 
-def _generate() -> dict[str, object]:
-    schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    image = {"schema": {"type": "string", "format": "binary"}}
-    contents: dict[str, object] = dict.fromkeys(("image/png", "image/jpeg", "image/webp", "application/zip"), image)
-    contents["application/json"] = {"schema": {"type": "object"}}
-    failures = {str(status): {"description": text} for status, text in _FAILURES.items()}
-    return {
-        "summary": "Make images",
-        "requestBody": {"content": {"application/json": {"schema": schema, "example": {"seeds": [7]}}}},
-        "responses": {"200": {"description": _IMAGES, "content": contents}, **failures},
-    }
+def _object(**properties: object) -> _Json:
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-_IMAGES = (
-    "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, X-Engines-Refused what is not "
-    "trusted on this machine, Server-Timing the milliseconds in queue, model and encoding."
+def _or_null(type_: str) -> _Json:
+    return {"type": [type_, "null"]}
+
+
+_TEXT: _Json = {"type": "string"}
+_INTEGER: _Json = {"type": "integer"}
+_ERROR = _object(
+    error=_object(message=_TEXT, type=_TEXT, param=_or_null("string"), code=_TEXT, remedy=_TEXT),
 )
+_MODEL = _object(
+    id=_TEXT,
+    object={"const": "model"},
+    created=_INTEGER,
+    owned_by=_TEXT,
+    state={"enum": ["loading", "ready", "failed", "closed"]},
+)
+_SEED: _Json = {"type": ["integer", "string"], "description": "A string where seed_format says so."}
+_FACTS: _Json = {"seed": _SEED, "class_id": _or_null("integer"), "class_name": _or_null("string")}
+_IMAGES_ANSWER: _Json = _object(
+    created=_INTEGER,
+    model=_TEXT,
+    data={
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"b64_json": _TEXT, "url": _TEXT, "revised_prompt": _or_null("string"), **_FACTS},
+            "required": ["seed", "class_id", "class_name", "revised_prompt"],
+        },
+    },
+    background={"const": "opaque"},
+    output_format={"enum": ["png", "jpeg", "webp"]},
+    quality=_TEXT,
+    size=_TEXT,
+)
+_GENERATE_ANSWER = _object(images={"type": "array", "items": _object(**_FACTS, b64_png=_TEXT)})
+_LIST_ANSWER = _object(object={"const": "list"}, data={"type": "array", "items": {"$ref": "#/components/schemas/Model"}})
+_SPEC_ANSWER: _Json = {
+    "type": "object",
+    "properties": {
+        "name": _TEXT,
+        "image_shape": {"type": "array", "items": _INTEGER},
+        "num_classes": _INTEGER,
+        "class_names": {"type": "array", "items": _TEXT},
+        "steps": _INTEGER,
+        "weights_sha256": _TEXT,
+        "engine": _TEXT,
+        "device": _TEXT,
+        "precision": _TEXT,
+        "engines": {"type": "array"},
+        "batch_sizes": {"type": "array", "items": _INTEGER},
+        "limits": {"type": "object"},
+        "versions": {"type": "object"},
+    },
+    "required": ["name", "image_shape", "num_classes", "class_names", "weights_sha256", "engine", "batch_sizes", "limits"],
+}
 
+# Status -> what it says; every one of them has the body of Error.
 _FAILURES = {
     400: "The request is wrong: problem, value and remedy.",
     401: "The API key is missing or wrong.",
+    404: "No such model, or no such image.",
     413: "The body is too large.",
+    415: "The body comes in an encoding or type that is not read.",
     429: "The queue is full; Retry-After says when to come back.",
-    503: "The generator is loading, or the server is stopping.",
+    500: "The engine failed.",
+    503: "The generator is loading, or could not be loaded, or the server is stopping.",
     504: "The images were not made in time.",
 }
+_MAKING = (400, 401, 404, 413, 415, 429, 500, 503, 504)
 
-_READABLE = {
-    "/v1/models": "What is served, in the shape of OpenAI's list",
-    "/v1/spec": "Shape, classes, engine, precision, limits and versions",
-    "/livez": "Alive, unless the generator could not be loaded",
-    "/readyz": "200 once the generator is warm, 503 before",
-    "/metrics": "Metrics for Prometheus",
+
+def _failures(*statuses: int) -> _Json:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {str(status): {"description": _FAILURES[status], "content": content} for status in statuses}
+
+
+def _answer(description: str, **content: object) -> _Json:
+    """A 200; content: media type, with '_' for '/', -> schema."""
+    contents = {media.replace("_", "/", 1): {"schema": schema} for media, schema in content.items()}
+    return {"200": {"description": description, "content": contents}}
+
+
+def _post(summary: str, model: type[BaseModel], example: _Json, answer: _Json) -> _Json:
+    content = {"application/json": {"schema": model.model_json_schema(), "example": example}}
+    body = {"content": content, "required": False}
+    return {"post": {"summary": summary, "requestBody": body, "responses": {**answer, **_failures(*_MAKING)}}}
+
+
+def _get(summary: str, answer: _Json, *failures: int, parameters: list[_Json] | None = None) -> _Json:
+    return {"get": {"summary": summary, "parameters": parameters or [], "responses": {**answer, **_failures(*failures)}}}
+
+
+def _parameter(name: str, where: str, description: str, schema: _Json) -> _Json:
+    return {"name": name, "in": where, "required": where == "path", "description": description, "schema": schema}
+
+
+_BINARY: _Json = {"type": "string", "format": "binary"}
+_PICTURES: _Json = {"image_png": _BINARY, "image_jpeg": _BINARY, "image_webp": _BINARY}
+_IMAGES = (
+    "The images. X-Seeds and X-Class-Ids say which, X-Model and X-Engine what made them, X-Engines-Refused what is not "
+    "trusted on this machine, Server-Timing the milliseconds in queue, model and encoding."
+)
+_ARRAY: _Json = {"type": "array", "description": "uint8 [N, H, W, C], nested."}
+
+_POSTS: _Json = {
+    "/v1/generate": _post(
+        "Make images",
+        GenerateRequest,
+        {"seeds": [7]},
+        _answer(
+            _IMAGES,
+            **_PICTURES,
+            application_json=_GENERATE_ANSWER,
+            application_zip=_BINARY,
+            **{"application_octet-stream": _BINARY},
+        ),
+    ),
+    "/v1/images/generations": _post(
+        "Make images, in OpenAI's shape; the prompt is a class, this is no text-to-image model",
+        ImagesRequest,
+        {"prompt": "", "n": 1},
+        _answer(
+            "The images; with stream, server-sent events.",
+            application_json={"$ref": "#/components/schemas/Images"},
+            **{"text_event-stream": _TEXT},
+        ),
+    ),
+    "/generate": _post(
+        "Make images for BentoML's client", BentoRequest, {"seeds": [7]}, _answer("The pixels.", application_json=_ARRAY)
+    ),
 }
+
+_NAME = _parameter("model", "path", "A model, as GET /v1/models lists them.", _TEXT)
+_GETS: _Json = {
+    "/v1/images/{model}/{file}": {
+        "get": {
+            "summary": "One image by its address: seed and format, as 7.png",
+            "parameters": [
+                _NAME,
+                _parameter("file", "path", "SEED.FORMAT: png, jpeg, jpg or webp.", {**_TEXT, "example": "7.png"}),
+                _parameter("class", "query", "A class by name or id; without it the seed draws one.", _TEXT),
+                _parameter("size", "query", "The size that is made, or a whole multiple of it.", _TEXT),
+                _parameter("weights", "query", "8 or more digits of the weights' sha256: pins the image.", _TEXT),
+                _parameter("If-None-Match", "header", "The ETag of the image that the client has.", _TEXT),
+            ],
+            "responses": {
+                **_answer("The image, with ETag and Cache-Control.", **_PICTURES),
+                "304": {"description": "The client has it already."},
+                **_failures(400, 401, 404, 429, 500, 503, 504),
+            },
+        }
+    },
+    "/v1/models": _get("What is served, in the shape of OpenAI's list", _answer("All.", application_json=_LIST_ANSWER), 401),
+    "/v1/models/{model}": _get(
+        "One model",
+        _answer("The model.", application_json={"$ref": "#/components/schemas/Model"}),
+        401,
+        404,
+        parameters=[_NAME],
+    ),
+    "/v1/spec": _get(
+        "Shape, classes, engine, precision, limits and versions",
+        _answer("The facts.", application_json=_SPEC_ANSWER),
+        401,
+        404,
+        503,
+        parameters=[_parameter("model", "query", "Which; without it the first.", _TEXT)],
+    ),
+    "/metrics": _get("Metrics for Prometheus", _answer("The text format.", text_plain=_TEXT), 401),
+}
+_PROBES = {
+    "/livez": "Alive, unless no generator could be loaded",
+    "/healthz": "The same",
+    "/readyz": "200 once the generators are warm; a line for each says where it stands",
+}
+for _path, _summary in _PROBES.items():
+    _plain: _Json = {"text/plain": {"schema": _TEXT}}
+    _GETS[_path] = {
+        "get": {
+            "summary": _summary,
+            "security": [],
+            "responses": {
+                "200": {"description": "Yes.", "content": _plain},
+                "503": {"description": "No.", "content": _plain},
+            },
+        }
+    }

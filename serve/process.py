@@ -1,5 +1,7 @@
 """BentoML's server as a child process: started, watched, and stopped with everything that it has started."""
 
+import base64
+import os
 import re
 import subprocess
 import sys
@@ -12,12 +14,13 @@ from typing import NoReturn
 import psutil
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.serve.settings import PREFIX
+from uni_instruct.processes import ending_with
+from uni_instruct.serve.settings import Settings
 
 SERVICE = "uni_instruct.serve.service:UniInstruct"
-# Open pages of the demo would hold the server for longer; with what follows, all of it ends within 5 s.
-GRACEFUL_SHUTDOWN_S = 3
-KILL_AFTER_S = 4.0
+# Open pages of the demo would hold the server for longer; requests that run have had their own grace before.
+GRACEFUL_SHUTDOWN_S = 1
+_KILL_AFTER_S = 5.0
 
 
 class Server:
@@ -26,19 +29,25 @@ class Server:
     It has a session of its own: Ctrl-C reaches this process alone, which then stops all of them.
     """
 
-    def __init__(self, address: str, port: int, environment: dict[str, str], folder: str):
+    def __init__(self, address: str, port: int, environment: dict[str, str], folder: str, settings: Settings):
         self.url = _url(address, port)
-        self._workers = int(environment[f"{PREFIX}WORKERS"])
-        self._key = environment.get(f"{PREFIX}API_KEY", "")
+        self._settings = settings
         self._family: set[psutil.Process] = set()
         # This Python, not the `bentoml` that happens to come first on the path.
         command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", address, "--port", str(port)]
         command += ["--timeout-graceful-shutdown", str(GRACEFUL_SHUTDOWN_S)]
-        self._supervisor = psutil.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._supervisor = psutil.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=ending_with(os.getpid()),
+        )
 
     def wait_until_ready(self) -> None:
         """Until every worker is warm. Raises UniInstructError where the server ends or cannot load the generator."""
-        while self._ready_workers() < self._workers:
+        while self._ready_workers() < self._settings.workers:
             self._check()
             if self._get("/livez")[0] == 503:
                 raise UniInstructError("the generator could not be loaded", remedy="the log above says why")
@@ -51,13 +60,13 @@ class Server:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """Ends the supervisor, and with it its workers: by SIGTERM, and by SIGKILL after KILL_AFTER_S."""
+        """Ends the supervisor, and with it its workers: by SIGTERM, and by SIGKILL well after their grace."""
         self._note_workers()
         # A living supervisor stops its workers itself; without it they are orphans, which only we still know.
         for process in [self._supervisor] if self._supervisor.poll() is None else self._family:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        _, alive = psutil.wait_procs([self._supervisor, *self._family], timeout=KILL_AFTER_S)
+        _, alive = psutil.wait_procs([self._supervisor, *self._family], timeout=self._settings.grace_s + _KILL_AFTER_S)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -79,11 +88,17 @@ class Server:
         found = re.search(r"^uni_instruct_ready (\S+)", self._get("/metrics")[1], re.MULTILINE)
         return float(found[1]) if found else 0.0
 
+    def _headers(self) -> dict[str, str]:
+        if not self._settings.keys:
+            return {}
+        # Basic, as it carries any key: a header of its own may hold ASCII only.
+        return {"Authorization": f"Basic {base64.b64encode(b':' + self._settings.keys[0]).decode()}"}
+
     def _get(self, path: str) -> tuple[int, str]:
         """The HTTP status and the text of a page; 0 where nothing answers."""
         # Past any proxy that the environment names: it would not find this machine's own address.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(f"{self.url}{path}", headers={"Authorization": f"Bearer {self._key}"})
+        request = urllib.request.Request(f"{self.url}{path}", headers=self._headers())
         try:
             with direct.open(request, timeout=2) as response:
                 return int(response.status), response.read().decode()

@@ -1,22 +1,34 @@
 """The body of POST /v1/generate as a pydantic model, and how it becomes seeds and classes."""
 
+import reprlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import from_json
 
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import IMAGE_FORMATS
 from uni_instruct.spec import ModelSpec
 
+# JavaScript has no odd integers above 2**53: its clients send and read seeds as strings of digits.
+Seed = int | Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,18})$")]
+SeedFormat = Literal["integer", "string"]
 ResponseFormat = Literal["png", "jpeg", "webp", "npz", "zip", "json"]
 
 # Drawn seeds stay below what JavaScript's numbers hold exactly.
 _DRAWN_SEED_LIMIT = 2**53
+# Characters of a client's value that are repeated to it.
+_LONGEST_VALUE = 80
+
+
+_Item = TypeVar("_Item")
+# One error of a list is enough: to describe every item of a long one takes longer than all the rest of a request.
+ShortErrors = Annotated[list[_Item], Field(fail_fast=True)]
 
 
 class GenerateRequest(BaseModel):
@@ -25,12 +37,18 @@ class GenerateRequest(BaseModel):
     # Strict: a misspelled field or a seed of 7.0 is refused, where a lenient reader would make images nobody asked for.
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    seeds: list[int] | None = Field(None, description="One image for each; integers in [0, 2**63).", examples=[[7, 8]])
+    model: str | None = Field(None, description="Which of the generators that are served; without it the first.")
+    seeds: ShortErrors[Seed] | None = Field(
+        None, description="One image for each; integers in [0, 2**63), or the same as strings of digits.", examples=[[7, 8]]
+    )
     num_images: int | None = Field(None, description="Instead of seeds: how many, with seeds drawn by the server.")
-    class_ids: list[int] | None = Field(None, description="One for all images, or one for each.")
-    classes: list[str] | None = Field(None, description="The same by name.")
+    class_ids: ShortErrors[int] | None = Field(None, description="One for all images, or one for each.")
+    classes: ShortErrors[str] | None = Field(None, description="The same by name.")
     format: ResponseFormat | None = Field(None, description="png for one image or a grid, json for several, unless given.")
     grid: bool = Field(False, description="All images in one picture.")
+    seed_format: SeedFormat | None = Field(
+        None, description="Whether JSON answers seeds as integers or as strings; as they were given, unless said."
+    )
 
 
 @dataclass(frozen=True)
@@ -41,14 +59,33 @@ class Job:
     class_ids: np.ndarray | None
     format: str
     grid: bool
+    seed_format: SeedFormat = "integer"
 
 
 def parse_request(body: bytes) -> GenerateRequest:
     """The request in a JSON body; an empty body is the default request. Raises RequestError for any other body."""
+    return parse_model(GenerateRequest, body, REMEDIES, example='{"seeds": [7]}')
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def parse_model(model: type[_Model], body: bytes, remedies: Mapping[str, str], example: str) -> _Model:
+    """The model in a JSON body; an empty body is an empty object. remedies: of each field. Raises RequestError."""
     try:
-        return GenerateRequest.model_validate_json(body or b"{}")
+        fields = from_json(body or b"{}")
+    except ValueError:
+        raise RequestError("the body is not JSON", remedy=f"send an object, such as {example}") from None
+    if not isinstance(fields, dict):
+        raise RequestError(f"the body is {_short(fields)}, not an object", remedy=f"send one, such as {example}")
+    # Before pydantic, which would list all of a hundred thousand unknown fields.
+    if unknown := next((name for name in fields if name not in model.model_fields), None):
+        name = unknown[:_LONGEST_VALUE]
+        raise RequestError(f"field '{name}' is unknown", remedy=f"the fields are {', '.join(remedies)}", param=name)
+    try:
+        return model.model_validate(fields)
     except ValidationError as error:
-        raise _request_error(error) from None
+        raise _request_error(error, remedies) from None
 
 
 def resolve(request: GenerateRequest, spec: ModelSpec, limit: int) -> Job:
@@ -60,7 +97,18 @@ def resolve(request: GenerateRequest, spec: ModelSpec, limit: int) -> Job:
     if labels is not None and not labels:
         raise RequestError("the list of classes is empty", remedy="name one, or leave it out", param="classes")
     class_ids = resolve_class_ids(spec, seeds, labels)
-    return Job(seeds, class_ids, _format(request, len(seeds)), request.grid)
+    shown_as = seed_format_of(request.seed_format, request.seeds or ())
+    return Job(seeds, class_ids, _format(request, len(seeds)), request.grid, shown_as)
+
+
+def seed_format_of(wanted: SeedFormat | None, given: Iterable[Seed | None]) -> SeedFormat:
+    """How seeds are to be answered: as is wanted, else as strings where one of those given is a string."""
+    return wanted or ("string" if any(isinstance(seed, str) for seed in given) else "integer")
+
+
+def shown_seed(seed: int, seed_format: SeedFormat) -> int | str:
+    """The seed as JSON answers it."""
+    return str(seed) if seed_format == "string" else seed
 
 
 def draw_seeds(count: int) -> list[int]:
@@ -78,7 +126,7 @@ def _seeds(request: GenerateRequest, limit: int) -> list[int]:
     count = 1 if count is None else count
     if not 1 <= count <= limit:
         raise RequestError(f"{count} images were asked for", remedy=f"ask for 1 to {limit} in one request", param=param)
-    return draw_seeds(count) if request.seeds is None else request.seeds
+    return draw_seeds(count) if request.seeds is None else [int(seed) for seed in request.seeds]
 
 
 def _format(request: GenerateRequest, count: int) -> str:
@@ -100,28 +148,32 @@ def _format(request: GenerateRequest, count: int) -> str:
 
 
 # Field -> what it must look like.
-_REMEDIES = {
-    "seeds": "give a list of integers, such as [7, 8]",
+REMEDIES = {
+    "model": "give the name of a model, as GET /v1/models lists them",
+    "seeds": "give a list of integers in [0, 2**63), such as [7, 8]",
     "num_images": "give an integer, such as 4",
     "class_ids": "give a list of integers, such as [3]",
     "classes": 'give a list of names, such as ["3"]',
     "format": f"choose one of {', '.join(get_args(ResponseFormat))}",
     "grid": "give true or false",
+    "seed_format": "give integer or string",
 }
 
 
-def _request_error(error: ValidationError) -> RequestError:
+def _request_error(error: ValidationError, remedies: Mapping[str, str]) -> RequestError:
     """The first thing that pydantic found, in the project's words."""
     first = error.errors(include_url=False, include_context=False)[0]
-    error_type, value = first["type"], repr(first["input"])
-    # The value comes from the client and may be megabytes long.
-    value = value if len(value) <= 80 else f"{value[:77]}..."
-    if error_type == "json_invalid":
-        return RequestError("the body is not JSON", remedy='send an object, such as {"seeds": [7]}')
-    if not first["loc"]:
-        return RequestError(f"the body is {value}, not an object", remedy='send one, such as {"seeds": [7]}')
     param = str(first["loc"][0])
-    if error_type == "extra_forbidden":
-        return RequestError(f"field '{param}' is unknown", remedy=f"the fields are {', '.join(_REMEDIES)}", param=param)
-    place = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"])
-    return RequestError(f"{place} is {value}", remedy=_REMEDIES[param], param=param)
+    # What follows a place in a list is pydantic's name for the type that it tried.
+    place = param + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+    return RequestError(f"{place} is {_short(first['input'])}", remedy=remedies[param], param=param)
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = _LONGEST_VALUE
+
+
+def _short(value: object) -> str:
+    """A value from a client, which may be megabytes long, in a line. Only its ends are looked at."""
+    text = _brief.repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

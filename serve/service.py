@@ -13,13 +13,19 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import bentoml
 import numpy as np
+from starlette.middleware import Middleware
 
 from uni_instruct.errors import UniInstructError
+from uni_instruct.processes import ending_with
 from uni_instruct.serve.app import create_app, middleware_of
-from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.bento_route import BentoRouteMiddleware, note_error
+from uni_instruct.serve.metrics import use_own_folder
+from uni_instruct.serve.models import Models
+from uni_instruct.serve.responses import generate_images
 from uni_instruct.serve.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
 
+use_own_folder()
 _settings = settings_from_environment()
 _app = create_app(_settings)
 
@@ -45,10 +51,12 @@ _image = (
 )
 @bentoml.asgi_app(_app, path="/")
 class UniInstruct:
-    """A one-step image generator. POST /v1/generate answers files; this method answers arrays to BentoML's client."""
+    """One-step image generators. POST /v1/generate answers files; this method answers arrays to BentoML's client."""
 
     def __init__(self) -> None:
-        self._backend: Backend = _app.state.backend
+        # Only workers get here. Their supervisor may be killed, and would leave them running.
+        ending_with(os.getppid())()
+        self._models: Models = _app.state.models
 
     @bentoml.api
     async def generate(
@@ -57,25 +65,34 @@ class UniInstruct:
         num_images: int | None = None,
         class_ids: list[int] | None = None,
         classes: list[str] | None = None,
+        model: str | None = None,
     ) -> np.ndarray:
         """Images uint8 [N, H, W, C]."""
         wanted = GenerateRequest(
-            seeds=seeds, num_images=num_images, class_ids=class_ids, classes=classes, format="npz", grid=False
+            seeds=None if seeds is None else list(seeds),
+            num_images=num_images,
+            class_ids=class_ids,
+            classes=classes,
+            model=model,
+            format="npz",
+            grid=False,
         )
         try:
-            job = resolve(wanted, self._backend.bundle.spec, _settings.request_images)
-            generated = await self._backend.batcher.submit(job.seeds, job.class_ids, _settings.timeout_s)
-            return generated.images
+            with self._models.using(model) as served:
+                job = resolve(wanted, served.spec, _settings.request_images)
+                return (await generate_images(served, job.seeds, job.class_ids)).images
         except UniInstructError as error:
+            note_error(error)
             raise bentoml.exceptions.BentoMLException(str(error), error_code=HTTPStatus(error.http_status)) from error
 
     def __is_alive__(self) -> bool:
-        return self._backend.alive
+        return self._models.alive
 
     def __is_ready__(self) -> bool:
-        return self._backend.ready
+        return self._models.ready
 
 
 # Here as well as in the app: BentoML's own routes, such as that of `generate` above, do not pass through the app.
-for _middleware in middleware_of(_app.state.backend):
+_own_route = Middleware(BentoRouteMiddleware, limit_bytes=_settings.max_body_bytes, requests=_app.state.models.metrics.requests)
+for _middleware in [*middleware_of(_app.state.models), _own_route]:
     UniInstruct.add_asgi_middleware(_middleware.cls, **_middleware.kwargs)  # type: ignore[attr-defined]

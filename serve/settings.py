@@ -1,72 +1,156 @@
-"""How the server runs: read from environment variables, so that a container, `bentoml serve` and the CLI agree."""
+"""How the server runs: options of the command, else environment variables, else defaults; for every setting alike."""
 
+import json
+import math
 import os
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import cached_property
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
-
-from uni_instruct.bundle import default_generator
 from uni_instruct.errors import RequestError
+from uni_instruct.serve.keys import read_keys
+from uni_instruct.serve.sources import default_sources, split_sources
 
 PREFIX = "UNI_INSTRUCT_"
 
 
-class Settings(BaseModel):
-    """One server. Every field is an environment variable of the same name: UNI_INSTRUCT_BUNDLE and so on.
+def _setting(default: object, help: str, *, least: float = 0, or_zero: bool = False) -> Any:
+    """A field with what it means. Numbers must be above `least`, or zero where `or_zero` says so."""
+    return field(default=default, metadata={"help": help, "least": least, "or_zero": or_zero})
 
-    The limits count images, per worker. A wrong value raises pydantic's ValidationError, a queue that is smaller than one
-    request RequestError; `settings_from_environment` raises RequestError for both.
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One server. Every field is an environment variable of the same name (UNI_INSTRUCT_BUNDLE and so on), and an option.
+
+    The limits count images, per worker and model. Raises RequestError for a value that makes no sense.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    bundle: tuple[str, ...] = field(
+        default_factory=default_sources,
+        metadata={"help": "Folders, names of shipped generators, or NAME=one of them.", "least": 0, "or_zero": False},
+    )
+    engine: str | None = _setting(None, "Engine id, as onnx-fp32, or a runtime, as onnx; without it the fastest here.")
+    device: str | None = _setting(None, "cpu, cuda or cuda:1; without it a GPU where the engine can use one.")
+    workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.")
+    ui: bool = _setting(True, "The web demo under /ui.")
+    # Neither in `repr` nor an option: other users of a machine see a process's arguments.
+    api_key: str | None = field(
+        default=None, repr=False, metadata={"help": "Keys that open the API, by commas.", "least": 0, "or_zero": False}
+    )
+    api_key_file: str | None = _setting(None, "File with API keys, one a line; requests must bring one of them.")
+    cors_origins: str | None = _setting(None, "Origins whose pages may call the API, by commas; * for all.")
+    path_prefix: str | None = _setting(None, "Path under which a proxy serves this, as /images; the proxy may cut it off.")
+    timeout_s: float = _setting(30.0, "How long a request may take, waiting included.")
+    grace_s: float = _setting(10.0, "How long requests that run may take to finish when the server is stopped.")
+    receive_s: float = _setting(10.0, "How long a request may take to arrive, from its first byte or the connection on.")
+    keep_alive_s: float = _setting(65.0, "How long a connection may stay open between two requests.")
+    connections: int = _setting(1000, "How many connections may be open.", least=3)
+    queue_images: int = _setting(1024, "How many images may wait.")
+    request_images: int = _setting(256, "How many images one request may ask for.")
+    max_batch: int = _setting(64, "How many images one engine call may make.")
+    max_batch_ms: float = _setting(250.0, "How long one engine call may take; larger batches are not used.")
+    reload_s: float = _setting(2.0, "How often bundles are looked at for changes; 0: never.", or_zero=True)
+    max_body_bytes: int = _setting(1 << 16, "The longest body of a request that is read.")
+    access_log: bool = _setting(False, "One line of JSON on standard output for every request.")
+    tracing: bool = _setting(False, "OpenTelemetry spans of requests, as BentoML is configured for them.")
 
-    bundle: str = Field(default_factory=default_generator, description="A folder, or the name of a shipped generator.")
-    engine: str | None = Field(None, description="An engine id, or a runtime. None: the fastest here.")
-    device: str | None = Field(None, description="cpu, cuda or cuda:1. None: a GPU where the engine can use one.")
-    api_key: str | None = Field(None, description="The key that every request must bring. None leaves the API open.")
-    ui: bool = Field(True, description="Whether the web demo is served under /ui. It needs workers = 1.")
-    tracing: bool = Field(False, description="Whether requests become OpenTelemetry spans, as BentoML is configured for them.")
-    workers: PositiveInt = Field(1, description="Processes that each hold one engine.")
-    timeout_s: PositiveFloat = Field(30.0, description="How long a request may take, waiting included.")
-    queue_images: int = Field(1024, description="How many images may wait.")
-    request_images: PositiveInt = Field(256, description="How many images one request may ask for.")
-    max_batch: PositiveInt = Field(64, description="How many images one engine call may make.")
-    max_batch_ms: PositiveFloat = Field(250.0, description="How long one engine call may take; larger batches are not used.")
-    max_body_bytes: PositiveInt = Field(1 << 20, description="The longest body of a request that is read.")
-
-    @model_validator(mode="after")
-    def _queue_holds_a_request(self) -> Self:
+    def __post_init__(self) -> None:
+        if isinstance(self.bundle, str):
+            object.__setattr__(self, "bundle", tuple(split_sources(self.bundle)))
+        for setting in fields(self):
+            value, least = getattr(self, setting.name), setting.metadata["least"]
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and not least < value < math.inf and not (value == 0 and setting.metadata["or_zero"]):
+                remedy = f"give a number above {least:g}" if least else "give a positive number"
+                raise wrong_setting(setting.name, value, remedy)
         # A request that fits no empty queue would be told to come back later, for ever.
         if self.queue_images < self.request_images:
-            raise _wrong("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
-        return self
+            raise wrong_setting("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
+        if self.path_prefix is not None and not (self.path_prefix.startswith("/") and len(self.path_prefix.strip("/"))):
+            raise wrong_setting("path_prefix", self.path_prefix, "give a path, such as /images")
+        # Read here, so that a bad key is found before anything is started.
+        _ = self.keys
 
     @property
     def serves_ui(self) -> bool:
         """Whether /ui exists: the demo keeps its state in one process, so it is off with several workers."""
         return self.ui and self.workers == 1
 
+    @cached_property
+    def keys(self) -> tuple[bytes, ...]:
+        """The keys of which every request must bring one; empty for an open server."""
+        return read_keys(self.api_key, self.api_key_file)
 
-def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
-    """The settings; a variable that is absent or empty leaves the default. Raises RequestError for a bad value."""
-    texts = {name: environment.get(PREFIX + name.upper(), "") for name in Settings.model_fields}
-    try:
-        return Settings.model_validate({name: text for name, text in texts.items() if text})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        remedy = next(remedy for start, remedy in _REMEDIES.items() if first["type"].startswith(start))
-        raise _wrong(str(first["loc"][0]), first["input"], remedy) from None
+    @property
+    def origins(self) -> list[str]:
+        """The origins whose pages may call the API; ["*"] for all."""
+        return [origin.strip().rstrip("/") for origin in (self.cors_origins or "").split(",") if origin.strip()]
+
+    @property
+    def prefix(self) -> str:
+        """The path before ours at a proxy, without a slash at its end; empty where there is none."""
+        return (self.path_prefix or "").rstrip("/")
 
 
-# How the name of pydantic's error begins -> what to give instead. The last row takes whatever the others do not.
-_REMEDIES = {
-    "int": "give an integer",
-    "float": "give a number",
-    "bool": "give true or false",
-    "": "give a positive number",
+def settings_from_environment(
+    environment: Mapping[str, str] = os.environ, options: Mapping[str, object] | None = None
+) -> Settings:
+    """The settings: an option that was given (not None), else the variable, where not empty, else the default.
+
+    options: by the names of the fields. Raises RequestError for a bad value.
+    """
+    values: dict[str, object] = {}
+    for setting in fields(Settings):
+        option = (options or {}).get(setting.name)
+        text = environment.get(variable(setting.name), "")
+        if option is not None:
+            values[setting.name] = option
+        elif text:
+            values[setting.name] = _parsed(setting, text)
+    return Settings(**values)  # type: ignore[arg-type]
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + name.upper()
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """The variables that give the same settings to another process; what is None is empty there."""
+    return {variable(setting.name): _text(getattr(settings, setting.name)) for setting in fields(settings)}
+
+
+def wrong_setting(name: str, value: object, remedy: str) -> RequestError:
+    """The error for a value that a setting cannot have, by the name of its variable."""
+    return RequestError(f"{variable(name)} is {value}", remedy=remedy, param=name)
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}[
+        text.strip().lower()
+    ]
+
+
+# A field's type -> how its text is read, and what to give where that fails.
+_READERS: dict[object, tuple[Callable[[str], object], str]] = {
+    int: (int, "give an integer"),
+    float: (float, "give a number"),
+    bool: (_truth, "give true or false"),
+    tuple[str, ...]: (lambda text: tuple(split_sources(text)), ""),
 }
 
 
-def _wrong(name: str, value: object, remedy: str) -> RequestError:
-    return RequestError(f"{PREFIX}{name.upper()} is {value}", remedy=remedy, param=name)
+def _parsed(setting: "Field[Any]", text: str) -> object:
+    read, remedy = _READERS.get(setting.type, (str, ""))
+    try:
+        return read(text)
+    except (ValueError, KeyError):
+        raise wrong_setting(setting.name, text, remedy) from None
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return json.dumps(value)
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -53,7 +53,11 @@ COMMANDS = {
         "Score a generator or images against a data set.",
     ),
     "compare": ("uni_instruct.commands.compare:compare", "Say whether one generator scores better than another."),
-    "serve": ("uni_instruct.serve.command:serve", "Serve a generator over HTTP, with a web demo under /ui."),
+    "serve": ("uni_instruct.serve.commands.serve:serve", "Serve generators over HTTP, with a web demo under /ui."),
+    "loadtest": (
+        "uni_instruct.serve.commands.loadtest:loadtest",
+        "Load a server at a steady rate, and check every image that it answers.",
+    ),
     "inspect": ("uni_instruct.commands.inspect:inspect", "Say what is in a bundle or a data set."),
 }
 

@@ -33,8 +33,11 @@ def checked_images(images: ArrayLike) -> np.ndarray:
     raise RequestError(f"{found}, not uint8 [N, H, W, C]", remedy=remedy, param="images")
 
 
-def encode(image: np.ndarray, format: str = "png") -> bytes:
-    """A file of one image, uint8 [H, W, 1 or 3]. Raises RequestError for floats, or a format outside IMAGE_FORMATS."""
+def encode(image: np.ndarray, format: str = "png", quality: int | None = None) -> bytes:
+    """A file of one image, uint8 [H, W, 1 or 3]. quality: 0 to 100, of jpeg and webp, which is then lossy too.
+
+    Raises RequestError for floats, or a format outside IMAGE_FORMATS.
+    """
     checked_images(image[None])
     if format not in _ENCODERS:
         raise RequestError(
@@ -43,6 +46,8 @@ def encode(image: np.ndarray, format: str = "png") -> bytes:
             param="format",
         )
     name, options = _ENCODERS[format]
+    if quality is not None and format != "png":
+        options = {"quality": max(1, quality), "method": 0}  # JPEG takes 0 for "as usual"
     buffer = io.BytesIO()
     to_pil(image).save(buffer, name, **options)
     return buffer.getvalue()

@@ -24,9 +24,10 @@ from builders.bundles import random_bundle
 from builders.machine import require_debian, run_cli
 from builders.paths import ROOT
 from builders.servers import PATIENCE_S, Running, free_port, start
-from uni_instruct.bundle import Bundle, default_generator
+from uni_instruct.bundle import Bundle, default_generator, shipped_generators
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.serve.sources import default_sources
 
 KEY = "sesame"
 # The server stops within 5 s of its own accord; an open page would hold BentoML for over 20.
@@ -187,7 +188,7 @@ def test_the_demo_follows_the_slider(server: Running, exported_bundle: Bundle, b
     assert all(stage in readout for stage in ("queue", "model", "encode", "total", "ms"))
     curl = browser.find_element(By.ID, "curl").text
     assert f"{server.url}/v1/generate" in curl
-    assert '{"seeds":[3],"class_ids":[9]}' in curl
+    assert '{"model":"tiny","seeds":[3],"class_ids":[9]}' in curl
     browser.find_element(By.ID, "dice").click()
     WebDriverWait(browser, PATIENCE_S).until(lambda _: not np.array_equal(shown(), truth(exported_bundle, [3], ["9"])))
 
@@ -218,6 +219,46 @@ def test_bentomls_client_gets_arrays(bento: Running, exported_bundle: Bundle, mo
         np.testing.assert_array_equal(images[:, :, :, 0], truth(exported_bundle, [7, 8], ["3"]))
         with pytest.raises(bentoml.exceptions.BentoMLException, match="class dog is outside"):
             client.generate(classes=["dog"])
+        with pytest.raises(bentoml.exceptions.NotFound, match="no model 'red' is served; choose one of tiny"):
+            client.generate(model="red")
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status", "message"),
+    [
+        (b'{"seeds": ["a"]}', "application/json", 400, "seeds[0] is 'a'; give a list of integers"),
+        (b'{"seeds": [1.0]}', "application/json", 400, "seeds[0] is 1.0"),
+        (b'{"seds": [1]}', "application/json", 400, "field 'seds' is unknown; the fields are seeds, num_images,"),
+        (b'{"seeds": [1], "num_images": 1}', "application/json", 400, "both seeds and num_images are given"),
+        (b'{"model": "red"}', "application/json", 404, "no model 'red' is served"),
+        (b"{", "application/json", 400, "the body is not JSON"),
+        (b"seeds=1", "application/x-www-form-urlencoded", 415, "is not read here; send application/json"),
+    ],
+)
+def test_bentomls_own_route_is_as_strict_as_the_others(
+    bento: Running, body: bytes, content_type: str, status: int, message: str
+) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": content_type, "X-Request-ID": "mine"}
+
+    def counted() -> float:
+        metrics = httpx.get(f"{bento.url}/metrics", headers=headers).text
+        start = f'uni_instruct_requests_total{{route="/generate",status="{status}"}} '
+        return sum(float(line.removeprefix(start)) for line in metrics.splitlines() if line.startswith(start))
+
+    before = counted()
+    answer = httpx.post(f"{bento.url}/generate", content=body, headers=headers)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine")
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code", "remedy"}
+    assert message in answer.json()["error"]["message"]
+    assert counted() == before + 1
+
+
+def test_bentomls_own_route_reads_what_the_others_read(bento: Running, exported_bundle: Bundle) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    body = b'\xef\xbb\xbf{"seeds": ["7"], "classes": ["3"]}'
+    answer = httpx.post(f"{bento.url}/generate", content=body, headers=headers)
+    assert answer.status_code == 200
+    np.testing.assert_array_equal(np.array(answer.json())[:, :, :, 0], truth(exported_bundle, [7], ["3"]))
 
 
 def test_bentoml_builds_the_checkout(tmp_path: Path) -> None:
@@ -293,6 +334,15 @@ def test_without_a_name_it_serves_what_ships(tmp_path: Path) -> None:
         running.until_announced()
         assert f"generator  {default_generator()}\n" in running.log.read_text()
         assert httpx.get(f"{running.url}/v1/spec").json()["name"] == default_generator()
+        listed = httpx.get(f"{running.url}/v1/models").json()["data"]
+        assert [(model["id"], model["state"]) for model in listed] == [(name, "ready") for name in default_sources()]
+        for name in shipped_generators():
+            body = {"model": name, "seeds": [7], "format": "npz"}
+            answer = httpx.post(f"{running.url}/v1/generate", json=body)
+            images = np.load(io.BytesIO(answer.content))["arr_0"]
+            engine = open_engine(name, answer.headers["x-engine"])
+            assert answer.headers["x-model"] == name
+            np.testing.assert_array_equal(images, generate_images(engine, [7], resolve_class_ids(engine.spec, [7])))
         answer = httpx.post(f"{running.url}/v1/generate", json={"seeds": [7]})
         np.testing.assert_array_equal(pixels(answer.content), truth(Bundle.open(default_generator()), [7])[0])
     finally:
@@ -326,7 +376,7 @@ def test_several_workers_serve_without_the_demo(exported_bundle: Bundle, tmp_pat
             np.testing.assert_array_equal(pixels(answer.content), truth(exported_bundle, [seed])[0])
         assert httpx.get(f"{running.url}/ui").status_code == 404
         metrics = httpx.get(f"{running.url}/metrics").text
-        assert "uni_instruct_images_total 10.0" in metrics  # summed over the workers
+        assert 'uni_instruct_images_total{model="tiny"} 10.0' in metrics  # summed over the workers
         assert "uni_instruct_ready 2.0" in metrics
     finally:
         running.kill()

@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from uni_instruct.bundle import default_generator
 from uni_instruct.errors import RequestError
 from uni_instruct.images import grid
 from uni_instruct.noise import parse_seeds, random_class_ids
+from uni_instruct.serve.errors import error_body
 from uni_instruct.serve.responses import encode_job, job_headers, media_type, seed_ranges
 from uni_instruct.serve.schema import Job, parse_request, resolve
-from uni_instruct.serve.settings import settings_from_environment
 from uni_instruct.spec import ModelSpec
 
 DIGITS = ModelSpec(name="digits", noise_shape=(1, 8, 8), num_classes=3, class_names=("zero", "one", "two"))
@@ -38,7 +37,7 @@ WRONG = [
     (b"{", "the body is not JSON; send an object"),
     (b"\xff\xfe", "the body is not JSON"),
     (b"[1]", "the body is [1], not an object"),
-    (b'{"seds": [1]}', "field 'seds' is unknown; the fields are seeds, num_images,"),
+    (b'{"seds": [1]}', "field 'seds' is unknown; the fields are model, seeds, num_images,"),
     (b'{"seeds": 7}', "seeds is 7; give a list of integers"),
     (b'{"seeds": ["a"]}', "seeds[0] is 'a'; give a list of integers"),
     (b'{"seeds": [1.5]}', "seeds[0] is 1.5"),
@@ -83,6 +82,33 @@ def test_a_huge_value_is_not_repeated_in_full() -> None:
     with pytest.raises(RequestError) as refused:
         parse_request(json.dumps({"format": "x" * 100_000}).encode())
     assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"seeds": [' + b'"",' * 300_000 + b"1]}",
+        b'{"classes": [' + b"[]," * 300_000 + b"1]}",
+        b"{" + b",".join(b'"f%d": 1' % number for number in range(50_000)) + b"}",
+        b'{"format": "' + b"x" * 1_000_000 + b'"}',
+        b'{"seeds": ' + b"9" * 1_000_000 + b"}",
+        b"[" * 1_000_000,
+        b'{"' + b"f" * 1_000_000 + b'": 1}',
+    ],
+    ids=["items", "lists", "fields", "text", "digits", "depth", "name"],
+)
+def test_of_a_million_wrong_things_one_is_named_briefly(body: bytes) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_request(body)
+    assert len(str(refused.value)) < 300
+
+
+def test_a_long_name_of_a_class_is_not_repeated_in_full() -> None:
+    with pytest.raises(RequestError) as refused:
+        job({"classes": ["x" * 50_000]})
+    message = str(error_body(refused.value)["error"]["message"])
+    assert len(message) < 500
+    assert message.endswith(refused.value.remedy)
 
 
 def test_without_seeds_they_are_drawn_and_differ() -> None:
@@ -169,26 +195,3 @@ def test_json_names_seed_and_class_of_each_image() -> None:
     for entry, image in zip(entries, images, strict=True):
         picture = Image.open(io.BytesIO(base64.b64decode(entry["b64_png"])))
         np.testing.assert_array_equal(np.asarray(picture), image[:, :, 0])
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("WORKERS", "two", "UNI_INSTRUCT_WORKERS is two; give an integer"),
-        ("WORKERS", "0", "UNI_INSTRUCT_WORKERS is 0; give a positive number"),
-        ("TIMEOUT_S", "nan", "UNI_INSTRUCT_TIMEOUT_S is nan"),
-        ("UI", "perhaps", "UNI_INSTRUCT_UI is perhaps; give true or false"),
-        ("QUEUE_IMAGES", "8", "UNI_INSTRUCT_QUEUE_IMAGES is 8; give at least request_images, 256"),
-    ],
-)
-def test_a_wrong_setting_is_refused(name: str, value: str, message: str) -> None:
-    with pytest.raises(RequestError, match="UNI_INSTRUCT") as refused:
-        settings_from_environment({f"UNI_INSTRUCT_{name}": value})
-    assert message in str(refused.value)
-
-
-def test_settings_come_from_the_environment() -> None:
-    environment = {"UNI_INSTRUCT_TIMEOUT_S": "2.5", "UNI_INSTRUCT_UI": "no", "UNI_INSTRUCT_ENGINE": "", "OTHER": "x"}
-    settings = settings_from_environment(environment)
-    assert (settings.timeout_s, settings.ui, settings.engine, settings.bundle) == (2.5, False, None, default_generator())
-    assert not settings_from_environment({"UNI_INSTRUCT_WORKERS": "2"}).serves_ui

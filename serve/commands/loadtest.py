@@ -1,0 +1,73 @@
+"""`uni-instruct loadtest`: requests at a steady rate, and every image of the answers held against the one made here."""
+
+import json
+import os
+import time
+
+import rich_click as click
+from rich.console import Console
+from rich.table import Table
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import open_engine
+from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.serve.load import LoadedServer, apply_load, count_wrong, summary
+from uni_instruct.serve.settings import variable
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("url")
+@click.option("--model", default=None, help="Which of the models it serves.  [default: its first]")
+@click.option("--bundle", default=None, help="The same model here, to check images with.  [default: what ships by its name]")
+@click.option("--rate", default=10.0, type=click.FloatRange(0, min_open=True), help="Requests a second.")
+@click.option("--seconds", default=10.0, type=click.FloatRange(0, min_open=True), help="How long.")
+@click.option("--images", default=1, type=click.IntRange(1, 64), help="Images of one request.")
+@click.option("--tolerance", default=1, type=click.IntRange(0, 255), help="Levels of 255 by which a pixel may differ.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def loadtest(
+    url: str,
+    model: str | None,
+    bundle: str | None,
+    rate: float,
+    seconds: float,
+    images: int,
+    tolerance: int,
+    as_json: bool,
+) -> None:
+    """Load the server at URL, and check every image that it answers against the one made here from its seed.
+
+    Requests leave at their time whether others are back or not, and latencies count from that time: a server that cannot
+    keep up shows it. A key is taken from UNI_INSTRUCT_API_KEY. Exit code 1 where an image is wrong, or nothing was answered.
+
+    Example: uni-instruct loadtest http://127.0.0.1:3000 --rate 200 --seconds 30
+    """
+    target = LoadedServer(url, os.environ.get(variable("api_key"), "").split(",")[0] or None)
+    facts = target.facts(model)
+    name = str(model or facts["name"])
+    opened = Bundle.open(bundle or str(facts["name"]))
+    if opened.weights_sha256 != facts["weights_sha256"]:
+        raise RequestError(
+            f"{opened.path} has other weights than {name} there", remedy="give the same --bundle", param="bundle"
+        )
+    engine = open_engine(opened, str(facts["engine"]))
+    start = time.perf_counter()
+    answers = apply_load(target, name, rate, seconds, images)
+    report = summary(answers, time.perf_counter() - start)
+    report = {"model": name, "engine": str(facts["engine"]), "rate": rate, **report}
+    report["wrong_images"] = count_wrong(answers, engine, tolerance)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _show(report)
+    if report["wrong_images"]:
+        raise UniInstructError(f"{report['wrong_images']} images are wrong", remedy="the server's engine cannot be trusted")
+    if not report["images"]:
+        raise UniInstructError("no image came back", remedy="the statuses and the server's log say why")
+
+
+def _show(report: dict[str, object]) -> None:
+    table = Table(show_header=False, box=None)
+    for name, value in report.items():
+        shown = ", ".join(f"{status}: {count}" for status, count in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    Console().print(table)

@@ -1,0 +1,145 @@
+"""`uni-instruct serve`: checks the request, runs BentoML as a child process, and stops everything that it has started."""
+
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from importlib.util import find_spec
+from types import FrameType
+from typing import Any
+
+import rich_click as click
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import select_engine
+from uni_instruct.errors import MissingExtraError
+from uni_instruct.ports import free_address
+from uni_instruct.serve.settings import Settings, as_environment, settings_from_environment, variable
+
+
+class _StopRequested(Exception):
+    """Ctrl-C, or SIGTERM."""
+
+
+# The bundle is the command's argument, and a key among the arguments would be seen by every user of the machine.
+_NO_OPTIONS = ("bundle", "api_key")
+
+
+def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds an option for every setting: given, it wins over the environment variable, which wins over the default."""
+    for setting in reversed(fields(Settings)):
+        if setting.name not in _NO_OPTIONS:
+            command = _option(setting)(command)
+    return command
+
+
+def _option(setting: "Field[Any]") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    flag, least = "--" + setting.name.replace("_", "-"), setting.metadata["least"]
+    open_end = not setting.metadata["or_zero"]
+    numbers: dict[object, click.ParamType] = {
+        int: click.IntRange(least, min_open=open_end),
+        float: click.FloatRange(least, min_open=open_end),
+    }
+    default = "" if setting.default in (None, MISSING) else f"  [default: {_shown(setting.default)}]"
+    return click.option(
+        f"{flag}/--no-{flag[2:]}" if setting.type is bool else flag,
+        setting.name,
+        type=numbers.get(setting.type),
+        # None where it is not given: a default here would overwrite the environment's value.
+        default=None,
+        show_default=False,
+        help=setting.metadata["help"] + default,
+    )
+
+
+def _shown(value: object) -> str:
+    return {"True": "on", "False": "off"}.get(str(value), f"{value:g}" if isinstance(value, float) else str(value))
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--host", default="127.0.0.1", envvar=variable("host"), help="Address to listen on; 0.0.0.0 for every interface.")
+@click.option("--port", default=3000, envvar=variable("port"), type=click.IntRange(1, 65535), help="Port to listen on.")
+@_setting_options
+def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> None:
+    """Serve generators over HTTP, with a web demo under /ui.
+
+    Each of NAMES is a shipped generator, a folder or hf://owner/name; other=FOLDER gives it a name of your own, by which
+    requests choose it ("model"). Without names UNI_INSTRUCT_BUNDLE, else every generator that ships. Every option has an
+    environment variable, UNI_INSTRUCT_PORT for --port, which holds where the option is not given. Ctrl-C stops the server.
+    docs/serving.md has the API, the metrics and the settings.
+
+    Example: uni-instruct serve digits runs/mine/generator --port 3000
+    """
+    for package in ("bentoml", "prometheus_client", "psutil", "pydantic", "starlette"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, extra="serve")
+    from uni_instruct.serve.process import Server
+    from uni_instruct.serve.sources import sources_by_name
+
+    # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
+    settings = settings_from_environment(options={"bundle": names or None, **options})
+    bundles = {name: Bundle.open(source) for name, source in sources_by_name(settings.bundle).items()}
+    for bundle in bundles.values():
+        _check(bundle, settings.engine, settings.device)
+    address = free_address(host, port)
+    environment = {
+        **os.environ,
+        "BENTOML_DO_NOT_TRACK": "true",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        **as_environment(settings),
+        # Absolute, as the server runs in a folder of its own.
+        variable("bundle"): json.dumps([f"{name}={bundle.path.resolve()}" for name, bundle in bundles.items()]),
+        variable("api_key_file"): os.path.abspath(settings.api_key_file) if settings.api_key_file else "",
+    }
+    with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
+        # BentoML keeps its files in that folder, and imports nothing that happens to lie in the user's.
+        environment.setdefault("BENTOML_HOME", folder)
+        server = Server(address, port, environment, folder, settings)
+        try:
+            server.wait_until_ready()
+            _announce(bundles, server.url, settings)
+            server.wait()
+        except _StopRequested:
+            click.echo("\nstopping", err=True)
+        finally:
+            # A second Ctrl-C would end this process and leave the server running.
+            with _signals(signal.SIG_IGN):
+                server.stop()
+
+
+def _check(bundle: Bundle, engine: str | None, device: str | None) -> None:
+    """Raises RequestError for latents, and for an engine or device that cannot be had, BundleError for damaged files."""
+    bundle.check_makes_pictures()
+    if stored := bundle.engines().get(select_engine(bundle, engine, device).engine_id):
+        stored.file()
+
+
+def _announce(names: Iterable[str], url: str, settings: Settings) -> None:
+    click.echo(f"serving on {url}  (Ctrl-C stops)")
+    for place, name in enumerate(names):
+        click.echo(f"{'' if place else 'generator':<10} {name}")
+    reason = "its state lives in one process; use --workers 1" if settings.ui else "use --ui"
+    click.echo(f"demo       {f'{url}/ui' if settings.serves_ui else f'off: {reason}'}")
+    click.echo(f"API        {url}/docs")
+
+
+def _request_stop(number: int, frame: FrameType | None) -> None:
+    raise _StopRequested
+
+
+@contextmanager
+def _signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Within the block, the handler takes Ctrl-C, SIGTERM, and the end of the terminal (SIGHUP)."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it on purpose
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

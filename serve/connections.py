@@ -1,0 +1,115 @@
+"""Bounds on connections, which uvicorn does not have: a deadline for a request to arrive, and a number that may be open.
+
+A request that is complete costs nothing of it: there is one timer a connection, not one a request.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+from typing import TYPE_CHECKING, Any
+
+from uni_instruct.serve.settings import Settings
+
+if TYPE_CHECKING:
+    import uvicorn
+
+logger = logging.getLogger(__name__)
+
+# Files beside connections that a worker holds: sockets, logs, the bundle, the runtime's own.
+_OTHER_FILES = 128
+_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
+
+
+def bound_connections(server: "uvicorn.Server", settings: Settings) -> None:
+    """Gives the server, before it listens, the limits of the settings."""
+    _allow_files(settings.connections + _OTHER_FILES)
+    server.config.timeout_keep_alive = settings.keep_alive_s  # type: ignore[assignment]
+    server.config.http_protocol_class = _bounded(server.config.http_protocol_class, settings)
+
+
+def _allow_files(count: int) -> None:
+    """Raises this process's limit of open files, as far as the system lets it: a thousand is a common default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _bounded(protocol: type[Any], settings: Settings) -> type[Any]:
+    """Uvicorn's protocol, one object a connection, with the limits."""
+    limits = {"receive_s": settings.receive_s, "limit": settings.connections, "silent": {}}
+    return type("Bounded", (_Bounds, protocol), limits)
+
+
+class _Bounds:
+    """Stands before uvicorn's protocol. `silent` has the connections on which no request is under way, the oldest first."""
+
+    receive_s: float
+    limit: int
+    silent: dict[Any, None]
+    # Of uvicorn's own.
+    connections: set[Any]
+    cycle: Any
+    loop: asyncio.AbstractEventLoop
+    transport: Any
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)  # type: ignore[misc]
+        if len(self.connections) > self.limit and not _make_room(self.silent):
+            transport.write(_TOO_MANY)
+            transport.close()
+            return
+        self.silent[self] = None
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)  # type: ignore[misc]
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            self._expect()
+        else:
+            self._unexpect()
+            self.silent.pop(self, None)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # type: ignore[misc]
+        if not self.transport.is_closing():
+            self.silent[self] = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unexpect()
+        self.silent.pop(self, None)
+        super().connection_lost(exc)  # type: ignore[misc]
+
+    def _expect(self) -> None:
+        # From the first byte on, not from the last: one byte a second would never end.
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.receive_s, self._too_slow)
+
+    def _unexpect(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self.silent.pop(self, None)
+        # A websocket's connection has been handed to another protocol.
+        if not self.transport.is_closing() and self.transport.get_protocol() is self:
+            if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+                self.transport.write(_TOO_SLOW)
+            self.transport.close()
+
+
+def _make_room(silent: dict[Any, None]) -> bool:
+    """Closes the connection that has been silent for longest. False where every one has a request under way."""
+    oldest = next(iter(silent), None)
+    if oldest is None:
+        return False
+    del silent[oldest]
+    oldest.transport.close()
+    return True

@@ -1,0 +1,61 @@
+"""API keys: read from the environment or a file, checked once, and compared as bytes. No message ever holds one."""
+
+import base64
+import binascii
+import hmac
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from uni_instruct.errors import RequestError
+
+
+def read_keys(text: str | None, file: str | None) -> tuple[bytes, ...]:
+    """The keys in `text`, separated by commas, and in the lines of `file`, as UTF-8. Empty where neither is given.
+
+    Raises RequestError for a file that cannot be read, for a source without any key, and for a key with a space or a control
+    character inside.
+    """
+    keys = [] if text is None else _checked(text.split(","), "UNI_INSTRUCT_API_KEY")
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            problem = f"UNI_INSTRUCT_API_KEY_FILE {file} cannot be read: {reason}"
+            raise RequestError(problem, remedy="give a text file with one key a line", param="api_key_file") from None
+        keys += _checked(lines, "UNI_INSTRUCT_API_KEY_FILE")
+    return tuple(keys)
+
+
+def given_key(header: bytes) -> bytes:
+    """The key in the bytes of an Authorization header, 'Bearer KEY' or the password of basic authentication; else empty."""
+    scheme, _, credentials = header.strip().partition(b" ")
+    if scheme.lower() == b"bearer":
+        return credentials.strip()
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return b""
+
+
+def is_one_of(key: bytes, keys: Sequence[bytes]) -> bool:
+    """Whether the key is among the keys, in a time that does not tell which, or how much of one was right."""
+    # A list, not a generator: `any` would stop at the first that fits.
+    return any([hmac.compare_digest(key, one) for one in keys])  # noqa: C419
+
+
+def _checked(texts: Iterable[str], source: str) -> list[bytes]:
+    # Files end in a newline, and what is pasted in a space: neither belongs to the key.
+    keys = [text.strip() for text in texts if text.strip()]
+    if not keys:
+        # An empty key would leave the server open while its owner believes it shut.
+        raise RequestError(f"{source} holds no key", remedy="give one, or leave the variable out for an open server")
+    for key in keys:
+        if any(character.isspace() or not character.isprintable() for character in key):
+            raise RequestError(
+                f"a key in {source} has a space or a control character inside",
+                remedy="use letters, digits and punctuation; separate several keys by commas, in a file by lines",
+            )
+    return [key.encode() for key in keys]

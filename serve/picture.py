@@ -1,0 +1,73 @@
+"""One image as a file of a size and format: what OpenAI's route and the image route share."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from uni_instruct.errors import RequestError
+from uni_instruct.images import encode
+from uni_instruct.spec import ModelSpec
+
+# How a format is written in a path or a request -> the encoder's name.
+FORMATS = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
+# Of one side: what OpenAI's clients ask for at most, with some room.
+LARGEST_SIDE = 2048
+_SIZE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How an image becomes a file: its format, the whole factor that it is enlarged by, and 0..100 for lossy quality."""
+
+    format: str = "png"
+    factor: int = 1
+    quality: int | None = None
+
+    def encode(self, image: np.ndarray) -> bytes:
+        """The file of one image uint8 [H, W, C]. Pixels are repeated, not smoothed, so that none is invented."""
+        if self.factor > 1:
+            image = image.repeat(self.factor, axis=0).repeat(self.factor, axis=1)
+        return encode(image, self.format, self.quality)
+
+
+def size_factor(size: str | None, spec: ModelSpec) -> int:
+    """How many times the image is to be enlarged; once where size is None or 'auto'. Raises RequestError where none fits."""
+    if size is None or size == "auto":
+        return 1
+    _, height, width = spec.image_shape
+    match = _SIZE.fullmatch(size)
+    wide, high = (int(match[1]), int(match[2])) if match else (0, 0)
+    factor = wide // width
+    if not match or (factor * width, factor * height) != (wide, high) or not factor or max(wide, high) > LARGEST_SIDE:
+        raise RequestError(
+            f"size {size[:40]!r} is not a multiple of what is made",
+            remedy=f"leave it out, or give {width}x{height} or a whole multiple up to {LARGEST_SIDE}",
+            param="size",
+        )
+    return factor
+
+
+def size_text(spec: ModelSpec, factor: int) -> str:
+    """'64x64': width and height of an image enlarged by that factor."""
+    _, height, width = spec.image_shape
+    return f"{factor * width}x{factor * height}"
+
+
+def quality_of(compression: int | None, format: str) -> int | None:
+    """output_compression as the encoder's quality. Raises RequestError where the format has none, or outside 0..100."""
+    if compression is None:
+        return None
+    if not 0 <= compression <= 100:
+        raise RequestError(
+            f"output_compression is {str(compression)[:40]}", remedy="give an integer from 0 to 100", param="output_compression"
+        )
+    if format == "png":
+        if compression == 100:  # OpenAI's default, which its clients may write out
+            return None
+        raise RequestError(
+            "png is lossless and has no output_compression",
+            remedy="leave it out, or choose the output_format jpeg or webp",
+            param="output_compression",
+        )
+    return compression

@@ -1,0 +1,208 @@
+"""The server as a process in bad company: silent and slow connections, being stopped and being killed."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from builders.bundles import random_bundle
+from builders.machine import run_cli
+from builders.servers import PATIENCE_S, Running, start
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import open_engine
+from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.serve.load import Answer, count_wrong, summary
+
+CONNECTIONS = 20
+
+
+@pytest.fixture(scope="module")
+def bounded(exported_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("bounded")
+    (folder / "keys").write_text("sesame \nschlüssel\n", encoding="utf-8")
+    options = ("--no-ui", "--connections", str(CONNECTIONS), "--receive-s", "2", "--api-key-file", str(folder / "keys"))
+    running = start(exported_bundle, folder, *options, "--cors-origins", "https://page.example")
+    try:
+        running.until_announced()
+        yield running
+    finally:
+        running.kill()
+
+
+def connect(running: Running) -> socket.socket:
+    port = int(running.url.rpartition(":")[2])
+    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+
+
+def test_silent_connections_lock_nobody_out(bounded: Running) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(bounded)) for _ in range(5 * CONNECTIONS)]
+        answer = httpx.get(f"{bounded.url}/v1/models", headers={"Authorization": "Bearer sesame"}, timeout=PATIENCE_S)
+        assert answer.status_code == 200
+        # The first were closed to make room; the last are told when they have said nothing for too long.
+        assert silent[0].recv(100) == b""
+        assert silent[-1].recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("sent", [b"POST /v1/gen", b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"])
+def test_a_request_that_drips_in_is_ended(bounded: Running, sent: bytes) -> None:
+    with connect(bounded) as slow:
+        slow.sendall(sent.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer sesame"))
+        slow.settimeout(0.2)
+        answer = b""
+        for _ in range(100):  # a byte every now and then does not prolong it
+            with contextlib.suppress(TimeoutError, BrokenPipeError):
+                slow.sendall(b" ")
+                answer = slow.recv(100)
+            if answer:
+                break
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_bentomls_own_answers_carry_cors_headers_too(bounded: Running) -> None:
+    for path in ("/generate", "/schema.json"):
+        answer = httpx.post(f"{bounded.url}{path}", headers={"Origin": "https://page.example"})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "https://page.example")
+
+
+def test_a_load_test_checks_every_image(bounded: Running, exported_bundle: Bundle, tmp_path: Path) -> None:
+    environment = {**os.environ, "UNI_INSTRUCT_API_KEY": "sesame"}
+    load = ("loadtest", bounded.url, "--rate", "20", "--seconds", "1", "--images", "3", "--bundle")
+    done = run_cli(*load, exported_bundle.path, "--json", env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["statuses"], report["images"], report["wrong_images"]) == ({"200": 20}, 60, 0)
+    assert 0 < report["p50_ms"] <= report["p99_ms"]
+    other = random_bundle(tmp_path / "other", seed=5)
+    refused = run_cli(*load, other.path, env=environment)
+    assert refused.returncode == 2
+    assert "has other weights than tiny there; give the same --bundle" in refused.stderr
+    assert run_cli(*load, exported_bundle.path, env={**os.environ, "UNI_INSTRUCT_API_KEY": ""}).returncode == 2
+
+
+def test_a_wrong_pixel_a_wrong_seed_and_a_torn_file_are_counted(exported_bundle: Bundle) -> None:
+    engine = open_engine(exported_bundle.path, "onnx")
+    seeds = [4, 5]
+    images = generate_images(engine, seeds, resolve_class_ids(engine.spec, seeds))
+
+    def answer(pixels: np.ndarray, named: list[int]) -> Answer:
+        file = io.BytesIO()
+        np.savez(file, arr_0=pixels, seeds=np.array(named))
+        return Answer(seeds, 200, 1.0, file.getvalue())
+
+    altered = images.copy()
+    altered[1, 0, 0, 0] ^= 128
+    good, bad, swapped = answer(images, seeds), answer(altered, seeds), answer(images, [5, 4])
+    torn = Answer(seeds, 200, 1.0, good.body[:100])
+    lost = Answer(seeds, 0, 1.0, b"")
+    assert [count_wrong([each], engine, 1) for each in (good, bad, swapped, torn, lost)] == [0, 1, 2, 2, 0]
+    assert summary([good, bad, lost], 2.0)["statuses"] == {"200": 2, "no answer": 1}
+
+
+def test_the_command_that_is_killed_leaves_nothing_running(bounded: Running) -> None:
+    import psutil
+
+    family = bounded.family()
+    assert len(family) >= 2
+    os.kill(bounded.process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+    assert not alive
+
+
+def test_stopped_under_load_it_finishes_what_runs_and_turns_the_rest_away(exported_bundle: Bundle, tmp_path: Path) -> None:
+    """A request that the engine works on is answered with its images; who comes meanwhile gets 503, not a reset."""
+    count = 4000
+    running = start(
+        exported_bundle,
+        tmp_path,
+        *(
+            "--no-ui",
+            "--max-batch",
+            "1",
+            "--request-images",
+            str(count),
+            "--queue-images",
+            str(2 * count),
+            "--grace-s",
+            "90",
+            "--timeout-s",
+            "90",
+        ),
+    )
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {"seeds": list(range(count)), "format": "npz"}
+        answers.append(httpx.post(f"{running.url}/v1/generate", json=body, timeout=PATIENCE_S))
+
+    try:
+        running.until_announced()
+        asking = threading.Thread(target=ask)
+        # Every request on a new connection.
+        with httpx.Client(base_url=running.url, limits=httpx.Limits(max_keepalive_connections=0), timeout=PATIENCE_S) as client:
+            asking.start()
+            while not re.search(r"^uni_instruct_queue_images{.*} [1-9]", client.get("/metrics").text, re.MULTILINE):
+                assert asking.is_alive()
+            running.process.send_signal(signal.SIGTERM)
+            while (answer := client.post("/v1/generate", json={})).status_code == 200:
+                assert asking.is_alive()
+            for _ in range(5):
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+                assert answer.json()["error"]["message"].startswith("the server is stopping")
+                answer = client.post("/v1/generate", json={})
+            assert client.get("/livez").status_code == 200
+        asking.join()
+        assert answers[0].status_code == 200, answers[0].text
+        engine = open_engine(exported_bundle.path, "onnx")
+        seeds = [0, 1, count - 1]
+        expected = generate_images(engine, seeds, resolve_class_ids(exported_bundle.spec, seeds))
+        np.testing.assert_array_equal(np.load(io.BytesIO(answers[0].content))["arr_0"][seeds], expected)
+        assert running.process.wait(PATIENCE_S) == 0
+    finally:
+        running.kill()
+
+
+def test_metrics_survive_a_killed_worker_and_another_server(exported_bundle: Bundle, tmp_path: Path) -> None:
+    """The dead count no longer among the ready, and what a second server does to the folder of both is of no effect."""
+    from bentoml.serving import ensure_prometheus_dir
+
+    home = tmp_path / "home"
+    running = start(exported_bundle, tmp_path, "--workers", "2", BENTOML_HOME=str(home))
+    try:
+        running.until_announced()
+        with httpx.Client(base_url=running.url, timeout=PATIENCE_S) as client:
+
+            def metric(name: str) -> float:
+                return float(re.search(rf"^{re.escape(name)} (\S+)", client.get("/metrics").text, re.MULTILINE)[1])  # type: ignore[index]
+
+            made = 'uni_instruct_images_total{model="tiny"}'
+            for seed in range(10):
+                assert client.post("/v1/generate", json={"seeds": [seed]}).status_code == 200
+            assert (metric("uni_instruct_ready"), metric(made)) == (2, 10)
+            (folder,) = (home / "uni-instruct-metrics").iterdir()
+            worker = next(process for process in running.family() if any(folder.glob(f"gauge_livesum_{process.pid}.db")))
+        worker.kill()
+        with httpx.Client(base_url=running.url, timeout=PATIENCE_S, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+            deadline = time.monotonic() + PATIENCE_S
+            while metric("uni_instruct_ready") != 1:
+                assert time.monotonic() < deadline
+            # What every server does with this folder when it starts.
+            (home / "prometheus_multiproc_dir" / "another").touch()
+            ensure_prometheus_dir(directory=str(home / "prometheus_multiproc_dir"))
+            assert metric(made) == 10
+            while (ready := metric("uni_instruct_ready")) != 2:
+                assert ready == 1
+                assert time.monotonic() < deadline
+    finally:
+        running.kill()
