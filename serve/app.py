@@ -19,6 +19,7 @@ from starlette.types import Receive
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.demo import DemoMount
+from uni_instruct.serve.demo_routes import DemoRoutes
 from uni_instruct.serve.errors import MethodError, NotFoundError
 from uni_instruct.serve.metrics import exposition
 from uni_instruct.serve.middleware import ApiKeyMiddleware, BodyLimitMiddleware
@@ -27,6 +28,7 @@ from uni_instruct.serve.openapi import openapi_document
 from uni_instruct.serve.responses import error_response, image_response
 from uni_instruct.serve.schema import parse_request, resolve
 from uni_instruct.serve.settings import Settings
+from uni_instruct.serve.walk import parse_walk, walk_response
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +41,11 @@ Handler = Callable[[Backend, Request], Awaitable[Response]]
 def create_app(settings: Settings) -> Starlette:
     """The whole server. It answers at once; loading starts with its lifespan, and /readyz says when it is done."""
     backend = Backend(settings)
-    demo = DemoMount(backend)
+    demo, demo_routes = DemoMount(backend), DemoRoutes()
     app = Starlette(
-        routes=_routes(backend, demo),
+        routes=_routes(backend, demo, demo_routes),
         middleware=middleware_of(backend),
-        lifespan=_lifespan(backend, demo),
+        lifespan=_lifespan(backend, demo, demo_routes),
         exception_handlers={HTTPException: _http_exception},
     )
     app.state.backend = backend
@@ -59,11 +61,14 @@ def middleware_of(backend: Backend) -> list[Middleware]:
     ]
 
 
-def _routes(backend: Backend, demo: DemoMount) -> list[BaseRoute]:
+def _routes(backend: Backend, demo: DemoMount, demo_routes: DemoRoutes) -> list[BaseRoute]:
     routes: list[BaseRoute] = [
         Route(path, _endpoint(backend, handler, path), methods=[method]) for method, path, handler in _HANDLERS
     ]
     if backend.settings.serves_ui:
+        routes += [
+            Route(path, _endpoint(backend, handler, path), methods=[method]) for method, path, handler in demo_routes.handlers
+        ]
         routes += [Route("/ui", demo), Route("/ui/{path:path}", demo)]
     # The pages of Swagger that BentoML brings: nothing is loaded from elsewhere.
     swagger = StaticFiles(packages=[("bentoml", "_internal/server/static_content")])
@@ -73,7 +78,7 @@ def _routes(backend: Backend, demo: DemoMount) -> list[BaseRoute]:
     return routes
 
 
-def _lifespan(backend: Backend, demo: DemoMount) -> Callable[[Starlette], Any]:
+def _lifespan(backend: Backend, demo: DemoMount, demo_routes: DemoRoutes) -> Callable[[Starlette], Any]:
     async def load() -> None:
         await backend.load()
         # The demo comes before readiness: importing Gradio takes seconds of Python, which the first requests would feel.
@@ -88,6 +93,7 @@ def _lifespan(backend: Backend, demo: DemoMount) -> Callable[[Starlette], Any]:
         yield
         loading.cancel()
         await demo.stop()
+        await demo_routes.close()
         await backend.close()
 
     return lifespan
@@ -97,6 +103,11 @@ async def _generate(backend: Backend, request: Request) -> Response:
     wanted = parse_request(await request.body())
     job = resolve(wanted, backend.bundle.spec, backend.settings.request_images)
     return await _unless_client_leaves(request.receive, image_response(backend, job))
+
+
+async def _walk(backend: Backend, request: Request) -> Response:
+    job = parse_walk(await request.body(), backend.bundle.spec, backend.settings.request_images)
+    return await _unless_client_leaves(request.receive, walk_response(backend, job))
 
 
 async def _models(backend: Backend, request: Request) -> Response:
@@ -143,6 +154,7 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
 
 _HANDLERS: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/generate", _generate),
+    ("POST", "/v1/walk", _walk),
     ("GET", "/v1/models", _models),
     ("GET", "/v1/spec", _spec),
     ("GET", "/livez", _livez),

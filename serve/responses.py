@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.images import encode, grid
+from uni_instruct.noise import NoisePoint
 from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.errors import error_body, error_headers
 from uni_instruct.serve.schema import Job
@@ -43,7 +44,7 @@ async def image_response(backend: Backend, job: Job) -> Response:
 
 
 async def generate_encoded(
-    backend: Backend, seeds: Sequence[int], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], list[bytes]]
+    backend: Backend, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], list[bytes]]
 ) -> EncodedImages:
     """The files that `encoder` makes of the seeds' images uint8 [N, H, W, C].
 

@@ -1,0 +1,43 @@
+"""What the demo's page asks beyond the API: the model's card and pictures, and comparisons."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from uni_instruct.serve.about import PICTURES, about
+from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.body import parse_body
+from uni_instruct.serve.compare import CompareRequest, Comparison
+from uni_instruct.serve.errors import NotFoundError
+
+
+class DemoRoutes:
+    """The handlers, and the engines that comparisons have opened."""
+
+    def __init__(self) -> None:
+        self._comparison = Comparison()
+        self.handlers: list[tuple[str, str, Callable[[Backend, Request], Awaitable[Response]]]] = [
+            ("GET", "/v1/about", self._about),
+            ("GET", "/v1/about/{picture}", self._picture),
+            ("POST", "/v1/compare", self._compare),
+        ]
+
+    async def close(self) -> None:
+        """Closes the engines that were compared with, after the call that runs."""
+        await asyncio.to_thread(self._comparison.close)
+
+    async def _about(self, backend: Backend, request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(about, backend))
+
+    async def _picture(self, backend: Backend, request: Request) -> Response:
+        name = request.path_params["picture"]
+        path = backend.bundle.path / name
+        if name not in PICTURES or not path.is_file():
+            raise NotFoundError(f"there is no picture {name[:60]}", remedy="GET /v1/about lists the pictures")
+        return FileResponse(path, media_type="image/png", headers={"Cache-Control": "no-cache"})
+
+    async def _compare(self, backend: Backend, request: Request) -> Response:
+        wanted = parse_body(CompareRequest, await request.body())
+        return JSONResponse(await self._comparison.run(backend, wanted))
