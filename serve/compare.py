@@ -141,7 +141,7 @@ def choices(bundle: Bundle, served: str) -> list[dict[str, str]]:
 
 
 def find_teacher(bundle: Bundle) -> Bundle | None:
-    """The many-step model that the generator was distilled from: in the bundle's folder `teacher`, or beside it as a run writes it.
+    """The many-step model that the generator was distilled from, in the bundle's folder `teacher` or beside it, as in a run.
 
     None where there is none that can run here on the same noise.
     """

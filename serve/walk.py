@@ -49,7 +49,7 @@ class WalkRequest(BaseModel):
     )
     class_ids: list[int] | None = Field(
         None,
-        description="One for the whole way, or one for each stop, which holds up to half-way. Otherwise each seed draws its own.",
+        description="One for all, or one for each stop, which holds up to half-way. Otherwise each seed draws its own.",
         examples=["a list of integers, such as [3]"],
     )
     classes: list[str] | None = Field(None, description="The same by name.", examples=['a list of names, such as ["3"]'])

@@ -91,7 +91,7 @@ def slerp(start: np.ndarray, end: np.ndarray, position: float) -> np.ndarray:
     # In double precision: sin w is a small difference of large numbers where the two are nearly parallel.
     a, b = start.astype(np.float64), end.astype(np.float64)
     norms = np.linalg.norm(a), np.linalg.norm(b)
-    cosine = float(np.vdot(a, b) / max(norms[0] * norms[1], np.finfo(np.float64).tiny))
+    cosine = np.vdot(a, b) / (norms[0] * norms[1]) if all(norms) else 1.0
     angle = np.arccos(np.clip(cosine, -1.0, 1.0))
     if np.sin(angle) < _PARALLEL:
         return ((1.0 - position) * a + position * b).astype(np.float32)
@@ -101,7 +101,7 @@ def slerp(start: np.ndarray, end: np.ndarray, position: float) -> np.ndarray:
 
 
 def walk_points(seeds: Sequence[int], positions: Sequence[float]) -> list[NoisePoint]:
-    """Places on the way through the seeds, one for each position: 0 is the first seed, 1.5 half-way from the second to the third.
+    """Places on the way through the seeds, one for each position: 0 is the first seed, 1.5 half-way from second to third.
 
     Whole positions are the seeds themselves. Raises RequestError for fewer than one seed, and a position outside the way.
     """

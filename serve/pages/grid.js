@@ -3,11 +3,13 @@
 import { download, newestOnly, save, sheet } from "./api.js";
 import { codeOf } from "./code.js";
 import { byId, codeBlock, milliseconds } from "./parts.js";
-import { pictureOf, Stage } from "./stage.js";
+import { headWidth, HEAD_HEIGHT, pictureOf, Stage } from "./stage.js";
 import { LARGEST_SEED, randomSeed, randomSeeds } from "./state.js";
 
 const MOST_ROWS = 10;
 const MOST_COLUMNS = 8;
+const SMALLEST = 44; // CSS pixels of a picture that a thumb can press
+const SMALL_PICTURE = 32; // pixels: up to this size each is shown as two by two at least
 const SAVED_SIDE = 1024;
 
 export class GridView {
@@ -29,6 +31,8 @@ export class GridView {
   render() {
     byId("first-seed").value = this.app.state.seeds[0];
     byId("grid-back").disabled = this.app.state.seeds[0] === 0;
+    const { rows, classes } = this.#layout(this.app.state);
+    byId("grid-classes").hidden = rows.length >= classes;
     this.code?.();
   }
 
@@ -36,14 +40,21 @@ export class GridView {
     return this.ask(this.app.state);
   }
 
-  /** Which pictures: columns are seeds, rows classes; without classes, seeds go on from row to row. */
+  /**
+   * Which pictures: columns are seeds, rows classes from `state.row` on; without classes, seeds go on from row to row. As many
+   * as the stage has room for.
+   */
   #layout(state) {
     const { facts } = this.app;
     const classes = facts.num_classes;
     const most = facts.limits.images_per_request;
-    const columns = Math.min(MOST_COLUMNS, most);
-    const count = Math.max(1, Math.min(classes || columns, MOST_ROWS, Math.floor(most / columns)));
-    const first = Math.min(state.classId ?? 0, Math.max(0, classes - count));
+    const size = Math.max(...facts.image_shape.slice(1));
+    const cell = Math.max(SMALLEST, size <= SMALL_PICTURE ? 2 * size : size) + 3;
+    const side = this.stage.element.clientWidth;
+    const columns = Math.max(1, Math.min(MOST_COLUMNS, most, Math.floor((side - (classes ? headWidth(side) : 0)) / cell)));
+    const room = Math.floor((side - HEAD_HEIGHT) / cell);
+    const count = Math.max(1, Math.min(classes || room, room, MOST_ROWS, Math.floor(most / columns)));
+    const first = Math.min(state.row, Math.max(0, classes - count));
     const rows = Array.from({ length: count }, (_, index) => first + index);
     return { columns, rows, classes };
   }
@@ -89,6 +100,10 @@ export class GridView {
     const shift = (columns) => this.#goto(app.state.seeds[0] + columns);
     byId("grid-back").addEventListener("click", () => shift(-this.#layout(app.state).columns));
     byId("grid-on").addEventListener("click", () => shift(this.#layout(app.state).columns));
+    byId("grid-classes").addEventListener("click", () => {
+      const { rows, classes } = this.#layout(app.state);
+      app.set({ row: rows.at(-1) + 1 < classes ? rows.at(-1) + 1 : 0 });
+    });
     byId("grid-dice").addEventListener("click", () => this.#goto(randomSeed()));
     byId("first-seed").addEventListener("change", (event) => {
       const text = event.target.value.trim();

@@ -1,6 +1,9 @@
 // A fixed square with pictures in it: pixels are enlarged by whole factors of the screen's own, and stay sharp.
 
 const GAP = 4; // CSS pixels between pictures
+/** Of the line of headings above the pictures, and of the column of names before them, in CSS pixels. */
+export const HEAD_HEIGHT = 24;
+export const headWidth = (side) => Math.min(112, Math.round(side * 0.2));
 
 export class Stage {
   /** `pick(index)` is called for a picture that is pressed; without it pictures cannot be pressed. */
@@ -83,11 +86,11 @@ export class Stage {
   #fit() {
     if (!this.tiles.length) return;
     const side = this.element.clientWidth;
-    const heads = this.rows ? this.#headWidth(side) : 0;
+    const heads = this.rows ? headWidth(side) : 0;
     const lines = Math.ceil(this.tiles.length / this.columns) || 1;
     const gap = this.rows || this.tiles.length > 16 ? GAP / 2 : GAP;
     const across = (side - heads - gap * (this.columns + 1)) / this.columns;
-    const down = (side - (this.rows ? 24 : 0) - gap * (lines + 1)) / lines;
+    const down = (side - (this.rows ? HEAD_HEIGHT : 0) - gap * (lines + 1)) / lines;
     // Whole device pixels for each of the picture's; a picture larger than its place is made smaller instead.
     const exact = Math.min(across / this.width, down / this.height) * devicePixelRatio;
     const factor = (exact >= 1 ? Math.floor(exact) : exact) / devicePixelRatio;
@@ -98,10 +101,6 @@ export class Stage {
     this.grid.style.gap = `${gap}px`;
     this.grid.style.gridTemplateColumns = `${heads ? `${heads}px ` : ""}repeat(${this.columns}, max-content)`;
     this.element.dataset.factor = String(factor * devicePixelRatio);
-  }
-
-  #headWidth(side) {
-    return Math.min(112, Math.round(side * 0.2));
   }
 
   #move(event) {

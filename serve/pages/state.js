@@ -6,6 +6,8 @@ export const MOST_STOPS = 12;
 // Beyond it JavaScript's numbers skip integers.
 export const LARGEST_SEED = Number.MAX_SAFE_INTEGER - 1000;
 const RANDOM_SEEDS = 1_000_000;
+// One small picture alone on a large stage is all pixels; of several the eye sees what they are.
+const FIRST_COUNT = 4;
 const FIRST_WALK = [3, 58, 21, 94];
 
 export const randomSeed = () => Math.floor(Math.random() * RANDOM_SEEDS);
@@ -23,8 +25,9 @@ export function readState(query, models) {
     tab: TABS.includes(given.get("tab")) ? given.get("tab") : TABS[0],
     seeds: seeds.length ? seeds : FIRST_WALK,
     at: Number.isFinite(at) && at >= 0 ? at % (seeds.length || FIRST_WALK.length) : 0,
-    count: COUNTS.includes(count) ? count : 1,
+    count: COUNTS.includes(count) ? count : FIRST_COUNT,
     classId,
+    row: /^\d{1,6}$/.test(given.get("row") ?? "") ? Number(given.get("row")) : 0,
     other: given.get("other") ?? "",
   };
 }
@@ -33,8 +36,9 @@ export function readState(query, models) {
 export function writeState(state) {
   const query = new URLSearchParams({ model: state.model, tab: state.tab, seeds: seedRanges(state.seeds) });
   if (state.at) query.set("at", state.at.toFixed(3));
-  if (state.count !== 1) query.set("n", state.count);
+  if (state.count !== FIRST_COUNT) query.set("n", state.count);
   if (state.classId !== null) query.set("class", state.classId);
+  if (state.row) query.set("row", state.row);
   if (state.other) query.set("other", state.other);
   return `?${query}`.replaceAll("%2C", ",");
 }

@@ -179,11 +179,11 @@ export class WalkView {
   /** One picture of this model beside one of its teacher: as it was measured in Compare, else as its evaluations say. */
   #race(ms) {
     const { facts } = this.app;
-    const own = { name: steps(facts.steps), detail: "this model, a picture in", ms };
+    const own = { name: steps(facts.steps), detail: "this model, a picture", ms };
     const { teacher } = facts;
     if (!teacher || teacher.steps <= facts.steps) return race(byId("race"), [own]);
     const measured = facts.teacherMs;
-    const detail = `its teacher${measured ? "" : `: ${teacher.evaluations} evaluations at this speed`}, a picture in`;
+    const detail = `its teacher, ${teacher.evaluations} evaluations`;
     return race(byId("race"), [own, { name: steps(teacher.steps), detail, ms: measured ?? teacher.evaluations * ms, guess: !measured }]);
   }
 
