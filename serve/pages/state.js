@@ -35,7 +35,7 @@ export function readState(query, models) {
 /** The same as a query, without what is the default. */
 export function writeState(state) {
   const query = new URLSearchParams({ model: state.model, tab: state.tab, seeds: seedRanges(state.seeds) });
-  if (state.at) query.set("at", state.at.toFixed(3));
+  if (state.at) query.set("at", Number(state.at.toFixed(4)));
   if (state.count !== FIRST_COUNT) query.set("n", state.count);
   if (state.classId !== null) query.set("class", state.classId);
   if (state.row) query.set("row", state.row);
@@ -73,5 +73,6 @@ export function place(state) {
   const stops = state.seeds.length;
   const at = state.at % stops;
   const index = Math.floor(at);
-  return { from: state.seeds[index], to: state.seeds[(index + 1) % stops], rest: at - index };
+  // Rounded, so that the address, the lines of code and the picture say the same place.
+  return { from: state.seeds[index], to: state.seeds[(index + 1) % stops], rest: Number((at - index).toFixed(4)) % 1 };
 }

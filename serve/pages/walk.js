@@ -9,6 +9,7 @@ import { COUNTS, MOST_STOPS, parseSeeds, place, randomSeeds, seedRanges } from "
 const STOPS_PER_S = 0.4;
 const MOST_CHIPS = 12;
 const DRAG_STARTS_AT = 6; // CSS pixels: less is a press
+const THUMB = 64; // CSS pixels
 const SAVED_SIDE = 768;
 const FRAMES_PER_STOP = 24;
 const ANIMATION_FPS = 20;
@@ -128,7 +129,7 @@ export class WalkView {
 
   #goto(at) {
     const stops = this.app.state.seeds.length;
-    this.app.set({ at: ((at % stops) + stops) % stops }, "later");
+    this.app.set({ at: Number((((at % stops) + stops) % stops).toFixed(4)) % stops }, "later");
   }
 
   #toggle() {
@@ -192,6 +193,8 @@ export class WalkView {
     const across = bitmap.width / width;
     const buttons = state.seeds.map((seed, index) => {
       const canvas = element("canvas", { width, height });
+      const factor = Math.max(1, Math.floor(THUMB / Math.max(width, height)));
+      canvas.style.width = `${Math.min(THUMB, factor * width)}px`;
       canvas.getContext("2d").drawImage(bitmap, (index % across) * width, Math.floor(index / across) * height, width, height, 0, 0, width, height);
       const stop = element("button", { type: "button", className: "stop" }, canvas, element("span", { textContent: String(seed) }));
       stop.setAttribute("aria-label", `Stop ${index + 1}: seed ${seed}`);
