@@ -3,9 +3,9 @@
 import re
 
 from uni_instruct.bundle import CARD, SAMPLES, Bundle
-from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.compare import choices, evaluations, find_teacher
 from uni_instruct.serve.model_info import model_info
+from uni_instruct.serve.served_model import ServedModel
 
 # A bundle may hold it: samples in a row, each above its nearest training images.
 NEIGHBOURS = "neighbours.png"
@@ -14,19 +14,19 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _LONGEST_CARD = 100_000
 
 
-def about(backend: Backend) -> dict[str, object]:
+def about(served: ServedModel) -> dict[str, object]:
     """model_info, and: the card's Markdown, its pictures, what to compare with, the teacher's steps, whether a key is needed.
 
     Reads files. Raises NotReadyError until the generator is loaded.
     """
-    bundle = backend.bundle
+    bundle = served.bundle
     return {
-        **model_info(backend),
+        **model_info(served),
         "card": card(bundle),
         "pictures": [name for name in PICTURES if (bundle.path / name).is_file()],
-        "compare": choices(bundle, str(backend.engine.id)),
+        "compare": choices(bundle, str(served.engine.id)),
         "teacher": teacher_facts(bundle),
-        "needs_key": backend.settings.api_key is not None,
+        "needs_key": served.settings.api_key is not None,
     }
 
 

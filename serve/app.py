@@ -12,79 +12,79 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Mount, Route, compile_path
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.demo import DemoMount
 from uni_instruct.serve.demo_routes import DemoRoutes
 from uni_instruct.serve.errors import MethodError, NotFoundError
 from uni_instruct.serve.metrics import exposition
 from uni_instruct.serve.middleware import ApiKeyMiddleware, BodyLimitMiddleware
-from uni_instruct.serve.model_info import model_info, model_list
+from uni_instruct.serve.model_info import model_entry, model_info, model_list
+from uni_instruct.serve.models import Models
 from uni_instruct.serve.openapi import openapi_document
 from uni_instruct.serve.responses import error_response, image_response
 from uni_instruct.serve.schema import parse_request, resolve
 from uni_instruct.serve.settings import Settings
-from uni_instruct.serve.walk import parse_walk, walk_response
+from uni_instruct.serve.walk import parse_walk, resolve_walk, walk_response
 
 logger = logging.getLogger(__name__)
 
 # nginx's status for a client that has left. Nobody reads the response; the metrics count it apart from failures.
 CLIENT_LEFT = 499
 
-Handler = Callable[[Backend, Request], Awaitable[Response]]
+Handler = Callable[[Models, Request], Awaitable[Response]]
 
 
 def create_app(settings: Settings) -> Starlette:
     """The whole server. It answers at once; loading starts with its lifespan, and /readyz says when it is done."""
-    backend = Backend(settings)
-    demo, demo_routes = DemoMount(backend), DemoRoutes()
+    models = Models(settings)
+    demo, demo_routes = DemoMount(models), DemoRoutes()
     app = Starlette(
-        routes=_routes(backend, demo, demo_routes),
-        middleware=middleware_of(backend),
-        lifespan=_lifespan(backend, demo, demo_routes),
+        routes=_routes(models, demo, demo_routes),
+        middleware=middleware_of(models),
+        lifespan=_lifespan(models, demo, demo_routes),
         exception_handlers={HTTPException: _http_exception},
     )
-    app.state.backend = backend
+    app.state.models = models
     return app
 
 
-def middleware_of(backend: Backend) -> list[Middleware]:
+def middleware_of(models: Models) -> list[Middleware]:
     """The API key and the body limit, for this app and for what it is mounted in."""
-    settings, requests = backend.settings, backend.metrics.requests
+    settings, requests = models.settings, models.metrics.requests
     return [
         Middleware(ApiKeyMiddleware, key=settings.api_key, requests=requests),
         Middleware(BodyLimitMiddleware, limit_bytes=settings.max_body_bytes, requests=requests),
     ]
 
 
-def _routes(backend: Backend, demo: DemoMount, demo_routes: DemoRoutes) -> list[BaseRoute]:
+def _routes(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> list[BaseRoute]:
     routes: list[BaseRoute] = [
-        Route(path, _endpoint(backend, handler, path), methods=[method]) for method, path, handler in _HANDLERS
+        Route(path, _endpoint(models, handler, path), methods=[method]) for method, path, handler in _HANDLERS
     ]
-    if backend.settings.serves_ui:
+    if models.settings.serves_ui:
         routes += [
-            Route(path, _endpoint(backend, handler, path), methods=[method]) for method, path, handler in demo_routes.handlers
+            Route(path, _endpoint(models, handler, path), methods=[method]) for method, path, handler in demo_routes.handlers
         ]
         routes += [Route("/ui", demo), Route("/ui/{path:path}", demo)]
     # The pages of Swagger that BentoML brings: nothing is loaded from elsewhere.
     swagger = StaticFiles(packages=[("bentoml", "_internal/server/static_content")])
     routes.append(Mount("/static_content", swagger))
     # Last, as routes are tried in order. All unknown paths share one label, or the metrics would grow with what is asked.
-    routes.append(Route("/{path:path}", _endpoint(backend, _unknown, "unknown"), methods=_METHODS))
+    routes.append(Route("/{path:path}", _endpoint(models, _unknown, "unknown"), methods=_METHODS))
     return routes
 
 
-def _lifespan(backend: Backend, demo: DemoMount, demo_routes: DemoRoutes) -> Callable[[Starlette], Any]:
+def _lifespan(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> Callable[[Starlette], Any]:
     async def load() -> None:
-        await backend.load()
+        await models.load()
         # The demo comes before readiness: importing Gradio takes seconds of Python, which the first requests would feel.
-        if backend.failure is None and backend.settings.serves_ui:
+        if models.alive and models.settings.serves_ui:
             await demo.start()
-        backend.mark_ready()
+        models.mark_ready()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -94,59 +94,72 @@ def _lifespan(backend: Backend, demo: DemoMount, demo_routes: DemoRoutes) -> Cal
         loading.cancel()
         await demo.stop()
         await demo_routes.close()
-        await backend.close()
+        await models.close()
 
     return lifespan
 
 
-async def _generate(backend: Backend, request: Request) -> Response:
+async def _generate(models: Models, request: Request) -> Response:
     wanted = parse_request(await request.body())
-    job = resolve(wanted, backend.bundle.spec, backend.settings.request_images)
-    return await _unless_client_leaves(request.receive, image_response(backend, job))
+    with models.using(wanted.model) as served:
+        job = resolve(wanted, served.spec, models.settings.request_images)
+        return await _unless_client_leaves(request.receive, image_response(served, job))
 
 
-async def _walk(backend: Backend, request: Request) -> Response:
-    job = parse_walk(await request.body(), backend.bundle.spec, backend.settings.request_images)
-    return await _unless_client_leaves(request.receive, walk_response(backend, job))
+async def _walk(models: Models, request: Request) -> Response:
+    wanted = parse_walk(await request.body())
+    with models.using(wanted.model) as served:
+        job = resolve_walk(wanted, served.spec, models.settings.request_images)
+        return await _unless_client_leaves(request.receive, walk_response(served, job))
 
 
-async def _models(backend: Backend, request: Request) -> Response:
-    return JSONResponse(model_list(backend))
+async def _models(models: Models, request: Request) -> Response:
+    return JSONResponse(model_list(models))
 
 
-async def _spec(backend: Backend, request: Request) -> Response:
-    return JSONResponse(model_info(backend))
+async def _model(models: Models, request: Request) -> Response:
+    return JSONResponse(model_entry(models.get(request.path_params["model"])))
 
 
-async def _openapi(backend: Backend, request: Request) -> Response:
+async def _spec(models: Models, request: Request) -> Response:
+    return JSONResponse(model_info(models.get(request.query_params.get("model"))))
+
+
+async def _openapi(models: Models, request: Request) -> Response:
     return JSONResponse(openapi_document())
 
 
-async def _metrics(backend: Backend, request: Request) -> Response:
+async def _metrics(models: Models, request: Request) -> Response:
     # In a thread: with several workers it reads a file of each.
-    text = await asyncio.to_thread(exposition, backend.metrics, backend.settings.workers)
+    text = await asyncio.to_thread(exposition, models.metrics, models.settings.workers)
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _livez(backend: Backend, request: Request) -> Response:
-    return PlainTextResponse("alive\n") if backend.alive else PlainTextResponse("not alive\n", 503)
+async def _livez(models: Models, request: Request) -> Response:
+    return PlainTextResponse("alive\n") if models.alive else PlainTextResponse("not alive\n", 503)
 
 
-async def _readyz(backend: Backend, request: Request) -> Response:
-    return PlainTextResponse("ready\n") if backend.ready else PlainTextResponse("not ready\n", 503)
+async def _readyz(models: Models, request: Request) -> Response:
+    # Nothing but names and states: it is open without a key. /v1/spec says why one failed.
+    lines = ["ready" if models.ready else "not ready", *(f"{name}: {state}" for name, state in models.states.items())]
+    return PlainTextResponse("\n".join(lines) + "\n", 200 if models.ready else 503)
 
 
-async def _index(backend: Backend, request: Request) -> Response:
+async def _index(models: Models, request: Request) -> Response:
     page = _page("index.html")
-    return HTMLResponse(page if backend.settings.serves_ui else page.replace('data-ui="on"', 'data-ui="off"'))
+    return HTMLResponse(page if models.settings.serves_ui else page.replace('data-ui="on"', 'data-ui="off"'))
 
 
-async def _docs(backend: Backend, request: Request) -> Response:
+async def _docs(models: Models, request: Request) -> Response:
     return HTMLResponse(_page("docs.html"))
 
 
-async def _unknown(backend: Backend, request: Request) -> Response:
-    allowed = [method for method, path, _ in _HANDLERS if path == request.url.path]
+async def _icon(models: Models, request: Request) -> Response:
+    return Response(_page("icon.svg"), media_type="image/svg+xml")
+
+
+async def _unknown(models: Models, request: Request) -> Response:
+    allowed = [method for method, path, _ in _HANDLERS if compile_path(path)[0].match(request.url.path)]
     raise HTTPException(405, headers={"Allow": ", ".join(allowed)}) if allowed else HTTPException(404)
 
 
@@ -156,6 +169,7 @@ _HANDLERS: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/generate", _generate),
     ("POST", "/v1/walk", _walk),
     ("GET", "/v1/models", _models),
+    ("GET", "/v1/models/{model}", _model),
     ("GET", "/v1/spec", _spec),
     ("GET", "/livez", _livez),
     ("GET", "/healthz", _livez),
@@ -163,27 +177,28 @@ _HANDLERS: list[tuple[str, str, Handler]] = [
     ("GET", "/metrics", _metrics),
     ("GET", "/openapi.json", _openapi),
     ("GET", "/docs", _docs),
+    ("GET", "/favicon.ico", _icon),
     ("GET", "/", _index),
 ]
 
 
-def _endpoint(backend: Backend, handler: Handler, route: str) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(models: Models, handler: Handler, route: str) -> Callable[[Request], Awaitable[Response]]:
     """The handler, whose errors become responses, and whose responses are counted.
 
     No error leaves it: BentoML would close the connection without a word.
     """
 
     async def endpoint(request: Request) -> Response:
-        response = await _handled(backend, handler, request)
-        backend.metrics.requests.labels(route, str(response.status_code)).inc()
+        response = await _handled(models, handler, request)
+        models.metrics.requests.labels(route, str(response.status_code)).inc()
         return response
 
     return endpoint
 
 
-async def _handled(backend: Backend, handler: Handler, request: Request) -> Response:
+async def _handled(models: Models, handler: Handler, request: Request) -> Response:
     try:
-        return await handler(backend, request)
+        return await handler(models, request)
     except UniInstructError as error:
         return error_response(error)
     except HTTPException as error:

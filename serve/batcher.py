@@ -22,7 +22,7 @@ from uni_instruct.engine import Engine
 from uni_instruct.generate import image_size
 from uni_instruct.noise import NoisePoint, class_ids_in_turn, draw_inputs
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
-from uni_instruct.serve.metrics import ServerMetrics
+from uni_instruct.serve.metrics import ModelMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,46 @@ class _Ticket:
 _Item = tuple[_Ticket, int]
 
 
+class DeviceThread:
+    """The one thread that runs engines on a device; batchers take turns, in the order in which they ask."""
+
+    def __init__(self) -> None:
+        # One thread: a second call at the same time would only share the same cores.
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        # Taken before a batch is gathered, not after: while one model runs, the batches of the others go on filling.
+        self.turn = asyncio.Lock()
+
+
+class DeviceThreads:
+    """A DeviceThread for each device, made when first asked for."""
+
+    def __init__(self) -> None:
+        self._threads: dict[str, DeviceThread] = {}
+
+    def of(self, device: str) -> DeviceThread:
+        """The thread of that device, such as 'cpu' or 'cuda:0'."""
+        return self._threads.setdefault(device, DeviceThread())
+
+    def close(self) -> None:
+        """Ends the threads, after the calls that run."""
+        for thread in self._threads.values():
+            thread.pool.shutdown()
+
+
 class Batcher:
-    """Runs an engine in one thread of its own, at most `batch_sizes[-1]` images at a time.
+    """Runs an engine in the thread of its device, at most `batch_sizes[-1]` images at a time.
 
     queue_images: how many images may wait, over all requests.
     """
 
-    def __init__(self, engine: Engine, batch_sizes: Sequence[int], queue_images: int, metrics: ServerMetrics):
+    def __init__(
+        self,
+        engine: Engine,
+        batch_sizes: Sequence[int],
+        queue_images: int,
+        metrics: ModelMetrics,
+        device: DeviceThread,
+    ):
         self.batch_sizes = tuple(batch_sizes)
         self._engine = engine
         self._queue_images = queue_images
@@ -74,8 +107,7 @@ class Batcher:
         self._queued = 0
         self._image_s = 0.0  # a running mean of the engine's time per image
         self._wake = asyncio.Event()
-        # One thread: a second call at the same time would only share the same cores.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._device = device
         self._closed = False
         self._loop = asyncio.create_task(self._run())
 
@@ -94,7 +126,7 @@ class Batcher:
             raise NotReadyError("the server is stopping", remedy="try another one")
         # Refused at once rather than late: whoever waits longer than the timeout would get nothing, and hold up the others.
         if self._queued + len(seeds) > self._queue_images:
-            self._metrics.dropped.labels("queue_full").inc(len(seeds))
+            self._metrics.dropped["queue_full"].inc(len(seeds))
             raise QueueFullError(self._queued, self._queue_images, self._retry_after_s())
         ticket = self._enqueue(seeds, class_ids)
         start = time.perf_counter()
@@ -120,18 +152,18 @@ class Batcher:
             self._fail(ticket, NotReadyError("the server is stopping", remedy="try another one"), "stopping")
         self._wake.set()
         await self._loop
-        self._thread.shutdown()
 
     async def _run(self) -> None:
         while not self._closed:
             await self._wake.wait()
             # No timer collects requests into fuller batches: while the engine ran, the next batch has gathered by itself, and
             # an idle engine has nothing to gain from making the first request wait.
-            items = self._gather()
-            if items:
-                await self._run_batch(items)
-            else:
-                self._wake.clear()
+            async with self._device.turn:
+                items = self._gather()
+                if items:
+                    await self._run_batch(items)
+                else:
+                    self._wake.clear()
 
     def _gather(self) -> list[_Item]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
@@ -149,7 +181,7 @@ class Batcher:
     async def _run_batch(self, items: list[_Item]) -> None:
         """Delivers a batch. One that fails is run again item by item, so that only the bad items fail."""
         try:
-            images, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, self._call, items)
+            images, seconds = await asyncio.get_running_loop().run_in_executor(self._device.pool, self._call, items)
         except Exception as error:  # a runtime's errors share no class
             if len(items) == 1:
                 self._fail_item(items[0], error)
@@ -217,7 +249,7 @@ class Batcher:
 
     def _drop(self, ticket: _Ticket, reason: str) -> None:
         """Takes what is left of a request out of the queue."""
-        self._metrics.dropped.labels(reason).inc(ticket.left)
+        self._metrics.dropped[reason].inc(ticket.left)
         # It is not there where its last item is with the engine; that image is made and thrown away.
         if ticket in self._tickets:
             self._tickets.remove(ticket)

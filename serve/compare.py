@@ -19,8 +19,8 @@ from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid
 from uni_instruct.noise import draw_inputs
-from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.errors import QueueFullError, TimedOutError
+from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
 
 TEACHER = "teacher"
@@ -33,6 +33,11 @@ class CompareRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    model: str | None = Field(
+        None,
+        description="Which of the generators that are served; without it the first.",
+        examples=["a model of GET /v1/models"],
+    )
     other: str = Field(
         description="An engine id of the bundle, or 'teacher': what GET /v1/about lists under 'compare'.",
         examples=["an engine id, such as torch-fp32, or teacher"],
@@ -74,9 +79,9 @@ class Comparison:
         self._turn = asyncio.Lock()
         self._waiting = 0
 
-    async def run(self, backend: Backend, wanted: CompareRequest) -> dict[str, object]:
+    async def run(self, served: ServedModel, wanted: CompareRequest) -> dict[str, object]:
         """Both sides and their difference, for JSON. Raises RequestError, QueueFullError, TimedOutError."""
-        spec = backend.bundle.spec
+        spec = served.bundle.spec
         if not 1 <= len(wanted.seeds) <= MAX_COMPARED:
             remedy = f"compare 1 to {MAX_COMPARED}"
             raise RequestError(f"{len(wanted.seeds)} images were asked for", remedy=remedy, param="seeds")
@@ -85,19 +90,19 @@ class Comparison:
             raise QueueFullError(self._waiting, _MOST_WAITING, 2)
         self._waiting += 1
         try:
-            async with asyncio.timeout(backend.settings.timeout_s), self._turn:
-                generated = await backend.batcher.submit(wanted.seeds, class_ids, backend.settings.timeout_s)
+            async with asyncio.timeout(served.settings.timeout_s), self._turn:
+                generated = await served.batcher.submit(wanted.seeds, class_ids, served.settings.timeout_s)
                 other = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._other_side, backend, wanted.other, wanted.seeds, class_ids
+                    self._thread, self._other_side, served, wanted.other, wanted.seeds, class_ids
                 )
         except TimeoutError:
             raise TimedOutError(
-                f"the comparison was not made in {backend.settings.timeout_s:g} s", remedy="compare fewer images"
+                f"the comparison was not made in {served.settings.timeout_s:g} s", remedy="compare fewer images"
             ) from None
         finally:
             self._waiting -= 1
-        served = Side(str(backend.engine.id), spec, backend.engine.device, generated.images, generated.model_ms)
-        return {"sides": [served.facts(), other.facts()], "difference": difference(served.images, other.images)}
+        own = Side(str(served.engine.id), spec, served.engine.device, generated.images, generated.model_ms)
+        return {"sides": [own.facts(), other.facts()], "difference": difference(own.images, other.images)}
 
     def close(self) -> None:
         """Closes every engine, after the call that runs."""
@@ -106,9 +111,9 @@ class Comparison:
             engine.close()
         self._engines.clear()
 
-    def _other_side(self, backend: Backend, other: str, seeds: list[int], class_ids: np.ndarray | None) -> Side:
+    def _other_side(self, served: ServedModel, other: str, seeds: list[int], class_ids: np.ndarray | None) -> Side:
         """In the thread."""
-        engine, inputs = self._opened(backend.bundle, other), draw_inputs(backend.bundle.spec, seeds, class_ids)
+        engine, inputs = self._opened(served.bundle, other), draw_inputs(served.bundle.spec, seeds, class_ids)
         start = time.perf_counter()
         images = engine(*inputs)
         return Side(other, engine.spec, engine.device, images, 1e3 * (time.perf_counter() - start))
@@ -178,5 +183,3 @@ def difference(first: np.ndarray, second: np.ndarray) -> dict[str, object]:
         "gain": gain,
         "b64_png": base64.b64encode(encode(grid((levels * gain).astype(np.uint8)))).decode(),
     }
-
-

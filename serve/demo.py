@@ -13,8 +13,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from uni_instruct.errors import MissingExtraError, UniInstructError
-from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.errors import NotFoundError
+from uni_instruct.serve.models import Models
 from uni_instruct.serve.responses import error_response
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ _GRADIO_HEAD = re.compile(r'\s*<meta\s+(?:property|name)="(?:og|twitter):[^>]*>|
 class DemoMount:
     """The ASGI app under /ui: the page once Gradio is built, and until then one that waits for it."""
 
-    def __init__(self, backend: Backend):
-        self._backend = backend
+    def __init__(self, models: Models):
+        self._models = models
         self._app: ASGIApp | None = None
         self._failure: UniInstructError | None = None
         self._stack = AsyncExitStack()
@@ -71,7 +71,7 @@ class DemoMount:
         if path.startswith("pages/"):
             return self._pages
         if self._app is None:
-            error = self._failure or self._backend.failure
+            error = self._failure or self._models.get().failure
             waiting = HTMLResponse((files("uni_instruct.serve") / "pages" / "waiting.html").read_text(), 503)
             return error_response(error) if error else waiting
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not _GRADIO_GETS.fullmatch(path):

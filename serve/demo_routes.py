@@ -7,10 +7,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from uni_instruct.serve.about import PICTURES, about
-from uni_instruct.serve.backend import Backend
-from uni_instruct.serve.body import parse_body
 from uni_instruct.serve.compare import CompareRequest, Comparison
 from uni_instruct.serve.errors import NotFoundError
+from uni_instruct.serve.json_body import parse_json
+from uni_instruct.serve.models import Models
 
 
 class DemoRoutes:
@@ -18,7 +18,7 @@ class DemoRoutes:
 
     def __init__(self) -> None:
         self._comparison = Comparison()
-        self.handlers: list[tuple[str, str, Callable[[Backend, Request], Awaitable[Response]]]] = [
+        self.handlers: list[tuple[str, str, Callable[[Models, Request], Awaitable[Response]]]] = [
             ("GET", "/v1/about", self._about),
             ("GET", "/v1/about/{picture}", self._picture),
             ("POST", "/v1/compare", self._compare),
@@ -28,16 +28,18 @@ class DemoRoutes:
         """Closes the engines that were compared with, after the call that runs."""
         await asyncio.to_thread(self._comparison.close)
 
-    async def _about(self, backend: Backend, request: Request) -> Response:
-        return JSONResponse(await asyncio.to_thread(about, backend))
+    async def _about(self, models: Models, request: Request) -> Response:
+        with models.using(request.query_params.get("model")) as served:
+            return JSONResponse(await asyncio.to_thread(about, served))
 
-    async def _picture(self, backend: Backend, request: Request) -> Response:
+    async def _picture(self, models: Models, request: Request) -> Response:
         name = request.path_params["picture"]
-        path = backend.bundle.path / name
+        path = models.get(request.query_params.get("model")).bundle.path / name
         if name not in PICTURES or not path.is_file():
             raise NotFoundError(f"there is no picture {name[:60]}", remedy="GET /v1/about lists the pictures")
         return FileResponse(path, media_type="image/png", headers={"Cache-Control": "no-cache"})
 
-    async def _compare(self, backend: Backend, request: Request) -> Response:
-        wanted = parse_body(CompareRequest, await request.body())
-        return JSONResponse(await self._comparison.run(backend, wanted))
+    async def _compare(self, models: Models, request: Request) -> Response:
+        wanted = parse_json(CompareRequest, await request.body())
+        with models.using(wanted.model) as served:
+            return JSONResponse(await self._comparison.run(served, wanted))

@@ -1,5 +1,7 @@
 """The errors of the server, beside those of the core: each with its HTTP status, and the body they all share."""
 
+from collections.abc import Sequence
+
 from uni_instruct.errors import RequestError, UniInstructError
 
 
@@ -13,6 +15,16 @@ class NotFoundError(RequestError):
     """Nothing is served under that path."""
 
     http_status = 404
+
+
+class UnknownModelError(NotFoundError):
+    """No generator of that name is served."""
+
+    code = "model_not_found"
+
+    def __init__(self, name: str, names: Sequence[str]):
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        super().__init__(f"no model {shown!r} is served", remedy=f"choose one of {', '.join(names)}", param="model")
 
 
 class MethodError(RequestError):
@@ -75,7 +87,7 @@ def error_body(error: UniInstructError) -> dict[str, dict[str, str | None]]:
             "message": str(error),
             "type": type_,
             "param": error.param,
-            "code": code,
+            "code": getattr(error, "code", code),
             "remedy": error.remedy,
         }
     }

@@ -4,23 +4,28 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from uni_instruct import __version__
-from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.models import Models
+from uni_instruct.serve.served_model import ServedModel
 
 _REPORTED_PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "bentoml")
 
 
-def model_list(backend: Backend) -> dict[str, object]:
-    """The one model, in the shape of OpenAI's list, which clients of other servers ask for. Raises NotReadyError."""
-    model = {"id": backend.bundle.spec.name, "object": "model", "created": 0, "owned_by": "uni-instruct"}
-    return {"object": "list", "data": [model]}
+def model_list(models: Models) -> dict[str, object]:
+    """Every model, loaded or not, in the shape of OpenAI's list, which clients of other servers ask for."""
+    return {"object": "list", "data": [model_entry(models.get(name)) for name in models.names]}
 
 
-def model_info(backend: Backend) -> dict[str, object]:
+def model_entry(served: ServedModel) -> dict[str, object]:
+    """One model as OpenAI's clients know it, and its state: 'loading', 'ready' or 'failed'."""
+    return {"id": served.name, "object": "model", "created": 0, "owned_by": "uni-instruct", "state": served.state}
+
+
+def model_info(served: ServedModel) -> dict[str, object]:
     """Shape, classes, engine, precision, limits and versions. Raises NotReadyError until the generator is loaded."""
-    bundle, engine, settings = backend.bundle, backend.engine, backend.settings
+    bundle, engine, settings = served.bundle, served.engine, served.settings
     spec = bundle.spec
     return {
-        "name": spec.name,
+        "name": served.name,
         "image_shape": list(spec.image_shape),
         "num_classes": spec.num_classes,
         "class_names": [spec.class_name(class_id) for class_id in range(spec.num_classes)],
@@ -31,8 +36,8 @@ def model_info(backend: Backend) -> dict[str, object]:
         "engine": str(engine.id),
         "device": engine.device,
         "precision": engine.id.precision,
-        "engines": [standing.facts() for standing in backend.selection.standings],
-        "batch_sizes": list(backend.batch_sizes),
+        "engines": [standing.facts() for standing in served.selection.standings],
+        "batch_sizes": list(served.batch_sizes),
         "limits": {
             "images_per_request": settings.request_images,
             "images_in_queue": settings.queue_images,

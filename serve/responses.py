@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from uni_instruct.errors import UniInstructError
 from uni_instruct.images import encode, grid
 from uni_instruct.noise import NoisePoint
-from uni_instruct.serve.backend import Backend
 from uni_instruct.serve.errors import error_body, error_headers
 from uni_instruct.serve.schema import Job
+from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
 
 # Proxies commonly refuse more than 8 kB of headers.
@@ -32,32 +32,32 @@ class EncodedImages:
     stage_ms: dict[str, float]
 
 
-async def image_response(backend: Backend, job: Job) -> Response:
-    """The images of a job, with headers that name seeds, classes, engine and milliseconds by stage."""
-    spec = backend.bundle.spec
-    encoded = await generate_encoded(backend, job.seeds, job.class_ids, lambda images: [encode_job(job, images, spec)])
+async def image_response(served: ServedModel, job: Job) -> Response:
+    """The images of a job, with headers that name seeds, classes, model, engine and milliseconds by stage."""
+    spec = served.spec
+    encoded = await generate_encoded(served, job.seeds, job.class_ids, lambda images: [encode_job(job, images, spec)])
     timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in encoded.stage_ms.items())
-    headers = {**job_headers(job), "X-Engine": str(backend.engine.id), "Server-Timing": timing}
-    if refused := backend.selection.refused:
+    headers = {**job_headers(job), "X-Model": served.name, "X-Engine": str(served.engine.id), "Server-Timing": timing}
+    if refused := served.selection.refused:
         headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
     return Response(encoded.files[0], headers=headers, media_type=media_type(job))
 
 
 async def generate_encoded(
-    backend: Backend, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], list[bytes]]
+    served: ServedModel, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], list[bytes]]
 ) -> EncodedImages:
     """The files that `encoder` makes of the seeds' images uint8 [N, H, W, C].
 
     class_ids: int64 [N], None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
     """
-    generated = await backend.batcher.submit(seeds, class_ids, backend.settings.timeout_s)
+    generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     start = time.perf_counter()
     # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
-    files = await asyncio.get_running_loop().run_in_executor(backend.encoders, encoder, generated.images)
+    files = await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, generated.images)
     encode_ms = 1e3 * (time.perf_counter() - start)
     stage_ms = {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms}
     for stage, milliseconds in stage_ms.items():
-        backend.metrics.stage.labels(stage).observe(milliseconds / 1e3)
+        served.metrics.stage[stage].observe(milliseconds / 1e3)
     return EncodedImages(files, stage_ms)
 
 

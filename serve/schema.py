@@ -25,6 +25,7 @@ class GenerateRequest(BaseModel):
     # Strict: a misspelled field or a seed of 7.0 is refused, where a lenient reader would make images nobody asked for.
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    model: str | None = Field(None, description="Which of the generators that are served; without it the first.")
     seeds: list[int] | None = Field(None, description="One image for each; integers in [0, 2**63).", examples=[[7, 8]])
     num_images: int | None = Field(None, description="Instead of seeds: how many, with seeds drawn by the server.")
     class_ids: list[int] | None = Field(None, description="One for all images, or one for each.")
@@ -101,6 +102,7 @@ def _format(request: GenerateRequest, count: int) -> str:
 
 # Field -> what it must look like.
 _REMEDIES = {
+    "model": "give the name of a model, as GET /v1/models lists them",
     "seeds": "give a list of integers, such as [7, 8]",
     "num_images": "give an integer, such as 4",
     "class_ids": "give a list of integers, such as [3]",

@@ -16,7 +16,7 @@ import numpy as np
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.app import create_app, middleware_of
-from uni_instruct.serve.backend import Backend
+from uni_instruct.serve.models import Models
 from uni_instruct.serve.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
 
@@ -45,10 +45,10 @@ _image = (
 )
 @bentoml.asgi_app(_app, path="/")
 class UniInstruct:
-    """A one-step image generator. POST /v1/generate answers files; this method answers arrays to BentoML's client."""
+    """One-step image generators. POST /v1/generate answers files; this method answers arrays to BentoML's client."""
 
     def __init__(self) -> None:
-        self._backend: Backend = _app.state.backend
+        self._models: Models = _app.state.models
 
     @bentoml.api
     async def generate(
@@ -57,25 +57,27 @@ class UniInstruct:
         num_images: int | None = None,
         class_ids: list[int] | None = None,
         classes: list[str] | None = None,
+        model: str | None = None,
     ) -> np.ndarray:
         """Images uint8 [N, H, W, C]."""
         wanted = GenerateRequest(
-            seeds=seeds, num_images=num_images, class_ids=class_ids, classes=classes, format="npz", grid=False
+            seeds=seeds, num_images=num_images, class_ids=class_ids, classes=classes, model=model, format="npz", grid=False
         )
         try:
-            job = resolve(wanted, self._backend.bundle.spec, _settings.request_images)
-            generated = await self._backend.batcher.submit(job.seeds, job.class_ids, _settings.timeout_s)
+            with self._models.using(model) as served:
+                job = resolve(wanted, served.spec, _settings.request_images)
+                generated = await served.batcher.submit(job.seeds, job.class_ids, _settings.timeout_s)
             return generated.images
         except UniInstructError as error:
             raise bentoml.exceptions.BentoMLException(str(error), error_code=HTTPStatus(error.http_status)) from error
 
     def __is_alive__(self) -> bool:
-        return self._backend.alive
+        return self._models.alive
 
     def __is_ready__(self) -> bool:
-        return self._backend.ready
+        return self._models.ready
 
 
 # Here as well as in the app: BentoML's own routes, such as that of `generate` above, do not pass through the app.
-for _middleware in middleware_of(_app.state.backend):
+for _middleware in middleware_of(_app.state.models):
     UniInstruct.add_asgi_middleware(_middleware.cls, **_middleware.kwargs)  # type: ignore[attr-defined]

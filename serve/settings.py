@@ -4,10 +4,10 @@ import os
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
-from uni_instruct.bundle import default_generator
 from uni_instruct.errors import RequestError
+from uni_instruct.serve.sources import default_sources, split_sources
 
 PREFIX = "UNI_INSTRUCT_"
 
@@ -15,14 +15,16 @@ PREFIX = "UNI_INSTRUCT_"
 class Settings(BaseModel):
     """One server. Every field is an environment variable of the same name: UNI_INSTRUCT_BUNDLE and so on.
 
-    The limits count images, per worker. A wrong value raises pydantic's ValidationError, a queue that is smaller than one
-    request RequestError; `settings_from_environment` raises RequestError for both.
+    The limits count images, per worker and model. A wrong value raises pydantic's ValidationError, a queue that is smaller
+    than one request RequestError; `settings_from_environment` raises RequestError for both.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bundle: str = Field(default_factory=default_generator, description="A folder, or the name of a shipped generator.")
-    engine: str | None = Field(None, description="An engine id, or a runtime. None: the fastest here.")
+    bundle: tuple[str, ...] = Field(
+        default_factory=default_sources, description="Folders, names of shipped generators, or NAME=one of them."
+    )
+    engine: str | None = Field(None, description="An engine id, or a runtime, for every model. None: the fastest here.")
     api_key: str | None = Field(None, description="The key that every request must bring. None leaves the API open.")
     ui: bool = Field(True, description="Whether the web demo is served under /ui. It needs workers = 1.")
     tracing: bool = Field(False, description="Whether requests become OpenTelemetry spans, as BentoML is configured for them.")
@@ -33,6 +35,11 @@ class Settings(BaseModel):
     max_batch: PositiveInt = Field(64, description="How many images one engine call may make.")
     max_batch_ms: PositiveFloat = Field(250.0, description="How long one engine call may take; larger batches are not used.")
     max_body_bytes: PositiveInt = Field(1 << 20, description="The longest body of a request that is read.")
+
+    @field_validator("bundle", mode="before")
+    @classmethod
+    def _several(cls, value: object) -> object:
+        return split_sources(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> Self:

@@ -14,9 +14,9 @@ from uni_instruct.errors import RequestError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid, to_pil
 from uni_instruct.noise import Between, NoisePoint, walk_points
-from uni_instruct.serve.backend import Backend
-from uni_instruct.serve.body import parse_body
+from uni_instruct.serve.json_body import parse_json
 from uni_instruct.serve.responses import generate_encoded
+from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
 
 MAX_STOPS = 64
@@ -30,6 +30,11 @@ class WalkRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    model: str | None = Field(
+        None,
+        description="Which of the generators that are served; without it the first.",
+        examples=["a model of GET /v1/models"],
+    )
     seeds: list[int] = Field(
         description="The stops of the way, at most 64. The noise between two of them is interpolated on the sphere.",
         examples=["two or more seeds, such as [7, 8]"],
@@ -79,17 +84,17 @@ class WalkJob:
         return len(self.points) // self.wanted.count
 
 
-def parse_walk(body: bytes, spec: ModelSpec, limit: int) -> WalkJob:
-    """The job in a JSON body, of at most `limit` images. Raises RequestError."""
-    return resolve_walk(parse_body(WalkRequest, body), spec, limit)
+def parse_walk(body: bytes) -> WalkRequest:
+    """The request in a JSON body. Raises RequestError."""
+    return parse_json(WalkRequest, body)
 
 
-async def walk_response(backend: Backend, job: WalkJob) -> Response:
+async def walk_response(served: ServedModel, job: WalkJob) -> Response:
     """The pictures of a job, with the headers of /v1/generate."""
     wanted = job.wanted
-    encoded = await generate_encoded(backend, job.points, job.class_ids, lambda images: [encode_walk(job, images)])
+    encoded = await generate_encoded(served, job.points, job.class_ids, lambda images: [encode_walk(job, images)])
     timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in encoded.stage_ms.items())
-    headers = {"X-Engine": str(backend.engine.id), "Server-Timing": timing, "Cache-Control": "no-store"}
+    headers = {"X-Engine": str(served.engine.id), "Server-Timing": timing, "Cache-Control": "no-store"}
     if job.class_ids is not None and len(ids := ",".join(map(str, job.class_ids))) <= _LONGEST_HEADER:
         headers["X-Class-Ids"] = ids
     media_type = "application/zip" if wanted.format == "zip" else f"image/{wanted.format}"

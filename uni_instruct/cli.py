@@ -44,7 +44,7 @@ COMMANDS = {
         "uni_instruct.commands.evaluate:evaluate",
         "Score a generator or images against a data set.",
     ),
-    "serve": ("uni_instruct.serve.command:serve", "Serve a generator over HTTP, with a web demo under /ui."),
+    "serve": ("uni_instruct.serve.commands.serve:serve", "Serve generators over HTTP, with a web demo under /ui."),
     "inspect": ("uni_instruct.commands.inspect:inspect", "Say what is in a bundle or a data set."),
 }
 

@@ -6,28 +6,24 @@ import io
 import json
 import shutil
 import threading
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.applications import Starlette
 
-from builders.bundles import ONNX, random_bundle
+from builders.bundles import ONNX
+from builders.serving import FOREVER_S, app_of, client_of, metric, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.engines.record import RECORD
 from uni_instruct.files import sha256
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.serve import backend as backend_module
+from uni_instruct.serve import served_model
 from uni_instruct.serve.app import create_app
 from uni_instruct.serve.settings import Settings
-
-FOREVER_S = 60.0
 
 
 class Held:
@@ -52,33 +48,8 @@ class Held:
 @pytest.fixture
 def held(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Held:
     engine = Held(open_engine(tiny_bundle, "torch"))
-    monkeypatch.setattr(backend_module, "load_engine", lambda bundle, stored, spin: engine)
+    monkeypatch.setattr(served_model, "load_engine", lambda bundle, stored, spin: engine)
     return engine
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, FOREVER_S))
-
-
-def app_of(bundle: Bundle, **settings: Any) -> Starlette:
-    return create_app(Settings(**{"bundle": str(bundle.path), "engine": "torch", "ui": False, **settings}))
-
-
-@asynccontextmanager
-async def client_of(app: Starlette, *, wait: bool = True) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://server", timeout=FOREVER_S) as client,
-    ):
-        while wait and (await client.get("/readyz")).status_code != 200:
-            await asyncio.sleep(0.01)
-        yield client
-
-
-async def metric(client: httpx.AsyncClient, name: str) -> float:
-    lines = (await client.get("/metrics")).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 def test_the_same_seed_gives_the_pixels_that_generate_gives(tiny_bundle: Bundle) -> None:
@@ -143,7 +114,7 @@ def test_a_generator_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
             assert (await client.get("/readyz")).status_code == 503
             answer = await client.get("/v1/spec")
             assert answer.status_code == 503
-            assert "could not be loaded: there is no bundle" in answer.json()["error"]["message"]
+            assert "nothing could not be loaded: there is no bundle" in answer.json()["error"]["message"]
 
     run(work())
 
@@ -162,8 +133,12 @@ def test_a_full_queue_is_429_and_slowness_504(tiny_bundle: Bundle, held: Held) -
             assert refused.json()["error"]["type"] == "rate_limit_error"
             late = answers[statuses.index(504)].json()["error"]
             assert late["message"] == "1 images were not made in 0.2 s; ask for fewer at once, or try later"
-            assert await metric(client, 'uni_instruct_dropped_images_total{reason="queue_full"}') == statuses.count(429)
-            assert await metric(client, 'uni_instruct_dropped_images_total{reason="timeout"}') == statuses.count(504)
+            assert await metric(
+                client, 'uni_instruct_dropped_images_total{model="tiny",reason="queue_full"}'
+            ) == statuses.count(429)
+            assert await metric(client, 'uni_instruct_dropped_images_total{model="tiny",reason="timeout"}') == statuses.count(
+                504
+            )
             assert await metric(client, "uni_instruct_queue_images") == 0
             held.released.set()
 
@@ -198,7 +173,7 @@ def test_a_client_that_leaves_frees_its_place(tiny_bundle: Bundle, held: Held) -
             await left
             assert sent[0]["status"] == 499
             assert await metric(client, "uni_instruct_queue_images") == 0
-            assert await metric(client, 'uni_instruct_dropped_images_total{reason="cancelled"}') == 20
+            assert await metric(client, 'uni_instruct_dropped_images_total{model="tiny",reason="cancelled"}') == 20
             held.released.set()
 
     run(work())
@@ -288,7 +263,7 @@ def test_an_engine_that_is_refused_here_is_named_to_everybody(
             assert engines["torch-fp32"]["state"] == "trusted"
             assert engines["onnx-fp32"]["state"] == "refused"
             assert "ONNX Runtime cannot load" in engines["onnx-fp32"]["reason"]
-            assert 'uni_instruct_engine{engine="torch-fp32"} 1.0' in (await client.get("/metrics")).text
+            assert 'uni_instruct_engine{engine="torch-fp32",model="tiny"} 1.0' in (await client.get("/metrics")).text
 
     run(work())
 
@@ -314,21 +289,26 @@ def test_what_is_served_is_described(tiny_bundle: Bundle) -> None:
     run(work())
 
 
-@pytest.mark.parametrize("num_classes", [0, 10])
-def test_the_demo_waits_and_offers_classes_only_where_there_are_some(tmp_path: Path, num_classes: int) -> None:
-    bundle = random_bundle(tmp_path / "bundle", seed=1, num_classes=num_classes)
-
+def test_the_demo_waits_and_keeps_gradios_other_doors_shut(tiny_bundle: Bundle) -> None:
     async def work() -> None:
-        async with client_of(app_of(bundle, ui=True), wait=False) as client:
-            early = await client.get("/ui")
+        async with client_of(app_of(tiny_bundle, ui=True), wait=False) as client:
+            early = await client.get("/ui/")
             assert early.status_code == 503
             assert "warming up" in early.text
             while (await client.get("/readyz")).status_code != 200:
                 await asyncio.sleep(0.05)
             page = await client.get("/ui/")
             assert page.status_code == 200
-            assert "googleapis.com" not in page.text
-            components = (await client.get("/ui/config")).json()["components"]
-            assert ("radio" in {component["type"] for component in components}) == bool(num_classes)
+            assert 'src="pages/demo.js"' in page.text
+            head = page.text.partition("</head>")[0]
+            assert not [host for host in ("githubusercontent", "gradio.app", "googleapis") if host in head]
+            slash = await client.get("/ui?tab=grid")
+            assert (slash.status_code, slash.headers["location"]) == (307, "ui/?tab=grid")
+            script = await client.get("/ui/pages/demo.js")
+            assert (script.status_code, script.headers["cache-control"]) == (200, "no-cache")
+            for path in ("/ui/pages/..%2fservice.py", "/ui/openapi.json", "/ui/gradio_api/file=/etc/passwd", "/ui/docs"):
+                assert (await client.get(path)).status_code == 404
+            for path in ("upload", "queue/join", "call/lambda", "run/predict"):
+                assert (await client.post(f"/ui/gradio_api/{path}", files={"files": b"x"})).status_code == 404
 
     run(work())

@@ -17,7 +17,7 @@ from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
 from uni_instruct.serve import batcher as batcher_module
-from uni_instruct.serve.batcher import Batcher, prewarm
+from uni_instruct.serve.batcher import Batcher, DeviceThread, prewarm
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
 from uni_instruct.serve.metrics import ServerMetrics
 
@@ -61,7 +61,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 def make(gate: Gate, largest: int = 4, queue_images: int = 64) -> Batcher:
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= largest]
-    return Batcher(gate, sizes, queue_images, ServerMetrics())
+    return Batcher(gate, sizes, queue_images, ServerMetrics().of_model("tiny"), DeviceThread())
 
 
 def ask(batcher: Batcher, gate: Gate, seeds: list[int], timeout_s: float = FOREVER_S) -> "asyncio.Task[Any]":

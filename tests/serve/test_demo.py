@@ -91,7 +91,7 @@ class Page:
     def pictures(self, stage: str) -> np.ndarray:
         """What the stage shows: uint8 [N, H, W], the red of grey."""
         script = """return [...document.querySelectorAll(`#${arguments[0]} canvas`)].map((canvas) => [canvas.height, canvas.width,
-            [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 === 0)])"""
+            [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => !(i % 4))])"""
         shown = self.run(script, stage)
         return np.array([np.array(values, dtype=np.uint8).reshape(height, width) for height, width, values in shown])
 
@@ -124,7 +124,9 @@ def test_dragging_the_picture_walks_through_noise(page: Page, engine: Engine) ->
     page.until_shown("stage-walk", truth(engine, [3, 4, 5, 6], [5]))
     stage = page.find("#stage-walk")
     width = stage.size["width"]
-    ActionChains(page.browser).click_and_hold(stage).move_by_offset(width // 8, 0).move_by_offset(width // 8, 0).release().perform()
+    ActionChains(page.browser).click_and_hold(stage).move_by_offset(width // 8, 0).move_by_offset(
+        width // 8, 0
+    ).release().perform()
     page.until(lambda: "at=" in page.query())
     at = float(page.query().partition("at=")[2].partition("&")[0])
     assert 0.1 < at < 0.4
@@ -226,8 +228,8 @@ def test_it_compares_engines_and_the_teacher(page: Page, engine: Engine, run_fol
         images = open_engine(run_folder / folder, "torch")(*inputs)[:, :, :, 0]
         page.until_shown("stage-second", images)
         np.testing.assert_array_equal(page.pictures("stage-first"), own)
-        largest = np.abs(own.astype(int) - images).max()
-        page.until(lambda: f"at most {largest} of 255 levels" in page.find("#caption-difference").text)
+        told = f"at most {np.abs(own.astype(int) - images).max()} of 255 levels"
+        page.until(lambda told=told: told in page.find("#caption-difference").text)
     page.run("document.querySelector('#others input[value=\"teacher\"]').click()")
     page.until(lambda: "4 steps" in page.find("#race-compare").text)
     assert "7 evaluations" in page.find("#caption-second").text

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from uni_instruct.bundle import default_generator
+from uni_instruct.bundle import default_generator, shipped_generators
 from uni_instruct.errors import RequestError
 from uni_instruct.images import grid
 from uni_instruct.noise import parse_seeds, random_class_ids
@@ -38,7 +38,7 @@ WRONG = [
     (b"{", "the body is not JSON; send an object"),
     (b"\xff\xfe", "the body is not JSON"),
     (b"[1]", "the body is [1], not an object"),
-    (b'{"seds": [1]}', "field 'seds' is unknown; the fields are seeds, num_images,"),
+    (b'{"seds": [1]}', "field 'seds' is unknown; the fields are model, seeds, num_images,"),
     (b'{"seeds": 7}', "seeds is 7; give a list of integers"),
     (b'{"seeds": ["a"]}', "seeds[0] is 'a'; give a list of integers"),
     (b'{"seeds": [1.5]}', "seeds[0] is 1.5"),
@@ -190,5 +190,7 @@ def test_a_wrong_setting_is_refused(name: str, value: str, message: str) -> None
 def test_settings_come_from_the_environment() -> None:
     environment = {"UNI_INSTRUCT_TIMEOUT_S": "2.5", "UNI_INSTRUCT_UI": "no", "UNI_INSTRUCT_ENGINE": "", "OTHER": "x"}
     settings = settings_from_environment(environment)
-    assert (settings.timeout_s, settings.ui, settings.engine, settings.bundle) == (2.5, False, None, default_generator())
+    assert (settings.timeout_s, settings.ui, settings.engine) == (2.5, False, None)
+    assert settings.bundle[0] == default_generator()
+    assert sorted(settings.bundle) == shipped_generators()
     assert not settings_from_environment({"UNI_INSTRUCT_WORKERS": "2"}).serves_ui

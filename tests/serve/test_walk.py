@@ -1,12 +1,11 @@
 """POST /v1/walk, /v1/compare and GET /v1/about on a real engine, in this process."""
 
-import asyncio
 import base64
 import io
 import json
 import shutil
 import zipfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from builders.serving import app_of, client_of, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import grid
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 from uni_instruct.serve import demo as demo_module
-from uni_instruct.serve.app import create_app
-from uni_instruct.serve.settings import Settings
-
-FOREVER_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +45,9 @@ def without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_module, "_gradio_app", no_page)
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, FOREVER_S))
-
-
 @asynccontextmanager
-async def client_of(bundle: Bundle, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(Settings(**{"bundle": str(bundle.path), "engine": "onnx", **settings}))
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://server", timeout=FOREVER_S) as client,
-    ):
-        while (await client.get("/readyz")).status_code != 200:
-            await asyncio.sleep(0.01)
+async def client_of_demo(bundle: Bundle, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app_of(bundle, **{"engine": "onnx", "ui": True, **settings})) as client:
         yield client
 
 
@@ -76,7 +61,7 @@ def pixels(data: bytes) -> np.ndarray:
 
 def test_a_place_between_two_seeds_is_the_picture_of_the_noise_there(digits: Bundle, engine: Engine) -> None:
     async def work() -> None:
-        async with client_of(digits) as client:
+        async with client_of_demo(digits) as client:
             body = {"seeds": [7, 8, 9], "positions": [1.25], "class_ids": [3]}
             answer = await client.post("/v1/walk", json=body)
             assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
@@ -96,7 +81,7 @@ def test_ways_side_by_side_and_the_class_of_the_nearer_stop(digits: Bundle, engi
     assert drawn is not None
 
     async def work() -> None:
-        async with client_of(digits) as client:
+        async with client_of_demo(digits) as client:
             for position, classes in ((0.49, drawn[:3]), (0.5, drawn[3:])):
                 body = {"seeds": [7, 20], "positions": [position], "count": 3}
                 answer = await client.post("/v1/walk", json=body)
@@ -116,7 +101,7 @@ def test_ways_side_by_side_and_the_class_of_the_nearer_stop(digits: Bundle, engi
 
 def test_the_animation_has_every_frame_enlarged_by_a_whole_factor(digits: Bundle, engine: Engine) -> None:
     async def work() -> None:
-        async with client_of(digits) as client:
+        async with client_of_demo(digits) as client:
             body = {"seeds": [7, 8], "frames": 5, "class_ids": [3], "format": "webp", "animated": True, "scale": 4, "fps": 25}
             answer = await client.post("/v1/walk", json=body)
             assert answer.headers["content-type"] == "image/webp"
@@ -156,12 +141,12 @@ def test_the_animation_has_every_frame_enlarged_by_a_whole_factor(digits: Bundle
             {"seeds": [7], "frames": 1, "count": 5, "animated": True, "format": "webp", "scale": 64},
             "the animation would be 1536 pixels wide; choose a scale of at most 42",
         ),
-        ({"seeds": [7, 8], "speed": 3}, "field 'speed' is unknown; the fields are seeds, positions"),
+        ({"seeds": [7, 8], "speed": 3}, "field 'speed' is unknown; the fields are model, seeds, positions"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_remedy(digits: Bundle, body: object, problem: str) -> None:
     async def work() -> None:
-        async with client_of(digits, request_images=8, queue_images=8, max_batch=1) as client:
+        async with client_of_demo(digits, request_images=8, queue_images=8, max_batch=1) as client:
             answer = await client.post("/v1/walk", content=json.dumps(body))
             assert answer.status_code == 400
             assert problem in answer.json()["error"]["message"]
@@ -177,7 +162,7 @@ def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: 
     images = {"onnx-fp32": open_engine(bundle, "onnx")(*inputs), "teacher": open_engine(teacher, "torch")(*inputs)}
 
     async def work() -> None:
-        async with client_of(bundle) as client:
+        async with client_of_demo(bundle) as client:
             about = (await client.get("/v1/about")).json()
             assert about["compare"] == [
                 {"id": "teacher", "label": "teacher, 4 steps"},
@@ -205,7 +190,7 @@ def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: 
 
 def test_a_comparison_with_what_is_not_there_is_refused(digits: Bundle) -> None:
     async def work() -> None:
-        async with client_of(digits) as client:
+        async with client_of_demo(digits) as client:
             for body, problem in (
                 ({"other": "abacus", "seeds": [7]}, "there is no 'abacus' to compare with; choose one of "),
                 ({"other": "torch-fp32", "seeds": [7] * 17}, "17 images were asked for; compare 1 to 16"),
@@ -221,7 +206,7 @@ def test_a_comparison_with_what_is_not_there_is_refused(digits: Bundle) -> None:
 
 def test_the_card_is_told_without_its_front_matter(digits: Bundle) -> None:
     async def work() -> None:
-        async with client_of(digits) as client:
+        async with client_of_demo(digits) as client:
             about = (await client.get("/v1/about")).json()
             assert about["card"].lstrip().startswith("# digits")
             assert "## Scores" in about["card"]

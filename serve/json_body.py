@@ -10,7 +10,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _LONGEST_VALUE = 80
 
 
-def parse_body(model: type[_Model], body: bytes) -> _Model:
+def parse_json(model: type[_Model], body: bytes) -> _Model:
     """The request in a JSON body; an empty one counts as {}. Raises RequestError for what does not fit.
 
     The remedy is the field's own: its first example.

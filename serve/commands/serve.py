@@ -1,9 +1,10 @@
 """`uni-instruct serve`: checks the request, runs BentoML as a child process, and stops everything that it has started."""
 
+import json
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FrameType
@@ -21,36 +22,39 @@ class _StopRequested(Exception):
 
 
 @click.command()
-@click.argument("bundle", required=False)
+@click.argument("names", nargs=-1)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
 @click.option("--port", default=3000, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--engine", default=None, help="Engine id, as onnx-fp32, or a runtime, as onnx.  [default: the fastest here]")
 @click.option("--workers", default=1, type=click.IntRange(1, 64), help="Processes. The demo needs 1.")
-def serve(bundle: str | None, host: str, port: int, engine: str | None, workers: int) -> None:
-    """Serve BUNDLE over HTTP, with a web demo under /ui.
+def serve(names: tuple[str, ...], host: str, port: int, engine: str | None, workers: int) -> None:
+    """Serve generators over HTTP, with a web demo under /ui.
 
-    A folder, hf://owner/name, or the name of a shipped generator; without it UNI_INSTRUCT_BUNDLE, else the best that ships.
-    Ctrl-C stops it. docs/serving.md has the API, the metrics and the settings.
+    Each of NAMES is a shipped generator, a folder or hf://owner/name; other=FOLDER gives it a name of your own, by which
+    requests choose it ("model"). Without names UNI_INSTRUCT_BUNDLE, else every generator that ships. Ctrl-C stops the server.
+    docs/serving.md has the API, the metrics and the settings.
 
-    Example: uni-instruct serve runs/digits/generator --port 3000
+    Example: uni-instruct serve digits runs/mine/generator --port 3000
     """
     for package in ("bentoml", "prometheus_client", "psutil", "pydantic", "starlette"):
         if find_spec(package) is None:
             raise MissingExtraError(package, extra="serve")
     from uni_instruct.serve.process import Server
     from uni_instruct.serve.settings import PREFIX, settings_from_environment
+    from uni_instruct.serve.sources import sources_by_name
 
     # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
     settings = settings_from_environment()
-    opened = Bundle.open(bundle or settings.bundle)
     wanted = engine or settings.engine
-    _check(opened, wanted)
+    bundles = {name: Bundle.open(source) for name, source in sources_by_name(names or settings.bundle).items()}
+    for bundle in bundles.values():
+        _check(bundle, wanted)
     address = free_address(host, port)
     environment = {
         **os.environ,
         "BENTOML_DO_NOT_TRACK": "true",
         "GRADIO_ANALYTICS_ENABLED": "False",
-        f"{PREFIX}BUNDLE": str(opened.path.resolve()),
+        f"{PREFIX}BUNDLE": json.dumps([f"{name}={bundle.path.resolve()}" for name, bundle in bundles.items()]),
         f"{PREFIX}ENGINE": wanted or "",
         f"{PREFIX}WORKERS": str(workers),
     }
@@ -60,7 +64,7 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
         server = Server(address, port, environment, folder)
         try:
             server.wait_until_ready()
-            _announce(opened.spec.name, server.url, workers)
+            _announce(bundles, server.url, workers)
             server.wait()
         except _StopRequested:
             click.echo("\nstopping", err=True)
@@ -77,9 +81,10 @@ def _check(bundle: Bundle, engine: str | None) -> None:
         stored.file()
 
 
-def _announce(name: str, url: str, workers: int) -> None:
+def _announce(names: Iterable[str], url: str, workers: int) -> None:
     click.echo(f"serving on {url}  (Ctrl-C stops)")
-    click.echo(f"generator  {name}")
+    for place, name in enumerate(names):
+        click.echo(f"{'' if place else 'generator':<10} {name}")
     demo = f"{url}/ui" if workers == 1 else "off: its state lives in one process; use --workers 1"
     click.echo(f"demo       {demo}")
     click.echo(f"API        {url}/docs")
