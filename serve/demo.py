@@ -114,7 +114,6 @@ def _gradio_app() -> "fastapi.FastAPI":
         FastAPI(openapi_url=None),
         build_page(),
         path="/ui",
-        head=_text("head.html"),
         footer_links=[],
         run_history=False,
         ssr_mode=False,  # would start Node.js where it is installed
@@ -124,6 +123,8 @@ def _gradio_app() -> "fastapi.FastAPI":
 
 def _with_own_head(app: ASGIApp) -> ASGIApp:
     """The app, whose pages in HTML describe this project: what is shown where a link to them is sent round."""
+
+    head = _text("head.html")
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         parts: list[Message] = []
@@ -137,7 +138,8 @@ def _with_own_head(app: ASGIApp) -> ASGIApp:
             parts.append(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 body = b"".join(part.get("body", b"") for part in parts)
-                text = _GRADIO_HEAD.sub("", body.decode())
+                # Ours stands in the page itself: what Gradio is given, it adds by script, seconds later.
+                text = _GRADIO_HEAD.sub("", body.decode()).replace("</head>", f"{head}</head>", 1)
                 await HTMLResponse(text, parts[0]["status"])(scope, receive, send)
 
         await app(scope, receive, keep)
