@@ -25,8 +25,10 @@ async function answer(path, options) {
 
 const withModel = (path, model) => (model ? `${path}?model=${encodeURIComponent(model)}` : path);
 
+/** Names of the models that are ready: one that could not be loaded has no pictures to show. */
 export async function models() {
-  return (await (await answer("v1/models")).json()).data.map((entry) => entry.id);
+  const { data } = await (await answer("v1/models")).json();
+  return data.filter(({ state }) => state === "ready").map(({ id }) => id);
 }
 
 export async function about(model) {

@@ -90,8 +90,8 @@ class Page:
 
     def pictures(self, stage: str) -> np.ndarray:
         """What the stage shows: uint8 [N, H, W], the red of grey."""
-        script = """return [...document.querySelectorAll(`#${arguments[0]} canvas`)].map((canvas) => [canvas.height, canvas.width,
-            [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => !(i % 4))])"""
+        script = """return [...document.querySelectorAll(`#${arguments[0]} canvas`)].map((canvas) =>
+            [canvas.height, canvas.width, [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => !(i % 4))])"""
         shown = self.run(script, stage)
         return np.array([np.array(values, dtype=np.uint8).reshape(height, width) for height, width, values in shown])
 
