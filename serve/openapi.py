@@ -1,12 +1,18 @@
 """GET /openapi.json: the description of the routes that /docs shows and that tools read."""
 
+from pydantic import BaseModel
+
 from uni_instruct import __version__
 from uni_instruct.serve.schema import GenerateRequest
+from uni_instruct.serve.walk import WalkRequest
 
 
 def openapi_document() -> dict[str, object]:
     """The routes for people and tools; the request's fields come from the pydantic model, so that they cannot drift apart."""
-    paths: dict[str, object] = {"/v1/generate": {"post": _generate()}}
+    paths: dict[str, object] = {
+        "/v1/generate": {"post": _images(GenerateRequest, "Make images", {"seeds": [7]})},
+        "/v1/walk": {"post": _images(WalkRequest, "Make images between seeds", {"seeds": [7, 8], "positions": [0.5]})},
+    }
     for path, summary in _READABLE.items():
         paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "The answer."}}}}
     return {
@@ -19,20 +25,21 @@ def openapi_document() -> dict[str, object]:
     }
 
 
-def _generate() -> dict[str, object]:
-    schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+def _images(body: type[BaseModel], summary: str, example: dict[str, object]) -> dict[str, object]:
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     image = {"schema": {"type": "string", "format": "binary"}}
     contents: dict[str, object] = dict.fromkeys(("image/png", "image/jpeg", "image/webp", "application/zip"), image)
-    contents["application/json"] = {"schema": {"type": "object"}}
+    if body is GenerateRequest:
+        contents["application/json"] = {"schema": {"type": "object"}}
     failures = {str(status): {"description": text} for status, text in _FAILURES.items()}
     return {
-        "summary": "Make images",
-        "requestBody": {"content": {"application/json": {"schema": schema, "example": {"seeds": [7]}}}},
-        "responses": {"200": {"description": _IMAGES, "content": contents}, **failures},
+        "summary": summary,
+        "requestBody": {"content": {"application/json": {"schema": schema, "example": example}}},
+        "responses": {"200": {"description": _IMAGES_TOLD, "content": contents}, **failures},
     }
 
 
-_IMAGES = (
+_IMAGES_TOLD = (
     "The images. X-Seeds and X-Class-Ids say which, X-Engine what made them, X-Engines-Refused what is not "
     "trusted on this machine, Server-Timing the milliseconds in queue, model and encoding."
 )

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from builders.machine import require_debian
 
 _QUIET = ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update")
@@ -28,9 +26,3 @@ def open_browser(profile: Path, downloads: Path | None = None) -> Iterator[Any]:
     opened = webdriver.Chrome(options=options, service=Service(str(driver)))
     yield opened
     opened.quit()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """For modules that import it by name."""
-    yield from open_browser(tmp_path_factory.mktemp("chromium"), tmp_path_factory.mktemp("downloads"))

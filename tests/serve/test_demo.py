@@ -90,8 +90,10 @@ class Page:
 
     def pictures(self, stage: str) -> np.ndarray:
         """What the stage shows: uint8 [N, H, W], the red of grey."""
-        script = """return [...document.querySelectorAll(`#${arguments[0]} canvas`)].map((canvas) =>
-            [canvas.height, canvas.width, [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => !(i % 4))])"""
+        script = """
+            const read = (canvas) => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+            return [...document.querySelectorAll(`#${arguments[0]} canvas`)].map((canvas) =>
+                [canvas.height, canvas.width, [...read(canvas)].filter((_, index) => index % 4 === 0)])"""
         shown = self.run(script, stage)
         return np.array([np.array(values, dtype=np.uint8).reshape(height, width) for height, width, values in shown])
 
@@ -180,7 +182,7 @@ def test_what_cannot_be_read_or_made_leaves_controls_and_pictures_as_they_were(p
     page.until_shown("stage-walk", expected)
     field = page.find("#seeds")
     for wrong in ("abc", "9-3", "99999999999999999999", "-1", "1-500"):
-        field.send_keys(Keys.CONTROL + "a", wrong, Keys.ENTER)
+        field.send_keys(Keys.CONTROL + "a" + Keys.NULL, wrong, Keys.ENTER)
         page.until(lambda wrong=wrong: wrong[:40] in page.problem())
         assert field.get_attribute("value") == "3, 58"
     offline = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
