@@ -5,10 +5,13 @@ For the demo: the other one is opened when it is first asked for, and runs in a 
 
 import asyncio
 import base64
+import functools
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +21,7 @@ from uni_instruct.engine import RUNTIMES, Engine, available_engines, engine_stan
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid
-from uni_instruct.noise import draw_inputs
+from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.serve.errors import QueueFullError, TimedOutError
 from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
@@ -26,6 +29,10 @@ from uni_instruct.spec import ModelSpec
 TEACHER = "teacher"
 MAX_COMPARED = 16
 _MOST_WAITING = 4
+_MOST_OPEN = 4
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class CompareRequest(BaseModel):
@@ -70,39 +77,51 @@ class Side:
         }
 
 
-class Comparison:
+class SideBySide:
     """The engines that the served one is compared with. They are opened when they are first asked for, and kept."""
 
     def __init__(self) -> None:
-        self._engines: dict[tuple[str, str], Engine] = {}
+        self._engines: dict[tuple[str, str, str], Engine] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compare")
         self._turn = asyncio.Lock()
         self._waiting = 0
 
     async def run(self, served: ServedModel, wanted: CompareRequest) -> dict[str, object]:
         """Both sides and their difference, for JSON. Raises RequestError, QueueFullError, TimedOutError."""
-        spec = served.bundle.spec
         if not 1 <= len(wanted.seeds) <= MAX_COMPARED:
             remedy = f"compare 1 to {MAX_COMPARED}"
             raise RequestError(f"{len(wanted.seeds)} images were asked for", remedy=remedy, param="seeds")
-        class_ids = resolve_class_ids(spec, wanted.seeds, wanted.class_ids)
+        class_ids = resolve_class_ids(served.spec, wanted.seeds, wanted.class_ids)
         if self._waiting >= _MOST_WAITING:
             raise QueueFullError(self._waiting, _MOST_WAITING, 2)
         self._waiting += 1
         try:
-            async with asyncio.timeout(served.settings.timeout_s), self._turn:
-                generated = await served.batcher.submit(wanted.seeds, class_ids, served.settings.timeout_s)
-                other = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._other_side, served, wanted.other, wanted.seeds, class_ids
-                )
-        except TimeoutError:
-            raise TimedOutError(
-                f"the comparison was not made in {served.settings.timeout_s:g} s", remedy="compare fewer images"
-            ) from None
+            async with self._turn:
+                # Opening is not counted: torch alone takes seconds, once, and a second attempt would wait for the same.
+                engine = await self._in_thread(self._opened, served.bundle, wanted.other)
+                own, other = await self._both_sides(served, engine, wanted, class_ids)
         finally:
             self._waiting -= 1
-        own = Side(str(served.engine.id), spec, served.engine.device, generated.images, generated.model_ms)
         return {"sides": [own.facts(), other.facts()], "difference": difference(own.images, other.images)}
+
+    async def _both_sides(
+        self, served: ServedModel, engine: Engine, wanted: CompareRequest, class_ids: np.ndarray | None
+    ) -> tuple[Side, Side]:
+        """One after the other, each with the machine to itself."""
+        timeout_s = served.settings.timeout_s
+        generated = await served.batcher.submit(wanted.seeds, class_ids, timeout_s)
+        own = Side(str(served.engine.id), served.spec, served.engine.device, generated.images, generated.model_ms)
+        inputs = draw_inputs(served.spec, wanted.seeds, class_ids)
+        try:
+            async with asyncio.timeout(timeout_s):
+                images, model_ms = await self._in_thread(_timed, engine, inputs)
+        except TimeoutError:
+            raise TimedOutError(f"the comparison was not made in {timeout_s:g} s", remedy="compare fewer images") from None
+        return own, Side(wanted.other, engine.spec, engine.device, images, model_ms)
+
+    async def _in_thread(self, work: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
+        call = functools.partial(work, *arguments, **keywords)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def close(self) -> None:
         """Closes every engine, after the call that runs."""
@@ -111,15 +130,10 @@ class Comparison:
             engine.close()
         self._engines.clear()
 
-    def _other_side(self, served: ServedModel, other: str, seeds: list[int], class_ids: np.ndarray | None) -> Side:
-        """In the thread."""
-        engine, inputs = self._opened(served.bundle, other), draw_inputs(served.bundle.spec, seeds, class_ids)
-        start = time.perf_counter()
-        images = engine(*inputs)
-        return Side(other, engine.spec, engine.device, images, 1e3 * (time.perf_counter() - start))
-
     def _opened(self, bundle: Bundle, other: str) -> Engine:
-        key = (str(bundle.path), other)
+        """In the thread. Raises RequestError where there is no such other."""
+        # With the weights' hash: a bundle that was exchanged is another one.
+        key = (str(bundle.path), bundle.weights_sha256, other)
         if key not in self._engines:
             if other not in (names := [choice["id"] for choice in choices(bundle, "")]):
                 raise RequestError(
@@ -130,7 +144,15 @@ class Comparison:
             # Warmed up like the served engine, or its first images would be compared with a runtime's preparations.
             engine(*draw_inputs(engine.spec, [0], np.zeros(1, dtype=np.int64) if engine.spec.num_classes else None))
             self._engines[key] = engine
+            while len(self._engines) > _MOST_OPEN:
+                self._engines.pop(next(iter(self._engines))).close()
         return self._engines[key]
+
+
+def _timed(engine: Engine, inputs: Inputs) -> tuple[np.ndarray, float]:
+    start = time.perf_counter()
+    images = engine(*inputs)
+    return images, 1e3 * (time.perf_counter() - start)
 
 
 def choices(bundle: Bundle, served: str) -> list[dict[str, str]]:

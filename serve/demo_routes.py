@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from uni_instruct.serve.about import PICTURES, about
-from uni_instruct.serve.compare import CompareRequest, Comparison
+from uni_instruct.serve.compare import CompareRequest, SideBySide
 from uni_instruct.serve.errors import NotFoundError
 from uni_instruct.serve.json_body import parse_json
 from uni_instruct.serve.models import Models
@@ -17,7 +17,7 @@ class DemoRoutes:
     """The handlers, and the engines that comparisons have opened."""
 
     def __init__(self) -> None:
-        self._comparison = Comparison()
+        self._side_by_side = SideBySide()
         self.handlers: list[tuple[str, str, Callable[[Models, Request], Awaitable[Response]]]] = [
             ("GET", "/v1/about", self._about),
             ("GET", "/v1/about/{picture}", self._picture),
@@ -26,7 +26,7 @@ class DemoRoutes:
 
     async def close(self) -> None:
         """Closes the engines that were compared with, after the call that runs."""
-        await asyncio.to_thread(self._comparison.close)
+        await asyncio.to_thread(self._side_by_side.close)
 
     async def _about(self, models: Models, request: Request) -> Response:
         with models.using(request.query_params.get("model")) as served:
@@ -42,4 +42,4 @@ class DemoRoutes:
     async def _compare(self, models: Models, request: Request) -> Response:
         wanted = parse_json(CompareRequest, await request.body())
         with models.using(wanted.model) as served:
-            return JSONResponse(await self._comparison.run(served, wanted))
+            return JSONResponse(await self._side_by_side.run(served, wanted))

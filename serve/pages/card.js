@@ -26,7 +26,7 @@ function block(lines) {
 function code(lines) {
   const text = taken(lines, (next) => !next.startsWith("```")).join("\n");
   lines.shift();
-  return element("pre", { tabIndex: 0, ariaLabel: "Code" }, element("code", { textContent: text }));
+  return element("pre", { tabIndex: 0, role: "group", ariaLabel: "Code" }, element("code", { textContent: text }));
 }
 
 function folded(summary, lines) {

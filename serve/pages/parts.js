@@ -74,7 +74,7 @@ export function codeBlock(details, lines) {
   const name = `language-${details.id}`;
   const languages = element("fieldset", { className: "chips small" }, element("legend", { textContent: "Language" }));
   const code = element("code");
-  const block = element("pre", { tabIndex: 0, ariaLabel: "Code" }, code);
+  const block = element("pre", { tabIndex: 0, role: "group", ariaLabel: "Code" }, code);
   const copy = element("button", { type: "button", className: "plain", textContent: "Copy" });
   let language = "curl";
   const update = () => {
