@@ -273,11 +273,12 @@ def test_what_is_saved_is_what_is_shown(page: Page, engine: Engine, downloads: P
     np.testing.assert_array_equal(np.asarray(film.convert("RGB"))[:: film.width // 16, :: film.width // 16, 0], sheet)
 
 
-def test_the_lines_of_code_fetch_the_same_pictures(page: Page, tmp_path: Path, server: Running) -> None:
+def test_the_lines_of_code_fetch_the_same_pictures(page: Page, engine: Engine, tmp_path: Path, server: Running) -> None:
     import sys
 
     page.open("?seeds=3,4,5&at=1.25&n=4")
-    shown = page.pictures("stage-walk")
+    shown = truth(engine, [Between(4 + way, 5 + way, 0.25) for way in range(4)])
+    page.until_shown("stage-walk", shown)
     sheet = np.vstack([np.hstack(shown[:2]), np.hstack(shown[2:])])
     page.find("#code-walk summary").click()
     for language, command in (("curl", ["bash", "-c"]), ("Python", [sys.executable, "-c"])):
