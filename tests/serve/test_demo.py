@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from builders.browser import open_browser
+from builders.bundles import random_bundle
 from builders.servers import PATIENCE_S, Running, start
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
@@ -39,7 +40,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, digits_teacher: Path) -
 
 @pytest.fixture(scope="module")
 def server(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = start(Bundle.open(run_folder / "generator"), tmp_path_factory.mktemp("server"), "--engine", "onnx")
+    running = start(Bundle.open(run_folder / "generator"), tmp_path_factory.mktemp("server"), "emoji", "--engine", "onnx")
     try:
         running.until_announced()
         yield running
@@ -221,6 +222,25 @@ def test_the_grid_shows_classes_by_seeds_and_a_press_starts_a_walk(page: Page, e
     page.until_shown("stage-walk", truth(engine, [50], [1]))
 
 
+def test_another_model_brings_its_own_classes(page: Page, engine: Engine) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    page.open("?seeds=3&at=0&n=1&class=9")
+    page.until_shown("stage-walk", truth(engine, [3], [9]))
+    Select(page.find("#model")).select_by_visible_text("emoji")
+    emoji = open_engine("emoji", "onnx")
+    page.until_shown("stage-walk", truth(emoji, [3]))  # it has nine classes: the tenth is nobody's
+    names = [chip.text for chip in page.browser.find_elements("css selector", "#classes-walk .chip")]
+    assert names == ["each its own", *emoji.spec.class_names]
+    page.run("document.querySelector('#classes-walk input[value=\"3\"]').click()")
+    page.until_shown("stage-walk", truth(emoji, [3], [3]))
+    assert "model=emoji" in page.query()
+    assert page.find("#race").text.startswith("1 step")
+    page.browser.back()
+    page.browser.back()
+    page.until_shown("stage-walk", truth(engine, [3], [9]))
+
+
 def test_it_compares_engines_and_the_teacher(page: Page, engine: Engine, run_folder: Path) -> None:
     page.open("?tab=compare&seeds=7&class=3")
     own, seeds = truth(engine, [7, 8, 9, 10], [3]), np.array([3] * 4, dtype=np.int64)
@@ -340,3 +360,30 @@ def test_on_a_phone_nothing_moves_sideways_and_thumbs_find_their_targets(page: P
         stage, side = (page.find(f"#panel-{tab} {part}").rect for part in (".stage", ".side"))
         assert stage["y"] + stage["height"] <= side["y"]
         assert stage["width"] == stage["height"] >= 330
+
+
+@pytest.mark.slow
+def test_without_classes_and_other_engines_it_shows_what_there_is(browser: Any, tmp_path: Path) -> None:
+    bundle = random_bundle(tmp_path / "plain", seed=1, num_classes=0)
+    running = start(bundle, tmp_path)
+    try:
+        running.until_announced()
+        page = Page(browser, running.url)
+        own = open_engine(bundle, "torch")
+
+        def images(seeds: list[int]) -> np.ndarray:
+            return own(*draw_inputs(own.spec, list(seeds), None))[:, :, :, 0]
+
+        page.open("?seeds=3&at=0&n=4")
+        page.until(lambda: np.abs(page.pictures("stage-walk").astype(int) - images([3, 4, 5, 6])).max() <= 1)
+        assert not page.find("#classes-walk").is_displayed()
+        assert not page.find("#model").is_displayed()
+        page.find("#tab-grid").click()
+        page.until(lambda: len(page.pictures("stage-grid")) > 60)
+        seeds = list(range(3, 3 + len(page.pictures("stage-grid"))))
+        assert np.abs(page.pictures("stage-grid").astype(int) - images(seeds)).max() <= 1
+        page.find("#tab-compare").click()
+        assert "This server has one engine of this model, torch-fp32" in page.find("#compare-lead").text
+        assert not page.find(".trio").is_displayed()
+    finally:
+        running.kill()
