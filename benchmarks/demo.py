@@ -20,9 +20,9 @@ from PIL import Image
 DRAG_S = 6.0
 # Name -> query, width, height, colour scheme.
 PICTURES = {
-    "demo": ("?at=1.3&n=9", 1280, 800, "light"),
-    "demo-dark": ("?tab=grid", 1280, 800, "dark"),
-    "demo-phone": ("?at=2.4&n=4", 360, 740, "light"),
+    "demo": ("?at=1.3&n=9&model=fashion-mnist", 1280, 800, "light"),
+    "demo-dark": ("?tab=grid&model=emoji", 1280, 800, "dark"),
+    "demo-phone": ("?at=2.4&n=4&model=emoji", 360, 740, "light"),
 }
 COLOURS = 128
 
