@@ -72,7 +72,8 @@ def noise_of_points(points: Sequence[NoisePoint], shape: ImageShape) -> np.ndarr
     out = np.empty((len(points), *shape), dtype=np.float32)
     for row, point in zip(out, points, strict=True):
         if isinstance(point, Between):
-            row[...] = slerp(*noise(point[:2], shape), point.position)
+            start, end = noise([point.start, point.end], shape)
+            row[...] = slerp(start, end, point.position)
         else:
             _generator(point, _NOISE_STREAM).standard_normal(dtype=np.float32, out=row)
     return out
