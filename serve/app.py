@@ -20,6 +20,7 @@ from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.body import read_body
 from uni_instruct.serve.connections import bound_connections
 from uni_instruct.serve.demo import DemoMount
+from uni_instruct.serve.demo_routes import DemoRoutes
 from uni_instruct.serve.errors import MethodError, NotFoundError
 from uni_instruct.serve.image_route import addressed_image, resolve_address
 from uni_instruct.serve.metrics import exposition
@@ -33,6 +34,7 @@ from uni_instruct.serve.responses import error_response, image_response
 from uni_instruct.serve.schema import parse_request, resolve
 from uni_instruct.serve.settings import Settings
 from uni_instruct.serve.stopping import uvicorn_server
+from uni_instruct.serve.walk import parse_walk, resolve_walk, walk_response
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +47,11 @@ Handler = Callable[[Models, Request], Awaitable[Response]]
 def create_app(settings: Settings) -> Starlette:
     """The whole server. It answers at once; loading starts with its lifespan, and /readyz says when it is done."""
     models = Models(settings)
-    demo = DemoMount(models)
+    demo, demo_routes = DemoMount(models), DemoRoutes()
     app = Starlette(
-        routes=_routes(models, demo),
+        routes=_routes(models, demo, demo_routes),
         middleware=middleware_of(models),
-        lifespan=_lifespan(models, demo),
+        lifespan=_lifespan(models, demo, demo_routes),
         exception_handlers={HTTPException: _http_exception},
     )
     app.state.models = models
@@ -64,11 +66,14 @@ def middleware_of(models: Models) -> list[Middleware]:
     ]
 
 
-def _routes(models: Models, demo: DemoMount) -> list[BaseRoute]:
+def _routes(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> list[BaseRoute]:
     routes: list[BaseRoute] = [
         Route(path, _endpoint(models, handler, path), methods=[method]) for method, path, handler in _HANDLERS
     ]
     if models.settings.serves_ui:
+        routes += [
+            Route(path, _endpoint(models, handler, path), methods=[method]) for method, path, handler in demo_routes.handlers
+        ]
         routes += [Route("/ui", demo), Route("/ui/{path:path}", demo)]
     # The pages of Swagger that BentoML brings: nothing is loaded from elsewhere.
     swagger = StaticFiles(packages=[("bentoml", "_internal/server/static_content")])
@@ -78,7 +83,7 @@ def _routes(models: Models, demo: DemoMount) -> list[BaseRoute]:
     return routes
 
 
-def _lifespan(models: Models, demo: DemoMount) -> Callable[[Starlette], Any]:
+def _lifespan(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> Callable[[Starlette], Any]:
     async def load() -> None:
         await models.load()
         # The demo comes before readiness: importing Gradio takes seconds of Python, which the first requests would feel.
@@ -97,6 +102,7 @@ def _lifespan(models: Models, demo: DemoMount) -> Callable[[Starlette], Any]:
         yield
         loading.cancel()
         await demo.stop()
+        await demo_routes.close()
         await models.close()
 
     return lifespan
@@ -107,6 +113,13 @@ async def _generate(models: Models, request: Request) -> Response:
     with models.using(wanted.model) as served:
         job = resolve(wanted, served.spec, models.settings.request_images)
         return await _unless_client_leaves(request.receive, image_response(served, job))
+
+
+async def _walk(models: Models, request: Request) -> Response:
+    wanted = parse_walk(await read_body(request, models.settings.max_body_bytes))
+    with models.using(wanted.model) as served:
+        job = resolve_walk(wanted, served.spec, models.settings.request_images)
+        return await _unless_client_leaves(request.receive, walk_response(served, job))
 
 
 async def _openai_images(models: Models, request: Request) -> Response:
@@ -163,6 +176,10 @@ async def _docs(models: Models, request: Request) -> Response:
     return HTMLResponse(_page("docs.html"))
 
 
+async def _icon(models: Models, request: Request) -> Response:
+    return Response(_page("icon.svg"), media_type="image/svg+xml")
+
+
 async def _unknown(models: Models, request: Request) -> Response:
     path = route_path(request.scope)
     allowed = [method for method, pattern, _ in _HANDLERS if compile_path(pattern)[0].match(path)]
@@ -175,6 +192,7 @@ _HANDLERS: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/generate", _generate),
     ("POST", "/v1/images/generations", _openai_images),
     ("GET", "/v1/images/{model}/{file}", _image),
+    ("POST", "/v1/walk", _walk),
     ("GET", "/v1/models", _models),
     ("GET", "/v1/models/{model}", _model),
     ("GET", "/v1/spec", _spec),
@@ -184,6 +202,7 @@ _HANDLERS: list[tuple[str, str, Handler]] = [
     ("GET", "/metrics", _metrics),
     ("GET", "/openapi.json", _openapi),
     ("GET", "/docs", _docs),
+    ("GET", "/favicon.ico", _icon),
     ("GET", "/", _index),
 ]
 

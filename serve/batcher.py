@@ -20,7 +20,7 @@ import numpy as np
 
 from uni_instruct.engine import Engine
 from uni_instruct.generate import image_size
-from uni_instruct.noise import class_ids_in_turn, draw_inputs
+from uni_instruct.noise import NoisePoint, class_ids_in_turn, draw_inputs
 from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
 from uni_instruct.serve.metrics import ModelMetrics
 
@@ -47,7 +47,7 @@ class _Ticket:
     model_s adds up the engine calls that the request took part in.
     """
 
-    seeds: Sequence[int]
+    seeds: Sequence[NoisePoint]
     class_ids: np.ndarray
     images: np.ndarray
     done: asyncio.Future[None]
@@ -116,9 +116,10 @@ class Batcher:
         """Whether requests are still taken from the queue."""
         return not self._loop.done()
 
-    async def submit(self, seeds: Sequence[int], class_ids: np.ndarray | None, timeout_s: float) -> Generated:
-        """Images of the seeds. class_ids: int64 [N], None for an unconditional generator. Cancelling frees its place.
+    async def submit(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, timeout_s: float) -> Generated:
+        """Images of the seeds, or of places between two. class_ids: int64 [N], None for an unconditional generator.
 
+        Cancelling frees its place.
         Raises QueueFullError, TimedOutError, EngineFailedError, or StoppingError once closed.
         """
         if self._closed:
@@ -221,7 +222,7 @@ class Batcher:
             )
         return images[: len(items)], time.perf_counter() - start
 
-    def _enqueue(self, seeds: Sequence[int], class_ids: np.ndarray | None) -> _Ticket:
+    def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None) -> _Ticket:
         images = np.empty((len(seeds), *image_size(self._engine.spec)), dtype=np.uint8)
         labels = np.zeros(len(seeds), dtype=np.int64) if class_ids is None else class_ids
         done = asyncio.get_running_loop().create_future()
@@ -240,7 +241,7 @@ class Batcher:
 
     def _fail_item(self, item: _Item, error: Exception) -> None:
         ticket, index = item
-        logger.error("the engine failed on seed %d", ticket.seeds[index], exc_info=error)
+        logger.error("the engine failed on seed %s", ticket.seeds[index], exc_info=error)
         failure = EngineFailedError(
             f"the engine failed on seed {ticket.seeds[index]}: {error}", remedy="the server's log says more"
         )

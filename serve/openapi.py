@@ -6,6 +6,7 @@ from uni_instruct import __version__
 from uni_instruct.serve.bento_route import BentoRequest
 from uni_instruct.serve.openai_images import ImagesRequest
 from uni_instruct.serve.schema import GenerateRequest
+from uni_instruct.serve.walk import WalkRequest
 
 _Json = dict[str, object]
 
@@ -145,6 +146,12 @@ _POSTS: _Json = {
             application_zip=_BINARY,
             **{"application_octet-stream": _BINARY},
         ),
+    ),
+    "/v1/walk": _post(
+        "Make images between seeds",
+        WalkRequest,
+        {"seeds": [7, 8], "positions": [0.5]},
+        _answer(_IMAGES, **_PICTURES, application_zip=_BINARY),
     ),
     "/v1/images/generations": _post(
         "Make images, in OpenAI's shape; the prompt is a class, this is no text-to-image model",

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.images import encode, grid
+from uni_instruct.noise import NoisePoint
 from uni_instruct.serve.batcher import Generated
 from uni_instruct.serve.errors import error_body, error_headers
 from uni_instruct.serve.schema import Job, shown_seed
@@ -58,7 +59,7 @@ async def generate_images(served: ServedModel, seeds: Sequence[int], class_ids: 
 
 
 async def generate_encoded(
-    served: ServedModel, seeds: Sequence[int], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], list[bytes]]
+    served: ServedModel, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], list[bytes]]
 ) -> EncodedImages:
     """The files that `encoder` makes of the seeds' images uint8 [N, H, W, C].
 

@@ -88,6 +88,11 @@ def parse_model(model: type[_Model], body: bytes, remedies: Mapping[str, str], e
         raise _request_error(error, remedies) from None
 
 
+def field_remedies(model: type[BaseModel]) -> dict[str, str]:
+    """What each field must look like: its first example."""
+    return {name: f"give {(field.examples or ['another value'])[0]}" for name, field in model.model_fields.items()}
+
+
 def resolve(request: GenerateRequest, spec: ModelSpec, limit: int) -> Job:
     """Seeds and classes of a request, of at most `limit` images. Raises RequestError."""
     seeds = _seeds(request, limit)

@@ -16,6 +16,8 @@ SEED_LIMIT = 2**63
 MAX_SEEDS = 10_000_000
 MAX_DIGITS = 40  # Python refuses to read numbers of thousands of digits
 _NOISE_STREAM, _CLASS_STREAM = 0, 1
+# Sine of the angle below which two noises count as parallel: a straight line is then as good as an arc.
+_PARALLEL = 1e-6
 
 
 class Inputs(NamedTuple):
@@ -37,9 +39,24 @@ class Inputs(NamedTuple):
         return Inputs(self.noise[rows], None if self.class_ids is None else self.class_ids[rows])
 
 
-def draw_inputs(spec: ModelSpec, seeds: Sequence[int], class_ids: np.ndarray | None) -> Inputs:
-    """The inputs of seeds and their classes, which are known to be good: `generate.input_batches` checks first."""
-    return Inputs(noise(seeds, spec.noise_shape), class_ids)
+class Between(NamedTuple):
+    """A place on the way from one seed's noise to another's: position 0 is the first, 1 the second."""
+
+    start: int
+    end: int
+    position: float
+
+
+# What noise can be drawn of: a seed, or a place between two.
+NoisePoint = int | Between
+
+
+def draw_inputs(spec: ModelSpec, points: Sequence[NoisePoint], class_ids: np.ndarray | None) -> Inputs:
+    """The inputs of seeds, or of places between seeds, and their classes.
+
+    Both are known to be good: `generate.input_batches` and `walk_points` check first.
+    """
+    return Inputs(noise_of_points(points, spec.noise_shape), class_ids)
 
 
 def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
@@ -48,6 +65,59 @@ def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
     for row, seed in zip(out, seeds, strict=True):
         _generator(seed, _NOISE_STREAM).standard_normal(dtype=np.float32, out=row)
     return out
+
+
+def noise_of_points(points: Sequence[NoisePoint], shape: ImageShape) -> np.ndarray:
+    """The noise of each point: float32 [len(points), *shape]. A seed's is `noise`'s, bit for bit, also at the end of a way."""
+    out = np.empty((len(points), *shape), dtype=np.float32)
+    for row, point in zip(out, points, strict=True):
+        if isinstance(point, Between):
+            start, end = noise([point.start, point.end], shape)
+            row[...] = slerp(start, end, point.position)
+        else:
+            _generator(point, _NOISE_STREAM).standard_normal(dtype=np.float32, out=row)
+    return out
+
+
+def slerp(start: np.ndarray, end: np.ndarray, position: float) -> np.ndarray:
+    """Spherical interpolation from one noise to another, both float32 of one shape; position in [0, 1]: float32, same shape.
+
+    The direction turns at constant speed (Shoemake 1985) and the norm changes linearly, so that every place has the norm of
+    noise: z(t) = ((1 - t) |a| + t |b|) (sin((1 - t) w) a/|a| + sin(t w) b/|b|) / sin w, w the angle between a and b. A straight
+    line would pass nearer to 0, where a generator has never been. Both ends are exact. Opposite directions have no way
+    between them that is nearer than the others: the noise then stays on the straight line.
+    """
+    if position <= 0.0 or position >= 1.0:
+        return (start if position <= 0.0 else end).copy()
+    # In double precision: sin w is a small difference of large numbers where the two are nearly parallel.
+    a, b = start.astype(np.float64), end.astype(np.float64)
+    norms = np.linalg.norm(a), np.linalg.norm(b)
+    cosine = np.vdot(a, b) / (norms[0] * norms[1]) if all(norms) else 1.0
+    angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+    if np.sin(angle) < _PARALLEL:
+        return ((1.0 - position) * a + position * b).astype(np.float32)
+    direction = np.sin((1.0 - position) * angle) * a / norms[0] + np.sin(position * angle) * b / norms[1]
+    norm = (1.0 - position) * norms[0] + position * norms[1]
+    return (norm / np.sin(angle) * direction).astype(np.float32)
+
+
+def walk_points(seeds: Sequence[int], positions: Sequence[float]) -> list[NoisePoint]:
+    """Places on the way through the seeds, one for each position: 0 is the first seed, 1.5 half-way from second to third.
+
+    Whole positions are the seeds themselves. Raises RequestError for fewer than one seed, and a position outside the way.
+    """
+    seeds, last = checked_seeds(seeds), len(seeds) - 1
+    if last < 0:
+        raise RequestError("the way has no seeds", remedy="give at least one, such as [7, 8]", param="seeds")
+    points: list[NoisePoint] = []
+    for position in positions:
+        if not 0.0 <= position <= last:  # not true of nan either
+            raise RequestError(
+                f"position {position:g} is not on the way", remedy=f"choose positions from 0 to {last}", param="positions"
+            )
+        index, rest = int(position), position - int(position)
+        points.append(Between(seeds[index], seeds[index + 1], rest) if rest else seeds[index])
+    return points
 
 
 def random_class_ids(seeds: Sequence[int], num_classes: int, shares: np.ndarray | None = None) -> np.ndarray:

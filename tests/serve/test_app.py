@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builders.bundles import ONNX, random_bundle
+from builders.bundles import ONNX
 from builders.serving import FOREVER_S, app_of, client_of, metric, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
@@ -289,21 +289,26 @@ def test_what_is_served_is_described(tiny_bundle: Bundle) -> None:
     run(work())
 
 
-@pytest.mark.parametrize("num_classes", [0, 10])
-def test_the_demo_waits_and_offers_classes_only_where_there_are_some(tmp_path: Path, num_classes: int) -> None:
-    bundle = random_bundle(tmp_path / "bundle", seed=1, num_classes=num_classes)
-
+def test_the_demo_waits_and_keeps_gradios_other_doors_shut(tiny_bundle: Bundle) -> None:
     async def work() -> None:
-        async with client_of(app_of(bundle, ui=True), wait=False) as client:
-            early = await client.get("/ui")
+        async with client_of(app_of(tiny_bundle, ui=True), wait=False) as client:
+            early = await client.get("/ui/")
             assert early.status_code == 503
             assert "warming up" in early.text
             while (await client.get("/readyz")).status_code != 200:
                 await asyncio.sleep(0.05)
             page = await client.get("/ui/")
             assert page.status_code == 200
-            assert "googleapis.com" not in page.text
-            components = (await client.get("/ui/config")).json()["components"]
-            assert ("radio" in {component["type"] for component in components}) == bool(num_classes)
+            assert 'src="pages/demo.js"' in page.text
+            head = page.text.partition("</head>")[0]
+            assert not [host for host in ("githubusercontent", "gradio.app", "googleapis") if host in head]
+            slash = await client.get("/ui?tab=grid")
+            assert (slash.status_code, slash.headers["location"]) == (307, "ui/?tab=grid")
+            script = await client.get("/ui/pages/demo.js")
+            assert (script.status_code, script.headers["cache-control"]) == (200, "no-cache")
+            for path in ("/ui/pages/..%2fservice.py", "/ui/openapi.json", "/ui/gradio_api/file=/etc/passwd", "/ui/docs"):
+                assert (await client.get(path)).status_code == 404
+            for path in ("upload", "queue/join", "call/lambda", "run/predict"):
+                assert (await client.post(f"/ui/gradio_api/{path}", files={"files": b"x"})).status_code == 404
 
     run(work())

@@ -1,6 +1,5 @@
 """The real server as a process: over HTTP, in a browser, through BentoML, and how it stops."""
 
-import base64
 import functools
 import io
 import os
@@ -21,7 +20,7 @@ import pytest
 from PIL import Image
 
 from builders.bundles import random_bundle
-from builders.machine import require_debian, run_cli
+from builders.machine import run_cli
 from builders.paths import ROOT
 from builders.servers import PATIENCE_S, Running, free_port, start
 from uni_instruct.bundle import Bundle, default_generator, shipped_generators
@@ -140,57 +139,6 @@ def test_the_pages_need_nothing_from_elsewhere(server: Running) -> None:
         assert "https://" not in page
     assert httpx.get(f"{server.url}/static_content/swagger-ui-bundle.js").status_code == 200
     assert 'data-ui="on"' in httpx.get(f"{server.url}/").text
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    chromium = require_debian("/usr/bin/chromium", "chromium")
-    driver = require_debian("/usr/bin/chromedriver", "chromium-driver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(chromium)
-    flags = ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update")
-    for flag in (*flags, "disable-sync", "no-first-run", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(f"--{flag}")
-    opened = webdriver.Chrome(options=options, service=Service(str(driver)))
-    yield opened
-    opened.quit()
-
-
-@pytest.mark.debian
-def test_the_demo_follows_the_slider(server: Running, exported_bundle: Bundle, browser: Any) -> None:
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    def shown() -> list[np.ndarray]:
-        script = "return [...document.querySelectorAll('.gallery img')].map(image => image.src)"
-        return [pixels(base64.b64decode(source.partition(",")[2])) for source in browser.execute_script(script)]
-
-    def until_shown(seeds: list[int], classes: list[int | str] | None = None) -> None:
-        images = truth(exported_bundle, seeds, classes)
-        WebDriverWait(browser, PATIENCE_S).until(lambda _: np.array_equal(shown(), images))
-
-    browser.get(f"{server.url}/ui")
-    WebDriverWait(browser, PATIENCE_S).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#seed input[type=range]"))
-    until_shown(list(range(16)))
-    slider = browser.find_element(By.CSS_SELECTOR, "#seed input[type=range]")
-    for _ in range(3):
-        slider.send_keys(Keys.ARROW_RIGHT)
-    until_shown(list(range(3, 19)))
-    browser.find_element(By.CSS_SELECTOR, "#label label:last-of-type").click()
-    until_shown(list(range(3, 19)), ["9"])
-    browser.find_element(By.CSS_SELECTOR, "#count input[type=range]").send_keys(Keys.HOME)
-    until_shown([3], ["9"])
-    readout = browser.find_element(By.ID, "readout").text
-    assert all(stage in readout for stage in ("queue", "model", "encode", "total", "ms"))
-    curl = browser.find_element(By.ID, "curl").text
-    assert f"{server.url}/v1/generate" in curl
-    assert '{"model":"tiny","seeds":[3],"class_ids":[9]}' in curl
-    browser.find_element(By.ID, "dice").click()
-    WebDriverWait(browser, PATIENCE_S).until(lambda _: not np.array_equal(shown(), truth(exported_bundle, [3], ["9"])))
 
 
 def test_bentoml_serves_the_checkout(bento: Running, exported_bundle: Bundle) -> None:
