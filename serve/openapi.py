@@ -115,11 +115,13 @@ def _answer(description: str, **content: object) -> _Json:
 def _post(summary: str, model: type[BaseModel], example: _Json, answer: _Json) -> _Json:
     content = {"application/json": {"schema": model.model_json_schema(), "example": example}}
     body = {"content": content, "required": False}
-    return {"post": {"summary": summary, "requestBody": body, "responses": {**answer, **_failures(*_MAKING)}}}
+    responses: _Json = {**answer, **_failures(*_MAKING)}
+    return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
 
 
 def _get(summary: str, answer: _Json, *failures: int, parameters: list[_Json] | None = None) -> _Json:
-    return {"get": {"summary": summary, "parameters": parameters or [], "responses": {**answer, **_failures(*failures)}}}
+    responses: _Json = {**answer, **_failures(*failures)}
+    return {"get": {"summary": summary, "parameters": parameters or [], "responses": responses}}
 
 
 def _parameter(name: str, where: str, description: str, schema: _Json) -> _Json:
@@ -168,6 +170,11 @@ _POSTS: _Json = {
     ),
 }
 
+_IMAGE_RESPONSES: _Json = {
+    **_answer("The image, with ETag and Cache-Control.", **_PICTURES),
+    "304": {"description": "The client has it already."},
+    **_failures(400, 401, 404, 429, 500, 503, 504),
+}
 _NAME = _parameter("model", "path", "A model, as GET /v1/models lists them.", _TEXT)
 _GETS: _Json = {
     "/v1/images/{model}/{file}": {
@@ -181,11 +188,7 @@ _GETS: _Json = {
                 _parameter("weights", "query", "8 or more digits of the weights' sha256: pins the image.", _TEXT),
                 _parameter("If-None-Match", "header", "The ETag of the image that the client has.", _TEXT),
             ],
-            "responses": {
-                **_answer("The image, with ETag and Cache-Control.", **_PICTURES),
-                "304": {"description": "The client has it already."},
-                **_failures(400, 401, 404, 429, 500, 503, 504),
-            },
+            "responses": _IMAGE_RESPONSES,
         }
     },
     "/v1/models": _get("What is served, in the shape of OpenAI's list", _answer("All.", application_json=_LIST_ANSWER), 401),

@@ -50,7 +50,7 @@ def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str,
     return headers
 
 
-async def generate_images(served: ServedModel, seeds: Sequence[int], class_ids: np.ndarray | None) -> Generated:
+async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None) -> Generated:
     """The images themselves. Raises NotReadyError, and what Batcher.submit raises."""
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     served.metrics.stage["queue"].observe(generated.queue_ms / 1e3)

@@ -74,6 +74,7 @@ class UniInstruct:
             class_ids=class_ids,
             classes=classes,
             model=model,
+            seed_format=None,
             format="npz",
             grid=False,
         )
