@@ -11,7 +11,7 @@ def main() -> None:
     """Follows the extras that the pinned set is for."""
     names: set[str] = set(BUILD)
     for requirement in distribution("uni-instruct").requires or []:
-        follow(Requirement(requirement), {"train", "export", "serve", "evaluate", "test"}, names)
+        follow(Requirement(requirement), {"train", "export", "serve", "evaluate", "benchmark", "tensorrt-rtx", "test"}, names)
     for name in sorted(names, key=str.lower):
         # A local version, such as +cpu, names one index's build; the pin admits any build of that version.
         print(f"{name}=={distribution(name).version.partition('+')[0]}")
