@@ -68,11 +68,15 @@ TARGETS = {
             Target(
                 engine_id=EngineId("openvino", precision),
                 module="uni_instruct.export.openvino",
-                suffix="onnx",
+                suffix=suffix,
                 summary=f"for OpenVINO on the CPU, {words}",
-                packages=("torch", "onnx", "onnxscript", "openvino"),
+                packages=("torch", "onnx", "onnxscript", *more, "openvino"),
             )
-            for precision, words in (("fp32", "in fp32"), ("bf16", "in bf16 where the processor has it, half the bytes"))
+            for precision, suffix, more, words in (
+                ("fp32", "onnx", (), "in fp32"),
+                ("bf16", "zip", (), "large layers in bf16 where the processor has it"),
+                ("int8", "zip", ("nncf",), "large 3x3 convolutions in int8"),
+            )
         ),
     )
 }

@@ -24,6 +24,8 @@ __all__ += ["available_engines", "engine_standing", "load_engine", "open_engine"
 
 # The engine that every bundle has: the weights themselves, as trained.
 TORCH = EngineId("torch", "fp32")
+# The same with its large convolutions in bf16: tried as exported engines are, and chosen only where it is asked for.
+TORCH_BF16 = EngineId("torch", "bf16")
 # How many times as fast another engine must be to be preferred to one that stands before it in RUNTIMES: times vary, and torch
 # takes seconds to load and gives other last bits in other batches.
 WORTHWHILE = 1.25
@@ -59,7 +61,7 @@ class Runtime:
     """What runs engines: the class, 'module:name', imported when an engine is opened, and the package behind it.
 
     distributions are the names that the package is installed under; extra is that of this package that brings it. The class
-    takes `(bundle, stored, spin=...)`, or `(bundle)` where it runs the weights themselves.
+    takes `(bundle, stored, spin=...)`, or `(bundle, precision)` where it runs the weights themselves.
     """
 
     name: str
@@ -169,18 +171,18 @@ def open_engine(bundle: Bundle | str | Path, engine: str | EngineId | None = Non
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     chosen = select_engine(bundle, engine).engine_id
-    return load_engine(bundle, bundle.engines().get(chosen), spin=spin)
+    return load_engine(bundle, bundle.engines().get(chosen, chosen), spin=spin)
 
 
-def load_engine(bundle: Bundle, stored: StoredEngine | None, *, spin: bool = True) -> Engine:
-    """That engine of the bundle, None for torch, whether or not it can be trusted here."""
-    if stored is None:
-        return RUNTIMES[TORCH.runtime].load_class()(bundle)
+def load_engine(bundle: Bundle, stored: StoredEngine | EngineId, *, spin: bool = True) -> Engine:
+    """That engine of the bundle, by its id where it runs the weights themselves, whether or not it can be trusted here."""
+    if isinstance(stored, EngineId):
+        return RUNTIMES[stored.runtime].load_class()(bundle, stored.precision)
     return RUNTIMES[stored.engine_id.runtime].load_class()(bundle, stored, spin=spin)
 
 
 def available_engines(bundle: Bundle) -> list[EngineId]:
-    """What this bundle can be opened with, in the order of RUNTIMES and precision. Torch needs no export."""
+    """What this bundle is opened with where none is named, in the order of RUNTIMES and precision. Torch needs no export."""
     order = list(RUNTIMES)
     # Latents are floats: no exported engine hands them out.
     exported = bundle.engines() if bundle.spec.makes_pictures else ()
@@ -229,18 +231,23 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None) -> list[EngineId]
     present = available_engines(bundle)
     if wanted is None:
         return present
-    known = f"choose one of {', '.join([*RUNTIMES, *map(str, present)])}"
+    known = f"choose one of {', '.join([*RUNTIMES, *map(str, present), *map(str, _only_asked_for(bundle))])}"
     if str(wanted) in RUNTIMES:
         runtime = str(wanted)
         fitting = [engine_id for engine_id in present if engine_id.runtime == runtime]
     else:
         engine_id = _parse(str(wanted), known)
-        runtime, fitting = engine_id.runtime, [engine_id] if engine_id in present else []
+        runtime, fitting = engine_id.runtime, [engine_id] if engine_id in (*present, *_only_asked_for(bundle)) else []
     if not fitting:
         others = any(engine_id.runtime == runtime for engine_id in present)
         remedy = known if others else f"uni-instruct export {quote(str(bundle.path))} --to {runtime}"
         raise RequestError(f"bundle {bundle.path} has no {wanted} engine", remedy=remedy, param="engine")
     return fitting
+
+
+def _only_asked_for(bundle: Bundle) -> list[EngineId]:
+    """Engines that no export makes and no choice falls on. There must be images to hold them against."""
+    return [TORCH_BF16] if bundle.spec.steps == 1 and bundle.spec.makes_pictures else []
 
 
 def _parse(text: str, known: str) -> EngineId:

@@ -31,6 +31,8 @@ class Tolerance:
 TOLERANCES = {
     "fp32": Tolerance(relative_l2=1e-5, pixel_difference=1),
     "bf16": Tolerance(relative_l2=2.5e-2, pixel_difference=4, psnr_db=50.0),
+    # Of int8 some pixel is always far off: what counts is how many (the PSNR), and the feature distance at the export.
+    "int8": Tolerance(relative_l2=6e-2, pixel_difference=255, psnr_db=45.0),
 }
 
 

@@ -1,27 +1,34 @@
-"""The reference engine: torch, as trained. It also runs teachers, with their many-step sampler."""
+"""torch: the reference engine, the weights as trained; teachers too, with their many-step sampler. And the same in bf16."""
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.sensitive_layers import sensitive_layers
+from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
+from uni_instruct.networks.blocks import Conv2d
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
 
 
 class TorchEngine:
-    """Runs a bundle's weights in fp32 on the GPU where there is one, else on the CPU."""
+    """Runs a bundle's weights on the GPU where there is one, else on the CPU: in fp32, or its large convolutions in bf16.
 
-    id = EngineId("torch", "fp32")
+    Raises RequestError for bf16 of a teacher, whose many steps add up what each one rounds.
+    """
 
-    def __init__(self, bundle: Bundle):
-        self.spec, self._bundle = bundle.spec, bundle
+    def __init__(self, bundle: Bundle, precision: str = "fp32"):
+        self.spec, self._bundle, self.id = bundle.spec, bundle, EngineId("torch", precision)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._generator: OneStep | None = load_one_step(bundle).to(self.device)
+        generator = load_one_step(bundle).to(self.device)
+        if precision == "bf16":
+            _round_convolutions(generator, bundle)
+        self._generator: OneStep | None = generator
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
@@ -51,3 +58,36 @@ class TorchEngine:
                 return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
             images: Tensor = generator(z, labels)
             return images
+
+
+def _round_convolutions(generator: OneStep, bundle: Bundle) -> None:
+    """The large convolutions in bf16, channels last, which is what processors and GPUs are fast at; the rest as it is.
+
+    Sums, normalisation and attention stay float32: stored in bf16 they cost four times the error (docs/export.md, "bf16").
+    """
+    if bundle.spec.steps > 1:
+        raise RequestError(
+            f"a teacher of {bundle.spec.steps} steps runs in fp32 only", remedy="use --engine torch-fp32", param="engine"
+        )
+    found = [(name, module) for name, module in generator.denoiser.model.named_modules() if _has_filters(module)]
+    shapes = [(f"{name}.weight", tuple(module.get_parameter("weight").shape)) for name, module in found]
+    kept = sensitive_layers(shapes, bundle.spec)
+    for module in (module for i, (_, module) in enumerate(found) if i not in kept):
+        module.register_forward_pre_hook(_rounded_input)
+        module.register_forward_hook(_wide_output)
+        if isinstance(module, Conv2d):  # EDM2's normalise their weights first, in float32
+            module.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+def _has_filters(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 4
+
+
+def _rounded_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    image, *others = inputs
+    return image.to(torch.bfloat16, memory_format=torch.channels_last), *others
+
+
+def _wide_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.float()

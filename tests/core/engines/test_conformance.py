@@ -18,7 +18,7 @@ from uni_instruct.export.targets import TARGETS, Target, export_engine
 from uni_instruct.noise import class_ids_in_turn, noise
 
 BATCHES = (1, 2, 3, 7, 33, 64)
-ENGINES = [*TARGETS, "torch-fp32"]
+ENGINES = [*TARGETS, "torch-fp32", "torch-bf16"]
 
 
 @pytest.fixture(scope="module")
