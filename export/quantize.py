@@ -13,6 +13,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.graph import CLASS_IDS, NOISE
 from uni_instruct.engines.machine import CPUINFO
 from uni_instruct.errors import MissingExtraError
+from uni_instruct.engines.openvino_file import weight_name
 from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
@@ -76,7 +77,7 @@ def _left_out(model: openvino.Model, bundle: Bundle) -> set[str]:
     """Every layer but the 3x3 convolutions that round well."""
     layers = model.get_ordered_ops()
     convolutions = [layer for layer in layers if layer.get_type_name() == "Convolution"]
-    named = [(_weight_name(layer), tuple(layer.input(1).get_shape())) for layer in convolutions]
+    named = [(weight_name(layer), tuple(layer.input(1).get_shape())) for layer in convolutions]
     kept = sensitive_layers(named, bundle.spec)
     chosen = {
         layer.get_friendly_name()
@@ -85,10 +86,3 @@ def _left_out(model: openvino.Model, bundle: Bundle) -> set[str]:
     }
     passive = ("Constant", "Parameter", "Result")
     return {layer.get_friendly_name() for layer in layers if layer.get_type_name() not in passive} - chosen
-
-
-def _weight_name(layer: openvino.Node) -> str:
-    source = layer.input_value(1).get_node()
-    while source.get_type_name() != "Constant" and source.get_input_size():
-        source = source.input_value(0).get_node()
-    return str(source.get_friendly_name()).removesuffix(".fp16")

@@ -15,6 +15,7 @@ from uni_instruct.engines.record import EngineId, EngineRecord, former_folder
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.export.parity import verify
 from uni_instruct.files import atomic_folder, sha256
+from uni_instruct.progress import ProgressFactory, silent
 
 ALL = "all"
 
@@ -112,7 +113,7 @@ def choose_targets(to: Sequence[str], precisions: Sequence[str] = ()) -> list[Ta
     return list(chosen.values())
 
 
-def export_engine(bundle: Bundle, engine_id: str) -> EngineRecord:
+def export_engine(bundle: Bundle, engine_id: str, shows: ProgressFactory = silent) -> EngineRecord:
     """Builds the engine beside its place, verifies it there, and only then lets it take the place of an older one.
 
     A bundle of an older format is then brought up to date, with reference.npz beside the weights.
@@ -126,10 +127,12 @@ def export_engine(bundle: Bundle, engine_id: str) -> EngineRecord:
 
     place = bundle.engine_folder(target.engine_id)
     try:
-        with atomic_folder(place) as folder:
+        with shows(f"export {engine_id}", 2, "steps (build, check)") as shown, atomic_folder(place) as folder:
             record = _build(bundle, target, build, folder)
+            shown.advance(1)
             report = verify(bundle, record, folder)
             replace(record, parity=report).write(folder)
+            shown.advance(1)
     finally:
         with suppress(OSError):  # an empty engines folder, where nothing was admitted
             place.parent.rmdir()

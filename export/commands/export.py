@@ -10,6 +10,7 @@ from uni_instruct.bundle import WEIGHTS, Bundle
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import ParityError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
+from uni_instruct.progress import progress, silent
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -49,10 +50,8 @@ def export(bundle: str, runtimes: tuple[str, ...], precisions: tuple[str, ...], 
         return
     records, failures = [], []
     for target in targets:
-        if not as_json:
-            click.echo(f"building the {target.engine_id} engine and checking it against torch ...", err=True)
         try:
-            records.append(export_engine(opened, str(target.engine_id)))
+            records.append(export_engine(opened, str(target.engine_id), silent if as_json else progress))
         except ParityError as error:  # the others may agree: what a processor rounds away is a matter of the precision
             failures.append(error)
             continue

@@ -35,3 +35,11 @@ def pack(graph: bytes, weights: Path, file: Path) -> None:
                 with content.open("rb") as source:
                     while chunk := source.read(1 << 20):
                         target.write(chunk)
+
+
+def weight_name(layer: "openvino.Node") -> str:
+    """The name of the constant that a layer's weights are, behind what widens or quantizes them when the file is loaded."""
+    source = layer.input_value(1).get_node()
+    while source.get_type_name() != "Constant" and source.get_input_size():
+        source = source.input_value(0).get_node()
+    return str(source.get_friendly_name()).removesuffix(".fp16")
