@@ -78,7 +78,7 @@ def _left_out(model: openvino.Model, bundle: Bundle) -> set[str]:
     layers = model.get_ordered_ops()
     convolutions = [layer for layer in layers if layer.get_type_name() == "Convolution"]
     named = [(weight_name(layer), tuple(layer.input(1).get_shape())) for layer in convolutions]
-    kept = sensitive_layers(named, bundle.spec)
+    kept = sensitive_layers(named, bundle.spec, last_block=True)
     chosen = {
         layer.get_friendly_name()
         for i, (layer, (_, shape)) in enumerate(zip(convolutions, named, strict=True))

@@ -119,7 +119,11 @@ class Backend:
         bundle.check_makes_pictures()
         selection = select_engine(bundle, self.settings.engine)
         # Spinning threads would take the cores from the event loop and the encoders (docs/export.md, "Threads").
-        return bundle, selection, load_engine(bundle, bundle.engines().get(selection.engine_id, selection.engine_id), spin=False)
+        return (
+            bundle,
+            selection,
+            load_engine(bundle, bundle.engines().get(selection.engine_id, selection.engine_id), spin=False),
+        )
 
     def _not_ready(self) -> NotReadyError:
         if self.failure is not None:

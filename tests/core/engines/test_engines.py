@@ -109,7 +109,9 @@ def test_the_fastest_engine_that_was_exported_is_opened(exported_bundle: Bundle,
     assert available_engines(exported_bundle) == [ONNX, TORCH]
     with pytest.raises(RequestError, match=r"has no onnx engine; uni-instruct export .* --to onnx"):
         open_engine(tiny_bundle, "onnx")
-    with pytest.raises(RequestError, match="engine 'gpu' is unknown; choose one of onnx, openvino, torch, torch-fp32, torch-bf16"):
+    with pytest.raises(
+        RequestError, match="engine 'gpu' is unknown; choose one of onnx, openvino, torch, torch-fp32, torch-bf16"
+    ):
         open_engine(tiny_bundle, "gpu")
 
 
@@ -146,7 +148,10 @@ def test_what_is_no_engine_id_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("abacus-fp32", "engine 'abacus-fp32' is unknown; choose one of onnx, openvino, torch, onnx-fp32, torch-fp32, torch-bf16"),
+        (
+            "abacus-fp32",
+            "engine 'abacus-fp32' is unknown; choose one of onnx, openvino, torch, onnx-fp32, torch-fp32, torch-bf16",
+        ),
         ("onnx-fp16", "has no onnx-fp16 engine; choose one of onnx, openvino, torch, onnx-fp32, torch-fp32, torch-bf16"),
         ("torch-fp16", "has no torch-fp16 engine; choose one of onnx, openvino, torch, onnx-fp32, torch-fp32, torch-bf16"),
     ],
