@@ -1,6 +1,6 @@
 """Marks in OpenVINO's graph: which layers keep float32 where the engine computes in bf16.
 
-Left to itself OpenVINO stores whatever lies between two layers in bf16, which costs most of the accuracy (docs/export.md, "bf16").
+Left to itself OpenVINO stores whatever lies between two layers in bf16, which costs most accuracy (docs/export.md, "bf16").
 So only large convolutions and matrix products round; sums, normalisation and what is sensitive keep 32 bits.
 """
 

@@ -1,7 +1,7 @@
 """The engines for OpenVINO: everything four-dimensional, as it pays for every change of layout.
 
-In fp32 the file stays ONNX, which OpenVINO reads as it is. bf16 and int8 need what ONNX cannot say: which layers keep float32, and
-which are quantized. So they are OpenVINO's own two files in one zip (engines/openvino_file.py).
+In fp32 the file stays ONNX, which OpenVINO reads as it is. bf16 and int8 need what ONNX cannot say: which layers keep float32,
+and which are quantized. So they are OpenVINO's own two files in one zip (engines/openvino_file.py).
 """
 
 import tempfile

@@ -48,7 +48,7 @@ class Report:
 def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]:
     """The report on the engine in `folder`, for engine.json.
 
-    Raises ParityError where it is outside the tolerance: it names the worst seed and, where it can, the first layer that strays.
+    Raises ParityError where it is out of tolerance: it names the worst seed and, where it can, the first layer that strays.
     """
     from uni_instruct.export.stray import first_stray
     from uni_instruct.networks.reference import reference_outputs

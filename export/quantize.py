@@ -12,9 +12,9 @@ import openvino
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.graph import CLASS_IDS, NOISE
 from uni_instruct.engines.machine import CPUINFO
-from uni_instruct.errors import MissingExtraError
 from uni_instruct.engines.openvino_file import weight_name
 from uni_instruct.engines.sensitive_layers import sensitive_layers
+from uni_instruct.errors import MissingExtraError
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
 # Calibration's images, and how many of them at a time.

@@ -1,4 +1,4 @@
-"""Where an engine goes astray: its convolutions held against those of the folded module, one image, in the order of the work."""
+"""Where an engine goes astray: its convolutions held against those of the folded module, one image, in the order of work."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""OpenVINO: the generator's graph on the CPU, in fp32, in the processor's bf16, or with convolutions in int8. Needs no torch."""
+"""OpenVINO: the generator's graph on the CPU, in fp32, the processor's bf16, or with convolutions in int8. Needs no torch."""
 
 import threading
 from collections.abc import Iterable
