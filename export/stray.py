@@ -45,10 +45,11 @@ def _of_engine(file: Path, precision: str, noise: np.ndarray, class_ids: np.ndar
     model = read_model(core, file)
     layers = [layer for layer in model.get_ordered_ops() if layer.get_type_name() == "Convolution"]
     names = [weight_name(layer).partition("generator.")[2] for layer in layers]
-    ports = [model.add_outputs(layer.output(0))[0] for layer in layers]
+    first = len(model.outputs)  # what is added stands behind the graph's own
+    model.add_outputs([layer.output(0) for layer in layers])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": HINTS[precision][0]})
     result = compiled({NOISE: noise} if class_ids is None else {NOISE: noise, CLASS_IDS: class_ids})
-    return {name: result[port.index] for name, port in zip(names, ports, strict=True) if name}
+    return {name: result[first + i] for i, name in enumerate(names) if name}
 
 
 def _of_module(bundle: Bundle, noise: np.ndarray, class_ids: np.ndarray | None) -> dict[str, np.ndarray]:

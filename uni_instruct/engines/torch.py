@@ -75,8 +75,9 @@ def _round_convolutions(generator: OneStep, bundle: Bundle) -> None:
     for module in (module for i, (_, module) in enumerate(found) if i not in kept):
         module.register_forward_pre_hook(_rounded_input)
         module.register_forward_hook(_wide_output)
-        if isinstance(module, Conv2d):  # EDM2's normalise their weights first, in float32
-            module.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+        if isinstance(module, Conv2d) and module.weight is not None:  # EDM2's normalise their weights first, in float32
+            module.bfloat16()
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _has_filters(module: nn.Module) -> bool:
