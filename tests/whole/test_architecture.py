@@ -237,6 +237,7 @@ ROOMS = {
     "uni_instruct/data": ("train", "evaluate"),
     "uni_instruct/engines/onnxruntime.py": ("serve", "export"),
     "uni_instruct/engines/openvino.py": ("serve", "export"),
+    "uni_instruct/engines/openvino_file.py": ("serve", "export"),
     "uni_instruct/engines/torch.py": ("train", "export", "evaluate"),
     "uni_instruct/evaluate": ("evaluate",),
     "uni_instruct/float32.py": ("train", "export", "evaluate"),
