@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test coverage check format lint types slow package-tree pins clean
+.PHONY: quickstart test coverage check format lint types slow gpu package-tree pins clean
 
 quickstart: $(INSTALLED)
 	@exec $(BIN)/uni-instruct quickstart --out runs/quickstart
@@ -25,6 +25,10 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED) package-tree
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p uni_instruct
+
+# Parity of every engine on the GPU, their speed, a short training: figures as JSON in gpu.json. DEVICE=cuda:1 for another.
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py --device $(or $(DEVICE),cuda) --out gpu.json
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

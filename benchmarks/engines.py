@@ -10,6 +10,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from machine import describe_machine
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import TORCH, Engine, available_engines, open_engine
-from uni_instruct.export.targets import TARGETS, export_engine
+from uni_instruct.export.targets import Target, export_engine, targets_here
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.noise import draw_inputs
@@ -54,8 +55,8 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def random_bundle(network: str, path: Path) -> Bundle:
-    """A conditional generator with every weight drawn at random, exported to every target."""
+def random_bundle(network: str, path: Path, targets: Sequence[Target] | None = None) -> Bundle:
+    """A conditional generator with every weight drawn at random, exported to those targets, or to all for this machine."""
     shape, arguments = NETWORKS[network]
     spec = ModelSpec(name=f"random-{network}", noise_shape=shape, num_classes=10, network_args=arguments)
     rng = torch.Generator().manual_seed(0)
@@ -65,8 +66,8 @@ def random_bundle(network: str, path: Path) -> Bundle:
         z = torch.randn(tensor.shape, generator=rng) / max(tensor[0].numel(), 1) ** 0.5
         weights[name] = (tensor if "resample" in name or tensor.dim() < 2 else z).numpy()
     bundle = Bundle.write(path, spec, weights, card="")
-    for engine_id in TARGETS:
-        export_engine(bundle, engine_id)
+    for target in targets_here() if targets is None else targets:
+        export_engine(bundle, str(target.engine_id))
     return bundle
 
 

@@ -8,6 +8,7 @@ result is the same function: equal within 1e-5 (tests/export/test_canonical.py).
 import copy
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,12 @@ FACTORS = (1.0, math.sqrt(0.5))
 
 
 class CanonicalOneStep(nn.Module):
-    """z [B, *noise_shape], class_ids int64 [B] in range or None -> G(z), float32 [B, C, H, W] in about [-1, 1]."""
+    """z [B, *noise_shape], class_ids int64 [B] in range or None -> G(z), float32 [B, C, H, W] in about [-1, 1].
+
+    dtype is what network and decoder compute in; `in_precision` changes it.
+    """
+
+    dtype = torch.float32
 
     @torch.no_grad()
     def __init__(self, generator: OneStep, norm: NormFactory = copy.deepcopy):
@@ -48,14 +54,26 @@ class CanonicalOneStep(nn.Module):
         self.skip = float(c_skip) * sigma_init
         self.to(torch.float32).eval()
 
+    def in_precision(self, dtype: torch.dtype) -> Self:
+        """The same with network and decoder in that dtype. Noise, the skip connection and the images stay float32.
+
+        At sigma = 80 a rounded skip connection would round away the image under the noise.
+        """
+        self.dtype = dtype
+        for part in (self.model, self.rows, self.decoder):
+            if part is not None:
+                part.to(dtype)
+        return self
+
     def forward(self, noise: Tensor, class_ids: Tensor | None = None) -> Tensor:
         """G(z) of float32 z."""
         rows = noise if self.rows is None else self.rows(class_ids)  # no block reads them where nothing depends on a class
-        x = noise if self.patch == 1 else F.pixel_unshuffle(noise, self.patch)
+        x = noise.to(self.dtype)
+        x = x if self.patch == 1 else F.pixel_unshuffle(x, self.patch)
         out = self.model.decode(self.model.encode(x, rows), rows)
         out = out if self.patch == 1 else F.pixel_shuffle(out, self.patch)
-        made = self.skip * noise + out
-        return made if self.decoder is None else self.decoder(made)
+        made = self.skip * noise + out.float()
+        return made if self.decoder is None else self.decoder(made.to(self.dtype)).float()
 
 
 class ClassRows(nn.Module):

@@ -22,6 +22,7 @@ from uni_instruct.networks.one_step import load_one_step, to_uint8
 
 # The newest that keeps group normalisation in a form that CPU runtimes are fast at.
 OPSET = 20
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A protobuf message, and so a file that holds its weights, ends here.
 LARGEST_FILE_BYTES = 2**31 - 1
 # A smaller tensor is not worth a node.
@@ -29,23 +30,38 @@ SMALLEST_HALVED = 1024
 
 
 class WithPixels(nn.Module):
-    """z -> (uint8 pixels [B, H, W, C], the images before rounding [B, C, H, W]): the two outputs of the graph."""
+    """z -> (uint8 pixels [B, H, W, C], the images before rounding [B, C, H, W]): the two outputs of the graph.
 
-    def __init__(self, generator: nn.Module):
+    bytes_last: nothing is done to bytes but to hand them out, as TensorRT wants it; else they are what is transposed.
+    """
+
+    def __init__(self, generator: nn.Module, bytes_last: bool = False):
         super().__init__()
-        self.generator = generator
+        self.generator, self.bytes_last = generator, bytes_last
 
     def forward(self, noise: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """noise float32 [B, C, H, W], N(0, 1); class_ids int64 [B], None for an unconditional generator."""
         images = self.generator(noise, class_ids)
+        if self.bytes_last:
+            return (images * 127.5 + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8), images
         return to_uint8(images), images
 
 
-def write_graph(bundle: Bundle, path: Path, norm: NormFactory, *, round_weights: bool = False) -> dict[str, str]:
+def write_graph(
+    bundle: Bundle,
+    path: Path,
+    norm: NormFactory,
+    *,
+    round_weights: bool = False,
+    precision: str = "fp32",
+    opset: int = OPSET,
+    bytes_last: bool = False,
+) -> dict[str, str]:
     """Writes the bundle's graph to `path`, weights inline. Returns the versions of the tools.
 
     norm: the form of group normalisation that the runtime is fast at. round_weights: to float16, for engines that compute in
-    less. Raises RequestError for weights that do not fit into one file.
+    less by themselves. precision: what the graph itself says that the network computes in. bytes_last: as in `WithPixels`.
+    Raises RequestError for weights that do not fit into one file.
     """
     size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
     size += (bundle.path / DECODER).stat().st_size if bundle.spec.decoder else 0
@@ -54,7 +70,8 @@ def write_graph(bundle: Bundle, path: Path, norm: NormFactory, *, round_weights:
             f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {LARGEST_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
-    model = _export(WithPixels(CanonicalOneStep(load_one_step(bundle), norm)).eval(), bundle)
+    generator = CanonicalOneStep(load_one_step(bundle), norm).in_precision(DTYPES[precision])
+    model = _export(WithPixels(generator, bytes_last).eval(), bundle, opset)
     _strip(model)
     _store_in_half(model, round_weights)
     onnx.helper.set_model_props(model, _properties(bundle))
@@ -63,7 +80,7 @@ def write_graph(bundle: Bundle, path: Path, norm: NormFactory, *, round_weights:
     return {tool.__name__: tool.__version__ for tool in (torch, onnx, onnxscript)}
 
 
-def _export(module: WithPixels, bundle: Bundle) -> onnx.ModelProto:
+def _export(module: WithPixels, bundle: Bundle, opset: int) -> onnx.ModelProto:
     # Two images: a batch of one would be taken for a constant.
     example = [torch.zeros(2, *bundle.spec.noise_shape)]
     names = [NOISE]
@@ -77,7 +94,7 @@ def _export(module: WithPixels, bundle: Bundle) -> onnx.ModelProto:
             module,
             tuple(example),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=names,
             output_names=[IMAGES, DENOISED],
             dynamic_shapes=tuple({0: "batch"} for _ in example),

@@ -45,7 +45,7 @@ class Report:
     tolerance: Tolerance
 
 
-def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]:
+def verify(bundle: Bundle, record: EngineRecord, folder: Path, device: str | None = None) -> dict[str, Any]:
     """The report on the engine in `folder`, for engine.json.
 
     Raises ParityError where it is out of tolerance: it names the worst seed and, where it can, the first layer that strays.
@@ -55,7 +55,7 @@ def verify(bundle: Bundle, record: EngineRecord, folder: Path) -> dict[str, Any]
 
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
     z = draw_inputs(bundle.spec, seeds, class_ids).noise
-    results = run_worker(bundle, record.id, folder, z, class_ids)
+    results = run_worker(bundle, record.id, folder, z, class_ids, device)
     pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
     if problem := _problem(record.id, report):
@@ -83,7 +83,7 @@ def batches(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def run_worker(
-    bundle: Bundle, engine_id: EngineId, folder: Path, z: np.ndarray, class_ids: np.ndarray | None
+    bundle: Bundle, engine_id: EngineId, folder: Path, z: np.ndarray, class_ids: np.ndarray | None, device: str | None = None
 ) -> dict[str, np.ndarray]:
     """What `parity_worker` writes: images, denoised and latency for each batch size. Raises ParityError where it fails."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,7 +91,7 @@ def run_worker(
         labels = {} if class_ids is None else {"class_ids": class_ids}
         np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(batches(bundle.spec)), **labels)
         command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
-        arguments = [str(bundle.path), str(folder), str(engine_id), str(inputs), str(outputs)]
+        arguments = [str(bundle.path), str(folder), str(engine_id), device or "", str(inputs), str(outputs)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]

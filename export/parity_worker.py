@@ -1,6 +1,7 @@
 """Runs one exported engine in a process of its own, as a server would: no torch, everything from the files on disk.
 
-Called by `parity.run_worker` as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER ENGINE_ID INPUTS.npz OUTPUTS.npz`.
+Called by `parity.run_worker` as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER ENGINE_ID DEVICE INPUTS OUTPUTS`,
+the last two being npz files; an empty DEVICE leaves the choice to the engine.
 """
 
 import platform
@@ -20,10 +21,10 @@ SHORT = 8
 TIMED_ROUNDS, TIMED_MS = 5, 2000.0  # whatever comes first
 
 
-def main(bundle_path: str, folder: str, engine_id: str, inputs: str, outputs: str) -> None:
+def main(bundle_path: str, folder: str, engine_id: str, device: str, inputs: str, outputs: str) -> None:
     """Writes, for each batch size b of the inputs, images_b, denoised_b and latency_ms_b (one batch, median); and machine."""
     bundle = Bundle.open(bundle_path)
-    engine = load_engine(bundle, bundle.engine_in(Path(folder), EngineId.parse(engine_id)))
+    engine = load_engine(bundle, bundle.engine_in(Path(folder), EngineId.parse(engine_id)), device=device or None)
     with np.load(inputs) as data:
         noise, batches = data["noise"], data["batches"].tolist()
         class_ids = data.get("class_ids")

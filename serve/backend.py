@@ -117,13 +117,10 @@ class Backend:
     def _open(self) -> tuple[Bundle, Selection, Engine]:
         bundle = Bundle.open(self.settings.bundle)
         bundle.check_makes_pictures()
-        selection = select_engine(bundle, self.settings.engine)
-        # Spinning threads would take the cores from the event loop and the encoders (docs/export.md, "Threads").
-        return (
-            bundle,
-            selection,
-            load_engine(bundle, bundle.engines().get(selection.engine_id, selection.engine_id), spin=False),
-        )
+        selection = select_engine(bundle, self.settings.engine, self.settings.device)
+        # Spinning threads would take the cores from the event loop and the encoders (docs/engines.md, "Threads").
+        stored = bundle.engines().get(selection.engine_id, selection.engine_id)
+        return bundle, selection, load_engine(bundle, stored, device=selection.device, spin=False)
 
     def _not_ready(self) -> NotReadyError:
         if self.failure is not None:

@@ -25,8 +25,9 @@ class _StopRequested(Exception):
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
 @click.option("--port", default=3000, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--engine", default=None, help="Engine id, as onnx-fp32, or a runtime, as onnx.  [default: the fastest here]")
+@click.option("--device", help="Where it runs: cpu, cuda or cuda:1.  [default: a GPU where the engine can use one]")
 @click.option("--workers", default=1, type=click.IntRange(1, 64), help="Processes. The demo needs 1.")
-def serve(bundle: str | None, host: str, port: int, engine: str | None, workers: int) -> None:
+def serve(bundle: str | None, host: str, port: int, engine: str | None, device: str | None, workers: int) -> None:
     """Serve BUNDLE over HTTP, with a web demo under /ui.
 
     A folder, hf://owner/name, or the name of a shipped generator; without it UNI_INSTRUCT_BUNDLE, else the best that ships.
@@ -43,8 +44,8 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
     # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
     settings = settings_from_environment()
     opened = Bundle.open(bundle or settings.bundle)
-    wanted = engine or settings.engine
-    _check(opened, wanted)
+    wanted, place = engine or settings.engine, device or settings.device
+    _check(opened, wanted, place)
     address = free_address(host, port)
     environment = {
         **os.environ,
@@ -52,6 +53,7 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
         "GRADIO_ANALYTICS_ENABLED": "False",
         f"{PREFIX}BUNDLE": str(opened.path.resolve()),
         f"{PREFIX}ENGINE": wanted or "",
+        f"{PREFIX}DEVICE": place or "",
         f"{PREFIX}WORKERS": str(workers),
     }
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
@@ -70,10 +72,10 @@ def serve(bundle: str | None, host: str, port: int, engine: str | None, workers:
                 server.stop()
 
 
-def _check(bundle: Bundle, engine: str | None) -> None:
-    """Raises RequestError for latents and for an engine that cannot run, BundleError for damaged files."""
+def _check(bundle: Bundle, engine: str | None, device: str | None) -> None:
+    """Raises RequestError for latents and for an engine or device that cannot be had, BundleError for damaged files."""
     bundle.check_makes_pictures()
-    if stored := bundle.engines().get(select_engine(bundle, engine).engine_id):
+    if stored := bundle.engines().get(select_engine(bundle, engine, device).engine_id):
         stored.file()
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from uni_instruct import __version__
 from uni_instruct.serve.backend import Backend
 
-_REPORTED_PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "bentoml")
+_REPORTED_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx", "torch", "bentoml")
 
 
 def model_list(backend: Backend) -> dict[str, object]:

@@ -23,6 +23,7 @@ class Settings(BaseModel):
 
     bundle: str = Field(default_factory=default_generator, description="A folder, or the name of a shipped generator.")
     engine: str | None = Field(None, description="An engine id, or a runtime. None: the fastest here.")
+    device: str | None = Field(None, description="cpu, cuda or cuda:1. None: a GPU where the engine can use one.")
     api_key: str | None = Field(None, description="The key that every request must bring. None leaves the API open.")
     ui: bool = Field(True, description="Whether the web demo is served under /ui. It needs workers = 1.")
     tracing: bool = Field(False, description="Whether requests become OpenTelemetry spans, as BentoML is configured for them.")

@@ -43,13 +43,18 @@ from uni_instruct.train.stages.teacher import TeacherStage
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
+def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = False) -> Bundle:
     """Trains what the recipe says, or goes on where an earlier call stopped; returns the generator's bundle.
+
+    teacher_only: ends with the teacher, whose bundle is returned; the same call without it goes on from there.
 
     Raises RequestError, before anything is trained, where recipe, data, teacher, reward and devices do not fit each other, or
     another process trains in the same folder.
     """
     start = time.monotonic()
+    if teacher_only and recipe.teacher.bundle:
+        problem = f"the recipe's teacher is given ({recipe.teacher.bundle}), and only a teacher is to be trained"
+        raise RequestError(problem, remedy="leave teacher.bundle empty, or do without --teacher-only", param="teacher-only")
     plan = make_plan(recipe, saved_classes(out))
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
@@ -58,10 +63,10 @@ def train(recipe: Recipe, out: Path, devices: int = 1) -> Bundle:
         # Both stages, though the second comes hours later: a batch that does not divide is told now.
         for config in (recipe.teacher, recipe.distillation):
             BatchShard(fabric, config.batch, config.micro_batch)
-        return _trained(plan, out, fabric, devices, start)
+        return _trained(plan, out, fabric, devices, start, teacher_only)
 
 
-def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float) -> Bundle:
+def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float, teacher_only: bool) -> Bundle:
     recipe = plan.recipe
     with claimed(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
         lock.note(devices)
@@ -70,7 +75,10 @@ def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float) 
         run.clock.add("run", "preparation", time.monotonic() - start)
         with run.clock.during("run", "preparation"):
             session = _Session(plan, run, fabric)
-            generator = session.distil(plan.given_teacher or session.train_teacher())
+            teacher = plan.given_teacher or session.train_teacher()
+            if teacher_only:
+                return teacher
+            generator = session.distil(teacher)
             run.note_changes("generator", recipe.distillation.total_steps)  # of a run that was at its end already
         session.report()
         return generator

@@ -20,6 +20,10 @@ COMMANDS = {
     ),
     "data": ("uni_instruct.commands.data:data", "Prepare or check a data set."),
     "train": ("uni_instruct.train.commands.train:train", "Train a teacher and distil it into a one-step generator."),
+    "lab": (
+        "uni_instruct.train.commands.lab:lab",
+        "Compare methods: all from one teacher, with the same seeds.",
+    ),
     "doctor": (
         "uni_instruct.train.commands.doctor:doctor",
         "Look at data, teacher, devices and disk before a long training.",
@@ -35,6 +39,10 @@ COMMANDS = {
     "export": (
         "uni_instruct.export.commands.export:export",
         "Compile a generator to an engine proven equal to torch.",
+    ),
+    "benchmark": (
+        "uni_instruct.commands.benchmark:benchmark",
+        "Measure every engine of a bundle on this machine, side by side.",
     ),
     "publish": (
         "uni_instruct.export.commands.publish:publish",

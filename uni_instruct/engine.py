@@ -1,23 +1,21 @@
 """Engine: whatever turns noise into images. The caller never learns which runtime it holds."""
 
-import importlib
-import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shlex import quote
-from typing import Literal, Protocol
-
-import numpy as np
+from typing import Literal
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.device import checked_device, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import PRECISIONS, EngineId, StoredEngine
-from uni_instruct.engines.trial import Trial, TrialKey, noted, trial_key, try_engine
-from uni_instruct.errors import EngineRefusedError, MissingExtraError, RequestError, UniInstructError
-from uni_instruct.spec import ModelSpec
+from uni_instruct.engines.runtime import RUNTIMES, Engine, Runtime
+from uni_instruct.engines.threads import Threads
+from uni_instruct.engines.trial import Trial, TrialKey, note_speed, noted, trial_key, try_engine
+from uni_instruct.errors import EngineRefusedError, RequestError, UniInstructError
+from uni_instruct.progress import Progress
 
 __all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "Outputs", "Runtime", "Selection", "Standing"]
 __all__ += ["available_engines", "engine_standing", "load_engine", "open_engine", "select_engine"]
@@ -32,73 +30,13 @@ WORTHWHILE = 1.25
 _log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """A generator, ready to run on one device. May be called from several threads; what it returns is the caller's own.
-
-    noise: float32 [B, *noise_shape], N(0, 1), of any batch B >= 1; class_ids: int64 [B] in range, None exactly for an
-    unconditional spec.
-    """
-
-    spec: ModelSpec
-    id: EngineId
-    device: str
-
-    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
-        """Images, uint8 [B, H, W, C]. Raises RequestError where the spec makes latents, no pictures."""
-        ...
-
-    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
-        """The images, and the same before rounding; latents, which have no pixels, as they are."""
-        ...
-
-    def close(self) -> None:
-        """Gives back what the engine holds. It cannot be called afterwards."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """What runs engines: the class, 'module:name', imported when an engine is opened, and the package behind it.
-
-    distributions are the names that the package is installed under; extra is that of this package that brings it. The class
-    takes `(bundle, stored, spin=...)`, or `(bundle, precision)` where it runs the weights themselves.
-    """
-
-    name: str
-    engine_class: str
-    package: str
-    distributions: tuple[str, ...]
-    extra: str
-
-    def is_installed(self) -> bool:
-        """Whether its package can be imported."""
-        try:
-            return importlib.util.find_spec(self.package) is not None
-        except (ImportError, ValueError):  # somebody blocks it: sys.modules holds None, or a finder raises
-            return False
-
-    def version(self) -> str:
-        """Its name and version, 'onnxruntime 1.32.0'."""
-        for distribution in self.distributions:
-            try:
-                return f"{distribution} {version(distribution)}"
-            except PackageNotFoundError:
-                continue
-        return self.package
-
-    def load_class(self) -> Callable[..., Engine]:
-        """The class, imported now."""
-        module, _, name = self.engine_class.partition(":")
-        found: Callable[..., Engine] = getattr(importlib.import_module(module), name)
-        return found
-
-
 @dataclass(frozen=True)
 class Standing:
     """How an engine of a bundle stands on this machine, and why, in words; trial is what it did here, where it was tried.
 
-    state: 'trusted'; 'refused', as its trial found; 'untried'; 'absent' where its package is not installed; 'unknown' where
-    this version has no such runtime. note is the file that keeps a refusal: without it the engine is tried again.
+    state: 'trusted'; 'refused', as its trial found; 'untried'; 'absent' where its package or its device is not there, as error
+    says; 'unknown' where this version has no such runtime. device is where it runs, '' where it does not. note is the file that
+    keeps a refusal: without it the engine is tried again.
     """
 
     engine_id: EngineId
@@ -106,6 +44,8 @@ class Standing:
     reason: str = ""
     trial: Trial | None = None
     note: Path | None = None
+    device: str = ""
+    error: UniInstructError | None = None
 
     def facts(self) -> dict[str, str | float | None]:
         """The same for JSON."""
@@ -114,6 +54,7 @@ class Standing:
             "engine_id": str(self.engine_id),
             "state": self.state,
             "reason": self.reason or None,
+            "device": self.device or None,
             "relative_l2": trial.relative_l2,
             "images_per_s": trial.images_per_s,
         }
@@ -121,9 +62,10 @@ class Standing:
 
 @dataclass(frozen=True)
 class Selection:
-    """The engine that was chosen, and how it and the others that came into question stand."""
+    """The engine that was chosen, the device that it runs on, and how it and the others that came into question stand."""
 
     engine_id: EngineId
+    device: str
     standings: tuple[Standing, ...]
 
     @property
@@ -132,53 +74,44 @@ class Selection:
         return [standing for standing in self.standings if standing.state == "refused"]
 
 
-# The one table of runtimes; the order is the order of preference where nothing else decides.
-RUNTIMES = {
-    runtime.name: runtime
-    for runtime in (
-        Runtime(
-            name="onnx",
-            engine_class="uni_instruct.engines.onnxruntime:OnnxEngine",
-            package="onnxruntime",
-            distributions=("onnxruntime", "onnxruntime-gpu"),
-            extra="serve",
-        ),
-        Runtime(
-            name="openvino",
-            engine_class="uni_instruct.engines.openvino:OpenVinoEngine",
-            package="openvino",
-            distributions=("openvino",),
-            extra="serve",
-        ),
-        Runtime(
-            name="torch",
-            engine_class="uni_instruct.engines.torch:TorchEngine",
-            package="torch",
-            distributions=("torch",),
-            extra="train",
-        ),
-    )
-}
-
-
-def open_engine(bundle: Bundle | str | Path, engine: str | EngineId | None = None, *, spin: bool = True) -> Engine:
+def open_engine(
+    bundle: Bundle | str | Path, engine: str | EngineId | None = None, *, device: str | None = None, spin: bool = True
+) -> Engine:
     """The bundle's engine of that id; of a bare runtime, or without a word, the fastest that can be trusted on this machine.
 
-    spin: whether its threads keep their cores while they wait for each other. That is faster where the engine has the machine
-    to itself, slower where others want the cores, as in a server (docs/export.md, "Threads"); torch goes by OMP_WAIT_POLICY.
+    device: 'cpu', 'cuda' or 'cuda:1'; without a word a GPU where the engine can use one. spin: whether its threads may keep
+    their cores while they wait for each other. They do where a core is to spare for each at this moment; where others will want
+    the cores, as in a server, give False (docs/engines.md, "Threads"). torch goes by OMP_WAIT_POLICY.
     Raises as `select_engine` does, and BundleError where a file does not match its hash.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    chosen = select_engine(bundle, engine).engine_id
-    return load_engine(bundle, bundle.engines().get(chosen, chosen), spin=spin)
+    chosen = select_engine(bundle, engine, device)
+    return load_engine(bundle, bundle.engines().get(chosen.engine_id, chosen.engine_id), device=chosen.device, spin=spin)
 
 
-def load_engine(bundle: Bundle, stored: StoredEngine | EngineId, *, spin: bool = True) -> Engine:
-    """That engine of the bundle, by its id where it runs the weights themselves, whether or not it can be trusted here."""
+def load_engine(
+    bundle: Bundle,
+    stored: StoredEngine | EngineId,
+    *,
+    device: str | None = None,
+    spin: bool = True,
+    streams: int | None = None,
+) -> Engine:
+    """That engine of the bundle, by its id where it runs the weights themselves, whether or not it can be trusted here.
+
+    streams: for a runtime that has them, always so many; without a word the engine decides by the batch.
+    Raises RequestError without its device.
+    """
+    engine_id = stored if isinstance(stored, EngineId) else stored.engine_id
+    runtime = RUNTIMES[engine_id.runtime]
+    device = runtime.device_for(engine_id, checked_device(device) if device else None)
+    Threads.here(spin).before_torch()
+    engine_class = runtime.load_class()
     if isinstance(stored, EngineId):
-        return RUNTIMES[stored.runtime].load_class()(bundle, stored.precision)
-    return RUNTIMES[stored.engine_id.runtime].load_class()(bundle, stored, spin=spin)
+        return engine_class(bundle, device=device, precision=engine_id.precision)
+    shared_out = {} if streams is None else {"streams": streams}
+    return engine_class(bundle, stored, device=device, spin=spin, **shared_out)
 
 
 def available_engines(bundle: Bundle) -> list[EngineId]:
@@ -190,28 +123,31 @@ def available_engines(bundle: Bundle) -> list[EngineId]:
     return sorted(known, key=lambda engine_id: (order.index(engine_id.runtime), PRECISIONS.index(engine_id.precision)))
 
 
-def select_engine(bundle: Bundle, wanted: str | EngineId | None = None) -> Selection:
+def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: str | None = None) -> Selection:
     """The engine that open_engine would open, without loading it, and how the others that fit stand on this machine.
 
     An exported engine is tried before its first use here (engines/trial.py). Of those that answer as torch does, torch among
     them where it is installed, the fastest is chosen; torch takes the place of those that do not. An engine asked for by its id
-    is that one or an error.
+    is that one or an error, and so is a device.
 
-    Raises RequestError for an unknown engine or one that was not exported, MissingExtraError without its package,
-    EngineRefusedError where none can be trusted here, BundleError where files of the bundle are damaged.
+    Raises RequestError for an unknown engine or device, one that was not exported or does not run there, MissingExtraError
+    without its package, EngineRefusedError where none can be trusted here, BundleError where files of the bundle are damaged.
     """
-    candidates = _candidates(bundle, wanted)
+    device = checked_device(device) if device else None
+    candidates = _candidates(bundle, wanted, device)
     if candidates == [TORCH]:
-        return Selection(TORCH, (Standing(TORCH, "trusted"),))
-    standings = [_stand(bundle, engine_id) for engine_id in candidates if engine_id != TORCH]
+        place = _torch().device_for(TORCH, device)
+        return Selection(TORCH, place, (Standing(TORCH, "trusted", device=place),))
+    standings = [_stand(bundle, engine_id, device) for engine_id in candidates if engine_id != TORCH]
     if TORCH in candidates:
         # Where torch alone is left, nothing depends on its speed.
         contested = any(standing.state == "trusted" for standing in standings)
-        standings.append(_stand(bundle, TORCH) if contested or not _torch().is_installed() else Standing(TORCH, "trusted"))
+        standings.append(_stand(bundle, TORCH, device) if contested else _torch_alone(device))
     trusted = [standing for standing in standings if standing.state == "trusted"]
     if not trusted:
-        raise _refusal(standings)
-    selection = Selection(_fastest(trusted).engine_id, tuple(standings))
+        raise refusal(standings)
+    chosen = _fastest(trusted)
+    selection = Selection(chosen.engine_id, chosen.device, tuple(standings))
     for refused in selection.refused:
         told = "engine %s is refused on this machine: %s; %s takes its place"
         _log.warning(told, refused.engine_id, refused.reason, selection.engine_id)
@@ -223,14 +159,38 @@ def engine_standing(bundle: Bundle, engine_id: EngineId) -> Standing:
 
     Raises BundleError where the engine's record is damaged.
     """
-    return _standing(bundle, engine_id, noted) if engine_id.runtime in RUNTIMES else Standing(engine_id, "unknown")
+    return _standing(bundle, engine_id, None, noted) if engine_id.runtime in RUNTIMES else Standing(engine_id, "unknown")
 
 
-def _candidates(bundle: Bundle, wanted: str | EngineId | None) -> list[EngineId]:
+def standings(bundle: Bundle, wanted: Sequence[str], device: str | None, bar: Progress) -> list[Standing]:
+    """How the wanted engines (ids or runtimes, all without a word) stand here, after their trials; bar advances by 1 for each.
+
+    The wanted device must be there; what cannot run on it is 'absent'. Raises RequestError for an unknown engine or device.
+    """
+    device = checked_device(device) if device else None
+    chosen = {engine_id for word in wanted for engine_id in _candidates(bundle, word, device)}
+    found = []
+    for engine_id in (*available_engines(bundle), *(_only_asked_for(bundle) if wanted else ())):
+        if not wanted or engine_id in chosen:
+            found.append(_torch_alone(device) if engine_id == TORCH else _stand(bundle, engine_id, device))
+            bar.advance(1, str(engine_id))
+    return found
+
+
+def note_speeds(bundle: Bundle, speeds: Mapping[Standing, float], benchmark: str) -> bool:
+    """Has `select_engine` choose by these images/s of a benchmark; whether the user's cache took them all."""
+    taken = []
+    for standing, images_per_s in speeds.items():
+        key = trial_key(bundle, standing.engine_id, RUNTIMES[standing.engine_id.runtime].version(), standing.device)
+        taken.append(note_speed(key, noted(key), images_per_s, benchmark))
+    return all(taken)
+
+
+def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | None) -> list[EngineId]:
     """The engines of the bundle that fit what is wanted; at least one. Raises RequestError where there is none."""
     present = available_engines(bundle)
     if wanted is None:
-        return present
+        return [engine_id for engine_id in present if _runs_on(engine_id, device)]
     known = f"choose one of {', '.join([*RUNTIMES, *map(str, present), *map(str, _only_asked_for(bundle))])}"
     if str(wanted) in RUNTIMES:
         runtime = str(wanted)
@@ -250,6 +210,10 @@ def _only_asked_for(bundle: Bundle) -> list[EngineId]:
     return [TORCH_BF16] if bundle.spec.steps == 1 and bundle.spec.makes_pictures else []
 
 
+def _runs_on(engine_id: EngineId, device: str | None) -> bool:
+    return device is None or kind_of(device) in RUNTIMES[engine_id.runtime].devices
+
+
 def _parse(text: str, known: str) -> EngineId:
     try:
         engine_id = EngineId.parse(text)
@@ -260,38 +224,51 @@ def _parse(text: str, known: str) -> EngineId:
     return engine_id
 
 
-def _stand(bundle: Bundle, engine_id: EngineId) -> Standing:
+def _stand(bundle: Bundle, engine_id: EngineId, device: str | None) -> Standing:
     """How the engine stands here, after its trial where it had none."""
-    return _standing(bundle, engine_id, lambda key: try_engine(bundle, engine_id, key))
+    return _standing(bundle, engine_id, device, lambda key: try_engine(bundle, engine_id, key))
 
 
-def _standing(bundle: Bundle, engine_id: EngineId, look_up: Callable[[TrialKey], Trial | None]) -> Standing:
+def _standing(bundle: Bundle, engine_id: EngineId, wanted: str | None, look_up: Callable[[TrialKey], Trial | None]) -> Standing:
     runtime = RUNTIMES[engine_id.runtime]
-    if not runtime.is_installed():
-        return Standing(engine_id, "absent", f"package '{runtime.package}' is not installed")
-    key = trial_key(bundle, engine_id, runtime.version())
+    try:
+        device = runtime.device_for(engine_id, wanted)
+    except UniInstructError as error:
+        return Standing(engine_id, "absent", error.problem, error=error)
+    key = trial_key(bundle, engine_id, runtime.version(), device)
     trial = look_up(key)
     if engine_id == TORCH:  # what others are held against: only its speed is of interest
-        return Standing(TORCH, "trusted", trial=trial)
+        return Standing(TORCH, "trusted", trial=trial, device=device)
     if trial is None:
-        return Standing(engine_id, "untried")
+        return Standing(engine_id, "untried", device=device)
     if trial.problem:
-        return Standing(engine_id, "refused", trial.problem, trial, key.existing_note())
-    return Standing(engine_id, "trusted", "" if key.reference_sha256 else "no reference.npz to hold it against", trial)
+        return Standing(engine_id, "refused", trial.problem, trial, key.existing_note(), device)
+    stored, reason = bundle.engines().get(engine_id), "" if key.reference_sha256 else "no reference.npz to hold it against"
+    if reason and stored and not stored.record().parity:  # built for a GPU that was not there: nobody has ever compared it
+        return Standing(engine_id, "refused", f"untried where it was built, and {reason}", trial, device=device)
+    return Standing(engine_id, "trusted", reason, trial, device=device)
+
+
+def _torch_alone(device: str | None) -> Standing:
+    try:
+        return Standing(TORCH, "trusted", device=_torch().device_for(TORCH, device))
+    except UniInstructError as error:
+        return Standing(TORCH, "absent", error.problem, error=error)
 
 
 def _fastest(standings: list[Standing]) -> Standing:
-    """The first that no other outruns by WORTHWHILE."""
-    speeds = [(standing.trial.images_per_s if standing.trial else None) or 0.0 for standing in standings]
-    return next(s for s, speed in zip(standings, speeds, strict=True) if speed * WORTHWHILE >= max(speeds))
+    """The first that no other outruns by WORTHWHILE; of those that one benchmark compared, the fastest."""
+    trials = [standing.trial or Trial() for standing in standings]
+    speeds, benchmarks = [trial.images_per_s or 0.0 for trial in trials], {trial.benchmark for trial in trials}
+    margin = 1.0 if len(benchmarks) == 1 and "" not in benchmarks else WORTHWHILE
+    return next(s for s, speed in zip(standings, speeds, strict=True) if speed * margin >= max(speeds))
 
 
-def _refusal(standings: list[Standing]) -> UniInstructError:
+def refusal(standings: list[Standing]) -> UniInstructError:
     """Why none of them can be used, and what to do about it."""
     refused = [standing for standing in standings if standing.state == "refused"]
     if not refused:
-        runtime = RUNTIMES[standings[0].engine_id.runtime]
-        return MissingExtraError(runtime.package, extra=runtime.extra)
+        return next(standing.error for standing in standings if standing.error is not None)
     problem = "; ".join(f"engine {s.engine_id} is refused on this machine: {s.reason}" for s in refused)
     remedy = f"use --engine {TORCH}" if _torch().is_installed() else f"pip install 'uni-instruct[{_torch().extra}]' for torch"
     if notes := " and ".join(str(standing.note) for standing in refused if standing.note):

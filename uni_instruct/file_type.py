@@ -8,6 +8,7 @@ from typing import BinaryIO
 from uni_instruct.zip_entry import SIGNATURE, entry_start
 
 _HEAD = 512
+HEAD = 16  # bytes that `begins_as_image` and `begins_as_heic` look at
 # Arrays that tools of this field write; a zip of other .npy files is a data set's latents.
 _ARRAYS = frozenset({"arr_0", "images", "mu", "sigma", "mean", "cov", "pool_3", "feats", "class_ids", "labels"})
 _TAR_AT, _TAR, _GZIP, _IDX = 257, b"ustar", b"\x1f\x8b", b"\x00\x00\x08"
@@ -52,13 +53,18 @@ def file_type(path: Path) -> FileType:
     # Its directory is at its end, so that a zip need not begin as one.
     if zipfile.is_zipfile(path):
         return FileType.ZIP
-    return FileType.IMAGE if begins_as_image(head[:16]) else FileType.OTHER
+    return FileType.IMAGE if begins_as_image(head[:HEAD]) else FileType.OTHER
 
 
 def begins_as_image(head: bytes) -> bool:
     """Whether a file's first 16 bytes are those of PNG, JPEG, GIF, WebP, AVIF or JPEG 2000."""
     boxes = (b"ftypavif", b"jP  \r\n\x87\n")
     return head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8")) or head[8:12] == b"WEBP" or head[4:12] in boxes
+
+
+def begins_as_heic(head: bytes) -> bool:
+    """Whether a file's first 16 bytes are those of a photograph in HEIC or HEIF, as phones take them."""
+    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def _first_entry(file: BinaryIO) -> str:

@@ -70,9 +70,10 @@ class _Lines:
         if now - self.last_line < LINE_EVERY_S and self.done < self.total:
             return
         self.last_line = now
-        rate = (self.done - self.first) / max(now - self.start, 1e-9)
-        left_s = (self.total - self.done) / max(rate, 1e-9)
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left_s:.0f} s left"
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}"
+        if self.done > self.first:  # before the first is done nobody knows the rate
+            rate = (self.done - self.first) / max(now - self.start, 1e-9)
+            line += f", {rate:.1f} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
         print(f"{line}, {self.note}" if self.note else line, file=sys.stderr, flush=True)
 
 

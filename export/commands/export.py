@@ -7,8 +7,10 @@ from typing import Any
 import rich_click as click
 
 from uni_instruct.bundle import WEIGHTS, Bundle
+from uni_instruct.engine import RUNTIMES
+from uni_instruct.engines.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
-from uni_instruct.errors import ParityError, UniInstructError
+from uni_instruct.errors import ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
 from uni_instruct.progress import progress, silent
 
@@ -22,47 +24,85 @@ from uni_instruct.progress import progress, silent
     multiple=True,
     required=True,
     help="Engines to build, by runtime; repeatable. "
-    + " ".join(f"{name}: {target.summary}." for name, target in TARGETS.items()),
+    + " ".join(f"{name}: {target.summary}." for name, target in TARGETS.items() if not target.sms)
+    + " tensorrt: for this machine's kind of GPU. tensorrt-rtx: for those of --sm, which need not be here."
+    + " Both in fp32, fp16 and bf16.",
 )
 @click.option(
     "--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), help="Only these; repeatable. [default: all]"
 )
+@click.option("--sm", "sms_text", metavar="NUMBERS", help="Compute capabilities, as 80,89. [default: this machine's GPU]")
+@click.option("--device", help="Where it is checked: cpu, cuda or cuda:1. [default: a GPU where the engine can use one]")
 @click.option("--dry-run", is_flag=True, help="Check the request and say what would be built; build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records (engine.json) as JSON.")
-def export(bundle: str, runtimes: tuple[str, ...], precisions: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def export(
+    bundle: str,
+    runtimes: tuple[str, ...],
+    precisions: tuple[str, ...],
+    sms_text: str | None,
+    device: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Compile a one-step generator to engines, each admitted only when it agrees with torch on fresh seeds.
 
     An engine and its parity report (engine.json) go to BUNDLE/engines. An older engine of the same id stays until
     the new one has passed; a failed check leaves no engine and exits with 1, once the others are built.
 
+    An engine for a GPU that is not here is stored untried: the machine that runs it checks it first.
+
     \b
     Example: uni-instruct export runs/digits/generator --to onnx
              uni-instruct export runs/digits/generator --to openvino --precision bf16
+             uni-instruct export runs/digits/generator --to tensorrt-rtx --precision fp16 --sm 86,89,120
     """
     opened = Bundle.open(bundle)
     check_exportable(opened)
-    targets = choose_targets(runtimes, precisions)
+    targets = choose_targets(runtimes, precisions, _sms(sms_text, runtimes))
     if ALL in runtimes:
         targets = [target for target in targets if _can_be_built(target)]
-    plans = [plan(opened, target) for target in targets]
+        if not any(target.sms for target in targets):
+            click.echo("leaving out what is built for one kind of GPU: there is none here; --sm says for which", err=True)
+    plans = [plan(opened, target, device) for target in targets]
     if dry_run:
         print(json.dumps(plans, indent=2) if as_json else "\n".join(_plan_text(p) for p in plans))
         return
-    records, failures = [], []
-    for target in targets:
-        try:
-            records.append(export_engine(opened, str(target.engine_id), silent if as_json else progress))
-        except ParityError as error:  # the others may agree: what a processor rounds away is a matter of the precision
-            failures.append(error)
-            continue
-        if not as_json:
-            print(_summary(opened, records[-1]))
+    records, failures = _build(opened, targets, device, as_json)
     if as_json:
         print(json.dumps([asdict(record) for record in records], indent=2))
     for failure in failures[:-1]:
         click.echo(f"error: {failure}", err=True)
     if failures:
         raise failures[-1]
+
+
+def _build(
+    opened: Bundle, targets: list[Target], device: str | None, as_json: bool
+) -> tuple[list[EngineRecord], list[ParityError]]:
+    """The engines that were admitted, and what the others failed of."""
+    records: list[EngineRecord] = []
+    failures: list[ParityError] = []
+    for target in targets:
+        try:
+            records.append(export_engine(opened, str(target.engine_id), device, silent if as_json else progress))
+        except ParityError as error:  # the others may agree: what a processor rounds away is a matter of the precision
+            failures.append(error)
+            continue
+        if not as_json:
+            print(_summary(opened, records[-1]))
+    return records, failures
+
+
+def _sms(text: str | None, runtimes: tuple[str, ...]) -> list[int]:
+    """Compute capabilities as 80,89. Raises RequestError for anything else, and where no runtime reads them."""
+    if text is None:
+        return []
+    if ALL not in runtimes and not any(target.sms and target.engine_id.runtime in runtimes for target in TARGETS.values()):
+        raise RequestError("--sm says for which GPUs, and no such engine is asked for", remedy="leave it out", param="sm")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) <= 3 for part in parts):
+        raise RequestError(f"--sm '{text[:60]}' cannot be read", remedy="write it as 89, or 80,86,89", param="sm")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def _can_be_built(target: Target) -> bool:
@@ -75,9 +115,11 @@ def _can_be_built(target: Target) -> bool:
     return True
 
 
-def plan(bundle: Bundle, target: Target) -> dict[str, Any]:
-    """What an export would write. Raises MissingExtraError where a tool is missing."""
+def plan(bundle: Bundle, target: Target, device: str | None = None) -> dict[str, Any]:
+    """What an export would write. Raises MissingExtraError where a tool is missing, RequestError where the device is."""
     target.check_machine()
+    if device:
+        RUNTIMES[target.engine_id.runtime].device_for(target.engine_id, checked_device(device))
     return {
         "engine_id": str(target.engine_id),
         "path": str(bundle.engine_folder(target.engine_id) / target.file_name(bundle)),
@@ -95,6 +137,11 @@ def _plan_text(plan: dict[str, Any]) -> str:
 
 def _summary(bundle: Bundle, record: EngineRecord) -> str:
     parity = record.parity
+    if not parity:
+        return (
+            f"{bundle.engine_folder(record.id) / record.file}\n"
+            f"  built for {record.id.target}, untried: there is no such GPU here; the machine that runs it checks it first"
+        )
     smallest, largest = min(parity["batches"]), max(parity["batches"])
     return "\n".join(
         (

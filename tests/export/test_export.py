@@ -274,7 +274,7 @@ def test_dry_run_says_what_would_be_built_and_builds_nothing(unexported: Bundle,
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_a_missing_package_names_the_extra(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, target.packages[-1], None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'uni-instruct\[export\]'"):
+    with pytest.raises(MissingExtraError, match=rf"pip install 'uni-instruct\[{target.extra}\]'"):
         target.check_packages()
 
 

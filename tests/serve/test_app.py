@@ -52,7 +52,7 @@ class Held:
 @pytest.fixture
 def held(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Held:
     engine = Held(open_engine(tiny_bundle, "torch"))
-    monkeypatch.setattr(backend_module, "load_engine", lambda bundle, stored, spin: engine)
+    monkeypatch.setattr(backend_module, "load_engine", lambda bundle, stored, device, spin: engine)
     return engine
 
 

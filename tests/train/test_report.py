@@ -1,5 +1,6 @@
 """A run's report: its numbers are the log's, its pictures the bundles' images; links, commands and times hold."""
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -34,6 +35,7 @@ from uni_instruct.train.monitoring.clock import Clock, read_times
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.report import page, scores
+from uni_instruct.train.report.classes import variety
 from uni_instruct.train.report.markdown import duration, spread, text
 from uni_instruct.train.report.neighbours import by_features, by_pixels, nearest
 from uni_instruct.train.report.page import report_is_current, write_report
@@ -83,7 +85,7 @@ def assert_links_hold(run: Path) -> list[str]:
 
 def test_every_picture_is_linked_and_can_be_read(finished: Path) -> None:
     names = [Path(link).name for link in assert_links_hold(finished)]
-    shown = ["teacher.png", "student.png", "neighbours-pixels.png", "neighbours-features.png"]
+    shown = ["teacher.png", "student.png", "steps.png", "classes.png", "neighbours-pixels.png", "neighbours-features.png"]
     assert names == [*shown, "curves-teacher.png", "curves-generator.png"]
     assert "Not made" not in report_of(finished)
 
@@ -99,6 +101,47 @@ def test_numbers_are_those_of_the_log(finished: Path) -> None:
         assert cells[-2:] == [spread([best["precision"]]), spread([best["recall"]])]
         state = torch.load(finished / "state" / f"{stage}.pt", weights_only=True)["best"]
         assert (state["step"], state["value"]) == (best["step"], best[name])
+
+
+def test_html_is_the_report_in_one_file(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    titles = re.findall(r"^## (.*)$", report_of(finished), flags=re.MULTILINE)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == titles
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    files = [finished / link for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", report_of(finished))]
+    assert [base64.b64decode(picture) for picture in pictures] == [file.read_bytes() for file in files]
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert len(page) < 5_000_000
+
+
+def test_json_has_the_numbers_of_the_report(finished: Path) -> None:
+    facts = json.loads((finished / "report.json").read_text())
+    name = "FD(digits-classifier)"
+    scores, steps = (report_of(finished).split(f"## {title}")[1].split("\n## ")[0] for title in ("Scores", "Steps"))
+    assert table_row(scores, "student, one step")[1] == spread(facts["scores"]["student, one step"][name])
+    for count, value in facts["teacher_by_steps"].items():
+        assert table_row(steps, f"teacher, {count} steps")[-1] == f"{value:.3g}"
+    assert [entry["name"] for entry in facts["classes"]] == [str(digit) for digit in range(10)]
+    assert facts["weights_sha256"] == Bundle.open(finished / "generator").weights_sha256
+    assert [shlex.split(line)[1:] for line in facts["commands"]] == [words[1:] for words in commands_of(report_of(finished))]
+
+
+def test_steps_are_scored_as_evaluate_would(finished: Path) -> None:
+    """With the teacher's own number of steps, the distance is that of the images that its engine makes."""
+    from uni_instruct.train.report.material import open_run
+    from uni_instruct.train.report.steps import _distance
+
+    material = open_run(finished, finished / "report", None, None)
+    assert material.evaluator is not None
+    images = generate_images(material.teacher_engine, range(100), resolve_class_ids(material.teacher.spec, range(100)))
+    expected = material.evaluator(images, metrics=["fd"]).values["FD(digits-classifier)"]
+    assert _distance(material, material.teacher.spec.steps, 100) == pytest.approx(expected, rel=1e-6)
+
+
+def test_variety_of_points_in_closed_form() -> None:
+    corners = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    assert variety(corners) == pytest.approx((3 + 4 + 5) / 3)
+    assert variety(corners[:1]) == 0.0
 
 
 def test_pictures_are_the_images_of_the_same_noise_and_classes(finished: Path) -> None:

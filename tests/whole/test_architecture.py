@@ -122,7 +122,7 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "same_data": ("recipe_changes",),
     "judging": ("config",),
     "recipe_help": ("config", "recipe", "recipe_keys"),
-    "optimization": ("config", "recipe", "rng"),
+    "optimization": ("config", "recipe", "recipe_keys", "rng"),
     "monitoring": ("optimization", "recipe_file", "run_lock"),
     "stages": ("config", "monitoring", "objective", "optimization"),
     "run": ("config", "monitoring", "optimization", "recipe", "recipe_changes", "run_lock"),
@@ -132,14 +132,15 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "dry_run": ("config", "objective", "optimization", "plan", "recipe_keys", "rng", "stages"),
     "preflight": (*("config", "dry_run", "judging", "optimization", "plan", "recipe_changes", "run", "run_lock", "same_data"),),
     "report": ("config", "dry_run", "monitoring", "optimization", "plan", "recipe"),
+    "lab": ("config", "judging", "monitoring", "objective", "optimization", "plan", "recipe", "recipe_keys", "report"),
     "pipeline": (
         *("card", "config", "judging", "loop", "objective", "optimization"),
         *("plan", "report", "rng", "run", "same_data", "stages"),
     ),
     "api": ("pipeline", "recipe"),
     "commands": (
-        *("card", "dry_run", "monitoring", "optimization", "pipeline", "preflight"),
-        *("recipe", "recipe_help", "report", "run_lock"),
+        *("card", "dry_run", "lab", "monitoring", "optimization", "pipeline", "preflight"),
+        *("recipe", "recipe_help", "recipe_keys", "report", "run_lock"),
     ),
 }
 
@@ -234,10 +235,15 @@ ROOMS = {
     "export": ("export",),
     "train": ("train",),
     "uni_instruct/checkpoints": ("train", "export", "evaluate"),
+    "uni_instruct/commands/benchmark_report.py": ("benchmark",),
     "uni_instruct/data": ("train", "evaluate"),
     "uni_instruct/engines/onnxruntime.py": ("serve", "export"),
     "uni_instruct/engines/openvino.py": ("serve", "export"),
     "uni_instruct/engines/openvino_file.py": ("serve", "export"),
+    # Whichever of the two is installed.
+    "uni_instruct/engines/peak.py": (),
+    # Used where torch is there already.
+    "uni_instruct/engines/threads.py": (),
     "uni_instruct/engines/torch.py": ("train", "export", "evaluate"),
     "uni_instruct/evaluate": ("evaluate",),
     "uni_instruct/float32.py": ("train", "export", "evaluate"),
@@ -249,7 +255,7 @@ ROOMS = {
 # Files that also import what is optional even where their room is used, and the extra that brings it.
 OPTIONAL = {"train/monitoring/trackers.py": "trackers"}
 # Where a distribution is not called as what is imported from it.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 def test_every_imported_package_is_declared() -> None:

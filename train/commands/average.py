@@ -7,15 +7,22 @@ from shlex import quote
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.errors import RequestError
+from uni_instruct.train.recipe_keys import NARROWEST_AVERAGE, WIDEST_AVERAGE
 
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "--std", required=True, type=float, help="Width of the average, relative to training time; EDM2 tries 0.02 to 0.25."
+    "--std",
+    required=True,
+    type=FiniteRange(NARROWEST_AVERAGE, WIDEST_AVERAGE),
+    help="Width of the average, relative to training time; EDM2 tries 0.02 to 0.25.",
 )
-@click.option("--kimg", type=float, help="As of this time of training, in thousands of images.  [default: the end]")
+@click.option(
+    "--kimg", type=FiniteRange(1e-3, 1e9), help="As of this time of training, in thousands of images.  [default: the end]"
+)
 @click.option("--stage", default="generator", type=click.Choice(["generator", "teacher"]), help="Whose weights.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
 def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) -> None:
@@ -27,7 +34,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     Example: uni-instruct average runs/digits --std 0.08 --out runs/digits-0.08
     """
     from uni_instruct.data import open_dataset
-    from uni_instruct.engines.torch import TorchEngine
+    from uni_instruct.engine import TORCH, open_engine
     from uni_instruct.generate import generate_images, resolve_class_ids
     from uni_instruct.images import contact_sheet, encode, latent_preview
     from uni_instruct.networks.reference import make_reference
@@ -47,7 +54,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     card = model_card(spec, recipe, open_dataset(recipe.data) if recipe.data else None, {})
     seeds = range(recipe.loop.grid)
     decoder = trained.decoder_weights()
-    engine = TorchEngine(Bundle.write(out, spec, weights, card, decoder=decoder))
+    engine = open_engine(Bundle.write(out, spec, weights, card, decoder=decoder), TORCH)
     images = generate_images(engine, seeds, resolve_class_ids(spec, seeds))
     samples = encode(contact_sheet(images if spec.makes_pictures else latent_preview(images)))
     bundle = Bundle.write(out, spec, weights, card, samples, decoder=decoder, reference=make_reference)

@@ -36,6 +36,7 @@ def _show_recipe_help(context: click.Context, _: click.Parameter, wanted: bool) 
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; needed except with --dry-run.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change lines of the recipe; repeatable.")
 @click.option("--devices", default=1, type=click.IntRange(1, 1024), help="GPUs, or processes on the CPU. Not with torchrun.")
+@click.option("--teacher-only", is_flag=True, help="Stop when the teacher is trained; the same command without it goes on.")
 @click.option(
     "--dry-run", is_flag=True, help="Check recipe, data and teacher, say what would be trained and its cost, and stop."
 )
@@ -60,6 +61,7 @@ def train(
     out: Path | None,
     overrides: tuple[str, ...],
     devices: int,
+    teacher_only: bool,
     dry_run: bool,
     status: bool,
     nice: int,
@@ -75,7 +77,7 @@ def train(
     Example: uni-instruct train digits --out runs/digits --set method=dmd2 critic_updates=3
     """
     if status:
-        _show_status(recipe, out, bool(more or overrides or dry_run or devices > 1 or nice), as_json)
+        _show_status(recipe, out, bool(more or overrides or dry_run or teacher_only or devices > 1 or nice), as_json)
         return
     _lower_priority(nice)
     if out is not None and not dry_run and not is_later_process():
@@ -89,7 +91,7 @@ def train(
     elif out is None:
         raise click.UsageError("Missing option '--out': the folder of the run")
     else:
-        _train(resolved, out, devices, as_json)
+        _train(resolved, out, devices, teacher_only, as_json)
 
 
 def _explain(recipe: "Recipe", as_json: bool) -> None:
@@ -100,20 +102,20 @@ def _explain(recipe: "Recipe", as_json: bool) -> None:
     click.echo(explain(recipe, as_json))
 
 
-def _train(recipe: "Recipe", out: Path, devices: int, as_json: bool) -> None:
+def _train(recipe: "Recipe", out: Path, devices: int, teacher_only: bool, as_json: bool) -> None:
     from uni_instruct.train.pipeline import train as train_run
     from uni_instruct.train.report.page import REPORT
 
     start = time.monotonic()
-    bundle = train_run(recipe, out, devices)
+    bundle = train_run(recipe, out, devices, teacher_only=teacher_only)
     if is_later_process():
         return
     answer = {"bundle": str(bundle.path), "weights_sha256": bundle.weights_sha256, "time_s": time.monotonic() - start}
     if as_json:
         click.echo(json.dumps(answer))
     else:
-        click.echo(f"generator: {bundle.path} ({answer['time_s']:.0f} s)")
-        if (out / REPORT).exists():
+        click.echo(f"{'teacher' if teacher_only else 'generator'}: {bundle.path} ({answer['time_s']:.0f} s)")
+        if not teacher_only and (out / REPORT).exists():
             click.echo(f"report: {out / REPORT}")
         command = ["generate", bundle.path, "--seeds", "0-63", "--out", out / "images", "--grid", out / "grid.png"]
         click.echo(f"next: uni-instruct {shlex.join(map(str, command))}")

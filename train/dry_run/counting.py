@@ -1,7 +1,7 @@
-"""FLOPs and activations of a step, counted while it runs; on the meta device it needs neither arithmetic nor memory."""
+"""FLOPs and activations of a step, counted while it runs (networks/flops.py); what autocast does on the meta device."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +18,6 @@ class Counts:
 
     flops: float
     activations: float
-
-
-def count_flops(work: Callable[[], object]) -> int:
-    """FLOPs of matrix products, convolutions and attention; a multiplication with its addition counts as 2."""
-    # Attention as plain products: the counter knows no other kind on the CPU.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        work()
-    return counter.get_total_flops()
 
 
 class SavedTensors:

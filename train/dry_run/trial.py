@@ -16,8 +16,9 @@ from lightning_fabric.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.networks.flops import count_flops
 from uni_instruct.train.config import StageConfig
-from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors, count_flops
+from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.optimization.distributed import lone_fabric

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.train.recipe_keys import NARROWEST_AVERAGE, WIDEST_AVERAGE
 
 Averaged = TypeVar("Averaged", bound=nn.Module)
-
-# Relative widths that a power function is asked for; the upper end is just below 1 / sqrt(12), the mean of all weights.
-NARROWEST, WIDEST = 0.005, 0.28
 
 
 class Average(ABC, Generic[Averaged]):
@@ -152,9 +150,10 @@ def power_exponent(std: float) -> float:
     std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (arXiv 2312.02696, appendix C), a cubic whose largest root is meant.
     Raises RequestError for std outside 0.005..0.28.
     """
-    if not NARROWEST <= std <= WIDEST:
+    if not NARROWEST_AVERAGE <= std <= WIDEST_AVERAGE:
         raise RequestError(
-            f"width {std:g} of an average is out of range", remedy=f"give {NARROWEST:g} to {WIDEST:g} of training time"
+            f"width {std:g} of an average is out of range",
+            remedy=f"give {NARROWEST_AVERAGE:g} to {WIDEST_AVERAGE:g} of training time",
         )
     precision = std**-2
     cubic = np.polynomial.Polynomial([12 - precision, 16 - precision, 7.0, 1.0])

@@ -21,6 +21,11 @@ def command_section(material: Material) -> list[str]:
     return lines
 
 
+def command_words(material: Material) -> list[str]:
+    """The same commands, one line each."""
+    return [f"uni-instruct {shlex.join(map(str, words))}" for _, *words in _commands(material)]
+
+
 def _commands(material: Material) -> list[tuple[object, ...]]:
     """(why, words...) of each."""
     folder, generator = material.folder, material.folder / "generator"

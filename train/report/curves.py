@@ -1,6 +1,6 @@
 """A stage's curves as one picture: small panels over thousands of images seen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +78,27 @@ def draw(file: Path, title: str, shown: Sequence[Panel], edges_kimg: Sequence[fl
         axes.set_axis_off()
     for axes in grid[max(0, len(shown) - COLUMNS) : len(shown)]:
         axes.set_xlabel("thousands of images seen (kimg)", fontsize=8, color=INK)
+    figure.savefig(file, facecolor="white", format="png")
+
+
+def draw_steps(file: Path, teacher: Mapping[int, float], student: float, metric: str) -> None:
+    """Writes a PNG: the teacher's distance against its evaluations, the student's as a level. Raises MissingExtraError."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("matplotlib", extra="train") from error
+    figure = Figure(figsize=(1.4 * PANEL_IN[0], 1.3 * PANEL_IN[1]), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(teacher), list(teacher.values()), "o-", color=BLUE, markersize=4, label="teacher")
+    axes.axhline(student, color=ORANGE, linewidth=1.2, linestyle=(0, (5, 3)), label=f"student, 1 evaluation: {student:.3g}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(teacher), [str(evaluations) for evaluations in teacher])
+    _set_scale(axes, Panel(title="", lines=()), [*teacher.values(), student])
+    axes.set_xlabel("evaluations of the network for an image", fontsize=8, color=INK)
+    axes.set_title(metric, loc="left", fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     figure.savefig(file, facecolor="white", format="png")
 
 

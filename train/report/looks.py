@@ -52,7 +52,7 @@ def score_section(material: Material) -> list[str]:
     if evaluator is None:
         return ["Nothing was scored: the recipe's metric is none. `uni-instruct evaluate` scores against any data set."]
     samples = samples_of_a_set(recipe.loop.samples)
-    student = score_sets(evaluator, material.student_engine, recipe.loop.metric, samples, None)
+    student = material.student_scores
     s_per_image = material.teacher_drawn.s_per_image
     teacher = score_sets(evaluator, material.teacher_engine, recipe.loop.metric, samples, s_per_image)
     rows = {
@@ -62,7 +62,9 @@ def score_section(material: Material) -> list[str]:
         "student while training, the best": _best_while_training(material, "generator"),
         "teacher while training, the best": _best_while_training(material, "teacher"),
     }
-    lines = _score_table({name: scores for name, scores in rows.items() if scores is not None})
+    known = {name: scores for name, scores in rows.items() if scores is not None}
+    material.facts["scores"] = {name: {"samples": s.samples, **s.values} for name, s in known.items()}
+    lines = _score_table(known)
     sets = max(scores.sets for scores in (student, teacher) if scores is not None)
     lines += [
         "",
@@ -99,6 +101,10 @@ def neighbour_section(material: Material) -> list[str]:
         "",
     ]
     lines += _closeness_table(spaces)
+    material.facts["nearest_training_images"] = {
+        space.space: {"medians": list(space.medians), "nearer": space.nearer_share, "copies": list(space.copied_share)}
+        for space in spaces
+    }
     lines += [
         "",
         "Nearer: to a training image than half of the training images are to each other; 50 % is as near as the data are to "

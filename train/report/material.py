@@ -1,8 +1,10 @@
 """What the sections of a report are made from: a run's folder, opened once."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -17,7 +19,9 @@ from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.report.neighbours import QUERIES
 from uni_instruct.train.report.pictures import Drawn, Grid, draw_rows, plan_grid
 from uni_instruct.train.report.records import Evaluation, StageHistory, read_history
+from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_sets
 
+Json: TypeAlias = "str | int | float | Sequence[Json] | Mapping[str, Json] | None"
 TEACHER_BUDGET_S = 20.0  # for the teacher's grid; the student's has as many rows
 
 
@@ -33,6 +37,7 @@ class Material:
     times: Times
     generator: Bundle
     teacher: Bundle
+    facts: dict[str, Json] = field(default_factory=dict)  # what the sections measure, for report.json
 
     @property
     def spec(self) -> ModelSpec:
@@ -74,6 +79,14 @@ class Material:
     def teacher_drawn(self) -> Drawn:
         """The teacher's images of as many rows of the grid as are affordable."""
         return draw_rows(self.teacher_engine, self.grid, TEACHER_BUDGET_S)
+
+    @cached_property
+    def student_scores(self) -> SetScores | None:
+        """The student's, on seeds that no weights were chosen by; None where the recipe's metric is none."""
+        loop = self.plan.recipe.loop
+        if self.evaluator is None:
+            return None
+        return score_sets(self.evaluator, self.student_engine, loop.metric, samples_of_a_set(loop.samples), None)
 
     @cached_property
     def samples(self) -> Drawn:

@@ -1,26 +1,35 @@
-"""report.md: the sections of a run's report, each made on its own, so that one that fails leaves the others standing."""
+"""report.md and report.html: each section is made on its own, so that one that fails leaves the others standing."""
 
+import json
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from uni_instruct import __version__
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.train.plan import Plan
-from uni_instruct.train.report.commands import command_section
+from uni_instruct.train.report.classes import class_section
+from uni_instruct.train.report.commands import command_section, command_words
 from uni_instruct.train.report.facts import objective_section, subject_section, time_section, warning_section
+from uni_instruct.train.report.html import write_html
 from uni_instruct.train.report.looks import curve_section, neighbour_section, sample_section, score_section
 from uni_instruct.train.report.markdown import text
-from uni_instruct.train.report.material import Material, open_run
+from uni_instruct.train.report.material import Json, Material, open_run
+from uni_instruct.train.report.steps import step_section
 
-REPORT, PICTURES = "report.md", "report"
+REPORT, HTML, JSON, PICTURES = "report.md", "report.html", "report.json", "report"
 Section = Callable[[Material], list[str]]
 SECTIONS: dict[str, Section] = {
     "What was trained": subject_section,
     "Samples": sample_section,
     "Scores": score_section,
+    "Steps": step_section,
+    "Classes": class_section,
     "Nearest training images": neighbour_section,
     "Curves": curve_section,
     "Warnings": warning_section,
@@ -35,6 +44,8 @@ def write_report(
 ) -> Path:
     """Makes a finished run's report.md anew, with its pictures in report/, from what the folder holds; returns its path.
 
+    report.html beside it is the same in one file, with its pictures within; report.json has what was measured.
+
     plan and evaluator spare opening the data and computing its features again. A section that fails says why in its place.
     Raises RequestError where the run is not finished, DiskError where nothing can be written.
     """
@@ -47,8 +58,12 @@ def write_report(
             blocks += [f"## {title}", "\n".join(lines)] if lines else []
             shown.advance(1, title.lower())
         blocks += ["## Time", "\n".join(time_section(material, time.monotonic() - start))]
+    page = "\n\n".join(blocks) + "\n"
+    write_html(page, folder / HTML)
+    with atomic_file(folder / JSON) as partial:
+        partial.write_text(json.dumps(_facts(material), indent=2) + "\n")
     with atomic_file(folder / REPORT) as partial:
-        partial.write_text("\n\n".join(blocks) + "\n")
+        partial.write_text(page)
     return folder / REPORT
 
 
@@ -57,6 +72,20 @@ def report_is_current(folder: Path) -> bool:
     report, log = folder / REPORT, folder / "log.jsonl"
     # Nanoseconds: a short run ends within the second of its report.
     return report.exists() and (not log.exists() or report.stat().st_mtime_ns >= log.stat().st_mtime_ns)
+
+
+def _facts(material: Material) -> dict[str, Json]:
+    """What a program may want of the report: what was trained, what was measured, by which versions, and the commands."""
+    return {
+        "recipe": material.plan.recipe.name,
+        "weights_sha256": material.generator.weights_sha256,
+        "teacher_sha256": material.teacher.weights_sha256,
+        "parameters": material.parameters,
+        "versions": {"uni_instruct": __version__, "torch": torch.__version__},
+        "time_s": {stage: dict(spent) for stage, spent in material.times.items()},
+        **material.facts,
+        "commands": command_words(material),
+    }
 
 
 def _made(section: Section, material: Material, title: str) -> list[str]:

@@ -67,6 +67,11 @@ def columns_of_neighbours(samples: np.ndarray, neighbours: np.ndarray, blocks: i
     return _joined(made, axis=1)
 
 
+def columns_of_two(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> np.ndarray:
+    """Two columns of sheets [H, W, C], with a gap between them; rows touch."""
+    return _joined([np.concatenate(left, axis=0), np.concatenate(right, axis=0)], axis=1)
+
+
 def _joined(sheets: Sequence[np.ndarray], axis: int) -> np.ndarray:
     """Sheets beside each other along the axis, with white between them."""
     shape = list(sheets[0].shape)

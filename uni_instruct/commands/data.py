@@ -6,6 +6,8 @@ from pathlib import Path
 import rich_click as click
 
 from uni_instruct.data import Dataset, check_data, open_dataset, write_zip
+from uni_instruct.data.dataset import MAX_CLASSES
+from uni_instruct.data.sources import MAX_RESOLUTION
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import sha256
 from uni_instruct.progress import progress
@@ -24,9 +26,15 @@ def data() -> None:
 @data.command()
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The zip to write; replaced if there.")
-@click.option("--resolution", type=int, help="Centre-crop to a square and resize to this many pixels.")
-@click.option("--channels", type=int, help="Make every image grey (1) or of colour (3).")
-@click.option("--num-classes", type=int, help="How many classes there are, where the last of them have no image.")
+@click.option(
+    "--resolution", type=click.IntRange(1, MAX_RESOLUTION), help="Centre-crop to a square and resize to this many pixels."
+)
+@click.option("--channels", type=click.IntRange(1, 3), help="Make every image grey (1) or of colour (3).")
+@click.option(
+    "--num-classes",
+    type=click.IntRange(1, MAX_CLASSES),
+    help="How many classes there are, where the last of them have no image.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def prepare(
     source: str, out: Path, resolution: int | None, channels: int | None, num_classes: int | None, as_json: bool
@@ -50,8 +58,10 @@ def prepare(
 
 @data.command()
 @click.argument("source")
-@click.option("--resolution", type=int, help="Sizes may differ: images will be brought to this many pixels.")
-@click.option("--channels", type=int, help="Images will be made grey (1) or of colour (3).")
+@click.option(
+    "--resolution", type=click.IntRange(1, MAX_RESOLUTION), help="Sizes may differ: images will be brought to this many pixels."
+)
+@click.option("--channels", type=click.IntRange(1, 3), help="Images will be made grey (1) or of colour (3).")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check(source: str, resolution: int | None, channels: int | None, as_json: bool) -> None:
     """Read every image and label of SOURCE and name each file that is wrong; the exit code is then 2.

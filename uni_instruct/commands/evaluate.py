@@ -18,7 +18,7 @@ from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statis
 from uni_instruct.evaluate.class_draw import DATA, UNIFORM, DrawnClasses, draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
 from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
-from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_metrics, frechet_name
+from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_count, check_metrics, frechet_name
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 
@@ -38,7 +38,7 @@ MAX_SAMPLES = 10_000_000
     type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES),
     help=f"How many images. [default: as many as the reference has, or {PUBLISHED_SAMPLES}]",
 )
-@click.option("--seed", type=click.IntRange(0), help="First seed. [default: 0]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="First seed. [default: 0]")
 @click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
 @click.option(
     "--classes",
@@ -46,6 +46,7 @@ MAX_SAMPLES = 10_000_000
     help="How often the seeds draw each class: all alike, or as in the reference. [default: data where it is unbalanced]",
 )
 @click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest here]")
+@click.option("--device", help="Where the engine runs: cpu, cuda or cuda:1. [default: a GPU where it can use one]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
     "--save-statistics",
@@ -64,6 +65,7 @@ def evaluate(
     seeds_text: str | None,
     classes: str | None,
     engine: str | None,
+    device: str | None,
     batch: int,
     save_statistics: Path | None,
     as_json: bool,
@@ -80,17 +82,17 @@ def evaluate(
     _check_statistics_path(save_statistics)
     bundle = Bundle.open(images) if is_bundle(images) else None
     if bundle is None:
-        options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
-        _check_images_options(options)
+        options = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes}
+        _check_images_options(options | {"--engine": engine, "--device": device})
     reference = open_reference(reference_source)
     seeds = _seeds(seeds_text, seed, samples, reference)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
     if bundle is None:
         sources = {"images": dataset_samples(_open_images(images), samples, batch, reference)}
     else:
-        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids)}
+        sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids, device)}
         if teacher is not None:
-            sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how)
+            sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how, device)
     evaluator = _evaluator(reference, extractor, sources, names)
     if save_statistics is not None:
         write_statistics(evaluator.statistics(), save_statistics)
@@ -99,10 +101,12 @@ def evaluate(
     click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts)
 
 
-def _teacher_samples(teacher: Bundle, seeds: list[int], batch: int, reference: Dataset | Statistics, how: str) -> SampleSource:
+def _teacher_samples(
+    teacher: Bundle, seeds: list[int], batch: int, reference: Dataset | Statistics, how: str, device: str | None
+) -> SampleSource:
     # Seeds and classes as the generator's, so that the ratio of their distances does not depend on luck.
     drawn = draw_classes(teacher.spec, seeds, reference, how if how and teacher.spec.num_classes else None)
-    return bundle_samples(teacher, seeds, None, batch, reference, drawn.class_ids)
+    return bundle_samples(teacher, seeds, None, batch, reference, drawn.class_ids, device)
 
 
 def _evaluator(
@@ -149,7 +153,9 @@ def _seeds(text: str | None, first: int | None, samples: int | None, reference: 
     if text is not None:
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
-        return parse_seeds(text)
+        seeds = parse_seeds(text)
+        check_count(len(seeds))  # before features of a reference are made, which may take minutes
+        return seeds
     # By default as many as the reference has, or as publications use: a Frechet distance depends on the number of images.
     start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
     return parse_seeds(f"{start}-{start + count - 1}")

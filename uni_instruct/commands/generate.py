@@ -51,6 +51,7 @@ GRID_IMAGES = 1024
     help="How often the seeds draw each class: all alike, or as in the data of its training. [default: uniform]",
 )
 @click.option("--engine", help="Engine id, as onnx-fp32, or a runtime, as onnx. [default: the fastest here]")
+@click.option("--device", help="Where it runs: cpu, cuda or cuda:1. [default: a GPU where the engine can use one]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
     "--grid", "grid_path", type=click.Path(path_type=Path), help=f"Also write a PNG of the first {GRID_IMAGES} images."
@@ -64,6 +65,7 @@ def generate(
     by_classes: bool,
     shares: str | None,
     engine: str | None,
+    device: str | None,
     batch: int,
     grid_path: Path | None,
     as_json: bool,
@@ -86,12 +88,12 @@ def generate(
     class_ids = resolve_class_ids(
         opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes, _shares(opened.spec, shares)
     )
-    engine_id = _engine_id(opened, engine, out)
+    engine_id = _engine_id(opened, engine, out, device)
     request = SampleRequest(bundle=opened, engine=engine_id, seeds=seeds, class_ids=class_ids, batch=batch)
-    already = out is not None and _write_set(request, out)
+    already = out is not None and _write_set(request, out, device)
     if grid_path:
         if out is None:
-            images = generate_images(open_engine(opened, engine_id), seeds, class_ids, batch)
+            images = generate_images(open_engine(opened, engine_id, device=device), seeds, class_ids, batch)
         else:
             images = read_samples(out, GRID_IMAGES).images
         _write_grid(images, grid_path, len(seeds) // opened.spec.num_classes if by_classes else None)
@@ -116,22 +118,22 @@ def _shares(spec: ModelSpec, wanted: str | None) -> np.ndarray | None:
     return np.array(counts)
 
 
-def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None) -> str:
+def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None, device: str | None) -> str:
     """The engine to use. A set that stands at `out`, or was begun, keeps its own, unless another is asked for."""
     noted = noted_engine(out) if out is not None else None
     if noted and (wanted is None or wanted in (noted, EngineId.parse(noted).runtime)):
         return noted
-    return str(select_engine(bundle, wanted).engine_id)
+    return str(select_engine(bundle, wanted, device).engine_id)
 
 
-def _write_set(request: SampleRequest, out: Path) -> bool:
+def _write_set(request: SampleRequest, out: Path, device: str | None) -> bool:
     """Writes the set, or what an interrupted run left to do of it; True where it was complete already."""
     if is_finished(request, out):
         remove_leftovers(request, out)
         return True
     with open_run(request, out) as run:
         if run.done < len(request.seeds):
-            engine = open_engine(request.bundle, request.engine)
+            engine = open_engine(request.bundle, request.engine, device=device)
             with progress("generate", len(request.seeds), "images", done=run.done) as bar:
                 run.fill(engine, bar)
         run.finish()

@@ -8,6 +8,7 @@ import rich_click as click
 from click.core import ParameterSource
 
 from uni_instruct.bundle import USUAL_VAE, Bundle, is_bundle
+from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.errors import RequestError
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import progress
@@ -28,12 +29,12 @@ _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 @click.option("--network", help="Which network of a training state.  [default: the generator's average]")
 @click.option("--name", help="Name of the bundle.  [default: the file's]")
 @click.option(
-    "--sigma-init", default=DEFAULT_SIGMA_INIT, type=click.FloatRange(1e-3, 1e4), help="Noise level of a generator's input."
+    "--sigma-init", default=DEFAULT_SIGMA_INIT, type=FiniteRange(1e-3, 1e4), help="Noise level of a generator's input."
 )
 @click.option("--steps", default=TEACHER_STEPS, type=click.IntRange(2, 1000), help="Steps of a teacher's sampler.")
 @click.option(
     "--patch",
-    type=int,
+    type=click.IntRange(1, 4),
     help="Side of the squares of pixels that the network sees as one: 1, 2 or 4.  [default: what the config.json of a bundle "
     "beside the file says, else 1]",
 )

@@ -146,11 +146,19 @@ def _engine_facts(bundle: Bundle, stored: StoredEngine) -> dict[str, Any]:
 def _engine_text(engine: dict[str, Any]) -> str:
     if "error" in engine:
         return f"cannot be used: {engine['error']}"
-    parity = engine["parity"]
     return (
-        f"{engine['file']}, {engine['file_bytes'] / 1e6:.1f} MB; against torch relative L2 "
-        f"{parity['relative_l2']:.1e}, equal pixels {parity['equal_pixels']:.3%}; batch invariant: "
-        f"{'yes' if parity['batch_invariant'] else 'no'}; by {_text(engine['versions'])}; {_here_text(engine['here'])}"
+        f"{engine['file']}, {engine['file_bytes'] / 1e6:.1f} MB; {_parity_text(engine['parity'])}; "
+        f"by {_text(engine['versions'])}; {_here_text(engine['here'])}"
+    )
+
+
+def _parity_text(parity: dict[str, Any]) -> str:
+    if not parity:
+        return "built but untried, for want of its GPU: the machine that runs it checks it first"
+    invariant = "yes" if parity["batch_invariant"] else "no"
+    return (
+        f"against torch relative L2 {parity['relative_l2']:.1e}, equal pixels {parity['equal_pixels']:.3%}; "
+        f"batch invariant: {invariant}"
     )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from uni_instruct.data.dataset import Dataset, ImageReader
 from uni_instruct.data.image_files import (
+    SAVE_HEIC,
     ImageFileReader,
     common_shape,
     image_file_shape,
@@ -17,7 +18,7 @@ from uni_instruct.data.labels import META, Description
 from uni_instruct.data.storage import UNREADABLE, Store, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.file_type import begins_as_image
+from uni_instruct.file_type import HEAD, begins_as_heic, begins_as_image
 from uni_instruct.spec import ImageShape
 
 
@@ -61,6 +62,8 @@ def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
             taken = set(chosen)
             rest = [name for name in names if name not in taken and name.rpartition("/")[2] != META]
             return DataFiles(naturally_sorted(chosen), latents, naturally_sorted(rest))
+    if any(begins_as_heic(_head(store, name)) for name in names):
+        remedy = SAVE_HEIC
     there = f" but {_counted(naturally_sorted(names), 'file')}" if names else ""
     raise FileFormatError(f"{store.path} has no images{there}", remedy=remedy)
 
@@ -89,10 +92,14 @@ def _is_image(store: Store, name: str) -> bool:
     # '.mp4' or '.csv' says what a file is; '1', '1.jpg_large' and '1.12' do not.
     if base.startswith(".") or (suffix and suffix[1:2].isalpha() and suffix[1:].isalnum()):
         return False
+    return begins_as_image(_head(store, name))
+
+
+def _head(store: Store, name: str) -> bytes:
     try:
-        return begins_as_image(store.head(name, 16))
+        return store.head(name, HEAD)
     except UNREADABLE:
-        return False
+        return b""
 
 
 def content_of(store: Store, found: DataFiles, form: ImageForm, *, every_header: bool, stated: int | None = None) -> Content:

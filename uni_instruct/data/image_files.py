@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, name_in_store, reason_of
 from uni_instruct.errors import FileFormatError
+from uni_instruct.file_type import HEAD, begins_as_heic
 from uni_instruct.images import to_pil
 
 # Every suffix that Pillow opens as a picture, in a list of our own: asking Pillow would load all of its plugins at each start.
@@ -21,8 +22,11 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 # What Pillow knows but cannot show (scientific data, films), or shows by running another program (EPS), or never in 8 bits.
 _NOT_SHOWN = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
 NO_PICTURES = frozenset(_NOT_SHOWN.split())
+SAVE_HEIC = "save HEIC as JPEG or PNG, as photo programs and 'heif-convert in.heic out.jpg' do"
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
+# Grey of 16 bits as PNG and TIFF hold it. Of a PGM of more than 255 levels Pillow makes mode I, spread over 16 bits.
+_DEEP_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 _COLOURS = {1: " grey", 3: " colour"}
 # EXIF orientations that turn an image by a quarter, so that width and height change places.
 _SIDEWAYS = frozenset({5, 6, 7, 8})
@@ -79,12 +83,14 @@ class ImageFileReader:
 def decode(store: Store, name: str, any_size: bool = False) -> np.ndarray:
     """A file's pixels, upright: uint8 [H, W, 1 or 3]. Transparency is dropped. any_size: it is going to be made smaller.
 
-    Raises FileFormatError.
+    Of 16 bits the upper 8 are kept, in grey as in colour. Raises FileFormatError.
     """
     try:
         with _opened(store, name, any_size) as image:
             mode = "L" if _channels(image) == 1 else "RGB"
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert(mode))
+            upright = ImageOps.exif_transpose(image)
+            # Pillow itself keeps the upper byte of 16-bit colour, but cuts 16-bit grey off at 255.
+            pixels = (np.asarray(upright) >> 8).astype(np.uint8) if _is_deep(image) else np.asarray(upright.convert(mode))
     except UNREADABLE as error:
         raise _unreadable(store, name, error) from error
     return pixels[:, :, None] if mode == "L" else pixels
@@ -176,15 +182,26 @@ def _opened(store: Store, name: str, any_size: bool) -> Image.Image:
 
 
 def _channels(image: Image.Image) -> int:
-    # Pillow converts 16-bit and float images by cutting off whatever is above 255.
+    if _is_deep(image):
+        return 1
+    # Of integers of 32 bits and of floats nobody knows what is white.
     if image.mode not in _GREY_MODES | _COLOUR_MODES:
-        raise ValueError(f"pixels of mode {image.mode} are not 8-bit")
+        raise ValueError(f"pixels of mode {image.mode} are neither of 8 nor of 16 bits")
     return 1 if image.mode in _GREY_MODES else 3
 
 
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in _DEEP_MODES or (image.mode == "I" and image.format == "PPM")
+
+
 def _unreadable(store: Store, name: str, error: BaseException) -> FileFormatError:
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason_of(error)
-    return FileFormatError(f"{name_in_store(store, name)} cannot be read: {reason}", remedy="replace or remove that file")
+    reason, remedy = reason_of(error), "replace or remove that file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = "not an image"
+        # Phones and their programs also call such files .jpg.
+        if begins_as_heic(store.head(name, HEAD)):
+            reason, remedy = "HEIC, which is not read here", SAVE_HEIC
+    return FileFormatError(f"{name_in_store(store, name)} cannot be read: {reason}", remedy=remedy)
 
 
 def size_mismatch(store: Store, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> FileFormatError:

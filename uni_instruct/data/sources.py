@@ -21,6 +21,7 @@ from uni_instruct.data.storage import UNREADABLE
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
 
+MAX_RESOLUTION = 4096
 _EMOJI_OF = "emoji:"
 _FILE_KINDS = "a zip, an .npz, a folder of images or a folder of IDX files, CIFAR-10's archive for Python"
 
@@ -36,12 +37,12 @@ def open_dataset(
     every image grey (1) or of colour (3).
     Raises RequestError for an unknown source, FileFormatError for one that is corrupt or not what it was taken for.
     """
-    if resolution is not None and not 1 <= resolution <= 4096:
-        raise RequestError(f"resolution {resolution} is outside 1..4096", remedy="give pixels", param="resolution")
-    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
+    if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
         raise RequestError(
-            f"num_classes {num_classes} is outside 1..{MAX_CLASSES}", remedy="give their number", param="num_classes"
+            f"resolution {resolution} is out of range", remedy=f"give 1 to {MAX_RESOLUTION} pixels", param="resolution"
         )
+    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
+        raise RequestError(f"num_classes {num_classes} is out of range", remedy=f"give 1 to {MAX_CLASSES}", param="num_classes")
     if channels is not None and channels not in (1, 3):
         raise RequestError(
             f"channels {channels} is neither 1 nor 3", remedy="give 1 for grey or 3 for colour", param="channels"

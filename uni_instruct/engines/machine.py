@@ -10,6 +10,8 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 DRIVER = Path("/proc/driver/nvidia/version")
 # What a processor can do decides which kernels a runtime takes; a virtual machine may hide some of it.
 _ABILITIES = ("flags", "Features", "isa")
+# Those that decide how fast a network is, by Linux's names.
+_TELLING = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8")
 _NAMES = ("model name", "Model", "uarch", "CPU implementer", "CPU part", "model", "stepping")
 
 
@@ -18,17 +20,37 @@ def machine() -> str:
     return "; ".join([_processor(), *_gpus()])
 
 
+def machine_facts() -> dict[str, str | int | list[str]]:
+    """For a report: the processor, what it can do beyond every other of its kind, its cores, the GPUs, the system."""
+    flags = _first_core().get("flags", "").split()
+    return {
+        "machine": machine(),
+        "abilities": [name for name in _TELLING if name in flags],
+        "cpus_of_machine": os.cpu_count() or 1,
+        "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
 def _processor() -> str:
     """By what Linux says of the first core; elsewhere by what the platform says."""
-    try:
-        first, _, _ = CPUINFO.read_text(errors="replace").partition("\n\n")
-    except OSError:
+    facts = _first_core()
+    if not facts:
         return f"{platform.machine()} {platform.processor()}".strip()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     name = " ".join(facts[key] for key in _NAMES if key in facts)
     able = " ".join(sorted(facts[key] for key in _ABILITIES if key in facts))
     digest = hashlib.sha256(" ".join(sorted(able.split())).encode()).hexdigest()[:8]
     return f"{platform.machine()} {name} (abilities {digest})"
+
+
+def _first_core() -> dict[str, str]:
+    """What Linux says of it; nothing elsewhere."""
+    try:
+        first, _, _ = CPUINFO.read_text(errors="replace").partition("\n\n")
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
 def _gpus() -> list[str]:

@@ -1,43 +1,56 @@
 """ONNX Runtime: one file that holds the whole one-step map, from N(0, 1) noise to uint8 pixels. Needs no torch."""
 
+import importlib
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.device import CPU, CUDA, index_of, kind_of
 from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, check_interface
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
-from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.engines.threads import Threads
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
-from uni_instruct.noise import checked_inputs
+from uni_instruct.files import cache_folder
+from uni_instruct.noise import Inputs, checked_inputs
 
 if TYPE_CHECKING:
+    import types
+
     import onnxruntime
 
-# Provider of ONNX Runtime -> the device it runs on.
-PROVIDERS = {"CPUExecutionProvider": "cpu"}
+CUDA_PROVIDER, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
+# Provider of ONNX Runtime -> the kind of device it runs on. Of a kind the first that is installed is taken where none is asked
+# for; the last comes with a package of its own, beside ONNX Runtime's CPU build.
+PROVIDERS = {"CPUExecutionProvider": CPU, CUDA_PROVIDER: CUDA, TENSORRT: CUDA, TENSORRT_RTX: CUDA}
+RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+# On a GPU every batch has a size of its own CUDA graph: 1, 2, 4, up to this. More images at once are split.
+LARGEST_BATCH = 64
 
 
 class OnnxEngine:
-    """Runs a bundle's exported graph in fp32; results do not depend on the batch (measured when it was exported).
+    """Runs a bundle's exported graph; on the CPU results do not depend on the batch (measured when it was exported).
 
-    spin: as in `open_engine`. Raises BundleError where the engine's files do not match engine.json or the bundle's weights,
-    RequestError where ONNX Runtime does not use the provider that was asked for.
+    provider: what runs it, one of PROVIDERS that the device has. spin: as in `open_engine`. Raises BundleError where the
+    engine's files do not match engine.json or the bundle's weights, RequestError where ONNX Runtime does not use the device or
+    the provider that was asked for.
     """
 
-    def __init__(self, bundle: Bundle, stored: StoredEngine, *, provider: str = "CPUExecutionProvider", spin: bool = True):
-        if provider not in PROVIDERS:
-            raise RequestError(
-                f"provider '{provider}' is unknown", remedy=f"choose one of {', '.join(PROVIDERS)}", param="engine"
-            )
-        self.spec = bundle.spec
-        self.id = stored.engine_id
-        self.device = PROVIDERS[provider]
-        self._session: onnxruntime.InferenceSession | None = _session(stored.file(), provider, spin)
-        inputs: dict[str, list[int | str]] = {port.name: port.shape for port in self._session.get_inputs()}
-        self._noise = check_interface(bundle.spec, inputs, {port.name for port in self._session.get_outputs()})
+    def __init__(
+        self, bundle: Bundle, stored: StoredEngine, *, device: str = CPU, provider: str | None = None, spin: bool = True
+    ):
+        self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
+        runtime = _package()
+        provider = _checked_provider(runtime, device, provider)
+        session = _session(runtime, stored.file(), provider, index_of(device), Threads.here(spin))
+        self._session: onnxruntime.InferenceSession | None = session
+        inputs: dict[str, list[int | str]] = {port.name: port.shape for port in session.get_inputs()}
+        self._noise = check_interface(bundle.spec, inputs, {port.name for port in session.get_outputs()})
+        self._batches = None if kind_of(device) == CPU else BoundBatches(session, device, LARGEST_BATCH)
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
@@ -50,30 +63,113 @@ class OnnxEngine:
 
     def close(self) -> None:
         """Frees the session, once what runs in other threads is done."""
-        self._session = None
+        self._session = self._batches = None
 
     def _run(self, outputs: list[str], noise: np.ndarray, class_ids: np.ndarray | None) -> list[np.ndarray]:
-        session = self._session
+        session, batches = self._session, self._batches
         assert session is not None, "the engine was closed"
-        results: list[list[np.ndarray]] = []
+        inputs = checked_inputs(self.spec, noise, class_ids)
         # A decoder makes large pictures a few at a time, or their activations would fill the memory.
-        for z, labels in checked_inputs(self.spec, noise, class_ids).parts(self.spec.images_at_once):
-            results.append(session.run(outputs, {self._noise: z} if labels is None else {self._noise: z, CLASS_IDS: labels}))
+        most = self.spec.images_at_once if batches is None else min(batches.most, self.spec.images_at_once or batches.most)
+        results: list[list[np.ndarray]] = []
+        for part in inputs.parts(most):
+            feeds = {self._noise: part.noise} | ({} if part.class_ids is None else {CLASS_IDS: part.class_ids})
+            results.append(session.run(outputs, feeds) if batches is None else batches.run(part, feeds, outputs))
         return results[0] if len(results) == 1 else [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
-def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSession":
+class BoundBatches:
+    """Runs a session with its inputs and outputs in fixed places on the device, as CUDA graphs want it, at fixed batch sizes.
+
+    A batch is padded to the next power of two. Safe from several threads, one of which runs at a time.
+    """
+
+    def __init__(self, session: "onnxruntime.InferenceSession", device: str, most: int):
+        self.most, self._session, self._lock = most, session, threading.Lock()
+        self._place = (kind_of(device), index_of(device))
+        self._bound: dict[int, _Bound] = {}
+
+    def run(self, part: Inputs, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+        """Those outputs of at most `most` images, as arrays of the caller's own; feeds are the part's arrays by port."""
+        count = len(part.noise)
+        size = min(self.most, 1 << (count - 1).bit_length())
+        rows = np.minimum(np.arange(size), count - 1)
+        with self._lock:
+            if size not in self._bound:
+                self._bound[size] = _Bound(self._session, size, self._place)
+            return [found[:count].copy() for found in self._bound[size].run({n: v[rows] for n, v in feeds.items()}, outputs)]
+
+
+class _Bound:
+    """Memory on the device for one batch size, and the CUDA graph that ONNX Runtime captures under that number."""
+
+    def __init__(self, session: "onnxruntime.InferenceSession", size: int, place: tuple[str, int]):
+        runtime = _package()
+        self._session, self._binding, self._options = session, session.io_binding(), runtime.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(size))
+
+        def memory(port: "onnxruntime.NodeArg") -> "onnxruntime.OrtValue":
+            return runtime.OrtValue.ortvalue_from_shape_and_type([size, *port.shape[1:]], _DTYPES[port.type], *place)
+
+        self._inputs = {port.name: memory(port) for port in session.get_inputs()}
+        self._outputs = {port.name: memory(port) for port in session.get_outputs()}
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in self._outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+
+    def run(self, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+        for name, array in feeds.items():
+            self._inputs[name].update_inplace(array)
+        self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+        return [self._outputs[name].numpy() for name in outputs]
+
+
+# ONNX Runtime's word for a port's type -> NumPy's.
+_DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
+
+
+def _package() -> "types.ModuleType":
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ModuleNotFoundError as error:
         raise MissingExtraError("onnxruntime", extra="serve") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cpus()
+
+
+def _checked_provider(runtime: "types.ModuleType", device: str, wanted: str | None) -> str:
+    fitting = [name for name, kind in PROVIDERS.items() if kind == kind_of(device)]
+    if wanted is None:
+        there = [name for name in fitting if name in runtime.get_available_providers()]
+        return there[0] if there else fitting[-1]
+    if wanted not in fitting:
+        raise RequestError(
+            f"no provider '{wanted}' runs on {device}", remedy=f"choose one of {', '.join(fitting)}", param="engine"
+        )
+    return wanted
+
+
+def _session(
+    runtime: "types.ModuleType",
+    path: Path,
+    provider: str,
+    index: int,
+    threads: Threads,
+) -> "onnxruntime.InferenceSession":
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads.count
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    for key, value in threads.for_onnxruntime().items():
+        options.add_session_config_entry(key, value)
     options.log_severity_level = 3
+    providers = None  # a plugin is in the options already
+    if provider == TENSORRT_RTX:
+        _add_plugin(runtime, options, index)
+    else:
+        providers = [(provider, _provider_options(provider, index))]
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        session = runtime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # its errors share no class but this one
         problem = " ".join(str(error).split())[:200]
         raise BundleError(f"ONNX Runtime cannot load {path}: {problem}", remedy="export the engine again") from error
@@ -85,3 +181,37 @@ def _session(path: Path, provider: str, spin: bool) -> "onnxruntime.InferenceSes
             param="engine",
         )
     return session
+
+
+def _provider_options(provider: str, index: int) -> dict[str, str]:
+    """CUDA graphs, for which everything must be on the GPU, and float32 that is float32."""
+    if provider == CUDA_PROVIDER:
+        return {"device_id": str(index), "enable_cuda_graph": "1", "use_tf32": "0"}
+    if provider != TENSORRT:
+        return {}
+    settings = {"device_id": str(index), "trt_cuda_graph_enable": "1", "trt_fp16_enable": "1"}
+    try:
+        folder = cache_folder() / "onnxruntime-tensorrt"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # its plans, which take minutes, are then made at each start
+        return settings
+    return settings | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
+
+
+def _add_plugin(runtime: "types.ModuleType", options: "onnxruntime.SessionOptions", index: int) -> None:
+    """Lets the session run on the TensorRT-RTX provider, which is a library of its own."""
+    try:
+        plugin = importlib.import_module(RTX_PLUGIN)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(RTX_PLUGIN, extra="tensorrt-rtx") from error
+    name = plugin.get_ep_name()
+    if not any(device.ep_name == name for device in runtime.get_ep_devices()):
+        runtime.register_execution_provider_library(name, plugin.get_library_path())
+    devices = [device for device in runtime.get_ep_devices() if device.ep_name == name]
+    if index >= len(devices):
+        raise RequestError(
+            f"{TENSORRT_RTX} finds {len(devices)} GPUs, and cuda:{index} was asked for",
+            remedy="it needs an RTX card, of compute capability 8.0 or more; use another engine",
+            param="device",
+        )
+    options.add_provider_for_devices([devices[index]], {})

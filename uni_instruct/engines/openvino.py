@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.device import CPU
 from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, check_interface
 from uni_instruct.engines.openvino_file import read_model
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, StoredEngine
-from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.engines.threads import Threads, usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.files import cache_folder
 from uni_instruct.noise import Inputs, checked_inputs
@@ -35,14 +36,18 @@ LEAST_PART = 4
 class OpenVinoEngine:
     """Runs a bundle's graph: few images by all threads together, many shared out among one stream a thread.
 
-    spin is not read: OpenVINO's threads sleep while they wait. Raises BundleError where the engine's files do not match
-    engine.json or the bundle's weights, RequestError where this processor does not have the engine's precision.
+    streams: always so many, each with its share of the threads. spin is not read: OpenVINO's threads sleep while they wait.
+    Raises BundleError where the engine's files do not match engine.json or the bundle's weights, RequestError where this
+    processor does not have the engine's precision.
     """
 
-    def __init__(self, bundle: Bundle, stored: StoredEngine, *, spin: bool = True):
-        self.spec, self.id, self.device = bundle.spec, stored.engine_id, "cpu"
-        self._file, self._threads = stored.file(), usable_cpus()
-        self._together: _Streams | None = _Streams(self._file, self.id, 1)
+    def __init__(
+        self, bundle: Bundle, stored: StoredEngine, *, device: str = CPU, spin: bool = True, streams: int | None = None
+    ):
+        assert device == CPU, device
+        self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
+        self._file, self._threads, self._always = stored.file(), usable_cpus(), streams
+        self._together: _Streams | None = _Streams(self._file, self.id, streams or 1)
         check_interface(self.spec, self._together.inputs, self._together.outputs)
         self._apart: _Streams | None = None
         self._lock = threading.Lock()
@@ -69,7 +74,7 @@ class OpenVinoEngine:
     def _streams_for(self, images: int) -> "_Streams":
         with self._lock:
             assert self._together is not None, "the engine was closed"
-            if self._threads == 1 or images < LEAST_PART * self._threads:
+            if self._always or self._threads == 1 or images < LEAST_PART * self._threads:
                 return self._together
             if self._apart is None:  # compiled when first needed: who makes one image at a time never waits for it
                 self._apart = _Streams(self._file, self.id, self._threads)
@@ -138,10 +143,7 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
     hint, _ = HINTS[engine_id.precision]
     settings = {
         "INFERENCE_PRECISION_HINT": hint,
-        "NUM_STREAMS": streams,
-        "INFERENCE_NUM_THREADS": usable_cpus(),
-        # Threads bound to the first cores would be bound to the same ones in every worker process of a server.
-        "ENABLE_CPU_PINNING": False,
+        **Threads.here(spin=False).for_openvino(streams),
     }
     try:
         core = _core()

@@ -49,13 +49,18 @@ class EngineId:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """The engine's id, file and hash, the hash of the weights it was built from, tool versions, parity report."""
+    """The engine's id, file and hash, the hash of the weights it was built from, tool versions, parity report.
+
+    batch_profile is (least, best, most) images at once of an engine that was built for a range of them, () for any. parity is
+    empty where the engine could not be tried where it was built, for want of its GPU.
+    """
 
     engine_id: str
     file: str
     file_sha256: str
     weights_sha256: str
     versions: Mapping[str, str]
+    batch_profile: tuple[int, ...] = ()
     parity: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,6 +74,8 @@ class EngineRecord:
         path = folder / RECORD
         try:
             values = _as_format_2(json.loads(path.read_text()))
+            # Engines that run any batch have no profile, nor have those of earlier versions.
+            values = {**values, "batch_profile": tuple(values.get("batch_profile", ()))}
             record = cls(**{f.name: values[f.name] for f in fields(cls)})
             EngineId.parse(record.engine_id)
         except FileNotFoundError as error:
@@ -77,7 +84,11 @@ class EngineRecord:
             raise BundleError(f"{path} does not describe an engine", remedy="export the engine again") from error
         if not isinstance(record.file, str) or Path(record.file).name != record.file:
             raise BundleError(f"{path} names the file {record.file!r}", remedy="export the engine again")
-        if not isinstance(record.parity, dict) or not isinstance(record.versions, dict):
+        if (
+            not isinstance(record.parity, dict)
+            or not isinstance(record.versions, dict)
+            or not _is_profile(record.batch_profile)
+        ):
             raise BundleError(f"{path} does not describe an engine", remedy="export the engine again")
         return record
 
@@ -134,6 +145,11 @@ def id_of_folder(name: str) -> EngineId | None:
 def former_folder(engine_id: EngineId) -> str | None:
     """The name of the folder that format 1 kept that engine in."""
     return next((folder for folder, written in _FORMER_FOLDERS.items() if written == str(engine_id)), None)
+
+
+def _is_profile(profile: tuple[Any, ...]) -> bool:
+    whole = all(type(size) is int and size > 0 for size in profile)
+    return not profile or (len(profile) == 3 and whole and list(profile) == sorted(profile))
 
 
 def _as_format_2(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,34 +1,45 @@
-"""torch: the reference engine, the weights as trained; teachers too, with their many-step sampler. And the same in bf16."""
+"""torch: the reference engine, the weights as trained; teachers too, with their many-step sampler. And the same in 16 bits."""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.device import CPU, CUDA, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
 from uni_instruct.engines.sensitive_layers import sensitive_layers
+from uni_instruct.engines.threads import Threads
 from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
 from uni_instruct.networks.blocks import Conv2d
+from uni_instruct.networks.cuda_graphs import CapturedBatches
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
 
+# Precision -> what the large convolutions are computed in.
+_SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class TorchEngine:
-    """Runs a bundle's weights on the GPU where there is one, else on the CPU: in fp32, or its large convolutions in bf16.
+    """Runs a bundle's weights on the CPU or a GPU ('cuda:0'), there through CUDA graphs.
 
-    Raises RequestError for bf16 of a teacher, whose many steps add up what each one rounds.
+    precision: 'fp32', without TF32, or what the large convolutions are computed in, 'bf16' or 'fp16'.
+    Raises RequestError for 16 bits of a teacher, whose many steps add up what each one rounds.
     """
 
-    def __init__(self, bundle: Bundle, precision: str = "fp32"):
-        self.spec, self._bundle, self.id = bundle.spec, bundle, EngineId("torch", precision)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, bundle: Bundle, *, device: str = CPU, precision: str = "fp32"):
+        self.spec, self.device, self._bundle = bundle.spec, device, bundle
+        self.id = EngineId("torch", precision)
+        Threads.here(spin=False).for_torch()
         generator = load_one_step(bundle).to(self.device)
-        if precision == "bf16":
-            _round_convolutions(generator, bundle)
+        if precision in _SIXTEEN_BITS:
+            _round_convolutions(generator, bundle, _SIXTEEN_BITS[precision])
         self._generator: OneStep | None = generator
+        # A teacher's sampler is many evaluations, each of other noise levels.
+        captures = kind_of(device) == CUDA and bundle.spec.steps == 1
+        self._one_step = CapturedBatches(self._generate) if captures else self._generate
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
@@ -45,23 +56,26 @@ class TorchEngine:
 
     def close(self) -> None:
         """Frees the weights, once what runs in other threads is done."""
-        self._generator = None
+        self._generator, self._one_step = None, self._generate
 
     @torch.inference_mode()
     def _images(self, inputs: Inputs) -> Tensor:
-        generator = self._generator
-        assert generator is not None, "the engine was closed"
-        z, labels = as_tensors(inputs, self.device)
+        assert self._generator is not None, "the engine was closed"
         # This engine is what the others are held against: on a GPU its convolutions would take TF32 otherwise.
         with full_float32():
-            if self.spec.steps > 1:
-                return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
-            images: Tensor = generator(z, labels)
-            return images
+            return self._one_step(*as_tensors(inputs, self.device))
+
+    def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        generator = self._generator
+        assert generator is not None, "the engine was closed"
+        if self.spec.steps > 1:
+            return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
+        images: Tensor = generator(z, labels)
+        return images
 
 
-def _round_convolutions(generator: OneStep, bundle: Bundle) -> None:
-    """The large convolutions in bf16, channels last, which is what processors and GPUs are fast at; the rest as it is.
+def _round_convolutions(generator: OneStep, bundle: Bundle, dtype: torch.dtype) -> None:
+    """The large convolutions in 16 bits, channels last, which is what processors and GPUs are fast at; the rest as it is.
 
     Sums, normalisation and attention stay float32: stored in bf16 they cost four times the error (docs/export.md, "bf16").
     """
@@ -72,22 +86,22 @@ def _round_convolutions(generator: OneStep, bundle: Bundle) -> None:
     found = [(name, module) for name, module in generator.denoiser.model.named_modules() if _has_filters(module)]
     shapes = [(f"{name}.weight", tuple(module.get_parameter("weight").shape)) for name, module in found]
     kept = sensitive_layers(shapes, bundle.spec)
+
+    def rounded_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        image, *others = inputs
+        return image.to(dtype, memory_format=torch.channels_last), *others
+
     for module in (module for i, (_, module) in enumerate(found) if i not in kept):
-        module.register_forward_pre_hook(_rounded_input)
+        module.register_forward_pre_hook(rounded_input)
         module.register_forward_hook(_wide_output)
         if isinstance(module, Conv2d) and module.weight is not None:  # EDM2's normalise their weights first, in float32
-            module.bfloat16()
+            module.to(dtype)
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _has_filters(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.ndim == 4
-
-
-def _rounded_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    image, *others = inputs
-    return image.to(torch.bfloat16, memory_format=torch.channels_last), *others
 
 
 def _wide_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

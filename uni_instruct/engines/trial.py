@@ -37,13 +37,15 @@ _log = logging.getLogger(__name__)
 class TrialKey:
     """What a trial's result depends on: where any of it changes, the engine is tried again.
 
-    file_sha256 is the engine file's hash, for torch that of the weights; reference_sha256 is '' where there is no such file.
+    file_sha256 is the engine file's hash, for torch that of the weights; reference_sha256 is '' where there is no such file;
+    device is where it runs, 'cpu' or 'cuda:0'.
     """
 
     engine_id: str
     file_sha256: str
     reference_sha256: str
     runtime: str
+    device: str
     machine: str
     uni_instruct: str
 
@@ -64,26 +66,31 @@ class TrialKey:
 class Trial:
     """What an engine did here. problem says why it is not to be used, '' where it is.
 
-    relative_l2 and pixel_difference are the distance from torch's images, None where there was nothing to compare;
-    images_per_s is that of one batch of the reference's images. lasting: whether another trial would end the same way.
+    relative_l2 and pixel_difference are the distance from torch's images, None where there was nothing to compare.
+    images_per_s is that of one batch of the reference's images; or, where benchmark is not '', what the benchmark of that time
+    measured. lasting: whether another trial would end the same way.
     """
 
     problem: str = ""
     relative_l2: float | None = None
     pixel_difference: int | None = None
     images_per_s: float | None = None
-    device: str = ""
+    benchmark: str = ""
     lasting: bool = True
 
 
-def trial_key(bundle: Bundle, engine_id: EngineId, runtime: str) -> TrialKey:
-    """The key of the bundle's engine here; runtime is its name and version. Raises BundleError where its record is damaged."""
+def trial_key(bundle: Bundle, engine_id: EngineId, runtime: str, device: str) -> TrialKey:
+    """The key of the bundle's engine on that device; runtime is its name and version.
+
+    Raises BundleError where its record is damaged.
+    """
     stored, reference = bundle.engines().get(engine_id), bundle.path / REFERENCE
     return TrialKey(
         engine_id=str(engine_id),
         file_sha256=stored.record().file_sha256 if stored else bundle.weights_sha256,
         reference_sha256=sha256(reference) if reference.is_file() else "",
         runtime=runtime,
+        device=device,
         machine=machine(),
         uni_instruct=__version__,
     )
@@ -114,16 +121,24 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
             stored.file()
         bundle.reference()
         _log.info("trying engine %s on this machine, once ...", engine_id)
-        trial = _run(bundle.path, engine_id)
+        trial = _run(bundle.path, engine_id, key.device)
         if trial.lasting:
             _note(key, trial)
         return trial
 
 
-def _run(bundle: Path, engine_id: EngineId) -> Trial:
+def note_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchmark: str) -> bool:
+    """Notes what a benchmark measured in place of the trial's own speed; whether the cache could be written."""
+    measured = replace(trial or Trial(), images_per_s=images_per_s, benchmark=benchmark)
+    with _one_at_a_time:
+        _note(key, measured)
+    return noted(key) == measured
+
+
+def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
     # -P: not what lies in the current folder.
-    command = [sys.executable, "-P", "-m", "uni_instruct.engines.trial_worker", str(bundle.resolve()), str(engine_id)]
-    done = _completed(command, engine_id)
+    worker = [sys.executable, "-P", "-m", "uni_instruct.engines.trial_worker"]
+    done = _completed([*worker, str(bundle.resolve()), str(engine_id), device], engine_id)
     if done is None:
         return Trial(problem=f"it did not answer in {TIMEOUT_S} s", lasting=False)
     if done.returncode < 0:
@@ -162,6 +177,6 @@ def _is_plausible(trial: Trial) -> bool:
     def is_number(value: Any) -> bool:
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
-    texts = isinstance(trial.problem, str) and isinstance(trial.device, str)
     numbers = (trial.relative_l2, trial.pixel_difference, trial.images_per_s)
+    texts = isinstance(trial.problem, str) and isinstance(trial.benchmark, str)
     return texts and all(map(is_number, numbers)) and bool(trial.problem or trial.images_per_s)

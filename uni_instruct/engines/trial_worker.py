@@ -1,6 +1,6 @@
 """Runs one engine of a bundle on its reference images, in a process that may die of it. Needs no torch, unless torch is tried.
 
-`trial.try_engine` calls it as `python -m uni_instruct.engines.trial_worker BUNDLE ENGINE_ID`; it prints a `Trial` as JSON.
+`trial.try_engine` calls it as `python -m uni_instruct.engines.trial_worker BUNDLE ENGINE_ID DEVICE`; it prints a `Trial`.
 """
 
 import json
@@ -21,12 +21,12 @@ from uni_instruct.reference import reference_inputs
 CALLS, CALLS_S = 5, 1.0
 
 
-def main(bundle_path: str, engine: str) -> dict[str, Any]:
+def main(bundle_path: str, engine: str, device: str) -> dict[str, Any]:
     """What the engine did. Raises where that says nothing about it: a package is missing, memory is short."""
     bundle, engine_id = Bundle.open(bundle_path), EngineId.parse(engine)
     try:
-        opened = load_engine(bundle, bundle.engines().get(engine_id, engine_id))
-        return {"device": opened.device, **_try(bundle, opened)}
+        opened = load_engine(bundle, bundle.engines().get(engine_id, engine_id), device=device)
+        return _try(bundle, opened)
     except (MissingExtraError, MemoryError, ModuleNotFoundError):
         raise
     except UniInstructError as error:

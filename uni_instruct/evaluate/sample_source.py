@@ -39,15 +39,16 @@ def bundle_samples(
     batch: int,
     reference: Dataset | Statistics,
     class_ids: np.ndarray | None = None,
+    device: str | None = None,
 ) -> SampleSource:
     """The images of those seeds, of those classes; without them each of its seed's class, all drawn alike.
 
     A teacher always runs on torch, which alone has its sampler.
 
-    Raises RequestError where the bundle makes latents, or has no such engine.
+    Raises RequestError where the bundle makes latents, or has no such engine on that device.
     """
     bundle.check_makes_pictures()
-    opened = open_engine(bundle, TORCH if bundle.spec.steps > 1 else engine)
+    opened = open_engine(bundle, TORCH if bundle.spec.steps > 1 else engine, device=device)
     class_ids = resolve_class_ids(bundle.spec, seeds) if class_ids is None else class_ids
     names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))
     mapped, note = reference_class_ids(class_ids, names, reference)

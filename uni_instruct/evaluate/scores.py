@@ -74,10 +74,7 @@ def score(extractor: Extractor, comparison: Comparison, metrics: Sequence[str] |
     Raises RequestError for one that is unknown or cannot be measured, for too few images, and for class ids of another number.
     """
     count = len(comparison.generated)
-    if count < MIN_SAMPLES:
-        raise RequestError(
-            f"{count} images are too few to score", remedy=f"give at least {MIN_SAMPLES}, better 1000", param="samples"
-        )
+    check_count(count)
     if comparison.class_ids is not None and len(comparison.class_ids) != count:
         raise RequestError(
             f"{len(comparison.class_ids)} class ids were given for {count} images",
@@ -89,6 +86,14 @@ def score(extractor: Extractor, comparison: Comparison, metrics: Sequence[str] |
     for name in applicable(metrics, Available(extractor, count, reference_images, comparison.class_ids is not None)):
         values |= METRICS[name].measure(extractor, comparison)
     return Scores(extractor.name, count, reference, values, extractor.sha256, _notes(extractor, comparison))
+
+
+def check_count(count: int) -> None:
+    """Raises RequestError for fewer images than a score can be made of."""
+    if count < MIN_SAMPLES:
+        raise RequestError(
+            f"{count} images are too few to score", remedy=f"give at least {MIN_SAMPLES}, better 1000", param="samples"
+        )
 
 
 def check_metrics(names: Sequence[str]) -> list[str]:

@@ -46,8 +46,14 @@ def test_prepare_brings_photos_to_one_resolution(cli: Cli, tmp_path: Path) -> No
     [
         (["nothing", "--out", "x.zip"], "there is no data set nothing"),
         (["digits", "--out", "x.tar"], "x.tar is not the name of a zip"),
-        (["digits", "--out", "x.zip", "--resolution", "0"], "resolution 0 is outside 1..4096"),
-        (["digits", "--out", "x.zip", "--resolution", "100000"], "resolution 100000 is outside 1..4096"),
+        (
+            ["digits", "--out", "x.zip", "--resolution", "0"],
+            "Invalid value for '--resolution': 0 is not in the range 1<=x<=4096.",
+        ),
+        (
+            ["digits", "--out", "x.zip", "--resolution", "100000"],
+            "Invalid value for '--resolution': 100000 is not in the range 1<=x<=4096.",
+        ),
         (["digits", "--out", "file/x.zip"], "cannot write file/x.zip"),
         (["cut.zip", "--out", "x.zip"], "cut.zip is not a whole zip"),
         (["broken.zip", "--out", "x.zip"], "2.png in broken.zip cannot be read"),

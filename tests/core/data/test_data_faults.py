@@ -1,5 +1,6 @@
 """Every way in which data can be wrong is one clear line."""
 
+import io
 import json
 import zipfile
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from builders.data_sets import arrays_dataset, npy, png, write_idx
 from uni_instruct.data import open_dataset, write_zip
@@ -77,6 +79,12 @@ def truncated_npz(folder: Path) -> Path:
     return path
 
 
+def tiff(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
 GREY, WIDE = png(np.zeros((4, 4), np.uint8)), png(np.zeros((4, 8), np.uint8))
 FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown": (lambda folder: folder / "nothing", r"there is no data set .*nothing; give one of digits, fashion-mnist"),
@@ -120,7 +128,12 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "foreign image": (folder_with(a_png=GREY, b_png=b"text"), r"b\.png in .* cannot be read: not an image"),
     "loose image": (folder_with(a_png=GREY, dogs__b_png=GREY), r"images both in class folders and beside them \(a\.png\)"),
     "empty class": (empty_class, r"class folder cats in .* has no images"),
-    "16 bit": (folder_with(a_png=png(np.zeros((4, 4), np.uint16))), r"pixels of mode I;16 are not 8-bit"),
+    "32 bit": (folder_with(a_tif=tiff(np.zeros((4, 4), np.int32))), r"pixels of mode I are neither of 8 nor of 16 bits"),
+    "float": (folder_with(a_tif=tiff(np.zeros((4, 4), np.float32))), r"pixels of mode F are neither of 8 nor of 16 bits"),
+    "heic called jpg": (
+        folder_with(a_png=GREY, b_jpg=b"\0\0\0\x18ftypheic" + bytes(12)),
+        r"b\.jpg in .* cannot be read: HEIC, which is not read here; save HEIC as JPEG or PNG",
+    ),
     "cut idx": (truncated_idx, r"train-images-idx3-ubyte has 40 bytes, its header says 96"),
     "cut idx gz": (truncated_idx_gz, r"ubyte\.gz is not a whole gzip file"),
     "foreign idx": (folder_with(**{"train-images-idx3-ubyte": b"text"}), r"is not an IDX file|has no train-labels"),

@@ -143,7 +143,10 @@ def test_zips_that_lack_their_last_classes_are_prepared_as_one(
     assert whole.labels is not None
     assert (whole.labels.tolist(), whole.num_classes) == ([0, 3, 1, 0], 5)
     assert "classes: 5" in cli("inspect", "all.zip,all.zip")[1]
-    for number, message in (("2", "has labels in 0..3; use 0..1"), ("0", "num_classes 0 is outside 1..1000000")):
+    for number, message in (
+        ("2", "has labels in 0..3; use 0..1"),
+        ("0", "Invalid value for '--num-classes': 0 is not in the range 1<=x<=1000000."),
+    ):
         code, _, errors = cli("data", "prepare", "a.zip", "--num-classes", number, "--out", "few.zip")
         assert (code, message in errors) == (2, True)
 

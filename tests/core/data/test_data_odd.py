@@ -203,7 +203,7 @@ REFUSED: list[tuple[str, Make | list[Make], str]] = [
      "several data sets \\(a, b"),
     ("only droppings", both({"__MACOSX/1.png": GREY, ".hidden/2.png": GREY}), "has no images; "),
     ("no images but", both({"a.mp4": b"x", "b.pdf": b"x"}), r"has no images but 2 files \(a.mp4, b.pdf\)"),
-    ("HEIC alone", both({"a.heic": b"\0\0\0\x18ftypheic"}), r"has no images but 1 file \(a.heic\)"),
+    ("HEIC alone", both({"a.heic": b"\0\0\0\x18ftypheic"}), r"has no images but 1 file \(a.heic\); save HEIC as"),
     ("loose on disk", files({"1.png": GREY, "cat/2.png": GREY}, zipped=False),
      r"both in class folders and beside them \(1.png\)"),
     ("empty class", files({"cat/1.png": GREY, "dog/a.heic": b"x"}, zipped=False), "class folder dog in .* has no images"),

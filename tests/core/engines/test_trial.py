@@ -185,7 +185,9 @@ def test_another_processor_runtime_or_reference_is_another_trial(
     assert engine_standing(bundle, ONNX).state == "untried"
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
-    assert noted(trial_key(bundle, ONNX, "onnxruntime 0.1")) is None
+    assert noted(trial_key(bundle, ONNX, "onnxruntime 0.1", "cpu")) is None
+    assert noted(trial_key(bundle, ONNX, RUNTIMES["onnx"].version(), "cpu")) is not None
+    assert noted(trial_key(bundle, ONNX, RUNTIMES["onnx"].version(), "cuda:0")) is None
     # A file that claims to be this machine's, from another.
     (path,) = cache.iterdir()
     path.write_text(json.dumps(note | {"machine": "another processor"}))

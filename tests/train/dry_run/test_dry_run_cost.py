@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from builders.plans import tiny_plan
 from uni_instruct.bundle import Bundle
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.networks.flops import count_flops
 from uni_instruct.train.dry_run.cost import cost_of, count_parameters, models_without_storage
-from uni_instruct.train.dry_run.counting import SavedTensors, count_flops
+from uni_instruct.train.dry_run.counting import SavedTensors
 from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, TrialLimits, distillation_stage, teacher_stage
 from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage

@@ -151,7 +151,8 @@ def test_a_slice_of_the_draw_transforms_its_images_as_the_whole_does() -> None:
     whole = AugmentPipe(probability=0.5).draw(23, torch.Generator().manual_seed(0))
     for part in (slice(0, 8), slice(8, 9), slice(9, 23), slice(1, None, 4), slice(5, 5)):
         assert torch.equal(whole[part].labels, whole.labels[part])
-        assert torch.equal(whole[part](images[part]), whole(images)[part])
+        # Not to the bit: on processors without AVX-512 the last bits of a convolution depend on the batch.
+        torch.testing.assert_close(whole[part](images[part]), whole(images)[part], rtol=1e-5, atol=1e-5)
 
 
 def test_a_draw_depends_on_its_generator_alone() -> None:

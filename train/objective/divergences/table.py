@@ -63,7 +63,7 @@ def jeffreys(mix: float) -> Divergence:
     )
 
 
-# Adding a divergence is adding a row; tests/train/objective/test_divergence.py checks each against automatic differentiation of f.
+# Adding a divergence is adding a row; test_divergence.py checks each against automatic differentiation of f.
 DIVERGENCES = {
     d.name: d
     for d in (

@@ -1,0 +1,175 @@
+# ruff: noqa: E501
+"""Wrong calls of the command line, and how the remedy of each is followed: what it says, and nothing that it does not."""
+
+import re
+import shlex
+from collections.abc import Callable
+from typing import NamedTuple
+
+from builders.remedies import example, first_choice, with_value, without
+
+Arguments = list[str]
+Follow = Callable[[str, Arguments], Arguments]
+
+
+class Call(NamedTuple):
+    """Where its message is made (file and beginning), the words of a wrong call, and those of one that follows the remedy.
+
+    Words in braces are the test's bundles and places.
+    """
+
+    path: str
+    message: str
+    words: str
+    follow: Follow
+
+
+def left_out(option: str, values: int = 1) -> Follow:
+    """The remedy says to leave something out; where it names the option, it must be this one."""
+
+    def follow(remedy: str, arguments: Arguments) -> Arguments:
+        named = re.findall(r"--[\w-]+", remedy)
+        assert "leave" in remedy
+        assert option in named or not named or "use" in remedy, remedy
+        return without(arguments, option, values)
+
+    return follow
+
+
+def both_left_out(*options: str) -> Follow:
+    def follow(remedy: str, arguments: Arguments) -> Arguments:
+        for option in re.findall(r"--[\w-]+", remedy):
+            assert option in options
+            arguments = without(arguments, option, 1) if option in arguments else arguments
+        return arguments
+
+    return follow
+
+
+def chosen(option: str) -> Follow:
+    return lambda remedy, arguments: with_value(arguments, option, first_choice(remedy))
+
+
+def such_as(option: str, folder: str = "{tmp}/") -> Follow:
+    return lambda remedy, arguments: with_value(arguments, option, folder + example(remedy))
+
+
+def spelled(option: str, pattern: str) -> Follow:
+    """The value that the pattern finds in the remedy."""
+
+    def follow(remedy: str, arguments: Arguments) -> Arguments:
+        found = re.search(pattern, remedy)
+        assert found, remedy
+        return with_value(arguments, option, found[1])
+
+    return follow
+
+
+def value(option: str, wanted: str, said: str) -> Follow:
+    """A value that the remedy describes in words."""
+
+    def follow(remedy: str, arguments: Arguments) -> Arguments:
+        assert said in remedy, remedy
+        return with_value(arguments, option, wanted)
+
+    return follow
+
+
+def instead(word: str, pattern: str) -> Follow:
+    """What the pattern finds, in place of an argument."""
+
+    def follow(remedy: str, arguments: Arguments) -> Arguments:
+        found = re.search(pattern, remedy)
+        assert found, remedy
+        return [found[1] if argument == word else argument for argument in arguments]
+
+    return follow
+
+
+def command(remedy: str, arguments: Arguments) -> Arguments:
+    """The command that the remedy is, or that it quotes."""
+    found = re.search(r"uni-instruct (.*?)(?: prints| lists|$)", remedy)
+    assert found, remedy
+    return shlex.split(found[1])
+
+
+GENERATE, IMPORT = (
+    "uni_instruct/commands/generate.py",
+    "uni_instruct/commands/import_checkpoint.py",
+)
+NOISE, FORMS, SPEC, IMAGES = (
+    "uni_instruct/noise.py",
+    "uni_instruct/sampling/forms.py",
+    "uni_instruct/spec.py",
+    "uni_instruct/generate.py",
+)
+CALLS = [
+    Call(GENERATE, "--class and --by-class", "generate {tiny} --seeds 0-9 --by-class --class 1 --out {out}",
+         left_out("--by-class", 0)),
+    Call(GENERATE, "--classes says how", "generate {tiny} --seeds 0-9 --classes uniform --class 1 --out {out}",
+         left_out("--class")),
+    Call(GENERATE, "generator '{}' has no classes", "generate {plain} --seeds 0-9 --classes data --out {out}",
+         left_out("--classes")),
+    Call(GENERATE, "generator '{}' does not say how many", "generate {tiny} --seeds 0-9 --classes data --out {out}",
+         spelled("--classes", r"use --classes (\w+)")),
+    Call(GENERATE, "--grid {} is not the name", "generate {tiny} --seeds 0-3 --grid {tmp}/a.jpg", such_as("--grid")),
+    Call(GENERATE, "a picture alone holds", "generate {tiny} --seeds 0-1024 --grid {tmp}/a.png",
+         value("--out", "{tmp}/x.npz", "give --out")),
+    Call(IMAGES, "generator '{}' has no classes", "generate {plain} --seeds 0 --by-class --out {out}",
+         left_out("--by-class", 0)),
+    Call(IMAGES, "generator '{}' has no classes", "generate {plain} --seeds 0 --class 1 --out {out}", left_out("--class")),
+    Call(IMAGES, "{} classes were given for {} seeds", "generate {tiny} --seeds 0-3 --class 1 --class 2 --out {out}",
+         lambda remedy, arguments: without(arguments, "--class", 1) if "give one class" in remedy else arguments),
+    Call(IMAGES, "{} seeds cannot be shared out", "generate {tiny} --seeds 0-3 --by-class --out {out}",
+         lambda remedy, arguments: with_value(arguments, "--seeds", f"0-{int(remedy.split()[1]) - 1}")),
+    Call(SPEC, "class {} is outside", "generate {tiny} --seeds 0 --class 12 --out {out}",
+         value("--class", "9", "'uni-instruct inspect' lists the classes")),
+    Call(SPEC, "class {} is no class's name", "generate {numbers} --seeds 0 --class 0 --out {out}",
+         spelled("--class", r"give a name, such as (\w+) for")),
+    Call(SPEC, "{} classes are called", "generate {twins} --seeds 0 --class ape --out {out}",
+         spelled("--class", r"give an id: (\d+)")),
+    Call(NOISE, "seeds '{}' cannot be read", "generate {tiny} --seeds 1..3 --out {out}",
+         spelled("--seeds", r"write them as \d+, (\S+) or")),
+    Call(NOISE, "seed range {} is empty", "generate {tiny} --seeds 5-3 --out {out}",
+         value("--seeds", "3-5", "put the smaller seed first")),
+    Call(NOISE, "seeds '{}' are more than", "generate {tiny} --seeds 0-99999999999 --out {out}",
+         value("--seeds", "0-3", "ask for fewer")),
+    Call(NOISE, "seed {} is not an integer", "generate {tiny} --seeds 9223372036854775808 --out {out}",
+         spelled("--seeds", r"to (\d+)")),
+    Call(FORMS, "--out {} ends in {}", "generate {tiny} --seeds 0-3 --out {tmp}/x.png",
+         lambda remedy, arguments: with_value(arguments, "--out", "{tmp}/x" + re.findall(r"\.\w+", remedy)[-1])),
+    Call(FORMS, "generator '{}' makes a VAE's latents", "generate {latents} --seeds 0-3 --out {out}",
+         lambda remedy, arguments: with_value(arguments, "--out", "{tmp}/x" + re.findall(r"\.\w+", remedy)[0])),
+    Call(FORMS, "{} seeds are given twice", "generate {tiny} --seeds 1,1 --out {out}",
+         lambda remedy, arguments: with_value(arguments, "--out", "{tmp}/x" + re.findall(r"\.\w+", remedy)[-1])),
+    Call("uni_instruct/sampling/run.py", "{} holds {}", "generate {tiny} --seeds 0-3 --out {filled}",
+         value("--out", "{out}", "choose another --out")),
+    Call("uni_instruct/sampling/run.py", "{} holds an unfinished run", "generate {tiny} --seeds 0-3 --out {begun}",
+         value("--out", "{out}", "choose another --out")),
+    Call("uni_instruct/files.py", "cannot write {}: no folder", "generate {tiny} --seeds 0 --out /proc/x/y",
+         value("--out", "{out}", "choose another --out")),
+    Call("uni_instruct/bundle.py", "(find_bundle)", "generate {tmp}/nothing --seeds 0 --out {out}",
+         instead("{tmp}/nothing", r"shipped generator: (\w+)")),
+    Call("uni_instruct/engine.py", "bundle {} has no {} engine", "generate {copy} --seeds 0 --engine onnx --out {out}", command),
+    Call("uni_instruct/engine.py", "engine '{}' is unknown", "generate {tiny} --seeds 0 --engine jax-fp32 --out {out}",
+         lambda remedy, arguments: with_value(arguments, "--engine", remedy.split(", ")[-1])),
+    Call("uni_instruct/data/sources.py", "there is no data set", "data prepare {tmp}/nothing --out {tmp}/x.zip",
+         lambda remedy, arguments: [first_choice(remedy) if word == "{tmp}/nothing" else word for word in arguments]),
+    Call("uni_instruct/commands/data.py", "--out {} is not the name", "data prepare digits --out {tmp}/x.tar", such_as("--out")),
+    Call("uni_instruct/commands/inspect.py", "there is no bundle, data set", "inspect {tmp}/nothing",
+         instead("{tmp}/nothing", r"a data set \((\w+)")),
+    Call(IMPORT, "{} is a bundle already", "import {tiny} --out {out}",
+         lambda remedy, arguments: [
+             "{weights}" if "a checkpoint's file" in remedy and word == "{tiny}" else word for word in arguments
+         ]),
+    Call("uni_instruct/checkpoints/import_bundle.py", "the file holds no network", "import {weights} --network ema --out {out}",
+         chosen("--network")),
+    Call("uni_instruct/networks/build.py", "network.patch is {}", "import {weights} --patch 3 --out {out}", chosen("--patch")),
+    Call("export/targets.py", "{} engines have no precision", "export {copy} --to onnx --precision int8", chosen("--precision")),
+    Call("train/recipe.py", "recipe '{}' is unknown", "train nothing --dry-run",
+         instead("nothing", r" (digits),")),
+    Call("train/recipe.py", "--set {} has no value", "train digits --dry-run --set seed",
+         lambda remedy, arguments: with_value(arguments, "--set", example(f"such as {remedy}").replace("write", "seed=1"))),
+    Call("train/recipe.py", "--set key '{}' is ambiguous", "train digits --dry-run --set batch=8",
+         lambda remedy, arguments: with_value(arguments, "--set", f"{remedy.split()[1]}=8")),
+]  # fmt: skip

@@ -1,0 +1,127 @@
+"""Every error ends in what to do about it. Here each is provoked, its own words are followed, and it does not come again."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builders.bundles import random_bundle
+from builders.remedies import Site, sites
+from builders.remedies_elsewhere import NOT_YET, RULES
+from builders.remedy_calls import CALLS, Call
+from builders.remedy_values import VALUES, Value
+from uni_instruct.bundle import Bundle
+from uni_instruct.data import open_dataset
+from uni_instruct.errors import RequestError
+from uni_instruct.sampling.run import REQUEST
+
+Cli = Callable[..., tuple[int, str, str]]
+# What a remedy leads to where this machine ends, or where it asks for more than one thing: said, and not the same again.
+ON_THE_WAY = {"{} exists already": "snapshots"}
+
+
+def renamed(bundle: Bundle, folder: Path, names: tuple[str, ...]) -> Path:
+    """The bundle with other names for its first classes."""
+    named = dataclasses.replace(bundle.spec, class_names=(*names, *bundle.spec.class_names[len(names) :]))
+    return Bundle.write(folder, named, bundle.weights(), "# named\n").path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> dict[str, Path]:
+    """Bundles and data that no case changes."""
+    folder = tmp_path_factory.mktemp("remedies")
+    digits = open_dataset("digits")
+    np.savez(folder / "unlabelled.npz", arr_0=digits.images(range(64)))
+    return {
+        "tiny": tiny_bundle.path,
+        "plain": random_bundle(folder / "plain", 3, num_classes=0).path,
+        "latents": random_bundle(folder / "latents", 3, image_shape=(4, 8, 8), latents=True).path,
+        "numbers": renamed(tiny_bundle, folder / "numbers", tuple(str(n) for n in range(1, 11))),
+        "twins": renamed(tiny_bundle, folder / "twins", ("ape", "ape")),
+        "weights": tiny_bundle.path / "model.safetensors",
+        "unlabelled": folder / "unlabelled.npz",
+        "digits": folder / "unlabelled.npz",
+    }
+
+
+@pytest.fixture
+def places(tmp_path: Path, shared: dict[str, Path]) -> dict[str, Path]:
+    """The shared things, and what a case may change: folders that hold something, a run, a bundle of its own."""
+    own = {name: tmp_path / name for name in ("out", "filled", "run", "begun", "copy")}
+    for name in ("filled", "run"):
+        own[name].mkdir()
+        (own[name] / "notes.txt").write_text("mine")
+    (own["run"] / "recipe.yaml").write_text("name: x\ndata: digits\n")
+    (own["run"] / "log.jsonl").write_text("")
+    shutil.copytree(shared["tiny"], own["run"] / "generator")
+    shutil.copytree(shared["tiny"], own["copy"])
+    partial = tmp_path / ".begun.partial"
+    partial.mkdir()
+    (partial / REQUEST).write_text(json.dumps({"generator": "other", "engine": "onnx-fp32"}))
+    return shared | own | {"tmp": tmp_path}
+
+
+def site_of(call: Call | Value) -> Iterator[Site]:
+    """The places that a case says its message is from."""
+    for site in sites():
+        named = f"({site.function})" if call.message.startswith("(") else site.problem
+        if site.path == call.path and named.startswith(call.message):
+            yield site
+
+
+def is_long(call: Call) -> bool:
+    return call.words.startswith(LONG) or "--engine onnx " in call.words or "0-1024" in call.words
+
+
+def filled_in(words: list[str], places: dict[str, Path]) -> list[str]:
+    named = {name: str(path) for name, path in places.items()}
+    return [word.format(**named) if "{" in word and '"' not in word else word for word in words]
+
+
+# Commands whose remedy, once followed, is at work for seconds.
+LONG = ("evaluate", "export", "import", "average")
+PARAMETERS = [
+    pytest.param(call, id=f"{call.path}: {call.message}", marks=[pytest.mark.slow] if is_long(call) else []) for call in CALLS
+]
+
+
+@pytest.mark.parametrize("call", PARAMETERS)
+def test_what_the_command_line_advises_works(cli: Cli, places: dict[str, Path], call: Call) -> None:
+    code, _, errors = cli(*filled_in(call.words.split(), places))
+    line = errors.splitlines()[-1] if errors else ""
+    assert code == 2, errors
+    message = line.removeprefix("error: ")
+    found = [site for site in site_of(call) if site.fits(message)]
+    assert found, f"'{message}' is not of {call.path}: {call.message}"
+    remedy = message[len(message) - len(message.partition("; ")[2]) :]
+    code, _, errors = cli(*filled_in(call.follow(remedy, call.words.split()), places))
+    if onward := ON_THE_WAY.get(call.message):
+        assert onward in errors
+        assert not any(site.fits(errors.splitlines()[-1].removeprefix("error: ")) for site in found)
+    else:
+        assert code == 0, f"{remedy} -> {errors}"
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{value.path}: {value.message}")
+def test_what_is_advised_from_python_and_over_http_works(tmp_path: Path, value: Value) -> None:
+    with pytest.raises(RequestError) as refused:
+        value.wrong(tmp_path)
+    message = str(refused.value)
+    assert any(site.fits(message) for site in site_of(value)), message
+    assert "\n" not in message
+    assert value.follow(refused.value.remedy, tmp_path) is not None
+
+
+def test_each_message_of_the_product_is_followed_or_listed_with_the_reason() -> None:
+    """Fails where a message is added: give it a case, or say in builders/remedies_elsewhere.py why it has none."""
+    followed = {site.key for case in (*CALLS, *VALUES) for site in site_of(case)}
+    assert len(followed) > 58
+    kept = {site.key for site in sites() if any(rule.covers(site) for rule in RULES)}
+    known = {site.key for site in sites()}
+    assert sorted(known - followed - kept - NOT_YET) == []
+    assert sorted(NOT_YET - known) == [], "these messages are gone"
+    assert sorted(NOT_YET & (followed | kept)) == [], "these are followed now"

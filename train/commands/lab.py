@@ -1,0 +1,39 @@
+"""`uni-instruct lab`: several methods from one teacher, with the same seeds and as many images, on one page."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import rich_click as click
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--methods", multiple=True, required=True, metavar="NAME[ KEY=VALUE...],...", help="Methods to try; repeatable.")
+@click.option("--seeds", default="0", help="Seeds of training, such as 0-2: each method once with each.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the lab.")
+@click.option("--jobs", default=1, type=click.IntRange(1, 256), help="Trainings at once; each has its share of the cores.")
+@click.option(
+    "--nice", default=0, type=click.IntRange(0, 19), help="Leave the processors to others: 19 takes what is left over."
+)
+def lab(recipe: str, more: tuple[str, ...], methods: tuple[str, ...], seeds: str, out: Path, jobs: int, nice: int) -> None:
+    """Compare methods: all from one teacher, with the same seeds and as many images.
+
+    RECIPE and KEY=VALUE are as in `train`. The teacher is trained first, unless teacher.bundle gives one. Run the same command
+    again to go on. The folder gets lab.html, lab.md, lab.json, and the runs, which TensorBoard shows live.
+
+    Example: uni-instruct lab digits --methods "sid, sid alpha=0.5, dmd2 critic_updates=1" --seeds 0-2 --out runs/lab
+    """
+    from uni_instruct.noise import parse_seeds
+    from uni_instruct.train.lab.experiments import parse_variants, plan_lab, settled
+    from uni_instruct.train.lab.page import write_page
+    from uni_instruct.train.lab.processes import train_all
+
+    planned = settled(plan_lab(recipe, more, parse_variants(methods), parse_seeds(seeds), out))
+    click.echo(f"live: tensorboard --logdir {shlex.quote(str(out))}", err=True)
+    failed = train_all(planned, jobs, nice)
+    page = write_page(planned, failed, ["uni-instruct", *sys.argv[1:]])
+    click.echo(f"results: {page}")
+    if len(failed) == len(planned.experiments):
+        sys.exit(1)

@@ -1,0 +1,129 @@
+"""A lab's trainings: `uni-instruct train` processes, so many at once, with one bar over all of them."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from uni_instruct.errors import UniInstructError
+from uni_instruct.files import atomic_file
+from uni_instruct.progress import Progress, progress
+from uni_instruct.train.config import Recipe
+from uni_instruct.train.lab.experiments import Lab
+from uni_instruct.train.monitoring.status import read_status
+
+POLL_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """One call of `train`; what it prints goes to `output`."""
+
+    folder: Path
+    recipe: Recipe
+    words: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Path:
+        """Beside its folder, which the run has for itself."""
+        return self.folder.with_suffix(self.folder.suffix + ".txt")
+
+    @property
+    def steps_done(self) -> int:
+        """Of both stages, as far as its log says."""
+        with suppress(UniInstructError):  # a run that has not begun has no status
+            return sum(stage.step for stage in read_status(self.folder).stages)
+        return 0
+
+
+def train_all(lab: Lab, jobs: int, nice: int) -> dict[Path, str]:
+    """Trains the teacher, then all experiments, `jobs` at once; goes on where an earlier call stopped.
+
+    Returns folder -> last line of output of those experiments that failed. Raises UniInstructError where the teacher did.
+    """
+    words = ("--nice", str(nice)) if nice else ()
+    if lab.teacher is not None:
+        teacher = Training(folder=lab.teacher_run, recipe=lab.teacher, words=("--teacher-only", *words))
+        if failed := _run([teacher], 1, "teacher", lab.teacher.teacher.total_steps):
+            raise UniInstructError(f"the teacher was not trained: {failed[teacher.folder]}", remedy=f"see {teacher.output}")
+    trainings = [Training(folder=experiment.folder, recipe=experiment.recipe, words=words) for experiment in lab.experiments]
+    return _run(trainings, jobs, "experiments", sum(t.recipe.distillation.total_steps for t in trainings))
+
+
+def _run(trainings: Sequence[Training], jobs: int, label: str, steps: int) -> dict[Path, str]:
+    """Each to its end, so many at once; folder -> last line of those that ended badly."""
+    waiting, running, failed = list(trainings), dict[Training, subprocess.Popen[bytes]](), dict[Path, str]()
+    with progress(label, steps, "steps", sum(t.steps_done for t in trainings)) as shown, _ended_with_us(running):
+        bar = _Bar(shown, trainings)
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running[waiting[0]] = _start(waiting[0], jobs)
+                waiting.pop(0)
+            time.sleep(POLL_S)
+            for training, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[training]
+                if process.returncode:
+                    failed[training.folder] = _last_line(training.output)
+                    _log.warning("%s: %s", training.folder.name, failed[training.folder])
+            bar.update(", ".join(t.folder.name for t in running))
+    return failed
+
+
+class _Bar:
+    """Follows the runs' own logs: a child's progress needs no other way to be known."""
+
+    def __init__(self, shown: Progress, trainings: Sequence[Training]):
+        self.shown, self.trainings = shown, trainings
+        self.done = sum(t.steps_done for t in trainings)
+
+    def update(self, note: str) -> None:
+        done = sum(t.steps_done for t in self.trainings)
+        self.shown.advance(max(0, done - self.done), note)
+        self.done = max(done, self.done)
+
+
+def _start(training: Training, jobs: int) -> subprocess.Popen[bytes]:
+    training.folder.parent.mkdir(parents=True, exist_ok=True)
+    recipe = training.folder.with_suffix(training.folder.suffix + ".yaml")
+    with atomic_file(recipe) as partial:
+        partial.write_text(yaml.safe_dump(training.recipe.to_dict(), sort_keys=False))
+    # Side by side, each has its share of the cores: more threads than cores wait for each other.
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ} if jobs > 1 else dict(os.environ)
+    command = [*_program(), "train", str(recipe), "--out", str(training.folder), *training.words]
+    with training.output.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def _program() -> list[str]:
+    """This command line, as another process is to call it."""
+    own = Path(sys.argv[0])
+    return [str(own)] if own.name == "uni-instruct" and shutil.which(str(own)) else [sys.executable, "-m", "uni_instruct"]
+
+
+@contextmanager
+def _ended_with_us(running: dict[Training, subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Whatever ends this process's block ends the trainings too, each with its state saved."""
+    try:
+        yield
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def _last_line(file: Path) -> str:
+    lines = file.read_text(errors="replace").strip().splitlines() if file.exists() else []
+    return lines[-1].removeprefix("error: ") if lines else "it ended without a word"

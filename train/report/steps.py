@@ -1,0 +1,67 @@
+"""What steps buy: the teacher's distance to the data against the number of its steps, with the one-step student as a line."""
+
+import copy
+import dataclasses
+import time
+
+from uni_instruct.engine import open_engine
+from uni_instruct.evaluate.class_draw import draw_classes
+from uni_instruct.evaluate.scores import frechet_name
+from uni_instruct.files import atomic_file
+from uni_instruct.generate import generate_batches
+from uni_instruct.train.dry_run.cost import evaluations
+from uni_instruct.train.report.curves import draw_steps
+from uni_instruct.train.report.markdown import duration, picture, table, text
+from uni_instruct.train.report.material import Material
+from uni_instruct.train.report.scores import BATCH, samples_of_a_set
+
+STEP_COUNTS = (2, 3, 5, 9, 18, 40)  # 3, 5, 9, 17, 35 and 79 evaluations: each about twice the one before, EDM's own among them
+BUDGET_S = 60.0
+
+
+def step_section(material: Material) -> list[str]:
+    """The teacher's distances of as many step counts as the time allows, the fewest first; nothing where nothing is scored."""
+    evaluator, recipe = material.evaluator, material.plan.recipe
+    if evaluator is None or recipe.loop.metric != "FD" or not material.makes_pictures:
+        return []
+    samples, name = samples_of_a_set(recipe.loop.samples), frechet_name(evaluator.extractor)
+    scores = material.student_scores
+    student = scores.values[name][0] if scores is not None else None
+    s_per_evaluation = material.teacher_drawn.s_per_image / evaluations(material.teacher.spec.steps)
+    start, measured = time.monotonic(), dict[int, float]()
+    for steps in STEP_COUNTS:
+        if time.monotonic() - start + s_per_evaluation * evaluations(steps) * samples > BUDGET_S:
+            break
+        measured[steps] = _distance(material, steps, samples)
+    if not measured or student is None:
+        return [f"The teacher was not scored by its steps: {STEP_COUNTS[0]} steps for {samples:,} samples take too long here."]
+    with atomic_file(material.pictures / "steps.png") as partial:
+        draw_steps(partial, {evaluations(steps): value for steps, value in measured.items()}, student, name)
+    material.facts["teacher_by_steps"] = {str(steps): value for steps, value in measured.items()}
+    rows = [("student, one step", "1", f"{student:.3g}")]
+    rows += [(f"teacher, {steps} steps", str(evaluations(steps)), f"{value:.3g}") for steps, value in measured.items()]
+    lines = [
+        *table(("", "evaluations of the network", text(name)), rows),
+        "",
+        f"All of the same {samples:,} seeds. Heun's sampler takes two evaluations a step, and one in the last.",
+        "",
+        picture("steps.png", "the teacher's distance to the data against its evaluations, with the student's as a line"),
+    ]
+    missing = [steps for steps in STEP_COUNTS if steps not in measured]
+    if missing:
+        needed_s = s_per_evaluation * evaluations(missing[0]) * samples
+        lines += ["", f"Not scored here: {', '.join(map(str, missing))} steps; {missing[0]} would take {duration(needed_s)}."]
+    return lines
+
+
+def _distance(material: Material, steps: int, samples: int) -> float:
+    """The teacher's, sampled in so many steps."""
+    evaluator = material.evaluator
+    assert evaluator is not None
+    bundle = copy.copy(material.teacher)
+    bundle.spec = dataclasses.replace(bundle.spec, steps=steps)
+    engine = open_engine(bundle, "torch")
+    seeds = range(samples)
+    drawn = draw_classes(engine.spec, seeds, evaluator.reference)
+    scores = evaluator.score_batches(generate_batches(engine, seeds, drawn.class_ids, BATCH), None, ["fd"])
+    return scores.values[frechet_name(evaluator.extractor)]

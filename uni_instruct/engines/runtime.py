@@ -1,0 +1,203 @@
+"""What runs engines: the Engine protocol, and the one table of runtimes."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
+
+import numpy as np
+
+from uni_instruct.engines.cuda import gpus
+from uni_instruct.engines.device import CPU, CUDA, index_of, kind_of
+from uni_instruct.engines.outputs import Outputs
+from uni_instruct.engines.record import EngineId
+from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.spec import ModelSpec
+
+
+class Engine(Protocol):
+    """A generator, ready to run on one device. May be called from several threads; what it returns is the caller's own.
+
+    noise: float32 [B, *noise_shape], N(0, 1), of any batch B >= 1; class_ids: int64 [B] in range, None exactly for an
+    unconditional spec.
+    """
+
+    spec: ModelSpec
+    id: EngineId
+    device: str
+
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        """Images, uint8 [B, H, W, C]. Raises RequestError where the spec makes latents, no pictures."""
+        ...
+
+    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+        """The images, and the same before rounding; latents, which have no pixels, as they are."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds. It cannot be called afterwards."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What runs engines: the class, 'module:name', imported when an engine is opened, and the package behind it.
+
+    distributions are the names that the package is installed under, one of them at a time; extra is that of this package that
+    brings it. devices are the kinds that it can run on; on a GPU only with one of cuda_distributions, of a build that has CUDA.
+    The class takes `(bundle, stored, device=..., spin=...)`, or `(bundle, device=..., precision=...)` where it runs the weights
+    themselves; with has_streams also `streams=...`, into how many parts at a time it shares out a batch.
+    """
+
+    name: str
+    engine_class: str
+    package: str
+    distributions: tuple[str, ...]
+    extra: str
+    devices: tuple[str, ...] = (CPU,)
+    cuda_distributions: tuple[str, ...] = ()
+    has_streams: bool = False
+
+    def is_installed(self) -> bool:
+        """Whether its package can be imported."""
+        try:
+            return importlib.util.find_spec(self.package) is not None
+        except (ImportError, ValueError):  # somebody blocks it: sys.modules holds None, or a finder raises
+            return False
+
+    def version(self) -> str:
+        """Its name and version, 'onnxruntime 1.32.0'."""
+        found = _installed(self.distributions)
+        return found[0] if found else self.package
+
+    def device_for(self, engine_id: EngineId, wanted: str | None) -> str:
+        """Where it would run that engine: on the wanted device, 'cpu' or 'cuda:1', or without a word on a GPU where it can.
+
+        Raises MissingExtraError where its package is missing, RequestError where it does not run there: never another device
+        than the wanted one.
+        """
+        if not self.is_installed():
+            raise MissingExtraError(self.package, extra=self.extra)
+        rivals = _installed(self.distributions)
+        if len(rivals) > 1:
+            names = " ".join(self.distributions)
+            raise RequestError(
+                f"{' and '.join(rivals)} are both installed, and overwrite each other's files",
+                remedy=f"pip uninstall -y {names}, then pip install the one that you need",
+                param="engine",
+            )
+        device = wanted or (f"{CUDA}:{_fitting_gpu(engine_id)}" if self._can_use_a_gpu() else self.devices[0])
+        self._check_device(engine_id, device)
+        return device
+
+    def _can_use_a_gpu(self) -> bool:
+        return CUDA in self.devices and bool(gpus()) and self._has_cuda()
+
+    def _has_cuda(self) -> bool:
+        # torch's builds say it behind a plus: 2.13.0+cpu.
+        return any(not name.endswith("+cpu") for name in _installed(self.cuda_distributions))
+
+    def _check_device(self, engine_id: EngineId, device: str) -> None:
+        kind = kind_of(device)
+        if kind not in self.devices:
+            there = " or ".join(self.devices)
+            raise RequestError(
+                f"engine {engine_id} does not run on {device}",
+                remedy=f"use --device {there}, or another engine",
+                param="device",
+            )
+        if kind == CUDA and not gpus():
+            raise RequestError(
+                f"engine {engine_id} needs a CUDA device, and this process sees none",
+                remedy="use an engine of another runtime; with a GPU in the machine, check nvidia-smi and CUDA_VISIBLE_DEVICES",
+                param="device",
+            )
+        if kind == CUDA and not self._has_cuda():
+            raise RequestError(
+                f"{self.version()} cannot use {device}",
+                remedy=f"install {' or '.join(self.cuda_distributions)} with CUDA in its place, or use --device {CPU}",
+                param="device",
+            )
+        if kind == CUDA and engine_id.target and engine_id.target != f"sm{gpus()[index_of(device)].sm}":
+            name, sm = gpus()[index_of(device)]
+            raise RequestError(
+                f"engine {engine_id} was built for {engine_id.target}, and {device} ({name}) is sm{sm}",
+                remedy=f"export it with --to {engine_id.runtime} --sm {sm}, or use another engine",
+                param="device",
+            )
+
+    def load_class(self) -> Callable[..., Engine]:
+        """The class, imported now."""
+        module, _, name = self.engine_class.partition(":")
+        found: Callable[..., Engine] = getattr(importlib.import_module(module), name)
+        return found
+
+
+# The one table of runtimes; the order is the order of preference where nothing else decides.
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(
+            name="onnx",
+            engine_class="uni_instruct.engines.onnxruntime:OnnxEngine",
+            package="onnxruntime",
+            distributions=("onnxruntime", "onnxruntime-gpu"),
+            extra="serve",
+            devices=(CPU, CUDA),
+            cuda_distributions=("onnxruntime-gpu",),
+        ),
+        Runtime(
+            name="openvino",
+            engine_class="uni_instruct.engines.openvino:OpenVinoEngine",
+            package="openvino",
+            distributions=("openvino",),
+            extra="serve",
+            has_streams=True,
+        ),
+        Runtime(
+            name="tensorrt",
+            engine_class="uni_instruct.engines.tensorrt:TensorRtEngine",
+            package="tensorrt",
+            distributions=("tensorrt",),
+            extra="gpu",
+            devices=(CUDA,),
+            cuda_distributions=("tensorrt",),
+        ),
+        Runtime(
+            name="tensorrt-rtx",
+            engine_class="uni_instruct.engines.tensorrt:TensorRtEngine",
+            package="tensorrt_rtx",
+            distributions=("tensorrt_rtx",),
+            extra="tensorrt-rtx",
+            devices=(CUDA,),
+            cuda_distributions=("tensorrt_rtx",),
+        ),
+        Runtime(
+            name="torch",
+            engine_class="uni_instruct.engines.torch:TorchEngine",
+            package="torch",
+            distributions=("torch",),
+            extra="train",
+            devices=(CPU, CUDA),
+            cuda_distributions=("torch",),
+        ),
+    )
+}
+
+
+def _fitting_gpu(engine_id: EngineId) -> int:
+    """The first GPU that the engine was built for; the first of all where none is, or it runs on any."""
+    return next((index for index, gpu in enumerate(gpus()) if engine_id.target == f"sm{gpu.sm}"), 0)
+
+
+def _installed(distributions: tuple[str, ...]) -> list[str]:
+    """Name and version of those that are installed."""
+    found = []
+    for distribution in distributions:
+        try:
+            found.append(f"{distribution} {version(distribution)}")
+        except PackageNotFoundError:
+            continue
+    return found

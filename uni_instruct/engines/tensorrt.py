@@ -1,0 +1,267 @@
+"""TensorRT and TensorRT-RTX: a plan for one kind of GPU. Their Python packages are alike, so that one class runs both.
+
+Needs no torch: memory and stream come from the driver (cuda.py).
+"""
+
+import importlib
+import threading
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.cuda import CudaStream
+from uni_instruct.engines.device import index_of
+from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, check_interface
+from uni_instruct.engines.outputs import Outputs
+from uni_instruct.engines.record import EngineId, EngineRecord, StoredEngine
+from uni_instruct.errors import BundleError, DiskError, MissingExtraError, UniInstructError
+from uni_instruct.files import atomic_file, cache_folder
+from uni_instruct.noise import Inputs, checked_inputs
+
+if TYPE_CHECKING:
+    import types
+
+# Runtime -> the package that it is, and the extra of this one that brings it.
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "tensorrt-rtx"}
+# Activations begin at multiples of this.
+_ALIGNMENT = 256
+_errors: deque[str] = deque(maxlen=8)
+
+
+class TensorRtEngine:
+    """Runs a bundle's plan: whole batches of 1, 2, 4, ..., each a CUDA graph; what is more than the plan's profile is split.
+
+    spin is not read. Raises BundleError where the engine's files do not match engine.json or the bundle's weights, or the plan
+    is not one that this TensorRT runs here.
+    """
+
+    def __init__(self, bundle: Bundle, stored: StoredEngine, *, device: str, spin: bool = True):
+        self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
+        trt = load_package(self.id)
+        record, file = stored.record(), stored.file()
+        check_version(record, trt.__version__)
+        self._lock = threading.Lock()
+        self._stream = CudaStream(index_of(device))
+        try:
+            with self._stream.current():
+                self._program: _Program | None = _Program(trt, deserialised(trt, file), self._stream, _cache_file(record))
+            check_interface(self.spec, self._program.inputs, self._program.outputs)
+        except BaseException:
+            self._program = None
+            self._stream.close()
+            raise
+
+    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]."""
+        return self._run([IMAGES], noise, class_ids)[0]
+
+    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
+        return Outputs(*self._run([IMAGES, DENOISED], noise, class_ids))
+
+    def close(self) -> None:
+        """Frees the GPU's memory, once what runs in other threads is done."""
+        with self._lock:
+            if self._program is not None:
+                with self._stream.current():
+                    self._program = None
+                self._stream.close()
+
+    def _run(self, wanted: Sequence[str], noise: np.ndarray, class_ids: np.ndarray | None) -> list[np.ndarray]:
+        inputs = checked_inputs(self.spec, noise, class_ids)
+        # One stream, one set of buffers: a GPU gains nothing from two callers at once.
+        with self._lock:
+            assert self._program is not None, "the engine was closed"
+            most = min(self._program.most, self.spec.images_at_once or self._program.most)
+            with self._stream.current():
+                found = [self._program.run(part, wanted) for part in inputs.parts(most)]
+        return [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)]
+
+
+class _Program:
+    """A plan on its GPU: buffers for its largest batch, and a context for each batch size that was asked for."""
+
+    def __init__(self, trt: "types.ModuleType", engine: Any, stream: CudaStream, cache_file: Path | None):
+        self._trt, self._engine, self._stream = trt, engine, stream
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
+        reads = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
+        self.inputs: dict[str, list[int | str]] = {name: ["batch", *shapes[name][1:]] for name in names if name in reads}
+        self.outputs = [name for name in names if name not in reads]
+        self.most: int = engine.get_tensor_profile_shape(NOISE, 0)[2][0]
+        self._hosts, self._addresses = {}, {}
+        for name in names:
+            row = np.empty(shapes[name][1:], trt.nptype(engine.get_tensor_dtype(name)))
+            size = self.most * row.nbytes
+            self._hosts[name] = stream.host_buffer(size).view(row.dtype).reshape(self.most, *row.shape)
+            self._addresses[name] = stream.device_buffer(size)
+        # All contexts share it: one runs at a time.
+        self._activations = stream.device_buffer(max(_ALIGNMENT, engine.device_memory_size_v2))
+        self._kernels = _KernelCache(trt, engine, cache_file) if hasattr(trt, "CudaGraphStrategy") else None
+        self._calls: dict[int, _Call] = {}
+
+    def run(self, part: Inputs, wanted: Sequence[str]) -> list[np.ndarray]:
+        """Those outputs of at most `most` images, as arrays of the caller's own."""
+        count, size = len(part.noise), min(self.most, 1 << (len(part.noise) - 1).bit_length())
+        padded = part.padded(size)
+        for name, values in {NOISE: padded.noise, CLASS_IDS: padded.class_ids}.items():
+            if values is not None:
+                self._hosts[name][:size] = values
+                self._stream.upload(self._addresses[name], self._hosts[name][:size])
+        if size not in self._calls:
+            self._calls[size] = _Call(self._context(size), self._stream, captured=self._kernels is None)
+            if self._kernels is not None:
+                self._stream.synchronize()
+                self._kernels.keep()
+        else:
+            self._calls[size].run()
+        for name in wanted:
+            self._stream.download(self._hosts[name][:size], self._addresses[name])
+        self._stream.synchronize()
+        return [self._hosts[name][:count].copy() for name in wanted]
+
+    def _context(self, size: int) -> Any:
+        """A context of that batch size: what a CUDA graph holds must not be given other shapes."""
+        own_memory = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(
+            own_memory if self._kernels is None else self._kernels.config(own_memory)
+        )
+        if context is None:
+            raise _failed("gives no execution context")
+        context.set_device_memory(self._activations, max(_ALIGNMENT, self._engine.device_memory_size_v2))
+        for name, shape in self.inputs.items():
+            if not context.set_input_shape(name, (size, *shape[1:])):
+                raise _failed(f"takes no batch of {size}")
+        for name, address in self._addresses.items():
+            context.set_tensor_address(name, address)
+        return context
+
+
+class _Call:
+    """One batch size's way through the network. The first run is done when it is made: TensorRT finishes its set-up there."""
+
+    def __init__(self, context: Any, stream: CudaStream, captured: bool):
+        self._context, self._stream, self._graph = context, stream, 0
+        self._enqueue()
+        if captured:
+            stream.synchronize()
+            self._graph = stream.capture(self._enqueue)
+
+    def run(self) -> None:
+        """Begins to run it."""
+        if self._graph:
+            self._stream.launch(self._graph)
+        else:
+            self._enqueue()
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise _failed("does not run")
+
+
+class _KernelCache:
+    """TensorRT-RTX compiles its kernels where they run, which is kept for the next process. It captures graphs by itself."""
+
+    def __init__(self, trt: "types.ModuleType", engine: Any, file: Path | None):
+        self._trt, self._engine, self._file = trt, engine, file
+        self._cache = engine.create_runtime_config().create_runtime_cache()
+        if file is not None and file.is_file():
+            self._cache.deserialize(file.read_bytes())  # refused, and compiled anew, where it is another GPU's or version's
+
+    def config(self, memory: Any) -> Any:
+        """How a context is to run."""
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(memory)
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # Kernels of the very shape, compiled before the first run and not some time later beside others.
+        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def keep(self) -> None:
+        """Writes what is compiled by now, where the user's cache can be written."""
+        if self._file is None:
+            return
+        try:
+            with atomic_file(self._file) as partial:
+                partial.write_bytes(self._cache.serialize())
+        except (DiskError, OSError):
+            self._file = None
+
+
+def load_package(engine_id: EngineId) -> "types.ModuleType":
+    """The package that runs it. Raises MissingExtraError without it."""
+    package = PACKAGES[engine_id.runtime]
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(package, extra=EXTRAS[engine_id.runtime]) from error
+
+
+def check_version(record: EngineRecord, installed: str) -> None:
+    """Raises BundleError where another version built the plan: TensorRT runs its own alone."""
+    package = PACKAGES[record.id.runtime]
+    built = record.versions.get(package, "none that is noted")
+    if built != installed:
+        raise BundleError(
+            f"engine {record.engine_id} was built by {package} {built}, and {package} {installed} is installed",
+            remedy=f"export it again, or pip install {package}=={built}",
+        )
+
+
+def deserialised(trt: "types.ModuleType", file: Path) -> Any:
+    """The plan of the file, on the current GPU. Raises BundleError, with TensorRT's words, where it is none for here."""
+    _errors.clear()
+    runtime, plan = trt.Runtime(logger(trt)), file.read_bytes()
+    if hasattr(runtime, "get_engine_validity"):  # it reads the header alone, and says what does not fit
+        validity, diagnostics = runtime.get_engine_validity(plan)
+        reasons = [name for name, flag in trt.EngineInvalidityDiagnostics.__members__.items() if int(diagnostics) & int(flag)]
+        if validity == trt.EngineValidity.INVALID and reasons:
+            raise _unfit(trt, file, ", ".join(reason.lower().replace("_", " ") for reason in reasons))
+    engine = runtime.deserialize_cuda_engine(plan)  # None, and no exception, where it fails
+    if engine is None:
+        raise _unfit(trt, file, last_error())
+    return engine
+
+
+@cache
+def logger(trt: "types.ModuleType") -> Any:
+    """The one logger of a package in this process: a second would be ignored. It keeps errors for `last_error`."""
+
+    class Log(trt.ILogger):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.Severity.ERROR):
+                _errors.append(" ".join(message.split()))
+
+    return Log()
+
+
+def last_error() -> str:
+    """What TensorRT last complained of."""
+    return _errors[-1][:300] if _errors else "it does not say why"
+
+
+def _unfit(trt: "types.ModuleType", file: Path, reason: str) -> BundleError:
+    return BundleError(f"{trt.__name__} {trt.__version__} cannot load {file}: {reason}", remedy="export the engine again")
+
+
+def _failed(what: str) -> UniInstructError:
+    return UniInstructError(
+        f"the TensorRT engine {what}: {last_error()}", remedy="free memory on the GPU, or use another engine"
+    )
+
+
+def _cache_file(record: EngineRecord) -> Path | None:
+    try:
+        return cache_folder() / "tensorrt-rtx" / f"{record.file_sha256[:16]}.cache"
+    except RuntimeError:  # no home to have one in
+        return None

@@ -1,0 +1,29 @@
+"""FLOPs, counted while torch runs; on the meta device that needs neither arithmetic nor memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from uni_instruct.networks.autoencoder import build_decoder
+from uni_instruct.networks.build import build_denoiser
+from uni_instruct.networks.one_step import OneStep
+from uni_instruct.spec import ModelSpec
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of matrix products, convolutions and attention; a multiplication with its addition counts as 2."""
+    # Attention as plain products: the counter knows no other kind on the CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
+def flops_of_image(spec: ModelSpec) -> int:
+    """FLOPs of one image of a one-step generator, its decoder's among them."""
+    with torch.device("meta"), torch.inference_mode():
+        decoder = None if spec.decoder is None else build_decoder(spec.decoder)
+        generator = OneStep(build_denoiser(spec), spec.sigma_init, decoder).eval()
+        class_ids = torch.zeros(1, dtype=torch.int64) if spec.num_classes else None
+        return count_flops(lambda: generator(torch.zeros(1, *spec.noise_shape), class_ids))
