@@ -48,7 +48,7 @@ class CanonicalOneStep(nn.Module):
         self.patch = denoiser.patch
         c_skip, c_out, c_in, c_noise = (c.double() for c in denoiser.preconditioning(torch.full((1, 1, 1, 1), sigma_init)))
         emb = _embeddings(denoiser, c_noise.float().flatten())
-        self.model: Network = copy.deepcopy(denoiser.model).double()
+        self.model: Network = copy.deepcopy(denoiser.model)
         self.rows = _fold_blocks(self.model, emb, denoiser.num_classes, norm)
         _fold_ends(self.model, float(c_in) * sigma_init, float(c_out), denoiser.image_shape[0] * self.patch**2)
         self.skip = float(c_skip) * sigma_init
@@ -113,9 +113,12 @@ def _fold_blocks(model: Network, emb: Tensor, num_classes: int, norm: NormFactor
         for name, block in half.items():
             if not isinstance(block, UNetBlock | Block):
                 continue
+            # In double precision one block at a time: all of them at once would be twice the network.
+            block.double()
             weight, bias = (canonical_blocks if isinstance(block, UNetBlock) else canonical_edm2).row_map(block)
             row = None if num_classes else weight @ emb[0] + bias
-            half[name] = folded = FoldedBlock(block, norm, row) if isinstance(block, UNetBlock) else FoldedEDM2Block(block, row)
+            folded = FoldedBlock(block, norm, row) if isinstance(block, UNetBlock) else FoldedEDM2Block(block, row)
+            half[name] = folded.float()
             if num_classes:
                 start = sum(len(other) for _, other in maps)
                 folded.place = slice(start, start + len(bias))

@@ -14,6 +14,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import ParityError
+from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 from uni_instruct.spec import ModelSpec
 
@@ -36,6 +37,7 @@ class Report:
     equal_pixels: float
     largest_pixel_difference: int
     psnr_db: float
+    feature_shift: float
     worst_seed: int
     batch_invariant: bool
     latency_ms: Mapping[int, float]
@@ -44,7 +46,11 @@ class Report:
 
 
 def verify(bundle: Bundle, record: EngineRecord, folder: Path, device: str | None = None) -> dict[str, Any]:
-    """The report on the engine in `folder`, for engine.json. Raises ParityError where it is outside the tolerance."""
+    """The report on the engine in `folder`, for engine.json.
+
+    Raises ParityError where it is out of tolerance: it names the worst seed and, where it can, the first layer that strays.
+    """
+    from uni_instruct.export.stray import first_stray
     from uni_instruct.networks.reference import reference_outputs
 
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
@@ -52,7 +58,16 @@ def verify(bundle: Bundle, record: EngineRecord, folder: Path, device: str | Non
     results = run_worker(bundle, record.id, folder, z, class_ids, device)
     pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
-    _check(record.id, report)
+    if problem := _problem(record.id, report):
+        worst = slice(seeds.index(report.worst_seed), seeds.index(report.worst_seed) + 1)
+        labels = None if class_ids is None else class_ids[worst]
+        file, limit = folder / record.file, report.tolerance.relative_l2
+        layer = first_stray(bundle, file, record.id.precision, z[worst], labels, limit)
+        where = f"; the first layer that strays is {layer}" if layer else ""
+        raise ParityError(
+            f"{problem} (worst seed {report.worst_seed}){where}",
+            remedy="the engine was discarded; use an engine of another precision or runtime, or torch",
+        )
     return asdict(report)
 
 
@@ -112,6 +127,7 @@ def compare(
         equal_pixels=min(float((level == 0).mean()) for level in pixel_difference.values()),
         largest_pixel_difference=max(int(level.max()) for level in pixel_difference.values()),
         psnr_db=min(psnr_db(results[f"images_{batch}"], pixels[: len(found[batch])]) for batch in tried),
+        feature_shift=feature_shift(everything, denoised) if np.isfinite(everything).all() and len(seeds) > 1 else 0.0,
         worst_seed=seeds[int(per_image.argmax())],
         batch_invariant=all(np.array_equal(images, everything[: len(images)]) for images in found.values()),
         latency_ms={batch: round(float(results[f"latency_ms_{batch}"]), 3) for batch in BATCHES},
@@ -120,25 +136,29 @@ def compare(
     )
 
 
-def _check(engine_id: EngineId, report: Report) -> None:
-    remedy = "the engine was discarded; use an engine of another precision or runtime, or torch"
+def _problem(engine_id: EngineId, report: Report) -> str:
+    """What is out of tolerance, in words; '' for nothing."""
+    tolerance = report.tolerance
     if not report.finite:
-        raise ParityError(f"the {engine_id} engine or torch gives values that are not finite", remedy=remedy)
-    if not report.relative_l2 <= report.tolerance.relative_l2:
-        raise ParityError(
-            f"the {engine_id} engine differs from torch by {report.relative_l2:.1e} (relative L2, worst seed "
-            f"{report.worst_seed}), more than {report.tolerance.relative_l2:.0e}",
-            remedy=remedy,
+        return f"the {engine_id} engine or torch gives values that are not finite"
+    if not report.relative_l2 <= tolerance.relative_l2:
+        return (
+            f"the {engine_id} engine differs from torch by {report.relative_l2:.1e} (relative L2), more than "
+            f"{tolerance.relative_l2:.0e}"
         )
-    if report.largest_pixel_difference > report.tolerance.pixel_difference:
-        raise ParityError(
+    if report.largest_pixel_difference > tolerance.pixel_difference:
+        return (
             f"a pixel of the {engine_id} engine differs from torch by {report.largest_pixel_difference} levels, more than "
-            f"{report.tolerance.pixel_difference}",
-            remedy=remedy,
+            f"{tolerance.pixel_difference}"
         )
-    if report.psnr_db < report.tolerance.psnr_db:
-        raise ParityError(
+    if report.psnr_db < tolerance.psnr_db:
+        return (
             f"pixels of the {engine_id} engine have a PSNR of {report.psnr_db:.1f} dB to torch's, less than "
-            f"{report.tolerance.psnr_db:.0f} (worst seed {report.worst_seed})",
-            remedy=remedy,
+            f"{tolerance.psnr_db:.0f}"
         )
+    if engine_id.precision == "int8" and report.feature_shift > LARGEST_SHIFT:
+        return (
+            f"images of the {engine_id} engine are shifted by {report.feature_shift:.1%} (feature distance), more than "
+            f"{LARGEST_SHIFT:.0%}"
+        )
+    return ""

@@ -19,6 +19,7 @@ from uni_instruct.errors import MissingExtraError, RequestError, UniInstructErro
 from uni_instruct.export.capabilities import BATCH_PROFILE, CAPABILITIES
 from uni_instruct.export.parity import verify
 from uni_instruct.files import atomic_folder, sha256
+from uni_instruct.progress import ProgressFactory, silent
 
 ALL = "all"
 _SM = re.compile(r"sm\d{2,3}")
@@ -112,11 +113,15 @@ TARGETS = {
             Target(
                 engine_id=EngineId("openvino", precision),
                 module="uni_instruct.export.openvino",
-                suffix="onnx",
+                suffix=suffix,
                 summary=f"for OpenVINO on the CPU, {words}",
-                packages=(*BUILD_PACKAGES, "openvino"),
+                packages=(*BUILD_PACKAGES, *more, "openvino"),
             )
-            for precision, words in (("fp32", "in fp32"), ("bf16", "in bf16 where the processor has it, half the bytes"))
+            for precision, suffix, more, words in (
+                ("fp32", "onnx", (), "in fp32"),
+                ("bf16", "zip", (), "large layers in bf16 where the processor has it"),
+                ("int8", "zip", ("nncf",), "large 3x3 convolutions in int8"),
+            )
         ),
         *(
             Target(
@@ -218,7 +223,7 @@ def find_target(engine_id: str) -> Target:
     return row.for_gpu(int(parsed.target[2:])) if row.sms else row
 
 
-def export_engine(bundle: Bundle, engine_id: str, device: str | None = None) -> EngineRecord:
+def export_engine(bundle: Bundle, engine_id: str, device: str | None = None, shows: ProgressFactory = silent) -> EngineRecord:
     """Builds the engine beside its place, verifies it there, and only then lets it take the place of an older one.
 
     device: where it is verified, a GPU where it can use one unless told. A bundle of an older format is then brought up to
@@ -233,12 +238,14 @@ def export_engine(bundle: Bundle, engine_id: str, device: str | None = None) -> 
 
     place = bundle.engine_folder(target.engine_id)
     try:
-        with atomic_folder(place) as folder:
+        with shows(f"export {engine_id}", 2, "steps (build, check)") as shown, atomic_folder(place) as folder:
             record = _build(bundle, target, build, folder)
+            shown.advance(1)
             # Where its GPU is not at hand, the machine that runs it admits it, by reference.npz.
             if device is not None or target.can_be_tried():
                 record = replace(record, parity=verify(bundle, record, folder, device))
             record.write(folder)
+            shown.advance(1)
     finally:
         with suppress(OSError):  # an empty engines folder, where nothing was admitted
             place.parent.rmdir()

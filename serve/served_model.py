@@ -172,7 +172,7 @@ class ServedModel:
         bundle.check_makes_pictures()
         selection = select_engine(bundle, self.settings.engine, self.settings.device)
         # Spinning threads would take the cores from the event loop and the encoders (docs/engines.md, "Threads").
-        stored = bundle.engines().get(selection.engine_id)
+        stored = bundle.engines().get(selection.engine_id, selection.engine_id)
         return bundle, selection, load_engine(bundle, stored, device=selection.device, spin=False)
 
     def _not_ready(self) -> NotReadyError:

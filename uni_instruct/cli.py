@@ -10,6 +10,7 @@ from click.exceptions import Exit
 from uni_instruct import __version__
 from uni_instruct.errors import UniInstructError
 from uni_instruct.processes import is_later_process, sleep_while_waiting
+from uni_instruct.progress import show_log
 
 # Name -> where the command is and what it does, in the order of a first use.
 COMMANDS = {
@@ -102,6 +103,8 @@ def cli() -> None:
 def main() -> None:
     """Entry point: the project's errors as one line on standard error, with their exit code."""
     sleep_while_waiting()
+    if not is_later_process():
+        show_log("uni_instruct.engines.trial")
     try:
         cli.main(standalone_mode=False)
     except Exit as error:

@@ -22,6 +22,8 @@ __all__ += ["available_engines", "engine_standing", "load_engine", "open_engine"
 
 # The engine that every bundle has: the weights themselves, as trained.
 TORCH = EngineId("torch", "fp32")
+# The same with its large convolutions in bf16: tried as exported engines are, and chosen only where it is asked for.
+TORCH_BF16 = EngineId("torch", "bf16")
 # How many times as fast another engine must be to be preferred to one that stands before it in RUNTIMES: times vary, and torch
 # takes seconds to load and gives other last bits in other batches.
 WORTHWHILE = 1.25
@@ -84,30 +86,36 @@ def open_engine(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    selection = select_engine(bundle, engine, device)
-    return load_engine(bundle, bundle.engines().get(selection.engine_id), device=selection.device, spin=spin)
+    chosen = select_engine(bundle, engine, device)
+    return load_engine(bundle, bundle.engines().get(chosen.engine_id, chosen.engine_id), device=chosen.device, spin=spin)
 
 
 def load_engine(
-    bundle: Bundle, stored: StoredEngine | None, *, device: str | None = None, spin: bool = True, streams: int | None = None
+    bundle: Bundle,
+    stored: StoredEngine | EngineId,
+    *,
+    device: str | None = None,
+    spin: bool = True,
+    streams: int | None = None,
 ) -> Engine:
-    """That engine of the bundle, None for torch, whether or not it can be trusted here. Raises RequestError without its device.
+    """That engine of the bundle, by its id where it runs the weights themselves, whether or not it can be trusted here.
 
     streams: for a runtime that has them, always so many; without a word the engine decides by the batch.
+    Raises RequestError without its device.
     """
-    engine_id = TORCH if stored is None else stored.engine_id
+    engine_id = stored if isinstance(stored, EngineId) else stored.engine_id
     runtime = RUNTIMES[engine_id.runtime]
     device = runtime.device_for(engine_id, checked_device(device) if device else None)
     Threads.here(spin).before_torch()
     engine_class = runtime.load_class()
-    if stored is None:
-        return engine_class(bundle, device=device)
+    if isinstance(stored, EngineId):
+        return engine_class(bundle, device=device, precision=engine_id.precision)
     shared_out = {} if streams is None else {"streams": streams}
     return engine_class(bundle, stored, device=device, spin=spin, **shared_out)
 
 
 def available_engines(bundle: Bundle) -> list[EngineId]:
-    """What this bundle can be opened with, in the order of RUNTIMES and precision. Torch needs no export."""
+    """What this bundle is opened with where none is named, in the order of RUNTIMES and precision. Torch needs no export."""
     order = list(RUNTIMES)
     # Latents are floats: no exported engine hands them out.
     exported = bundle.engines() if bundle.spec.makes_pictures else ()
@@ -162,7 +170,7 @@ def standings(bundle: Bundle, wanted: Sequence[str], device: str | None, bar: Pr
     device = checked_device(device) if device else None
     chosen = {engine_id for word in wanted for engine_id in _candidates(bundle, word, device)}
     found = []
-    for engine_id in available_engines(bundle):
+    for engine_id in (*available_engines(bundle), *(_only_asked_for(bundle) if wanted else ())):
         if not wanted or engine_id in chosen:
             found.append(_torch_alone(device) if engine_id == TORCH else _stand(bundle, engine_id, device))
             bar.advance(1, str(engine_id))
@@ -183,18 +191,23 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | Non
     present = available_engines(bundle)
     if wanted is None:
         return [engine_id for engine_id in present if _runs_on(engine_id, device)]
-    known = f"choose one of {', '.join([*RUNTIMES, *map(str, present)])}"
+    known = f"choose one of {', '.join([*RUNTIMES, *map(str, present), *map(str, _only_asked_for(bundle))])}"
     if str(wanted) in RUNTIMES:
         runtime = str(wanted)
         fitting = [engine_id for engine_id in present if engine_id.runtime == runtime]
     else:
         engine_id = _parse(str(wanted), known)
-        runtime, fitting = engine_id.runtime, [engine_id] if engine_id in present else []
+        runtime, fitting = engine_id.runtime, [engine_id] if engine_id in (*present, *_only_asked_for(bundle)) else []
     if not fitting:
         others = any(engine_id.runtime == runtime for engine_id in present)
         remedy = known if others else f"uni-instruct export {quote(str(bundle.path))} --to {runtime}"
         raise RequestError(f"bundle {bundle.path} has no {wanted} engine", remedy=remedy, param="engine")
     return fitting
+
+
+def _only_asked_for(bundle: Bundle) -> list[EngineId]:
+    """Engines that no export makes and no choice falls on. There must be images to hold them against."""
+    return [TORCH_BF16] if bundle.spec.steps == 1 and bundle.spec.makes_pictures else []
 
 
 def _runs_on(engine_id: EngineId, device: str | None) -> bool:
@@ -230,8 +243,8 @@ def _standing(bundle: Bundle, engine_id: EngineId, wanted: str | None, look_up: 
         return Standing(engine_id, "untried", device=device)
     if trial.problem:
         return Standing(engine_id, "refused", trial.problem, trial, key.existing_note(), device)
-    stored, reason = bundle.engines()[engine_id], "" if key.reference_sha256 else "no reference.npz to hold it against"
-    if reason and not stored.record().parity:  # built for a GPU that was not there: nobody has ever compared it
+    stored, reason = bundle.engines().get(engine_id), "" if key.reference_sha256 else "no reference.npz to hold it against"
+    if reason and stored and not stored.record().parity:  # built for a GPU that was not there: nobody has ever compared it
         return Standing(engine_id, "refused", f"untried where it was built, and {reason}", trial, device=device)
     return Standing(engine_id, "trusted", reason, trial, device=device)
 

@@ -1,5 +1,6 @@
 """Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere. Written to standard error."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,19 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         yield from _bar(label, total, unit, done)
     else:
         yield _Lines(label, total, unit, done)
+
+
+class _OnStandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_log(name: str) -> None:
+    """From now on what that logger tells as information is a line on standard error: for the command line."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _OnStandardError) for handler in logger.handlers):
+        logger.addHandler(_OnStandardError())
 
 
 class _Silent:

@@ -12,6 +12,7 @@ from uni_instruct.engines.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
+from uni_instruct.progress import progress, silent
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -82,20 +83,14 @@ def _build(
     records: list[EngineRecord] = []
     failures: list[ParityError] = []
     for target in targets:
-        if not as_json:
-            click.echo(f"building the {target.engine_id} engine{_checking(target)} ...", err=True)
         try:
-            records.append(export_engine(opened, str(target.engine_id), device))
+            records.append(export_engine(opened, str(target.engine_id), device, silent if as_json else progress))
         except ParityError as error:  # the others may agree: what a processor rounds away is a matter of the precision
             failures.append(error)
             continue
         if not as_json:
             print(_summary(opened, records[-1]))
     return records, failures
-
-
-def _checking(target: Target) -> str:
-    return " and checking it against torch" if target.can_be_tried() else ""
 
 
 def _sms(text: str | None, runtimes: tuple[str, ...]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -197,10 +198,23 @@ def test_an_engine_that_disagrees_is_not_admitted(
     code, output, errors = cli("export", unexported.path, "--to", "onnx")
     assert (code, output) == (1, "")
     assert WRONG_BUILDS[wrong] in errors
-    assert [line.partition(":")[0] for line in errors.splitlines()[1:]] == ["error"]
+    *steps, last = errors.splitlines()
+    assert steps[0] == "export onnx-fp32: 0/2 steps (build, check)"
+    assert all(line.startswith("export onnx-fp32: ") for line in steps)
+    assert last.startswith("error: ")
     assert not (unexported.path / "engines").exists()
     monkeypatch.setattr(onnxruntime_target, "build", build_altered(exported_bundle, faithful))
     assert cli("export", unexported.path, "--to", "onnx")[0] == 0
+
+
+def test_a_failed_check_names_the_worst_image_and_the_layer_that_strays(
+    unexported: Bundle, exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime_target, "build", build_altered(exported_bundle, wrong_weight))
+    with pytest.raises(ParityError, match=r"\(worst seed \d+\); the first layer that strays is \S+ \(") as caught:
+        export_engine(unexported, "onnx-fp32")
+    assert re.search(r"strays is \S*8x8_conv \(", str(caught.value))
+    assert not (unexported.path / "engines").exists()
 
 
 def test_a_failed_export_keeps_the_engine_that_was_there(

@@ -239,6 +239,7 @@ ROOMS = {
     "uni_instruct/data": ("train", "evaluate"),
     "uni_instruct/engines/onnxruntime.py": ("serve", "export"),
     "uni_instruct/engines/openvino.py": ("serve", "export"),
+    "uni_instruct/engines/openvino_file.py": ("serve", "export"),
     # Whichever of the two is installed.
     "uni_instruct/engines/peak.py": (),
     # Used where torch is there already.

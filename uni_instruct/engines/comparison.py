@@ -146,7 +146,7 @@ def _entries(plan: BenchmarkPlan, standing: Standing) -> list[_Entry]:
     several = RUNTIMES[engine_id.runtime].has_streams and usable_cpus() > 1
     entries = []
     for streams in (None, 1, usable_cpus()) if several else (None,):
-        stored = plan.bundle.engines().get(engine_id)
+        stored = plan.bundle.engines().get(engine_id, engine_id)
         engine = load_engine(plan.bundle, stored, device=standing.device, spin=plan.spin, streams=streams)
         name = f"{engine_id}, {streams} streams" if streams else str(engine_id)
         entries.append(

@@ -1,4 +1,4 @@
-"""OpenVINO: the generator's graph on the CPU, in fp32 or in the processor's bf16. Needs no torch."""
+"""OpenVINO: the generator's graph on the CPU, in fp32, the processor's bf16, or with convolutions in int8. Needs no torch."""
 
 import threading
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.device import CPU
 from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, check_interface
+from uni_instruct.engines.openvino_file import read_model
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, StoredEngine
 from uni_instruct.engines.threads import Threads, usable_cpus
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 # Precision -> OpenVINO's word for it, and for what a processor must be able to do.
 # It takes bf16 by itself where the processor has it, so that fp32 has to be asked for as well.
-HINTS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16")}
+# int8 is in the graph itself; what it leaves out is fp32.
+HINTS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
 # More images at once gain nothing: what lies between two layers then leaves the cache.
 LARGEST_PART = 16
 # From so many images a stream on, several streams of one thread are faster than one stream of several threads.
@@ -144,7 +146,8 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
         **Threads.here(spin=False).for_openvino(streams),
     }
     try:
-        model = _core().compile_model(file, "CPU", settings | _cache())
+        core = _core()
+        model = core.compile_model(read_model(core, file), "CPU", settings | _cache())
     except Exception as error:  # its errors share no class but RuntimeError, and not all of them that
         problem = " ".join(str(error).split())[:200]
         raise BundleError(f"OpenVINO cannot load {file}: {problem}", remedy="export the engine again") from error

@@ -32,6 +32,8 @@ TOLERANCES = {
     "fp32": Tolerance(relative_l2=1e-5, pixel_difference=1),
     "fp16": Tolerance(relative_l2=3e-3, pixel_difference=3, psnr_db=52.0),
     "bf16": Tolerance(relative_l2=2.5e-2, pixel_difference=4, psnr_db=50.0),
+    # Of int8 some pixel is always far off: what counts is how many (the PSNR), and the feature distance at the export.
+    "int8": Tolerance(relative_l2=6e-2, pixel_difference=255, psnr_db=45.0),
 }
 
 

@@ -47,8 +47,8 @@ class Runtime:
 
     distributions are the names that the package is installed under, one of them at a time; extra is that of this package that
     brings it. devices are the kinds that it can run on; on a GPU only with one of cuda_distributions, of a build that has CUDA.
-    The class takes `(bundle, stored, device=..., spin=...)`, or `(bundle, device=...)` where it runs the weights themselves;
-    with has_streams also `streams=...`, into how many parts at a time it shares out a batch.
+    The class takes `(bundle, stored, device=..., spin=...)`, or `(bundle, device=..., precision=...)` where it runs the weights
+    themselves; with has_streams also `streams=...`, into how many parts at a time it shares out a batch.
     """
 
     name: str

@@ -1,35 +1,42 @@
-"""The reference engine: torch, as trained. It also runs teachers, with their many-step sampler."""
+"""torch: the reference engine, the weights as trained; teachers too, with their many-step sampler. And the same in 16 bits."""
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.device import CPU, CUDA, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.engines.threads import Threads
+from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
+from uni_instruct.networks.blocks import Conv2d
 from uni_instruct.networks.cuda_graphs import CapturedBatches
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
 
-# Precision -> what autocast multiplies in.
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Precision -> what the large convolutions are computed in.
+_SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEngine:
     """Runs a bundle's weights on the CPU or a GPU ('cuda:0'), there through CUDA graphs.
 
-    precision: 'fp32', without TF32, or what the network's products are computed in, 'bf16' or 'fp16' (autocast).
+    precision: 'fp32', without TF32, or what the large convolutions are computed in, 'bf16' or 'fp16'.
+    Raises RequestError for 16 bits of a teacher, whose many steps add up what each one rounds.
     """
 
     def __init__(self, bundle: Bundle, *, device: str = CPU, precision: str = "fp32"):
         self.spec, self.device, self._bundle = bundle.spec, device, bundle
         self.id = EngineId("torch", precision)
         Threads.here(spin=False).for_torch()
-        self._generator: OneStep | None = load_one_step(bundle).to(self.device)
+        generator = load_one_step(bundle).to(self.device)
+        if precision in _SIXTEEN_BITS:
+            _round_convolutions(generator, bundle, _SIXTEEN_BITS[precision])
+        self._generator: OneStep | None = generator
         # A teacher's sampler is many evaluations, each of other noise levels.
         captures = kind_of(device) == CUDA and bundle.spec.steps == 1
         self._one_step = CapturedBatches(self._generate) if captures else self._generate
@@ -61,9 +68,41 @@ class TorchEngine:
     def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
         generator = self._generator
         assert generator is not None, "the engine was closed"
-        # Without its cache: a graph would hold rounded weights that are freed when the block ends.
-        with torch.autocast(kind_of(self.device), _AUTOCAST.get(self.id.precision), self.id.precision != "fp32", False):
-            if self.spec.steps > 1:
-                return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
-            images: Tensor = generator(z, labels)
-            return images.float()
+        if self.spec.steps > 1:
+            return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
+        images: Tensor = generator(z, labels)
+        return images
+
+
+def _round_convolutions(generator: OneStep, bundle: Bundle, dtype: torch.dtype) -> None:
+    """The large convolutions in 16 bits, channels last, which is what processors and GPUs are fast at; the rest as it is.
+
+    Sums, normalisation and attention stay float32: stored in bf16 they cost four times the error (docs/export.md, "bf16").
+    """
+    if bundle.spec.steps > 1:
+        raise RequestError(
+            f"a teacher of {bundle.spec.steps} steps runs in fp32 only", remedy="use --engine torch-fp32", param="engine"
+        )
+    found = [(name, module) for name, module in generator.denoiser.model.named_modules() if _has_filters(module)]
+    shapes = [(f"{name}.weight", tuple(module.get_parameter("weight").shape)) for name, module in found]
+    kept = sensitive_layers(shapes, bundle.spec)
+
+    def rounded_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        image, *others = inputs
+        return image.to(dtype, memory_format=torch.channels_last), *others
+
+    for module in (module for i, (_, module) in enumerate(found) if i not in kept):
+        module.register_forward_pre_hook(rounded_input)
+        module.register_forward_hook(_wide_output)
+        if isinstance(module, Conv2d) and module.weight is not None:  # EDM2's normalise their weights first, in float32
+            module.to(dtype)
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _has_filters(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 4
+
+
+def _wide_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.float()

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from uni_instruct.files import atomic_file, cache_folder, sha256
 from uni_instruct.reference import REFERENCE
 
 TIMEOUT_S = 600
+TELL_EVERY_S = 10
 # Whoever sends these means the process, not the engine.
 _SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _one_at_a_time = threading.Lock()
@@ -117,7 +120,7 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
         if stored := bundle.engines().get(engine_id):
             stored.file()
         bundle.reference()
-        _log.info("trying engine %s on this machine, once", engine_id)
+        _log.info("trying engine %s on this machine, once ...", engine_id)
         trial = _run(bundle.path, engine_id, key.device)
         if trial.lasting:
             _note(key, trial)
@@ -134,10 +137,9 @@ def note_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchmar
 
 def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
     # -P: not what lies in the current folder.
-    command = [sys.executable, "-P", "-m", "uni_instruct.engines.trial_worker", str(bundle.resolve()), str(engine_id), device]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
+    worker = [sys.executable, "-P", "-m", "uni_instruct.engines.trial_worker"]
+    done = _completed([*worker, str(bundle.resolve()), str(engine_id), device], engine_id)
+    if done is None:
         return Trial(problem=f"it did not answer in {TIMEOUT_S} s", lasting=False)
     if done.returncode < 0:
         return Trial(problem=f"it died of {signal.Signals(-done.returncode).name}", lasting=-done.returncode not in _SENT)
@@ -146,6 +148,21 @@ def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         return Trial(problem=f"it could not be tried: {reason[:300]}", lasting=False)
     return replace(Trial(), **json.loads(lines[-1]))
+
+
+def _completed(command: list[str], engine_id: EngineId) -> subprocess.CompletedProcess[str] | None:
+    """The process when it has ended, None where it was stopped after TIMEOUT_S; meanwhile the log tells that it runs."""
+    start = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while (past_s := time.monotonic() - start) < TIMEOUT_S:
+                with suppress(subprocess.TimeoutExpired):
+                    output, errors = process.communicate(timeout=min(TELL_EVERY_S, TIMEOUT_S - past_s))
+                    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+                _log.info("trying engine %s: %.0f s of at most %d", engine_id, time.monotonic() - start, TIMEOUT_S)
+        finally:
+            process.kill()  # does nothing to one that has ended
+    return None
 
 
 def _note(key: TrialKey, trial: Trial) -> None:

@@ -25,7 +25,7 @@ def main(bundle_path: str, engine: str, device: str) -> dict[str, Any]:
     """What the engine did. Raises where that says nothing about it: a package is missing, memory is short."""
     bundle, engine_id = Bundle.open(bundle_path), EngineId.parse(engine)
     try:
-        opened = load_engine(bundle, bundle.engines().get(engine_id), device=device)
+        opened = load_engine(bundle, bundle.engines().get(engine_id, engine_id), device=device)
         return _try(bundle, opened)
     except (MissingExtraError, MemoryError, ModuleNotFoundError):
         raise

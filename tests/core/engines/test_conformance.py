@@ -25,7 +25,7 @@ HERE = [
     for row in TARGETS.values()
     for target in ([row.for_gpu(gpu.sm) for gpu in gpus() if gpu.sm in row.sms] if row.sms else [row])
 ]
-ENGINES = [*(str(target.engine_id) for target in HERE), "torch-fp32"]
+ENGINES = [*(str(target.engine_id) for target in HERE), "torch-fp32", "torch-bf16"]
 
 
 @pytest.fixture(scope="module")

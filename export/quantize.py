@@ -1,0 +1,88 @@
+"""int8 by NNCF: the large 3x3 convolutions, their scales measured on the generator's own noise and classes."""
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import openvino
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.graph import CLASS_IDS, NOISE
+from uni_instruct.engines.machine import CPUINFO
+from uni_instruct.engines.openvino_file import weight_name
+from uni_instruct.engines.sensitive_layers import sensitive_layers
+from uni_instruct.errors import MissingExtraError
+from uni_instruct.noise import class_ids_in_turn, draw_inputs
+
+# Calibration's images, and how many of them at a time.
+IMAGES, BATCH = 128, 8
+# Seeds far from those of the reference and, but for one chance in a billion, of the check.
+FIRST_SEED = 1 << 61
+PACKAGE = "nncf"
+
+
+def check_installed() -> None:
+    """Raises MissingExtraError without NNCF."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise MissingExtraError(PACKAGE, extra="export")
+
+
+def versions() -> dict[str, str]:
+    """NNCF's version."""
+    return {PACKAGE: version(PACKAGE)}
+
+
+def quantized(model: openvino.Model, bundle: Bundle) -> openvino.Model:
+    """The graph with int8 in its large 3x3 convolutions, activations in the mixed preset. Raises MissingExtraError."""
+    check_installed()
+    import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    # Without VNNI two products of 8 bits are added in 16, which overflow: half the weights' range is left free then.
+    overflow = OverflowFix.DISABLE if has_vnni() else OverflowFix.ENABLE
+    made: openvino.Model = nncf.quantize(
+        model,
+        nncf.Dataset(list(_calibration(bundle))),
+        preset=nncf.QuantizationPreset.MIXED,
+        target_device=nncf.TargetDevice.CPU,
+        subset_size=IMAGES // BATCH,
+        ignored_scope=nncf.IgnoredScope(names=sorted(_left_out(model, bundle))),
+        advanced_parameters=AdvancedQuantizationParameters(overflow_fix=overflow),
+    )
+    return made
+
+
+def has_vnni(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the processor multiplies 8 bits and adds in 32."""
+    try:
+        return "vnni" in cpuinfo.read_text(errors="replace")
+    except OSError:
+        return False
+
+
+def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:
+    count = bundle.spec.affordable_images(IMAGES)
+    class_ids = class_ids_in_turn(bundle.spec, count)
+    z = draw_inputs(bundle.spec, list(range(FIRST_SEED, FIRST_SEED + count)), class_ids).noise
+    for start in range(0, count, BATCH):
+        labels = {} if class_ids is None else {CLASS_IDS: class_ids[start : start + BATCH]}
+        yield {NOISE: z[start : start + BATCH], **labels}
+
+
+def _left_out(model: openvino.Model, bundle: Bundle) -> set[str]:
+    """Every layer but the 3x3 convolutions that round well."""
+    layers = model.get_ordered_ops()
+    convolutions = [layer for layer in layers if layer.get_type_name() == "Convolution"]
+    named = [(weight_name(layer), tuple(layer.input(1).get_shape())) for layer in convolutions]
+    kept = sensitive_layers(named, bundle.spec, last_block=True)
+    chosen = {
+        layer.get_friendly_name()
+        for i, (layer, (_, shape)) in enumerate(zip(convolutions, named, strict=True))
+        if i not in kept and shape[2:] == (3, 3)
+    }
+    passive = ("Constant", "Parameter", "Result")
+    return {layer.get_friendly_name() for layer in layers if layer.get_type_name() not in passive} - chosen

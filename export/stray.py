@@ -1,0 +1,76 @@
+"""Where an engine goes astray: its convolutions held against those of the folded module, one image, in the order of work."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.graph import CLASS_IDS, NOISE
+from uni_instruct.engines.outputs import relative_l2
+from uni_instruct.export.canonical import CanonicalOneStep
+from uni_instruct.networks.one_step import load_one_step
+
+
+def first_stray(
+    bundle: Bundle, file: Path, precision: str, noise: np.ndarray, class_ids: np.ndarray | None, limit: float
+) -> str | None:
+    """The name of the first convolution whose output differs by more than `limit` (relative L2), and by how much, in words.
+
+    noise float32 [1, *noise_shape]. None where there is none, or OpenVINO, which can show every layer, cannot run the file.
+    """
+    try:
+        found = _of_engine(file, precision, noise, class_ids)
+    except Exception:  # the engine has failed already: this only adds to what is said of it
+        return None
+    truth = _of_module(bundle, noise, class_ids)
+    for name, expected in truth.items():
+        if name in found and not (distance := relative_l2(found[name], expected)) <= limit:  # NaN is not
+            return f"{name.removesuffix('.weight')} ({distance:.1e})"
+    return None
+
+
+def _of_engine(file: Path, precision: str, noise: np.ndarray, class_ids: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What each convolution gives, before its bias, by the name of its weights."""
+    import openvino
+
+    from uni_instruct.engines.openvino import HINTS
+    from uni_instruct.engines.openvino_file import read_model, weight_name
+
+    core = openvino.Core()
+    model = read_model(core, file)
+    layers = [layer for layer in model.get_ordered_ops() if layer.get_type_name() == "Convolution"]
+    names = [weight_name(layer).partition("generator.")[2] for layer in layers]
+    first = len(model.outputs)  # what is added stands behind the graph's own
+    model.add_outputs([layer.output(0) for layer in layers])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": HINTS[precision][0]})
+    result = compiled({NOISE: noise} if class_ids is None else {NOISE: noise, CLASS_IDS: class_ids})
+    return {name: result[first + i] for i, name in enumerate(names) if name}
+
+
+def _of_module(bundle: Bundle, noise: np.ndarray, class_ids: np.ndarray | None) -> dict[str, np.ndarray]:
+    module = CanonicalOneStep(load_one_step(bundle))
+    recorder = _Recorder({id(parameter): name for name, parameter in module.named_parameters()})
+    with torch.no_grad(), recorder:
+        module(torch.from_numpy(noise), None if class_ids is None else torch.from_numpy(class_ids))
+    return recorder.found
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes what each convolution gives, before its bias."""
+
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.names, self.found = names, dict[str, np.ndarray]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.conv2d and id(args[1]) in self.names:
+            bias = args[2] if len(args) > 2 else None
+            bare = result - bias[:, None, None] if isinstance(bias, Tensor) else result
+            self.found[self.names[id(args[1])]] = bare.numpy()
+        return result
