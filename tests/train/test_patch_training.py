@@ -12,8 +12,8 @@ from builders.plans import TINY, tiny_plan
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import PATCHES, build_denoiser, load_denoiser
+from uni_instruct.networks.flops import count_flops
 from uni_instruct.train.dry_run.cost import count_parameters, models_without_storage
-from uni_instruct.train.dry_run.counting import count_flops
 from uni_instruct.train.dry_run.trial import CountedSteps, distillation_stage, teacher_stage
 from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.plan import make_plan

@@ -3,13 +3,16 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import yaml
 
@@ -115,9 +118,17 @@ def _program() -> list[str]:
 @contextmanager
 def _ended_with_us(running: dict[Training, subprocess.Popen[bytes]]) -> Iterator[None]:
     """Whatever ends this process's block ends the trainings too, each with its state saved."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # SIGTERM would end this process at once, and leave the trainings to nobody.
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         for process in running.values():
             process.terminate()
         for process in running.values():

@@ -10,11 +10,13 @@ import pytest
 
 from builders.machine import run_cli
 from builders.plans import TINY
+from builders.runs import start_cli, wait_for_step
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.train.lab.experiments import parse_variants, plan_lab, settled
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.report.records import read_history
+from uni_instruct.train.run_lock import is_locked
 
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = (*TINY, "loop.samples=100", "loop.log_kimg=0.016", "distillation.evaluate_kimg=0.08", "teacher.steps=4")
@@ -73,13 +75,14 @@ def test_what_would_fail_is_refused_before_anything_is_trained(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_lab_from_start_to_page(tmp_path: Path) -> None:
     out = tmp_path / "a lab"
-    words = ("lab", "digits", *SMALL, "--methods", METHODS, "--seeds", "0-1", "--jobs", "2", "--out", out)
+    words = ("lab", "digits", *SMALL, "--methods", "sid, sid alpha=0.5", "--seeds", "0-1", "--jobs", "2", "--out", out)
     done = run_cli(*words)
     assert done.returncode == 0, done.stderr
     experiments = sorted((out / "experiments").glob("*/recipe.yaml"))
-    assert len(experiments) == 6
+    assert len(experiments) == 4
     teacher = Bundle.open(out / "teacher-run" / "teacher").weights_sha256
     generators = [Bundle.open(file.parent / "generator") for file in experiments]
     assert {bundle.spec.provenance["teacher_sha256"] for bundle in generators} == {teacher}
@@ -106,6 +109,19 @@ def test_a_lab_from_start_to_page(tmp_path: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in (out / "experiments").rglob("model.safetensors")}
     assert run_cli(*words).returncode == 0
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+@pytest.mark.slow
+def test_a_lab_that_is_stopped_takes_its_trainings_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "lab"
+    process = start_cli("lab", "digits", *SMALL, "distillation.duration_kimg=50", "--methods", "sid", "--out", str(out))
+    run = out / "experiments" / "sid-seed0"
+    wait_for_step(run, "generator", 4, process)
+    process.terminate()
+    process.wait(timeout=120)
+    assert process.returncode == 130
+    assert is_locked(run) is False
+    assert (run / "state" / "generator.pt").exists()
 
 
 def test_a_teacher_alone_is_gone_on_from(cli: Cli, tmp_path: Path) -> None:
