@@ -12,11 +12,11 @@ from uni_instruct.errors import RequestError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.noise import SEED_LIMIT
 from uni_instruct.serve.errors import NotFoundError
-from uni_instruct.serve.picture import FORMATS, Picture, size_factor
+from uni_instruct.serve.picture import PICTURE_FORMATS, Picture, size_factor
 from uni_instruct.serve.responses import generate_encoded, timing_headers
 from uni_instruct.serve.served_model import ServedModel
 
-_FILE = re.compile(rf"(0|[1-9]\d{{0,18}})\.({'|'.join(FORMATS)})")
+_FILE = re.compile(rf"(0|[1-9]\d{{0,18}})\.({'|'.join(PICTURE_FORMATS)})")
 _QUERY = {"class": "a class by name or id", "size": "such as 256x256", "weights": "the beginning of the weights' sha256"}
 # Without the weights in the address a bundle that is exchanged gives other images under it: a day is how long they may mix.
 _DAY_S, _YEAR_S = 86_400, 31_536_000
@@ -38,7 +38,8 @@ def resolve_address(file: str, query: QueryParams, served: ServedModel) -> Image
     match = _FILE.fullmatch(file)
     if not match or int(match[1]) >= SEED_LIMIT:
         raise NotFoundError(
-            f"there is no image {file[:60]!r}", remedy=f"name a seed in [0, 2**63) and a format: 7.png ({', '.join(FORMATS)})"
+            f"there is no image {file[:60]!r}",
+            remedy=f"name a seed in [0, 2**63) and a format: 7.png ({', '.join(PICTURE_FORMATS)})",
         )
     _check_query(query)
     label = query.get("class")
@@ -46,7 +47,7 @@ def resolve_address(file: str, query: QueryParams, served: ServedModel) -> Image
     weights = query.get("weights")
     if weights is not None:
         _check_weights(weights, served.bundle.weights_sha256)
-    picture = Picture(FORMATS[match[2]], size_factor(query.get("size"), served.spec))
+    picture = Picture(PICTURE_FORMATS[match[2]], size_factor(query.get("size"), served.spec))
     return ImageAddress(int(match[1]), class_ids, picture, pinned=weights is not None)
 
 

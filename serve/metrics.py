@@ -16,7 +16,7 @@ _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 # Why images are not made, and what a request passes through.
 DROP_REASONS = ("queue_full", "timeout", "cancelled", "stopping", "failed")
-STAGES = ("queue", "model", "encode")
+REQUEST_STAGES = ("queue", "model", "encode")
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -36,24 +36,10 @@ class ServerMetrics:
             ["reason", "model"],
             registry=registry,
         )
-        self.queue = Gauge(
-            "uni_instruct_queue_images", "Images waiting.", ["model"], registry=registry, multiprocess_mode="livesum"
-        )
-        self.ready = Gauge("uni_instruct_ready", "Workers that are ready.", registry=registry, multiprocess_mode="livesum")
-        self.model_ready = Gauge(
-            "uni_instruct_model_ready",
-            "Workers in which the model is loaded and warm.",
-            ["model"],
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self.engine = Gauge(
-            "uni_instruct_engine",
-            "Workers by engine id and model.",
-            ["engine", "model"],
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
+        self.queue = self._workers("uni_instruct_queue_images", "Images waiting.", "model")
+        self.ready = self._workers("uni_instruct_ready", "Workers that are ready.")
+        self.model_ready = self._workers("uni_instruct_model_ready", "Workers in which the model is loaded.", "model")
+        self.engine = self._workers("uni_instruct_engine", "Workers by engine id and model.", "engine", "model")
         self.reloads = Counter(
             "uni_instruct_reloads",
             "Changed bundles that took the place of the older one, or could not be loaded.",
@@ -71,6 +57,10 @@ class ServerMetrics:
             registry=registry,
         )
 
+    def _workers(self, name: str, words: str, *labels: str) -> Gauge:
+        """A gauge that is added up over the workers that live."""
+        return Gauge(name, words, labels, registry=self.registry, multiprocess_mode="livesum")
+
     def of_model(self, name: str) -> "ModelMetrics":
         """What is counted for that model alone."""
         return ModelMetrics(self, name)
@@ -85,7 +75,7 @@ class ModelMetrics:
         self.queue = server.queue.labels(name)
         self.batch = server.batch.labels(name)
         self.dropped = {reason: server.dropped.labels(reason, name) for reason in DROP_REASONS}
-        self.stage = {stage: server.stage.labels(stage, name) for stage in STAGES}
+        self.stage = {stage: server.stage.labels(stage, name) for stage in REQUEST_STAGES}
 
 
 def exposition(metrics: ServerMetrics, workers: int) -> bytes:

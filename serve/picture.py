@@ -10,7 +10,7 @@ from uni_instruct.images import encode
 from uni_instruct.spec import ModelSpec
 
 # How a format is written in a path or a request -> the encoder's name.
-FORMATS = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
+PICTURE_FORMATS = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 # Of one side: what OpenAI's clients ask for at most, with some room.
 LARGEST_SIDE = 2048
 _SIZE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})")

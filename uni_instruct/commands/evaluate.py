@@ -9,7 +9,7 @@ import rich_click as click
 
 from uni_instruct.bundle import Bundle, is_bundle, shipped_generators
 from uni_instruct.commands.evaluate_report import print_scores, score_facts
-from uni_instruct.commands.staff_options import ray_option, workers_option
+from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
@@ -90,10 +90,8 @@ def evaluate(
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
     # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
-    names = check_metrics(metrics.split(",")) if metrics is not None else None
+    names, staff = _names(metrics), staff_of(workers, ray_address, device)
     _check_statistics_path(save_statistics)
-    staff = Staff(workers, ray_address)
-    staff.check_device(device)
     bundle = Bundle.open(images) if is_bundle(images) else None
     given = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
     _check_images_options(bundle, given | {"--device": device, "--sets": sets})
@@ -110,6 +108,10 @@ def evaluate(
     scores = {role: _score(evaluator, role, source.parts(count), names, staff) for role, source in sources.items()}
     facts = score_facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
     click.echo(json.dumps(facts, indent=2)) if as_json else print_scores(facts)
+
+
+def _names(metrics: str | None) -> list[str] | None:
+    return check_metrics(metrics.split(",")) if metrics is not None else None
 
 
 def _score(evaluator: Evaluator, role: str, sets: list[SampleSource], metrics: list[str] | None, staff: Staff) -> list[Scores]:

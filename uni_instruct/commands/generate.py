@@ -8,7 +8,7 @@ import numpy as np
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.commands.staff_options import ray_option, workers_option
+from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
 from uni_instruct.engine import EngineId, open_engine, select_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file
@@ -88,8 +88,7 @@ def generate(
     Example: uni-instruct generate digits --seeds 0-159 --by-class --out samples --grid samples.png
     """
     seeds, part = parse_seeds(seeds_text), Part.parse(part_text) if part_text is not None else None
-    staff = Staff(workers, ray_address)
-    staff.check_device(device)
+    staff = staff_of(workers, ray_address, device)
     _check_paths(out, grid_path, len(seeds))
     _check_sharing(out, grid_path, staff, part)
     opened = Bundle.open(bundle)

@@ -2,7 +2,7 @@
 
 import rich_click as click
 
-from uni_instruct.sampling.staff import LOCAL, MAX_WORKERS
+from uni_instruct.sampling.staff import LOCAL, MAX_WORKERS, Staff
 
 workers_option = click.option(
     "--workers",
@@ -17,3 +17,10 @@ ray_option = click.option(
     metavar="[ADDRESS]",
     help="Let Ray's actors do the work: of the cluster at ADDRESS (HOST:PORT), or without it of a Ray on this machine.",
 )
+
+
+def staff_of(workers: int | None, ray_address: str | None, device: str | None) -> Staff:
+    """Who was asked for. Raises RequestError where workers cannot all run on that device."""
+    staff = Staff(workers, ray_address)
+    staff.check_device(device)
+    return staff
