@@ -171,7 +171,8 @@ def _request_error(error: ValidationError, remedies: Mapping[str, str]) -> Reque
     param = str(first["loc"][0])
     # What follows a place in a list is pydantic's name for the type that it tried.
     place = param + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-    return RequestError(f"{place} is {_short(first['input'])}", remedy=remedies[param], param=param)
+    value = "missing" if first["type"] == "missing" else _short(first["input"])
+    return RequestError(f"{place} is {value}", remedy=remedies[param], param=param)
 
 
 _brief = reprlib.Repr()

@@ -1,7 +1,6 @@
 """How the server runs: options of the command, else environment variables, else defaults; for every setting alike."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -15,9 +14,14 @@ from uni_instruct.serve.sources import default_sources, split_sources
 PREFIX = "UNI_INSTRUCT_"
 
 
-def _setting(default: object, help: str, *, least: float = 0, or_zero: bool = False) -> Any:
-    """A field with what it means. Numbers must be above `least`, or zero where `or_zero` says so."""
-    return field(default=default, metadata={"help": help, "least": least, "or_zero": or_zero})
+# A day, and a million: what is larger is taken for a slip of the keys.
+_MOST_S, _MOST = 86_400.0, 1_000_000
+_NO_NUMBER = {"least": 0, "most": _MOST, "or_zero": False}
+
+
+def _setting(default: object, help: str, *, least: float = 0, most: float = _MOST, or_zero: bool = False) -> Any:
+    """A field with what it means. Numbers must be above `least`, or zero where `or_zero` says so, and at most `most`."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "or_zero": or_zero})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,30 +33,39 @@ class Settings:
 
     bundle: tuple[str, ...] = field(
         default_factory=default_sources,
-        metadata={"help": "Folders, names of shipped generators, or NAME=one of them.", "least": 0, "or_zero": False},
+        metadata={
+            "help": "Folders, names of shipped generators, or NAME=one of them.",
+            "least": 0,
+            "most": _MOST,
+            "or_zero": False,
+        },
     )
     engine: str | None = _setting(None, "Engine id, as onnx-fp32, or a runtime, as onnx; without it the fastest here.")
     device: str | None = _setting(None, "cpu, cuda or cuda:1; without it a GPU where the engine can use one.")
-    workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.")
+    workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.", most=10_000)
     ui: bool = _setting(True, "The web demo under /ui.")
     # Neither in `repr` nor an option: other users of a machine see a process's arguments.
     api_key: str | None = field(
-        default=None, repr=False, metadata={"help": "Keys that open the API, by commas.", "least": 0, "or_zero": False}
+        default=None,
+        repr=False,
+        metadata={"help": "Keys that open the API, by commas.", "least": 0, "most": _MOST, "or_zero": False},
     )
     api_key_file: str | None = _setting(None, "File with API keys, one a line; requests must bring one of them.")
     cors_origins: str | None = _setting(None, "Origins whose pages may call the API, by commas; * for all.")
     path_prefix: str | None = _setting(None, "Path under which a proxy serves this, as /images; the proxy may cut it off.")
-    timeout_s: float = _setting(30.0, "How long a request may take, waiting included.")
-    grace_s: float = _setting(10.0, "How long requests that run may take to finish when the server is stopped.")
-    receive_s: float = _setting(10.0, "How long a request may take to arrive, from its first byte or the connection on.")
-    keep_alive_s: float = _setting(65.0, "How long a connection may stay open between two requests.")
+    timeout_s: float = _setting(30.0, "How long a request may take, waiting included.", most=_MOST_S)
+    grace_s: float = _setting(10.0, "How long requests that run may take to finish when the server is stopped.", most=_MOST_S)
+    receive_s: float = _setting(
+        10.0, "How long a request may take to arrive, from its first byte or the connection on.", most=_MOST_S
+    )
+    keep_alive_s: float = _setting(65.0, "How long a connection may stay open between two requests.", most=_MOST_S)
     connections: int = _setting(1000, "How many connections may be open.", least=3)
     queue_images: int = _setting(1024, "How many images may wait.")
     request_images: int = _setting(256, "How many images one request may ask for.")
     max_batch: int = _setting(64, "How many images one engine call may make.")
     max_batch_ms: float = _setting(250.0, "How long one engine call may take; larger batches are not used.")
-    reload_s: float = _setting(2.0, "How often bundles are looked at for changes; 0: never.", or_zero=True)
-    max_body_bytes: int = _setting(1 << 16, "The longest body of a request that is read.")
+    reload_s: float = _setting(2.0, "How often bundles are looked at for changes; 0: never.", most=_MOST_S, or_zero=True)
+    max_body_bytes: int = _setting(1 << 16, "The longest body of a request that is read.", most=1 << 31)
     access_log: bool = _setting(False, "One line of JSON on standard output for every request.")
     tracing: bool = _setting(False, "OpenTelemetry spans of requests, as BentoML is configured for them.")
 
@@ -62,8 +75,9 @@ class Settings:
         for setting in fields(self):
             value, least = getattr(self, setting.name), setting.metadata["least"]
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and not least < value < math.inf and not (value == 0 and setting.metadata["or_zero"]):
-                remedy = f"give a number above {least:g}" if least else "give a positive number"
+            most = setting.metadata["most"]
+            if number and not least < value <= most and not (value == 0 and setting.metadata["or_zero"]):
+                remedy = f"give a number above {least:g}, at most {most:g}"
                 raise wrong_setting(setting.name, value, remedy)
         # A request that fits no empty queue would be told to come back later, for ever.
         if self.queue_images < self.request_images:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.serve.load import LoadedServer, apply_load, count_wrong, summary
@@ -19,8 +20,8 @@ from uni_instruct.serve.settings import variable
 @click.argument("url")
 @click.option("--model", default=None, help="Which of the models it serves.  [default: its first]")
 @click.option("--bundle", default=None, help="The same model here, to check images with.  [default: what ships by its name]")
-@click.option("--rate", default=10.0, type=click.FloatRange(0, min_open=True), help="Requests a second.")
-@click.option("--seconds", default=10.0, type=click.FloatRange(0, min_open=True), help="How long.")
+@click.option("--rate", default=10.0, type=FiniteRange(0, 1e6, min_open=True), help="Requests a second.")
+@click.option("--seconds", default=10.0, type=FiniteRange(0, 86_400, min_open=True), help="How long, in seconds.")
 @click.option("--images", default=1, type=click.IntRange(1, 64), help="Images of one request.")
 @click.option("--tolerance", default=1, type=click.IntRange(0, 255), help="Levels of 255 by which a pixel may differ.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")

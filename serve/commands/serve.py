@@ -14,6 +14,7 @@ from typing import Any
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.engine import select_engine
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.ports import free_address
@@ -37,11 +38,11 @@ def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(setting: "Field[Any]") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    flag, least = "--" + setting.name.replace("_", "-"), setting.metadata["least"]
+    flag, least, most = "--" + setting.name.replace("_", "-"), setting.metadata["least"], setting.metadata["most"]
     open_end = not setting.metadata["or_zero"]
     numbers: dict[object, click.ParamType] = {
-        int: click.IntRange(least, min_open=open_end),
-        float: click.FloatRange(least, min_open=open_end),
+        int: click.IntRange(least, most, min_open=open_end),
+        float: FiniteRange(least, most, min_open=open_end),
     }
     default = "" if setting.default in (None, MISSING) else f"  [default: {_shown(setting.default)}]"
     return click.option(

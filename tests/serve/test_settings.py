@@ -60,7 +60,7 @@ def test_every_setting_reaches_the_server_as_it_was_given() -> None:
     ("name", "value", "message"),
     [
         ("WORKERS", "two", "UNI_INSTRUCT_WORKERS is two; give an integer"),
-        ("WORKERS", "0", "UNI_INSTRUCT_WORKERS is 0; give a positive number"),
+        ("WORKERS", "0", "UNI_INSTRUCT_WORKERS is 0; give a number above 0, at most 10000"),
         ("TIMEOUT_S", "nan", "UNI_INSTRUCT_TIMEOUT_S is nan"),
         ("GRACE_S", "inf", "UNI_INSTRUCT_GRACE_S is inf"),
         ("UI", "perhaps", "UNI_INSTRUCT_UI is perhaps; give true or false"),

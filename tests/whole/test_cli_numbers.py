@@ -13,8 +13,15 @@ from uni_instruct.cli import COMMANDS
 
 Cli = Callable[..., tuple[int, str, str]]
 # Words that make a whole command, so that the number is all that is wrong with it.
-ARGUMENTS = {"source": "digits", "recipe": "digits", "bundle": "{bundle}", "images": "{bundle}", "checkpoint": "{weights}"}
-OPTIONS = {"--seeds": "0-3", "--reference": "digits", "--std": "0.1"}
+ARGUMENTS = {
+    "source": "digits",
+    "recipe": "digits",
+    "bundle": "{bundle}",
+    "images": "{bundle}",
+    "checkpoint": "{weights}",
+    "url": "http://127.0.0.1:9",
+}
+OPTIONS = {"--methods": "sid", "--seeds": "0-3", "--reference": "digits", "--std": "0.1"}
 # Numbers inside text: what reads them says what they may be.
 LISTS = {("generate", "--seeds"), ("evaluate", "--seeds"), ("generate", "--class")}
 WRONG = ["nan", "inf", "-inf", "-1", "-0.5", "1e400", "9" * 30, "-" + "9" * 5000, "many", "", "0x10", "1,5", "1 2", "٣.٥"]

@@ -14,6 +14,7 @@ import rich_click as click
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.benchmark_report import check_plot, plot, show
+from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.engine import RUNTIMES
 from uni_instruct.engines.comparison import BenchmarkPlan, EngineComparison, compare
 from uni_instruct.engines.machine import machine_facts
@@ -31,7 +32,7 @@ MOST_BATCHES, LARGEST_BATCH = 16, 4096
 @click.option("--engine", "engines", multiple=True, help="Engine id or runtime; may be repeated. [default: all of the bundle]")
 @click.option("--device", help="Where engines run: cpu, cuda or cuda:1. [default: a GPU where an engine can use one]")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=7, help="Rounds in which all engines take turns.")
-@click.option("--seconds", type=click.FloatRange(0.001, 60), default=0.2, help="Least seconds of calls for each figure.")
+@click.option("--seconds", type=FiniteRange(0.001, 60), default=0.2, help="Least seconds of calls for each figure.")
 @click.option(
     "--threads",
     type=click.Choice(["alone", "shared"]),

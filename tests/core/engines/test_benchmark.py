@@ -138,7 +138,7 @@ WRONG = {
     ("--plot", "speed.jpg"): "--plot speed.jpg is not the name of a PNG",
     ("--plot", "/proc/speed.png"): "cannot write /proc/speed.png",
     ("--rounds", "0"): "0 is not in the range",
-    ("--seconds", "nan"): "nan seconds for a figure; give a number such as 0.2",
+    ("--seconds", "nan"): "nan is not in the range",
     ("--threads", "some"): "'some' is not one of",
 }
 
