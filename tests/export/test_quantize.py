@@ -34,12 +34,6 @@ def test_the_shift_of_a_distribution_is_seen() -> None:
     assert feature_shift(0.5 * truth, truth) == pytest.approx(0.25, rel=0.01)
 
 
-def test_processors_without_vnni_are_known(tmp_path: Path) -> None:
-    (tmp_path / "old").write_text("flags : avx2 fma\n")
-    (tmp_path / "new").write_text("flags : avx2 avx512_vnni\n")
-    assert [quantize.has_vnni(tmp_path / name) for name in ("old", "new", "missing")] == [False, True, False]
-
-
 def test_marks_stand_in_the_file_that_openvino_reads(tmp_path: Path) -> None:
     """On shipped weights: every sum and norm is marked, large convolutions are not, and the file is the same graph."""
     openvino = pytest.importorskip("openvino")
