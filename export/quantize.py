@@ -4,14 +4,12 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import openvino
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.graph import CLASS_IDS, NOISE
-from uni_instruct.engines.machine import CPUINFO
 from uni_instruct.engines.openvino_file import weight_name
 from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.errors import MissingExtraError
@@ -42,8 +40,6 @@ def quantized(model: openvino.Model, bundle: Bundle) -> openvino.Model:
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    # Without VNNI two products of 8 bits are added in 16, which overflow: half the weights' range is left free then.
-    overflow = OverflowFix.DISABLE if has_vnni() else OverflowFix.ENABLE
     made: openvino.Model = nncf.quantize(
         model,
         nncf.Dataset(list(_calibration(bundle))),
@@ -51,17 +47,11 @@ def quantized(model: openvino.Model, bundle: Bundle) -> openvino.Model:
         target_device=nncf.TargetDevice.CPU,
         subset_size=IMAGES // BATCH,
         ignored_scope=nncf.IgnoredScope(names=sorted(_left_out(model, bundle))),
-        advanced_parameters=AdvancedQuantizationParameters(overflow_fix=overflow),
+        # All 8 bits of the weights, and one file for all processors. Without VNNI two products are added in 16 bits, which may
+        # overflow: what that costs the check sees, and NNCF's remedy, weights of 7 bits, cost more (docs/export.md, "int8").
+        advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.DISABLE),
     )
     return made
-
-
-def has_vnni(cpuinfo: Path = CPUINFO) -> bool:
-    """Whether the processor multiplies 8 bits and adds in 32."""
-    try:
-        return "vnni" in cpuinfo.read_text(errors="replace")
-    except OSError:
-        return False
 
 
 def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:

@@ -31,11 +31,14 @@ from uni_instruct.noise import noise
 Cli = Callable[..., tuple[int, str, str]]
 
 
+BUNDLES = ["exported_bundle", "odd_bundle", pytest.param("patched_bundle", marks=pytest.mark.slow)]
+
+
 @pytest.fixture(scope="module")
 def odd_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Unconditional, colour, higher than wide, with its onnx engine."""
+    """Unconditional, colour, higher than wide, of a network that sees squares of pixels as one, with its onnx engine."""
     path = tmp_path_factory.mktemp("bundles") / "odd"
-    bundle = random_bundle(path, seed=5, num_classes=0, image_shape=(3, 12, 8))
+    bundle = random_bundle(path, seed=5, num_classes=0, image_shape=(3, 24, 16), patch=2)
     export_engine(bundle, "onnx-fp32")
     return bundle
 
@@ -59,7 +62,7 @@ def exported(exported_bundle: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(exported_bundle.path, tmp_path / "bundle"))
 
 
-@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
+@pytest.mark.parametrize("name", BUNDLES)
 @pytest.mark.parametrize("batch", [1, 2, 5, 40])
 def test_the_engine_agrees_with_torch(name: str, batch: int, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
@@ -80,7 +83,7 @@ def test_the_engine_agrees_with_torch(name: str, batch: int, request: pytest.Fix
         assert (engine(z, class_ids) != engine(z, (class_ids + 1) % classes)).any(axis=(1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
+@pytest.mark.parametrize("name", BUNDLES)
 def test_the_record_says_what_was_built_and_how_well_it_agrees(name: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
     folder = bundle.engine_folder(ONNX)
@@ -103,7 +106,7 @@ def test_the_record_says_what_was_built_and_how_well_it_agrees(name: str, reques
     assert all(latency > 0 for latency in report["latency_ms"].values())
 
 
-@pytest.mark.parametrize("name", ["exported_bundle", "odd_bundle", "patched_bundle"])
+@pytest.mark.parametrize("name", BUNDLES)
 def test_the_file_stands_alone(name: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
     path = bundle.engine_folder(ONNX) / EngineRecord.read(bundle.engine_folder(ONNX)).file

@@ -8,6 +8,7 @@ import pytest
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.openvino_file import pack, read_model
+from uni_instruct.engines.outputs import TOLERANCES, relative_l2
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.export import quantize
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
@@ -34,10 +35,34 @@ def test_the_shift_of_a_distribution_is_seen() -> None:
     assert feature_shift(0.5 * truth, truth) == pytest.approx(0.25, rel=0.01)
 
 
-def test_processors_without_vnni_are_known(tmp_path: Path) -> None:
-    (tmp_path / "old").write_text("flags : avx2 fma\n")
-    (tmp_path / "new").write_text("flags : avx2 avx512_vnni\n")
-    assert [quantize.has_vnni(tmp_path / name) for name in ("old", "new", "missing")] == [False, True, False]
+def test_the_large_convolutions_are_quantized_and_nothing_else(tmp_path: Path) -> None:
+    """On shipped weights: 3x3 convolutions read rounded images, the sensitive ones none; it costs little, and something."""
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    bundle = Bundle.open("digits")
+    (onnx,) = (bundle.path / "engines" / "onnx-fp32").glob("*.onnx")
+    core = openvino.Core()
+    model = quantize.quantized(core.read_model(onnx), bundle)
+    rounded = {
+        op.get_friendly_name(): op.input_value(0).get_node().get_type_name() == "FakeQuantize"
+        for op in model.get_ordered_ops()
+        if op.get_type_name() in ("Convolution", "MatMul", "Add", "Multiply")
+    }
+    shapes = {
+        op.get_friendly_name(): tuple(op.input(1).get_shape())[2:]
+        for op in model.get_ordered_ops()
+        if op.get_type_name() == "Convolution"
+    }
+    found = [name for name, is_rounded in rounded.items() if is_rounded]
+    assert found
+    assert {shapes.get(name) for name in found} == {(3, 3)}
+    first, *_, last = shapes
+    assert not {first, last} & set(found)
+    reference = bundle.reference()
+    assert reference is not None
+    feed = {"noise": reference.noise(bundle.spec), "class_ids": reference.class_ids}
+    images = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(feed)["denoised"]
+    assert 1e-4 < relative_l2(images, reference.images) < TOLERANCES["int8"].relative_l2
 
 
 def test_marks_stand_in_the_file_that_openvino_reads(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from builders.bundles import ONNX, random_bundle
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import TORCH, EngineId, available_engines, open_engine
+from uni_instruct.engine import RUNTIMES, TORCH, EngineId, available_engines, open_engine
 from uni_instruct.engines import onnxruntime as onnx_engine
 from uni_instruct.engines.onnxruntime import OnnxEngine
 from uni_instruct.engines.record import RECORD, EngineRecord
@@ -109,7 +109,7 @@ def test_the_fastest_engine_that_was_exported_is_opened(exported_bundle: Bundle,
     with pytest.raises(RequestError, match=r"has no onnx engine; uni-instruct export .* --to onnx"):
         open_engine(tiny_bundle, "onnx")
     with pytest.raises(
-        RequestError, match="engine 'gpu' is unknown; choose one of onnx, openvino, torch, torch-fp32, torch-bf16"
+        RequestError, match=f"engine 'gpu' is unknown; choose one of {', '.join(RUNTIMES)}, torch-fp32, torch-bf16"
     ):
         open_engine(tiny_bundle, "gpu")
 
@@ -138,16 +138,13 @@ def test_what_is_no_engine_id_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (
-            "abacus-fp32",
-            "engine 'abacus-fp32' is unknown; choose one of onnx, openvino, torch, onnx-fp32, torch-fp32, torch-bf16",
-        ),
-        ("onnx-fp16", "has no onnx-fp16 engine; choose one of onnx, openvino, torch, onnx-fp32, torch-fp32, torch-bf16"),
-        ("torch-fp16", "has no torch-fp16 engine; choose one of onnx, openvino, torch, onnx-fp32, torch-fp32, torch-bf16"),
+        ("abacus-fp32", "engine 'abacus-fp32' is unknown; choose one of "),
+        ("onnx-fp16", "has no onnx-fp16 engine; choose one of "),
+        ("torch-fp16", "has no torch-fp16 engine; choose one of "),
     ],
 )
 def test_an_engine_that_is_not_there_is_never_another(wanted: str, message: str, exported_bundle: Bundle) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=f"{message}{', '.join(RUNTIMES)}, onnx-fp32, torch-fp32, torch-bf16"):
         open_engine(exported_bundle, wanted)
 
 
