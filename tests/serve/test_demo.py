@@ -131,7 +131,7 @@ def test_dragging_the_picture_walks_through_noise(page: Page, engine: Engine) ->
         width // 8, 0
     ).release().perform()
     # The address follows once nothing has changed for a moment.
-    page.until(lambda: 0.1 < float(page.query().partition("at=")[2].partition("&")[0] or 0))
+    page.until(lambda: float(page.query().partition("at=")[2].partition("&")[0] or 0) > 0.1)
     at = float(page.query().partition("at=")[2].partition("&")[0])
     assert 0.1 < at < 0.4
     page.until_shown("stage-walk", truth(engine, [Between(3 + way, 58 + way, at) for way in range(4)], [5]))
