@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Tests run in so many processes, a file in one of them: `make test PROCESSES=4`.
+PROCESSES ?= 2
 
 .PHONY: quickstart test coverage check format lint types slow gpu package-tree pins clean
 
@@ -9,7 +11,7 @@ quickstart: $(INSTALLED)
 	@exec $(BIN)/uni-instruct quickstart --out runs/quickstart
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 # The same with the share of lines that they reach; it takes a sixth longer.
 coverage: $(INSTALLED)
@@ -31,7 +33,7 @@ gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py --device $(or $(DEVICE),cuda) --out gpu.json
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES) --dist loadfile -o timeout=900
 
 # The stages lie beside the core on disk; a type checker wants them where they are imported from.
 package-tree:
