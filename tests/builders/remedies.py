@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from builders.paths import ROOT
 
@@ -35,6 +35,16 @@ class Site(NamedTuple):
         return re.match("; ".join(parts), message, re.DOTALL) is not None
 
 
+class Case(Protocol):
+    """A case of the test: the file that its message is from, and how the message begins, or (the function)."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def message(self) -> str: ...
+
+
 @cache
 def error_classes() -> frozenset[str]:
     """Names of the errors in errors.py, of those that other modules make of them, and of what becomes one."""
@@ -60,6 +70,14 @@ def tree(path: Path) -> ast.Module:
 def sites() -> tuple[Site, ...]:
     """Every call that makes such an error, in the order of files and lines."""
     return tuple(site for path in modules() if path.name != ERRORS for site in _sites_below(tree(path), path, ""))
+
+
+def sites_of(case: Case) -> Iterator[Site]:
+    """The places that a case says its message is from."""
+    for site in sites():
+        named = f"({site.function})" if case.message.startswith("(") else site.problem
+        if site.path == case.path and named.startswith(case.message):
+            yield site
 
 
 def _sites_below(node: ast.AST, path: Path, function: str) -> Iterator[Site]:
