@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from httpx import Response
+from starlette.testclient import TestClient
 
 from builders.bundles import random_bundle
 from builders.remedies import sites, sites_of
 from builders.remedies_elsewhere import RULES, listed, unfollowed
 from builders.remedy_calls import CALLS, Call
+from builders.remedy_requests import REQUESTS, Ask, Request
 from builders.remedy_values import VALUES, Value
+from builders.serving import app_of
 from uni_instruct.bundle import Bundle
 from uni_instruct.data import open_dataset
 from uni_instruct.errors import RequestError
@@ -108,9 +113,35 @@ def test_what_is_advised_from_python_and_over_http_works(tmp_path: Path, value: 
     assert value.follow(refused.value.remedy, tmp_path) is not None
 
 
+@pytest.fixture(scope="module")
+def server(shared: dict[str, Path]) -> Iterator[TestClient]:
+    """Two models, in this process: tiny with classes, plain without."""
+    with TestClient(app_of(f"tiny={shared['tiny']}", f"plain={shared['plain']}", max_body_bytes=4000, max_batch=1)) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.01)
+        yield client
+
+
+def asked(client: TestClient, ask: Ask) -> Response:
+    method, path, body = ask
+    if isinstance(body, tuple):
+        return client.request(method, path, content=body[0], headers={"Content-Encoding": body[1]})
+    return client.request(method, path, json=body)
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: f"{request.path}: {request.message}")
+def test_what_a_server_advises_works(server: TestClient, request_: Request) -> None:
+    answer = asked(server, request_.wrong)
+    assert 400 <= answer.status_code < 500
+    error = answer.json()["error"]
+    assert any(site.fits(error["message"]) for site in sites_of(request_)), error
+    answer = asked(server, request_.follow(error["remedy"], server))
+    assert answer.status_code == 200, f"{error} -> {answer.text[:400]}"
+
+
 def test_each_message_of_the_product_is_followed_or_listed_with_the_reason() -> None:
     """Fails where a message is added: give it a case, or say in builders/remedies_elsewhere.py why it has none."""
     assert len(sites()) - len([site for site in sites() if any(rule.covers(site) for rule in RULES)]) > 250
-    unknown = unfollowed((*CALLS, *VALUES))
+    unknown = unfollowed((*CALLS, *VALUES, *REQUESTS))
     assert sorted(unknown - listed()) == [], "give them cases"
     assert sorted(listed() - unknown) == [], "these are followed now, or gone: python -m builders.remedies_elsewhere, in tests/"
