@@ -59,10 +59,11 @@ def main() -> None:
     """Writes remedies_open.txt anew."""
     from builders.remedy_calls import CALLS
     from builders.remedy_requests import REQUESTS
+    from builders.remedy_stages import STAGES
     from builders.remedy_values import VALUES
 
     head = "".join(f"{line}\n" for line in OPEN.read_text().splitlines() if line.startswith("#"))
-    OPEN.write_text(head + "".join(f"{key}\n" for key in sorted(unfollowed((*CALLS, *VALUES, *REQUESTS)))))
+    OPEN.write_text(head + "".join(f"{key}\n" for key in sorted(unfollowed((*CALLS, *VALUES, *STAGES, *REQUESTS)))))
 
 
 if __name__ == "__main__":

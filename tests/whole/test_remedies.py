@@ -17,6 +17,7 @@ from builders.remedies import sites, sites_of
 from builders.remedies_elsewhere import RULES, listed, unfollowed
 from builders.remedy_calls import CALLS, Call
 from builders.remedy_requests import REQUESTS, Ask, Request
+from builders.remedy_stages import STAGES
 from builders.remedy_values import VALUES, Value
 from builders.serving import app_of
 from uni_instruct.bundle import Bundle
@@ -35,8 +36,17 @@ def renamed(bundle: Bundle, folder: Path, names: tuple[str, ...]) -> Path:
     return Bundle.write(folder, named, bundle.weights(), "# named\n").path
 
 
+def result(path: Path, weights: str, **other: str) -> Path:
+    """What 'evaluate --json' writes, as far as 'compare' reads it."""
+    values = {"FD(digits)": 1.0, "recall": 0.5}
+    generator = {"weights_sha256": weights, "samples": 64, "values": values, "by_set": [values, values]}
+    facts = {"reference": {"name": "digits", "samples": 1797}, "extractor": {"sha256": "e"}, "classes": "data"}
+    path.write_text(json.dumps(facts | {"scores": {"generator": generator}} | other))
+    return path
+
+
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> dict[str, Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, tiny_teacher: Bundle) -> dict[str, Path]:
     """Bundles and data that no case changes."""
     folder = tmp_path_factory.mktemp("remedies")
     digits = open_dataset("digits")
@@ -50,6 +60,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> dic
         "weights": tiny_bundle.path / "model.safetensors",
         "unlabelled": folder / "unlabelled.npz",
         "digits": folder / "unlabelled.npz",
+        "teacher": tiny_teacher.path,
+        "result": result(folder / "result.json", "a"),
+        "other": result(folder / "other.json", "b"),
+        "uniform": result(folder / "uniform.json", "b", classes="uniform"),
     }
 
 
@@ -71,7 +85,7 @@ def places(tmp_path: Path, shared: dict[str, Path]) -> dict[str, Path]:
 
 
 def is_long(call: Call) -> bool:
-    return call.words.startswith(LONG) or "--engine onnx " in call.words or "0-1024" in call.words
+    return call.words.startswith(LONG) or "--engine onnx " in call.words or "0-1024" in call.words or "--workers" in call.words
 
 
 def filled_in(words: list[str], places: dict[str, Path]) -> list[str]:
@@ -103,7 +117,7 @@ def test_what_the_command_line_advises_works(cli: Cli, places: dict[str, Path], 
         assert code == 0, f"{remedy} -> {errors}"
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{value.path}: {value.message}")
+@pytest.mark.parametrize("value", [*VALUES, *STAGES], ids=lambda value: f"{value.path}: {value.message}")
 def test_what_is_advised_from_python_and_over_http_works(tmp_path: Path, value: Value) -> None:
     with pytest.raises(RequestError) as refused:
         value.wrong(tmp_path)
@@ -142,6 +156,6 @@ def test_what_a_server_advises_works(server: TestClient, request_: Request) -> N
 def test_each_message_of_the_product_is_followed_or_listed_with_the_reason() -> None:
     """Fails where a message is added: give it a case, or say in builders/remedies_elsewhere.py why it has none."""
     assert len(sites()) - len([site for site in sites() if any(rule.covers(site) for rule in RULES)]) > 250
-    unknown = unfollowed((*CALLS, *VALUES, *REQUESTS))
+    unknown = unfollowed((*CALLS, *VALUES, *STAGES, *REQUESTS))
     assert sorted(unknown - listed()) == [], "give them cases"
     assert sorted(listed() - unknown) == [], "these are followed now, or gone: python -m builders.remedies_elsewhere, in tests/"
