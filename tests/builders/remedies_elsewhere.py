@@ -35,7 +35,8 @@ RULES = (
     ),
     Rule("asks to wait for another process, or a server", remedy=r"^wait for |the log above says|log says more"),
     Rule(
-        "the server's own states: full, late, not ready, ending", path=r"^serve/(served_model|batcher|errors|process|middleware)\.py"
+        "the server's own states: full, late, not ready, ending",
+        path=r"^serve/(served_model|batcher|errors|process|middleware)\.py",
     ),
     Rule("an engine that was just built and is discarded; export's own tests build such", error="ParityError"),
     Rule("asks for another machine or more GPUs", path=r"^train/optimization/(distributed|auto_precision)\.py"),
@@ -58,12 +59,13 @@ def unfollowed(cases: Iterable[Case]) -> frozenset[str]:
 def main() -> None:
     """Writes remedies_open.txt anew."""
     from builders.remedy_calls import CALLS
+    from builders.remedy_files import FILES
     from builders.remedy_requests import REQUESTS
     from builders.remedy_stages import STAGES
     from builders.remedy_values import VALUES
 
     head = "".join(f"{line}\n" for line in OPEN.read_text().splitlines() if line.startswith("#"))
-    OPEN.write_text(head + "".join(f"{key}\n" for key in sorted(unfollowed((*CALLS, *VALUES, *STAGES, *REQUESTS)))))
+    OPEN.write_text(head + "".join(f"{key}\n" for key in sorted(unfollowed((*CALLS, *VALUES, *STAGES, *FILES, *REQUESTS)))))
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ CALLS = [
     Call(EVALUATE, "there is no bundle and there are no images", f"evaluate {{tmp}}/nothing {SCORED}",
          lambda remedy, arguments: ["{unlabelled}" if word == "{tmp}/nothing" and "zip or npz of images" in remedy else word for word in arguments]),
     Call(EVALUATE, "{} needs a bundle", f"evaluate {{unlabelled}} {SCORED} --seeds 0-63", left_out("--seeds")),
-    Call("uni_instruct/evaluate/scores.py", "metric '{}' cannot", f"evaluate {{tiny}} --reference digits --seeds 0-63 --metrics fd,is",
+    Call("uni_instruct/evaluate/scores.py", "metric '{}' cannot", "evaluate {tiny} --reference digits --seeds 0-63 --metrics fd,is",
          value("--metrics", "fd", "leave it out")),
     Call("uni_instruct/evaluate/class_draw.py", "generator '{}' has no classes", f"evaluate {{plain}} {SCORED} --seeds 0-63 --classes uniform", left_out("--classes")),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from builders.bundles import random_bundle
 from builders.remedies import sites, sites_of
 from builders.remedies_elsewhere import RULES, listed, unfollowed
 from builders.remedy_calls import CALLS, Call
+from builders.remedy_files import FILES
 from builders.remedy_requests import REQUESTS, Ask, Request
 from builders.remedy_stages import STAGES
 from builders.remedy_values import VALUES, Value
@@ -117,7 +118,7 @@ def test_what_the_command_line_advises_works(cli: Cli, places: dict[str, Path], 
         assert code == 0, f"{remedy} -> {errors}"
 
 
-@pytest.mark.parametrize("value", [*VALUES, *STAGES], ids=lambda value: f"{value.path}: {value.message}")
+@pytest.mark.parametrize("value", [*VALUES, *STAGES, *FILES], ids=lambda value: f"{value.path}: {value.message}")
 def test_what_is_advised_from_python_and_over_http_works(tmp_path: Path, value: Value) -> None:
     with pytest.raises(RequestError) as refused:
         value.wrong(tmp_path)
@@ -156,6 +157,6 @@ def test_what_a_server_advises_works(server: TestClient, request_: Request) -> N
 def test_each_message_of_the_product_is_followed_or_listed_with_the_reason() -> None:
     """Fails where a message is added: give it a case, or say in builders/remedies_elsewhere.py why it has none."""
     assert len(sites()) - len([site for site in sites() if any(rule.covers(site) for rule in RULES)]) > 250
-    unknown = unfollowed((*CALLS, *VALUES, *STAGES, *REQUESTS))
+    unknown = unfollowed((*CALLS, *VALUES, *STAGES, *FILES, *REQUESTS))
     assert sorted(unknown - listed()) == [], "give them cases"
     assert sorted(listed() - unknown) == [], "these are followed now, or gone: python -m builders.remedies_elsewhere, in tests/"
