@@ -74,10 +74,13 @@ def sites() -> tuple[Site, ...]:
 
 def sites_of(case: Case) -> Iterator[Site]:
     """The places that a case says its message is from."""
-    for site in sites():
-        named = f"({site.function})" if case.message.startswith("(") else site.problem
-        if site.path == case.path and named.startswith(case.message):
-            yield site
+    here = [site for site in sites() if site.path == case.path]
+    if case.message.startswith("("):
+        yield from (site for site in here if site.key.endswith(f": {case.message}"))
+        return
+    # '{} has {}' means that message where there is one, not all that begin so.
+    exact = [site for site in here if site.problem == case.message]
+    yield from exact or (site for site in here if site.problem.startswith(case.message))
 
 
 def _sites_below(node: ast.AST, path: Path, function: str) -> Iterator[Site]:

@@ -56,16 +56,21 @@ def unfollowed(cases: Iterable[Case]) -> frozenset[str]:
     return frozenset(site.key for site in sites() if not any(rule.covers(site) for rule in RULES)) - followed
 
 
-def main() -> None:
-    """Writes remedies_open.txt anew."""
+def cases() -> tuple[Case, ...]:
+    """All that the test follows."""
     from builders.remedy_calls import CALLS
     from builders.remedy_files import FILES
     from builders.remedy_requests import REQUESTS
     from builders.remedy_stages import STAGES
     from builders.remedy_values import VALUES
 
+    return (*CALLS, *VALUES, *STAGES, *FILES, *REQUESTS)
+
+
+def main() -> None:
+    """Writes remedies_open.txt anew."""
     head = "".join(f"{line}\n" for line in OPEN.read_text().splitlines() if line.startswith("#"))
-    OPEN.write_text(head + "".join(f"{key}\n" for key in sorted(unfollowed((*CALLS, *VALUES, *STAGES, *FILES, *REQUESTS)))))
+    OPEN.write_text(head + "".join(f"{key}\n" for key in sorted(unfollowed(cases()))))
 
 
 if __name__ == "__main__":

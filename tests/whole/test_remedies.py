@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from builders.bundles import random_bundle
 from builders.remedies import sites, sites_of
-from builders.remedies_elsewhere import RULES, listed, unfollowed
+from builders.remedies_elsewhere import RULES, cases, listed, unfollowed
 from builders.remedy_calls import CALLS, Call
 from builders.remedy_files import FILES
 from builders.remedy_requests import REQUESTS, Ask, Request
@@ -131,7 +131,9 @@ def test_what_is_advised_from_python_and_over_http_works(tmp_path: Path, value: 
 @pytest.fixture(scope="module")
 def server(shared: dict[str, Path]) -> Iterator[TestClient]:
     """Two models, in this process: tiny with classes, plain without."""
-    with TestClient(app_of(f"tiny={shared['tiny']}", f"plain={shared['plain']}", max_body_bytes=4000, max_batch=1)) as client:
+    with TestClient(
+        app_of(f"tiny={shared['tiny']}", f"plain={shared['plain']}", max_body_bytes=4000, request_images=32)
+    ) as client:
         while client.get("/readyz").status_code != 200:
             time.sleep(0.01)
         yield client
@@ -157,6 +159,6 @@ def test_what_a_server_advises_works(server: TestClient, request_: Request) -> N
 def test_each_message_of_the_product_is_followed_or_listed_with_the_reason() -> None:
     """Fails where a message is added: give it a case, or say in builders/remedies_elsewhere.py why it has none."""
     assert len(sites()) - len([site for site in sites() if any(rule.covers(site) for rule in RULES)]) > 250
-    unknown = unfollowed((*CALLS, *VALUES, *STAGES, *FILES, *REQUESTS))
+    unknown = unfollowed(cases())
     assert sorted(unknown - listed()) == [], "give them cases"
     assert sorted(listed() - unknown) == [], "these are followed now, or gone: python -m builders.remedies_elsewhere, in tests/"
