@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from builders.paths import ROOT
 
@@ -35,6 +35,16 @@ class Site(NamedTuple):
         return re.match("; ".join(parts), message, re.DOTALL) is not None
 
 
+class Case(Protocol):
+    """A case of the test: the file that its message is from, and how the message begins, or (the function)."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def message(self) -> str: ...
+
+
 @cache
 def error_classes() -> frozenset[str]:
     """Names of the errors in errors.py, of those that other modules make of them, and of what becomes one."""
@@ -60,6 +70,17 @@ def tree(path: Path) -> ast.Module:
 def sites() -> tuple[Site, ...]:
     """Every call that makes such an error, in the order of files and lines."""
     return tuple(site for path in modules() if path.name != ERRORS for site in _sites_below(tree(path), path, ""))
+
+
+def sites_of(case: Case) -> Iterator[Site]:
+    """The places that a case says its message is from."""
+    here = [site for site in sites() if site.path == case.path]
+    if case.message.startswith("("):
+        yield from (site for site in here if site.key.endswith(f": {case.message}"))
+        return
+    # '{} has {}' means that message where there is one, not all that begin so.
+    exact = [site for site in here if site.problem == case.message]
+    yield from exact or (site for site in here if site.problem.startswith(case.message))
 
 
 def _sites_below(node: ast.AST, path: Path, function: str) -> Iterator[Site]:

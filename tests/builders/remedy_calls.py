@@ -93,6 +93,21 @@ def command(remedy: str, arguments: Arguments) -> Arguments:
     return shlex.split(found[1])
 
 
+def written_by_evaluate(remedy: str, arguments: Arguments) -> Arguments:
+    """The first result is one that 'evaluate --json' wrote before, of other weights than the second."""
+    assert re.match(r"write one: uni-instruct evaluate .*--json > FILE", remedy), remedy
+    return [arguments[0], "{other}", *arguments[2:]]
+
+
+# Of a benchmark and of scores, what takes least.
+BRIEFLY = "--rounds 1 --seconds 0.001 --engine torch"
+SCORED = "--reference digits --metrics fd"
+COMPARE, BENCHMARK, EVALUATE, SHARDS = (
+    "uni_instruct/commands/compare.py",
+    "uni_instruct/commands/benchmark.py",
+    "uni_instruct/commands/evaluate.py",
+    "uni_instruct/sampling/shards.py",
+)
 GENERATE, IMPORT = (
     "uni_instruct/commands/generate.py",
     "uni_instruct/commands/import_checkpoint.py",
@@ -172,4 +187,40 @@ CALLS = [
          lambda remedy, arguments: with_value(arguments, "--set", example(f"such as {remedy}").replace("write", "seed=1"))),
     Call("train/recipe.py", "--set key '{}' is ambiguous", "train digits --dry-run --set batch=8",
          lambda remedy, arguments: with_value(arguments, "--set", f"{remedy.split()[1]}=8")),
+    Call(GENERATE, "--workers, --ray and --shard", "generate {tiny} --seeds 0-3 --workers 1 --grid {tmp}/g.png", value("--out", "{out}", "give --out")),
+    Call(GENERATE, "a part alone has no grid", "generate {tiny} --seeds 0-3 --shard 1/2 --out {out} --grid {tmp}/g.png", left_out("--grid")),
+    Call(SHARDS, "--shard {} cannot be read", "generate {tiny} --seeds 0-3 --shard 3of16 --out {out}", spelled("--shard", r"it as (\S+)")),
+    Call(SHARDS, "--shard {} is out of range", "generate {tiny} --seeds 0-3 --shard 5/4 --out {out}", spelled("--shard", r"to (\S+)")),
+    Call("uni_instruct/engines/device.py", "device '{}' is unknown", "generate {tiny} --seeds 0 --device gpu --out {out}",
+         spelled("--device", r"use (\w+)")),
+    # One of two messages, as the machine has a GPU or none.
+    Call("uni_instruct/engines/device.py", "device {} was asked for, and", "generate {tiny} --seeds 0 --device cuda:99 --out {out}",
+         lambda remedy, arguments: with_value(arguments, "--device", "cpu" if "--device cpu" in remedy else "cuda:0")),
+    Call(COMPARE, "there is no result", "compare {tmp}/none.json {result}", written_by_evaluate),
+    Call(COMPARE, "{} is no result", "compare {weights} {result}", written_by_evaluate),
+    Call(COMPARE, "{} has no {}", "compare {result} {other} --metric beauty",
+         lambda remedy, arguments: with_value(arguments, "--metric", first_choice(remedy))),
+    Call(COMPARE, "{} has the same weights twice", "compare {result},{result} {other}",
+         lambda remedy, arguments: [word.partition(",")[0] if "each training once" in remedy else word for word in arguments]),
+    Call(COMPARE, "{} and {} differ in", "compare {result} {uniform}",
+         lambda remedy, arguments: ["{other}" if word == "{uniform}" and "alike" in remedy else word for word in arguments]),
+    Call(BENCHMARK, "batches '{}' are no sizes", f"benchmark {{tiny}} --batches one {BRIEFLY}", spelled("--batches", r"them as (\S+)")),
+    Call(BENCHMARK, "{} batch sizes", f"benchmark {{tiny}} --batches {','.join(map(str, range(1, 18)))} {BRIEFLY}",
+         lambda remedy, arguments: with_value(arguments, "--batches", ",".join(map(str, range(1, 1 + int(re.findall(r"\d+", remedy)[0])))))),
+    Call("uni_instruct/commands/benchmark_report.py", "--plot {} is not", f"benchmark {{tiny}} --batches 1 {BRIEFLY} --plot {{tmp}}/x.txt", such_as("--plot")),
+    Call("uni_instruct/engines/comparison.py", "'{}' takes {} steps", f"benchmark {{teacher}} --batches 1 {BRIEFLY}",
+         lambda remedy, arguments: [example(remedy) if word == "{teacher}" else word for word in arguments]),
+    Call("export/commands/export.py", "--sm says for which", "export {copy} --to onnx --precision fp32 --sm 89", left_out("--sm")),
+    Call("export/targets.py", "{} is a teacher of", "export {teacher} --to onnx --precision fp32",
+         lambda remedy, arguments: ["{copy}" if word == "{teacher}" and "distilled from it" in remedy else word for word in arguments]),
+    Call(EVALUATE, "--seeds already says", f"evaluate {{tiny}} {SCORED} --seeds 0-63 --samples 64", both_left_out("--seed", "--samples")),
+    Call(EVALUATE, "{} seeds cannot be divided", f"evaluate {{tiny}} {SCORED} --seeds 0-64 --sets 2", value("--seeds", "0-63", "a multiple of --sets")),
+    Call(EVALUATE, "sets of seeds that share", f"evaluate {{tiny}} {SCORED} --seeds 0-31,0-31 --sets 2", value("--seeds", "0-63", "each seed once")),
+    Call(EVALUATE, "--save-statistics {} is not", f"evaluate {{tiny}} {SCORED} --seeds 0-63 --save-statistics {{tmp}}/x.txt", such_as("--save-statistics")),
+    Call(EVALUATE, "there is no bundle and there are no images", f"evaluate {{tmp}}/nothing {SCORED}",
+         lambda remedy, arguments: ["{unlabelled}" if word == "{tmp}/nothing" and "zip or npz of images" in remedy else word for word in arguments]),
+    Call(EVALUATE, "{} needs a bundle", f"evaluate {{unlabelled}} {SCORED} --seeds 0-63", left_out("--seeds")),
+    Call("uni_instruct/evaluate/scores.py", "metric '{}' cannot", "evaluate {tiny} --reference digits --seeds 0-63 --metrics fd,is",
+         value("--metrics", "fd", "leave it out")),
+    Call("uni_instruct/evaluate/class_draw.py", "generator '{}' has no classes", f"evaluate {{plain}} {SCORED} --seeds 0-63 --classes uniform", left_out("--classes")),
 ]  # fmt: skip

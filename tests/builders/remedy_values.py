@@ -4,6 +4,7 @@
 import json
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ VALUES = [
     Value(S, "the body is {}, not an object", lambda _: parse_request(b"[1]"),
           lambda remedy, _: parse_request(found(r"such as (\{.*\})", remedy).encode())),
     Value(S, "field '{}' is unknown", lambda _: parse_request(b'{"num_image": 1}'),
-          lambda remedy, _: parse_request(json.dumps({re.findall(r"\w+", remedy)[4]: 1}).encode())),
+          lambda remedy, _: parse_request(json.dumps({get_close_matches("num_image", re.findall(r"\w+", remedy))[0]: 1}).encode())),
     Value(S, "{} is {}", lambda _: parse_request(b'{"seeds": ["a"]}'),
           lambda remedy, _: parse_request(f'{{"seeds": {found(r"such as (.*)$", remedy)}}}'.encode())),
     Value(F, "{} cannot be read: {}", lambda tmp: read(folder(tmp, a_png=GREY, b_png=b"text")),

@@ -108,7 +108,10 @@ def student_quantile(probability: float, freedom: float) -> float:
     Raises RequestError outside that range.
     """
     if not 0.5 <= probability < 1 or freedom <= 0:
-        raise RequestError(f"no quantile {probability} of {freedom} degrees of freedom", remedy="give 0.5 to 1, and above 0")
+        raise RequestError(
+            f"no quantile {probability} of {freedom} degrees of freedom",
+            remedy="give a probability from 0.5 to below 1, and degrees above 0",
+        )
     # With t = tan(u) sqrt(f) the density becomes cos(u)^(f - 1) on (-pi/2, pi/2), which is summed up by the midpoint rule.
     edges = np.linspace(0, math.pi / 2, 400_001)
     density = np.cos((edges[:-1] + edges[1:]) / 2) ** (freedom - 1)
