@@ -15,7 +15,7 @@ from uni_instruct.files import atomic_file
 from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import parse_seeds
-from uni_instruct.progress import Progress, progress
+from uni_instruct.progress import progress
 from uni_instruct.sampling import SampleRequest, SampleRun, is_finished, noted_engine, open_run, read_samples, remove_leftovers
 from uni_instruct.sampling.pool import ImageJob
 from uni_instruct.sampling.shards import WHOLE, Part
@@ -161,21 +161,23 @@ def _write_set(request: SampleRequest, out: Path, staff: Staff, part: Part | Non
         return True
     with open_run(request, out, shared=part is not None, part=part or WHOLE) as run:
         if run.done < run.count:
-            label = "generate" if part is None else f"generate {part.number}/{part.count}"
-            with progress(label, run.count, "images", done=run.done) as bar:
-                _fill(run, staff, device, bar)
+            _fill(run, staff, device, "generate" if part is None else f"generate {part.number}/{part.count}")
         if run.is_complete:
             run.finish()
     return False
 
 
-def _fill(run: SampleRun, staff: Staff, device: str | None, bar: Progress) -> None:
+def _fill(run: SampleRun, staff: Staff, device: str | None, label: str) -> None:
     request = run.request
-    if not staff.wanted:
-        run.fill(open_engine(request.bundle, request.engine, device=device), bar)
-        return
-    with staff.pool(ImageJob(bundle=request.bundle.path, engine=request.engine, batch=request.batch, device=device)) as pool:
-        run.fill_with(pool, bar)
+    # Before the bar: what is wrong with a bundle is one line.
+    engine = None if staff.wanted else open_engine(request.bundle, request.engine, device=device)
+    with progress(label, run.count, "images", done=run.done) as bar:
+        if engine is not None:
+            run.fill(engine, bar)
+            return
+        job = ImageJob(bundle=request.bundle.path, engine=request.engine, batch=request.batch, device=device)
+        with staff.pool(job) as pool:
+            run.fill_with(pool, bar)
 
 
 def _check_paths(out: Path | None, grid: Path | None, count: int) -> None:
