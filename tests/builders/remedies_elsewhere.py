@@ -51,6 +51,7 @@ NOT_YET = frozenset(
         "export/targets.py: {} is a teacher of {} steps, not a one-step generator",
         "serve/app.py: (_http_exception)",
         "serve/app.py: there is no {}",
+        "serve/package.py: {} is a teacher of {} steps, which needs torch",
         "serve/settings.py: (_wrong)",
         "train/commands/average.py: {} exists already",
         "train/commands/train.py: --nice: this system has no niceness",
