@@ -37,8 +37,16 @@ _PARTS = (CONFIG, WEIGHTS, DECODER, REFERENCE, CARD, SAMPLES, NEIGHBOURS)
 # `bentoml import` reads xz alone. Weights and a wheel do not compress, so that searching them well is time for nothing:
 # preset 0 takes three times as long as this, for the same size to four digits.
 _XZ_FILTER: dict[str, int] = {
-    **{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 4096, "mf": lzma.MF_HC3, "nice_len": 3, "depth": 1},
-    **{"mode": lzma.MODE_FAST, "lc": 0, "lp": 0, "pb": 0},
+    "id": lzma.FILTER_LZMA2,
+    "preset": 0,
+    "dict_size": 4096,
+    "mf": lzma.MF_HC3,
+    "nice_len": 3,
+    "depth": 1,
+    "mode": lzma.MODE_FAST,
+    "lc": 0,
+    "lp": 0,
+    "pb": 0,
 }
 _log = logging.getLogger(__name__)
 
