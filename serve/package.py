@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
 
@@ -52,10 +52,18 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackagedBundle:
+    """A generator in a Bento: the hash that tells its images from another's, and the ids of its engines."""
+
+    weights_sha256: str
+    engines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackagedBento:
     """What was made: its tag, the archive or its folder in BentoML's store, and what is in it.
 
-    bundles: name -> weights_sha256 and engines. requirements: pinned, the wheel among them.
+    bundles: by name, the first of which is served where a request names none. requirements: pinned, the wheel among them.
     """
 
     tag: str
@@ -63,7 +71,7 @@ class PackagedBento:
     file_bytes: int
     wheel: str
     requirements: tuple[str, ...]
-    bundles: Mapping[str, Mapping[str, object]]
+    bundles: Mapping[str, PackagedBundle]
 
 
 def package(sources: Mapping[str, str], out: Path | None, engine: str | None, bar: Progress) -> PackagedBento:
@@ -87,15 +95,12 @@ def package(sources: Mapping[str, str], out: Path | None, engine: str | None, ba
         wheel = make_wheel(context / WHEELS)
         bar.advance(1, "pinned requirements")
         requirements = (*pins(EXTRA), f"./{WHEELS}/{wheel.name}")
-        held = {
-            name: {"weights_sha256": bundle.weights_sha256, "engines": [str(stored.engine_id) for stored in engines[name]]}
-            for name, bundle in bundles.items()
-        }
+        held = {name: _contents(bundle, engines[name]) for name, bundle in bundles.items()}
         _write_context(context, requirements, held)
         bar.advance(1, "the Bento")
-        store = home if out is not None else Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml")
+        store = home if out is not None else Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml").absolute()
         tag = _build(context, store)
-        path = store.absolute() / "bentos" / Path(*tag.split(":"))
+        path = store / "bentos" / Path(*tag.split(":"))
         bar.advance(1, "the archive" if out is not None else "its size")
         if out is not None:
             _archive(path, out)
@@ -153,10 +158,19 @@ def _copy(bundle: Bundle, engines: list[StoredEngine], target: Path) -> None:
     Bundle.open(target)
 
 
-def _write_context(context: Path, requirements: tuple[str, ...], held: Mapping[str, Mapping[str, object]]) -> None:
+def _contents(bundle: Bundle, engines: list[StoredEngine]) -> PackagedBundle:
+    names = tuple(str(stored.engine_id) for stored in engines)
+    return PackagedBundle(weights_sha256=bundle.weights_sha256, engines=names)
+
+
+def _write_context(context: Path, requirements: tuple[str, ...], held: Mapping[str, PackagedBundle]) -> None:
     """Everything else of the folder that BentoML packs."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    contents = {"uni_instruct": __version__, "python": python, "bundles": held}
+    contents = {
+        "uni_instruct": __version__,
+        "python": python,
+        "bundles": {name: asdict(bundle) for name, bundle in held.items()},
+    }
     (context / CONTENTS).write_text(json.dumps(contents, indent=2) + "\n")
     (context / REQUIREMENTS).write_text("\n".join(requirements) + "\n")
     (context / "service.py").write_text(SERVICE_PY)
@@ -171,7 +185,7 @@ def _write_context(context: Path, requirements: tuple[str, ...], held: Mapping[s
         ],
     }
     (context / "bentofile.yaml").write_text(yaml.safe_dump(build, sort_keys=False))
-    lines = [f"- `{name}`: weights {facts['weights_sha256']}, engines {facts['engines']}" for name, facts in held.items()]
+    lines = [f"- `{name}`: weights {bundle.weights_sha256}, {', '.join(bundle.engines)}" for name, bundle in held.items()]
     text = f"# One-step image generators\n\nPackaged by uni-instruct {__version__} for Python {python}.\n\n"
     (context / CARD).write_text(text + "\n".join(lines) + "\n")
 

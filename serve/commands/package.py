@@ -44,10 +44,8 @@ def package(names: tuple[str, ...], out: Path | None, engine: str | None, as_jso
 
 def _summary(made: "PackagedBento", out: Path | None) -> str:
     lines = [f"{made.tag}: {made.path}, {made.file_bytes / 1e6:.1f} MB"]
-    for name, facts in made.bundles.items():
-        engines = facts["engines"]
-        assert isinstance(engines, list)
-        lines.append(f"  {name}: weights {str(facts['weights_sha256'])[:12]}, {', '.join(engines)}")
+    for name, bundle in made.bundles.items():
+        lines.append(f"  {name}: weights {bundle.weights_sha256[:12]}, {', '.join(bundle.engines)}")
     lines.append(f"  {made.wheel}, {len(made.requirements) - 1} pinned packages, no torch")
     taken = f"bentoml import {quote(str(out))} && " if out is not None else ""
     lines.append(f"next: {taken}bentoml serve {made.tag}, or bentoml containerize {made.tag}")
