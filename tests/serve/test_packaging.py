@@ -168,7 +168,7 @@ def check_server(command: list[str], folder: Path, environment: dict[str, str], 
     try:
         running.until_ready()
         check_images(running.url, **bundles)
-        assert httpx.get(f"{running.url}/ui").status_code == 200
+        assert httpx.get(f"{running.url}/ui", follow_redirects=True).status_code == 200
     finally:
         running.kill()
 
@@ -199,7 +199,7 @@ def test_the_bento_serves_without_torch(packed: Packed, installed: Path, exporte
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_its_environment_can_be_built(packed: Packed, exported_bundle: Bundle, tmp_path: Path) -> None:
-    """As docs/serving.md says, with pip, which needs a package index: 140 s on two busy cores."""
+    """As docs/serving.md says, with pip, which needs a package index: 110 to 140 s on two busy cores."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = str(tmp_path / "venv/bin/python")
     without = {**os.environ, **OWN_PATH, "PYTHONPATH": ""}
@@ -212,6 +212,7 @@ def test_its_environment_can_be_built(packed: Packed, exported_bundle: Bundle, t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_installed_package_packs_itself_into_the_store(packed: Packed, installed: Path, tmp_path: Path) -> None:
     """From no checkout; with one engine of two; and BentoML finds what it is told."""
     from uni_instruct.export.targets import export_engine
@@ -234,7 +235,7 @@ def test_an_installed_package_packs_itself_into_the_store(packed: Packed, instal
     shown = subprocess.run(
         [sys.executable, "-m", "bentoml", "get", tag, "--output", "path"], env=environment, capture_output=True, text=True
     )
-    assert shown.stdout.split() == [folder]
+    assert "".join(shown.stdout.split()) == folder  # BentoML breaks long lines
 
 
 @pytest.mark.slow
