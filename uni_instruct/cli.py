@@ -59,6 +59,10 @@ COMMANDS = {
         "uni_instruct.serve.commands.loadtest:loadtest",
         "Load a server at a steady rate, and check every image that it answers.",
     ),
+    "package": (
+        "uni_instruct.serve.commands.package:package",
+        "Pack generators as a Bento, for a container without torch.",
+    ),
     "inspect": ("uni_instruct.commands.inspect:inspect", "Say what is in a bundle or a data set."),
 }
 

@@ -130,7 +130,7 @@ def test_a_missing_torch_names_the_extra(
     monkeypatch.delitem(sys.modules, "uni_instruct.engines.torch", raising=False)
     code, _, errors = cli("generate", tiny_bundle.path, "--seeds", "0", "--out", tmp_path / "x")
     assert code == 2
-    assert "package 'torch' is not installed; pip install 'uni-instruct[all]'" in errors
+    assert "package 'torch' is not installed; pip install 'uni-instruct[train]'" in errors
     assert os.listdir(tmp_path) == []
 
 

@@ -77,6 +77,8 @@ def places(tmp_path: Path, shared: dict[str, Path]) -> dict[str, Path]:
         (own[name] / "notes.txt").write_text("mine")
     (own["run"] / "recipe.yaml").write_text("name: x\ndata: digits\n")
     (own["run"] / "log.jsonl").write_text("")
+    own["bento"] = tmp_path / "there.bento"
+    own["bento"].write_text("mine")
     shutil.copytree(shared["tiny"], own["run"] / "generator")
     shutil.copytree(shared["tiny"], own["copy"])
     partial = tmp_path / ".begun.partial"
@@ -95,7 +97,7 @@ def filled_in(words: list[str], places: dict[str, Path]) -> list[str]:
 
 
 # Commands whose remedy, once followed, is at work for seconds.
-LONG = ("evaluate", "export", "import", "average", "train", "benchmark")
+LONG = ("evaluate", "export", "import", "average", "train", "benchmark", "package")
 PARAMETERS = [
     pytest.param(call, id=f"{call.path}: {call.message}", marks=[pytest.mark.slow] if is_long(call) else []) for call in CALLS
 ]
