@@ -102,7 +102,7 @@ def said(remedy: str, words: str, then: object) -> Any:
 D, R, E, B = ("uni_instruct/data/dataset.py", "train/recipe.py", "train/lab/experiments.py", "uni_instruct/networks/build.py")
 SERVING = [
     Value("serve/settings.py", "(wrong_setting)", lambda _: Settings(workers=0),
-          lambda remedy, _: Settings(workers=said(remedy, "a positive number", 1))),
+          lambda remedy, _: Settings(workers=said(remedy, "a number above 0", 1))),
     Value("serve/settings.py", "(wrong_setting)", lambda _: Settings(queue_images=1),
           lambda remedy, _: Settings(queue_images=int(found(r"request_images, (\d+)", remedy)))),
     Value("serve/settings.py", "(wrong_setting)", lambda _: Settings(path_prefix="images"),
