@@ -176,7 +176,8 @@ def test_report_is_made_again_from_the_folder_and_only_when_it_is_missing(finish
     assert not (finished / "report.md").exists()
     write_report(finished)
     after = report_of(finished).partition("## Time")[0]
-    measured = re.compile(r"[\d.]+ ms an image")  # the one number of the machine
+    # What depends on the machine: milliseconds, and how many step counts of the teacher its time allows.
+    measured = re.compile(r"[\d.]+ ms an image|## Steps.*?(?=\n## )|!\[the teacher's distance[^\n]*", re.DOTALL)
     assert measured.sub("", after) == measured.sub("", before)
     assert report_is_current(finished)
 
