@@ -203,13 +203,13 @@ def _seeds(text: str | None, first: int | None, samples: int | None, reference: 
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
         seeds = parse_seeds(text)
-        check_count(len(seeds) // max(1, sets))  # before features of a reference are made, which may take minutes
         if len(seeds) % sets or len(seeds) < sets:
             raise RequestError(
                 f"{len(seeds)} seeds cannot be divided into {sets} equal sets", remedy="give a multiple of --sets", param="sets"
             )
         if sets > 1 and len(set(seeds)) < len(seeds):
             raise RequestError("sets of seeds that share some are not disjoint", remedy="give each seed once", param="seeds")
+        check_count(len(seeds) // sets)  # before features of a reference are made, which may take minutes
         return seeds
     # By default as many as the reference has, or as publications use: a Frechet distance depends on the number of images.
     start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
