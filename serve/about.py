@@ -26,7 +26,7 @@ def about(served: ServedModel) -> dict[str, object]:
         "pictures": [name for name in PICTURES if (bundle.path / name).is_file()],
         "compare": choices(bundle, str(served.engine.id)),
         "teacher": teacher_facts(bundle),
-        "needs_key": served.settings.api_key is not None,
+        "needs_key": bool(served.settings.keys),
     }
 
 
