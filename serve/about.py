@@ -3,9 +3,10 @@
 import re
 
 from uni_instruct.bundle import CARD, SAMPLES, Bundle
-from uni_instruct.serve.compare import choices, evaluations, find_teacher
+from uni_instruct.serve.compare import choices, find_teacher
 from uni_instruct.serve.model_info import model_info
 from uni_instruct.serve.served_model import ServedModel
+from uni_instruct.spec import evaluations
 
 # A bundle may hold it: samples in a row, each above its nearest training images.
 NEIGHBOURS = "neighbours.png"

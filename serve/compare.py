@@ -24,7 +24,7 @@ from uni_instruct.images import encode, grid
 from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.serve.errors import QueueFullError, TimedOutError
 from uni_instruct.serve.served_model import ServedModel
-from uni_instruct.spec import ModelSpec
+from uni_instruct.spec import ModelSpec, evaluations
 
 TEACHER = "teacher"
 MAX_COMPARED = 16
@@ -186,11 +186,6 @@ def _fitting(teacher: Bundle, spec: ModelSpec) -> Bundle | None:
     same = (teacher.spec.noise_shape, teacher.spec.num_classes) == (spec.noise_shape, spec.num_classes)
     runs = RUNTIMES["torch"].is_installed() or bool(teacher.engines())
     return teacher if same and runs and teacher.spec.makes_pictures else None
-
-
-def evaluations(steps: int) -> int:
-    """Network evaluations of an image: one, or with Heun's method two a step but for the last (EDM, arXiv 2206.00364)."""
-    return 1 if steps == 1 else 2 * steps - 1
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> dict[str, object]:

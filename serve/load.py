@@ -17,6 +17,7 @@ import numpy as np
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.progress import ProgressFactory, silent
 
 # More than these do not wait for an answer at once: beyond it the machine that asks is what is measured.
 _MOST_AT_ONCE = 256
@@ -73,7 +74,9 @@ class LoadedServer:
         return dict(json.loads(body))
 
 
-def apply_load(target: LoadedServer, model: str, rate: float, seconds: float, images: int) -> list[Answer]:
+def apply_load(
+    target: LoadedServer, model: str, rate: float, seconds: float, images: int, with_progress: ProgressFactory = silent
+) -> list[Answer]:
     """Asks for `images` images `rate` times a second, each with seeds of its own, and waits for all answers."""
     start = time.perf_counter()
 
@@ -86,17 +89,24 @@ def apply_load(target: LoadedServer, model: str, rate: float, seconds: float, im
             status, body = 0, b""
         return Answer(seeds, status, 1e3 * (time.perf_counter() - due), body)
 
-    waiting = []
-    with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
-        for index in range(max(1, round(rate * seconds))):
+    waiting, requests = [], max(1, round(rate * seconds))
+    with with_progress("load", requests, "requests") as bar, ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
+        for index in range(requests):
             time.sleep(max(0.0, start + index / rate - time.perf_counter()))
             waiting.append(pool.submit(ask, index))
+            bar.advance(1)
     return [answer.result() for answer in waiting]
 
 
-def count_wrong(answers: Sequence[Answer], engine: Engine, tolerance: int) -> int:
+def count_wrong(answers: Sequence[Answer], engine: Engine, tolerance: int, with_progress: ProgressFactory = silent) -> int:
     """How many of the images that came differ by more than `tolerance` of 255 levels from those that the engine makes here."""
-    return sum(_wrong(answer, engine, tolerance) for answer in answers if answer.status == 200)
+    made = [answer for answer in answers if answer.status == 200]
+    wrong = 0
+    with with_progress("check", len(made), "answers") as bar:
+        for answer in made:
+            wrong += _wrong(answer, engine, tolerance)
+            bar.advance(1)
+    return wrong
 
 
 def _wrong(answer: Answer, engine: Engine, tolerance: int) -> int:

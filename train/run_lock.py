@@ -94,7 +94,7 @@ class RunLock:
             host=platform.node(),
             started=time.time(),
             cwd=str(Path.cwd()),
-            program=_program(),
+            program=program(),
             devices=devices,
             nice=os.nice(0) if hasattr(os, "nice") else 0,
         )
@@ -170,7 +170,7 @@ def _ending(error: BaseException | None) -> str:
     return f"{FAILED}: {kind}{' '.join(str(error).split())}"
 
 
-def _program() -> tuple[str, ...]:
+def program() -> tuple[str, ...]:
     """How this command line was called: the script of an environment, a module, or torchrun."""
     module = (sys.executable, "-m")
     # Under torchrun sys.argv names this process alone; what the user called is gone, and put together again.

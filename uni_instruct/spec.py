@@ -112,6 +112,12 @@ class DecoderSpec:
         return self.out_channels, factor * height, factor * width
 
 
+def evaluations(steps: int) -> int:
+    """How often an image of that many steps evaluates the network: once, or with Heun's sampler (EDM, arXiv 2206.00364)."""
+    # Heun's method evaluates twice a step, but for the last, which ends at noise level 0 where there is nothing to denoise.
+    return 2 * steps - 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What is needed to run a model and to say where it comes from.

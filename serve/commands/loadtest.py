@@ -12,6 +12,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.progress import progress
 from uni_instruct.serve.load import LoadedServer, apply_load, count_wrong, summary
 from uni_instruct.serve.settings import variable
 
@@ -52,10 +53,10 @@ def loadtest(
         )
     engine = open_engine(opened, str(facts["engine"]))
     start = time.perf_counter()
-    answers = apply_load(target, name, rate, seconds, images)
+    answers = apply_load(target, name, rate, seconds, images, progress)
     report = summary(answers, time.perf_counter() - start)
     report = {"model": name, "engine": str(facts["engine"]), "rate": rate, **report}
-    report["wrong_images"] = count_wrong(answers, engine, tolerance)
+    report["wrong_images"] = count_wrong(answers, engine, tolerance, progress)
     if as_json:
         click.echo(json.dumps(report))
     else:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.spec import evaluations
 from uni_instruct.train.config import Recipe, StageConfig
 from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, Timing, TrialLimits, micro_batch_of
 from uni_instruct.train.objective.config import ObjectiveConfig
@@ -168,12 +169,6 @@ def phases(recipe: Recipe) -> tuple[Phase, ...]:
         )
         for start, stop in pairwise(edges)
     )
-
-
-def evaluations(steps: int) -> int:
-    """How often Heun's sampler of that many steps evaluates the network."""
-    # Heun's method evaluates twice a step, but for the last, which ends at noise level 0 where there is nothing to denoise.
-    return 2 * steps - 1
 
 
 def models_without_storage(plan: Plan) -> DistillationModels:

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from uni_instruct.data import Dataset
+from uni_instruct.spec import evaluations
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.dry_run.cost import GPU_SHARE, MB, Cost, Memory, Phase, StageCost, cost_of, evaluations, settled
+from uni_instruct.train.dry_run.cost import GPU_SHARE, MB, Cost, Memory, Phase, StageCost, cost_of, settled
 from uni_instruct.train.dry_run.formula import critic_lines, method_lines, objective_lines
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.plan import Plan, make_plan

@@ -2,10 +2,8 @@
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,7 @@ from uni_instruct.progress import Progress, progress
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.lab.experiments import Lab
 from uni_instruct.train.monitoring.status import read_status
+from uni_instruct.train.run_lock import program
 
 POLL_S = 1.0
 _log = logging.getLogger(__name__)
@@ -104,15 +103,9 @@ def _start(training: Training, jobs: int) -> subprocess.Popen[bytes]:
     # Side by side, each has its share of the cores: more threads than cores wait for each other.
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ} if jobs > 1 else dict(os.environ)
-    command = [*_program(), "train", str(recipe), "--out", str(training.folder), *training.words]
+    command = [*program(), "train", str(recipe), "--out", str(training.folder), *training.words]
     with training.output.open("ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
-def _program() -> list[str]:
-    """This command line, as another process is to call it."""
-    own = Path(sys.argv[0])
-    return [str(own)] if own.name == "uni-instruct" and shutil.which(str(own)) else [sys.executable, "-m", "uni_instruct"]
 
 
 @contextmanager

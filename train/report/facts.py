@@ -3,7 +3,8 @@
 import torch
 
 from uni_instruct import __version__
-from uni_instruct.train.dry_run.cost import evaluations, phases
+from uni_instruct.spec import evaluations
+from uni_instruct.train.dry_run.cost import phases
 from uni_instruct.train.dry_run.report import needs, phase_lines
 from uni_instruct.train.report.markdown import duration, table, text
 from uni_instruct.train.report.material import Material

@@ -9,7 +9,7 @@ from uni_instruct.evaluate.class_draw import draw_classes
 from uni_instruct.evaluate.scores import frechet_name
 from uni_instruct.files import atomic_file
 from uni_instruct.generate import generate_batches
-from uni_instruct.train.dry_run.cost import evaluations
+from uni_instruct.spec import evaluations
 from uni_instruct.train.report.curves import draw_steps
 from uni_instruct.train.report.markdown import duration, picture, table, text
 from uni_instruct.train.report.material import Material

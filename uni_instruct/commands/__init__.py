@@ -1,1 +1,1 @@
-"""The core's sub-commands, one file each. A stage keeps its own in its `command.py`."""
+"""The core's sub-commands, one file each. A stage keeps its own in its `commands/`."""
