@@ -57,7 +57,7 @@ def test_average_of_a_kept_width_is_the_kept_one(run: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--std", "0.9"), "width 0.9 of an average is out of range"),
+        (("--std", "0.9"), "Invalid value for '--std': 0.9 is not in the range 0.005<=x<=0.28"),
         (("--std", "0.1", "--kimg", "5"), "time 5 kimg is not covered by the snapshots"),
         (("--std", "0.1", "--stage", "teacher"), "there is no bundle"),
     ],

@@ -132,7 +132,10 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "dry_run": ("config", "objective", "optimization", "plan", "recipe_keys", "rng", "stages"),
     "preflight": (*("config", "dry_run", "judging", "optimization", "plan", "recipe_changes", "run", "run_lock", "same_data"),),
     "report": ("config", "dry_run", "monitoring", "optimization", "plan", "recipe"),
-    "lab": ("config", "judging", "monitoring", "objective", "optimization", "plan", "recipe", "recipe_keys", "report"),
+    "lab": (
+        *("config", "judging", "monitoring", "objective", "optimization"),
+        *("plan", "recipe", "recipe_keys", "report", "run_lock"),
+    ),
     "pipeline": (
         *("card", "config", "judging", "loop", "objective", "optimization"),
         *("plan", "report", "rng", "run", "same_data", "stages"),

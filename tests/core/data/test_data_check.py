@@ -14,7 +14,7 @@ from uni_instruct.data import check_data, open_dataset, write_zip
 
 Cli = Callable[..., tuple[int, str, str]]
 GREY, WIDE, COLOUR = (png(np.zeros(shape, np.uint8)) for shape in ((4, 4), (4, 8), (4, 4, 3)))
-DEEP, CUT = png(np.zeros((4, 4), np.uint16)), GREY[:45]
+CUT, CUT_EARLIER = GREY[:45], GREY[:20]
 
 
 def found(source: object, **options: int) -> list[tuple[str, str]]:
@@ -24,7 +24,7 @@ def found(source: object, **options: int) -> list[tuple[str, str]]:
 
 
 def test_every_wrong_file_of_a_zip_is_named_in_order(tmp_path: Path, cli: Cli) -> None:
-    files = {"0.png": WIDE, "1.png": GREY, "2.png": CUT, "3.png": GREY, "4.png": COLOUR, "5.png": GREY, "10.png": DEEP}
+    files = {"0.png": WIDE, "1.png": GREY, "2.png": CUT, "3.png": GREY, "4.png": COLOUR, "5.png": GREY, "10.png": CUT_EARLIER}
     labels = [["0.png", 0], ["1.png", 2], ["2.png", 0], ["4.png", -1], ["5.png", "cat"], ["10.png", 1], ["gone.png", 7]]
     path = zip_of(tmp_path / "x.zip", files, {"labels": labels, "num_classes": 2})
     expected = [
