@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -14,7 +14,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, compile_path
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.body import read_body
@@ -112,27 +111,27 @@ async def _generate(models: Models, request: Request) -> Response:
     wanted = parse_request(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve(wanted, served.spec, models.settings.request_images)
-        return await _unless_client_leaves(request.receive, image_response(served, job))
+        return await models.departures.unless_client_leaves(request.receive, image_response(served, job))
 
 
 async def _walk(models: Models, request: Request) -> Response:
     wanted = parse_walk(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve_walk(wanted, served.spec, models.settings.request_images)
-        return await _unless_client_leaves(request.receive, walk_response(served, job))
+        return await models.departures.unless_client_leaves(request.receive, walk_response(served, job))
 
 
 async def _openai_images(models: Models, request: Request) -> Response:
     wanted = parse_images_request(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve_images(wanted, served.spec, models.settings.request_images)
-        return await _unless_client_leaves(request.receive, images_response(served, job, str(request.base_url)))
+        return await models.departures.unless_client_leaves(request.receive, images_response(served, job, str(request.base_url)))
 
 
 async def _image(models: Models, request: Request) -> Response:
     with models.using(request.path_params["model"]) as served:
         address = resolve_address(request.path_params["file"], request.query_params, served)
-        return await _unless_client_leaves(request.receive, addressed_image(served, address, request.headers))
+        return await models.departures.unless_client_leaves(request.receive, addressed_image(served, address, request.headers))
 
 
 async def _models(models: Models, request: Request) -> Response:
@@ -246,28 +245,6 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         response = error_response(NotFoundError(f"there is no {request.url.path}", remedy="/docs lists what there is"))
     response.headers.update(headers)
     return response
-
-
-async def _unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response that the work gives. When the client goes away the work is cancelled, and ClientDisconnect is raised."""
-    task = asyncio.create_task(work)
-
-    # ASGI tells nobody that a client has left: its message has to be waited for beside the work.
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        return await task
-    except asyncio.CancelledError:
-        # Cancelled by the watcher, or from outside, as when the server stops: only the first is the client's doing.
-        if watcher.done() and not watcher.cancelled():
-            raise ClientDisconnect from None
-        raise
-    finally:
-        watcher.cancel()
 
 
 def _page(name: str) -> str:

@@ -8,19 +8,22 @@ All of this runs on the event loop, engine calls apart: no lock is needed, since
 """
 
 import asyncio
+import functools
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from uni_instruct.engine import Engine
+from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.noise import NoisePoint, class_ids_in_turn, draw_inputs
+from uni_instruct.serve.deadlines import Deadlines
+from uni_instruct.serve.device_thread import DeviceThread, Job
 from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
 from uni_instruct.serve.metrics import ModelMetrics
 
@@ -40,49 +43,24 @@ class Generated:
     model_ms: float
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Ticket:
     """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
 
-    model_s adds up the engine calls that the request took part in.
+    images is there once the first is made; model_s adds up the engine calls that the request took part in.
     """
 
     seeds: Sequence[NoisePoint]
-    class_ids: np.ndarray
-    images: np.ndarray
+    class_ids: np.ndarray | None
     done: asyncio.Future[None]
+    timeout_s: float
     left: int
     next: int = 0
     model_s: float = 0.0
+    images: np.ndarray | None = None
 
 
 _Item = tuple[_Ticket, int]
-
-
-class DeviceThread:
-    """The one thread that runs engines on a device; batchers take turns, in the order in which they ask."""
-
-    def __init__(self) -> None:
-        # One thread: a second call at the same time would only share the same cores.
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        # Taken before a batch is gathered, not after: while one model runs, the batches of the others go on filling.
-        self.turn = asyncio.Lock()
-
-
-class DeviceThreads:
-    """A DeviceThread for each device, made when first asked for."""
-
-    def __init__(self) -> None:
-        self._threads: dict[str, DeviceThread] = {}
-
-    def of(self, device: str) -> DeviceThread:
-        """The thread of that device, such as 'cpu' or 'cuda:0'."""
-        return self._threads.setdefault(device, DeviceThread())
-
-    def close(self) -> None:
-        """Ends the threads, after the calls that run."""
-        for thread in self._threads.values():
-            thread.pool.shutdown()
 
 
 class Batcher:
@@ -101,20 +79,24 @@ class Batcher:
     ):
         self.batch_sizes = tuple(batch_sizes)
         self._engine = engine
+        self._image_size = image_size(engine.spec)
         self._queue_images = queue_images
         self._metrics = metrics
-        self._tickets: deque[_Ticket] = deque()
+        self._tickets: deque[_Ticket] = deque()  # with items that the engine has not been handed
+        self._again: deque[list[_Item]] = deque()  # of a batch that failed, to be run one by one
         self._queued = 0
         self._image_s = 0.0  # a running mean of the engine's time per image
-        self._wake = asyncio.Event()
         self._device = device
+        self._asking = False
+        self._running = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._deadlines: Deadlines[_Ticket] = Deadlines(self._expire)
         self._closed = False
-        self._loop = asyncio.create_task(self._run())
 
     @property
     def running(self) -> bool:
         """Whether requests are still taken from the queue."""
-        return not self._loop.done()
+        return not self._closed and self._device.alive
 
     async def submit(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, timeout_s: float) -> Generated:
         """Images of the seeds, or of places between two. class_ids: int64 [N], None for an unconditional generator.
@@ -128,19 +110,16 @@ class Batcher:
         if self._queued + len(seeds) > self._queue_images:
             self._metrics.dropped["queue_full"].inc(len(seeds))
             raise QueueFullError(self._queued, self._queue_images, self._retry_after_s())
-        ticket = self._enqueue(seeds, class_ids)
         start = time.perf_counter()
+        ticket = self._enqueue(seeds, class_ids, timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                await ticket.done
-        except TimeoutError:
-            self._drop(ticket, "timeout")
-            raise TimedOutError(
-                f"{len(seeds)} images were not made in {timeout_s:g} s", remedy="ask for fewer at once, or try later"
-            ) from None
+            await ticket.done
         except asyncio.CancelledError:
             self._drop(ticket, "cancelled")  # the client has left: the engine's time goes to those who still wait
             raise
+        finally:
+            self._deadlines.remove(ticket)
+        assert ticket.images is not None
         total_s = time.perf_counter() - start
         # Waiting is what remains: a large request waits between its batches too, not only before the first.
         return Generated(ticket.images, queue_ms=1e3 * max(0.0, total_s - ticket.model_s), model_ms=1e3 * ticket.model_s)
@@ -149,8 +128,9 @@ class Batcher:
         """Stops after the running batch, which is still answered; what waits ends in StoppingError."""
         self._closed = True
         self.turn_away(begun=True)
-        self._wake.set()
-        await self._loop
+        if self._running:
+            self._idle = asyncio.get_running_loop().create_future()
+            await self._idle
 
     def turn_away(self, *, begun: bool = False) -> None:
         """Ends what waits in StoppingError; requests of which the engine has made a part only where `begun` says so."""
@@ -158,17 +138,36 @@ class Batcher:
             if begun or ticket.next == 0:
                 self._fail(ticket, StoppingError(), "stopping")
 
-    async def _run(self) -> None:
-        while not self._closed:
-            await self._wake.wait()
-            # No timer collects requests into fuller batches: while the engine ran, the next batch has gathered by itself, and
-            # an idle engine has nothing to gain from making the first request wait.
-            async with self._device.turn:
-                items = self._gather()
-                if items:
-                    await self._run_batch(items)
-                else:
-                    self._wake.clear()
+    def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, timeout_s: float) -> _Ticket:
+        loop = asyncio.get_running_loop()
+        ticket = _Ticket(seeds, class_ids, loop.create_future(), timeout_s, left=len(seeds))
+        self._tickets.append(ticket)
+        self._deadlines.add(ticket, loop.time() + timeout_s)
+        self._count(len(seeds))
+        self._ask()
+        return ticket
+
+    def _ask(self) -> None:
+        if not self._asking:
+            self._asking = True
+            self._device.ask(self._turn)
+
+    def _turn(self) -> Job | None:
+        """The next batch, as a job for the device's thread. No timer collects requests into fuller batches.
+
+        While the engine runs, the next batch gathers by itself, and an idle engine has nothing to gain from making the first
+        request wait.
+        """
+        self._asking = False
+        self._forget_the_done()
+        items = self._again.popleft() if self._again else self._gather()
+        if self._again or self._tickets:
+            self._ask()
+        if not items:
+            self._note_idle()
+            return None
+        self._running += 1
+        return functools.partial(self._run, items)
 
     def _gather(self) -> list[_Item]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
@@ -183,61 +182,83 @@ class Batcher:
         self._count(-len(items))
         return items
 
-    async def _run_batch(self, items: list[_Item]) -> None:
-        """Delivers a batch. One that fails is run again item by item, so that only the bad items fail."""
-        try:
-            images, seconds = await asyncio.get_running_loop().run_in_executor(self._device.pool, self._call, items)
-        except Exception as error:  # a runtime's errors share no class
-            if len(items) == 1:
-                self._fail_item(items[0], error)
-                return
-            logger.warning("a batch of %d images failed (%s); running them one by one", len(items), error)
-            for item in items:
-                if not item[0].done.done():  # its request may have failed by another item, or its client have left
-                    await self._run_batch([item])
-            return
-        self._metrics.batch.observe(len(items))
-        self._image_s += _MEAN_WEIGHT * (seconds / len(items) - self._image_s)
-        for ticket in {ticket for ticket, _ in items}:
-            ticket.model_s += seconds
-        for (ticket, index), image in zip(items, images, strict=True):
-            self._deliver(ticket, index, image)
-
-    def _call(self, items: list[_Item]) -> tuple[np.ndarray, float]:
-        """In the engine's thread: images uint8 [len(items), H, W, C], and the seconds they took."""
+    def _run(self, items: list[_Item]) -> Callable[[], None]:
+        """In the engine's thread: makes the images, or finds out why not."""
         start = time.perf_counter()
-        seeds = [ticket.seeds[index] for ticket, index in items]
+        try:
+            images = self._call(items)
+        except Exception as error:  # a runtime's errors share no class
+            return functools.partial(self._failed, items, error)
+        return functools.partial(self._made, items, images, time.perf_counter() - start)
+
+    def _call(self, items: list[_Item]) -> np.ndarray:
+        """Images uint8 [len(items), H, W, C]."""
         # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
         size = next(size for size in self.batch_sizes if size >= len(items))
-        class_ids = np.array([ticket.class_ids[index] for ticket, index in items], dtype=np.int64)
+        class_ids = None
+        if self._engine.spec.num_classes:
+            class_ids = np.array([0 if t.class_ids is None else t.class_ids[index] for t, index in items], dtype=np.int64)
         # What a request may ask for was checked when it came in.
-        inputs = draw_inputs(self._engine.spec, seeds, class_ids if self._engine.spec.num_classes else None)
-        images = self._engine(*inputs.padded(size))
+        inputs = draw_inputs(self._engine.spec, [ticket.seeds[index] for ticket, index in items], class_ids)
+        images = self._engine(*(inputs if size == len(items) else inputs.padded(size)))
         # Images are dealt out by index below: one too few would go to the wrong client.
-        expected = (size, *image_size(self._engine.spec))
+        expected = (size, *self._image_size)
         if images.shape != expected or images.dtype != np.uint8:
             raise EngineFailedError(
                 f"engine {self._engine.id} gave {images.dtype} {images.shape} for uint8 {expected}",
                 remedy="export the bundle again",
             )
-        return images[: len(items)], time.perf_counter() - start
+        return images
 
-    def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None) -> _Ticket:
-        images = np.empty((len(seeds), *image_size(self._engine.spec)), dtype=np.uint8)
-        labels = np.zeros(len(seeds), dtype=np.int64) if class_ids is None else class_ids
-        done = asyncio.get_running_loop().create_future()
-        ticket = _Ticket(seeds, labels, images, done, left=len(seeds))
-        self._tickets.append(ticket)
-        self._count(len(seeds))
-        self._wake.set()
-        return ticket
+    def _made(self, items: list[_Item], images: np.ndarray, seconds: float) -> None:
+        """Deals the images of a batch out."""
+        self._metrics.batch.observe(len(items))
+        self._image_s += _MEAN_WEIGHT * (seconds / len(items) - self._image_s)
+        for ticket in {ticket for ticket, _ in items}:
+            ticket.model_s += seconds
+        finished = 0
+        for (ticket, index), image in zip(items, images, strict=False):  # what is left of the images is padding
+            finished += self._deliver(ticket, index, image)
+        self._metrics.images.inc(finished)
+        self._over()
 
-    def _deliver(self, ticket: _Ticket, index: int, image: np.ndarray) -> None:
-        ticket.images[index] = image
+    def _deliver(self, ticket: _Ticket, index: int, image: np.ndarray) -> int:
+        """Gives one image to its request, and says how many the request has got where it was the last."""
+        if len(ticket.seeds) == 1:
+            ticket.images = image[None]
+        else:
+            if ticket.images is None:
+                ticket.images = np.empty((len(ticket.seeds), *self._image_size), dtype=np.uint8)
+            ticket.images[index] = image
         ticket.left -= 1
-        if ticket.left == 0 and not ticket.done.done():
-            self._metrics.images.inc(len(ticket.seeds))
-            ticket.done.set_result(None)
+        if ticket.left or ticket.done.done():
+            return 0
+        ticket.done.set_result(None)
+        return len(ticket.seeds)
+
+    def _failed(self, items: list[_Item], error: Exception) -> None:
+        """A batch that failed is run again item by item, so that only the bad items fail."""
+        if len(items) == 1:
+            self._fail_item(items[0], error)
+        else:
+            logger.warning("a batch of %d images failed (%s); running them one by one", len(items), error)
+            self._again.extend([item] for item in items)
+            self._ask()
+        self._over()
+
+    def _over(self) -> None:
+        self._running -= 1
+        self._forget_the_done()
+        self._note_idle()
+
+    def _forget_the_done(self) -> None:
+        """Of a request that has failed by one item, or whose client has left, the others need not be tried."""
+        if self._again:
+            self._again = deque(items for items in self._again if not items[0][0].done.done())
+
+    def _note_idle(self) -> None:
+        if self._idle is not None and not self._running and not self._again and not self._idle.done():
+            self._idle.set_result(None)
 
     def _fail_item(self, item: _Item, error: Exception) -> None:
         ticket, index = item
@@ -247,7 +268,11 @@ class Batcher:
         )
         self._fail(ticket, failure, "failed")
 
-    def _fail(self, ticket: _Ticket, error: Exception, reason: str) -> None:
+    def _expire(self, ticket: _Ticket) -> None:
+        problem = f"{len(ticket.seeds)} images were not made in {ticket.timeout_s:g} s"
+        self._fail(ticket, TimedOutError(problem, remedy="ask for fewer at once, or try later"), "timeout")
+
+    def _fail(self, ticket: _Ticket, error: UniInstructError, reason: str) -> None:
         if not ticket.done.done():
             ticket.done.set_exception(error)
         self._drop(ticket, reason)

@@ -14,7 +14,7 @@ RANDOM = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(1, 1), (7, 12), (32, 32)])
+@pytest.mark.parametrize("size", [(1, 1), (7, 12), (32, 32), (70, 70)])
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
 def test_a_file_holds_the_image(format: str, size: tuple[int, int], channels: int) -> None:
     image = RANDOM.integers(0, 256, (*size, channels), np.uint8)

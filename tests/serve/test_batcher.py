@@ -17,7 +17,8 @@ from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
 from uni_instruct.serve import batcher as batcher_module
-from uni_instruct.serve.batcher import Batcher, DeviceThread, prewarm
+from uni_instruct.serve.batcher import Batcher, prewarm
+from uni_instruct.serve.device_thread import DeviceThread
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
 from uni_instruct.serve.metrics import ServerMetrics
 

@@ -1,0 +1,48 @@
+"""Something that happens to whoever is still there at a time of its own, with one timer for all of them."""
+
+import asyncio
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+_Item = TypeVar("_Item", bound=Hashable)
+
+# Event loops know the time to a millisecond.
+_CLOCK_S = 0.001
+
+
+class Deadlines(Generic[_Item]):
+    """Calls `due` with each item that has not been removed by its deadline, on the event loop that adds it.
+
+    A timer for each would be made and cancelled with every request, most of which are over in milliseconds.
+    """
+
+    def __init__(self, due: Callable[[_Item], None]):
+        self._due = due
+        self._deadlines: dict[_Item, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._next = 0.0
+
+    def add(self, item: _Item, deadline: float) -> None:
+        """deadline: in the event loop's time."""
+        self._deadlines[item] = deadline
+        if self._timer is None or deadline < self._next:
+            self._arm(deadline)
+
+    def remove(self, item: _Item) -> None:
+        """Nothing happens to it any more; it may have happened already."""
+        self._deadlines.pop(item, None)
+
+    def _arm(self, deadline: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next = deadline
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time() + _CLOCK_S
+        for item in [item for item, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[item]
+            self._due(item)
+        if self._deadlines and self._timer is None:
+            self._arm(min(self._deadlines.values()))

@@ -1,0 +1,85 @@
+"""The one thread that runs engines on a device, and the turns that batchers take on it."""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+
+# What runs in the thread, and gives back what is to be called on the event loop afterwards. It must not raise.
+Job = Callable[[], Callable[[], None]]
+# Called on the event loop when the turn has come: a job, or None where nothing waits any more.
+Turn = Callable[[], Job | None]
+
+
+class DeviceThread:
+    """Runs one job at a time; batchers take turns, in the order in which they ask. To be used from one event loop.
+
+    No future and no task a batch: the loop puts a job into a queue, and hears of it by one callback.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._turns: deque[Turn] = deque()
+        self._busy = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # One thread: a second call at the same time would only share the same cores. A daemon, as it waits for ever.
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are run."""
+        return self._loop is None or self._thread.is_alive()
+
+    def ask(self, turn: Turn) -> None:
+        """A turn, once those who have asked before have had theirs."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._thread.start()
+        self._turns.append(turn)
+        if not self._busy and len(self._turns) == 1:
+            # Not at once: what the event loop has read in the same round goes into the same batch.
+            self._loop.call_soon(self._start)
+
+    def close(self) -> None:
+        """Ends the thread, after the job that runs."""
+        if self._loop is not None:
+            self._jobs.put(None)
+            self._thread.join()
+
+    def _start(self) -> None:
+        # A batch is gathered when its turn comes, not before: while one model runs, the batches of the others go on filling.
+        while self._turns and not self._busy:
+            job = self._turns.popleft()()
+            if job is not None:
+                self._busy = True
+                self._jobs.put(job)
+
+    def _finished(self, deliver: Callable[[], None]) -> None:
+        self._busy = False
+        self._start()  # first: the engine need not wait until the images of the last batch are dealt out
+        deliver()
+
+    def _work(self) -> None:
+        assert self._loop is not None
+        while (job := self._jobs.get()) is not None:
+            deliver = job()
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for it any more
+                self._loop.call_soon_threadsafe(self._finished, deliver)
+
+
+class DeviceThreads:
+    """A DeviceThread for each device, made when first asked for."""
+
+    def __init__(self) -> None:
+        self._threads: dict[str, DeviceThread] = {}
+
+    def of(self, device: str) -> DeviceThread:
+        """The thread of that device, such as 'cpu' or 'cuda:0'."""
+        return self._threads.setdefault(device, DeviceThread())
+
+    def close(self) -> None:
+        """Ends the threads, after the jobs that run."""
+        for thread in self._threads.values():
+            thread.close()
