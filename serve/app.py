@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, compile_path
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.body import read_body
@@ -28,7 +29,6 @@ from uni_instruct.serve.model_info import model_entry, model_info, model_list
 from uni_instruct.serve.models import Models
 from uni_instruct.serve.openai_images import images_response, parse_images_request, resolve_images
 from uni_instruct.serve.openapi import openapi_document
-from uni_instruct.serve.request_id import RequestIdMiddleware
 from uni_instruct.serve.responses import error_response, image_response
 from uni_instruct.serve.schema import parse_request, resolve
 from uni_instruct.serve.settings import Settings
@@ -47,22 +47,23 @@ def create_app(settings: Settings) -> Starlette:
     """The whole server. It answers at once; loading starts with its lifespan, and /readyz says when it is done."""
     models = Models(settings)
     demo, demo_routes = DemoMount(models), DemoRoutes()
+    guards = guards_of(models)
     app = Starlette(
         routes=_routes(models, demo, demo_routes),
-        middleware=middleware_of(models),
+        middleware=[guards],
         lifespan=_lifespan(models, demo, demo_routes),
         exception_handlers={HTTPException: _http_exception},
     )
-    app.state.models = models
+    app.state.models, app.state.guards = models, guards
     return app
 
 
-def middleware_of(models: Models) -> list[Middleware]:
-    """The request's id and the guards, for this app and for what it is mounted in."""
-    return [
-        Middleware(RequestIdMiddleware),
-        Middleware(Guards, settings=models.settings, metrics=models.metrics, stopping=models.stopping),
-    ]
+def guards_of(models: Models) -> Middleware:
+    """The guards, for this app and for what it is mounted in. They know the way to every route whose path is fixed."""
+    direct = {
+        (method, path): _app_of(_endpoint(models, handler, path)) for method, path, handler in _HANDLERS if "{" not in path
+    }
+    return Middleware(Guards, settings=models.settings, metrics=models.metrics, stopping=models.stopping, direct=direct)
 
 
 def _routes(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> list[BaseRoute]:
@@ -125,7 +126,9 @@ async def _openai_images(models: Models, request: Request) -> Response:
     wanted = parse_images_request(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve_images(wanted, served.spec, models.settings.request_images)
-        return await models.departures.unless_client_leaves(request.receive, images_response(served, job, str(request.base_url)))
+        return await models.departures.unless_client_leaves(
+            request.receive, images_response(served, job, str(request.base_url))
+        )
 
 
 async def _image(models: Models, request: Request) -> Response:
@@ -214,10 +217,20 @@ def _endpoint(models: Models, handler: Handler, route: str) -> Callable[[Request
 
     async def endpoint(request: Request) -> Response:
         response = await _handled(models, handler, request)
-        models.metrics.requests.labels(route, str(response.status_code)).inc()
+        models.metrics.count_answer(route, response.status_code)
         return response
 
     return endpoint
+
+
+def _app_of(endpoint: Callable[[Request], Awaitable[Response]]) -> ASGIApp:
+    """The endpoint as an app, without what Starlette puts round it for errors: `_endpoint` lets none out."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    return app
 
 
 async def _handled(models: Models, handler: Handler, request: Request) -> Response:

@@ -2,7 +2,6 @@
 
 from contextvars import ContextVar
 
-from prometheus_client import Counter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -11,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.body import read_body
 from uni_instruct.serve.errors import EncodingError
+from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.middleware import route_path
 from uni_instruct.serve.responses import error_response
 from uni_instruct.serve.schema import REMEDIES, Seed, ShortErrors, parse_model
@@ -41,10 +41,10 @@ def note_error(error: UniInstructError) -> None:
 class BentoRouteMiddleware:
     """Reads and checks the body before BentoML does, and answers errors in the project's shape."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: int, requests: Counter):
+    def __init__(self, app: ASGIApp, limit_bytes: int, metrics: ServerMetrics):
         self.app = app
         self._limit_bytes = limit_bytes
-        self._requests = requests
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
@@ -102,7 +102,7 @@ class BentoRouteMiddleware:
             await error_response(raised[0] if raised else failed)(scope, receive, send)
 
     def _count(self, status: int) -> None:
-        self._requests.labels(PATH, str(status)).inc()
+        self._metrics.count_answer(PATH, status)
 
 
 _REMEDIES = {name: REMEDIES[name] for name in BentoRequest.model_fields}

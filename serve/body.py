@@ -2,10 +2,11 @@
 
 import zlib
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from uni_instruct.errors import RequestError
 from uni_instruct.serve.errors import BodyTooLargeError, EncodingError
+from uni_instruct.serve.headers import header_of
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows' editors and PowerShell put it before UTF-8
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
@@ -16,13 +17,27 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 
     Raises BodyTooLargeError above that, EncodingError for an encoding other than gzip, RequestError for a broken gzip.
     """
-    body = await request.body()
-    encodings = request.headers.get("content-encoding", "").lower()
+    body = await _received(request)
+    encodings = (header_of(request.scope, b"content-encoding") or b"").decode("latin-1").lower()
     for encoding in reversed([part.strip() for part in encodings.split(",") if part.strip() not in ("", "identity")]):
         if encoding not in ("gzip", "x-gzip"):
             raise EncodingError(f"content encoding {encoding[:40]!r} is unknown", remedy="send the body plain, or with gzip")
         body = _inflate(body, limit_bytes)
     return body.removeprefix(_BYTE_ORDER_MARK)
+
+
+async def _received(request: Request) -> bytes:
+    """The body as it came. Most come in one piece, for which Starlette's own way is a long one."""
+    message = await request.receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        return bytes(message.get("body", b""))
+    parts: list[bytes] = []
+    while message["type"] == "http.request":
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await request.receive()
+    raise ClientDisconnect
 
 
 def _inflate(body: bytes, limit_bytes: int) -> bytes:

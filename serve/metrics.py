@@ -29,6 +29,8 @@ class ServerMetrics:
         self.requests = Counter(
             "uni_instruct_requests", "Answers by route and HTTP status.", ["route", "status"], registry=registry
         )
+        # Found once: finding a series by its labels takes a lock and a dictionary, for every answer. Few, as labels are.
+        self._answers: dict[tuple[str, int], Counter] = {}
         self.images = Counter("uni_instruct_images", "Images made and answered.", ["model"], registry=registry)
         self.dropped = Counter(
             "uni_instruct_dropped_images",
@@ -56,6 +58,13 @@ class ServerMetrics:
             buckets=_STAGE_BUCKETS_S,
             registry=registry,
         )
+
+    def count_answer(self, route: str, status: int) -> None:
+        """One more answer of that route."""
+        series = self._answers.get((route, status))
+        if series is None:
+            series = self._answers[route, status] = self.requests.labels(route, str(status))
+        series.inc()
 
     def _workers(self, name: str, words: str, *labels: str) -> Gauge:
         """A gauge that is added up over the workers that live."""

@@ -1,16 +1,18 @@
 """What every request passes before it reaches a route, BentoML's own included: CORS, the API key, the limit of the body."""
 
+from collections.abc import Mapping
+
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.access_log import logged
 from uni_instruct.serve.errors import BodyTooLargeError, StoppingError, UnauthorizedError
+from uni_instruct.serve.headers import header_of
 from uni_instruct.serve.keys import given_key, is_one_of
 from uni_instruct.serve.metrics import ServerMetrics
-from uni_instruct.serve.request_id import RequestIdMiddleware
+from uni_instruct.serve.request_id import with_request_id
 from uni_instruct.serve.responses import error_response
 from uni_instruct.serve.settings import Settings
 from uni_instruct.serve.stopping import Stopping
@@ -28,12 +30,25 @@ _PASSED = "uni_instruct.passed"
 
 
 class Guards:
-    """One pass for all of them, before BentoML's routes and ours; a request that has passed is not asked again."""
+    """One pass for all of them, before BentoML's routes and ours; a request that has passed is not asked again.
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics, stopping: Stopping):
+    direct: (method, path) -> the app that answers it. Routers and middlewares of two frameworks stand between here and there,
+    and would take longer than the rest of a request.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: ServerMetrics,
+        stopping: Stopping,
+        direct: Mapping[tuple[str, str], ASGIApp] | None = None,
+    ):
         self._settings, self._metrics, self._stopping = settings, metrics, stopping
         self._app = app
-        self._guarded = _with_cors(self._guard, settings)
+        # A span is made by a middleware of BentoML's, further in.
+        self._direct = {} if settings.tracing or direct is None else direct
+        self._guarded = with_request_id(_with_cors(self._guard, settings))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
@@ -53,37 +68,41 @@ class Guards:
         error = self._refusal(scope, path)
         if error is not None:
             await self._refuse(error, scope, receive, send)
-        elif scope["type"] != "http":
+            return
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif path.startswith("/ui") or path in _ALWAYS_ANSWERED:
+            return
+        app = self._direct.get((scope["method"], path), self._app)
+        if path.startswith("/ui") or path in _ALWAYS_ANSWERED:
             # An open page holds a connection for as long as it is open: stopping does not wait for it.
-            await self._limited(scope, receive, send)
+            await self._limited(app, scope, receive, send)
         else:
-            with self._stopping.request():
-                await self._limited(scope, receive, send)
+            with self._stopping.request:
+                await self._limited(app, scope, receive, send)
 
     def _refusal(self, scope: Scope, path: str) -> UniInstructError | None:
         """Why the request goes no further, None where it does. The cheapest reasons come first."""
         if self._stopping.begun and path not in _ALWAYS_ANSWERED:
             return StoppingError()
-        headers = Headers(scope=scope)
         # A browser's preflight request (OPTIONS) never carries the key.
         if self._settings.keys and scope.get("method") != "OPTIONS" and path not in HEALTH_PATHS:
             # As bytes: which characters they stand for is not the header's to say.
-            header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not is_one_of(given_key(header), self._settings.keys):
+            if not is_one_of(given_key(header_of(scope, b"authorization") or b""), self._settings.keys):
                 return UnauthorizedError(
                     "the API key is missing or wrong", remedy="send the header 'Authorization: Bearer KEY'"
                 )
-        announced = headers.get("content-length", "0")
-        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._settings.max_body_bytes):
+        announced = header_of(scope, b"content-length") or b"0"
+        if announced.isdigit() and (len(announced) > 18 or int(announced) > self._settings.max_body_bytes):
             return self._too_large()
         return None
 
-    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A chunked body announces no length, and an announced one may be a lie.
+    async def _limited(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        if header_of(scope, b"transfer-encoding") is None and header_of(scope, b"content-length") is not None:
+            # HTTP ends the body where it was announced to end.
+            await app(scope, receive, send)
+            return
         body = _CountedBody(self._settings.max_body_bytes, receive, send)
-        await self._app(scope, body.receive, body.send)
+        await app(scope, body.receive, body.send)
         if body.exceeded and not body.responded:
             await self._refuse(self._too_large(), scope, receive, send)
 
@@ -92,7 +111,7 @@ class Guards:
         return BodyTooLargeError(f"the body is larger than {limit} bytes", remedy="ask for fewer images at once")
 
     async def _refuse(self, error: UniInstructError, scope: Scope, receive: Receive, send: Send) -> None:
-        self._metrics.requests.labels("guard", str(error.http_status)).inc()
+        self._metrics.count_answer("guard", error.http_status)
         response = error_response(error)
         # The rest of the body is not read: what follows on this connection would be taken for the next request.
         # And a client whose server stops should open its next connection to another one.
@@ -102,15 +121,18 @@ class Guards:
 
 
 def put_guards_first(app: Starlette, *, tracing: bool) -> None:
-    """Rearranges the middleware of BentoML's app, in which ours stands: the request's id and the guards come first, and two go.
+    """Rearranges the middleware of BentoML's app, in which ours stands: the guards come first of all, and two go.
 
     Its timeout keeps a timer for every request until that would have ended, and answers without CORS headers, while the server
     has a timeout of its own. A span costs as much as the rest of a request's Python, also where it is sent nowhere.
     """
     unwanted = {"TimeoutMiddleware"} if tracing else {"TimeoutMiddleware", "OpenTelemetryMiddleware"}
     kept = [middleware for middleware in app.user_middleware if getattr(middleware.cls, "__name__", "") not in unwanted]
-    app.user_middleware = sorted(kept, key=lambda middleware: middleware.cls not in (RequestIdMiddleware, Guards))
-    app.middleware_stack = None  # Starlette builds it anew with the first request; what runs now is the lifespan
+    guards = next((middleware for middleware in kept if middleware.cls is Guards), None)
+    app.user_middleware = [middleware for middleware in kept if middleware.cls is not Guards]
+    # What runs now, the lifespan, goes on in the stack as it was.
+    inner = app.build_middleware_stack()
+    app.middleware_stack = inner if guards is None else Guards(inner, *guards.args, **guards.kwargs)
 
 
 def add_prefix(scope: Scope, prefix: str) -> None:

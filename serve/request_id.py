@@ -3,34 +3,33 @@
 import re
 import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-HEADER = "X-Request-ID"
+from uni_instruct.serve.headers import header_of
+
+_NAME = b"x-request-id"
 # Where handlers and logs find it.
 SCOPE_KEY = "uni_instruct.request_id"
 # What proxies and clients make: UUIDs, ULIDs, trace ids. Anything else might write lines of its own into a log.
-_SENSIBLE = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+_SENSIBLE = re.compile(rb"[A-Za-z0-9._:+/=-]{1,128}")
 
 
-class RequestIdMiddleware:
-    """Puts the id into the scope and into the answer. Where it stands twice, as in BentoML, the outer one decides."""
+def with_request_id(app: ASGIApp) -> ASGIApp:
+    """The app, with the id in the scope of every request and in its answer."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI connection."""
-        if scope["type"] != "http" or SCOPE_KEY in scope:
-            await self.app(scope, receive, send)
+    async def with_id(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")
-        request_id = given if _SENSIBLE.fullmatch(given) else uuid.uuid4().hex
+        given = header_of(scope, _NAME) or b""
+        request_id = given.decode("latin-1") if _SENSIBLE.fullmatch(given) else uuid.uuid4().hex
         scope[SCOPE_KEY] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = request_id
+                message["headers"] = [*message.get("headers", ()), (_NAME, request_id.encode())]
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        await app(scope, receive, send_with_id)
+
+    return with_id

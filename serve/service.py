@@ -7,9 +7,12 @@ module loads no model.
 import os
 from http import HTTPStatus
 
-# Before the imports: both packages read these when they are imported.
+# Before the imports: all of these packages read the environment when they are imported.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if os.environ.get("UNI_INSTRUCT_WORKERS", "1") in ("", "1"):
+    # A count in a file, which other workers can read, takes five times as long, and there are a dozen to a request.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 import bentoml
 import numpy as np
@@ -17,7 +20,7 @@ from starlette.middleware import Middleware
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.processes import ending_with
-from uni_instruct.serve.app import create_app, middleware_of
+from uni_instruct.serve.app import create_app
 from uni_instruct.serve.bento_route import BentoRouteMiddleware, note_error
 from uni_instruct.serve.metrics import use_own_folder
 from uni_instruct.serve.models import Models
@@ -94,6 +97,6 @@ class UniInstruct:
 
 
 # Here as well as in the app: BentoML's own routes, such as that of `generate` above, do not pass through the app.
-_own_route = Middleware(BentoRouteMiddleware, limit_bytes=_settings.max_body_bytes, requests=_app.state.models.metrics.requests)
-for _middleware in [*middleware_of(_app.state.models), _own_route]:
+_own_route = Middleware(BentoRouteMiddleware, limit_bytes=_settings.max_body_bytes, metrics=_app.state.models.metrics)
+for _middleware in (_app.state.guards, _own_route):
     UniInstruct.add_asgi_middleware(_middleware.cls, **_middleware.kwargs)  # type: ignore[attr-defined]

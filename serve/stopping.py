@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,19 @@ def uvicorn_server() -> "uvicorn.Server | None":
     return server if hasattr(server, "handle_exit") and hasattr(server, "config") else None
 
 
+class Running:
+    """Counts the blocks that are entered and not yet left."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> None:
+        self.count += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.count -= 1
+
+
 class Stopping:
     """Counts the requests that run, and holds uvicorn's own shutdown back until they are done.
 
@@ -34,18 +46,9 @@ class Stopping:
 
     def __init__(self, grace_s: float):
         self.begun = False
+        self.request = Running()  # `with stopping.request:` around a request that is to be finished
         self._grace_s = grace_s
-        self._running = 0
         self._task: asyncio.Task[None] | None = None
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around a request that is to be finished."""
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
 
     def watch(self, server: "uvicorn.Server", turn_away: Callable[[], None]) -> None:
         """Takes the signals that stop the server, in whose event loop this is called.
@@ -71,10 +74,10 @@ class Stopping:
             signal.signal(number, begin)
 
     async def _finish(self, end: Callable[[], None]) -> None:
-        logger.info("stopping: %d requests are being finished", self._running)
+        logger.info("stopping: %d requests are being finished", self.request.count)
         deadline = asyncio.get_running_loop().time() + self._grace_s
-        while self._running and asyncio.get_running_loop().time() < deadline:
+        while self.request.count and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_LOOK_EVERY_S)
-        if self._running:
-            logger.warning("%d requests did not finish in %g s", self._running, self._grace_s)
+        if self.request.count:
+            logger.warning("%d requests did not finish in %g s", self.request.count, self._grace_s)
         end()

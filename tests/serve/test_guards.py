@@ -8,7 +8,10 @@ import pytest
 
 from builders.serving import app_of, client_of, run
 from uni_instruct.bundle import Bundle
+from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.middleware import Guards, put_guards_first
+from uni_instruct.serve.settings import Settings
+from uni_instruct.serve.stopping import Stopping
 
 PAGE = "https://page.example"
 
@@ -102,7 +105,7 @@ def test_what_runs_is_waited_for_but_not_for_ever(tiny_bundle: Bundle) -> None:
         for grace_s, ends in ((5.0, True), (0.05, False)):
             stopping = app_of(tiny_bundle, grace_s=grace_s).state.models.stopping
             events: list[str] = []
-            with stopping.request():
+            with stopping.request:
                 waiting = asyncio.create_task(stopping._finish(lambda: events.append("end")))  # noqa: B023
                 await asyncio.sleep(0.3)
                 events.append("request is over")
@@ -136,7 +139,10 @@ def test_bentomls_timers_are_gone_and_the_guards_come_first() -> None:
     from starlette.middleware import Middleware
     from starlette.middleware.gzip import GZipMiddleware
 
-    order: list[Any] = [Middleware(TimeoutMiddleware, timeout=60), Middleware(GZipMiddleware), Middleware(Guards)]
+    settings = Settings(bundle=("digits",))
+    guards = Middleware(Guards, settings=settings, metrics=ServerMetrics(), stopping=Stopping(1.0))
+    order: list[Any] = [Middleware(TimeoutMiddleware, timeout=60), Middleware(GZipMiddleware), guards]
     app = Starlette(middleware=order)
     put_guards_first(app, tracing=False)
-    assert [middleware.cls for middleware in app.user_middleware] == [Guards, GZipMiddleware]
+    assert [middleware.cls for middleware in app.user_middleware] == [GZipMiddleware]
+    assert isinstance(app.middleware_stack, Guards)
