@@ -1,16 +1,15 @@
-"""How fast the server answers: `python benchmarks/serving.py BUNDLE [--engine onnx] [--seconds 5] [--rounds 3]`.
+"""How fast the server answers: `python benchmarks/serving.py BUNDLE [--litserve FOLDER] [--engine onnx] [--seconds 4]`.
 
-Starts `uni-instruct serve` and, beside it, a plain BentoML endpoint that makes one engine call per request, and asks both
-for one PNG per request: the first answer of the warm server, latency with 1 client, latency and throughput with 32. The two
-take turns, round by round, on the same machine; the ratio is of medians over the rounds.
+Starts `uni-instruct serve` and, beside it, peers with the same engine and encoder (benchmarks/peers): BentoML's own batching, a
+plain BentoML endpoint, and LitServe where `pip install --target FOLDER litserve` has put it. All take turns, round by round, and
+answer one PNG per request to 1, 32 and 128 clients. Beside them noise, engine and PNG without HTTP, in batches of 64, and the
+time that an idle server adds to a single one. Figures and ratios as JSON; ratios are of medians over the rounds.
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import statistics
@@ -18,144 +17,180 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from http_load import closed_loop, now_and_then
 from machine import describe_machine
 
-HERE = Path(__file__).parent
-CLIENTS = (1, 32)
+PEERS = Path(__file__).parent / "peers"
+sys.path.insert(0, str(PEERS))
+CLIENTS = (1, 32, 128)
+PATIENCE_S = 120
+IDLE_REQUESTS, IDLE_PAUSE_S = 200, 0.02
 
 
 @dataclass
 class Target:
-    """A server under test: where it listens, and what is sent for a seed."""
+    """A server under test: how it is started, and what is sent for a seed."""
 
     name: str
-    port: int
+    command: list[str]
     path: str
     body: str
-    first_ms: float = 0.0
+    port: int = 0
     latencies_ms: dict[int, list[float]] = field(default_factory=lambda: {clients: [] for clients in CLIENTS})
     images_per_s: dict[int, list[float]] = field(default_factory=lambda: {clients: [] for clients in CLIENTS})
 
-    def request(self, seed: int) -> bytes:
-        body = self.body % seed
-        head = f"POST {self.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    def load(self, clients: int, seconds: float) -> None:
+        latencies, took = closed_loop(self.port, self.path, self.body, clients, seconds)
+        self.latencies_ms[clients] += latencies
+        self.images_per_s[clients].append(len(latencies) / took)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("--engine", default="", help="default: the fastest that was exported")
-    parser.add_argument("--seconds", type=float, default=5.0, help="per server, number of clients and round")
+    parser.add_argument("--litserve", help="a folder that LitServe was installed into")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per server, number of clients and round")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    ours = Target("uni-instruct", free_port(), "/v1/generate", '{"seeds": [%d]}')
-    plain = Target("plain BentoML", free_port(), "/generate", '{"seed": %d}')
-    with running(ours, plain, options.bundle, options.engine):
-        for target in (ours, plain):
-            asyncio.run(until_ready(target))
-            target.first_ms = asyncio.run(measure(target, clients=1, seconds=0))[0]
+    os.environ["UNI_INSTRUCT_BUNDLE"] = str(Path(options.bundle).resolve()) if Path(options.bundle).exists() else options.bundle
+    os.environ["UNI_INSTRUCT_ENGINE"] = options.engine
+    targets = wanted_targets(options)
+    with running(targets, options.litserve):
+        from model import Model
+
+        model = Model()
+        bare, single = [bare_rate(model, options.seconds)], single_ms(model)
+        added_ms = sorted(latency - single for latency in now_and_then(*place(targets[0]), IDLE_REQUESTS, IDLE_PAUSE_S))
         for _ in range(options.rounds):
             for clients in CLIENTS:
-                for target in (ours, plain):
-                    start = time.perf_counter()
-                    latencies = asyncio.run(measure(target, clients, options.seconds))
-                    target.images_per_s[clients].append(len(latencies) / (time.perf_counter() - start))
-                    target.latencies_ms[clients] += latencies
-    print(json.dumps(report(ours, plain, options), indent=2))
+                for target in targets:
+                    target.load(clients, options.seconds)
+            bare.append(bare_rate(model, options.seconds))
+    idle = {"idle_added_p50_ms": quantile(added_ms, 0.5), "idle_added_p99_ms": quantile(added_ms, 0.99)}
+    print(json.dumps({**report(targets, statistics.median(bare)), **idle, **vars(options), **describe_machine()}, indent=2))
 
 
-def report(ours: Target, plain: Target, options: argparse.Namespace) -> dict[str, object]:
-    """Milliseconds, images per second, and how many times the plain endpoint's throughput ours has."""
-    ratio = {
-        f"throughput_ratio_{clients}_clients": round(
-            statistics.median(ours.images_per_s[clients]) / statistics.median(plain.images_per_s[clients]), 2
-        )
-        for clients in CLIENTS
-    }
-    return {**{target.name: summary(target) for target in (ours, plain)}, **ratio, **vars(options), **describe_machine()}
+def wanted_targets(options: argparse.Namespace) -> list[Target]:
+    """Ours first."""
+    bento = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}"]
+    engine = ["--engine", options.engine] if options.engine else []
+    ours = [sys.executable, "-m", "uni_instruct", "serve", options.bundle, "--port", "{port}", *engine]
+    targets = [
+        Target("uni-instruct", ours, "/v1/generate", '{"seeds": [%d]}'),
+        Target("BentoML batchable", [*bento, "batchable_service:Batchable"], "/generate", '{"seeds": [%d]}'),
+        Target("BentoML plain", [*bento, "plain_service:Plain"], "/generate", '{"seed": %d}'),
+    ]
+    if options.litserve:
+        command = [sys.executable, str(PEERS / "litserve_server.py"), "{port}"]
+        targets.append(Target("LitServe", command, "/predict", '{"seed": %d}'))
+        targets.append(Target("LitServe, fast queue", [*command, "fast"], "/predict", '{"seed": %d}'))
+    return targets
+
+
+def report(targets: Sequence[Target], bare: float) -> dict[str, object]:
+    """Images per second, quantiles, and what ours has of the best peer's and of what is possible without HTTP."""
+    ours, peers = targets[0], targets[1:]
+    ratios: dict[str, float] = {}
+    for clients in CLIENTS:
+        rate = {target.name: statistics.median(target.images_per_s[clients]) for target in targets}
+        p99 = {target.name: quantile(sorted(target.latencies_ms[clients]), 0.99) for target in targets}
+        ratios[f"throughput_ratio_{clients}_clients"] = round(rate[ours.name] / max(rate[peer.name] for peer in peers), 2)
+        ratios[f"p99_ratio_{clients}_clients"] = round(p99[ours.name] / min(p99[peer.name] for peer in peers), 2)
+        ratios[f"share_of_bare_{clients}_clients"] = round(rate[ours.name] / bare, 2)
+    return {**{target.name: summary(target) for target in targets}, "bare_images_per_s": round(bare, 1), **ratios}
 
 
 def summary(target: Target) -> dict[str, object]:
-    figures: dict[str, object] = {"first_png_ms": round(target.first_ms, 2)}
+    figures: dict[str, object] = {}
     for clients in CLIENTS:
         ordered = sorted(target.latencies_ms[clients])
         figures[f"{clients} clients"] = {
-            "p50_ms": round(ordered[len(ordered) // 2], 2),
-            "p99_ms": round(ordered[int(0.99 * len(ordered))], 2),
             "images_per_s": round(statistics.median(target.images_per_s[clients]), 1),
+            "p50_ms": quantile(ordered, 0.5),
+            "p99_ms": quantile(ordered, 0.99),
             "requests": len(ordered),
         }
     return figures
 
 
-async def measure(target: Target, clients: int, seconds: float) -> list[float]:
-    """Latencies in ms of clients that ask, wait and ask again until the time is up; at least one request each."""
-    end = time.perf_counter() + seconds
-    latencies = await asyncio.gather(*(client(target, end) for _ in range(clients)))
-    return [latency for of_one in latencies for latency in of_one]
+def quantile(ordered: Sequence[float], share: float) -> float:
+    return round(ordered[int(share * len(ordered))], 2)
 
 
-async def client(target: Target, end: float) -> list[float]:
-    latencies = []
-    start = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
-    while True:
-        writer.write(target.request(random.getrandbits(31)))
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        length = next(int(line.split(":")[1]) for line in head.splitlines() if line.startswith("content-length:"))
-        body = await reader.readexactly(length)
-        assert head.startswith("http/1.1 200"), head + body.decode(errors="replace")
-        assert body.startswith(b"\x89PNG"), body[:100]
-        now = time.perf_counter()
-        latencies.append(1e3 * (now - start))
-        if now >= end:
-            break
-        start = now
-    writer.close()
-    return latencies
+def bare_rate(model: "Model", seconds: float) -> float:  # type: ignore[name-defined]  # noqa: F821
+    """Images per second of noise, engine and PNG in this thread."""
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        images += len(model.pngs(range(images, images + 64)))
+    return images / (time.perf_counter() - start)
 
 
-async def until_ready(target: Target) -> None:
-    while True:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
-            writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            answer = await reader.read()
-            writer.close()
-            if answer.startswith(b"HTTP/1.1 200"):
-                return
-        await asyncio.sleep(0.2)
+def single_ms(model: "Model") -> float:  # type: ignore[name-defined]  # noqa: F821
+    """The median of single images, at the pace at which the idle server is asked."""
+    taken = []
+    for seed in range(IDLE_REQUESTS):
+        time.sleep(IDLE_PAUSE_S)
+        start = time.perf_counter()
+        model.pngs([seed])
+        taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(taken)
+
+
+def place(target: Target) -> tuple[int, str, str]:
+    return target.port, target.path, target.body
 
 
 @contextlib.contextmanager
-def running(ours: Target, plain: Target, bundle: str, engine: str) -> Iterator[None]:
-    """Both servers as processes, stopped at the end."""
-    command = [sys.executable, "-m", "uni_instruct", "serve", bundle, "--port", str(ours.port)]
-    serve = ["serve", "plain_service:Plain", "--host", "127.0.0.1", "--port", str(plain.port)]
-    with tempfile.TemporaryDirectory() as home:
-        environment = {
-            **os.environ,
-            "BENTOML_HOME": home,
-            "BENTOML_DO_NOT_TRACK": "true",
-            "UNI_INSTRUCT_BUNDLE": str(Path(bundle).resolve()) if Path(bundle).exists() else bundle,
-            "UNI_INSTRUCT_ENGINE": engine,
-        }
-        servers = [
-            subprocess.Popen([*command, *(["--engine", engine] if engine else [])], stdout=sys.stderr),
-            subprocess.Popen([sys.executable, "-m", "bentoml", *serve], cwd=HERE, env=environment, stdout=subprocess.DEVNULL),
-        ]
-        try:
-            yield
-        finally:
-            for server in servers:
-                server.send_signal(signal.SIGTERM)
-            for server in servers:
-                server.wait()
+def running(targets: Sequence[Target], litserve: str | None) -> Iterator[None]:
+    """All servers as processes, warm; stopped at the end."""
+    paths = [os.environ.get("PYTHONPATH", ""), str(PEERS), *([litserve] if litserve else [])]
+    processes = []
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+        for target in targets:
+            target.port = free_port()
+            environment = {
+                **os.environ,
+                "BENTOML_HOME": str(Path(home) / target.name.replace(" ", "")),
+                "BENTOML_DO_NOT_TRACK": "true",
+                "PYTHONPATH": os.pathsep.join(paths),
+            }
+            command = [part.replace("{port}", str(target.port)) for part in target.command]
+            process = subprocess.Popen(command, cwd=PEERS, env=environment, stdout=sys.stderr)
+            processes.append(process)
+            stack.callback(stop, process)
+        for target in targets:
+            until_ready(target)
+        yield
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def until_ready(target: Target) -> None:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{target.port}{target.path}",
+        data=(target.body % 7).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(request, timeout=10).close()
+            return
+        assert time.monotonic() < deadline, f"{target.name} does not answer"
+        time.sleep(0.2)
 
 
 def free_port() -> int:

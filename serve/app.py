@@ -21,6 +21,7 @@ from uni_instruct.serve.body import read_body
 from uni_instruct.serve.connections import bound_connections
 from uni_instruct.serve.demo import DemoMount
 from uni_instruct.serve.demo_routes import DemoRoutes
+from uni_instruct.serve.departures import unless_client_leaves
 from uni_instruct.serve.errors import MethodError, NotFoundError
 from uni_instruct.serve.image_route import addressed_image, resolve_address
 from uni_instruct.serve.metrics import exposition
@@ -112,14 +113,14 @@ async def _generate(models: Models, request: Request) -> Response:
     wanted = parse_request(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve(wanted, served.spec, models.settings.request_images)
-        return await models.departures.unless_client_leaves(request.receive, image_response(served, job))
+        return await unless_client_leaves(request.scope, request.receive, image_response(served, job))
 
 
 async def _walk(models: Models, request: Request) -> Response:
     wanted = parse_walk(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve_walk(wanted, served.spec, models.settings.request_images)
-        return await models.departures.unless_client_leaves(request.receive, walk_response(served, job))
+        return await unless_client_leaves(request.scope, request.receive, walk_response(served, job))
 
 
 async def _openai_images(models: Models, request: Request) -> Response:
@@ -134,7 +135,7 @@ async def _openai_images(models: Models, request: Request) -> Response:
 async def _image(models: Models, request: Request) -> Response:
     with models.using(request.path_params["model"]) as served:
         address = resolve_address(request.path_params["file"], request.query_params, served)
-        return await models.departures.unless_client_leaves(request.receive, addressed_image(served, address, request.headers))
+        return await unless_client_leaves(request.scope, request.receive, addressed_image(served, address, request.headers))
 
 
 async def _models(models: Models, request: Request) -> Response:

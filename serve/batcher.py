@@ -85,7 +85,7 @@ class Batcher:
         self._tickets: deque[_Ticket] = deque()  # with items that the engine has not been handed
         self._again: deque[list[_Item]] = deque()  # of a batch that failed, to be run one by one
         self._queued = 0
-        self._image_s = 0.0  # a running mean of the engine's time per image
+        self._image_s = math.inf  # a running mean of the engine's time per image, once there has been one
         self._device = device
         self._asking = False
         self._running = 0
@@ -167,7 +167,7 @@ class Batcher:
             self._note_idle()
             return None
         self._running += 1
-        return functools.partial(self._run, items)
+        return Job(functools.partial(self._run, items), self._image_s * len(items))
 
     def _gather(self) -> list[_Item]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
@@ -213,7 +213,8 @@ class Batcher:
     def _made(self, items: list[_Item], images: np.ndarray, seconds: float) -> None:
         """Deals the images of a batch out."""
         self._metrics.batch.observe(len(items))
-        self._image_s += _MEAN_WEIGHT * (seconds / len(items) - self._image_s)
+        newest = seconds / len(items)
+        self._image_s = newest if math.isinf(self._image_s) else self._image_s + _MEAN_WEIGHT * (newest - self._image_s)
         for ticket in {ticket for ticket, _ in items}:
             ticket.model_s += seconds
         finished = 0
@@ -292,7 +293,8 @@ class Batcher:
 
     def _retry_after_s(self) -> int:
         """When the queue is likely to be empty: the images in it, at the engine's present speed."""
-        return min(_LONGEST_RETRY_S, max(1, math.ceil(self._queued * self._image_s)))
+        expected_s = self._queued * self._image_s
+        return 1 if not math.isfinite(expected_s) else min(_LONGEST_RETRY_S, max(1, math.ceil(expected_s)))
 
 
 def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ...]:

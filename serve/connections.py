@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import logging
 import resource
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from uni_instruct.serve.departures import CONNECTION
 from uni_instruct.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class _Bounds:
     loop: asyncio.AbstractEventLoop
     transport: Any
 
+    # Called when the client leaves while a request is under way.
+    on_lost: Callable[[], None] | None = None
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -70,6 +74,8 @@ class _Bounds:
     def data_received(self, data: bytes) -> None:
         super().data_received(data)  # type: ignore[misc]
         cycle = self.cycle
+        if cycle is not None:
+            cycle.scope[CONNECTION] = self  # the app has not seen it yet: it runs in a task that has only been made
         if cycle is None or cycle.response_complete or cycle.more_body:
             self._expect()
         else:
@@ -85,6 +91,8 @@ class _Bounds:
         self._unexpect()
         self.silent.pop(self, None)
         super().connection_lost(exc)  # type: ignore[misc]
+        if self.on_lost is not None:
+            self.on_lost()
 
     def _expect(self) -> None:
         # From the first byte on, not from the last: one byte a second would never end.

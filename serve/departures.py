@@ -1,60 +1,63 @@
 """Clients that leave: what they have asked for is cancelled, so that the engine's time goes to those who still wait."""
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
-from uni_instruct.serve.deadlines import Deadlines
+# Where a request's scope has the connection that it came on (connections.py).
+CONNECTION = "uni_instruct.connection"
 
 _T = TypeVar("_T")
 
-# A request that is younger is not watched: most are over by then, and a task for each costs as much as its answer.
-_YOUNG_S = 0.05
+
+class Connection(Protocol):
+    """What tells when a client has left, by calling `on_lost`."""
+
+    on_lost: Callable[[], None] | None
 
 
 class _Waiting:
     """A client that waits for a task."""
 
-    def __init__(self, receive: Receive, task: "asyncio.Task[Any]"):
+    def __init__(self, task: "asyncio.Task[Any]"):
         self.left = False
-        self.watcher: asyncio.Task[None] | None = None
-        self._receive, self._task = receive, task
+        self._task = task
 
-    def watch(self) -> None:
-        self.watcher = asyncio.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        # ASGI tells nobody that a client has left: its message has to be waited for beside the work.
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def leave(self) -> None:
         self.left = True
         self._task.cancel()
 
+    async def watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.leave()
 
-class Departures:
-    """Watches the clients of requests that take a while."""
 
-    def __init__(self) -> None:
-        self._young: Deadlines[_Waiting] = Deadlines(_Waiting.watch)
-
-    async def unless_client_leaves(self, receive: Receive, work: Awaitable[_T]) -> _T:
-        """What the work gives. When the client goes away the work is cancelled, and ClientDisconnect is raised."""
-        task = asyncio.current_task()
-        assert task is not None
-        waiting = _Waiting(receive, task)
-        self._young.add(waiting, asyncio.get_running_loop().time() + _YOUNG_S)
-        try:
-            return await work
-        except asyncio.CancelledError:
-            # Cancelled by the watcher, or from outside, as when the server stops: only the first is the client's doing.
-            if waiting.left:
-                task.uncancel()
-                raise ClientDisconnect from None
-            raise
-        finally:
-            self._young.remove(waiting)
-            if waiting.watcher is not None:
-                waiting.watcher.cancel()
+async def unless_client_leaves(scope: Scope, receive: Receive, work: Awaitable[_T]) -> _T:
+    """What the work gives. When the client goes away the work is cancelled, and ClientDisconnect is raised."""
+    task = asyncio.current_task()
+    assert task is not None
+    waiting = _Waiting(task)
+    connection: Connection | None = scope.get(CONNECTION)
+    watcher = None
+    if connection is not None:
+        connection.on_lost = waiting.leave
+    else:
+        # ASGI itself tells nobody that a client has left: its message has to be waited for beside the work.
+        watcher = asyncio.create_task(waiting.watch(receive))
+    try:
+        return await work
+    except asyncio.CancelledError:
+        # Cancelled by the client, or from outside, as when the server stops.
+        if waiting.left:
+            task.uncancel()
+            raise ClientDisconnect from None
+        raise
+    finally:
+        if connection is not None:
+            connection.on_lost = None
+        if watcher is not None:
+            watcher.cancel()

@@ -2,13 +2,29 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import NamedTuple
 
-# What runs in the thread, and gives back what is to be called on the event loop afterwards. It must not raise.
-Job = Callable[[], Callable[[], None]]
+from uni_instruct.engines.device import CPU
+
+# What takes no longer runs on the event loop: to wake a thread and to be woken by it takes as long as a small network.
+QUICK_S = 0.001
+
+
+class Job(NamedTuple):
+    """What runs in the thread, and gives back what is to be called on the event loop afterwards. It must not raise.
+
+    expected_s: how long it is likely to take.
+    """
+
+    run: Callable[[], Callable[[], None]]
+    expected_s: float = math.inf
+
+
 # Called on the event loop when the turn has come: a job, or None where nothing waits any more.
 Turn = Callable[[], Job | None]
 
@@ -16,10 +32,12 @@ Turn = Callable[[], Job | None]
 class DeviceThread:
     """Runs one job at a time; batchers take turns, in the order in which they ask. To be used from one event loop.
 
-    No future and no task a batch: the loop puts a job into a queue, and hears of it by one callback.
+    No future and no task a batch: the loop puts a job into a queue, and hears of it by one callback. Jobs of up to quick_s
+    seconds run on the loop itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quick_s: float = 0.0) -> None:
+        self._quick_s = quick_s
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._turns: deque[Turn] = deque()
         self._busy = False
@@ -52,7 +70,11 @@ class DeviceThread:
         # A batch is gathered when its turn comes, not before: while one model runs, the batches of the others go on filling.
         while self._turns and not self._busy:
             job = self._turns.popleft()()
-            if job is not None:
+            if job is None:
+                continue
+            if job.expected_s <= self._quick_s:
+                job.run()()
+            else:
                 self._busy = True
                 self._jobs.put(job)
 
@@ -64,7 +86,7 @@ class DeviceThread:
     def _work(self) -> None:
         assert self._loop is not None
         while (job := self._jobs.get()) is not None:
-            deliver = job()
+            deliver = job.run()
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for it any more
                 self._loop.call_soon_threadsafe(self._finished, deliver)
 
@@ -77,7 +99,10 @@ class DeviceThreads:
 
     def of(self, device: str) -> DeviceThread:
         """The thread of that device, such as 'cpu' or 'cuda:0'."""
-        return self._threads.setdefault(device, DeviceThread())
+        if device not in self._threads:
+            # Only on the CPU: what was captured on a GPU belongs to the thread that has done it.
+            self._threads[device] = DeviceThread(QUICK_S if device == CPU else 0.0)
+        return self._threads[device]
 
     def close(self) -> None:
         """Ends the threads, after the jobs that run."""

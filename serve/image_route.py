@@ -57,7 +57,12 @@ async def addressed_image(served: ServedModel, address: ImageAddress, headers: H
     if _has_it(headers.get("if-none-match", ""), cache["ETag"]):
         return Response(status_code=304, headers=cache)
     encoded = await generate_encoded(
-        served, [address.seed], address.class_ids, lambda images: [address.picture.encode(images[0])]
+        served,
+        [address.seed],
+        address.class_ids,
+        lambda images: [address.picture.encode(images[0])],
+        address.picture.format,
+        address.picture.factor,
     )
     told = {"X-Seeds": str(address.seed), **timing_headers(served, encoded.stage_ms), **cache}
     if address.class_ids is not None:

@@ -85,12 +85,10 @@ class Guards:
         if self._stopping.begun and path not in _ALWAYS_ANSWERED:
             return StoppingError()
         # A browser's preflight request (OPTIONS) never carries the key.
-        if self._settings.keys and scope.get("method") != "OPTIONS" and path not in HEALTH_PATHS:
-            # As bytes: which characters they stand for is not the header's to say.
-            if not is_one_of(given_key(header_of(scope, b"authorization") or b""), self._settings.keys):
-                return UnauthorizedError(
-                    "the API key is missing or wrong", remedy="send the header 'Authorization: Bearer KEY'"
-                )
+        needs_key = self._settings.keys and scope.get("method") != "OPTIONS" and path not in HEALTH_PATHS
+        # As bytes: which characters they stand for is not the header's to say.
+        if needs_key and not is_one_of(given_key(header_of(scope, b"authorization") or b""), self._settings.keys):
+            return UnauthorizedError("the API key is missing or wrong", remedy="send the header 'Authorization: Bearer KEY'")
         announced = header_of(scope, b"content-length") or b"0"
         if announced.isdigit() and (len(announced) > 18 or int(announced) > self._settings.max_body_bytes):
             return self._too_large()

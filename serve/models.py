@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from uni_instruct.serve.departures import Departures
 from uni_instruct.serve.device_thread import DeviceThreads
 from uni_instruct.serve.errors import UnknownModelError
 from uni_instruct.serve.metrics import ServerMetrics
@@ -35,7 +34,6 @@ class Models:
         self.metrics = ServerMetrics()
         self.encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
         self.stopping = Stopping(settings.grace_s)
-        self.departures = Departures()
         self._settled = False
         self._devices = DeviceThreads()
         self._tried: dict[str, Fingerprint | None] = {}  # the newest files of each model that loading was tried with

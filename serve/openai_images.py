@@ -129,7 +129,12 @@ async def images_response(served: ServedModel, job: ImagesJob, base_url: str) ->
         generated = await generate_images(served, job.seeds, job.class_ids)
         return StreamingResponse(_events(served, job, generated.images), media_type="text/event-stream")
     encoded = await generate_encoded(
-        served, job.seeds, job.class_ids, lambda images: [job.picture.encode(image) for image in images]
+        served,
+        job.seeds,
+        job.class_ids,
+        lambda images: [job.picture.encode(image) for image in images],
+        job.picture.format,
+        job.picture.factor,
     )
     entries = [{"b64_json": base64.b64encode(file).decode()} for file in encoded.files]
     return JSONResponse(_answer(served, job, entries), headers=timing_headers(served, encoded.stage_ms))

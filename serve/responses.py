@@ -23,6 +23,9 @@ from uni_instruct.spec import ModelSpec
 
 # Proxies commonly refuse more than 8 kB of headers.
 _LONGEST_HEADER = 2048
+# What is encoded in a fraction of a millisecond: formats, images, and bytes of pixels (one picture of 64x64 in colour).
+_QUICK = ("png", "jpeg", "json", "npz")
+_QUICK_IMAGES, _QUICK_BYTES = 8, 64 * 64 * 3
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class EncodedImages:
 async def image_response(served: ServedModel, job: Job) -> Response:
     """The images of a job, with headers that name seeds, classes, model, engine and milliseconds by stage."""
     spec = served.spec
-    encoded = await generate_encoded(served, job.seeds, job.class_ids, lambda images: [encode_job(job, images, spec)])
+    encoded = await generate_encoded(
+        served, job.seeds, job.class_ids, lambda images: [encode_job(job, images, spec)], job.format
+    )
     headers = {**job_headers(job), **timing_headers(served, encoded.stage_ms)}
     return Response(encoded.files[0], headers=headers, media_type=media_type(job))
 
@@ -59,16 +64,26 @@ async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], clas
 
 
 async def generate_encoded(
-    served: ServedModel, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, encoder: Callable[[np.ndarray], list[bytes]]
+    served: ServedModel,
+    seeds: Sequence[NoisePoint],
+    class_ids: np.ndarray | None,
+    encoder: Callable[[np.ndarray], list[bytes]],
+    format: str,
+    factor: int = 1,
 ) -> EncodedImages:
-    """The files that `encoder` makes of the seeds' images uint8 [N, H, W, C].
+    """The files that `encoder` makes of the seeds' images uint8 [N, H, W, C], enlarged by a factor, in that format.
 
     class_ids: int64 [N], None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
     """
     generated = await generate_images(served, seeds, class_ids)
     start = time.perf_counter()
-    # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
-    files = await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, generated.images)
+    images = generated.images
+    if format in _QUICK and len(images) <= _QUICK_IMAGES and images.nbytes * factor**2 <= _QUICK_BYTES:
+        # Here: to hand a small picture to a thread takes longer than to encode it.
+        files = encoder(images)
+    else:
+        # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
+        files = await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, images)
     encode_ms = 1e3 * (time.perf_counter() - start)
     served.metrics.stage["encode"].observe(encode_ms / 1e3)
     return EncodedImages(files, {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms})

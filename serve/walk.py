@@ -92,7 +92,9 @@ def parse_walk(body: bytes) -> WalkRequest:
 async def walk_response(served: ServedModel, job: WalkJob) -> Response:
     """The pictures of a job, with the headers of /v1/generate."""
     wanted = job.wanted
-    encoded = await generate_encoded(served, job.points, job.class_ids, lambda images: [encode_walk(job, images)])
+    encoded = await generate_encoded(
+        served, job.points, job.class_ids, lambda images: [encode_walk(job, images)], job.wanted.format
+    )
     timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in encoded.stage_ms.items())
     headers = {"X-Engine": str(served.engine.id), "Server-Timing": timing, "Cache-Control": "no-store"}
     if job.class_ids is not None and len(ids := ",".join(map(str, job.class_ids))) <= _LONGEST_HEADER:
