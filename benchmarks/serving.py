@@ -1,9 +1,9 @@
 """How fast the server answers: `python benchmarks/serving.py BUNDLE [--litserve FOLDER] [--engine onnx] [--seconds 4]`.
 
-Starts `uni-instruct serve` and, beside it, peers with the same engine and encoder (benchmarks/peers): BentoML's own batching, a
-plain BentoML endpoint, and LitServe where `pip install --target FOLDER litserve` has put it. All take turns, round by round, and
-answer one PNG per request to 1, 32 and 128 clients. Beside them noise, engine and PNG without HTTP, in batches of 64, and the
-time that an idle server adds to a single one. Figures and ratios as JSON; ratios are of medians over the rounds.
+Starts `uni-instruct serve` and, beside it, peers with the same engine and encoder (benchmarks/peers): BentoML's own batching,
+a plain BentoML endpoint, and LitServe where `pip install --target FOLDER litserve` has put it. All take turns, round by round,
+and answer one PNG per request to 1, 32 and 128 clients. Beside them noise, engine and PNG without HTTP, in batches of 64, and
+the time that an idle server adds to a single one. Figures and ratios as JSON; ratios are of medians over the rounds.
 """
 
 import argparse

@@ -127,9 +127,7 @@ async def _openai_images(models: Models, request: Request) -> Response:
     wanted = parse_images_request(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve_images(wanted, served.spec, models.settings.request_images)
-        return await models.departures.unless_client_leaves(
-            request.receive, images_response(served, job, str(request.base_url))
-        )
+        return await unless_client_leaves(request.scope, request.receive, images_response(served, job, str(request.base_url)))
 
 
 async def _image(models: Models, request: Request) -> Response:

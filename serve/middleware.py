@@ -130,7 +130,7 @@ def put_guards_first(app: Starlette, *, tracing: bool) -> None:
     app.user_middleware = [middleware for middleware in kept if middleware.cls is not Guards]
     # What runs now, the lifespan, goes on in the stack as it was.
     inner = app.build_middleware_stack()
-    app.middleware_stack = inner if guards is None else Guards(inner, *guards.args, **guards.kwargs)
+    app.middleware_stack = inner if guards is None else guards.cls(inner, *guards.args, **guards.kwargs)
 
 
 def add_prefix(scope: Scope, prefix: str) -> None:

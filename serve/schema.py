@@ -79,7 +79,8 @@ def parse_model(model: type[_Model], body: bytes, remedies: Mapping[str, str], e
     if not isinstance(fields, dict):
         raise RequestError(f"the body is {_short(fields)}, not an object", remedy=f"send one, such as {example}")
     # Before pydantic, which would list all of a hundred thousand unknown fields.
-    if unknown := next((name for name in fields if name not in model.model_fields), None):
+    unknown = next((name for name in fields if name not in model.model_fields), None)
+    if unknown is not None:  # it may be empty
         name = unknown[:_LONGEST_VALUE]
         raise RequestError(f"field '{name}' is unknown", remedy=f"the fields are {', '.join(remedies)}", param=name)
     try:

@@ -27,7 +27,9 @@ from uni_instruct.serve.models import Models
 from uni_instruct.serve.responses import generate_images
 from uni_instruct.serve.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
+from uni_instruct.serve.supervision import look_often
 
+look_often()
 use_own_folder()
 _settings = settings_from_environment()
 _app = create_app(_settings)

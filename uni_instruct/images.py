@@ -66,7 +66,7 @@ def _small_png(image: np.ndarray) -> bytes:
     lines = np.zeros((height, 1 + width * channels), dtype=np.uint8)  # each begins with the number of its filter: 0, none
     lines[:, 1:] = image.reshape(height, width * channels)
     header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOURS[channels], 0, 0, 0))
-    return b"".join((_PNG, header, _png_chunk(b"IDAT", zlib.compress(lines, 1)), _PNG_END))
+    return b"".join((_PNG, header, _png_chunk(b"IDAT", zlib.compress(lines.tobytes(), 1)), _PNG_END))
 
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:

@@ -13,7 +13,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.serve.batcher import Batcher, DeviceThread
+from uni_instruct.serve.batcher import Batcher
+from uni_instruct.serve.device_thread import DeviceThread
 from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.sources import sources_by_name, split_sources
 
@@ -113,7 +114,7 @@ def test_models_on_one_device_take_turns(tiny_bundle: Bundle) -> None:
         await asyncio.gather(*waiting)
         await first.close()
         await second.close()
-        device.pool.shutdown()
+        device.close()
 
     run(work())
     assert calls == [("first", 4), ("second", 4), ("first", 4)]

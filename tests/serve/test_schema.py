@@ -38,6 +38,7 @@ WRONG = [
     (b"\xff\xfe", "the body is not JSON"),
     (b"[1]", "the body is [1], not an object"),
     (b'{"seds": [1]}', "field 'seds' is unknown; the fields are model, seeds, num_images,"),
+    (b'{"": [1]}', "field '' is unknown; the fields are model, seeds, num_images,"),
     (b'{"seeds": 7}', "seeds is 7; give a list of integers"),
     (b'{"seeds": ["a"]}', "seeds[0] is 'a'; give a list of integers"),
     (b'{"seeds": [1.5]}', "seeds[0] is 1.5"),
