@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 # Tests run in so many processes, a file in one of them: `make test PROCESSES=4`.
 PROCESSES ?= 2
 
-.PHONY: quickstart test coverage check format lint types slow gpu package-tree pins clean
+.PHONY: quickstart test coverage check format lint types slow soak gpu package-tree pins clean
 
 quickstart: $(INSTALLED)
 	@exec $(BIN)/uni-instruct quickstart --out runs/quickstart
@@ -31,6 +31,10 @@ types: $(INSTALLED) package-tree
 # Parity of every engine on the GPU, their speed, a short training: figures as JSON in gpu.json. DEVICE=cuda:1 for another.
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py --device $(or $(DEVICE),cuda) --out gpu.json
+
+# Half an hour at twice the capacity, in bad company: `make soak MINUTES=10`. Not part of `check`.
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),30)
 
 slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES) --dist loadfile -o timeout=900
