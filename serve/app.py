@@ -149,7 +149,7 @@ async def _spec(models: Models, request: Request) -> Response:
 
 
 async def _openapi(models: Models, request: Request) -> Response:
-    return JSONResponse(openapi_document())
+    return JSONResponse(openapi_document(demo=models.settings.serves_ui))
 
 
 async def _metrics(models: Models, request: Request) -> Response:

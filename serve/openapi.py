@@ -4,6 +4,7 @@ from pydantic import BaseModel
 
 from uni_instruct import __version__
 from uni_instruct.serve.bento_route import BentoRequest
+from uni_instruct.serve.compare import CompareRequest
 from uni_instruct.serve.openai_images import ImagesRequest
 from uni_instruct.serve.schema import GenerateRequest
 from uni_instruct.serve.walk import WalkRequest
@@ -11,12 +12,15 @@ from uni_instruct.serve.walk import WalkRequest
 _Json = dict[str, object]
 
 
-def openapi_document() -> _Json:
-    """The description; requests' fields come from the pydantic models that check them, so that they cannot drift apart."""
+def openapi_document(*, demo: bool) -> _Json:
+    """The description; requests' fields come from the pydantic models that check them, so that they cannot drift apart.
+
+    demo: whether the routes are there that the demo's page asks beyond the API.
+    """
     return {
         "openapi": "3.1.0",
         "info": {"title": "Uni-Instruct", "version": __version__, "description": "One-step image generators."},
-        "paths": {**_POSTS, **_GETS},
+        "paths": {**_POSTS, **_GETS, **(_DEMO if demo else {})},
         "components": {
             "schemas": {"Error": _ERROR, "Model": _MODEL, "Images": _IMAGES_ANSWER},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -36,6 +40,7 @@ def _or_null(type_: str) -> _Json:
 
 _TEXT: _Json = {"type": "string"}
 _INTEGER: _Json = {"type": "integer"}
+_NUMBER: _Json = {"type": "number"}
 _ERROR = _object(
     error=_object(message=_TEXT, type=_TEXT, param=_or_null("string"), code=_TEXT, remedy=_TEXT),
 )
@@ -66,25 +71,48 @@ _IMAGES_ANSWER: _Json = _object(
 )
 _GENERATE_ANSWER = _object(images={"type": "array", "items": _object(**_FACTS, b64_png=_TEXT)})
 _LIST_ANSWER = _object(object={"const": "list"}, data={"type": "array", "items": {"$ref": "#/components/schemas/Model"}})
+_SPEC_PROPERTIES: _Json = {
+    "name": _TEXT,
+    "image_shape": {"type": "array", "items": _INTEGER},
+    "num_classes": _INTEGER,
+    "class_names": {"type": "array", "items": _TEXT},
+    "steps": _INTEGER,
+    "weights_sha256": _TEXT,
+    "engine": _TEXT,
+    "device": _TEXT,
+    "precision": _TEXT,
+    "engines": {"type": "array"},
+    "batch_sizes": {"type": "array", "items": _INTEGER},
+    "limits": {"type": "object"},
+    "versions": {"type": "object"},
+}
 _SPEC_ANSWER: _Json = {
     "type": "object",
-    "properties": {
-        "name": _TEXT,
-        "image_shape": {"type": "array", "items": _INTEGER},
-        "num_classes": _INTEGER,
-        "class_names": {"type": "array", "items": _TEXT},
-        "steps": _INTEGER,
-        "weights_sha256": _TEXT,
-        "engine": _TEXT,
-        "device": _TEXT,
-        "precision": _TEXT,
-        "engines": {"type": "array"},
-        "batch_sizes": {"type": "array", "items": _INTEGER},
-        "limits": {"type": "object"},
-        "versions": {"type": "object"},
-    },
+    "properties": _SPEC_PROPERTIES,
     "required": ["name", "image_shape", "num_classes", "class_names", "weights_sha256", "engine", "batch_sizes", "limits"],
 }
+_ABOUT_ANSWER: _Json = {
+    **_SPEC_ANSWER,
+    "properties": {
+        **_SPEC_PROPERTIES,
+        "card": {**_TEXT, "description": "The model card in Markdown."},
+        "pictures": {"type": "array", "items": _TEXT},
+        "compare": {"type": "array", "items": _object(id=_TEXT, label=_TEXT)},
+        "teacher": {
+            "oneOf": [{"type": "null"}, _object(steps=_INTEGER, evaluations=_INTEGER, at_hand={"type": "boolean"})],
+        },
+        "needs_key": {"type": "boolean"},
+    },
+}
+_COMPARE_ANSWER = _object(
+    sides={
+        "type": "array",
+        "items": _object(id=_TEXT, steps=_INTEGER, evaluations=_INTEGER, device=_TEXT, model_ms=_NUMBER, b64_png=_TEXT),
+        "minItems": 2,
+        "maxItems": 2,
+    },
+    difference=_object(largest_levels=_INTEGER, mean_levels=_NUMBER, equal_share=_NUMBER, gain=_INTEGER, b64_png=_TEXT),
+)
 
 # Status -> what it says; every one of them has the body of Error.
 _FAILURES = {
@@ -114,7 +142,7 @@ def _answer(description: str, **content: object) -> _Json:
 
 def _post(summary: str, model: type[BaseModel], example: _Json, answer: _Json) -> _Json:
     content = {"application/json": {"schema": model.model_json_schema(), "example": example}}
-    body = {"content": content, "required": False}
+    body = {"content": content, "required": any(field.is_required() for field in model.model_fields.values())}
     responses: _Json = {**answer, **_failures(*_MAKING)}
     return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
 
@@ -175,6 +203,7 @@ _IMAGE_RESPONSES: _Json = {
     "304": {"description": "The client has it already."},
     **_failures(400, 401, 404, 429, 500, 503, 504),
 }
+_MODEL_QUERY = _parameter("model", "query", "Which; without it the first.", _TEXT)
 _NAME = _parameter("model", "path", "A model, as GET /v1/models lists them.", _TEXT)
 _GETS: _Json = {
     "/v1/images/{model}/{file}": {
@@ -205,9 +234,33 @@ _GETS: _Json = {
         401,
         404,
         503,
-        parameters=[_parameter("model", "query", "Which; without it the first.", _TEXT)],
+        parameters=[_MODEL_QUERY],
     ),
     "/metrics": _get("Metrics for Prometheus", _answer("The text format.", text_plain=_TEXT), 401),
+}
+_DEMO: _Json = {
+    "/v1/about": _get(
+        "The facts of /v1/spec, the model card, and what there is to compare with; where the demo is served",
+        _answer("The facts.", application_json=_ABOUT_ANSWER),
+        401,
+        404,
+        503,
+        parameters=[_MODEL_QUERY],
+    ),
+    "/v1/about/{picture}": _get(
+        "A picture of the card",
+        _answer("The picture.", image_png=_BINARY),
+        401,
+        404,
+        503,
+        parameters=[_parameter("picture", "path", "As 'pictures' of /v1/about lists them.", _TEXT), _MODEL_QUERY],
+    ),
+    "/v1/compare": _post(
+        "The same noise through the served engine and another, or the teacher; where the demo is served",
+        CompareRequest,
+        {"other": "torch-fp32", "seeds": [7]},
+        _answer("Both, and their difference.", application_json=_COMPARE_ANSWER),
+    ),
 }
 _PROBES = {
     "/livez": "Alive, unless no generator could be loaded",

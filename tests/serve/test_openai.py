@@ -23,6 +23,7 @@ from builders.serving import app_of
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.serve.demo import DemoMount
 
 ODD = 2**60 + 1  # no number in JavaScript
 # Not positive_data_acceptance: which classes there are, and what goes together, no schema says.
@@ -43,9 +44,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def url(tiny_bundle: Bundle, plain: Bundle) -> Iterator[str]:
-    """Two models behind uvicorn, in a thread of this process."""
+    """Two models behind uvicorn, in a thread of this process, with what the demo asks; its page would take long to import."""
+
+    async def without_gradio(self: DemoMount) -> None:
+        pass
+
     port = free_port()
-    app = app_of(f"grey={tiny_bundle.path}", f"colour={plain.path}", max_body_bytes=20_000, request_images=32, max_batch=1)
+    settings = {"max_body_bytes": 20_000, "request_images": 32, "max_batch": 1, "ui": True}
+    app = app_of(f"grey={tiny_bundle.path}", f"colour={plain.path}", **settings)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(DemoMount, "start", without_gradio)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
@@ -55,6 +63,7 @@ def url(tiny_bundle: Bundle, plain: Bundle) -> Iterator[str]:
     yield address
     server.should_exit = True
     thread.join()
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +255,7 @@ def test_the_description_is_true_to_every_route(url: str, tmp_path: Path) -> Non
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     described = {operation.ok().label for operation in schema.get_all_operations()}
     assert {"POST /v1/generate", "POST /v1/images/generations", "GET /v1/images/{model}/{file}", "GET /v1/spec"} <= described
+    assert {"GET /v1/about", "GET /v1/about/{picture}", "POST /v1/compare"} <= described
     checks.load_all_checks()
     held = checks.CHECKS.get_by_names(list(HELD_BY_SCHEMATHESIS))
     # /generate is BentoML's: test_process.py asks it where BentoML runs.

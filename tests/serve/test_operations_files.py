@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -83,3 +84,19 @@ def test_the_deployment_asks_for_what_the_server_has() -> None:
     assert container["args"][1] in COMMANDS
     labels = documents["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert documents["Service"]["spec"]["selector"] == documents["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+
+
+def test_kubernetes_would_take_the_deployment() -> None:
+    """Against the schemas that Kubernetes publishes; a field that there is not is refused."""
+    documents = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
+    assert [document["kind"] for document in documents] == [
+        "Deployment",
+        "Service",
+        "HorizontalPodAutoscaler",
+        "PodDisruptionBudget",
+    ]
+    for document in documents:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    documents[0]["spec"]["replica"] = 2
+    with pytest.raises(kubernetes_validate.ValidationError, match="'replica' was unexpected"):
+        kubernetes_validate.validate(documents[0], kubernetes_validate.latest_version(), strict=True)
