@@ -50,7 +50,7 @@ class Soak:
 
     def __init__(self, port: int, expected: np.ndarray):
         self.port, self.expected = port, expected
-        self.worker = 0  # its process id, and so its event loop's thread
+        self.worker, self.threads = 0, list[int]()  # the server's worker process, and those of its threads that work
         self.statuses: Counter[str] = Counter()
         self.wrong = self.images = 0
         self.refusals_ms: list[float] = []
@@ -118,12 +118,12 @@ class Soak:
     async def _timed(self, asking: Awaitable[Reply]) -> tuple[Reply, float]:
         """The reply, and the milliseconds that it took the server.
 
-        Not its own are those that this process was late by, and those in which the server's event loop was ready to run
-        and other processes had the processors.
+        Not its own are those that this process was late by, and those in which the server's threads were ready to run and
+        other processes had the processors.
         """
-        waited_ms = waited_for_cpu_ms(self.worker)
+        waited_ms = waited_for_cpu_ms(self.worker, self.threads)
         reply = await asking
-        others_ms = waited_for_cpu_ms(self.worker) - waited_ms
+        others_ms = waited_for_cpu_ms(self.worker, self.threads) - waited_ms
         return reply, max(0.0, reply.took_ms - others_ms - self.lag.worst_ms(reply.start, reply.end))
 
     def _note(self, what: str, reply: Reply, judge: bool = True) -> None:
@@ -219,8 +219,9 @@ async def run(soak: Soak, server: "subprocess.Popen[bytes]", minutes: float) -> 
     """Measures the capacity, then asks for OVERLOAD times as much for so many minutes."""
     await until_ready(soak.port, server)
     worker = max(psutil.Process(server.pid).children(recursive=True), key=lambda child: child.memory_info().rss)
-    soak.worker = worker.pid
     capacity = await closed_loop(soak, clients=8, seconds=5.0)
+    threads = {thread.id: thread.user_time + thread.system_time for thread in worker.threads()}
+    soak.worker, soak.threads = worker.pid, [thread for thread, used in threads.items() if used > 0.02 * max(threads.values())]
     print(f"{capacity:.0f} images a second with 8 clients; asking for {OVERLOAD:g} times as many", file=sys.stderr)
     beside = [soak.lag.measure(), soak.probe(), soak.break_things(), soak.open_pages(), soak.watch_memory(worker)]
     tasks = [asyncio.create_task(each) for each in beside]
@@ -285,11 +286,11 @@ def queued(metrics: bytes) -> float:
 
 
 def growth_of(memory_mb: list[float]) -> float:
-    """The last tenth against the second: in the first, caches and pools are still being filled."""
-    tenth = len(memory_mb) // 10
+    """The last tenth against the one after the first third, in which pools and caches are still being filled."""
+    third, tenth = len(memory_mb) // 3, len(memory_mb) // 10
     if not tenth:
         return 0.0
-    return float(np.mean(memory_mb[-tenth:]) / np.mean(memory_mb[tenth : 2 * tenth])) - 1
+    return float(np.mean(memory_mb[-tenth:]) / np.mean(memory_mb[third : third + tenth])) - 1
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

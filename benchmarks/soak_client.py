@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -103,6 +104,9 @@ class Wire:
         return int(head.split(b" ", 2)[1]), body, b"connection: close" not in head
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        # As every client does: a connection that has been closed while it was idle is not asked.
+        if self._streams is not None and self._streams[0].at_eof():
+            self.close()
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         return self._streams
@@ -137,11 +141,13 @@ class Lag:
         return worst
 
 
-def waited_for_cpu_ms(thread: int) -> float:
-    """How long that thread has waited for a processor that others had, since it began: 0 where the kernel does not say."""
-    with contextlib.suppress(OSError, IndexError):
-        return float(Path(f"/proc/{thread}/schedstat").read_text().split()[1]) / 1e6
-    return 0.0
+def waited_for_cpu_ms(process: int, threads: Iterable[int]) -> float:
+    """How long these threads of a process have waited for processors that others had; 0 where the kernel does not say."""
+    waited = 0.0
+    for thread in threads:
+        with contextlib.suppress(OSError, IndexError):
+            waited += float(Path(f"/proc/{process}/task/{thread}/schedstat").read_text().split()[1]) / 1e6
+    return waited
 
 
 def _post(path: str, body: bytes) -> bytes:

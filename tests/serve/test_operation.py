@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
+from builders.bad_requests import BadRequest, bad_requests
 from builders.bundles import random_bundle
 from builders.machine import run_cli
 from builders.servers import PATIENCE_S, Running, start
@@ -23,6 +24,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve.load import Answer, count_wrong, summary
+from uni_instruct.serve.supervision import LOOK_EVERY_S, look_often
 
 CONNECTIONS = 20
 
@@ -110,6 +112,49 @@ def test_a_wrong_pixel_a_wrong_seed_and_a_torn_file_are_counted(exported_bundle:
     assert summary([good, bad, lost], 2.0)["statuses"] == {"200": 2, "no answer": 1}
 
 
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_bad_requests_end_in_no_5xx_no_hang_and_no_leak(bounded: Running, count: int) -> None:
+    key = {"Authorization": "Bearer sesame"}
+    worker = max(bounded.family(), key=lambda process: process.memory_info().rss)
+
+    def files() -> int:
+        held: int = worker.num_fds()
+        return held
+
+    def still_serving() -> None:
+        httpx.post(f"{bounded.url}/v1/generate", json={}, headers=key, timeout=PATIENCE_S).raise_for_status()
+
+    still_serving()
+    before = files()
+    for bad in bad_requests(count, seed=count, headers=key):
+        answer = answer_to(bounded, bad)
+        if not (bad.raw and not answer):  # what is not HTTP may be answered by closing
+            assert answer.startswith(b"HTTP/1.1 "), (bad, answer)
+            assert int(answer[9:12]) < 500, (bad, answer)
+    still_serving()
+    metrics = httpx.get(f"{bounded.url}/metrics", headers=key).text
+    assert 'uni_instruct_queue_images{model="tiny"} 0.0' in metrics
+    assert not re.search(r'uni_instruct_requests_total{[^}]*status="5', metrics)
+    deadline = time.monotonic() + PATIENCE_S
+    while files() > before + 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def answer_to(running: Running, bad: BadRequest) -> bytes:
+    """All that comes until the server closes the connection, which may be before it has read all."""
+    answer = b""
+    with connect(running) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(bad.data)
+            if bad.raw:
+                connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(1 << 16):
+                answer += part
+    return answer
+
+
 def test_the_command_that_is_killed_leaves_nothing_running(bounded: Running) -> None:
     import psutil
 
@@ -171,6 +216,33 @@ def test_stopped_under_load_it_finishes_what_runs_and_turns_the_rest_away(export
         assert running.process.wait(PATIENCE_S) == 0
     finally:
         running.kill()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(exported_bundle: Bundle, tmp_path: Path) -> None:
+    running = start(exported_bundle, tmp_path, "--no-ui")
+    try:
+        running.until_announced()
+        (worker,) = (process for process in running.family() if "_bentoml_impl.worker.service" in process.cmdline())
+        worker.kill()
+        worker.wait(PATIENCE_S)
+        running.until_ready()
+        answer = httpx.post(f"{running.url}/v1/generate", json={"seeds": [7], "format": "npz"}, timeout=PATIENCE_S)
+        engine = open_engine(exported_bundle.path, "onnx")
+        expected = generate_images(engine, [7], resolve_class_ids(engine.spec, [7]))
+        np.testing.assert_array_equal(np.load(io.BytesIO(answer.content))["arr_0"], expected)
+    finally:
+        running.kill()
+
+
+def test_bentomls_supervisor_looks_for_dead_workers_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it does every 10 s, and no setting of it changes that."""
+    from bentoml._internal.utils import circus
+
+    monkeypatch.setattr(circus, "Arbiter", circus.Arbiter)  # to be put back
+    look_often()
+    arbiter = circus.create_standalone_arbiter([])
+    assert arbiter.check_delay == LOOK_EVERY_S == 1.0
 
 
 def test_metrics_survive_a_killed_worker_and_another_server(exported_bundle: Bundle, tmp_path: Path) -> None:
