@@ -42,7 +42,7 @@ class Deadlines(Generic[_Item]):
         self._timer = None
         now = asyncio.get_running_loop().time() + _CLOCK_S
         for item in [item for item, deadline in self._deadlines.items() if deadline <= now]:
-            del self._deadlines[item]
-            self._due(item)
+            if self._deadlines.pop(item, None) is not None:  # one that was due before it may have removed it
+                self._due(item)
         if self._deadlines and self._timer is None:
             self._arm(min(self._deadlines.values()))
