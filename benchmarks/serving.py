@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from http_load import closed_loop, now_and_then
 from machine import describe_machine
 
@@ -30,6 +31,7 @@ sys.path.insert(0, str(PEERS))
 CLIENTS = (1, 32, 128)
 PATIENCE_S = 120
 IDLE_REQUESTS, IDLE_PAUSE_S = 200, 0.02
+AWAKE_S = 0.2
 
 
 @dataclass
@@ -43,6 +45,19 @@ class Target:
     port: int = 0
     latencies_ms: dict[int, list[float]] = field(default_factory=lambda: {clients: [] for clients in CLIENTS})
     images_per_s: dict[int, list[float]] = field(default_factory=lambda: {clients: [] for clients in CLIENTS})
+    processes: list[psutil.Process] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within the block it runs; before and after, its processes stand still: some servers poll while they are idle."""
+        for process in self.processes:
+            process.resume()
+        time.sleep(AWAKE_S)
+        try:
+            yield
+        finally:
+            for process in self.processes:
+                process.suspend()
 
     def load(self, clients: int, seconds: float) -> None:
         try:
@@ -69,11 +84,13 @@ def main() -> None:
 
         model = Model()
         bare, single = [bare_rate(model, options.seconds)], single_ms(model)
-        idle_ms = sorted(now_and_then(*place(targets[0]), IDLE_REQUESTS, IDLE_PAUSE_S))
+        with targets[0].turn():
+            idle_ms = sorted(now_and_then(*place(targets[0]), IDLE_REQUESTS, IDLE_PAUSE_S))
         for _ in range(options.rounds):
             for clients in CLIENTS:
                 for target in targets:
-                    target.load(clients, options.seconds)
+                    with target.turn():
+                        target.load(clients, options.seconds)
             bare.append(bare_rate(model, options.seconds))
     # One PNG of a warm server at rest, and how much of it is not noise, engine and PNG.
     idle = {f"idle_p{round(100 * share)}_ms": quantile(idle_ms, share) for share in (0.5, 0.99)}
@@ -155,7 +172,7 @@ def place(target: Target) -> tuple[int, str, str]:
 def running(targets: Sequence[Target], litserve: str | None) -> Iterator[None]:
     """All servers as processes, warm; stopped at the end."""
     paths = [os.environ.get("PYTHONPATH", ""), str(PEERS), *([litserve] if litserve else [])]
-    processes = []
+    processes: dict[str, subprocess.Popen[bytes]] = {}
     with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
         for target in targets:
             target.port = free_port()
@@ -166,21 +183,31 @@ def running(targets: Sequence[Target], litserve: str | None) -> Iterator[None]:
                 "PYTHONPATH": os.pathsep.join(paths),
             }
             command = [part.replace("{port}", str(target.port)) for part in target.command]
-            process = subprocess.Popen(command, cwd=PEERS, env=environment, stdout=sys.stderr)
-            processes.append(process)
-            stack.callback(stop, process)
+            process = processes[target.name] = subprocess.Popen(command, cwd=PEERS, env=environment, stdout=sys.stderr)
+            stack.callback(stop, target, process)
         for target in targets:
             until_ready(target)
+            started = psutil.Process(processes[target.name].pid)
+            target.processes = [started, *started.children(recursive=True)]
+        for target in targets:
+            with target.turn():
+                pass
         yield
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
+def stop(target: Target, process: "subprocess.Popen[bytes]") -> None:
+    """Ends a server and all that it has started, some of which would not end by themselves."""
+    for each in target.processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.resume()
+    started = psutil.Process(process.pid)
+    family = [*started.children(recursive=True), started]
     process.send_signal(signal.SIGINT)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for each in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
 
 
 def until_ready(target: Target) -> None:
