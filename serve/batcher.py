@@ -23,7 +23,7 @@ from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.noise import NoisePoint, class_ids_in_turn, draw_inputs
 from uni_instruct.serve.deadlines import Deadlines
-from uni_instruct.serve.device_thread import DeviceThread, Job
+from uni_instruct.serve.device_thread import DeviceThread, EngineCall
 from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
 from uni_instruct.serve.metrics import ModelMetrics
 
@@ -152,7 +152,7 @@ class Batcher:
             self._asking = True
             self._device.ask(self._turn)
 
-    def _turn(self) -> Job | None:
+    def _turn(self) -> EngineCall | None:
         """The next batch, as a job for the device's thread. No timer collects requests into fuller batches.
 
         While the engine runs, the next batch gathers by itself, and an idle engine has nothing to gain from making the first
@@ -167,7 +167,7 @@ class Batcher:
             self._note_idle()
             return None
         self._running += 1
-        return Job(functools.partial(self._run, items), self._image_s * len(items))
+        return EngineCall(functools.partial(self._run, items), self._image_s * len(items))
 
     def _gather(self) -> list[_Item]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""

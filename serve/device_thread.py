@@ -15,7 +15,7 @@ from uni_instruct.engines.device import CPU
 QUICK_S = 0.001
 
 
-class Job(NamedTuple):
+class EngineCall(NamedTuple):
     """What runs in the thread, and gives back what is to be called on the event loop afterwards. It must not raise.
 
     expected_s: how long it is likely to take.
@@ -26,7 +26,7 @@ class Job(NamedTuple):
 
 
 # Called on the event loop when the turn has come: a job, or None where nothing waits any more.
-Turn = Callable[[], Job | None]
+Turn = Callable[[], EngineCall | None]
 
 
 class DeviceThread:
@@ -38,7 +38,7 @@ class DeviceThread:
 
     def __init__(self, quick_s: float = 0.0) -> None:
         self._quick_s = quick_s
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[EngineCall | None] = SimpleQueue()
         self._turns: deque[Turn] = deque()
         self._busy = False
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -25,7 +25,7 @@ def uvicorn_server() -> "uvicorn.Server | None":
     return server if hasattr(server, "handle_exit") and hasattr(server, "config") else None
 
 
-class Running:
+class RunningCount:
     """Counts the blocks that are entered and not yet left."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Stopping:
 
     def __init__(self, grace_s: float):
         self.begun = False
-        self.request = Running()  # `with stopping.request:` around a request that is to be finished
+        self.request = RunningCount()  # `with stopping.request:` around a request that is to be finished
         self._grace_s = grace_s
         self._task: asyncio.Task[None] | None = None
 
