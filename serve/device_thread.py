@@ -73,10 +73,18 @@ class DeviceThread:
             if job is None:
                 continue
             if job.expected_s <= self._quick_s:
-                job.run()()
+                self._run_here(job)
             else:
                 self._busy = True
                 self._jobs.put(job)
+
+    def _run_here(self, job: EngineCall) -> None:
+        assert self._loop is not None
+        try:
+            job.run()()
+        except BaseException:
+            self._loop.call_soon(self._start)  # or those who wait for a turn would wait for ever
+            raise
 
     def _finished(self, deliver: Callable[[], None]) -> None:
         self._busy = False

@@ -245,6 +245,33 @@ def test_closing_answers_what_runs_and_refuses_what_waits(engine: Engine) -> Non
     run(work())
 
 
+def test_calls_that_are_known_to_be_quick_run_on_the_event_loop(engine: Engine) -> None:
+    class Noting(Gate):
+        def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return super().__call__(z, class_ids)
+
+    threads: list[bool] = []
+
+    async def work() -> None:
+        gate = Noting(engine, is_open=True)
+        device = DeviceThread(quick_s=FOREVER_S)
+        batcher = Batcher(gate, (1, 2, 4), 64, ServerMetrics().of_model("tiny"), device)
+        for seeds in ([1], [2, 3, 4, 5, 6], [POISON]):
+            if seeds == [POISON]:
+                with pytest.raises(EngineFailedError, match="failed on seed 666: poisoned"):
+                    await ask(batcher, gate, seeds)
+            else:
+                assert_same_images((await ask(batcher, gate, seeds)).images, expected(engine, seeds))
+        assert_same_images((await ask(batcher, gate, [7])).images, expected(engine, [7]))
+        await batcher.close()
+        device.close()
+
+    run(work())
+    # The first one in the thread: how long it takes is not known before.
+    assert threads == [False, True, True, True, True]
+
+
 def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
 
