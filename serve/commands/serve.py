@@ -99,8 +99,10 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
         # BentoML keeps its files in that folder, and imports nothing that happens to lie in the user's.
         environment.setdefault("BENTOML_HOME", folder)
-        server = Server(address, port, environment, folder, settings)
+        server: Server | None = None
         try:
+            # Within the block: a signal may come while the process is being made, which then ends with this one.
+            server = Server(address, port, environment, folder, settings)
             server.wait_until_ready()
             _announce(bundles, server.url, settings)
             server.wait()
@@ -109,7 +111,8 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
         finally:
             # A second Ctrl-C would end this process and leave the server running.
             with _signals(signal.SIG_IGN):
-                server.stop()
+                if server is not None:
+                    server.stop()
 
 
 def _check(bundle: Bundle, engine: str | None, device: str | None) -> None:
