@@ -14,7 +14,7 @@ from typing import Any, Generic
 from uni_instruct import __version__
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
-from uni_instruct.files import atomic_folder, cache_folder, sha256
+from uni_instruct.files import cache_folder, folder_made_once, sha256
 from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
 
 # The address that means a Ray of our own on this machine.
@@ -220,11 +220,12 @@ def _contents(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _placed(sent: tuple[str, dict[str, bytes]]) -> Path:
-    """Where the files stand on this node, written by the first actor that needs them."""
+    """Where the files stand on this node, written by the first actor that needs them; the same for all of them."""
     name, files = sent
     place = cache_folder() / "ray" / name
     if not place.exists():
-        with atomic_folder(place.parent) as partial:
+        # Actors of one node come here at the same time, and the first may be reading already when the second is done.
+        with folder_made_once(place.parent) as partial:
             for part, content in files.items():
                 file = partial / place.name / part if part else partial / place.name
                 file.parent.mkdir(parents=True, exist_ok=True)
