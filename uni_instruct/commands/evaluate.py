@@ -97,7 +97,7 @@ def evaluate(
     _check_images_options(bundle, given | {"--device": device, "--sets": sets})
     reference = open_reference(reference_source)
     count = _sets(sets, seeds_text, samples, bundle, reference)
-    seeds = _seeds(seeds_text, seed, samples, reference, count)
+    seeds = choose_seeds(seeds_text, seed, samples, reference, count)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
     if bundle is not None:
         sources = _bundle_sources(bundle, teacher, seeds, engine, device, batch, reference, drawn)
@@ -106,7 +106,7 @@ def evaluate(
     evaluator = _evaluator(reference, extractor, sources, names, count)
     _save_statistics(evaluator, save_statistics)
     scores = {role: _score(evaluator, role, source.parts(count), names, staff) for role, source in sources.items()}
-    facts = score_facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
+    facts = score_facts(evaluator, sources, scores, seeds_text_of(seeds) if bundle else None, drawn)
     click.echo(json.dumps(facts, indent=2)) if as_json else print_scores(facts)
 
 
@@ -198,7 +198,10 @@ def _sets(
     return QUICK_SETS if count >= MIN_SAMPLES_OF_SETS and cost <= QUICK_VALUES else 1
 
 
-def _seeds(text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics, sets: int) -> list[int]:
+def choose_seeds(
+    text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics, sets: int
+) -> list[int]:
+    """The seeds of all sets, in their order. Raises RequestError where they cannot be divided into so many."""
     if text is not None:
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
@@ -216,7 +219,7 @@ def _seeds(text: str | None, first: int | None, samples: int | None, reference: 
     return parse_seeds(f"{start}-{start + count * sets - 1}")
 
 
-def _seeds_text(seeds: list[int]) -> str:
+def seeds_text_of(seeds: list[int]) -> str:
     """'0-1796' where the seeds are consecutive, else how many there are."""
     consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     return f"{seeds[0]}-{seeds[-1]}" if consecutive else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"

@@ -101,6 +101,14 @@ def check_metrics(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def metric_key(printed: str) -> str:
+    """The key in METRICS of a value's printed name: 'fd' of 'FID' and of 'FD(digits-classifier)'; of a key itself, the same.
+
+    Raises RequestError for a name that none prints.
+    """
+    return check_metrics([_PRINTED.get(printed.partition("(")[0], printed)])[0]
+
+
 def applicable(names: Sequence[str] | None, available: Available) -> list[str]:
     """The named metrics, or all that can be measured with what is available.
 
@@ -219,6 +227,9 @@ METRICS = {
     "is": Metric(_inception_score, _inception),
     "class_accuracy": Metric(_class_accuracy, _class_ids),
 }
+
+# How values are printed, up to the extractor's name -> the metric that they are of.
+_PRINTED = {"FID": "fd", "FD": "fd", "KID": "kd", "KD": "kd", "IS": "is", "precision": "pr", "recall": "pr"}
 
 
 def _notes(extractor: Extractor, comparison: Comparison) -> tuple[str, ...]:
