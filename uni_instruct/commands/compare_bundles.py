@@ -7,13 +7,13 @@ from typing import Any
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.evaluate import choose_seeds, seeds_text_of
 from uni_instruct.commands.evaluate_report import score_facts
+from uni_instruct.data import Dataset
 from uni_instruct.evaluate import Evaluator, open_reference
 from uni_instruct.evaluate.class_draw import draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
 from uni_instruct.evaluate.measure import measure
 from uni_instruct.evaluate.sample_source import bundle_samples
 from uni_instruct.evaluate.scores import check_count, metric_key
-from uni_instruct.evaluate.statistics import Statistics
 from uni_instruct.progress import progress
 from uni_instruct.sampling.staff import Staff
 
@@ -49,8 +49,9 @@ def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metric: str | Non
         bundle_samples(bundle, seeds, scoring.engine, BATCH, reference, draw.class_ids, scoring.device)
         for bundle, draw in zip(bundles, drawn, strict=True)
     ]
-    for source in sources if not isinstance(reference, Statistics) else ():
-        check_shape(source.image_shape, reference.image_shape)
+    if isinstance(reference, Dataset):
+        for source in sources:
+            check_shape(source.image_shape, reference.image_shape)
     metrics = [metric_key(metric or DISTANCE)]
     evaluator = Evaluator(reference, scoring.extractor, progress)
     for source in sources:

@@ -16,6 +16,7 @@ import pytest
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.ray_cluster import contents, placed
 from uni_instruct.sampling.pool import ImageJob, Task
 from uni_instruct.sampling.shards import Shard
 
@@ -74,11 +75,9 @@ def test_actors_are_killed_at_random_and_the_images_are_the_same() -> None:
 
 def test_actors_of_a_node_place_a_bundle_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both find nothing there, and the one that is done later must leave alone what the other reads by then."""
-    from uni_instruct.sampling import ray_pool
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     bundle = Bundle.open("digits")
-    sent = ray_pool._contents(bundle.path)
+    sent = contents(bundle.path)
     seen, both_wait, write = list[int](), threading.Barrier(2), Path.write_bytes
 
     def write_when_both_are_here(path: Path, content: bytes) -> int:
@@ -87,7 +86,7 @@ def test_actors_of_a_node_place_a_bundle_once(tmp_path: Path, monkeypatch: pytes
         return write(path, content)
 
     def place() -> None:
-        found = ray_pool._placed(sent)
+        found = placed(sent)
         seen.append(found.stat().st_ino)
         assert Bundle.open(found).weights_sha256 == bundle.weights_sha256
 
