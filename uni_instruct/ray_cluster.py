@@ -33,6 +33,15 @@ def import_ray() -> ModuleType:
         raise MissingExtraError("ray", extra="ray") from error
 
 
+def import_ray_serve() -> ModuleType:
+    """Ray Serve. Raises MissingExtraError where it, or what it needs, is not installed."""
+    import_ray()
+    try:
+        return importlib.import_module("ray.serve")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "ray.serve", extra="ray-serve") from error
+
+
 def connect(ray: ModuleType, address: str, count: int | None) -> bool:
     """Connects this process; whether the connection is ours to end. Raises RequestError."""
     if ray.is_initialized():

@@ -126,8 +126,10 @@ class RemoteTraining:
             if may_begin and self._deaths < MAX_DEATHS:
                 self._begin()
                 return
+            self._training.output.parent.mkdir(parents=True, exist_ok=True)
             with self._training.output.open("a") as output:
-                output.write(f"its actor died: {type(error).__name__}\n")
+                reason = str(error).strip().splitlines()[-1:] or [""]
+                output.write(f"{self._deaths} actors died over it, the last by {type(error).__name__}: {reason[0]}\n")
             self.returncode = -1
             return
         keep(news, self._training)

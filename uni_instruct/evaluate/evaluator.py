@@ -13,7 +13,7 @@ from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, cho
 from uni_instruct.evaluate.reference_cache import ReferenceCache, ReferenceFeatures
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, score
 from uni_instruct.evaluate.statistics import Statistics, open_reference
-from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, summed_up
+from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, joined, summed_up
 from uni_instruct.images import checked_images
 from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
@@ -66,7 +66,7 @@ class Evaluator:
                 else:
                     summary.add(part)
             assert summary is not None  # a data set has images
-            found = ReferenceFeatures(np.concatenate(parts), *summary.moments())
+            found = ReferenceFeatures(joined(parts), *summary.moments())
             known.write(found)
         self.features = _features(found.features) if len(found.features) == len(reference) else None
         self.kept, self.mu, self.sigma = found.features[:: -(-len(found.features) // KEPT_IMAGES)], found.mu, found.sigma

@@ -70,7 +70,7 @@ class Summary:
 
     def kept_features(self) -> np.ndarray:
         """Features float32 [K, D]."""
-        self.kept = [np.concatenate(self.kept)]
+        self.kept = [joined(self.kept)]
         return self.kept[0]
 
     # mu = sum x / N, sigma = (sum x x^T - N mu mu^T) / (N - 1), as EDM's fid.py has them.
@@ -92,6 +92,19 @@ class Summary:
             marginal = (probabilities / count).clip(np.finfo(np.float64).tiny)  # 0 log 0 is 0
             scores.append(np.exp(negative_entropy / count - (marginal * np.log(marginal)).sum()))
         return float(np.mean(scores))
+
+
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts one after the other; the list is emptied on the way, so that nothing is in memory twice."""
+    if len(parts) == 1:
+        return parts.pop()
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
+    end = len(whole)
+    while parts:
+        start = end - len(parts[-1])
+        whole[start:end] = parts.pop()
+        end = start
+    return whole
 
 
 def _sum(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
