@@ -1,8 +1,9 @@
-"""How fast the server answers: `python benchmarks/serving.py BUNDLE [--engine onnx] [--seconds 5] [--rounds 3]`.
+"""How fast the server answers: `python benchmarks/serving.py BUNDLE [--engine onnx] [--seconds 5] [--rounds 3] [--ray]`.
 
-Starts `uni-instruct serve` and, beside it, a plain BentoML endpoint that makes one engine call per request, and asks both
-for one PNG per request: the first answer of the warm server, latency with 1 client, latency and throughput with 32. The two
-take turns, round by round, on the same machine; the ratio is of medians over the rounds.
+Starts `uni-instruct serve` and, beside it, a plain BentoML endpoint that makes one engine call per request, or with --ray
+the same app as one replica on Ray Serve that may use all cores. Both are asked for one PNG per request: the first answer of
+the warm server, latency with 1 client, latency and throughput with 32. The two take turns, round by round, on the same
+machine; the ratio is of medians over the rounds.
 """
 
 import argparse
@@ -52,10 +53,13 @@ def main() -> None:
     parser.add_argument("--engine", default="", help="default: the fastest that was exported")
     parser.add_argument("--seconds", type=float, default=5.0, help="per server, number of clients and round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ray", action="store_true", help="beside the same app on Ray Serve")
     options = parser.parse_args()
     ours = Target("uni-instruct", free_port(), "/v1/generate", '{"seeds": [%d]}')
     plain = Target("plain BentoML", free_port(), "/generate", '{"seed": %d}')
-    with running(ours, plain, options.bundle, options.engine):
+    if options.ray:
+        plain = Target("on Ray Serve", free_port(), ours.path, ours.body)
+    with running(ours, plain, options.bundle, options.engine, options.ray):
         for target in (ours, plain):
             asyncio.run(until_ready(target))
             target.first_ms = asyncio.run(measure(target, clients=1, seconds=0))[0]
@@ -70,7 +74,7 @@ def main() -> None:
 
 
 def report(ours: Target, plain: Target, options: argparse.Namespace) -> dict[str, object]:
-    """Milliseconds, images per second, and how many times the plain endpoint's throughput ours has."""
+    """Milliseconds, images per second, and how many times the other's throughput ours has."""
     ratio = {
         f"throughput_ratio_{clients}_clients": round(
             statistics.median(ours.images_per_s[clients]) / statistics.median(plain.images_per_s[clients]), 2
@@ -133,7 +137,7 @@ async def until_ready(target: Target) -> None:
 
 
 @contextlib.contextmanager
-def running(ours: Target, plain: Target, bundle: str, engine: str) -> Iterator[None]:
+def running(ours: Target, plain: Target, bundle: str, engine: str, ray: bool) -> Iterator[None]:
     """Both servers as processes, stopped at the end."""
     command = [sys.executable, "-m", "uni_instruct", "serve", bundle, "--port", str(ours.port)]
     serve = ["serve", "plain_service:Plain", "--host", "127.0.0.1", "--port", str(plain.port)]
@@ -145,9 +149,12 @@ def running(ours: Target, plain: Target, bundle: str, engine: str) -> Iterator[N
             "UNI_INSTRUCT_BUNDLE": str(Path(bundle).resolve()) if Path(bundle).exists() else bundle,
             "UNI_INSTRUCT_ENGINE": engine,
         }
+        beside, folder = [sys.executable, "-m", "bentoml", *serve], str(HERE)
+        if ray:
+            beside, folder = on_ray(Path(home), plain.port, environment["UNI_INSTRUCT_BUNDLE"], engine), home
         servers = [
             subprocess.Popen([*command, *(["--engine", engine] if engine else [])], stdout=sys.stderr),
-            subprocess.Popen([sys.executable, "-m", "bentoml", *serve], cwd=HERE, env=environment, stdout=subprocess.DEVNULL),
+            subprocess.Popen(beside, cwd=folder, env=environment, stdout=subprocess.DEVNULL),
         ]
         try:
             yield
@@ -156,6 +163,16 @@ def running(ours: Target, plain: Target, bundle: str, engine: str) -> Iterator[N
                 server.send_signal(signal.SIGTERM)
             for server in servers:
                 server.wait()
+
+
+def on_ray(folder: Path, port: int, bundle: str, engine: str) -> list[str]:
+    """The command that serves the bundle on a Ray of this machine, with a configuration in the folder."""
+    arguments = {"bundle": bundle, "cpus": str(os.cpu_count() or 1), **({"engine": engine} if engine else {})}
+    application = {"name": "images", "import_path": "uni_instruct.serve.ray_serve:build", "args": arguments}
+    config = folder / "serve.yaml"
+    # JSON is YAML.
+    config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}))
+    return [sys.executable, "-m", "ray.serve.scripts", "run", str(config)]
 
 
 def free_port() -> int:

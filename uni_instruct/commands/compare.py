@@ -9,8 +9,8 @@ from typing import Any
 import rich_click as click
 
 from uni_instruct.bundle import Bundle, is_bundle
-from uni_instruct.commands.compare_bundles import Scoring, score_bundles
 from uni_instruct.commands.evaluate import MAX_SAMPLES
+from uni_instruct.commands.scoring import Scoring, score_bundles
 from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS
@@ -132,7 +132,7 @@ def _scored(bundles: Mapping[str, Bundle], metric: str | None, options: dict[str
         raise RequestError("bundles are scored against a reference", remedy="give --reference DATA", param="reference")
     staff = staff_of(options.pop("workers", None), options.pop("ray_address", None), options.get("device"))
     scoring = Scoring(**{"sets": SETS} | options, staff=staff)
-    found = score_bundles(list(bundles.values()), scoring, metric)
+    found = score_bundles(list(bundles.values()), scoring, [metric_key(metric or "fd")])
     return {name: _Result(name, facts) for name, facts in zip(bundles, found, strict=True)}
 
 

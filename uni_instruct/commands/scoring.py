@@ -1,4 +1,4 @@
-"""Bundles that are to be compared, scored alike: one reference, one extractor, the same seeds."""
+"""Several bundles scored alike: one reference, one extractor, the same seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,18 +13,16 @@ from uni_instruct.evaluate.class_draw import draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
 from uni_instruct.evaluate.measure import measure
 from uni_instruct.evaluate.sample_source import bundle_samples
-from uni_instruct.evaluate.scores import check_count, metric_key
+from uni_instruct.evaluate.scores import check_count
 from uni_instruct.progress import progress
 from uni_instruct.sampling.staff import Staff
 
-# What is compared by default, as METRICS has it: it is the quickest.
-DISTANCE = "fd"
 BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How bundles are scored; every field is an option of `compare`, and the same as `evaluate` has it."""
+    """How bundles are scored; every field is as the option of `evaluate` of that name."""
 
     reference: str
     sets: int
@@ -36,8 +34,8 @@ class Scoring:
     staff: Staff = field(default_factory=Staff)
 
 
-def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metric: str | None) -> list[dict[str, Any]]:
-    """What `evaluate --json` prints of each. metric: as it is printed; by default the Frechet distance.
+def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metrics: Sequence[str] | None) -> list[dict[str, Any]]:
+    """What `evaluate --json` prints of each. metrics: names from METRICS, None for all that apply.
 
     Raises RequestError, before any image is made, where a bundle does not fit the reference, or has no such metric.
     """
@@ -52,7 +50,6 @@ def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metric: str | Non
     if isinstance(reference, Dataset):
         for source in sources:
             check_shape(source.image_shape, reference.image_shape)
-    metrics = [metric_key(metric or DISTANCE)]
     evaluator = Evaluator(reference, scoring.extractor, progress)
     for source in sources:
         evaluator.check(metrics, source.count // scoring.sets, source.expected is not None)
