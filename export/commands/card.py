@@ -9,7 +9,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.commands.evaluate import MAX_SAMPLES
 from uni_instruct.commands.scoring import Scoring, score_bundles
 from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
-from uni_instruct.evaluate import EXTRACTORS
+from uni_instruct.evaluate import EXTRACTORS, PRETRAINED
 from uni_instruct.evaluate.scores import MIN_SAMPLES
 from uni_instruct.export.publish import ENGINE, read_scores, renew_card
 
@@ -21,7 +21,9 @@ from uni_instruct.export.publish import ENGINE, read_scores, renew_card
     "--samples", type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES), help="Images of a set. [default: as the reference has]"
 )
 @click.option("--sets", type=click.IntRange(1, 100), default=3, help="Disjoint sets of seeds, for mean and spread.")
-@click.option("--extractor", type=click.Choice(EXTRACTORS), default="auto", help="What turns images into features.")
+@click.option(
+    "--extractor", type=click.Choice([*EXTRACTORS, *PRETRAINED]), default="auto", help="What turns images into features."
+)
 @click.option(
     "--scores",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),

@@ -13,7 +13,7 @@ from uni_instruct.commands.evaluate import MAX_SAMPLES
 from uni_instruct.commands.scoring import Scoring, score_bundles
 from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.evaluate import EXTRACTORS, METRICS
+from uni_instruct.evaluate import EXTRACTORS, METRICS, PRETRAINED
 from uni_instruct.evaluate.comparison import (
     LEVEL,
     RETRAINING_TO_RESAMPLING,
@@ -47,7 +47,9 @@ _ALIKE = (
     "--samples", type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES), help="Images of a set. [default: as the reference has]"
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="First seed. [default: 0]")
-@click.option("--extractor", type=click.Choice(EXTRACTORS), help="What turns images into features. [default: auto]")
+@click.option(
+    "--extractor", type=click.Choice([*EXTRACTORS, *PRETRAINED]), help="What turns images into features. [default: auto]"
+)
 @click.option("--engine", help="Engine id of the bundles, or a runtime. [default: the fastest here]")
 @click.option("--device", help="Where engines run: cpu, cuda or cuda:1. [default: a GPU where they can use one]")
 @workers_option

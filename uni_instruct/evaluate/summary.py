@@ -127,7 +127,7 @@ def summed_up(
         first=exact.sum(0),
         second=exact.T @ exact,
         kept=[values[indices % plan.stride == 0]],
-        right=0 if expected is None else int((logits.argmax(1) == expected).sum()),
+        right=0 if expected is None or not logits.shape[1] else int((logits.argmax(1) == expected).sum()),
     )
     if plan.with_scores:
         split = (plan.splits() if splits is None else splits)[indices]
