@@ -258,6 +258,7 @@ ROOMS = {
 # Files that also import what is optional even where their room is used, and the extra that brings it.
 OPTIONAL = {
     "train/monitoring/trackers.py": "trackers",
+    "serve/ray_serve.py": "ray-serve",
     "uni_instruct/ray_cluster.py": "ray",
 }
 # Where a distribution is not called as what is imported from it.

@@ -25,8 +25,8 @@ from uni_instruct.evaluate import (
 )
 from uni_instruct.evaluate.class_draw import DATA, UNIFORM, DrawnClasses, draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
+from uni_instruct.evaluate.extractors import pretrained
 from uni_instruct.evaluate.measure import measure
-from uni_instruct.evaluate.pretrained import pretrained
 from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
 from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_count, check_metrics
 from uni_instruct.noise import parse_seeds
@@ -109,9 +109,8 @@ def evaluate(
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
     # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
-    names, staff = _names(metrics), staff_of(workers, ray_address, device)
+    names, staff, bundle = _names(metrics), staff_of(workers, ray_address, device), _bundle(images)
     _check_statistics_path(save_statistics)
-    bundle = Bundle.open(images) if is_bundle(images) else None
     given = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
     _check_images_options(bundle, given | {"--device": device, "--sets": sets})
     reference = open_reference(reference_source)
@@ -127,6 +126,10 @@ def evaluate(
     scores = {role: _score(evaluator, role, source.parts(count), names, staff) for role, source in sources.items()}
     facts = score_facts(evaluator, sources, scores, seeds_text_of(seeds) if bundle else None, drawn)
     click.echo(json.dumps(facts, indent=2)) if as_json else print_scores(facts)
+
+
+def _bundle(images: str) -> Bundle | None:
+    return Bundle.open(images) if is_bundle(images) else None
 
 
 def _names(metrics: str | None) -> list[str] | None:

@@ -17,6 +17,7 @@ from uni_instruct.evaluate.extractors import (
     choose_extractor,
     inception,
     open_classifier,
+    pretrained,
 )
 from uni_instruct.evaluate.reference_cache import ReferenceCache, ReferenceFeatures
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, score
@@ -207,8 +208,6 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
     if maker == "inception":
         return inception()
     if maker in PRETRAINED:
-        from uni_instruct.evaluate.pretrained import pretrained
-
         return pretrained(maker)
     from uni_instruct.evaluate.classifier import classifier_path
 

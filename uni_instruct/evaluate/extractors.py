@@ -11,7 +11,7 @@ import numpy as np
 from uni_instruct.data import Dataset
 from uni_instruct.download import download
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.evaluate.fidelity import fidelity
+from uni_instruct.evaluate.fidelity import create_extractor, fidelity
 from uni_instruct.files import sha256
 from uni_instruct.float32 import full_float32
 from uni_instruct.images import checked_images
@@ -58,8 +58,6 @@ class ExtractorFile:
     def open(self) -> "Extractor":
         """The extractor. Raises FileFormatError where the file is corrupt."""
         if self.maker in PRETRAINED:
-            from uni_instruct.evaluate.pretrained import open_pretrained
-
             return open_pretrained(self.maker, self.path, self.label)
         return open_inception(self.path, self.label) if self.maker == "inception" else open_classifier(self.path, self.label)
 
@@ -129,8 +127,6 @@ def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory
     Raises RequestError for an unknown name, or where InceptionV3's weights cannot be had.
     """
     if name in PRETRAINED:
-        from uni_instruct.evaluate.pretrained import pretrained
-
         return pretrained(name)
     if name not in EXTRACTORS:
         raise RequestError(f"extractor '{name}' is unknown", remedy=f"choose one of {', '.join(EXTRACTORS)}", param="extractor")
@@ -159,7 +155,7 @@ def open_classifier(path: Path, name: str) -> Extractor:
         name=name,
         sha256=weights_sha256(model),
         dim=FEATURES,
-        module=create(CLASSIFIER, ["features", "logits"], path),
+        module=create_extractor(CLASSIFIER, ["features", "logits"], path),
         image_shape=info.image_shape,
         num_classes=info.num_classes,
         heldout_accuracy=info.heldout_accuracy,
@@ -183,7 +179,7 @@ def open_inception(path: Path, digest: str) -> Extractor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # It draws weights before it loads them; the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
-        module = create(INCEPTION_REGISTERED, [str(INCEPTION_DIM), "logits_unbiased"], path).to(device)
+        module = create_extractor(INCEPTION_REGISTERED, [str(INCEPTION_DIM), "logits_unbiased"], path).to(device)
     file = ExtractorFile(path=path, maker="inception", label=digest)
     return Extractor(
         name=INCEPTION,
@@ -194,6 +190,37 @@ def open_inception(path: Path, digest: str) -> Extractor:
         takes_colour=True,
         resizing="bilinear as TensorFlow 1 to 299x299, no antialiasing (torch-fidelity's, as the original FID)",
         file=file,
+    )
+
+
+def pretrained(name: str, path: Path | None = None) -> Extractor:
+    """CLIP's or DINOv2's, by a name from PRETRAINED; path: of its weights, else where torch and CLIP keep theirs.
+
+    Raises RequestError, in a line that says which file to put where, when they are not there; FileFormatError where a file is
+    another.
+    """
+    from uni_instruct.evaluate.pretrained import find_weights
+
+    return open_pretrained(name, *find_weights(name, path))
+
+
+def open_pretrained(name: str, path: Path, digest: str) -> Extractor:
+    """CLIP or DINOv2 from a file with that SHA-256, on a GPU where there is one. Raises FileFormatError for another file."""
+    import torch
+
+    from uni_instruct.evaluate.pretrained import open_network
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = open_network(name, path)
+    return Extractor(
+        name=name,
+        sha256=digest,
+        dim=network.dim,
+        module=network.module.to(device),
+        device=device,
+        takes_colour=True,
+        resizing=f"bilinear as TensorFlow 1 to {network.side}x{network.side}, no antialiasing (torch-fidelity's)",
+        file=ExtractorFile(path=path, maker=name, label=digest),
     )
 
 
@@ -235,11 +262,3 @@ def _rebatched(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _starts(content: bytes, digest: str) -> bool:
     return hashlib.sha256(content).hexdigest().startswith(digest)
-
-
-def create(registered: str, layers: list[str], weights: Path) -> "torch.nn.Module":
-    """One of torch-fidelity's registered extractors, which gives those layers, with weights from a file."""
-    module: torch.nn.Module = fidelity("utils").create_feature_extractor(
-        registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
-    )
-    return module

@@ -6,11 +6,10 @@ without antialiasing, and normalised as the network was trained. EDM2 and dgm-ev
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.evaluate.extractors import Extractor, ExtractorFile, create
-from uni_instruct.evaluate.fidelity import fidelity
+from uni_instruct.evaluate.fidelity import create_extractor, fidelity
 from uni_instruct.files import sha256
 
 if TYPE_CHECKING:
@@ -30,12 +29,16 @@ class WeightFile:
     sha256: str = ""
 
 
-def pretrained(name: str, path: Path | None = None) -> Extractor:
-    """The extractor of that name (PRETRAINED); path: of its weights, else where torch and CLIP keep theirs.
+class Network(NamedTuple):
+    """Images uint8 [B, 3, H, W] to features float32 [B, dim] and logits of no class; side: pixels that it enlarges them to."""
 
-    Raises RequestError, in a line that says which file to put where, when they are not there; FileFormatError where a file is
-    another.
-    """
+    module: "torch.nn.Module"
+    dim: int
+    side: int
+
+
+def find_weights(name: str, path: Path | None = None) -> tuple[Path, str]:
+    """The file of a network's weights and its SHA-256; path: of the user's own. Raises as `extractors.pretrained` does."""
     file = weight_file(name)
     found = path or next((place for place in file.places if place.is_file()), None)
     if found is None or not found.is_file():
@@ -52,27 +55,17 @@ def pretrained(name: str, path: Path | None = None) -> Extractor:
             remedy=f"get it from {file.url}",
             param="extractor",
         )
-    return open_pretrained(name, found, digest)
+    return found, digest
 
 
-def open_pretrained(name: str, path: Path, digest: str) -> Extractor:
-    """The extractor from a file with that SHA-256, on a GPU where there is one. Raises FileFormatError for another file."""
+def open_network(name: str, path: Path) -> Network:
+    """The network with the weights of a file. Raises FileFormatError where they are another's."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     # Networks draw weights before they load them; the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         network, dim, side = _clip(name, path) if name.startswith("clip") else _dino(path)
-    return Extractor(
-        name=name,
-        sha256=digest,
-        dim=dim,
-        module=_without_logits(network).to(device),
-        device=device,
-        takes_colour=True,
-        resizing=f"bilinear as TensorFlow 1 to {side}x{side}, no antialiasing (torch-fidelity's)",
-        file=ExtractorFile(path=path, maker=name, label=digest),
-    )
+    return Network(_without_logits(network), dim, side)
 
 
 def weight_file(name: str) -> WeightFile:
@@ -92,7 +85,7 @@ def weight_file(name: str) -> WeightFile:
 
 def _clip(name: str, path: Path) -> tuple["torch.nn.Module", int, int]:
     # The file is a TorchScript archive, which could hold code; it is opened once its hash is the published one.
-    network: Any = create(name, ["clip"], path)
+    network: Any = create_extractor(name, ["clip"], path)
     return network, int(network.model.visual.output_dim), int(network.resolution)
 
 

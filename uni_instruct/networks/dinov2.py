@@ -27,7 +27,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class Attention(nn.Module):
+class TokenAttention(nn.Module):
     """Self-attention with one projection for queries, keys and values."""
 
     def __init__(self, dim: int):
@@ -56,12 +56,12 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """x + ls1(attn(norm1(x))), then the same with the MLP."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(dim, eps=1e-6), Attention(dim), LayerScale(dim)
+        self.norm1, self.attn, self.ls1 = nn.LayerNorm(dim, eps=1e-6), TokenAttention(dim), LayerScale(dim)
         self.norm2, self.mlp, self.ls2 = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, hidden), LayerScale(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class DinoV2(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))  # of training; it stands in the files
-        self.blocks = nn.ModuleList(Block(dim, hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(dim, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     @classmethod

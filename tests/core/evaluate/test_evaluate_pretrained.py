@@ -14,9 +14,9 @@ from builders.data_sets import arrays_dataset
 from builders.paths import ROOT
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate import PRETRAINED, Evaluator, Statistics
-from uni_instruct.evaluate.extractors import ExtractorFile
+from uni_instruct.evaluate.extractors import ExtractorFile, open_pretrained, pretrained
 from uni_instruct.evaluate.fidelity import fidelity
-from uni_instruct.evaluate.pretrained import open_pretrained, pretrained, weight_file
+from uni_instruct.evaluate.pretrained import weight_file
 from uni_instruct.files import sha256
 
 torch = pytest.importorskip("torch")
