@@ -29,7 +29,7 @@ class WeightFile:
     sha256: str = ""
 
 
-class Network(NamedTuple):
+class PretrainedNetwork(NamedTuple):
     """Images uint8 [B, 3, H, W] to features float32 [B, dim] and logits of no class; side: pixels that it enlarges them to."""
 
     module: "torch.nn.Module"
@@ -58,14 +58,14 @@ def find_weights(name: str, path: Path | None = None) -> tuple[Path, str]:
     return found, digest
 
 
-def open_network(name: str, path: Path) -> Network:
+def open_network(name: str, path: Path) -> PretrainedNetwork:
     """The network with the weights of a file. Raises FileFormatError where they are another's."""
     import torch
 
     # Networks draw weights before they load them; the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         network, dim, side = _clip(name, path) if name.startswith("clip") else _dino(path)
-    return Network(_without_logits(network), dim, side)
+    return PretrainedNetwork(_without_logits(network), dim, side)
 
 
 def weight_file(name: str) -> WeightFile:
