@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     engine_alone = bare_engine(options.bundle, options.engine)
     ways: dict[str, Callable[[int], None]] = {
-        "engine": engine_alone,
+        "bare engine": engine_alone,
         "generate": lambda count: generate(options, count),
         "generate --workers 1": lambda count: generate(options, count, "--workers", "1"),
         "generate --workers 2": lambda count: generate(options, count, "--workers", "2"),
