@@ -1,9 +1,10 @@
-"""How fast the server answers: `python benchmarks/serving.py BUNDLE [--litserve FOLDER] [--engine onnx] [--seconds 4]`.
+"""How fast the server answers: `python benchmarks/serving.py BUNDLE [--litserve FOLDER] [--ray] [--engine onnx]`.
 
 Starts `uni-instruct serve` and, beside it, peers with the same engine and encoder (benchmarks/peers): BentoML's own batching,
-a plain BentoML endpoint, and LitServe where `pip install --target FOLDER litserve` has put it. All take turns, round by round,
-and answer one PNG per request to 1, 32 and 128 clients. Beside them noise, engine and PNG without HTTP, in batches of 64, and
-the time that an idle server adds to a single one. Figures and ratios as JSON; ratios are of medians over the rounds.
+a plain BentoML endpoint, LitServe where `pip install --target FOLDER litserve` has put it, and with --ray this app on Ray
+Serve. All take turns, round by round, and answer one PNG per request to 1, 32 and 128 clients. Beside them noise, engine and
+PNG without HTTP, in batches of 64, and the time that an idle server adds to a single one. Figures and ratios as JSON; ratios
+are of medians over the rounds.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--litserve", help="a folder that LitServe was installed into")
     parser.add_argument("--seconds", type=float, default=4.0, help="per server, number of clients and round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ray", action="store_true", help="beside the same app on Ray Serve")
     options = parser.parse_args()
     os.environ["UNI_INSTRUCT_BUNDLE"] = str(Path(options.bundle).resolve()) if Path(options.bundle).exists() else options.bundle
     os.environ["UNI_INSTRUCT_ENGINE"] = options.engine
@@ -112,6 +114,9 @@ def wanted_targets(options: argparse.Namespace) -> list[Target]:
         command = [sys.executable, str(PEERS / "litserve_server.py"), "{port}"]
         targets.append(Target("LitServe", command, "/predict", '{"seed": %d}'))
         targets.append(Target("LitServe, fast queue", [*command, "fast"], "/predict", '{"seed": %d}'))
+    if options.ray:
+        command = [sys.executable, str(PEERS / "ray_serve_server.py"), "{port}"]
+        targets.append(Target("on Ray Serve", command, targets[0].path, targets[0].body))
     return targets
 
 

@@ -48,13 +48,8 @@ uni-instruct inspect .
 Licence: {licence}.
 """
 
-_TRAINING = """Data: {data}. Trained with seed {seed} by the recipe `{recipe}`, in full below:
-
-```
-uni-instruct train recipe.yaml --out RUN
-uni-instruct publish RUN --out {recipe}
-```
-
+_TRAINING = """Data: {data}. Trained with seed {seed} by the recipe `{recipe}`, in full below{note}:
+{commands}
 <details><summary>recipe.yaml</summary>
 
 ```yaml
@@ -65,14 +60,15 @@ uni-instruct publish RUN --out {recipe}
 
 def published_card(
     bundle: Bundle,
-    rounding: Mapping[str, Any],
+    rounding: Mapping[str, Any] | None,
     record: EngineRecord,
     scores: Sequence[Mapping[str, Any]],
     sheet_command: str,
 ) -> str:
     """README.md of a published bundle, with a header that Hugging Face reads.
 
-    rounding: what half precision changes (`publish.Rounding`). scores: what `evaluate --json` printed, one a set of seeds.
+    rounding: what half precision changes (`publish.Rounding`), None where nothing was rounded. scores: what `evaluate --json`
+    printed, one a command.
     """
     spec, parity = bundle.spec, record.parity
     channels, height, width = spec.image_shape
@@ -85,7 +81,7 @@ def published_card(
         classes=f" {spec.num_classes} classes{f': {names}' if names else ''}." if spec.num_classes else "",
         sheet_command=sheet_command,
         scores=_scores(scores, bundle.weights_sha256),
-        rounding=_rounding(rounding, spec.num_classes),
+        rounding=_rounding(rounding, spec.num_classes) if rounding else f"`{WEIGHTS}` holds {bundle.stored_precision()}.",
         engine=record.file,
         runtime=record.id.runtime,
         invariance=f"{'the same' if parity['batch_invariant'] else 'not the same'} bytes whatever the batch",
@@ -111,33 +107,79 @@ def _rounding(rounding: Mapping[str, Any], num_classes: int) -> str:
 
 
 def _scores(scores: Sequence[Mapping[str, Any]], weights_sha256: str) -> str:
-    """A column for each set of seeds, a row for each metric, and the commands."""
+    """A column for each set of seeds, before them mean and spread where there are several; a row for each metric; commands."""
     if not scores:
         return "Nothing was measured; `uni-instruct evaluate . --reference DATA` does."
-    rows: dict[str, list[str]] = {}
-    for column, facts in enumerate(scores):
-        for role, score in facts["scores"].items():
-            for metric, value in score["values"].items():
-                cells = rows.setdefault(metric if role == "generator" else f"{role}: {metric}", [""] * len(scores))
-                spread = f" +- {score['spread'][metric]:.2g}" if "spread" in score else ""
-                cells[column] = f"{value:.4g}{spread}"
-    heads = [f"seeds {facts['seeds']}" for facts in scores]
-    lines = [["", *heads], ["---"] * (len(heads) + 1), *([name, *cells] for name, cells in rows.items())]
+    columns = [column for facts in scores for column in _columns(facts)]
+    names = dict.fromkeys(name for _, cells in columns for name in cells)
+    heads = [head for head, _ in columns]
+    rows = [(name, *(cells.get(name, "") for _, cells in columns)) for name in names]
+    lines = [["", *heads], ["---"] * (len(heads) + 1), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     commands = "\n".join(dict.fromkeys(_command(facts) for facts in scores))
     before = any(facts["scores"]["generator"]["weights_sha256"] != weights_sha256 for facts in scores)
     note = "\n\nMeasured on the float32 weights, before they were rounded." if before else ""
-    return f"{table}\n\n```\n{commands}\n```{note}"
+    return f"{table}\n\n```\n{commands}\n```\n\n{_extractors(scores)}{note}".rstrip()
+
+
+def _columns(facts: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """Heads, and values by metric: of several sets the mean with its spread, then each set's own."""
+    roles, seeds = facts["scores"], facts["seeds"]
+    main = {}
+    for role, score in roles.items():
+        for name, value in score["values"].items():
+            spread = f" ± {score['spread'][name]:.2g}" if "spread" in score else ""
+            main[_row(role, name)] = f"{value:.4g}{spread}"
+    sets = [score.get("by_set", []) for score in roles.values()]
+    columns = [(f"mean ± spread of {len(sets[0])} sets" if sets[0] else f"seeds {seeds}", main)]
+    for number, of_roles in enumerate(zip(*sets, strict=True)):
+        cells = {
+            _row(role, name): f"{value:.4g}"
+            for role, of_set in zip(roles, of_roles, strict=True)
+            for name, value in of_set.items()
+        }
+        columns.append((f"seeds {_seeds_of_set(seeds, number, len(sets[0]))}", cells))
+    return columns
+
+
+def _row(role: str, metric: str) -> str:
+    return metric if role == "generator" else f"{role}: {metric}"
+
+
+def _seeds_of_set(seeds: str, number: int, sets: int) -> str:
+    """'0-14999' -> '5000-9999' for the second of three; of seeds that are not consecutive, which set it is."""
+    first, dash, last = seeds.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal()):
+        return f"of set {number + 1}"
+    size = (int(last) - int(first) + 1) // sets
+    return f"{int(first) + number * size}-{int(first) + (number + 1) * size - 1}"
+
+
+def _extractors(scores: Sequence[Mapping[str, Any]]) -> str:
+    """What turned images into features: numbers of another one do not compare."""
+    found = {(facts.get("extractor") or {}).get("sha256"): facts for facts in scores}
+    texts = [
+        f"Features: {facts['extractor']['name']}, sha256 {digest[:16]}. A classifier that another processor trained has other "
+        "weights and gives slightly other numbers."
+        for digest, facts in found.items()
+        if digest
+    ]
+    return "\n".join(texts)
 
 
 def _command(facts: Mapping[str, Any]) -> str:
-    teacher = " --teacher RUN/teacher" if "teacher" in facts["scores"] else ""
+    generator = facts["scores"]["generator"]
     # Of colour, and so by default, InceptionV3 would be asked for features.
-    judged = any("-classifier)" in name for name in facts["scores"]["generator"]["values"])
-    extractor = " --extractor classifier" if judged else ""
-    sets = f" --sets {facts['sets']}" if facts.get("sets", 1) > 1 else ""
-    seeds = f"--seeds {facts['seeds']}{sets}"
-    return f"uni-instruct evaluate . --reference {facts['reference']['name']} {seeds}{extractor}{teacher}"
+    judged = any("-classifier)" in name for name in generator["values"])
+    options = {
+        "--sets": facts.get("sets", 1) if facts.get("sets", 1) > 1 else None,
+        "--classes": facts.get("classes"),
+        "--extractor": "classifier" if judged else None,
+        "--engine": generator.get("engine"),
+        "--teacher": "RUN/teacher" if "teacher" in facts["scores"] else None,
+    }
+    words = "".join(f" {name} {value}" for name, value in options.items() if value is not None)
+    return f"uni-instruct evaluate . --reference {facts['reference']['name']} --seeds {facts['seeds']}{words}"
 
 
 def _training(provenance: Mapping[str, Any]) -> str:
@@ -145,7 +187,13 @@ def _training(provenance: Mapping[str, Any]) -> str:
     if not isinstance(recipe, Mapping):
         origin = yaml.safe_dump({key: value for key, value in provenance.items() if key != "published"}, sort_keys=False)
         return f"```yaml\n{origin}```\n"
+    # Recipes of before the objective had a section of its own are read no longer.
+    commands = f"\n```\nuni-instruct train recipe.yaml --out RUN\nuni-instruct publish RUN --out {recipe.get('name')}\n```\n"
+    outdated = "objective" not in recipe
+    note = provenance.get("note") or ("in the form of an earlier version, which is read no longer" if outdated else "")
     return _TRAINING.format(
+        commands="" if outdated else commands,
+        note=f" ({note})" if note else "",
         data=provenance.get("data") or "none, from its teacher alone",
         seed=recipe.get("loop", {}).get("seed", "unknown"),
         recipe=recipe.get("name", "recipe"),

@@ -10,11 +10,11 @@ import numpy as np
 
 from uni_instruct.bundle import CARD, CONFIG, SAMPLES, Bundle
 from uni_instruct.engine import open_engine
-from uni_instruct.engines.record import EngineRecord
+from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.export.card import published_card
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
-from uni_instruct.files import atomic_folder
+from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
@@ -72,6 +72,24 @@ def publish(source: str | Path, out: Path, scores: Sequence[Path] = ()) -> Publi
         (folder / CARD).write_text(card)
     sizes = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=record, file_bytes=sizes)
+
+
+def renew_card(path: Path, scores: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes the card and the sheet of a published bundle anew, from what it says of itself and from scores of its weights.
+
+    Returns the card's path. Raises RequestError for a teacher and for scores of other weights, BundleError where the engine
+    that ships is not there.
+    """
+    bundle = Bundle.open(path)
+    check_exportable(bundle)
+    check_scores(scores, bundle, bundle)
+    record = EngineRecord.read(bundle.engine_folder(EngineId.parse(ENGINE)))
+    command, sheet = sample_sheet(bundle)
+    card = published_card(bundle, bundle.spec.provenance.get("published"), record, scores, command)
+    for name, content in ((SAMPLES, encode(sheet)), (CARD, card.encode())):
+        with atomic_file(path / name) as partial:
+            partial.write_bytes(content)
+    return path / CARD
 
 
 def open_generator(source: str | Path) -> Bundle:

@@ -48,6 +48,7 @@ COMMANDS = {
         "uni_instruct.export.commands.publish:publish",
         "Make a generator ready to ship: half-size weights, engine, samples, card.",
     ),
+    "card": ("uni_instruct.export.commands.card:card", "Write the card of a published generator anew, with its scores."),
     "generate": ("uni_instruct.commands.generate:generate", "Make images from seeds."),
     "evaluate": (
         "uni_instruct.commands.evaluate:evaluate",

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,6 +60,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 os.replace(old, path)
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def folder_made_once(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, beside the real one; moved to `path` on success, unless another process's stands there by then.
+
+    For what is the same whoever writes it, and may be in use as soon as it is there: what stands at `path` is never moved.
+    """
+    # Processes in two containers may share the disk and have the same id.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with disk_errors(path):
+        make_folder(path.parent, path)
+        try:
+            make_folder(partial, path)
+            yield partial
+            try:
+                partial.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def make_folder(folder: Path, wanted: Path) -> None:

@@ -29,6 +29,7 @@ from uni_instruct.sampling.forms import read_samples
 from uni_instruct.sampling.staff import Staff
 from uni_instruct.serve.keys import read_keys
 from uni_instruct.serve.load import LoadedServer
+from uni_instruct.serve.ray_serve import parse
 from uni_instruct.serve.settings import Settings, settings_from_environment
 from uni_instruct.serve.sources import sources_by_name
 from uni_instruct.spec import ModelSpec
@@ -118,6 +119,10 @@ SERVING = [
           lambda remedy, _: sources_by_name(["digits", found(r"own: (\S+)", remedy)])),
     Value("serve/sources.py", "no generator is named", lambda _: sources_by_name([]),
           lambda remedy, _: sources_by_name([found(r"such as (\S+)", remedy)])),
+    Value("serve/ray_serve.py", "'{}' is no setting", lambda _: parse({"bundel": "digits"}),
+          lambda remedy, _: parse({first_choice(remedy): "true"})),
+    Value("serve/ray_serve.py", "{}={} cannot be", lambda _: parse({"replicas": "0"}),
+          lambda remedy, _: parse({"replicas": found(r"from (\d) on", remedy)})),
     Value("serve/load.py", "{} is no address", lambda _: LoadedServer("ftp://x"), lambda remedy, _: LoadedServer(found(r"such as (\S+)", remedy))),
 ]  # fmt: skip
 TRAINING = [

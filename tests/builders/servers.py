@@ -21,12 +21,12 @@ PATIENCE_S = 120.0
 class Running:
     """A server process, its URL and what it printed."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], port: int, folder: Path):
+    def __init__(self, command: list[str], environment: dict[str, str], port: int, folder: Path, cwd: Path = ROOT):
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log.txt"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT
+                command, cwd=cwd, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT
             )
 
     def until_ready(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from builders.machine import files_of_at_most
 from uni_instruct.errors import DiskError
-from uni_instruct.files import atomic_file, atomic_folder, sha256
+from uni_instruct.files import atomic_file, atomic_folder, folder_made_once, sha256
 
 
 def test_a_file_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> None:
@@ -39,8 +39,23 @@ def test_a_folder_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_of_two_that_make_a_folder_once_the_first_s_stays(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with folder_made_once(path) as late:
+        (late / "a").write_text("late")
+        with folder_made_once(path) as early:
+            (early / "a").write_text("early")
+        before = path.stat().st_ino
+    assert path.stat().st_ino == before
+    assert (path / "a").read_text() == "early"
+    assert os.listdir(tmp_path) == ["folder"]
+    with pytest.raises(KeyError), folder_made_once(tmp_path / "other") as partial:
+        _break_off(partial / "b", KeyError)
+    assert os.listdir(tmp_path) == ["folder"]
+
+
 def test_a_full_disk_is_one_error_and_leaves_nothing(small_disk: Path) -> None:
-    for kind in (atomic_file, atomic_folder):
+    for kind in (atomic_file, atomic_folder, folder_made_once):
         with pytest.raises(DiskError, match="No space left on device; free space") as caught, kind(small_disk / "x") as p:
             (p / "y" if p.is_dir() else p).write_bytes(b"1" * 200_000)
         assert caught.value.exit_code == 2
@@ -48,7 +63,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(small_disk: Path) -> None:
 
 
 def test_a_limit_on_file_size_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
-    for kind in (atomic_file, atomic_folder):
+    for kind in (atomic_file, atomic_folder, folder_made_once):
         with (
             files_of_at_most(10_000),
             pytest.raises(DiskError, match=os.strerror(errno.EFBIG)),
@@ -60,7 +75,7 @@ def test_a_limit_on_file_size_is_one_error_and_leaves_nothing(tmp_path: Path) ->
 
 def test_a_parent_that_is_a_file_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for kind in (atomic_file, atomic_folder):
+    for kind in (atomic_file, atomic_folder, folder_made_once):
         with pytest.raises(DiskError, match="cannot write"), kind(tmp_path / "file" / "x"):
             pytest.fail("nothing can be written there")
 

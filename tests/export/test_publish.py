@@ -164,6 +164,37 @@ def test_scores_come_with_their_command_and_of_these_weights_only(
     assert (out / CARD).read_text() == card
 
 
+def test_a_card_is_made_again_and_its_command_gives_its_numbers(
+    published: Bundle, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from uni_instruct.evaluate import classifier
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(classifier, "STEPS", 20)
+    out = shutil.copytree(published.path, tmp_path / "out")
+    assert cli("card", out, "--reference", "digits", "--samples", "40")[0] == 0
+    card = (out / CARD).read_text()
+    assert "|  | mean ± spread of 3 sets | seeds 0-39 | seeds 40-79 | seeds 80-119 |" in card
+    (command,) = re.findall(r"^uni-instruct (evaluate .*)$", card, flags=re.MULTILINE)
+    monkeypatch.chdir(out)
+    scores = json.loads(cli(*command.split(), "--json")[1])["scores"]["generator"]
+    for name, value in scores["values"].items():
+        cells = [f"{value:.4g} ± {scores['spread'][name]:.2g}", *(f"{of_set[name]:.4g}" for of_set in scores["by_set"])]
+        assert f"| {name} | {' | '.join(cells)} |" in card
+    assert "Features: digits-classifier, sha256 " in card
+    # All else is as `publish` wrote it.
+    before, after = ((folder / CARD).read_text().split("## ") for folder in (published.path, out))
+    assert [part for part in before if not part.startswith("Scores")] == [p for p in after if not p.startswith("Scores")]
+    assert Bundle.open(out).weights_sha256 == published.weights_sha256
+
+
+def test_a_card_takes_no_scores_of_other_weights(published: Bundle, tmp_path: Path, cli: Cli) -> None:
+    out = shutil.copytree(published.path, tmp_path / "out")
+    code, _, errors = cli("card", out, "--scores", scores_file(tmp_path / "other.json", "0" * 64))
+    assert (code, "are of other weights, sha256 0000" in errors) == (2, True), errors
+    assert (out / CARD).read_text() == (published.path / CARD).read_text()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

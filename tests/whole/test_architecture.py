@@ -256,7 +256,11 @@ ROOMS = {
     "uni_instruct/schedule.py": ("train", "export", "evaluate"),
 }
 # Files that also import what is optional even where their room is used, and the extra that brings it.
-OPTIONAL = {"train/monitoring/trackers.py": "trackers", "uni_instruct/sampling/ray_pool.py": "ray"}
+OPTIONAL = {
+    "train/monitoring/trackers.py": "trackers",
+    "serve/ray_serve.py": "ray-serve",
+    "uni_instruct/ray_cluster.py": "ray",
+}
 # Where a distribution is not called as what is imported from it.
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 

@@ -18,6 +18,9 @@ ARGUMENTS = {
     "recipe": "digits",
     "bundle": "{bundle}",
     "images": "{bundle}",
+    "folder": "{bundle}",
+    "a": "{bundle}",
+    "b": "{bundle}",
     "checkpoint": "{weights}",
     "url": "http://127.0.0.1:9",
 }

@@ -97,7 +97,7 @@ def filled_in(words: list[str], places: dict[str, Path]) -> list[str]:
 
 
 # Commands whose remedy, once followed, is at work for seconds.
-LONG = ("evaluate", "export", "import", "average", "train", "benchmark", "package")
+LONG = ("evaluate", "export", "import", "average", "train", "benchmark", "package", "compare {tiny}")
 PARAMETERS = [
     pytest.param(call, id=f"{call.path}: {call.message}", marks=[pytest.mark.slow] if is_long(call) else []) for call in CALLS
 ]

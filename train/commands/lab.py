@@ -6,6 +6,8 @@ from pathlib import Path
 
 import rich_click as click
 
+from uni_instruct.commands.staff_options import ray_option, staff_of
+
 
 @click.command()
 @click.argument("recipe")
@@ -13,11 +15,25 @@ import rich_click as click
 @click.option("--methods", multiple=True, required=True, metavar="NAME[ KEY=VALUE...],...", help="Methods to try; repeatable.")
 @click.option("--seeds", default="0", help="Seeds of training, such as 0-2: each method once with each.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the lab.")
-@click.option("--jobs", default=1, type=click.IntRange(1, 256), help="Trainings at once; each has its share of the cores.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    help="Trainings at once; each has its share of the cores. [default: 1; with --ray one a GPU, else one a node]",
+)
+@ray_option
 @click.option(
     "--nice", default=0, type=click.IntRange(0, 19), help="Leave the processors to others: 19 takes what is left over."
 )
-def lab(recipe: str, more: tuple[str, ...], methods: tuple[str, ...], seeds: str, out: Path, jobs: int, nice: int) -> None:
+def lab(
+    recipe: str,
+    more: tuple[str, ...],
+    methods: tuple[str, ...],
+    seeds: str,
+    out: Path,
+    jobs: int | None,
+    ray_address: str | None,
+    nice: int,
+) -> None:
     """Compare methods: all from one teacher, with the same seeds and as many images.
 
     RECIPE and KEY=VALUE are as in `train`. The teacher is trained first, unless teacher.bundle gives one. Run the same command
@@ -30,9 +46,16 @@ def lab(recipe: str, more: tuple[str, ...], methods: tuple[str, ...], seeds: str
     from uni_instruct.train.lab.page import write_page
     from uni_instruct.train.lab.processes import train_all
 
+    staff_of(jobs, ray_address, None)  # without the extra nothing is begun
     planned = settled(plan_lab(recipe, more, parse_variants(methods), parse_seeds(seeds), out))
     click.echo(f"live: tensorboard --logdir {shlex.quote(str(out))}", err=True)
-    failed = train_all(planned, jobs, nice)
+    if ray_address is None:
+        failed = train_all(planned, jobs or 1, nice)
+    else:
+        from uni_instruct.train.lab.ray_trainings import RayTrainings
+
+        with RayTrainings(ray_address, jobs) as trainings:
+            failed = train_all(planned, trainings.jobs, nice, trainings.start)
     page = write_page(planned, failed, ["uni-instruct", *sys.argv[1:]])
     click.echo(f"results: {page}")
     if len(failed) == len(planned.experiments):

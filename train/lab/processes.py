@@ -1,4 +1,4 @@
-"""A lab's trainings: `uni-instruct train` processes, so many at once, with one bar over all of them."""
+"""A lab's trainings: `uni-instruct train` processes, here or where Ray has room, so many at once, with one bar over all."""
 
 import logging
 import os
@@ -6,16 +6,18 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import yaml
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.files import atomic_file
+from uni_instruct.processes import ending_with
 from uni_instruct.progress import Progress, progress
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.lab.experiments import Lab
@@ -47,7 +49,48 @@ class Training:
         return 0
 
 
-def train_all(lab: Lab, jobs: int, nice: int) -> dict[Path, str]:
+class Started(Protocol):
+    """A training that was started: a process, or what stands for one elsewhere."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, None while it runs."""
+        ...
+
+    def poll(self) -> int | None:
+        """The same, looked at now."""
+        ...
+
+    def terminate(self) -> None:
+        """Asks it to save its state and end."""
+        ...
+
+    def wait(self) -> int:
+        """Until it has ended."""
+        ...
+
+
+# Starts a training beside so many others.
+Start = Callable[[Training, int], Started]
+
+
+def start_training(training: Training, jobs: int) -> "subprocess.Popen[bytes]":
+    """`train` as a process of this machine; it ends, with its state saved, when this one does."""
+    training.folder.parent.mkdir(parents=True, exist_ok=True)
+    recipe = training.folder.with_suffix(training.folder.suffix + ".yaml")
+    with atomic_file(recipe) as partial:
+        partial.write_text(yaml.safe_dump(training.recipe.to_dict(), sort_keys=False))
+    # Side by side, each has its share of the cores: more threads than cores wait for each other.
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ} if jobs > 1 else dict(os.environ)
+    command = [*program(), "train", str(recipe), "--out", str(training.folder), *training.words]
+    with training.output.open("ab") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=ending_with(os.getpid())
+        )
+
+
+def train_all(lab: Lab, jobs: int, nice: int, start: Start = start_training) -> dict[Path, str]:
     """Trains the teacher, then all experiments, `jobs` at once; goes on where an earlier call stopped.
 
     Returns folder -> last line of output of those experiments that failed. Raises UniInstructError where the teacher did.
@@ -55,20 +98,20 @@ def train_all(lab: Lab, jobs: int, nice: int) -> dict[Path, str]:
     words = ("--nice", str(nice)) if nice else ()
     if lab.teacher is not None:
         teacher = Training(folder=lab.teacher_run, recipe=lab.teacher, words=("--teacher-only", *words))
-        if failed := _run([teacher], 1, "teacher", lab.teacher.teacher.total_steps):
+        if failed := _run([teacher], 1, "teacher", lab.teacher.teacher.total_steps, start):
             raise UniInstructError(f"the teacher was not trained: {failed[teacher.folder]}", remedy=f"see {teacher.output}")
     trainings = [Training(folder=experiment.folder, recipe=experiment.recipe, words=words) for experiment in lab.experiments]
-    return _run(trainings, jobs, "experiments", sum(t.recipe.distillation.total_steps for t in trainings))
+    return _run(trainings, jobs, "experiments", sum(t.recipe.distillation.total_steps for t in trainings), start)
 
 
-def _run(trainings: Sequence[Training], jobs: int, label: str, steps: int) -> dict[Path, str]:
+def _run(trainings: Sequence[Training], jobs: int, label: str, steps: int, start: Start) -> dict[Path, str]:
     """Each to its end, so many at once; folder -> last line of those that ended badly."""
-    waiting, running, failed = list(trainings), dict[Training, subprocess.Popen[bytes]](), dict[Path, str]()
+    waiting, running, failed = list(trainings), dict[Training, Started](), dict[Path, str]()
     with progress(label, steps, "steps", sum(t.steps_done for t in trainings)) as shown, _ended_with_us(running):
         bar = _Bar(shown, trainings)
         while waiting or running:
             while waiting and len(running) < jobs:
-                running[waiting[0]] = _start(waiting[0], jobs)
+                running[waiting[0]] = start(waiting[0], jobs)
                 waiting.pop(0)
             time.sleep(POLL_S)
             for training, process in list(running.items()):
@@ -95,21 +138,8 @@ class _Bar:
         self.done = max(done, self.done)
 
 
-def _start(training: Training, jobs: int) -> subprocess.Popen[bytes]:
-    training.folder.parent.mkdir(parents=True, exist_ok=True)
-    recipe = training.folder.with_suffix(training.folder.suffix + ".yaml")
-    with atomic_file(recipe) as partial:
-        partial.write_text(yaml.safe_dump(training.recipe.to_dict(), sort_keys=False))
-    # Side by side, each has its share of the cores: more threads than cores wait for each other.
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ} if jobs > 1 else dict(os.environ)
-    command = [*program(), "train", str(recipe), "--out", str(training.folder), *training.words]
-    with training.output.open("ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
 @contextmanager
-def _ended_with_us(running: dict[Training, subprocess.Popen[bytes]]) -> Iterator[None]:
+def _ended_with_us(running: dict[Training, Started]) -> Iterator[None]:
     """Whatever ends this process's block ends the trainings too, each with its state saved."""
 
     def stop(number: int, frame: FrameType | None) -> None:

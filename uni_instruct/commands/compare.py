@@ -1,14 +1,31 @@
 """`uni-instruct compare`: whether one generator, or one recipe, scores better than another."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
+from uni_instruct.bundle import Bundle, is_bundle
+from uni_instruct.commands.evaluate import MAX_SAMPLES
+from uni_instruct.commands.scoring import Scoring, score_bundles
+from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.evaluate.comparison import LEVEL, Difference, Trained, compare_recipes, compare_weights
+from uni_instruct.evaluate import EXTRACTORS, METRICS, PRETRAINED
+from uni_instruct.evaluate.comparison import (
+    LEVEL,
+    RETRAINING_TO_RESAMPLING,
+    Difference,
+    Trained,
+    compare_recipes,
+    compare_weights,
+)
+from uni_instruct.evaluate.scores import MIN_SAMPLES, metric_key
+
+# Sets of seeds of a bundle: the least that have a spread worth the name.
+SETS = 3
 
 # What must be alike, or two numbers have nothing to do with each other: where it stands in a result, and its name.
 _ALIKE = (
@@ -24,58 +41,135 @@ _ALIKE = (
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--metric", help="As it is printed, such as FID or precision. [default: the Frechet distance]")
+@click.option("--reference", help="Data set or statistics that bundles are scored against.")
+@click.option("--sets", type=click.IntRange(1, 100), help=f"Disjoint sets of seeds for each bundle. [default: {SETS}]")
+@click.option(
+    "--samples", type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES), help="Images of a set. [default: as the reference has]"
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="First seed. [default: 0]")
+@click.option(
+    "--extractor", type=click.Choice([*EXTRACTORS, *PRETRAINED]), help="What turns images into features. [default: auto]"
+)
+@click.option("--engine", help="Engine id of the bundles, or a runtime. [default: the fastest here]")
+@click.option("--device", help="Where engines run: cpu, cuda or cuda:1. [default: a GPU where they can use one]")
+@workers_option
+@ray_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def compare(a: str, b: str, metric: str | None, as_json: bool) -> None:
+def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -> None:
     """Say whether A is better or worse than B, or that it cannot be said.
 
-    A and B are results of 'evaluate --json', or several with commas between them: one for each training of the same recipe.
+    A and B are bundles or runs, which are scored here against --reference, or results of 'evaluate --json'; or several of them
+    with commas between: one for each training of the same recipe.
 
-    Example: uni-instruct compare a1.json,a2.json,a3.json b1.json,b2.json,b3.json
+    Example: uni-instruct compare runs/a1,runs/a2,runs/a3 runs/b1,runs/b2,runs/b3 --reference digits
     """
-    sides = [_results(side) for side in (a, b)]
+    sides = _opened(a, b, metric, scoring)
     for result in [*sides[0], *sides[1]]:
         _check_alike(result, sides[0][0])
-    name = metric or next(iter(sides[0][0].facts["scores"]["generator"]["values"]))
+    name = sides[0][0].name_of(metric)
     trained = [[result.values(name) for result in side] for side in sides]
     differences = {"weights": compare_weights(name, *trained), "recipes": compare_recipes(name, *trained)}
     facts = {"metric": name, "level": LEVEL, "a": _means(trained[0]), "b": _means(trained[1])}
     facts |= {what: asdict(difference) for what, difference in differences.items()}
+    facts["note"] = _note(trained)
     click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts, differences)
 
 
 class _Result:
-    """A result of `evaluate --json`."""
+    """A result as `evaluate --json` prints it; source: its file, or the bundle that was scored."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        if not path.is_file():
-            raise RequestError(f"there is no result {path}", remedy="write one: uni-instruct evaluate ... --json > FILE")
+    def __init__(self, source: str, facts: Any):
+        self.source = source
         try:
-            self.facts: dict[str, Any] = json.loads(path.read_text())
-            self.generator: dict[str, Any] = self.facts["scores"]["generator"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileFormatError(
-                f"{path} is no result of a generator", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
-            ) from error
+            self.facts: dict[str, Any] = facts
+            self.generator: dict[str, Any] = facts["scores"]["generator"]
+            self.sets: list[dict[str, float]] = self.generator.get("by_set", [self.generator["values"]])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _no_result(source) from error
+
+    def name_of(self, metric: str | None) -> str:
+        """The metric as it is printed here: by its own name or its key; without either the first, the Frechet distance."""
+        known = list(self.sets[0])
+        if metric is None:
+            return known[0]
+        return next((name for name in known if metric in METRICS and metric_key(name) == metric), metric)
 
     def values(self, name: str) -> Trained:
         """The metric's values by set. Raises RequestError where it was not measured."""
-        sets = self.generator.get("by_set", [self.generator["values"]])
-        if name not in sets[0]:
-            known = ", ".join(sets[0])
-            raise RequestError(f"{self.path} has no {name}", remedy=f"choose one of {known}", param="metric")
-        return Trained(tuple(values[name] for values in sets))
+        if name not in self.sets[0]:
+            known = ", ".join(self.sets[0])
+            raise RequestError(f"{self.source} has no {name}", remedy=f"choose one of {known}", param="metric")
+        return Trained(tuple(values[name] for values in self.sets))
 
 
-def _results(text: str) -> list[_Result]:
-    whole = Path(text).is_file()
-    results = [_Result(Path(part)) for part in ([text] if whole else text.split(","))]
-    weights = [result.generator.get("weights_sha256") for result in results]
+def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> list[list[_Result]]:
+    """The results of either side: read, or of bundles measured, all of them by one evaluator."""
+    names = [[text] if Path(text).exists() else text.split(",") for text in (a, b)]
+    bundles = {name: Bundle.open(found) for name in names[0] + names[1] if (found := _bundle_at(name)) is not None}
+    results = {name: _read(name) for name in names[0] + names[1] if name not in bundles}
+    weights = {name: bundle.weights_sha256 for name, bundle in bundles.items()}
+    weights |= {name: result.generator.get("weights_sha256", name) for name, result in results.items()}
+    for text, side in zip((a, b), names, strict=True):
+        _check_trainings(text, [weights[name] for name in side])
+    options = {option: value for option, value in scoring.items() if value is not None}
+    if bundles:
+        results |= _scored(bundles, metric, options)
+    elif options:
+        first = next(iter(options))
+        option = first.removesuffix("_address")
+        raise RequestError(f"--{option} is for bundles, and results were given", remedy="leave it out", param=first)
+    return [[results[name] for name in side] for side in names]
+
+
+def _bundle_at(name: str) -> str | Path | None:
+    """The bundle that is meant: of a run its generator; None where it is a result's file."""
+    of_run = Path(name) / "generator"
+    if is_bundle(of_run) and not is_bundle(name):
+        return of_run
+    return name if is_bundle(name) or Path(name).is_dir() else None
+
+
+def _scored(bundles: Mapping[str, Bundle], metric: str | None, options: dict[str, Any]) -> dict[str, _Result]:
+    if "reference" not in options:
+        raise RequestError("bundles are scored against a reference", remedy="give --reference DATA", param="reference")
+    staff = staff_of(options.pop("workers", None), options.pop("ray_address", None), options.get("device"))
+    scoring = Scoring(**{"sets": SETS} | options, staff=staff)
+    found = score_bundles(list(bundles.values()), scoring, [metric_key(metric or "fd")])
+    return {name: _Result(name, facts) for name, facts in zip(bundles, found, strict=True)}
+
+
+def _read(name: str) -> _Result:
+    if not Path(name).is_file():
+        raise RequestError(
+            f"there is no result or bundle {name}", remedy="write one: uni-instruct evaluate ... --json > FILE", param="a"
+        )
+    try:
+        return _Result(name, json.loads(Path(name).read_text()))
+    except ValueError as error:
+        raise _no_result(name) from error
+
+
+def _no_result(name: str) -> FileFormatError:
+    return FileFormatError(
+        f"{name} is no result of a generator", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
+    )
+
+
+def _check_trainings(text: str, weights: Sequence[str]) -> None:
     if len(set(weights)) < len(weights):
         raise RequestError(
             f"{text} has the same weights twice", remedy="give each training once; --sets scores one several times"
         )
-    return results
+
+
+def _note(trained: Sequence[Sequence[Trained]]) -> str | None:
+    """Of what one training says, None where there are several of either side."""
+    if all(len(side) > 1 for side in trained):
+        return None
+    return (
+        f"training again moves FID some {RETRAINING_TO_RESAMPLING} times as far as other seeds do (arXiv 2606.20536): "
+        "give several trainings of either side to compare recipes"
+    )
 
 
 def _check_alike(result: _Result, first: _Result) -> None:
@@ -83,7 +177,7 @@ def _check_alike(result: _Result, first: _Result) -> None:
         found = [_at(facts, place) for facts in (result.facts, first.facts)]
         if found[0] != found[1]:
             raise RequestError(
-                f"{first.path} and {result.path} differ in their {what}: {str(found[1])[:40]} and {str(found[0])[:40]}",
+                f"{first.source} and {result.source} differ in their {what}: {str(found[1])[:40]} and {str(found[0])[:40]}",
                 remedy="evaluate both alike",
             )
 
@@ -107,3 +201,5 @@ def _print(facts: dict[str, Any], differences: dict[str, Difference]) -> None:
         interval = f", {LEVEL:.0%} interval {found.interval[0]:+.4g} to {found.interval[1]:+.4g}" if found.interval else ""
         verdict = found.verdict if found.verdict == "inconclusive" else f"A is {found.verdict}"
         click.echo(f"{subject}: {verdict} (difference {found.difference:+.4g}{interval}; varied: {found.basis})")
+    if facts["note"]:
+        click.echo(f"note: {facts['note']}")

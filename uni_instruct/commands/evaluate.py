@@ -12,9 +12,20 @@ from uni_instruct.commands.evaluate_report import print_scores, score_facts
 from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
-from uni_instruct.evaluate import EXTRACTORS, METRICS, Evaluator, Scores, Statistics, open_reference, write_statistics
+from uni_instruct.evaluate import (
+    EXTRACTORS,
+    METRICS,
+    PRETRAINED,
+    Evaluator,
+    Extractor,
+    Scores,
+    Statistics,
+    open_reference,
+    write_statistics,
+)
 from uni_instruct.evaluate.class_draw import DATA, UNIFORM, DrawnClasses, draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
+from uni_instruct.evaluate.extractors import pretrained
 from uni_instruct.evaluate.measure import measure
 from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
 from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_count, check_metrics
@@ -34,7 +45,14 @@ QUICK_SETS, QUICK_VALUES, MIN_SAMPLES_OF_SETS = 3, 500_000, 1000
 @click.option("--reference", "reference_source", required=True, help="Data set, or .npz or .pkl of mu and sigma.")
 @click.option("--teacher", help="Bundle that is scored on the same seeds, for the ratio of the distances.")
 @click.option("--metrics", help=f"Some of {','.join(METRICS)}. [default: all that apply]")
-@click.option("--extractor", type=click.Choice(EXTRACTORS), default="auto", help="What turns images into features.")
+@click.option(
+    "--extractor", type=click.Choice([*EXTRACTORS, *PRETRAINED]), default="auto", help="What turns images into features."
+)
+@click.option(
+    "--extractor-weights",
+    type=click.Path(path_type=Path),
+    help="CLIP's or DINOv2's file of weights. [default: where torch and CLIP keep theirs]",
+)
 @click.option(
     "--samples",
     type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES),
@@ -69,6 +87,7 @@ def evaluate(
     teacher: str | None,
     metrics: str | None,
     extractor: str,
+    extractor_weights: Path | None,
     samples: int | None,
     seed: int | None,
     seeds_text: str | None,
@@ -90,24 +109,27 @@ def evaluate(
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
     # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
-    names, staff = _names(metrics), staff_of(workers, ray_address, device)
+    names, staff, bundle = _names(metrics), staff_of(workers, ray_address, device), _bundle(images)
     _check_statistics_path(save_statistics)
-    bundle = Bundle.open(images) if is_bundle(images) else None
     given = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
     _check_images_options(bundle, given | {"--device": device, "--sets": sets})
     reference = open_reference(reference_source)
     count = _sets(sets, seeds_text, samples, bundle, reference)
-    seeds = _seeds(seeds_text, seed, samples, reference, count)
+    seeds = choose_seeds(seeds_text, seed, samples, reference, count)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
     if bundle is not None:
         sources = _bundle_sources(bundle, teacher, seeds, engine, device, batch, reference, drawn)
     else:
         sources = {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
-    evaluator = _evaluator(reference, extractor, sources, names, count)
+    evaluator = _evaluator(reference, _opened_extractor(extractor, extractor_weights), sources, names, count)
     _save_statistics(evaluator, save_statistics)
     scores = {role: _score(evaluator, role, source.parts(count), names, staff) for role, source in sources.items()}
-    facts = score_facts(evaluator, sources, scores, _seeds_text(seeds) if bundle else None, drawn)
+    facts = score_facts(evaluator, sources, scores, seeds_text_of(seeds) if bundle else None, drawn)
     click.echo(json.dumps(facts, indent=2)) if as_json else print_scores(facts)
+
+
+def _bundle(images: str) -> Bundle | None:
+    return Bundle.open(images) if is_bundle(images) else None
 
 
 def _names(metrics: str | None) -> list[str] | None:
@@ -148,7 +170,11 @@ def _teacher_samples(
 
 
 def _evaluator(
-    reference: Dataset | Statistics, extractor: str, sources: dict[str, SampleSource], metrics: list[str] | None, sets: int
+    reference: Dataset | Statistics,
+    extractor: str | Extractor,
+    sources: dict[str, SampleSource],
+    metrics: list[str] | None,
+    sets: int,
 ) -> Evaluator:
     """The evaluator. Raises RequestError for whatever would make the sources' scores impossible, before any image is made."""
     for source in sources.values():
@@ -158,6 +184,18 @@ def _evaluator(
     for source in sources.values():
         evaluator.check(metrics, source.count // sets, source.expected is not None)
     return evaluator
+
+
+def _opened_extractor(name: str, weights: Path | None) -> str | Extractor:
+    if weights is None:
+        return name
+    if name not in PRETRAINED:
+        raise RequestError(
+            f"--extractor-weights are for a network that the user brings, not for '{name}'",
+            remedy=f"leave --extractor-weights out, or use --extractor with one of {', '.join(PRETRAINED)}",
+            param="extractor_weights",
+        )
+    return pretrained(name, weights)
 
 
 def _open_images(images: str) -> Dataset:
@@ -198,7 +236,10 @@ def _sets(
     return QUICK_SETS if count >= MIN_SAMPLES_OF_SETS and cost <= QUICK_VALUES else 1
 
 
-def _seeds(text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics, sets: int) -> list[int]:
+def choose_seeds(
+    text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics, sets: int
+) -> list[int]:
+    """The seeds of all sets, in their order. Raises RequestError where they cannot be divided into so many."""
     if text is not None:
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
@@ -216,7 +257,7 @@ def _seeds(text: str | None, first: int | None, samples: int | None, reference: 
     return parse_seeds(f"{start}-{start + count * sets - 1}")
 
 
-def _seeds_text(seeds: list[int]) -> str:
+def seeds_text_of(seeds: list[int]) -> str:
     """'0-1796' where the seeds are consecutive, else how many there are."""
     consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     return f"{seeds[0]}-{seeds[-1]}" if consecutive else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"

@@ -36,6 +36,7 @@ def score_facts(
             "name": extractor.name,
             "sha256": extractor.sha256,
             "heldout_accuracy": extractor.heldout_accuracy,
+            "resizing": extractor.resizing or None,
         },
         "seeds": seeds,
         "sets": sets,
@@ -96,7 +97,8 @@ def print_scores(facts: dict[str, Any]) -> None:
     click.echo(f"reference: {reference['name']}{size}")
     accuracy = extractor["heldout_accuracy"]
     skill = "" if accuracy is None else f", right on {accuracy:.1%} of held-out images"
-    click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}")
+    resizing = f", images resized {extractor['resizing']}" if extractor.get("resizing") else ""
+    click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}{resizing}")
     # A table for eyes, lines for grep.
     (_print_table if sys.stdout.isatty() else _print_lines)(roles)
     if facts["distance_to_teacher_ratio"] is not None:

@@ -1,13 +1,14 @@
 """Scores of generated images against a data set, through torch-fidelity. Imports without torch; scoring needs it."""
 
 from uni_instruct.evaluate.evaluator import Evaluator, evaluate_images
-from uni_instruct.evaluate.extractors import EXTRACTORS, Extractor, Features
+from uni_instruct.evaluate.extractors import EXTRACTORS, PRETRAINED, Extractor, Features
 from uni_instruct.evaluate.scores import METRICS, Scores, frechet_distance
 from uni_instruct.evaluate.statistics import Statistics, open_reference, write_statistics
 
 __all__ = [
     "EXTRACTORS",
     "METRICS",
+    "PRETRAINED",
     "Evaluator",
     "Extractor",
     "Features",

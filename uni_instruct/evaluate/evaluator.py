@@ -9,11 +9,20 @@ from numpy.typing import ArrayLike
 from uni_instruct.data import Dataset
 from uni_instruct.data.concat import shape_remedy
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.evaluate.extractors import INCEPTION, Extractor, Features, choose_extractor, inception, open_classifier
+from uni_instruct.evaluate.extractors import (
+    INCEPTION,
+    PRETRAINED,
+    Extractor,
+    Features,
+    choose_extractor,
+    inception,
+    open_classifier,
+    pretrained,
+)
 from uni_instruct.evaluate.reference_cache import ReferenceCache, ReferenceFeatures
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, score
 from uni_instruct.evaluate.statistics import Statistics, open_reference
-from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, summed_up
+from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, joined, summed_up
 from uni_instruct.images import checked_images
 from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
@@ -26,7 +35,7 @@ REFERENCE_BYTES, _FLOAT_BYTES, _SHARD_IMAGES = 2**29, 4, 1024
 class Evaluator:
     """Scores images against a data set or its statistics.
 
-    extractor: one of EXTRACTORS, or an Extractor; statistics bring their own. with_progress shows long work.
+    extractor: one of EXTRACTORS or PRETRAINED, or an Extractor; statistics bring their own. with_progress shows long work.
     Raises RequestError where the extractor is unknown or cannot be had, or the data set holds latents.
     """
 
@@ -66,7 +75,7 @@ class Evaluator:
                 else:
                     summary.add(part)
             assert summary is not None  # a data set has images
-            found = ReferenceFeatures(np.concatenate(parts), *summary.moments())
+            found = ReferenceFeatures(joined(parts), *summary.moments())
             known.write(found)
         self.features = _features(found.features) if len(found.features) == len(reference) else None
         self.kept, self.mu, self.sigma = found.features[:: -(-len(found.features) // KEPT_IMAGES)], found.mu, found.sigma
@@ -188,7 +197,8 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
     # Features of two extractors have nothing in common: a distance between them would be a number without meaning.
     if not isinstance(asked, str):
         return asked
-    maker = "inception" if statistics.extractor == INCEPTION else "classifier"
+    makers = {INCEPTION: "inception"} | {name: name for name in PRETRAINED}
+    maker = makers.get(statistics.extractor, "classifier")
     if asked not in ("auto", maker):
         raise RequestError(
             f"the statistics of {statistics.name} were made by {statistics.extractor}, not by '{asked}'",
@@ -197,6 +207,8 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
         )
     if maker == "inception":
         return inception()
+    if maker in PRETRAINED:
+        return pretrained(maker)
     from uni_instruct.evaluate.classifier import classifier_path
 
     remedy = "give the data set itself as --reference"

@@ -11,7 +11,7 @@ import numpy as np
 from uni_instruct.data import Dataset
 from uni_instruct.download import download
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.evaluate.fidelity import fidelity
+from uni_instruct.evaluate.fidelity import create_extractor, fidelity
 from uni_instruct.files import sha256
 from uni_instruct.float32 import full_float32
 from uni_instruct.images import checked_images
@@ -21,6 +21,12 @@ from uni_instruct.spec import ImageShape
 if TYPE_CHECKING:
     import torch
 
+# What training and evaluation choose from; evaluation also has networks whose weights the user brings (pretrained.py).
+EXTRACTORS = ("auto", "inception", "classifier")
+PRETRAINED = (
+    *("clip-vit-b-32", "clip-vit-b-16", "clip-vit-l-14", "clip-vit-l-14-336px"),
+    *("dinov2-vit-s-14", "dinov2-vit-b-14", "dinov2-vit-l-14"),
+)
 INCEPTION = "inception-v3"
 INCEPTION_REGISTERED = "inception-v3-compat"
 INCEPTION_DIM = 2048
@@ -41,15 +47,19 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorFile:
-    """What a worker opens an extractor from: its weights, and the SHA-256 (InceptionV3) or the name that goes with them."""
+    """What a worker opens an extractor from: its weights, who reads them ('inception', 'classifier' or one of PRETRAINED), and
+    their SHA-256, or of a classifier its name.
+    """
 
     path: Path
-    is_inception: bool
+    maker: str
     label: str
 
     def open(self) -> "Extractor":
         """The extractor. Raises FileFormatError where the file is corrupt."""
-        return open_inception(self.path, self.label) if self.is_inception else open_classifier(self.path, self.label)
+        if self.maker in PRETRAINED:
+            return open_pretrained(self.maker, self.path, self.label)
+        return open_inception(self.path, self.label) if self.maker == "inception" else open_classifier(self.path, self.label)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +67,8 @@ class Extractor:
     """A torch-fidelity feature extractor, ready to run.
 
     image_shape is [C, H, W] where it takes only such images, else None. num_classes is the reference's, 0 where the logits are
-    of other classes. heldout_accuracy is a trained classifier's, on images it has not seen.
+    of other classes. heldout_accuracy is a trained classifier's, on images it has not seen. takes_colour: grey images are
+    shown to it as colour; resizing says how it enlarges images, as other tools do it in other ways.
     """
 
     name: str
@@ -69,6 +80,8 @@ class Extractor:
     num_classes: int = 0
     heldout_accuracy: float | None = None
     fingerprint: str = ""
+    takes_colour: bool = False
+    resizing: str = ""
     file: "ExtractorFile | None" = None
 
     @property
@@ -93,7 +106,7 @@ class Extractor:
         for images in _rebatched(map(checked_images, batches)):
             # Contiguous: the last bits of a convolution depend on the memory layout.
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format).to(self.device)
-            if self.is_inception and pixels.shape[1] == 1:
+            if self.takes_colour and pixels.shape[1] == 1:
                 pixels = pixels.expand(-1, 3, -1, -1)
             # Published FIDs are of float32; with TF32, cuDNN's default, a GPU gives other features than a CPU.
             with torch.inference_mode(), full_float32():
@@ -108,11 +121,13 @@ class Extractor:
 
 
 def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
-    """The extractor of that name (EXTRACTORS) for a reference.
+    """The extractor of that name (EXTRACTORS, PRETRAINED) for a reference.
 
     auto: InceptionV3 for colour images from 32 pixels on, or where there are no classes; else the classifier.
     Raises RequestError for an unknown name, or where InceptionV3's weights cannot be had.
     """
+    if name in PRETRAINED:
+        return pretrained(name)
     if name not in EXTRACTORS:
         raise RequestError(f"extractor '{name}' is unknown", remedy=f"choose one of {', '.join(EXTRACTORS)}", param="extractor")
     if name == "auto":
@@ -121,9 +136,6 @@ def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory
         suits = channels == 3 and min(sides) >= INCEPTION_MIN_SIDE
         name = "inception" if suits or dataset.num_classes < 2 else "classifier"
     return inception(has_classes=dataset.num_classes > 1) if name == "inception" else classifier(dataset, with_progress)
-
-
-EXTRACTORS = ("auto", "inception", "classifier")
 
 
 def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
@@ -143,12 +155,12 @@ def open_classifier(path: Path, name: str) -> Extractor:
         name=name,
         sha256=weights_sha256(model),
         dim=FEATURES,
-        module=_create(CLASSIFIER, ["features", "logits"], path),
+        module=create_extractor(CLASSIFIER, ["features", "logits"], path),
         image_shape=info.image_shape,
         num_classes=info.num_classes,
         heldout_accuracy=info.heldout_accuracy,
         fingerprint=info.fingerprint,
-        file=ExtractorFile(path=path, is_inception=False, label=name),
+        file=ExtractorFile(path=path, maker="classifier", label=name),
     )
 
 
@@ -167,9 +179,49 @@ def open_inception(path: Path, digest: str) -> Extractor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # It draws weights before it loads them; the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
-        module = _create(INCEPTION_REGISTERED, [str(INCEPTION_DIM), "logits_unbiased"], path).to(device)
-    file = ExtractorFile(path=path, is_inception=True, label=digest)
-    return Extractor(name=INCEPTION, sha256=digest, dim=INCEPTION_DIM, module=module, device=device, file=file)
+        module = create_extractor(INCEPTION_REGISTERED, [str(INCEPTION_DIM), "logits_unbiased"], path).to(device)
+    file = ExtractorFile(path=path, maker="inception", label=digest)
+    return Extractor(
+        name=INCEPTION,
+        sha256=digest,
+        dim=INCEPTION_DIM,
+        module=module,
+        device=device,
+        takes_colour=True,
+        resizing="bilinear as TensorFlow 1 to 299x299, no antialiasing (torch-fidelity's, as the original FID)",
+        file=file,
+    )
+
+
+def pretrained(name: str, path: Path | None = None) -> Extractor:
+    """CLIP's or DINOv2's, by a name from PRETRAINED; path: of its weights, else where torch and CLIP keep theirs.
+
+    Raises RequestError, in a line that says which file to put where, when they are not there; FileFormatError where a file is
+    another.
+    """
+    from uni_instruct.evaluate.pretrained import find_weights
+
+    return open_pretrained(name, *find_weights(name, path))
+
+
+def open_pretrained(name: str, path: Path, digest: str) -> Extractor:
+    """CLIP or DINOv2 from a file with that SHA-256, on a GPU where there is one. Raises FileFormatError for another file."""
+    import torch
+
+    from uni_instruct.evaluate.pretrained import open_network
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = open_network(name, path)
+    return Extractor(
+        name=name,
+        sha256=digest,
+        dim=network.dim,
+        module=network.module.to(device),
+        device=device,
+        takes_colour=True,
+        resizing=f"bilinear as TensorFlow 1 to {network.side}x{network.side}, no antialiasing (torch-fidelity's)",
+        file=ExtractorFile(path=path, maker=name, label=digest),
+    )
 
 
 def inception_weights(otherwise: str = "") -> tuple[Path, str]:
@@ -210,10 +262,3 @@ def _rebatched(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _starts(content: bytes, digest: str) -> bool:
     return hashlib.sha256(content).hexdigest().startswith(digest)
-
-
-def _create(registered: str, layers: list[str], weights: Path) -> "torch.nn.Module":
-    module: torch.nn.Module = fidelity("utils").create_feature_extractor(
-        registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
-    )
-    return module

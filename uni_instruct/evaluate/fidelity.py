@@ -1,9 +1,14 @@
 """torch-fidelity, imported also where torchvision's compiled operators cannot be loaded."""
 
 import importlib
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from uni_instruct.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import torch
 
 # Operators that torchvision registers shape functions for when it is imported, whether or not its library was loaded.
 _TORCHVISION_SCHEMAS = (
@@ -19,6 +24,14 @@ def fidelity(module: str = "") -> ModuleType:
         return importlib.import_module(f"torch_fidelity.{module}" if module else "torch_fidelity")
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch-fidelity", extra="evaluate") from error
+
+
+def create_extractor(registered: str, layers: list[str], weights: Path) -> "torch.nn.Module":
+    """One of torch-fidelity's registered extractors, which gives those layers, with weights from a file."""
+    module: torch.nn.Module = fidelity("utils").create_feature_extractor(
+        registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
+    )
+    return module
 
 
 def _import_torchvision() -> None:

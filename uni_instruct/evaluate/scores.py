@@ -18,7 +18,8 @@ KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 MIN_SAMPLES = NEIGHBOURS + 1
 POOR_ACCURACY = 0.8
-_NEIGHBOUR_BATCH = 2000  # rows of a distance matrix that are in memory at once
+# Rows of a distance matrix that are in memory at once; fewer where they are long: torch-fidelity holds several copies of them.
+_NEIGHBOUR_BATCH, _NEIGHBOUR_VALUES = 2000, 2**24
 PUBLISHED_SAMPLES = 50_000
 
 
@@ -101,6 +102,14 @@ def check_metrics(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def metric_key(printed: str) -> str:
+    """The key in METRICS of a value's printed name: 'fd' of 'FID' and of 'FD(digits-classifier)'; of a key itself, the same.
+
+    Raises RequestError for a name that none prints.
+    """
+    return check_metrics([_PRINTED.get(printed.partition("(")[0], printed)])[0]
+
+
 def applicable(names: Sequence[str] | None, available: Available) -> list[str]:
     """The named metrics, or all that can be measured with what is available.
 
@@ -169,7 +178,8 @@ def _precision_recall(extractor: Extractor, comparison: Comparison) -> dict[str,
     metric_prc = fidelity("metric_prc")
     generated, reference = _kept(comparison), comparison.reference
     # save_cpu_ram keeps a few rows of the distance matrix in memory, not all of it.
-    options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": _NEIGHBOUR_BATCH, "save_cpu_ram": True}
+    rows = max(1, min(_NEIGHBOUR_BATCH, _NEIGHBOUR_VALUES // max(len(generated), len(reference))))
+    options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": rows, "save_cpu_ram": True}
     values = metric_prc.prc_features_to_metric(generated, reference, verbose=False, **options)
     return {name: values[name] for name in (metric_prc.KEY_METRIC_PRECISION, metric_prc.KEY_METRIC_RECALL)}
 
@@ -219,6 +229,9 @@ METRICS = {
     "is": Metric(_inception_score, _inception),
     "class_accuracy": Metric(_class_accuracy, _class_ids),
 }
+
+# How values are printed, up to the extractor's name -> the metric that they are of.
+_PRINTED = {"FID": "fd", "FD": "fd", "KID": "kd", "KD": "kd", "IS": "is", "precision": "pr", "recall": "pr"}
 
 
 def _notes(extractor: Extractor, comparison: Comparison) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ class Summary:
 
     def kept_features(self) -> np.ndarray:
         """Features float32 [K, D]."""
-        self.kept = [np.concatenate(self.kept)]
+        self.kept = [joined(self.kept)]
         return self.kept[0]
 
     # mu = sum x / N, sigma = (sum x x^T - N mu mu^T) / (N - 1), as EDM's fid.py has them.
@@ -94,6 +94,19 @@ class Summary:
         return float(np.mean(scores))
 
 
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts one after the other; the list is emptied on the way, so that nothing is in memory twice."""
+    if len(parts) == 1:
+        return parts.pop()
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
+    end = len(whole)
+    while parts:
+        start = end - len(parts[-1])
+        whole[start:end] = parts.pop()
+        end = start
+    return whole
+
+
 def _sum(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
     return None if first is None or second is None else first + second
 
@@ -114,7 +127,7 @@ def summed_up(
         first=exact.sum(0),
         second=exact.T @ exact,
         kept=[values[indices % plan.stride == 0]],
-        right=0 if expected is None else int((logits.argmax(1) == expected).sum()),
+        right=0 if expected is None or not logits.shape[1] else int((logits.argmax(1) == expected).sum()),
     )
     if plan.with_scores:
         split = (plan.splits() if splits is None else splits)[indices]

@@ -1,28 +1,13 @@
 """A pool of Ray actors: the same on a laptop's own Ray and on a cluster."""
 
-import hashlib
-import importlib
-import logging
-import os
-import socket
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Generic
 
 from uni_instruct import __version__
-from uni_instruct.engines.threads import usable_cpus
-from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
-from uni_instruct.files import atomic_folder, cache_folder, sha256
+from uni_instruct.ray_cluster import LOCAL, check_version, connect, contents, import_ray, placed
 from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
-
-# The address that means a Ray of our own on this machine.
-LOCAL = "local"
-_CONNECT_S = 10.0
-# Ray gives itself 30 s to start, which a busy machine may exceed once.
-_STARTS = 3
-_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 class RayPool(Generic[T]):
@@ -35,14 +20,14 @@ class RayPool(Generic[T]):
 
     def __init__(self, job: WorkerJob[T], count: int | None, address: str = LOCAL):
         self._ray = import_ray()
-        self._ours = _connect(self._ray, address, count)
+        self._ours = connect(self._ray, address, count)
         resources = self._ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
         self._count = count or gpus or cpus
         # More workers than cores or GPUs share them, as processes on one machine do.
         options = {"num_cpus": min(1.0, cpus / self._count), "num_gpus": min(1.0, gpus / self._count), "max_restarts": 0}
         self._actor = self._ray.remote(Actor).options(**options)
-        files = {path: self._ray.put(_contents(path)) for path in job.paths()} if address != LOCAL else {}
+        files = {path: self._ray.put(contents(path)) for path in job.paths()} if address != LOCAL else {}
         self._job, self._files = self._ray.put(job), files
         self._deaths, self._again = Deaths[T]({}), deque[Task]()
         self._starting: dict[Any, Any] = {}  # what an actor answers when it has opened the job -> the actor
@@ -131,102 +116,11 @@ class Actor:
 
     def open(self, job: WorkerJob[Any], files: list[tuple[str, Any]], version: str) -> None:
         """Puts the files in their place, once a node, and opens the job. Raises RequestError for another version of ours."""
-        if version != __version__:
-            raise RequestError(
-                f"a node of the cluster has uni-instruct {__version__}, this machine {version}",
-                remedy=f"pip install 'uni-instruct[ray]=={version}' on all nodes",
-            )
+        check_version(version)
         ray = import_ray()
-        places = {Path(path): _placed(ray.get(content)) for path, content in files}
+        places = {Path(path): placed(ray.get(content)) for path, content in files}
         self._make: Callable[[Task], Any] = job.moved(places).open()
 
     def make(self, task: Task) -> Any:
         """The result of a task."""
         return self._make(task)
-
-
-def import_ray() -> ModuleType:
-    """Ray. Raises MissingExtraError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns otherwise where an actor has no GPU
-    try:
-        return importlib.import_module("ray")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("ray", extra="ray") from error
-
-
-def _connect(ray: ModuleType, address: str, count: int | None) -> bool:
-    """Connects this process; whether the connection is ours to end. Raises RequestError."""
-    if ray.is_initialized():
-        return False
-    if address == LOCAL:
-        _start_local(ray, count or usable_cpus())
-        return True
-    _check_listens(address)
-    try:
-        ray.init(address=address, **_QUIET)
-    except Exception as error:  # Ray raises RuntimeError, ConnectionError, ValueError, or gRPC's own
-        reason = " ".join(str(error).split())
-        if "ersion mismatch" in reason:
-            raise RequestError(
-                f"the Ray cluster at {address} is of another version: {reason[:300]}",
-                remedy=f"install the same ray and Python here as there (ray {ray.__version__} is here)",
-                param="ray",
-            ) from error
-        raise _no_cluster(address, reason[:200]) from error
-    return True
-
-
-def _start_local(ray: ModuleType, cpus: int) -> None:
-    for left in reversed(range(_STARTS)):
-        try:
-            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **_QUIET)
-            return
-        except Exception as error:  # of no class of its own
-            ray.shutdown()
-            if not left:
-                reason = " ".join(str(error).split())[:300]
-                raise UniInstructError(f"Ray does not start: {reason}", remedy="use --workers in place of --ray") from error
-
-
-def _check_listens(address: str) -> None:
-    """Raises RequestError where nothing listens: Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():
-        if address != "auto" and not address.startswith("ray://"):
-            raise _no_cluster(address, "that is no HOST:PORT")
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise _no_cluster(address, str(error)) from error
-
-
-def _no_cluster(address: str, reason: str) -> RequestError:
-    return RequestError(
-        f"there is no Ray cluster at {address}: {reason}",
-        remedy="give its HOST:PORT, or --ray alone for this machine; 'ray start --head' starts one",
-        param="ray",
-    )
-
-
-def _contents(path: Path) -> tuple[str, dict[str, bytes]]:
-    """A name for what stands at a path, by its content, and the files: of a folder by their place in it, of a file under ''."""
-    files = {"": path} if path.is_file() else {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
-    digest = hashlib.sha256()
-    for name, file in files.items():
-        digest.update(f"{name}\0{sha256(file)}\n".encode())
-    return f"{digest.hexdigest()[:32]}/{path.name}", {name: file.read_bytes() for name, file in files.items()}
-
-
-def _placed(sent: tuple[str, dict[str, bytes]]) -> Path:
-    """Where the files stand on this node, written by the first actor that needs them."""
-    name, files = sent
-    place = cache_folder() / "ray" / name
-    if not place.exists():
-        with atomic_folder(place.parent) as partial:
-            for part, content in files.items():
-                file = partial / place.name / part if part else partial / place.name
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content)
-    return place

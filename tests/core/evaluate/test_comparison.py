@@ -70,6 +70,7 @@ def test_the_command_says_what_can_be_said(tmp_path: Path, cli: Cli) -> None:
     facts = json.loads(cli("compare", a[0], b[0], "--json")[1])
     assert facts["weights"]["verdict"] == "better"
     assert facts["a"] == pytest.approx([1.01])
+    assert json.loads(cli("compare", a[0], b[0], "--metric", "pr", "--json")[1])["metric"] == "recall"
     assert json.loads(cli("compare", a[0], b[0], "--metric", "recall", "--json")[1])["weights"]["verdict"] == "inconclusive"
 
 
@@ -81,9 +82,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, cli: Cli) -> None:
     wrong = {
         (a, other): "differ in their extractor: e and f; evaluate both alike",
         (a, classes): "differ in their draw of classes: uniform and data",
-        (a, tmp_path / "none.json"): "there is no result",
+        (a, tmp_path / "none.json"): "there is no result or bundle",
         (a, tmp_path / "d.json"): "is no result of a generator; write one: uni-instruct evaluate BUNDLE",
         (a, f"{a},{a}"): "has the same weights twice",
+        (a, a, "--sets", "3"): "--sets is for bundles, and results were given; leave it out",
+        (a, a, "--ray"): "--ray is for bundles, and results were given; leave it out",
         (a, a, "--metric", "IS"): "has no IS; choose one of FD(x), recall",
     }
     for arguments, message in wrong.items():

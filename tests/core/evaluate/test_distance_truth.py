@@ -1,11 +1,14 @@
 """Distances against independent computations: EDM's published procedure, other libraries' roots, torch-fidelity's score."""
 
+import tracemalloc
+from typing import Any
+
 import numpy as np
 import pytest
 
 from uni_instruct.evaluate.extractors import Features
 from uni_instruct.evaluate.scores import frechet_distance
-from uni_instruct.evaluate.summary import SPLITS, Summary, SummaryPlan, summed_up
+from uni_instruct.evaluate.summary import SPLITS, Summary, SummaryPlan, joined, summed_up
 
 torch = pytest.importorskip("torch")
 
@@ -94,3 +97,40 @@ def test_of_many_images_evenly_spaced_features_are_kept(monkeypatch: pytest.Monk
     monkeypatch.setattr(summary, "KEPT_IMAGES", 100)
     features = drawn(1050, 4, 3)
     np.testing.assert_array_equal(summary_of(features).kept_features(), features[::11])
+
+
+def test_kept_features_are_in_memory_once() -> None:
+    """Of a million images they are the largest thing that a score holds."""
+    size = 40 * 500 * 256 * 4
+    tracemalloc.start()
+    parts = [np.ones((500, 256), np.float32) for _ in range(40)]
+    whole = joined(parts)
+    whole_and_last = np.ones_like(whole)  # only fits below the bound where the parts are gone
+    _, peak = tracemalloc.get_traced_memory()
+    del whole_and_last
+    tracemalloc.stop()
+    assert whole.shape == (20_000, 256)
+    assert parts == []
+    assert peak < 2.1 * size
+
+
+def test_a_distance_matrix_is_never_larger_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    from uni_instruct.evaluate import scores
+
+    def measured() -> dict[str, float]:
+        comparison = scores.Comparison(
+            generated=summary_of(drawn(300, 6, 1)),
+            mu=np.zeros(6),
+            sigma=np.eye(6),
+            reference=torch.from_numpy(drawn(500, 6, 2)),
+            has_class_ids=False,
+        )
+        return scores._precision_recall(judge, comparison)
+
+    judge: Any = None  # precision and recall ask nothing of the extractor
+    truth, sizes, kth = measured(), list[int](), torch.Tensor.kthvalue
+    monkeypatch.setattr(torch.Tensor, "kthvalue", lambda matrix, k: sizes.append(matrix.numel()) or kth(matrix, k))
+    monkeypatch.setattr(scores, "_NEIGHBOUR_VALUES", 20_000)
+    assert measured() == truth
+    assert max(sizes) <= 20_000
+    assert 0 < truth["precision"] < 1

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from builders.bundles import random_bundle
 from uni_instruct.bundle import Bundle
 from uni_instruct.data import open_dataset, write_zip
 
@@ -140,3 +141,35 @@ def test_faults_are_one_line(
     assert last.startswith("error: ")
     assert message in last
     assert "Traceback" not in err
+
+
+def test_bundles_and_runs_are_compared_as_their_results_are(cli: Cli, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    other = random_bundle(tmp_path / "run" / "generator", seed=5)
+    scored = ["--samples", "40", "--sets", "3"]
+    for name, bundle in (("a", tiny_bundle), ("b", other)):
+        (tmp_path / name).write_text(json.dumps(evaluated(cli, bundle.path, "--metrics", "fd", *scored)))
+    truth = json.loads(cli("compare", tmp_path / "a", tmp_path / "b", "--json")[1])
+    sides = (tiny_bundle.path, tmp_path / "run")
+    code, out, err = cli("compare", *sides, "--reference", "digits", "--samples", "40", "--json")
+    assert code == 0, err
+    assert json.loads(out) == truth
+    assert truth["metric"] == FD
+    assert "training again moves FID some 3.2 times as far as other seeds do" in truth["note"]
+    mixed = cli("compare", tmp_path / "a", tmp_path / "run", "--reference", "digits", *scored, "--json")
+    assert json.loads(mixed[1]) == truth
+
+
+def test_several_trainings_of_either_side_are_bundles_too(cli: Cli, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    others = [random_bundle(tmp_path / str(seed), seed=seed).path for seed in (5, 6, 7)]
+    words = (f"{tiny_bundle.path},{others[0]}", f"{others[1]},{others[2]}", "--reference", "digits", "--samples", "40")
+    code, out, err = cli("compare", *words, "--metric", "recall")
+    assert code == 0, err
+    assert "A: recall " in out
+    assert "2 trainings" in out
+    assert "note:" not in out
+    code, _, err = cli("compare", f"{others[0]},{others[0]}", others[1], "--reference", "digits")
+    assert (code, "has the same weights twice; give each training once" in err) == (2, True), err
+    code, _, err = cli("compare", others[0], others[1])
+    assert (code, err.strip()) == (2, "error: bundles are scored against a reference; give --reference DATA")
+    code, _, err = cli("compare", others[0], others[1], "--reference", "digits", "--metric", "beauty")
+    assert (code, "metric 'beauty' is unknown; choose from fd, kd" in err) == (2, True), err

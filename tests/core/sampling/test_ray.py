@@ -1,11 +1,13 @@
 """`--ray`: actors of a real local Ray make the bytes of one process, whoever of them is killed."""
 
+import contextlib
 import os
 import random
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.ray_cluster import contents, placed
 from uni_instruct.sampling.pool import ImageJob, Task
 from uni_instruct.sampling.shards import Shard
 
@@ -68,6 +71,34 @@ def test_actors_are_killed_at_random_and_the_images_are_the_same() -> None:
     assert kills
     truth = generate_images(open_engine(bundle, "onnx"), seeds)
     np.testing.assert_array_equal(np.concatenate([made[start] for start in sorted(made)]), truth)
+
+
+def test_actors_of_a_node_place_a_bundle_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find nothing there, and the one that is done later must leave alone what the other reads by then."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bundle = Bundle.open("digits")
+    sent = contents(bundle.path)
+    seen, both_wait, write = list[int](), threading.Barrier(2), Path.write_bytes
+
+    def write_when_both_are_here(path: Path, content: bytes) -> int:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_wait.wait(timeout=10)  # both have looked, and found nothing
+        return write(path, content)
+
+    def place() -> None:
+        found = placed(sent)
+        seen.append(found.stat().st_ino)
+        assert Bundle.open(found).weights_sha256 == bundle.weights_sha256
+
+    monkeypatch.setattr(Path, "write_bytes", write_when_both_are_here)
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(place) for _ in range(2)]:
+            done.result()
+    monkeypatch.undo()
+    assert seen[0] == seen[1]
+    stays = tmp_path / "uni-instruct" / "ray" / sent[0]
+    assert stays.stat().st_ino == seen[0]
+    assert [folder.name for folder in stays.parent.parent.iterdir()] == [stays.parent.name]
 
 
 def test_where_no_cluster_is_one_line_says_so(tmp_path: Path, cli: Cli) -> None:

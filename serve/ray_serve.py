@@ -1,0 +1,124 @@
+"""The same app on Ray Serve: `serve run uni_instruct.serve.ray_serve:build bundle=digits replicas=2`.
+
+Each replica is one server as `uni-instruct serve` runs it, behind Ray's proxy: its batcher gathers images of the requests that
+Ray hands it, which is why it is handed many at once, and Ray's own batching is not used.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.errors import RequestError
+from uni_instruct.ray_cluster import import_ray_serve
+from uni_instruct.serve.settings import Settings, settings_from_environment, variable
+from uni_instruct.serve.sources import sources_by_name
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from starlette.applications import Starlette
+
+NAME = "uni-instruct"
+# Ray hands a replica 5 requests at a time unless told otherwise: a batch of 64 images would never come together.
+_ONGOING = 1000
+_LOOK_S = 0.1
+_CHECK_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What Ray is asked for: how many replicas, and of each how many CPUs and GPUs."""
+
+    replicas: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+def build(arguments: Mapping[str, str]) -> "Application":
+    """The application that `serve run` deploys.
+
+    arguments: any setting of docs/serving.md by its name in small letters (bundle, engine, timeout_s), which wins over its
+    variable in this process's environment; and replicas, cpus, gpus. Folders of bundles must be there on every node; generators
+    that ship and those on the hub are. Raises RequestError for a wrong one, MissingExtraError without Ray Serve.
+    """
+    serve = import_ray_serve()
+    placement, settings = parse(arguments)
+    for source in sources_by_name(settings.bundle).values():
+        Bundle.open(source).check_makes_pictures()
+    # As with several workers of one server: the demo's state is in one process.
+    settings = replace(settings, ui=settings.ui and placement.replicas == 1)
+    deployment = serve.deployment(
+        name=NAME,
+        num_replicas=placement.replicas,
+        ray_actor_options={"num_cpus": placement.cpus, "num_gpus": placement.gpus},
+        max_ongoing_requests=_ONGOING,
+        graceful_shutdown_timeout_s=settings.grace_s,
+        health_check_period_s=_CHECK_EVERY_S,
+    )
+    return deployment(serve.ingress(_app_of(settings))(Generators)).bind()
+
+
+class Generators:
+    """A replica. Ray makes the app in it, which loads in the background, and asks for its health before it sends requests."""
+
+    app: "Starlette"  # Ray Serve's own attribute
+
+    async def check_health(self) -> None:
+        """Waits until the generators are warm: Ray sends nothing before. Raises RuntimeError where none can be loaded."""
+        models = self.app.state.models
+        while models.alive and not models.ready:
+            await asyncio.sleep(_LOOK_S)
+        if not models.alive:
+            raise RuntimeError("no generator could be loaded, or its queue is no longer served; the replica's log says why")
+
+
+def _app_of(settings: Settings) -> Any:
+    """A function that makes the app; Ray calls it in the replica, as an app with its threads cannot be sent."""
+
+    def app() -> "Starlette":
+        from uni_instruct.serve.app import create_app
+
+        return create_app(settings)
+
+    return app
+
+
+def parse(arguments: Mapping[str, str]) -> tuple[Placement, Settings]:
+    """What `build` is asked for. Raises RequestError."""
+    return _placement(arguments), _settings(arguments)
+
+
+def _settings(arguments: Mapping[str, str]) -> Settings:
+    names = {setting.name for setting in fields(Settings)} - {"workers", "api_key"}
+    known = {*names, *(field.name for field in fields(Placement))}
+    for name in arguments:
+        if name not in known:
+            raise RequestError(f"'{name}' is no setting", remedy=f"choose from {', '.join(sorted(known))}", param=name)
+    given = {variable(name): str(value) for name, value in arguments.items() if name in names}
+    settings = settings_from_environment({**os.environ, variable("workers"): "", **given})
+    # Replicas may run elsewhere than where this folder's names mean something.
+    sources = {name: os.path.abspath(s) if os.path.isdir(s) else s for name, s in sources_by_name(settings.bundle).items()}
+    bundles = tuple(f"{name}={source}" for name, source in sources.items())
+    key_file = settings.api_key_file and os.path.abspath(settings.api_key_file)
+    return replace(settings, bundle=bundles, api_key_file=key_file)
+
+
+def _placement(arguments: Mapping[str, str]) -> Placement:
+    values: dict[str, Any] = {}
+    for field in fields(Placement):
+        if field.name in arguments:
+            values[field.name] = _number(field.name, arguments[field.name], whole=field.name == "replicas")
+    return Placement(**values)
+
+
+def _number(name: str, text: str, *, whole: bool) -> float:
+    try:
+        number = int(text) if whole else float(text)
+    except ValueError:
+        number = -1
+    if not (0 if name == "gpus" else 1e-3) <= number <= 10_000:
+        remedy = "give a whole number from 1 on" if whole else "give a number, such as 2"
+        raise RequestError(f"{name}={text} cannot be", remedy=remedy, param=name)
+    return number

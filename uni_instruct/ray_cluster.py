@@ -1,0 +1,129 @@
+"""A Ray of this machine, or a cluster: found, started, and given what its nodes lack."""
+
+import hashlib
+import importlib
+import logging
+import os
+import socket
+from pathlib import Path
+from types import ModuleType
+
+from uni_instruct import __version__
+from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
+from uni_instruct.files import cache_folder, folder_made_once, sha256
+
+# The address that means a Ray of our own on this machine.
+LOCAL = "local"
+_CONNECT_S = 10.0
+# Ray gives itself 30 s to start, which a busy machine may exceed once.
+_STARTS = 3
+_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
+# What stands at a path: a name for it, by its content, and its files by their place in it.
+Contents = tuple[str, dict[str, bytes]]
+
+
+def import_ray() -> ModuleType:
+    """Ray. Raises MissingExtraError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns otherwise where an actor has no GPU
+    try:
+        return importlib.import_module("ray")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("ray", extra="ray") from error
+
+
+def import_ray_serve() -> ModuleType:
+    """Ray Serve. Raises MissingExtraError where it, or what it needs, is not installed."""
+    import_ray()
+    try:
+        return importlib.import_module("ray.serve")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "ray.serve", extra="ray-serve") from error
+
+
+def connect(ray: ModuleType, address: str, count: int | None) -> bool:
+    """Connects this process; whether the connection is ours to end. Raises RequestError."""
+    if ray.is_initialized():
+        return False
+    if address == LOCAL:
+        _start_local(ray, count or usable_cpus())
+        return True
+    _check_listens(address)
+    try:
+        ray.init(address=address, **_QUIET)
+    except Exception as error:  # Ray raises RuntimeError, ConnectionError, ValueError, or gRPC's own
+        reason = " ".join(str(error).split())
+        if "ersion mismatch" in reason:
+            raise RequestError(
+                f"the Ray cluster at {address} is of another version: {reason[:300]}",
+                remedy=f"install the same ray and Python here as there (ray {ray.__version__} is here)",
+                param="ray",
+            ) from error
+        raise _no_cluster(address, reason[:200]) from error
+    return True
+
+
+def _start_local(ray: ModuleType, cpus: int) -> None:
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **_QUIET)
+            return
+        except Exception as error:  # of no class of its own
+            ray.shutdown()
+            if not left:
+                reason = " ".join(str(error).split())[:300]
+                raise UniInstructError(f"Ray does not start: {reason}", remedy="use --workers in place of --ray") from error
+
+
+def _check_listens(address: str) -> None:
+    """Raises RequestError where nothing listens: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        if address != "auto" and not address.startswith("ray://"):
+            raise _no_cluster(address, "that is no HOST:PORT")
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _no_cluster(address: str, reason: str) -> RequestError:
+    return RequestError(
+        f"there is no Ray cluster at {address}: {reason}",
+        remedy="give its HOST:PORT, or --ray alone for this machine; 'ray start --head' starts one",
+        param="ray",
+    )
+
+
+def check_version(version: str) -> None:
+    """On a node: raises RequestError unless this package is there in the version that asks."""
+    if version != __version__:
+        raise RequestError(
+            f"a node of the cluster has uni-instruct {__version__}, this machine {version}",
+            remedy=f"pip install 'uni-instruct[ray]=={version}' on all nodes",
+        )
+
+
+def contents(path: Path) -> Contents:
+    """A name for what stands at a path, by its content, and the files: of a folder by their place in it, of a file under ''."""
+    files = {"": path} if path.is_file() else {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        digest.update(f"{name}\0{sha256(file)}\n".encode())
+    return f"{digest.hexdigest()[:32]}/{path.name}", {name: file.read_bytes() for name, file in files.items()}
+
+
+def placed(sent: Contents) -> Path:
+    """Where the files stand on this node, written by the first actor that needs them; the same for all of them."""
+    name, files = sent
+    place = cache_folder() / "ray" / name
+    if not place.exists():
+        # Actors of one node come here at the same time, and the first may be reading already when the second is done.
+        with folder_made_once(place.parent) as partial:
+            for part, content in files.items():
+                file = partial / place.name / part if part else partial / place.name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+    return place
