@@ -61,7 +61,8 @@ def write_graph(
     """Writes the bundle's graph to `path`, weights inline. Returns the versions of the tools.
 
     norm: the form of group normalisation that the runtime is fast at. weights: stored as float16 where float16 holds them
-    ('exact'), all of them ('rounded', for engines that compute in less by themselves), or none ('wide'). precision: what the graph itself says that the network computes in. bytes_last: as in `WithPixels`.
+    ('exact'), all of them ('rounded', for engines that compute in less by themselves), none ('wide'). precision: what the graph
+    itself says that the network computes in. bytes_last: as in `WithPixels`.
     Raises RequestError for weights that do not fit into one file.
     """
     size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
