@@ -110,13 +110,16 @@ class FoldedBlock(UNetBlock):
         if self.place is None:
             return self.norm1(hidden, silu=True)
         part = rows[:, self.place, None, None]
-        four_dimensional = isinstance(self.norm1, FourDimensionalNorm)
+        norm = self.norm1
+        if not isinstance(norm, FourDimensionalNorm):
+            if not self.adaptive_scale:
+                return norm(hidden + part, silu=True)
+            scale, shift = part.chunk(2, dim=1)
+            return F.silu(norm(hidden) * scale + shift)
         if not self.adaptive_scale:
-            return self.norm1.of_sum(hidden, part) if four_dimensional else self.norm1(hidden + part, silu=True)
+            return norm.of_sum(hidden, part)
         scale, shift = part.chunk(2, dim=1)
-        if not four_dimensional:
-            return F.silu(self.norm1(hidden) * scale + shift)
-        own_scale, own_shift = self.norm1.scale_and_shift(hidden)
+        own_scale, own_shift = norm.scale_and_shift(hidden)
         return _affine(hidden, own_scale * scale, own_shift * scale + shift, silu=True)
 
 
