@@ -36,7 +36,8 @@ FACTORS = (1.0, math.sqrt(0.5))
 class CanonicalOneStep(nn.Module):
     """z [B, *noise_shape], class_ids int64 [B] in range or None -> G(z), float32 [B, C, H, W] in about [-1, 1].
 
-    dtype is what network and decoder compute in; `in_precision` changes it.
+    dtype is what network and decoder compute in; `in_precision` changes it. The generator's layers become this module's, one
+    block after the other, so that there is never a second copy of the weights: the generator is of no use afterwards.
     """
 
     dtype = torch.float32
@@ -48,7 +49,7 @@ class CanonicalOneStep(nn.Module):
         self.patch = denoiser.patch
         c_skip, c_out, c_in, c_noise = (c.double() for c in denoiser.preconditioning(torch.full((1, 1, 1, 1), sigma_init)))
         emb = _embeddings(denoiser, c_noise.float().flatten())
-        self.model: Network = copy.deepcopy(denoiser.model)
+        self.model: Network = denoiser.model
         self.rows = _fold_blocks(self.model, emb, denoiser.num_classes, norm)
         _fold_ends(self.model, float(c_in) * sigma_init, float(c_out), denoiser.image_shape[0] * self.patch**2)
         self.skip = float(c_skip) * sigma_init

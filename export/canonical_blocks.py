@@ -17,12 +17,14 @@ NormFactory = Callable[[GroupNorm], GroupNorm]
 class FourDimensionalNorm(GroupNorm):
     """Group normalisation whose every tensor has four dimensions, so that a runtime never changes its layout.
 
-    With m and q the means of x and x^2 over a group: y = x s + (b - m s), s = w / sqrt(q - m^2 + eps). The means over a group's
-    channels, and the way back to channels, are 1x1 convolutions.
+    With m and q the means of x and x^2 over a group and r = (q - m^2 + eps)^-0.5: y = x s + t, s = w r, t = b - w m r. So x
+    is read three times and written once; the rest has one pixel. Means over a group's channels, and the way back to channels
+    with w, are 1x1 convolutions.
     """
 
     gather: Tensor
     spread: Tensor
+    minus: Tensor
 
     def __init__(self, norm: GroupNorm):
         nn.Module.__init__(self)
@@ -30,19 +32,38 @@ class FourDimensionalNorm(GroupNorm):
         groups, size = norm.num_groups, norm.num_channels // norm.num_groups
         member = torch.eye(groups, dtype=norm.weight.dtype).repeat_interleave(size, dim=1)[:, :, None, None]
         self.register_buffer("gather", member / size)
-        self.register_buffer("spread", member.transpose(0, 1).contiguous())
-        self.weight = nn.Parameter(norm.weight.detach().view(1, -1, 1, 1))
-        self.bias = nn.Parameter(norm.bias.detach().view(1, -1, 1, 1))
+        self.register_buffer("spread", member.transpose(0, 1) * norm.weight.detach()[:, None, None, None])
+        self.register_buffer("minus", -torch.ones(1, groups, 1, 1))
+        self.bias = nn.Parameter(norm.bias.detach().clone())
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         """[B, C, H, W]; with silu, through SiLU as well."""
-        mean = F.conv2d(x.mean((2, 3), keepdim=True), self.gather)
-        square = F.conv2d((x * x).mean((2, 3), keepdim=True), self.gather)
-        rstd = (square - mean * mean + self.eps).rsqrt()
-        scale = F.conv2d(rstd, self.spread) * self.weight
-        shift = self.bias - F.conv2d(mean, self.spread) * scale
-        normed = x * scale + shift
-        return F.silu(normed) if silu else normed
+        scale, shift = self.scale_and_shift(x)
+        return _affine(x, scale, shift, silu)
+
+    def of_sum(self, x: Tensor, added: Tensor) -> Tensor:
+        """SiLU of the normalised x + added, added [B, C, 1, 1]: the sum itself is never made."""
+        scale, shift = self.scale_and_shift(x, added)
+        return _affine(x, scale, shift + added * scale, silu=True)
+
+    def scale_and_shift(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """s and t of x + added, [B, C, 1, 1] each."""
+        mean = x.mean((2, 3), keepdim=True)
+        # A norm is a reduction by itself: x * x would be written and read again.
+        length = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        square = length * length * (1 / (x.shape[2] * x.shape[3]))
+        if added is not None:
+            square = square + added * (added + mean + mean)
+            mean = mean + added
+        mean, square = F.conv2d(mean, self.gather), F.conv2d(square, self.gather)
+        # No subtraction, no product with one number: OpenVINO replaces them, and loses what says that they need 32 bits.
+        rstd = (square + mean * mean * self.minus + self.eps).pow(-0.5)
+        return F.conv2d(rstd, self.spread), F.conv2d(mean * rstd, -self.spread, self.bias)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
+    moved = x * scale + shift
+    return F.silu(moved) if silu else moved
 
 
 class FoldedBlock(UNetBlock):
@@ -89,10 +110,17 @@ class FoldedBlock(UNetBlock):
         if self.place is None:
             return self.norm1(hidden, silu=True)
         part = rows[:, self.place, None, None]
+        norm = self.norm1
+        if not isinstance(norm, FourDimensionalNorm):
+            if not self.adaptive_scale:
+                return norm(hidden + part, silu=True)
+            scale, shift = part.chunk(2, dim=1)
+            return F.silu(norm(hidden) * scale + shift)
         if not self.adaptive_scale:
-            return self.norm1(hidden + part, silu=True)
+            return norm.of_sum(hidden, part)
         scale, shift = part.chunk(2, dim=1)
-        return F.silu(self.norm1(hidden) * scale + shift)
+        own_scale, own_shift = norm.scale_and_shift(hidden)
+        return _affine(hidden, own_scale * scale, own_shift * scale + shift, silu=True)
 
 
 def row_map(block: UNetBlock) -> tuple[Tensor, Tensor]:

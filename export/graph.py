@@ -1,5 +1,6 @@
 """Bundle -> ONNX graph, through torch.export: the whole one-step map, from N(0, 1) noise and class ids to uint8 pixels."""
 
+import gc
 import json
 import math
 import warnings
@@ -52,15 +53,16 @@ def write_graph(
     path: Path,
     norm: NormFactory,
     *,
-    round_weights: bool = False,
+    weights: str = "exact",
     precision: str = "fp32",
     opset: int = OPSET,
     bytes_last: bool = False,
 ) -> dict[str, str]:
     """Writes the bundle's graph to `path`, weights inline. Returns the versions of the tools.
 
-    norm: the form of group normalisation that the runtime is fast at. round_weights: to float16, for engines that compute in
-    less by themselves. precision: what the graph itself says that the network computes in. bytes_last: as in `WithPixels`.
+    norm: the form of group normalisation that the runtime is fast at. weights: stored as float16 where float16 holds them
+    ('exact'), all of them ('rounded', for engines that compute in less by themselves), none ('wide'). precision: what the graph
+    itself says that the network computes in. bytes_last: as in `WithPixels`.
     Raises RequestError for weights that do not fit into one file.
     """
     size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
@@ -70,17 +72,19 @@ def write_graph(
             f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {LARGEST_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
-    generator = CanonicalOneStep(load_one_step(bundle), norm).in_precision(DTYPES[precision])
-    model = _export(WithPixels(generator, bytes_last).eval(), bundle, opset)
+    model = _export(bundle, norm, DTYPES[precision], opset, bytes_last)
+    gc.collect()  # torch's copy of the weights, which the exporter holds in cycles
     _strip(model)
-    _store_in_half(model, round_weights)
+    if weights != "wide":
+        _store_in_half(model, round_weights=weights == "rounded")
     onnx.helper.set_model_props(model, _properties(bundle))
-    onnx.checker.check_model(model, full_check=True)
+    _check(model)
     onnx.save(model, path)
     return {tool.__name__: tool.__version__ for tool in (torch, onnx, onnxscript)}
 
 
-def _export(module: WithPixels, bundle: Bundle, opset: int) -> onnx.ModelProto:
+def _export(bundle: Bundle, norm: NormFactory, dtype: torch.dtype, opset: int, bytes_last: bool) -> onnx.ModelProto:
+    generator = CanonicalOneStep(load_one_step(bundle), norm).in_precision(dtype)
     # Two images: a batch of one would be taken for a constant.
     example = [torch.zeros(2, *bundle.spec.noise_shape)]
     names = [NOISE]
@@ -91,7 +95,7 @@ def _export(module: WithPixels, bundle: Bundle, opset: int) -> onnx.ModelProto:
         # The exporter warns of its own deprecated calls, and that both inputs share the name of their batch axis.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module,
+            WithPixels(generator, bytes_last).eval(),
             tuple(example),
             dynamo=True,
             opset_version=opset,
@@ -103,6 +107,21 @@ def _export(module: WithPixels, bundle: Bundle, opset: int) -> onnx.ModelProto:
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _check(model: onnx.ModelProto) -> None:
+    """Raises what onnx does where types or shapes do not fit. Weights are taken for inputs: onnx would copy them twice."""
+    graph, light = model.graph, onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.functions.extend(model.functions)
+    light.graph.name = graph.name
+    for part in ("node", "input", "output", "value_info"):
+        getattr(light.graph, part).extend(getattr(graph, part))
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) < SMALLEST_HALVED:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    onnx.checker.check_model(light, full_check=True)
 
 
 def _store_in_half(model: onnx.ModelProto, round_weights: bool) -> None:

@@ -10,9 +10,8 @@ import openvino
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.graph import CLASS_IDS, NOISE
-from uni_instruct.engines.openvino_file import weight_name
-from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.errors import MissingExtraError
+from uni_instruct.export.mixed_precision import rounded_convolutions
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
 # Calibration's images, and how many of them at a time.
@@ -65,14 +64,14 @@ def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:
 
 def _left_out(model: openvino.Model, bundle: Bundle) -> set[str]:
     """Every layer but the 3x3 convolutions that round well."""
-    layers = model.get_ordered_ops()
-    convolutions = [layer for layer in layers if layer.get_type_name() == "Convolution"]
-    named = [(weight_name(layer), tuple(layer.input(1).get_shape())) for layer in convolutions]
-    kept = sensitive_layers(named, bundle.spec, last_block=True)
-    chosen = {
-        layer.get_friendly_name()
-        for i, (layer, (_, shape)) in enumerate(zip(convolutions, named, strict=True))
-        if i not in kept and shape[2:] == (3, 3)
-    }
+    chosen = rounded_convolutions(model, bundle, last_block=True)
     passive = ("Constant", "Parameter", "Result")
-    return {layer.get_friendly_name() for layer in layers if layer.get_type_name() not in passive} - chosen
+    return {
+        layer.get_friendly_name()
+        for layer in model.get_ordered_ops()
+        if layer.get_type_name() not in passive and not (layer.get_friendly_name() in chosen and _is_3x3(layer))
+    }
+
+
+def _is_3x3(layer: openvino.Node) -> bool:
+    return tuple(layer.input(1).get_shape())[2:] == (3, 3)

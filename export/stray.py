@@ -38,7 +38,7 @@ def _of_engine(file: Path, precision: str, noise: np.ndarray, class_ids: np.ndar
     """What each convolution gives, before its bias, by the name of its weights."""
     import openvino
 
-    from uni_instruct.engines.openvino import HINTS
+    from uni_instruct.engines.openvino import precision_hint
     from uni_instruct.engines.openvino_file import read_model, weight_name
 
     core = openvino.Core()
@@ -47,7 +47,7 @@ def _of_engine(file: Path, precision: str, noise: np.ndarray, class_ids: np.ndar
     names = [weight_name(layer).partition("generator.")[2] for layer in layers]
     first = len(model.outputs)  # what is added stands behind the graph's own
     model.add_outputs([layer.output(0) for layer in layers])
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": HINTS[precision][0]})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision_hint(precision)})
     result = compiled({NOISE: noise} if class_ids is None else {NOISE: noise, CLASS_IDS: class_ids})
     return {name: result[first + i] for i, name in enumerate(names) if name}
 

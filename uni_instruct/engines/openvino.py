@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # Precision -> OpenVINO's word for it, and for what a processor must be able to do.
 # It takes bf16 by itself where the processor has it, so that fp32 has to be asked for as well.
-# int8 is in the graph itself; what it leaves out is fp32.
-HINTS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
+# int8 is in the graph itself; what it leaves out is bf16 where the processor has it, but for what is marked, and else fp32.
+_HINTS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
 # More images at once gain nothing: what lies between two layers then leaves the cache.
 LARGEST_PART = 16
 # From so many images a stream on, several streams of one thread are faster than one stream of several threads.
@@ -121,13 +121,19 @@ class _Streams:
 
 def check_precision(engine_id: EngineId) -> None:
     """Raises RequestError where this processor does not have the engine's precision, MissingExtraError without OpenVINO."""
-    core, (_, ability) = _core(), HINTS[engine_id.precision]
+    core, (_, ability) = _core(), _HINTS[engine_id.precision]
     if ability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise RequestError(
             f"this processor has no {engine_id.precision} arithmetic, which engine {engine_id} needs",
             remedy=f"use an engine of another precision, such as {engine_id.runtime}-fp32",
             param="engine",
         )
+
+
+def precision_hint(precision: str) -> str:
+    """OpenVINO's word for what the graph of an engine of that precision is computed in here."""
+    hint, _ = _HINTS[precision]
+    return "bf16" if precision == "int8" and "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else hint
 
 
 def _core() -> "openvino.Core":
@@ -140,7 +146,7 @@ def _core() -> "openvino.Core":
 
 def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.CompiledModel":
     check_precision(engine_id)
-    hint, _ = HINTS[engine_id.precision]
+    hint = precision_hint(engine_id.precision)
     settings = {
         "INFERENCE_PRECISION_HINT": hint,
         **Threads.here(spin=False).for_openvino(streams),

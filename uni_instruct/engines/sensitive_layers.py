@@ -16,15 +16,17 @@ _BESIDE = re.compile(r"\.(skip|conv_skip)\.weight$|_aux_\w+\.weight$")
 
 
 def sensitive_layers(
-    convolutions: Sequence[tuple[str, Sequence[int]]], spec: ModelSpec, *, last_block: bool = False
+    convolutions: Sequence[tuple[str, Sequence[int]]], spec: ModelSpec, *, last_block: bool = False, first_block: bool = True
 ) -> set[int]:
     """Positions of those to keep, of convolutions in the order of their work: name and shape [out, in, h, w] of the weights.
 
-    last_block: keep the last one as well, as what rounds to 8 bits needs.
+    last_block: keep the last one as well, as what rounds to 8 bits needs. first_block: keep the first one, and what stands
+    beside blocks; what is left of an engine in 8 bits gains nothing by it.
     """
     # What the network reads and writes: the channels of a pixel, or of a patch of them; EDM2 also reads a channel of ones.
     few = spec.noise_shape[0] * int(spec.network_args.get("patch", 1)) ** 2 + 1
     ends = {i for i, (_, shape) in enumerate(convolutions) if min(shape[:2]) <= few}
     beside = {i for i, (name, _) in enumerate(convolutions) if _BESIDE.search(name)}
     inner = [i for i in range(len(convolutions)) if i not in ends | beside]
-    return ends | beside | set(inner[:_BLOCK]) | set(inner[-_BLOCK:] if last_block else ())
+    kept = ends | set(inner[-_BLOCK:] if last_block else ())
+    return kept | beside | set(inner[:_BLOCK]) if first_block else kept

@@ -130,10 +130,11 @@ def build_preconditioning(asked: str | Mapping[str, Any], sigma_data: float = 0.
 
 def load_denoiser(bundle: Bundle) -> Denoiser:
     """The bundle's denoiser with its weights, in evaluation mode. Raises BundleError unless every weight is accounted for."""
-    denoiser = build_denoiser(bundle.spec)
+    with torch.device("meta"):  # no first weights, which nobody reads: they take the time and memory of the real ones
+        denoiser = build_denoiser(bundle.spec)
     weights = {name: torch.from_numpy(array) for name, array in bundle.weights().items()}
     try:
-        denoiser.load_state_dict(weights)
+        denoiser.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:300]
         raise BundleError(
