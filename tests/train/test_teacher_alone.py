@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from builders.machine import run_cli
+from builders.machine import call_cli
 from uni_instruct.bundle import Bundle
 
 SETTINGS = [
@@ -29,7 +29,7 @@ SETTINGS = [
 def run(digits_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
     sets = [word for setting in (f"teacher.bundle={digits_teacher}", *SETTINGS) for word in ("--set", setting)]
-    done = run_cli("train", "digits", "--out", out, *sets)
+    done = call_cli("train", "digits", "--out", out, *sets)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -43,7 +43,7 @@ def test_teacher_alone_is_enough_for_the_reverse_kl(run: Path, digits_teacher: P
 
 
 def test_average_of_a_kept_width_is_the_kept_one(run: Path, tmp_path: Path) -> None:
-    done = run_cli("average", run, "--std", "0.1", "--out", tmp_path / "average")
+    done = call_cli("average", run, "--std", "0.1", "--out", tmp_path / "average")
     assert done.returncode == 0, done.stderr
     average = Bundle.open(tmp_path / "average").weights()
     kept = load_file(run / "snapshots" / "generator" / "power-0.1-00000000.320kimg.safetensors")
@@ -63,7 +63,7 @@ def test_average_of_a_kept_width_is_the_kept_one(run: Path, tmp_path: Path) -> N
     ],
 )
 def test_average_that_cannot_be_had_is_refused(run: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = run_cli("average", run, *arguments, "--out", tmp_path / "average")
+    done = call_cli("average", run, *arguments, "--out", tmp_path / "average")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
     assert not (tmp_path / "average").exists()

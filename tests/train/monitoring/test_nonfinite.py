@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders.machine import run_cli
+from builders.machine import call_cli
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import UniInstructError
 from uni_instruct.train.pipeline import train as train_run
@@ -46,7 +46,7 @@ def gradient(images, class_ids):
 def train(out: Path, teacher: Path, reward: str, *overrides: str) -> tuple[int, str, list[dict]]:
     (out.parent / "rewards.py").write_text(REWARDS)
     given = [f"teacher.bundle={teacher}", *SETTINGS, f"reward={out.parent}/rewards.py:{reward}", *overrides]
-    done = run_cli("train", "digits", "--out", str(out), *[word for one in given for word in ("--set", one)])
+    done = call_cli("train", "digits", "--out", str(out), *[word for one in given for word in ("--set", one)])
     lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
     return done.returncode, done.stderr, [json.loads(line) for line in lines]
 

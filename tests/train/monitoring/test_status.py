@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from builders.machine import run_cli
+from builders.machine import call_cli, run_cli
 from builders.plans import TINY
 from builders.runs import start_cli, wait_for_step
 from uni_instruct.errors import RequestError
@@ -35,6 +35,7 @@ SETTINGS = [
     "state_kimg=0.04",
     "loop.grid=4",
     "loop.samples=4",
+    "loop.report=false",
 ]
 FD = "FD(digits-classifier)"
 
@@ -58,15 +59,17 @@ def ended(process: subprocess.Popen[str], sign: signal.Signals) -> None:
 
 
 def status_of(run: Path) -> dict[str, Any]:
-    done = run_cli("train", run, "--status", "--json")
+    done = call_cli("train", run, "--status", "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_status_through_the_life_of_a_run(tmp_path: Path) -> None:
-    """Running, killed, resumed by the command that the status gives, interrupted, finished."""
+    """Running, killed, resumed by the command that the status gives, interrupted, finished; as nice as it was told to be."""
     out = tmp_path / "a run"
-    process = frozen_run(out, "teacher", 12)
+    process = frozen_run(out, "teacher", 12, "--nice", "7")
+    threads = [int(thread.name) for thread in Path(f"/proc/{process.pid}/task").iterdir()]
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {7}
     running = status_of(out)
     assert (running["state"], running["worker"]["pid"]) == ("running", process.pid)
     assert f"process {process.pid} on this machine holds run.lock" in running["known_by"]
@@ -76,7 +79,7 @@ def test_status_through_the_life_of_a_run(tmp_path: Path) -> None:
     assert teacher["saved_step"] == teacher["step"] // 5 * 5
     assert (generator["step"], generator["steps"], generator["left_s"], running["left_s"]) == (0, 20, None, None)
 
-    refused = run_cli(*train_command(out))
+    refused = call_cli(*train_command(out))
     assert refused.returncode == 2
     kill = f"wait for it, or stop it with 'kill {process.pid}', or choose another --out"
     assert refused.stderr == f"error: {out} is being trained by process {process.pid} on this machine; {kill}\n"
@@ -95,7 +98,7 @@ def test_status_through_the_life_of_a_run(tmp_path: Path) -> None:
     assert generator["saved_step"] == generator["step"] >= 3
     assert interrupted["left_s"] == pytest.approx((20 - generator["step"]) * 8 / generator["images_per_s"])
 
-    done = subprocess.run(interrupted["resume"], shell=True, capture_output=True, text=True, timeout=200)
+    done = call_cli(*train_command(out))
     assert done.returncode == 0, done.stderr
     finished = status_of(out)
     assert (finished["state"], finished["left_s"], finished["resume"]) == ("finished", 0.0, None)
@@ -121,12 +124,7 @@ def test_two_processes_hold_one_lock_and_are_as_nice(tmp_path: Path) -> None:
     assert status_of(out)["state"] == "finished"
 
 
-def test_niceness_is_set_not_added_and_every_thread_has_it(tmp_path: Path) -> None:
-    process = frozen_run(tmp_path / "run", "teacher", 3, "--nice", "7")
-    threads = [int(thread.name) for thread in Path(f"/proc/{process.pid}/task").iterdir()]
-    niceness = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
-    ended(process, signal.SIGKILL)
-    assert niceness == {7}
+def test_niceness_is_set_not_added() -> None:
     code = (
         "import os; from uni_instruct.train.commands.train import _lower_priority as lower\n"
         "lower(5); lower(5); lower(3); print(os.nice(0)); lower(6); print(os.nice(0))"
