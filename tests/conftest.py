@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from builders.bundles import random_bundle
+from builders.shared import made_once
 from uni_instruct.bundle import Bundle
 from uni_instruct.cli import main
 
@@ -37,11 +38,13 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundle of `tiny_bundle` with its onnx engine. Read only: copy it before changing it."""
-    from uni_instruct.export.targets import export_engine
 
-    bundle = random_bundle(tmp_path_factory.mktemp("bundles") / "exported", seed=1)
-    export_engine(bundle, "onnx-fp32")
-    return bundle
+    def export(folder: Path) -> None:
+        from uni_instruct.export.targets import export_engine
+
+        export_engine(random_bundle(folder, seed=1), "onnx-fp32")
+
+    return Bundle.open(made_once(tmp_path_factory, "exported", export))
 
 
 @pytest.fixture

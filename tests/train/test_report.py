@@ -34,7 +34,7 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.monitoring.clock import Clock, read_times
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.report import page, scores
+from uni_instruct.train.report import page, scores, steps
 from uni_instruct.train.report.classes import variety
 from uni_instruct.train.report.markdown import duration, spread, text
 from uni_instruct.train.report.neighbours import by_features, by_pixels, nearest
@@ -49,6 +49,14 @@ SHORT = (*TINY, "teacher.steps=4", "loop.samples=100", "loop.log_kimg=0.016", "d
 @pytest.fixture(scope="module", autouse=True)
 def _same_randomness_for_others() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_step_counts() -> Iterator[None]:
+    """How the teacher is scored does not depend on how often: the report's six take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "STEP_COUNTS", (2, 4))
         yield
 
 
