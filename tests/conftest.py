@@ -1,6 +1,7 @@
 """What several test modules share: small bundles with random weights, and the rule for Debian packages."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,12 @@ from builders.bundles import random_bundle
 from builders.shared import made_once
 from uni_instruct.bundle import Bundle
 from uni_instruct.cli import main
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what is imported by now from garbage collection: it stays, and walking it takes most of a collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +69,15 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(code or 0), output.out, output.err
 
     return run
+
+
+@pytest.fixture
+def quick_classifier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Classifiers learn for a moment only, and are kept in a cache of their own: for what is said, not how well it is known."""
+    from uni_instruct.evaluate import classifier
+
+    monkeypatch.setattr(classifier, "STEPS", 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

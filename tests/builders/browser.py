@@ -21,7 +21,9 @@ def open_browser(profile: Path, downloads: Path | None = None) -> Iterator[Any]:
     for flag in (*_QUIET, "disable-sync", "no-first-run", f"user-data-dir={profile}"):
         options.add_argument(f"--{flag}")
     if downloads:
-        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+        # On a busy machine the press of a button is forgotten when its file is there, and a second file would wait for leave.
+        several = {"profile.default_content_setting_values.automatic_downloads": 1}
+        options.add_experimental_option("prefs", {"download.default_directory": str(downloads), **several})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     opened = webdriver.Chrome(options=options, service=Service(str(driver)))
     yield opened

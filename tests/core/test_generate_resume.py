@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from builders.machine import files_of_at_most, run_cli
+from builders.machine import call_cli, files_of_at_most
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.files import sha256
@@ -54,7 +54,7 @@ def interrupt(command: list[str], folder: Path, files: str, count: int, how: sig
     return process.returncode
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["out", *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])])
 def test_interrupted_and_killed_runs_end_in_the_same_bytes(
     form: str, exported_bundle: Bundle, tmp_path: Path, cli: Cli
 ) -> None:
@@ -128,7 +128,7 @@ def unfinished(exported_bundle: Bundle, tmp_path: Path) -> Path:
 def whole(exported_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bytes of `out.npz` from a run that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out.npz"
-    assert run_cli(*arguments(exported_bundle, out)).returncode == 0
+    assert call_cli(*arguments(exported_bundle, out)).returncode == 0
     return out.read_bytes()
 
 

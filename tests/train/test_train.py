@@ -185,6 +185,7 @@ def test_bad_recipe_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_batch_that_the_processes_do_not_divide_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = run_cli("train", "digits", "--out", out, "--devices", "2", "--set", "distillation.batch=63")

@@ -80,7 +80,8 @@ class EDM2(Network):
         """
         # functorch's transforms may not change tensors that they did not make.
         if self.training and not torch._C._are_functorch_transforms_active():
-            self._normalise_weights()
+            # Not as a decorator: that imports the compiler, a second for everyone who builds any network.
+            torch.compiler.disable(self._normalise_weights)()
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             label = torch.zeros_like(emb)
@@ -110,7 +111,6 @@ class EDM2(Network):
         out: Tensor = self.out_conv(x, gain=self.out_gain)
         return out
 
-    @torch.compiler.disable
     def _normalise_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, MPConv):

@@ -198,7 +198,11 @@ HOSTILE = [
 HOSTILE += [[], [0], [1] * 10**6, [[1]], {"a": 1}, [None], ["1"], [1, 3, 3, 1], [-1, 2], [1e-300, 1]]
 
 
-@pytest.mark.parametrize("name", PEERS)
+# One of each network; their variants differ in arguments that these have too.
+QUICK = ("DDPM++", "ADM", "EDM2")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PEERS])
 def test_no_configuration_hangs_or_ends_in_anything_but_a_network_or_an_error(tmp_path: Path, name: str) -> None:
     """Each argument in turn takes each hostile value, and pairs of them at random; memory is bounded."""
     (stored,) = read_checkpoint(made.write_sid_pickle(tmp_path / "x.pkl", peer(name)[0])).networks
@@ -247,8 +251,8 @@ def import_damaged(folder: Path, seeds: range) -> list[str]:
 
 def test_a_damaged_file_becomes_a_whole_bundle_or_an_error(tmp_path: Path) -> None:
     """Reading them is guarded in tests/core/checkpoints/test_checkpoint_fuzz.py; this goes on to the bundle."""
-    ends = import_damaged(tmp_path, range(200))
-    assert 10 < ends.count("Bundle") < 190
+    ends = import_damaged(tmp_path, range(80))
+    assert 4 < ends.count("Bundle") < 76
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ import torch
 torch.set_num_threads(int(sys.argv[2]))
 threads.Threads.here(spin=False).for_torch()
 print(torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY"))
+assert "torch._dynamo" not in sys.modules  # a second of imports, for what an engine does not use
 """
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     for arguments, expected in ((("1", "3", "sleep"), "1 PASSIVE\n"), (("8", "3", "spin"), "3 None\n")):

@@ -99,6 +99,7 @@ def test_classes_are_drawn_as_in_unbalanced_data_and_else_alike() -> None:
         draw_classes(none, seeds, None, UNIFORM)
 
 
+@pytest.mark.usefixtures("quick_classifier")
 def test_evaluate_says_how_classes_were_drawn(tmp_path: Path, tiny_bundle: Bundle, cli: Cli) -> None:
     counts = [60, 10, 10, 10, 10, 10, 10, 10, 10, 10]
     write_zip(data_of(counts), tmp_path / "unbalanced.zip")
@@ -116,6 +117,7 @@ def test_evaluate_says_how_classes_were_drawn(tmp_path: Path, tiny_bundle: Bundl
     assert float(alike.split()[-1]) != pytest.approx(next(iter(facts["scores"]["generator"]["values"].values())), rel=1e-3)
 
 
+@pytest.mark.usefixtures("quick_classifier")
 def test_images_in_a_zip_of_class_folders_keep_their_class_accuracy(tmp_path: Path, cli: Cli) -> None:
     rng = np.random.default_rng(1)
     files = {f"set/{n % 2}/{n}.png": png(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for n in range(60)}

@@ -108,7 +108,7 @@ def test_two_processes_share_the_work(exported_bundle: Bundle, alone: Path, tmp_
     assert not work_folder(out).exists()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["out.npz", *(pytest.param(form, marks=pytest.mark.slow) for form in ("out", "out.zip"))])
 def test_a_killed_process_s_shard_is_taken_over(form: str, exported_bundle: Bundle, alone: Path, tmp_path: Path) -> None:
     """One process stops in the middle of its first shard and is killed when the other has nothing left but to wait for it."""
     out = tmp_path / form

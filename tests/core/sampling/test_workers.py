@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders.machine import call_cli
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
 from uni_instruct.files import sha256
@@ -45,7 +46,7 @@ def begun(bundle: Bundle, out: Path, *more: str, count: int = COUNT) -> "subproc
 @pytest.fixture(scope="module")
 def alone(exported_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "out.npz"
-    subprocess.run([sys.executable, "-m", "uni_instruct", *arguments(exported_bundle, out)], check=True, capture_output=True)
+    assert call_cli(*arguments(exported_bundle, out)).returncode == 0
     return out
 
 

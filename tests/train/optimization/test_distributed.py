@@ -6,12 +6,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from builders.machine import call_cli, run_cli
+from uni_instruct.errors import RequestError
+from uni_instruct.train.optimization.distributed import BatchShard
 
 # Two steps of everything that couples the images of a batch: ratios of mean 1, running means per bin, adversarial and
 # regression terms. A large Adam epsilon keeps the first step from blowing rounding errors up to the size of the learning rate.
@@ -84,6 +89,14 @@ def test_division_of_the_batch_does_not_change_the_gradient(
         assert (gradient(state, network) - truth).norm() < 2e-5 * truth.norm(), network
     torch.testing.assert_close(state["ratio"]["running"], expected["ratio"]["running"], rtol=1e-5, atol=1e-6)
     assert (state["ratio"]["running"] != 1).any()
+
+
+def test_each_process_takes_its_part_of_a_batch_that_they_divide() -> None:
+    second = cast(Fabric, SimpleNamespace(world_size=2, global_rank=1))
+    shard = BatchShard(second, batch=64, micro_batch=24)
+    assert (shard.whole, shard.micro_batches) == (slice(32, 64), [slice(32, 56), slice(56, 64)])
+    with pytest.raises(RequestError, match="a batch of 63 cannot be divided among 2 processes; give a batch that their number"):
+        BatchShard(second, batch=63, micro_batch=0)
 
 
 @pytest.mark.slow
