@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from builders.machine import require_debian
+from builders.machine import call_cli, require_debian
 from builders.paths import ROOT
 
 SERVER = "http://127.0.0.1:3000"
@@ -39,7 +39,7 @@ def test_every_command_of_the_pages_exists() -> None:
         for command, rest in re.findall(r"^(?:\$ )?uni-instruct (\w+)(.*)$", page.read_text(), flags=re.MULTILINE):
             if command not in known:
                 names = [command, "prepare"] if command == "data" else [command]
-                done = subprocess.run([sys.executable, "-m", "uni_instruct", *names, "--help"], capture_output=True, text=True)
+                done = call_cli(*names, "--help")
                 assert done.returncode == 0, f"{page.name}: uni-instruct {command}"
                 known[command] = done.stdout
             for option in re.findall(r"(?<=\s)--[a-z-]+", rest):

@@ -28,8 +28,9 @@ HERE = [
 ]
 BUILT = {str(target.engine_id): target for target in HERE}
 ENGINES = [*BUILT, "torch-fp32", "torch-bf16"]
-# Not in the default run: NNCF takes half a minute, and what is for GPUs runs on them there.
-SLOW = {"onnx-fp16", "openvino-int8"}
+# Not in the default run: NNCF takes half a minute, finding the layers that keep float32 ten seconds, and what is for GPUs
+# runs on them there.
+SLOW = {"onnx-fp16", "openvino-int8", "openvino-bf16"}
 
 
 @pytest.fixture(scope="module")

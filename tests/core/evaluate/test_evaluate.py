@@ -1,11 +1,6 @@
 """Scores against truths: closed forms, torch-fidelity itself, and a judge that must know good from bad."""
 
 import math
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +9,7 @@ import pytest
 from PIL import Image
 
 from builders.data_sets import all_images, arrays_dataset
+from builders.machine import files_of_at_most
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import (
@@ -38,16 +34,8 @@ def digits() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty cache folder for this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def evaluator(digits: Dataset, cache: Path) -> Evaluator:
+def evaluator(digits: Dataset) -> Evaluator:
+    """With the classifier of the user's cache, which trainings and reports of digits ask for too: it learns for ten seconds."""
     return Evaluator(digits)
 
 
@@ -216,22 +204,13 @@ def test_a_cache_that_cannot_be_written(digits: Dataset, monkeypatch: pytest.Mon
         Evaluator(digits)
 
 
-def test_a_cache_on_a_full_disk_keeps_no_part_of_a_classifier(tmp_path: Path) -> None:
-    program = """
-import resource
-from uni_instruct.data import open_dataset
-from uni_instruct.errors import RequestError
-from uni_instruct.evaluate import classifier
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-classifier.STEPS = 2
-try:
-    classifier.trained_classifier(open_dataset("digits"))
-except RequestError as error:
-    print(error)
-"""
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"cannot write .*: File too large; set XDG_CACHE_HOME to .*", done.stdout.strip())
+@pytest.mark.usefixtures("quick_classifier")
+def test_a_cache_on_a_full_disk_keeps_no_part_of_a_classifier(digits: Dataset, tmp_path: Path) -> None:
+    from uni_instruct.evaluate import classifier
+
+    full = pytest.raises(RequestError, match=r"^cannot write .*: File too large; set XDG_CACHE_HOME to ")
+    with files_of_at_most(10_000), full:
+        classifier.trained_classifier(digits)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
