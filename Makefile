@@ -10,8 +10,9 @@ PROCESSES ?= 2
 quickstart: $(INSTALLED)
 	@exec $(BIN)/uni-instruct quickstart --out runs/quickstart
 
+# Bytecode is kept, whatever the environment says: a hundred processes would compile every module anew.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 # The same with the share of lines that they reach; it takes a sixth longer.
 coverage: $(INSTALLED)
@@ -37,7 +38,7 @@ soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),30)
 
 slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES) --dist loadfile -o timeout=900
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES) --dist loadfile -o timeout=900
 
 # The stages lie beside the core on disk; a type checker wants them where they are imported from.
 package-tree:
