@@ -1,12 +1,13 @@
 """The model card of a published generator: how it was made, what it scored, and the command behind every number."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import yaml
 
 from uni_instruct.bundle import WEIGHTS, Bundle
 from uni_instruct.engines.record import EngineRecord
+from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.hub import LICENCE_TAGS
 
 _CARD = """---
@@ -58,11 +59,21 @@ _TRAINING = """Data: {data}. Trained with seed {seed} by the recipe `{recipe}`, 
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What half precision would change, in uint8 levels, over that many images of seeds 0, 1, ...; whether it is stored."""
+
+    images: int
+    largest_difference: int
+    changed_pixels: float
+    precision: str
+
+
 def published_card(
     bundle: Bundle,
-    rounding: Mapping[str, Any] | None,
+    rounding: Rounding | None,
     record: EngineRecord,
-    scores: Sequence[Mapping[str, Any]],
+    scores: Sequence[EvaluationResult],
     sheet_command: str,
 ) -> str:
     """README.md of a published bundle, with a header that Hugging Face reads.
@@ -92,21 +103,21 @@ def published_card(
     )
 
 
-def _rounding(rounding: Mapping[str, Any], num_classes: int) -> str:
-    seeds = f"seeds 0-{rounding['images'] - 1}" + (f", class = seed mod {num_classes}" if num_classes else "")
-    if rounding["precision"] == "fp16":
+def _rounding(rounding: Rounding, num_classes: int) -> str:
+    seeds = f"seeds 0-{rounding.images - 1}" + (f", class = seed mod {num_classes}" if num_classes else "")
+    if rounding.precision == "fp16":
         return (
             f"`{WEIGHTS}` stores matrices in half precision, which against the trained float32 weights changes "
-            f"{rounding['changed_pixels']:.2%} of pixels by 1 level and none by more ({rounding['images']} images, {seeds}; "
+            f"{rounding.changed_pixels:.2%} of pixels by 1 level and none by more ({rounding.images} images, {seeds}; "
             "`uni-instruct publish`)."
         )
     return (
-        f"`{WEIGHTS}` holds float32: half precision would change a pixel by {rounding['largest_difference']} levels "
-        f"({rounding['images']} images, {seeds}; `uni-instruct publish`)."
+        f"`{WEIGHTS}` holds float32: half precision would change a pixel by {rounding.largest_difference} levels "
+        f"({rounding.images} images, {seeds}; `uni-instruct publish`)."
     )
 
 
-def _scores(scores: Sequence[Mapping[str, Any]], weights_sha256: str) -> str:
+def _scores(scores: Sequence[EvaluationResult], weights_sha256: str) -> str:
     """A column for each set of seeds, before them mean and spread where there are several; a row for each metric; commands."""
     if not scores:
         return "Nothing was measured; `uni-instruct evaluate . --reference DATA` does."
@@ -122,7 +133,7 @@ def _scores(scores: Sequence[Mapping[str, Any]], weights_sha256: str) -> str:
     return f"{table}\n\n```\n{commands}\n```\n\n{_extractors(scores)}{note}".rstrip()
 
 
-def _columns(facts: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+def _columns(facts: EvaluationResult) -> list[tuple[str, dict[str, str]]]:
     """Heads, and values by metric: of several sets the mean with its spread, then each set's own."""
     roles, seeds = facts["scores"], facts["seeds"]
     main = {}
@@ -155,7 +166,7 @@ def _seeds_of_set(seeds: str, number: int, sets: int) -> str:
     return f"{int(first) + number * size}-{int(first) + (number + 1) * size - 1}"
 
 
-def _extractors(scores: Sequence[Mapping[str, Any]]) -> str:
+def _extractors(scores: Sequence[EvaluationResult]) -> str:
     """What turned images into features: numbers of another one do not compare."""
     found = {(facts.get("extractor") or {}).get("sha256"): facts for facts in scores}
     texts = [
@@ -167,7 +178,7 @@ def _extractors(scores: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(texts)
 
 
-def _command(facts: Mapping[str, Any]) -> str:
+def _command(facts: EvaluationResult) -> str:
     generator = facts["scores"]["generator"]
     # Of colour, and so by default, InceptionV3 would be asked for features.
     judged = any("-classifier)" in name for name in generator["values"])
@@ -182,7 +193,7 @@ def _command(facts: Mapping[str, Any]) -> str:
     return f"uni-instruct evaluate . --reference {facts['reference']['name']} --seeds {facts['seeds']}{words}"
 
 
-def _training(provenance: Mapping[str, Any]) -> str:
+def _training(provenance: Mapping[str, object]) -> str:
     recipe = provenance.get("recipe")
     if not isinstance(recipe, Mapping):
         origin = yaml.safe_dump({key: value for key, value in provenance.items() if key != "published"}, sort_keys=False)

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, psnr_db, relative_l2
-from uni_instruct.engines.record import EngineId, EngineRecord
+from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import ParityError
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
@@ -47,7 +47,7 @@ class Report:
     tolerance: Tolerance
 
 
-def verify(bundle: Bundle, record: EngineRecord, folder: Path, device: str | None = None) -> dict[str, Any]:
+def verify(bundle: Bundle, record: EngineRecord, folder: Path, device: str | None = None) -> ParityReport:
     """The report on the engine in `folder`, for engine.json.
 
     Raises ParityError where it is out of tolerance: it names the worst seed and, where it can, the first layer that strays.
@@ -70,7 +70,7 @@ def verify(bundle: Bundle, record: EngineRecord, folder: Path, device: str | Non
             f"{problem} (worst seed {report.worst_seed}){where}",
             remedy="the engine was discarded; use an engine of another precision or runtime, or torch",
         )
-    return asdict(report)
+    return cast(ParityReport, asdict(report))
 
 
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,8 @@ from uni_instruct.bundle import CARD, CONFIG, SAMPLES, Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.export.card import published_card
+from uni_instruct.evaluate.result import EvaluationResult
+from uni_instruct.export.card import Rounding, published_card
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.generate import by_class, generate_images, resolve_class_ids
@@ -27,16 +27,6 @@ CHECKED_IMAGES = 512
 ALLOWED_LEVELS = 1
 # The sheet: so many images of each class, of so many classes.
 SHEET_COLUMNS, SHEET_ROWS = 16, 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rounding:
-    """What half precision would change, in uint8 levels, over that many images of seeds 0, 1, ...; whether it is stored."""
-
-    images: int
-    largest_difference: int
-    changed_pixels: float
-    precision: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +58,13 @@ def publish(source: str | Path, out: Path, scores: Sequence[Path] = ()) -> Publi
         record = export_engine(bundle, ENGINE)
         command, sheet = sample_sheet(bundle)
         (folder / SAMPLES).write_bytes(encode(sheet))
-        card = published_card(bundle, asdict(rounding), record, read, command)
+        card = published_card(bundle, rounding, record, read, command)
         (folder / CARD).write_text(card)
     sizes = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=record, file_bytes=sizes)
 
 
-def renew_card(path: Path, scores: Sequence[Mapping[str, Any]]) -> Path:
+def renew_card(path: Path, scores: Sequence[EvaluationResult]) -> Path:
     """Writes the card and the sheet of a published bundle anew, from what it says of itself and from scores of its weights.
 
     Returns the card's path. Raises RequestError for a teacher and for scores of other weights, BundleError where the engine
@@ -85,11 +75,19 @@ def renew_card(path: Path, scores: Sequence[Mapping[str, Any]]) -> Path:
     check_scores(scores, bundle, bundle)
     record = EngineRecord.read(bundle.engine_folder(EngineId.parse(ENGINE)))
     command, sheet = sample_sheet(bundle)
-    card = published_card(bundle, bundle.spec.provenance.get("published"), record, scores, command)
+    card = published_card(bundle, _noted_rounding(bundle), record, scores, command)
     for name, content in ((SAMPLES, encode(sheet)), (CARD, card.encode())):
         with atomic_file(path / name) as partial:
             partial.write_bytes(content)
     return path / CARD
+
+
+def _noted_rounding(bundle: Bundle) -> Rounding | None:
+    """What publishing noted of it; None where nothing was rounded."""
+    noted = bundle.spec.provenance.get("published")
+    if not isinstance(noted, dict):
+        return None
+    return Rounding(**{name: noted[name] for name in ("images", "largest_difference", "changed_pixels", "precision")})
 
 
 def open_generator(source: str | Path) -> Bundle:
@@ -115,14 +113,14 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
         precision="fp16" if levels.max() <= ALLOWED_LEVELS else "fp32",
     )
     published = {"weights_sha256": original.weights_sha256, **asdict(rounding)}
-    provenance = {**without_folders(dict(spec.provenance)), "published": published}
+    provenance = {**{key: without_folders(value) for key, value in spec.provenance.items()}, "published": published}
     spec = replace(spec, provenance=provenance)
     precision = rounding.precision
     bundle = Bundle.write(folder, spec, weights, "", precision=precision, decoder=decoder, reference=make_reference)
     return bundle, rounding
 
 
-def without_folders(value: Any) -> Any:
+def without_folders(value: object) -> object:
     """The value with each absolute path in it cut down to its last part: folders of this machine are nobody's business."""
     if isinstance(value, Mapping):
         return {key: without_folders(entry) for key, entry in value.items()}
@@ -142,11 +140,11 @@ def sample_sheet(bundle: Bundle) -> tuple[str, np.ndarray]:
     return command, contact_sheet(images, SHEET_COLUMNS)
 
 
-def read_scores(path: Path) -> dict[str, Any]:
+def read_scores(path: Path) -> EvaluationResult:
     """What `evaluate --json` wrote of a generator. Raises FileFormatError for anything else."""
     remedy = "give what 'uni-instruct evaluate GENERATOR --json' printed"
     try:
-        facts: dict[str, Any] = json.loads(path.read_text())
+        facts: EvaluationResult = json.loads(path.read_text())
         for score in facts["scores"].values():
             {name: float(value) for name, value in score["values"].items()}
         required = (facts["scores"]["generator"]["weights_sha256"], facts["reference"]["name"], facts["seeds"])
@@ -157,13 +155,13 @@ def read_scores(path: Path) -> dict[str, Any]:
     return facts
 
 
-def check_scores(scores: Sequence[Mapping[str, Any]], original: Bundle, published: Bundle) -> None:
+def check_scores(scores: Sequence[EvaluationResult], original: Bundle, published: Bundle) -> None:
     """Raises RequestError where one was measured on weights that are neither the original's nor the published ones."""
     for facts in scores:
         found = facts["scores"]["generator"]["weights_sha256"]
         if found not in (original.weights_sha256, published.weights_sha256):
             raise RequestError(
-                f"scores of {facts['scores']['generator'].get('source')} are of other weights, sha256 {found[:16]}",
+                f"scores of {facts['scores']['generator'].get('source')} are of other weights, sha256 {str(found)[:16]}",
                 remedy="evaluate what is published",
                 param="scores",
             )
@@ -172,7 +170,7 @@ def check_scores(scores: Sequence[Mapping[str, Any]], original: Bundle, publishe
 def _check_replaceable(out: Path, original: Bundle) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    published: Any = {}
+    published: object = {}
     if (out / CONFIG).is_file() and out.resolve() != original.path.resolve():
         published = Bundle.open(out).spec.provenance.get("published")
     if not isinstance(published, dict) or published.get("weights_sha256") != original.weights_sha256:

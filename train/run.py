@@ -91,7 +91,7 @@ class Run:
         self._write_line({"stage": stage, "step": step, "warning": warning})
         log.warning("%s, step %d: %s", stage, step, warning)
 
-    def save_snapshots(self, stage: str, kimg: float, averages: Averages[Any]) -> None:
+    def save_snapshots(self, stage: str, kimg: float, averages: Averages[torch.nn.Module]) -> None:
         """Today's power-function averages into snapshots/<stage>/, from which any other width can be reconstructed."""
         for average in averages:
             if isinstance(average, PowerEma):
@@ -130,7 +130,7 @@ class Run:
         with atomic_file(self.folder / "recipe.yaml") as partial:
             partial.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
 
-    def _write_line(self, record: Mapping[str, Any]) -> None:
+    def _write_line(self, record: Mapping[str, object]) -> None:
         with disk_errors(self.folder), (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -1,7 +1,6 @@
 """uni-instruct card: the model card of a published generator made again, with its numbers."""
 
 from pathlib import Path
-from typing import Any
 
 import rich_click as click
 
@@ -10,6 +9,7 @@ from uni_instruct.commands.evaluate import MAX_SAMPLES
 from uni_instruct.commands.scoring import Scoring, score_bundles
 from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
 from uni_instruct.evaluate import EXTRACTORS, PRETRAINED
+from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.scores import MIN_SAMPLES
 from uni_instruct.export.publish import ENGINE, read_scores, renew_card
 
@@ -49,7 +49,7 @@ def card(
     Example: uni-instruct card published/emoji --reference emoji --extractor classifier --samples 5000
     """
     staff, read = staff_of(workers, ray_address, None), [read_scores(path) for path in scores]
-    measured: list[dict[str, Any]] = []
+    measured: list[EvaluationResult] = []
     if reference is not None:
         scoring = Scoring(
             reference=reference, sets=sets, samples=samples, extractor=extractor, engine=ENGINE, staff=staff, device="cpu"

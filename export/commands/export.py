@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TypedDict
 
 import rich_click as click
 
@@ -115,7 +115,17 @@ def _can_be_built(target: Target) -> bool:
     return True
 
 
-def plan(bundle: Bundle, target: Target, device: str | None = None) -> dict[str, Any]:
+class ExportPlan(TypedDict):
+    """What an export would write."""
+
+    engine_id: str
+    path: str
+    about_bytes: int
+    replaces: bool
+    weights_sha256: str
+
+
+def plan(bundle: Bundle, target: Target, device: str | None = None) -> ExportPlan:
     """What an export would write. Raises MissingExtraError where a tool is missing, RequestError where the device is."""
     target.check_machine()
     if device:
@@ -129,7 +139,7 @@ def plan(bundle: Bundle, target: Target, device: str | None = None) -> dict[str,
     }
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
+def _plan_text(plan: ExportPlan) -> str:
     replaces = ", replacing the engine there" if plan["replaces"] else ""
     megabytes = plan["about_bytes"] / 1e6
     return f"would build {plan['path']} ({plan['engine_id']}, about {megabytes:.1f} MB){replaces}"

@@ -234,7 +234,7 @@ def test_an_extended_run_is_the_run_that_was_longer_from_the_start(tmp_path: Pat
     assert notes == [{"stage": "generator", "step": 10, "changed": changes}]
     assert yaml.safe_load((tmp_path / "short" / "recipe.yaml").read_text()) == load_recipe("digits", more).to_dict()
     # Readers of the log pass the note over, and the same command again changes nothing.
-    assert all("changed" not in record for record in parse_history(lines)["generator"].records)
+    assert all("changed" not in record.values for record in parse_history(lines)["generator"].records)
     assert read_history(tmp_path / "short" / "log.jsonl", {"generator": 32})["generator"].step == 15
     train(load_recipe("digits", more), tmp_path / "short")
     assert (tmp_path / "short" / "log.jsonl").read_text().splitlines() == lines

@@ -6,15 +6,38 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
 # The speed of so many of the last lines is the present one: a line alone may hold an evaluation.
 RECENT_LINES = 10
 WARNINGS = 3
+_PLACE = ("stage", "step", "kimg")
 # Of a line of curves the head and the speed are all that counts; reading all of it as JSON takes ten times as long.
 _CURVES = re.compile(rb'\{"stage": "(\w+)", "step": (\d+),.*"images_per_s": (\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)[,}].*')
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreLine:
+    """One evaluation: after which step and how many thousand images, and its scores by name."""
+
+    stage: str
+    step: int
+    kimg: float
+    scores: dict[str, float]
+
+    def to_dict(self) -> dict[str, str | float]:
+        """As the line stands in the log."""
+        return {"stage": self.stage, "step": self.step, "kimg": self.kimg, **self.scores}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningLine:
+    """What training warned of, in words."""
+
+    stage: str
+    step: int
+    warning: str
 
 
 @dataclass
@@ -30,8 +53,8 @@ class History:
     time_s: float = 0.0
     longest_s: float = 0.0
     recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_LINES))
-    scored: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[dict[str, Any]] = field(default_factory=list)
+    scored: list[ScoreLine] = field(default_factory=list)
+    warnings: list[WarningLine] = field(default_factory=list)
     last_line: bytes = b"{}"
 
     def add_speed(self, step: int, batch: int, images_per_s: float, line: bytes) -> None:
@@ -59,11 +82,12 @@ class History:
     @property
     def skipped_steps(self) -> int:
         """Updates left out so far because they were not finite."""
-        return int((_record(self.last_line) or {}).get("skipped_steps", 0))
+        skipped = (_record(self.last_line) or {}).get("skipped_steps", 0)
+        return int(skipped) if isinstance(skipped, int | float) else 0
 
-    def best(self, metric: str) -> dict[str, Any] | None:
-        """The score line with the lowest value of a recipe's metric; None where there is none yet."""
-        valued = [(_value(line, metric), line) for line in self.scored]
+    def best(self, metric: str) -> ScoreLine | None:
+        """The evaluation with the lowest value of a recipe's metric; None where there is none yet."""
+        valued = [(_value(line.scores, metric), line) for line in self.scored]
         # A NaN, which is not equal to itself, is no score.
         found = [(value, line) for value, line in valued if value is not None and value == value]
         return min(found, key=lambda pair: pair[0])[1] if found else None
@@ -80,19 +104,22 @@ def read_history(file: Path, batches: dict[str, int]) -> dict[str, History]:
         record = None if curves else _record(line)
         if curves and (name := curves[1].decode()) in stages and line.endswith(b"}"):
             stages[name].add_speed(int(curves[2]), batches[name], float(curves[3]), line)
-        elif record is not None and record.get("stage") in stages and isinstance(record.get("step"), int):
-            history = stages[record["stage"]]
-            history.step = max(history.step, record["step"])
-            if "warning" in record:
-                history.warnings = [*history.warnings, record][-WARNINGS:]
-            elif "kimg" in record:
-                history.scored.append(record)
+        elif record is not None and (stage := str(record.get("stage"))) in stages and isinstance(record.get("step"), int):
+            _add(stages[stage], stage, record)
     return stages
 
 
-def scores(line: dict[str, Any]) -> dict[str, float]:
-    """The scores of a line without its place in the run."""
-    return {name: value for name, value in line.items() if name not in ("stage", "step", "kimg")}
+def _add(history: History, stage: str, record: dict[str, object]) -> None:
+    """Takes in a line that is none of curves."""
+    step, kimg = record["step"], record.get("kimg")
+    assert isinstance(step, int)
+    history.step = max(history.step, step)
+    if "warning" in record:
+        line = WarningLine(stage=stage, step=step, warning=str(record["warning"]))
+        history.warnings = [*history.warnings, line][-WARNINGS:]
+    elif isinstance(kimg, int | float):
+        scores = {name: value for name, value in record.items() if name not in _PLACE and isinstance(value, int | float)}
+        history.scored.append(ScoreLine(stage=stage, step=step, kimg=kimg, scores=scores))
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -105,7 +132,7 @@ def _lines(file: Path) -> Iterator[bytes]:
         return
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes) -> dict[str, object] | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -113,7 +140,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _value(line: dict[str, Any], metric: str) -> float | None:
+def _value(scores: dict[str, float], metric: str) -> float | None:
     printed: tuple[str, ...] = SELECTION_METRICS[metric].printed if metric in SELECTION_METRICS else ()
-    value = next((value for name, value in line.items() if name.startswith(printed)), None)
-    return value if isinstance(value, int | float) else None
+    return next((value for name, value in scores.items() if name.startswith(printed)), None)

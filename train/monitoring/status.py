@@ -9,10 +9,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.train.monitoring.history import History, read_history
+from uni_instruct.train.monitoring.history import History, ScoreLine, WarningLine, read_history
 from uni_instruct.train.recipe_file import built_in_recipes, read_yaml, steps_in
 from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, Worker, is_locked, read_worker
 
@@ -42,13 +41,24 @@ class StageStatus:
     mean_images_per_s: float | None
     left_s: float | None
     skipped_steps: int
-    last_scores: dict[str, Any] | None
-    best_scores: dict[str, Any] | None
+    last_scores: ScoreLine | None
+    best_scores: ScoreLine | None
 
     @property
     def percent(self) -> float:
         """Of the stage's steps."""
         return 100 * self.step / self.steps
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values; scores as they stand in the log."""
+        return {
+            **dataclasses.asdict(self),
+            "last_scores": self.last_scores and self.last_scores.to_dict(),
+            "best_scores": self.best_scores and self.best_scores.to_dict(),
+            "kimg": self.step * self.batch / 1000,
+            "kimgs": self.steps * self.batch / 1000,
+            "percent": self.percent,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +76,13 @@ class Status:
     worker: Worker | None
     stages: tuple[StageStatus, ...]
     left_s: float | None
-    warnings: tuple[dict[str, Any], ...]
+    warnings: tuple[WarningLine, ...]
     written: float
     resume: str | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, as JSON takes them."""
-        stages = [
-            {**dataclasses.asdict(s), "kimg": s.step * s.batch / 1000, "kimgs": s.steps * s.batch / 1000, "percent": s.percent}
-            for s in self.stages
-        ]
+        stages = [stage.to_dict() for stage in self.stages]
         return {
             **dataclasses.asdict(self),
             "run": str(self.run),
@@ -143,17 +150,17 @@ def _check_is_run(folder: Path) -> None:
     raise RequestError(problem, remedy=remedy, param="recipe")
 
 
-def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _section(recipe: Mapping[str, object], name: str) -> Mapping[str, object]:
     section = recipe.get(name)
     return section if isinstance(section, dict) else {}
 
 
-def _is_trained(recipe: Mapping[str, Any], stage: str) -> bool:
+def _is_trained(recipe: Mapping[str, object], stage: str) -> bool:
     """Whether the run trains that stage; a teacher may be given."""
     return stage != "teacher" or not _section(recipe, "teacher").get("bundle")
 
 
-def _length(recipe: Mapping[str, Any], section: str, folder: Path) -> tuple[int, int]:
+def _length(recipe: Mapping[str, object], section: str, folder: Path) -> tuple[int, int]:
     """Steps and batch of a stage."""
     kimg, batch = (_section(recipe, section).get(key) for key in ("duration_kimg", "batch"))
     if not isinstance(kimg, int | float) or not isinstance(batch, int) or batch < 1:

@@ -1,9 +1,8 @@
 """A run's status in words."""
 
 import time
-from typing import Any
 
-from uni_instruct.train.monitoring.history import scores
+from uni_instruct.train.monitoring.history import ScoreLine
 from uni_instruct.train.monitoring.status import RUNNING, StageStatus, Status
 from uni_instruct.train.run_lock import FINISHED
 
@@ -21,7 +20,7 @@ def status_text(status: Status) -> str:
         lines += [f"  {line}" for line in (*_quality(stage, status.metric), *_skipped(stage))]
     if status.state != FINISHED:
         lines.append(_whole(status))
-    lines += [f"warning: {w['stage']}, step {w['step']}: {w['warning']}" for w in status.warnings]
+    lines += [f"warning: {w.stage}, step {w.step}: {w.warning}" for w in status.warnings]
     lines.append(f"last written: {duration(now - status.written)} ago")
     if status.resume is not None:
         label = "should it stop, go on with" if status.state.endswith(RUNNING) else "go on with"
@@ -67,13 +66,13 @@ def _quality(stage: StageStatus, metric: str) -> list[str]:
     if last is None:
         return ["no scores: the recipe's metric is 'none'"] if metric == "none" and stage.step else []
     # Saying one thing twice looks like two.
-    if best is None or best["step"] == last["step"]:
+    if best is None or best.step == last.step:
         return [f"{'best and last' if best else 'last'} scores {_scores(last)}"]
     return [f"last scores {_scores(last)}", f"best scores {_scores(best)}"]
 
 
-def _scores(line: dict[str, Any]) -> str:
-    return f"at {line['kimg']:g} kimg: " + ", ".join(f"{name} {value:.4g}" for name, value in scores(line).items())
+def _scores(line: ScoreLine) -> str:
+    return f"at {line.kimg:g} kimg: " + ", ".join(f"{name} {value:.4g}" for name, value in line.scores.items())
 
 
 def _skipped(stage: StageStatus) -> list[str]:

@@ -79,7 +79,7 @@ def time_section(material: Material, report_s: float) -> list[str]:
     lines = table(("stage", "", "time", "share"), rows, numbers_from=2)
     for stage, history in material.history.items():
         steps_s = material.times.get(stage, {}).get("steps", 0.0)
-        kimg = max((record["kimg"] for record in history.records), default=0.0)
+        kimg = max((record.kimg for record in history.records), default=0.0)
         # A stage that was given has neither.
         if steps_s and kimg:
             lines += ["", f"{stage}: {1000 * kimg / steps_s:,.0f} images a second, evaluation and writing left out."]

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
@@ -33,17 +32,26 @@ class Evaluation:
         return self.scores[self.name]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogLine:
+    """A line of curves or scores: what was logged after a step, by name."""
+
+    step: int
+    kimg: float
+    values: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class StageHistory:
     """What the log says of one stage; warnings are (step, words)."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[LogLine] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
         """The metric of that name, empty where it was never logged; None and values that are not finite are left out."""
         # A curve may begin late, or hold a NaN from a bad step: what is there is drawn.
-        points = [(r["kimg"], r[name]) for r in self.records if math.isfinite(r.get(name, math.nan))]
+        points = [(r.kimg, r.values[name]) for r in self.records if math.isfinite(r.values.get(name, math.nan))]
         return Curve([kimg for kimg, _ in points], [value for _, value in points])
 
     def evaluations(self, metric: str) -> list[Evaluation]:
@@ -51,13 +59,12 @@ class StageHistory:
         found = []
         for record in self.records:
             name = (
-                next((n for n in record if n.startswith(SELECTION_METRICS[metric].printed)), None)
+                next((n for n in record.values if n.startswith(SELECTION_METRICS[metric].printed)), None)
                 if metric in SELECTION_METRICS
                 else None
             )
             if name is not None:
-                scores = {n: v for n, v in record.items() if n not in ("stage", "step", "kimg")}
-                found.append(Evaluation(step=record["step"], kimg=record["kimg"], name=name, scores=scores))
+                found.append(Evaluation(step=record.step, kimg=record.kimg, name=name, scores=record.values))
         return found
 
     def best(self, metric: str) -> Evaluation | None:
@@ -84,5 +91,6 @@ def parse_history(lines: Iterable[str]) -> dict[str, StageHistory]:
         if "warning" in record:
             history.warnings.append((record["step"], record["warning"]))
         elif "changed" not in record:
-            history.records.append(record)
+            values = {name: value for name, value in record.items() if name not in ("stage", "step", "kimg")}
+            history.records.append(LogLine(step=record["step"], kimg=record["kimg"], values=values))
     return stages

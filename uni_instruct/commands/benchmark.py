@@ -7,16 +7,15 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import rich_click as click
 
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
-from uni_instruct.commands.benchmark_report import check_plot, plot, show
+from uni_instruct.commands.benchmark_report import BenchmarkFacts, check_plot, plot, show
 from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.engine import RUNTIMES
-from uni_instruct.engines.comparison import BenchmarkPlan, EngineComparison, compare
+from uni_instruct.engines.comparison import BenchmarkPlan, compare
 from uni_instruct.engines.machine import machine_facts
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import RequestError
@@ -73,11 +72,11 @@ def benchmark(
     )
     load = os.getloadavg()[0]
     found = compare(plan, progress)
-    facts = _facts(plan, found, load, threads)
+    facts = _facts(plan, load, threads)
     if plot_path is not None:
         plot(found, facts, plot_path)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps({**facts, **asdict(found)}, indent=2))
     else:
         show(found, facts)
 
@@ -94,8 +93,7 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _facts(plan: BenchmarkPlan, found: EngineComparison, load: float, threads: str) -> dict[str, Any]:
-    """Everything, for JSON."""
+def _facts(plan: BenchmarkPlan, load: float, threads: str) -> BenchmarkFacts:
     spec = plan.bundle.spec
     return {
         "command": shlex.join(["uni-instruct", *sys.argv[1:]]),
@@ -109,7 +107,6 @@ def _facts(plan: BenchmarkPlan, found: EngineComparison, load: float, threads: s
         "load_average": {"before": load, "after": os.getloadavg()[0]},
         "machine": machine_facts(),
         "versions": _versions(),
-        **asdict(found),
     }
 
 

@@ -1,14 +1,43 @@
 """What `uni-instruct benchmark` shows: a table, and a plot of images a second by batch."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from uni_instruct.engines.comparison import EAGER, EngineComparison, SpeedRow
+from uni_instruct.engines.machine import MachineFacts
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.files import atomic_file
 
 WIDTH = 120  # where there is no terminal to say its own
+
+
+class ThreadFacts(TypedDict):
+    """How many threads, and whether they share the machine or have it alone."""
+
+    count: int
+    policy: str
+
+
+class LoadFacts(TypedDict):
+    """The machine's load average on either side of the measurement."""
+
+    before: float
+    after: float
+
+
+class BenchmarkFacts(TypedDict):
+    """What was measured, where and by which versions; the figures are an `EngineComparison`."""
+
+    command: str
+    generator: str
+    image_shape: tuple[int, int, int]
+    weights_sha256: str
+    rounds: int
+    seconds_per_figure: float
+    threads: ThreadFacts
+    load_average: LoadFacts
+    machine: MachineFacts
+    versions: dict[str, str]
 
 
 def check_plot(path: Path | None) -> None:
@@ -27,7 +56,7 @@ def check_plot(path: Path | None) -> None:
         path.unlink()
 
 
-def show(found: EngineComparison, facts: Mapping[str, Any]) -> None:
+def show(found: EngineComparison, facts: BenchmarkFacts) -> None:
     """Prints the table, and under it what it was measured on."""
     from rich.console import Console
     from rich.table import Table
@@ -46,7 +75,7 @@ def show(found: EngineComparison, facts: Mapping[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def plot(found: EngineComparison, facts: Mapping[str, Any], path: Path) -> None:
+def plot(found: EngineComparison, facts: BenchmarkFacts, path: Path) -> None:
     """Writes the PNG: a line an engine, with its quartiles. Raises DiskError where it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -92,7 +121,7 @@ def _cells(row: SpeedRow) -> list[str]:
     ]
 
 
-def _lines(found: EngineComparison, facts: Mapping[str, Any]) -> list[str]:
+def _lines(found: EngineComparison, facts: BenchmarkFacts) -> list[str]:
     peaks = [f"{name}: {peak['gflops_per_s']:,.0f} GFLOP/s ({peak['by']})" for name, peak in found.peaks.items()]
     gflops = [f"one image: {found.flops_per_image / 1e9:.3g} GFLOP"] if found.flops_per_image else []
     machine, load = facts["machine"], facts["load_average"]

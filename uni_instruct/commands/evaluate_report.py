@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from statistics import mean, stdev
-from typing import Any
 
 import rich_click as click
 
@@ -12,6 +11,7 @@ from uni_instruct import __version__
 from uni_instruct.data import Dataset
 from uni_instruct.evaluate import Evaluator, Scores
 from uni_instruct.evaluate.class_draw import DrawnClasses
+from uni_instruct.evaluate.result import EvaluationResult, RoleScores
 from uni_instruct.evaluate.sample_source import SampleSource
 from uni_instruct.evaluate.scores import frechet_name
 
@@ -22,7 +22,7 @@ def score_facts(
     scores: dict[str, list[Scores]],
     seeds: str | None,
     drawn: DrawnClasses,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """The result as `--json` prints it. scores: of each role one for every set of seeds."""
     extractor, reference = evaluator.extractor, evaluator.reference
     notes = [drawn.note, reference.note if isinstance(reference, Dataset) else ""]
@@ -41,16 +41,7 @@ def score_facts(
         "seeds": seeds,
         "sets": sets,
         "classes": drawn.how or None,
-        "scores": {
-            role: {
-                "source": source.source,
-                "engine": source.engine or None,
-                "weights_sha256": source.weights_sha256 or None,
-                "samples": source.count // sets,
-            }
-            | over_sets(scores[role])
-            for role, source in sources.items()
-        },
+        "scores": {role: over_sets(scores[role], source, source.count // sets) for role, source in sources.items()},
         "distance_to_teacher_ratio": _ratio(scores, frechet_name(extractor)),
         "notes": list(dict.fromkeys(filter(None, notes))),
         "versions": {"uni-instruct": __version__}
@@ -58,18 +49,22 @@ def score_facts(
     }
 
 
-def over_sets(scores: Sequence[Scores]) -> dict[str, Any]:
+def over_sets(scores: Sequence[Scores], source: SampleSource, samples: int) -> RoleScores:
     """Means over sets of seeds; of several sets also the standard deviation (divided by n - 1), all values, and the least."""
     by_set = [score.values for score in scores]
     columns = {name: [values[name] for values in by_set] for name in by_set[0]}
-    if len(scores) == 1:
-        return {"values": by_set[0]}
-    return {
-        "values": {name: mean(column) for name, column in columns.items()},
-        "spread": {name: stdev(column) for name, column in columns.items()},
-        "by_set": by_set,
-        "least": {name: min(column) for name, column in columns.items()},
+    found: RoleScores = {
+        "source": source.source,
+        "engine": source.engine or None,
+        "weights_sha256": source.weights_sha256 or None,
+        "samples": samples,
+        "values": {name: mean(column) for name, column in columns.items()} if len(scores) > 1 else by_set[0],
     }
+    if len(scores) > 1:
+        found["spread"] = {name: stdev(column) for name, column in columns.items()}
+        found["by_set"] = by_set
+        found["least"] = {name: min(column) for name, column in columns.items()}
+    return found
 
 
 def _ratio(scores: dict[str, list[Scores]], distance: str) -> float | None:
@@ -84,9 +79,9 @@ def _ratio(scores: dict[str, list[Scores]], distance: str) -> float | None:
     return values[0] / values[1]
 
 
-def print_scores(facts: dict[str, Any]) -> None:
+def print_scores(facts: EvaluationResult) -> None:
     """Prints the result: a table on a terminal, lines elsewhere."""
-    roles: dict[str, Any] = facts["scores"]
+    roles = facts["scores"]
     for role, score in roles.items():
         classes = f", classes {facts['classes']}" if facts["classes"] else ""
         times = f"{facts['sets']} x " if facts["sets"] > 1 else ""
@@ -108,7 +103,7 @@ def print_scores(facts: dict[str, Any]) -> None:
         click.echo(f"note: {note}")
 
 
-def _print_table(roles: dict[str, Any]) -> None:
+def _print_table(roles: dict[str, RoleScores]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -118,18 +113,18 @@ def _print_table(roles: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _print_lines(roles: dict[str, Any]) -> None:
+def _print_lines(roles: dict[str, RoleScores]) -> None:
     for role, score in roles.items():
         for name in score["values"]:
             click.echo(f"{role} {name}: {_value(score, name)}")
 
 
-def _value(score: dict[str, Any], name: str) -> str:
+def _value(score: RoleScores, name: str) -> str:
     spread = f" +- {score['spread'][name]:.2g}" if "spread" in score else ""
     return f"{score['values'][name]:.4g}{spread}"
 
 
-def _print_least(roles: dict[str, Any]) -> None:
+def _print_least(roles: dict[str, RoleScores]) -> None:
     """The least distance of several sets, which many papers print as theirs."""
     for role, score in roles.items():
         for name, value in score.get("least", {}).items():

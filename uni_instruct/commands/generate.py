@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import rich_click as click
@@ -196,7 +195,7 @@ def _write_grid(images: np.ndarray, path: Path, columns: int | None) -> None:
         partial.write_bytes(encode(contact_sheet(images, columns)))
 
 
-def _report(facts: dict[str, Any], as_json: bool) -> None:
+def _report(facts: dict[str, object], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
     elif not facts["complete"]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.evaluate import choose_seeds, seeds_text_of
@@ -12,6 +11,7 @@ from uni_instruct.evaluate import Evaluator, open_reference
 from uni_instruct.evaluate.class_draw import draw_classes
 from uni_instruct.evaluate.evaluator import check_shape
 from uni_instruct.evaluate.measure import measure
+from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.sample_source import bundle_samples
 from uni_instruct.evaluate.scores import check_count
 from uni_instruct.progress import progress
@@ -34,7 +34,7 @@ class Scoring:
     staff: Staff = field(default_factory=Staff)
 
 
-def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metrics: Sequence[str] | None) -> list[dict[str, Any]]:
+def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metrics: Sequence[str] | None) -> list[EvaluationResult]:
     """What `evaluate --json` prints of each. metrics: names from METRICS, None for all that apply.
 
     Raises RequestError, before any image is made, where a bundle does not fit the reference, or has no such metric.
@@ -53,7 +53,7 @@ def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metrics: Sequence
     evaluator = Evaluator(reference, scoring.extractor, progress)
     for source in sources:
         evaluator.check(metrics, source.count // scoring.sets, source.expected is not None)
-    found: list[dict[str, Any]] = []
+    found: list[EvaluationResult] = []
     for source, draw in zip(sources, drawn, strict=True):
         scores = measure(evaluator, source.parts(scoring.sets), metrics, scoring.staff, progress, f"score {source.source}")
         found.append(score_facts(evaluator, {"generator": source}, {"generator": scores}, seeds_text_of(seeds), draw))

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import TypedDict
 
 CPUINFO = Path("/proc/cpuinfo")
 GPUS = Path("/proc/driver/nvidia/gpus")
@@ -20,7 +21,18 @@ def machine() -> str:
     return "; ".join([_processor(), *_gpus()])
 
 
-def machine_facts() -> dict[str, str | int | list[str]]:
+class MachineFacts(TypedDict):
+    """A machine, for a report: its processor, abilities that others of its kind lack, and its cores."""
+
+    machine: str
+    abilities: list[str]
+    cpus_of_machine: int
+    cpus_usable: int
+    system: str
+    python: str
+
+
+def machine_facts() -> MachineFacts:
     """For a report: the processor, what it can do beyond every other of its kind, its cores, the GPUs, the system."""
     flags = _first_core().get("flags", "").split()
     return {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, TypedDict
 
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import sha256
@@ -47,6 +47,27 @@ class EngineId:
         return "-".join(part for part in (self.runtime, self.precision, self.target) if part)
 
 
+class ParityTolerance(TypedDict):
+    """The most that was allowed (`engines/outputs.py`)."""
+
+    relative_l2: float
+    pixel_difference: int
+
+
+class ParityReport(TypedDict, total=False):
+    """What export/parity.py found, as far as it is read again; earlier versions wrote less. latency_ms is by batch size."""
+
+    images: int
+    batches: list[int]
+    relative_l2: float
+    equal_pixels: float
+    largest_pixel_difference: int
+    batch_invariant: bool
+    latency_ms: Mapping[str, float]
+    machine: str
+    tolerance: ParityTolerance
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
     """The engine's id, file and hash, the hash of the weights it was built from, tool versions, parity report.
@@ -61,7 +82,7 @@ class EngineRecord:
     weights_sha256: str
     versions: Mapping[str, str]
     batch_profile: tuple[int, ...] = ()
-    parity: Mapping[str, Any] = field(default_factory=dict)
+    parity: ParityReport = field(default_factory=lambda: ParityReport())
 
     @property
     def id(self) -> EngineId:

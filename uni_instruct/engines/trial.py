@@ -15,7 +15,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
@@ -147,7 +146,7 @@ def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
     if done.returncode or not lines:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         return Trial(problem=f"it could not be tried: {reason[:300]}", lasting=False)
-    return replace(Trial(), **json.loads(lines[-1]))
+    return Trial(**json.loads(lines[-1]))
 
 
 def _completed(command: list[str], engine_id: EngineId) -> subprocess.CompletedProcess[str] | None:
@@ -174,7 +173,7 @@ def _note(key: TrialKey, trial: Trial) -> None:
 
 
 def _is_plausible(trial: Trial) -> bool:
-    def is_number(value: Any) -> bool:
+    def is_number(value: object) -> bool:
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
     numbers = (trial.relative_l2, trial.pixel_difference, trial.images_per_s)

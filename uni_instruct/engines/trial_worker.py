@@ -6,13 +6,14 @@
 import json
 import sys
 import time
-from typing import Any
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import TORCH, Engine, EngineId, load_engine
 from uni_instruct.engines.outputs import TOLERANCES, Outputs, agreement
+from uni_instruct.engines.trial import Trial
 from uni_instruct.errors import MissingExtraError, UniInstructError
 from uni_instruct.noise import noise
 from uni_instruct.reference import reference_inputs
@@ -21,7 +22,7 @@ from uni_instruct.reference import reference_inputs
 CALLS, CALLS_S = 5, 1.0
 
 
-def main(bundle_path: str, engine: str, device: str) -> dict[str, Any]:
+def main(bundle_path: str, engine: str, device: str) -> Trial:
     """What the engine did. Raises where that says nothing about it: a package is missing, memory is short."""
     bundle, engine_id = Bundle.open(bundle_path), EngineId.parse(engine)
     try:
@@ -30,13 +31,13 @@ def main(bundle_path: str, engine: str, device: str) -> dict[str, Any]:
     except (MissingExtraError, MemoryError, ModuleNotFoundError):
         raise
     except UniInstructError as error:
-        return {"problem": error.problem}
+        return Trial(problem=error.problem)
     except Exception as error:  # a runtime's errors share no class but this one
         problem = " ".join(str(error).split())[:200]
-        return {"problem": f"it raises {type(error).__name__}: {problem}"}
+        return Trial(problem=f"it raises {type(error).__name__}: {problem}")
 
 
-def _try(bundle: Bundle, engine: Engine) -> dict[str, Any]:
+def _try(bundle: Bundle, engine: Engine) -> Trial:
     reference = bundle.reference()
     seeds, class_ids = reference_inputs(bundle.spec)
     z = noise(seeds.tolist(), bundle.spec.noise_shape)
@@ -46,18 +47,16 @@ def _try(bundle: Bundle, engine: Engine) -> dict[str, Any]:
     # Runtimes choose their kernels by the shape: many images and one are what a server runs.
     outputs = [engine.outputs(z, class_ids), engine.outputs(z[:1], first)]
     if not all(np.isfinite(found.images).all() for found in outputs):
-        return {"problem": "it gives values that are not finite"}
-    facts: dict[str, Any] = {}
-    if reference:
-        facts = _compare(engine.id, outputs, reference.images)
-    return facts | {"images_per_s": len(z) / _seconds(engine, z, class_ids)}
+        return Trial(problem="it gives values that are not finite")
+    compared = _compare(engine.id, outputs, reference.images) if reference else Trial()
+    return replace(compared, images_per_s=len(z) / _seconds(engine, z, class_ids))
 
 
-def _compare(engine_id: EngineId, outputs: list[Outputs], truth: np.ndarray) -> dict[str, Any]:
+def _compare(engine_id: EngineId, outputs: list[Outputs], truth: np.ndarray) -> Trial:
     """The distance from torch's images; torch itself, on whatever device, is what others are measured by."""
     found = agreement(outputs, truth)
     problem = "" if engine_id == TORCH else found.problem(TOLERANCES[engine_id.precision])
-    return {"problem": problem, "relative_l2": found.relative_l2, "pixel_difference": found.pixel_difference}
+    return Trial(problem=problem, relative_l2=found.relative_l2, pixel_difference=found.pixel_difference)
 
 
 def _seconds(engine: Engine, z: np.ndarray, class_ids: np.ndarray | None) -> float:
@@ -71,6 +70,6 @@ def _seconds(engine: Engine, z: np.ndarray, class_ids: np.ndarray | None) -> flo
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(main(*sys.argv[1:])))
+        print(json.dumps(asdict(main(*sys.argv[1:]))))
     except UniInstructError as error:
         sys.exit(str(error))

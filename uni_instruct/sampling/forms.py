@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, ZipStore, 
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.images import encode
-from uni_instruct.sampling.sample_set import Samples, SampleSet
+from uni_instruct.sampling.sample_set import RequestFacts, Samples, SampleSet
 from uni_instruct.sampling.tar_shards import read_tar_folder, request_of_tar_folder, write_tar_folder
 from uni_instruct.spec import ModelSpec
 
@@ -37,7 +37,7 @@ class Form:
 
     check: Callable[[ModelSpec, Sequence[int]], None]
     write: Callable[[SampleSet, Path], None]
-    read_request: Callable[[Path], Any]
+    read_request: Callable[[Path], object]
     read: Callable[[Path, int | None], Samples]
     is_folder: bool = False
 
@@ -52,13 +52,13 @@ def form_of(out: Path) -> Form:
     return FORMS.get(suffix, FORMS[""])
 
 
-def finished_request(out: Path) -> dict[str, Any] | None:
+def finished_request(out: Path) -> RequestFacts | None:
     """The request whose finished set stands at `out`, None where something else does."""
     try:
         found = form_of(out).read_request(out)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return found if isinstance(found, dict) else None
+    return cast(RequestFacts, found) if isinstance(found, dict) else None
 
 
 def read_samples(path: str | Path, count: int | None = None) -> Samples:
@@ -129,16 +129,16 @@ def write_npy(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...], parts: I
         file.write(np.ascontiguousarray(part).data)
 
 
-def _request_of_folder(out: Path) -> Any:
+def _request_of_folder(out: Path) -> object:
     return json.loads((out / RECORD).read_text())["request"]
 
 
-def _request_of_zip(out: Path) -> Any:
+def _request_of_zip(out: Path) -> object:
     with zipfile.ZipFile(out) as archive:
         return json.loads(archive.read(RECORD))["request"]
 
 
-def _request_of_npz(out: Path) -> Any:
+def _request_of_npz(out: Path) -> object:
     with np.load(out, allow_pickle=False) as file:
         return json.loads(str(file["request"]))
 

@@ -11,11 +11,10 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,12 +26,13 @@ from uni_instruct.generate import generate_batches, sample_format
 from uni_instruct.progress import Progress
 from uni_instruct.sampling.forms import SampleSet, finished_request, form_of
 from uni_instruct.sampling.pool import Pool, Task
+from uni_instruct.sampling.sample_set import RequestFacts
 from uni_instruct.sampling.shards import WHOLE, Part, Shard, Shards, images_per_shard
 from uni_instruct.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-REQUEST, PER_SHARD = "request.json", "images_per_shard"
+REQUEST = "request.json"
 # Held while a process works here; and while it changes what all of them rely on: the request, and the finished set.
 WORKERS_LOCK, REQUEST_LOCK = "workers.lock", "request.lock"
 # How often a process that has nothing left to claim looks whether the others are done, or dead.
@@ -56,7 +56,7 @@ class SampleRequest:
         """What the generator is."""
         return self.bundle.spec
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> RequestFacts:
         """What tells this request from another, for JSON."""
         labels = None if self.class_ids is None else _digest(self.class_ids)
         return {
@@ -213,15 +213,15 @@ def is_finished(request: SampleRequest, out: Path) -> bool:
 def noted_engine(out: Path) -> str | None:
     """The id of the engine that made what stands at `out`, or has begun to; None where nothing of ours does."""
     found = _with_ids(_noted_request(_work_folder(out)) if _is_empty(out) else finished_request(out))
-    engine = (found or {}).get("engine")
-    return None if engine is None else str(engine)
+    engine = found["engine"] if found else None
+    return str(engine) if engine else None
 
 
 def remove_leftovers(request: SampleRequest, out: Path) -> None:
     """Removes the work folder of a finished set, where a run was killed after its last step but one."""
     folder = _work_folder(out)
     found = _with_ids(_noted_request(folder))
-    if found and found | {PER_SHARD: 0} == request.facts() | {PER_SHARD: 0}:
+    if found and {**found, "images_per_shard": 0} == {**request.facts(), "images_per_shard": 0}:
         with suppress(RequestError):  # others are still in it, and the last of them removes it
             _leave(_enter(folder, out, shared=False), request, out, shared=False)
 
@@ -284,23 +284,24 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _noted_request(folder: Path) -> dict[str, Any] | None:
+def _noted_request(folder: Path) -> RequestFacts | None:
     with suppress(OSError, ValueError):
-        found = json.loads((folder / REQUEST).read_text())
+        found: RequestFacts = json.loads((folder / REQUEST).read_text())
         return found if isinstance(found, dict) else None
     return None
 
 
 def _note_request(folder: Path, request: SampleRequest, per_shard: int) -> None:
     """Notes the request in its folder, or compares it with the one noted there; shards of an unknown one are dropped."""
-    found, wanted = _with_ids(_noted_request(folder)), request.facts() | {PER_SHARD: per_shard}
+    found = _with_ids(_noted_request(folder))
+    wanted: RequestFacts = {**request.facts(), "images_per_shard": per_shard}
     if found is None:
         for orphan in folder.glob("*.npy"):
             orphan.unlink()
         with atomic_file(folder / REQUEST) as partial:
             partial.write_text(json.dumps(wanted))
     # A run of before shards had fixed ranges says nothing of them: those that have today's are taken, the others made anew.
-    elif {PER_SHARD: per_shard} | found != wanted:
+    elif {**found, "images_per_shard": found.get("images_per_shard", per_shard)} != wanted:
         what = _difference(found, request.facts()) or _difference(found, wanted)
         raise RequestError(
             f"{folder} holds an unfinished run of another request ({what})",
@@ -309,12 +310,14 @@ def _note_request(folder: Path, request: SampleRequest, per_shard: int) -> None:
         )
 
 
-def _with_ids(facts: dict[str, Any] | None) -> dict[str, Any] | None:
+def _with_ids(facts: RequestFacts | None) -> RequestFacts | None:
     """The facts with an engine's id in place of its former name."""
-    return facts and facts | {"engine": _FORMER_ENGINES.get(str(facts.get("engine")), facts.get("engine"))}
+    if not facts:
+        return facts
+    return {**facts, "engine": _FORMER_ENGINES.get(str(facts.get("engine")), facts.get("engine", ""))}
 
 
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _difference(found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
     """What differs, in words: 'batch 64 there, 32 here'."""
     texts = []
     for name in (name for name in wanted if found.get(name) != wanted[name]):

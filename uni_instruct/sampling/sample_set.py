@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,19 @@ from uni_instruct.spec import ModelSpec
 READ_BATCH = 256
 
 
+class RequestFacts(TypedDict):
+    """What tells one request from another. images_per_shard is there while the set is unfinished."""
+
+    generator: str
+    weights_sha256: str
+    engine: str
+    batch: int
+    images: int
+    seeds_sha256: str
+    class_ids_sha256: str | None
+    images_per_shard: NotRequired[int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
     """Images of seeds, or a VAE's latents, in the order of the seeds; class_ids int64 [N], None without classes."""
@@ -22,7 +35,7 @@ class SampleSet:
     seeds: Sequence[int] = field(repr=False)
     class_ids: np.ndarray | None = field(repr=False)
     reader: ImageReader = field(repr=False)
-    request: dict[str, Any]
+    request: RequestFacts
 
     def dataset(self) -> Dataset:
         """The set as a data set, for those who train on it or score it."""
@@ -59,4 +72,4 @@ class Samples:
     images: np.ndarray = field(repr=False)
     seeds: np.ndarray
     class_ids: np.ndarray | None
-    request: dict[str, Any]
+    request: RequestFacts

@@ -9,7 +9,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def write_tar_folder(samples: SampleSet, out: Path) -> None:
         (partial / MANIFEST).write_text(json.dumps(manifest | {"seeds": list(samples.seeds)}))
 
 
-def request_of_tar_folder(out: Path) -> Any:
+def request_of_tar_folder(out: Path) -> object:
     """The request that its manifest holds."""
     return json.loads((out / MANIFEST).read_text())["request"]
 
@@ -67,7 +67,7 @@ def read_tar_folder(out: Path, count: int | None) -> Samples:
     )
 
 
-def _described(samples: SampleSet) -> dict[str, Any]:
+def _described(samples: SampleSet) -> dict[str, object]:
     """What the set is; classes of images stand beside them."""
     described = dataset_meta(samples.dataset(), [str(index) for index in range(len(samples.reader))])
     return {name: value for name, value in described.items() if name != "labels"}
@@ -80,7 +80,7 @@ def _numbered(samples: SampleSet, start: int, stop: int) -> Iterator[tuple[int, 
 
 
 def _add_image(archive: tarfile.TarFile, samples: SampleSet, index: int, image: np.ndarray) -> None:
-    facts: dict[str, Any] = {"seed": int(samples.seeds[index])}
+    facts: dict[str, object] = {"seed": int(samples.seeds[index])}
     members = {"png": encode(image)} if image.dtype == np.uint8 and image.shape[2] in (1, 3) else {"npy": _npy(image)}
     if samples.class_ids is not None:
         class_id = int(samples.class_ids[index])

@@ -184,10 +184,13 @@ def test_numbers_are_those_of_the_log(tmp_path: Path) -> None:
     assert teacher.mean_images_per_s == pytest.approx(160 / (80 / 100 + 80 / 400))
     assert teacher.left_s == pytest.approx(5 * 8 / 400)
     assert (status.left_s, generator.step) == (None, 0)
-    assert teacher.best_scores == {"stage": "teacher", "step": 10, "kimg": 0.08, FD: 1.5, "precision": 0.5}
+    best = {"stage": "teacher", "step": 10, "kimg": 0.08, FD: 1.5, "precision": 0.5}
+    assert teacher.best_scores is not None
+    assert teacher.best_scores.to_dict() == best
+    assert json.loads(json.dumps(status.to_dict()))["stages"][0]["best_scores"] == best
     assert teacher.last_scores is not None
-    assert teacher.last_scores["step"] == 15
-    assert [warning["warning"] for warning in status.warnings] == ["sick; turn a knob"]
+    assert teacher.last_scores.step == 15
+    assert [warning.warning for warning in status.warnings] == ["sick; turn a knob"]
     text = status_text(status)
     assert "teacher: step 20 of 25 (0.16 of 0.2 kimg, 80 %); 400 images/s lately, 160 over the stage; 0 s left" in text
     assert f"best scores at 0.08 kimg: {FD} 1.5, precision 0.5" in text
@@ -202,7 +205,7 @@ def test_an_evaluation_between_two_lines_hides_no_images(tmp_path: Path) -> None
     teacher = read_status(run).stages[0]
     assert teacher.mean_images_per_s == pytest.approx(192 / (1 + 1))
     assert teacher.best_scores is not None
-    assert teacher.best_scores[FD] == 1.5, "what is not a number is not the best"
+    assert teacher.best_scores.scores[FD] == 1.5, "what is not a number is not the best"
 
 
 def test_a_given_teacher_is_no_stage(tmp_path: Path) -> None:
