@@ -5,7 +5,6 @@ import logging
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lightning_fabric import Fabric
@@ -181,13 +180,13 @@ class _Session:
         return DataLoader(self.dataset, batch, self.recipe.loop.seed)
 
 
-def _class_counts(spec: ModelSpec, dataset: Dataset | None) -> dict[str, Any]:
+def _class_counts(spec: ModelSpec, dataset: Dataset | None) -> dict[str, object]:
     """How many images each class has in the data, for `generate --classes data`; nothing where that is not known."""
     counts = class_counts(spec, dataset)
     return {} if counts is None else {"class_counts": counts.tolist()}
 
 
-def _ancestry(teacher: Bundle) -> dict[str, Any]:
+def _ancestry(teacher: Bundle) -> dict[str, object]:
     """Where the teacher comes from, without naming folders of this machine."""
     source = {"hub": teacher.origin} if is_on_hub(teacher.origin) else {}
     return {"name": teacher.spec.name, **source, **teacher.spec.provenance.get("imported", {})}

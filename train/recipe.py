@@ -41,7 +41,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values)
 
 
-def parse_recipe(values: Mapping[str, Any]) -> Recipe:
+def parse_recipe(values: Mapping[str, object]) -> Recipe:
     """A recipe from plain values. Raises RequestError for unknown keys, wrong types and values out of range."""
     # Without an objective, its method's own settings hold, as with an empty one.
     recipe: Recipe = _build(Recipe, {"objective": None} | dict(values), prefix="")

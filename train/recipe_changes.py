@@ -2,10 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from uni_instruct.checkpoints.import_bundle import open_or_import
 from uni_instruct.data import open_dataset
@@ -14,7 +13,7 @@ from uni_instruct.train.config import Recipe
 from uni_instruct.train.recipe import all_keys
 
 DATA_NOTE = Path("state") / "data.json"  # what the data of a run are; same_data.py reads and writes it
-Changes = dict[str, tuple[Any, Any]]  # key -> (before, now)
+Changes = dict[str, tuple[object, object]]  # key -> (before, now)
 
 # What training does not depend on: words, logs, evaluation, memory, and how products are computed.
 FREE = frozenset(
@@ -57,9 +56,9 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
         if section is not None and was is not None and wanted is not None:
             _check_can_be_tuned(folder, key, was, wanted, section, new)
         elif general == "data" and was and wanted:
-            _check_same_data(folder, was, wanted)
+            _check_same_data(folder, str(was), str(wanted))
         elif general == "teacher.bundle" and was and wanted:
-            _check_same_teacher(folder, was, wanted)
+            _check_same_teacher(folder, str(was), str(wanted))
         elif general not in FREE:
             raise _refused(folder, key, was, wanted)
     for key in changes:
@@ -75,13 +74,13 @@ def saved_step(folder: Path, stage: str) -> int:
     return 0
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings as one, with the keys of a recipe in full; the phases of a schedule are numbered."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
-        elif key == "schedule":
+        elif key == "schedule" and isinstance(value, Sequence):
             for number, phase in enumerate(value):
                 found |= flat(phase, f"schedule[{number}].")
         else:
@@ -89,7 +88,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_can_be_tuned(folder: Path, key: str, was: Any, wanted: Any, section: str, new: Recipe) -> None:
+def _check_can_be_tuned(folder: Path, key: str, was: object, wanted: object, section: str, new: Recipe) -> None:
     """Raises RequestError where the stage is over, or its end would lie before where it stands."""
     stage, config = _STAGE_NAMES[section], getattr(new, section)
     done = saved_step(folder, stage)
@@ -136,7 +135,7 @@ def _check_same_teacher(folder: Path, was: str, wanted: str) -> None:
         raise _refused(folder, "teacher.bundle", was, wanted)
 
 
-def _refused(folder: Path, key: str, was: Any, wanted: Any) -> RequestError:
+def _refused(folder: Path, key: str, was: object, wanted: object) -> RequestError:
     remedy = f"leave it at {was}, or choose another --out"
     if key.startswith(("objective.", "schedule")) and all((folder / name).exists() for name in ("teacher", "generator")):
         remedy += f" with teacher={folder}/teacher distillation.start={folder}/generator, which goes on from there"

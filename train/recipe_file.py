@@ -15,7 +15,7 @@ def built_in_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, object]:
     """The mapping in a YAML file. Raises RequestError where it is none, or a key of it is given twice."""
     try:
         values = parse_yaml(path.read_text())
@@ -33,7 +33,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> object:
     """The value of a YAML text. Raises one of YAML_ERRORS, or RequestError for a key that stands twice in one mapping."""
     return yaml.load(text, _OnceLoader)  # a SafeLoader
 

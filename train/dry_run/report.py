@@ -3,7 +3,6 @@
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import yaml
 
@@ -36,7 +35,7 @@ def explain(resolved: Recipe, as_json: bool) -> str:
     return f"{comments}\n\n{yaml.safe_dump(resolved.to_dict(), sort_keys=False)}"
 
 
-def facts(plan: Plan, cost: Cost) -> dict[str, Any]:
+def facts(plan: Plan, cost: Cost) -> dict[str, object]:
     """The same for programs; times are None where nothing was measured."""
     stages = cost.stages.items()
     timings = {name: stage.timing for name, stage in stages}

@@ -2,10 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import LoopConfig, Recipe
@@ -138,10 +137,17 @@ def settled(lab: Lab) -> Lab:
             images = recipe.distillation.micro_batch or recipe.distillation.batch
             first = settle_for_run(judge.loop, plan.teacher_spec, images, lab.folder)
     assert first is not None, "a lab has an experiment"
-    alike = {key: getattr(first, key) for key in ("precision", "channels_last", "metric", "extractor")}
-    experiments = [dataclasses.replace(t, recipe=_with_loop(t.recipe, alike)) for t in lab.experiments]
-    return dataclasses.replace(lab, experiments=tuple(experiments), teacher=lab.teacher and _with_loop(lab.teacher, alike))
+    experiments = [dataclasses.replace(t, recipe=_as_answered(t.recipe, first)) for t in lab.experiments]
+    return dataclasses.replace(lab, experiments=tuple(experiments), teacher=lab.teacher and _as_answered(lab.teacher, first))
 
 
-def _with_loop(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    return dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, **changes))
+def _as_answered(recipe: Recipe, answers: LoopConfig) -> Recipe:
+    """The recipe with those answers to what may be `auto`."""
+    loop = dataclasses.replace(
+        recipe.loop,
+        precision=answers.precision,
+        channels_last=answers.channels_last,
+        metric=answers.metric,
+        extractor=answers.extractor,
+    )
+    return dataclasses.replace(recipe, loop=loop)

@@ -47,7 +47,7 @@ class TrackedRun:
 
     folder: Path
     name: str
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def open_trackers(names: Sequence[str], folder: Path, run_name: str, config: Mapping[str, Any]) -> list[Tracker]:
+def open_trackers(names: Sequence[str], folder: Path, run_name: str, config: Mapping[str, object]) -> list[Tracker]:
     """TensorBoard, and the named ones, each once; all or none. Raises RequestError where one is unknown or cannot start.
 
     A later call with the same folder goes on with the same runs. config: plain values, as YAML takes them.

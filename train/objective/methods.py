@@ -1,7 +1,6 @@
 """Published methods as corners of the family: what each fixes of the objective. A recipe names one; its own keys go on top."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,7 +9,7 @@ class Method:
 
     name: str
     source: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
     note: str = ""
 
 

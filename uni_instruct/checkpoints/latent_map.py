@@ -28,7 +28,7 @@ class LatentMap:
 EDM2_LATENTS = LatentMap(scale=tuple(std / FINAL_STD for std in RAW_STD), shift=RAW_MEAN)
 
 
-def find_latent_map(facts: Mapping[str, Any], channels: int, asked: bool) -> LatentMap | None:
+def find_latent_map(facts: Mapping[str, object], channels: int, asked: bool) -> LatentMap | None:
     """The map of the latents that a file's network of so many channels makes; None where it makes pictures.
 
     The file's own encoder decides. Where it names none, asked does: the user says that the network makes latents, which are
@@ -53,7 +53,7 @@ def find_latent_map(facts: Mapping[str, Any], channels: int, asked: bool) -> Lat
     return EDM2_LATENTS if asked else None
 
 
-def stated_latent_map(provenance: Mapping[str, Any]) -> LatentMap:
+def stated_latent_map(provenance: Mapping[str, object]) -> LatentMap:
     """That of a bundle: what its file said at import, else EDM2's, which training uses."""
     imported = provenance.get("imported")
     stated = imported.get("latents") if isinstance(imported, dict) else None
@@ -63,7 +63,7 @@ def stated_latent_map(provenance: Mapping[str, Any]) -> LatentMap:
     return LatentMap(scale=scale, shift=shift)
 
 
-def _of_encoder(encoder: Mapping[str, Any], channels: int, asked: bool) -> LatentMap | None:
+def _of_encoder(encoder: Mapping[str, object], channels: int, asked: bool) -> LatentMap | None:
     name = encoder.get("class_name")
     if name == _PICTURES and asked:
         raise RequestError(

@@ -9,7 +9,7 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -84,6 +84,33 @@ def has_tars(folder: Path) -> bool:
     return any(name.endswith(".tar") for name in names) and not any(map(is_image_file, names))
 
 
+class TarDataset(TypedDict, total=False):
+    """What `generate` says of the images in its tars."""
+
+    name: str
+    image_shape: list[int]
+    num_classes: int
+    class_names: list[str]
+    licence: str
+
+
+class TarFile(TypedDict):
+    """One tar, and how it is known to be whole."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+class TarManifest(TypedDict, total=False):
+    """The file beside the tars, as far as a reader of data needs it."""
+
+    library: str
+    dataset: TarDataset
+    files: list[TarFile]
+
+
 def open_tars(path: Path, form: ImageForm) -> Dataset:
     """A tar, or a folder of them, as a data set.
 
@@ -93,10 +120,12 @@ def open_tars(path: Path, form: ImageForm) -> Dataset:
     store = TarStore(path)
     found = data_files(store, [name for name in store.names() if not name.endswith((_CLASS, ".json", ".txt"))], _REMEDY)
     labels = class_ids_of(store, found.files)
-    described: dict[str, Any] = manifest.get("dataset", {})
+    described = manifest.get("dataset", {})
     count = max(int(described.get("num_classes", 0)), 0 if labels is None else int(labels.max()) + 1)
-    names = described.get("class_names", ())
-    content = content_of(store, found, form, every_header=False, stated=described.get("image_shape", [None])[0])
+    names = described.get("class_names", [])
+    content = content_of(
+        store, found, form, every_header=False, stated=described["image_shape"][0] if "image_shape" in described else None
+    )
     return Dataset(
         **vars(content),
         name=str(described.get("name", path.stem)),
@@ -142,13 +171,13 @@ def _class_id(store: TarStore, name: str) -> int:
     return int(text)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> TarManifest:
     """What `generate` wrote beside its tars, {} where there is none. Raises FileFormatError where a tar is missing or short."""
     file = path / MANIFEST
     if not path.is_dir() or not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text())
+        found: TarManifest = json.loads(file.read_text())
     except ValueError as error:
         raise FileFormatError(f"{file} is damaged: {reason_of(error)}", remedy="copy it again") from error
     if not isinstance(found, dict) or found.get("library") != LIBRARY:

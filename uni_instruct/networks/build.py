@@ -3,7 +3,6 @@
 import dataclasses
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
@@ -105,7 +104,7 @@ def _fitting(image_shape: ImageShape, divisor: int) -> str:
     return " or ".join(str(p) for p in PATCHES if all(size % (p * divisor) == 0 for size in image_shape[1:]))
 
 
-def build_preconditioning(asked: str | Mapping[str, Any], sigma_data: float = 0.5) -> Preconditioning:
+def build_preconditioning(asked: str | Mapping[str, object], sigma_data: float = 0.5) -> Preconditioning:
     """The preconditioning of that name, or of {"name": ..., and its constants}.
 
     Raises RequestError for an unknown name or constant.
