@@ -189,4 +189,5 @@ def _class_counts(spec: ModelSpec, dataset: Dataset | None) -> dict[str, object]
 def _ancestry(teacher: Bundle) -> dict[str, object]:
     """Where the teacher comes from, without naming folders of this machine."""
     source = {"hub": teacher.origin} if is_on_hub(teacher.origin) else {}
-    return {"name": teacher.spec.name, **source, **teacher.spec.provenance.get("imported", {})}
+    imported = teacher.spec.provenance.get("imported")
+    return {"name": teacher.spec.name, **source, **(imported if isinstance(imported, dict) else {})}

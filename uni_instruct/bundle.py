@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -247,14 +247,21 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
         raise BundleError(f"{path} cannot be read: {error}", remedy="copy the whole folder again") from error
 
 
+class _Config(TypedDict):
+    """What config.json has beside the spec."""
+
+    format_version: int
+    weights_sha256: str
+
+
 def _config_text(spec: ModelSpec, weights_sha256: str) -> str:
     config = {"format_version": FORMAT_VERSION, **spec.to_config(), "weights_sha256": weights_sha256}
     return json.dumps(config, indent=2) + "\n"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> _Config:
     try:
-        config = json.loads(path.read_text())
+        config: _Config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not JSON: {error}", remedy="copy the whole folder again") from error
     version = config.get("format_version") if isinstance(config, dict) else None
@@ -265,7 +272,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_spec(path: Path, config: dict[str, Any]) -> ModelSpec:
+def _read_spec(path: Path, config: Mapping[str, object]) -> ModelSpec:
     try:
         return ModelSpec.from_config(config)
     except TypeError as error:

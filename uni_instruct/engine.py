@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import Literal, TypedDict
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.device import checked_device, kind_of
@@ -30,6 +30,17 @@ WORTHWHILE = 1.25
 _log = logging.getLogger(__name__)
 
 
+class StandingFacts(TypedDict):
+    """A `Standing` for JSON; what is not known is None."""
+
+    engine_id: str
+    state: str
+    reason: str | None
+    device: str | None
+    relative_l2: float | None
+    images_per_s: float | None
+
+
 @dataclass(frozen=True)
 class Standing:
     """How an engine of a bundle stands on this machine, and why, in words; trial is what it did here, where it was tried.
@@ -47,7 +58,7 @@ class Standing:
     device: str = ""
     error: UniInstructError | None = None
 
-    def facts(self) -> dict[str, str | float | None]:
+    def facts(self) -> StandingFacts:
         """The same for JSON."""
         trial = self.trial or Trial()
         return {

@@ -94,7 +94,7 @@ class DecoderSpec:
             raise BundleError("a decoder whose scales and shifts of latents do not fit", remedy="give one of each a channel")
 
     @classmethod
-    def from_config(cls, config: Any) -> "DecoderSpec":
+    def from_config(cls, config: object) -> "DecoderSpec":
         """The decoder that a config.json describes. Raises TypeError or BundleError for what is none."""
         if not isinstance(config, Mapping):
             raise TypeError(f"decoder is {str(config)[:40]!r}")
@@ -138,7 +138,7 @@ class ModelSpec:
     steps: int = 1
     network: str = "ddpmpp"
     network_args: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, object] = field(default_factory=dict)
     licence: str = "unknown"
 
     def __post_init__(self) -> None:
@@ -227,13 +227,13 @@ class ModelSpec:
         """The name of a class, or its id in digits where classes have no names."""
         return self.class_names[class_id] if self.class_names else str(class_id)
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, object]:
         """The fields as config.json holds them; image_shape is said as well, for those who read the file."""
         values = asdict(self)
         return {"name": values.pop("name"), "image_shape": list(self.image_shape), **values}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "ModelSpec":
+    def from_config(cls, config: Mapping[str, object]) -> "ModelSpec":
         """The spec that a config.json of any format version describes. Raises TypeError or BundleError for what is no spec."""
         config = _as_format_2(config) if config.get("format_version") == 1 else config
         decoder = config.get("decoder")
@@ -241,7 +241,7 @@ class ModelSpec:
         return cls(**values, decoder=None if decoder is None else DecoderSpec.from_config(decoder))
 
 
-def _as_format_2(config: Mapping[str, Any]) -> dict[str, Any]:
+def _as_format_2(config: Mapping[str, object]) -> dict[str, object]:
     """Format 1 had one shape for noise and image, and did not say what makes latents: four channels did."""
     if "image_shape" not in config:
         raise TypeError("image_shape is missing")
@@ -250,7 +250,7 @@ def _as_format_2(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "noise_shape": shape, "latents": latents}
 
 
-def _values(config: Mapping[str, Any], types: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+def _values(config: Mapping[str, object], types: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
     """The fields that have a type, lists as tuples. Raises TypeError for a value of another type."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in types}
     for name, value in values.items():

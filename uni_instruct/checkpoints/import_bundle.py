@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -186,7 +185,7 @@ def _spec(
     request: ImportRequest,
 ) -> ModelSpec:
     role = request.role or likely_role(checkpoint, stored)
-    provenance: dict[str, Any] = {
+    provenance: dict[str, object] = {
         "imported": {
             "file": request.origin if is_on_hub(request.origin) else path.name,
             "sha256": sha256(path),
@@ -210,6 +209,7 @@ def _spec(
 
 def _card(spec: ModelSpec) -> str:
     imported, one_step = spec.provenance["imported"], spec.steps == 1
+    assert isinstance(imported, dict)
     return _CARD.format(
         name=spec.name,
         tags="one-step, diffusion-distillation" if one_step else "diffusion",

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from uni_instruct.data.vae_latents import FINAL_STD, RAW_MEAN, RAW_STD
 from uni_instruct.errors import FileFormatError, RequestError
@@ -88,7 +87,7 @@ def _of_encoder(encoder: Mapping[str, object], channels: int, asked: bool) -> La
     return LatentMap(scale=tuple(1 / a for a, _ in pairs), shift=tuple(-b / a for a, b in pairs))
 
 
-def _numbers(values: Any, name: str) -> tuple[float, ...]:
+def _numbers(values: object, name: str) -> tuple[float, ...]:
     found = values.get(name) if isinstance(values, Mapping) else None
     if not isinstance(found, list) or not all(isinstance(part, int | float) and math.isfinite(part) for part in found):
         raise FileFormatError(f"{name} of the latents is {str(found)[:40]}, no list of numbers", remedy="download it again")

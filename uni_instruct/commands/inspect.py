@@ -2,10 +2,11 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import rich_click as click
@@ -13,8 +14,8 @@ import rich_click as click
 from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, shipped_generators
 from uni_instruct.commands.inspect_checkpoint import Row, checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
-from uni_instruct.engine import engine_standing
-from uni_instruct.engines.record import StoredEngine
+from uni_instruct.engine import StandingFacts, engine_standing
+from uni_instruct.engines.record import ParityReport, StoredEngine
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.hub import fetch, names_file
 
@@ -33,30 +34,91 @@ def inspect(source: str, as_data: bool, as_json: bool) -> None:
 
     Example: uni-instruct inspect runs/digits/generator
     """
-    path = fetch(source).path if names_file(source) else Path(source)
-    if is_checkpoint(path):
-        facts, rows = checkpoint_facts(path), checkpoint_rows
-    elif is_bundle(source) and not as_data:
-        facts, rows = bundle_facts(Bundle.open(source)), bundle_rows
-    elif is_data(source):
-        facts, rows = data_facts(source), data_rows
-    else:
-        raise RequestError(
-            f"there is no bundle, data set or checkpoint {source}",
-            remedy=f"give a path, a data set ({', '.join(DATASETS)}) or a shipped generator "
-            f"({', '.join(shipped_generators()) or 'none'})",
-            param="source",
-        )
+    facts, rows = _looked_into(source, as_data)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        _show(rows(facts))
+        _show(rows)
 
 
-def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+def _looked_into(source: str, as_data: bool) -> tuple[Mapping[str, object], list[Row]]:
+    """What is there, for JSON and in words."""
+    path = fetch(source).path if names_file(source) else Path(source)
+    if is_checkpoint(path):
+        checkpoint = checkpoint_facts(path)
+        return checkpoint, checkpoint_rows(checkpoint)
+    if is_bundle(source) and not as_data:
+        bundle = bundle_facts(Bundle.open(source))
+        return bundle, bundle_rows(bundle)
+    if is_data(source):
+        data = data_facts(source)
+        return data, data_rows(data)
+    raise RequestError(
+        f"there is no bundle, data set or checkpoint {source}",
+        remedy=f"give a path, a data set ({', '.join(DATASETS)}) or a shipped generator "
+        f"({', '.join(shipped_generators()) or 'none'})",
+        param="source",
+    )
+
+
+class EngineFacts(TypedDict, total=False):
+    """An engine as its record has it, with its size and standing here; of one that cannot be used, its id and the error."""
+
+    engine_id: str
+    error: str
+    file: str
+    file_bytes: int
+    parity: ParityReport
+    versions: Mapping[str, str]
+    here: StandingFacts
+
+
+class BundleFacts(TypedDict):
+    """A bundle: its spec as config.json has it, and what its files hold."""
+
+    kind: str
+    path: str
+    name: str
+    noise_shape: tuple[int, int, int]
+    image_shape: list[int]
+    decoder: Mapping[str, object] | None
+    num_classes: int
+    class_names: tuple[str, ...]
+    steps: int
+    sigma_init: float
+    network: str
+    network_args: Mapping[str, object]
+    provenance: Mapping[str, object]
+    licence: str
+    makes_pictures: bool
+    parameters: int
+    tensors: int
+    weights_precision: str
+    weights_bytes: int
+    weights_sha256: str
+    engines: list[EngineFacts]
+
+
+class DataFacts(TypedDict):
+    """A data set; class_counts is empty without classes."""
+
+    kind: str
+    name: str
+    images: int
+    image_shape: list[int]
+    latents: bool
+    num_classes: int
+    class_names: list[str]
+    class_counts: list[int]
+    note: str
+    licence: str
+    source: str
+
+
+def bundle_facts(bundle: Bundle) -> BundleFacts:
     """Spec, sizes and engines of a bundle, for JSON. An engine that cannot be used has an `error`."""
     weights = bundle.weights()
-    return {
+    facts = {
         "kind": "generator" if bundle.spec.steps == 1 else "teacher",
         "path": bundle.origin,
         **bundle.spec.to_config(),
@@ -69,9 +131,10 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "weights_sha256": bundle.weights_sha256,
         "engines": [_engine_facts(bundle, stored) for stored in bundle.engines().values()],
     }
+    return cast(BundleFacts, facts)
 
 
-def data_facts(source: str) -> dict[str, Any]:
+def data_facts(source: str) -> DataFacts:
     """Count, shape and classes of a data set, for JSON."""
     dataset = open_dataset(source)
     counts = [] if dataset.labels is None else np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
@@ -90,7 +153,7 @@ def data_facts(source: str) -> dict[str, Any]:
     }
 
 
-def bundle_rows(facts: dict[str, Any]) -> list[Row]:
+def bundle_rows(facts: BundleFacts) -> list[Row]:
     """A bundle's facts in words."""
     provenance = [(f"provenance: {key}", _text(value)) for key, value in facts["provenance"].items()]
     engines = [(f"engine {engine['engine_id']}", _engine_text(engine)) for engine in facts["engines"]]
@@ -101,7 +164,7 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
     return [
         (facts["kind"], facts["name"]),
         ("images" if facts["makes_pictures"] else "latents", _shape_text(facts["image_shape"])),
-        *([("decoder", _decoder_text(facts))] if facts["decoder"] else []),
+        *([("decoder", _decoder_text(facts["decoder"], facts["noise_shape"]))] if facts["decoder"] else []),
         ("classes", _classes_text(facts["class_names"], facts["num_classes"])),
         ("steps", f"{facts['steps']}, from noise of sigma {facts['sigma_init']:g}"),
         ("network", f"{facts['network']} {_text(facts['network_args'])}"),
@@ -116,7 +179,7 @@ def bundle_rows(facts: dict[str, Any]) -> list[Row]:
     ]
 
 
-def data_rows(facts: dict[str, Any]) -> list[Row]:
+def data_rows(facts: DataFacts) -> list[Row]:
     """A data set's facts in words."""
     counts = list(zip(facts["class_names"], facts["class_counts"], strict=True))
     # ImageNet has a thousand classes; --json lists them all.
@@ -134,16 +197,17 @@ def data_rows(facts: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _engine_facts(bundle: Bundle, stored: StoredEngine) -> dict[str, Any]:
+def _engine_facts(bundle: Bundle, stored: StoredEngine) -> EngineFacts:
     try:
         size = stored.file().stat().st_size
     except BundleError as error:
         return {"engine_id": str(stored.engine_id), "error": str(error)}
-    return {**asdict(stored.record()), "file_bytes": size, "here": engine_standing(bundle, stored.engine_id).facts()}
+    here = engine_standing(bundle, stored.engine_id).facts()
+    return cast(EngineFacts, {**asdict(stored.record()), "file_bytes": size, "here": here})
 
 
 # Parity is shown beside each engine, so that nobody has to trust that it agrees with torch.
-def _engine_text(engine: dict[str, Any]) -> str:
+def _engine_text(engine: EngineFacts) -> str:
     if "error" in engine:
         return f"cannot be used: {engine['error']}"
     return (
@@ -152,7 +216,7 @@ def _engine_text(engine: dict[str, Any]) -> str:
     )
 
 
-def _parity_text(parity: dict[str, Any]) -> str:
+def _parity_text(parity: ParityReport) -> str:
     if not parity:
         return "built but untried, for want of its GPU: the machine that runs it checks it first"
     invariant = "yes" if parity["batch_invariant"] else "no"
@@ -162,7 +226,7 @@ def _parity_text(parity: dict[str, Any]) -> str:
     )
 
 
-def _here_text(here: dict[str, Any]) -> str:
+def _here_text(here: StandingFacts) -> str:
     speed = f", {here['images_per_s']:.3g} images/s" if here["images_per_s"] else ""
     reason = f": {here['reason']}" if here["reason"] else ""
     texts = {
@@ -175,24 +239,24 @@ def _here_text(here: dict[str, Any]) -> str:
     return texts[here["state"]] + reason
 
 
-def _shape_text(shape: Any) -> str:
+def _shape_text(shape: Sequence[int]) -> str:
     channels, height, width = shape
     return f"{height}x{width} (height x width), {channels} channel{'s' if channels > 1 else ''}"
 
 
-def _decoder_text(facts: dict[str, Any]) -> str:
-    channels, height, width = facts["noise_shape"]
-    return f"{facts['decoder']['architecture']} of {facts['decoder']['source']}, on latents {channels}x{height}x{width}"
+def _decoder_text(decoder: Mapping[str, object], noise_shape: tuple[int, int, int]) -> str:
+    channels, height, width = noise_shape
+    return f"{decoder['architecture']} of {decoder['source']}, on latents {channels}x{height}x{width}"
 
 
-def _classes_text(names: Any, count: int) -> str:
+def _classes_text(names: Sequence[str], count: int) -> str:
     if not count:
         return "none (unconditional)"
     shown = ", ".join(list(names)[:CLASSES_SHOWN]) + (", ..." if len(names) > CLASSES_SHOWN else "")
     return f"{count}: {shown}" if names else f"{count}, without names"
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items())
     return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
