@@ -149,7 +149,7 @@ def _columns(facts: EvaluationResult) -> list[tuple[str, dict[str, str]]]:
             for role, of_set in zip(roles, of_roles, strict=True)
             for name, value in of_set.items()
         }
-        columns.append((f"seeds {_seeds_of_set(seeds, number, len(sets[0]))}", cells))
+        columns.append((f"seeds {_seeds_of_set(str(seeds), number, len(sets[0]))}", cells))
     return columns
 
 

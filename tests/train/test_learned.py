@@ -31,14 +31,16 @@ BATCH = 512
 CLEAN_ENOUGH, CELL = 0.1, 0.04
 
 
-def test_forward_kl_falls_below_a_twentieth() -> None:
-    assert_divergence_falls("forward-kl", steps=1200)
+def test_forward_kl_falls_below_a_quarter_soon() -> None:
+    assert_divergence_falls("forward-kl", steps=250, to=1 / 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("divergence", ["jeffreys", "reverse-kl", "jensen-shannon"])
-def test_divergence_falls_below_a_twentieth(divergence: str) -> None:
-    assert_divergence_falls(divergence, steps=2000)
+@pytest.mark.parametrize(
+    ("divergence", "steps"), [("forward-kl", 1200), ("jeffreys", 2000), ("reverse-kl", 2000), ("jensen-shannon", 2000)]
+)
+def test_divergence_falls_below_a_twentieth(divergence: str, steps: int) -> None:
+    assert_divergence_falls(divergence, steps, to=1 / 20)
 
 
 def test_true_divergence_of_a_gaussian_generator_is_that_of_closed_forms() -> None:
@@ -51,13 +53,13 @@ def test_true_divergence_of_a_gaussian_generator_is_that_of_closed_forms() -> No
     assert true_divergence(forward_kl, stage_of("forward-kl", steps=1)) == pytest.approx(float(closed), rel=1e-3)
 
 
-def assert_divergence_falls(name: str, steps: int) -> None:
+def assert_divergence_falls(name: str, steps: int, to: float) -> None:
     stage = stage_of(name, steps)
     before = true_divergence(DIVERGENCES[name], stage)
     for index in range(stage.total_steps):
         stage.step(index, step_rng(0, "generator", index), log_details=False)
     after = true_divergence(DIVERGENCES[name], stage)
-    assert after < before / 20, f"{before:.4f} fell to {after:.4f}"
+    assert after < before * to, f"{before:.4f} fell to {after:.4f}"
 
 
 def stage_of(divergence: str, steps: int) -> DistillationStage:
