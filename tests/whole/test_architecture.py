@@ -84,6 +84,7 @@ ANY = {
     "uni_instruct/commands/inspect_checkpoint.py": "the same, shown",
     "uni_instruct/cli.py": "click's own signature",
     "uni_instruct/commands/numbers.py": "click's own signature",
+    "uni_instruct/commands/compare.py": "options of scoring, as click hands them over",
     "uni_instruct/engines/tensorrt.py": "a package without types",
     "uni_instruct/sampling/ray_pool.py": "a package without types",
     "uni_instruct/networks/group_norm.py": "the context of torch's autograd",

@@ -22,6 +22,7 @@ from uni_instruct.evaluate.comparison import (
     compare_recipes,
     compare_weights,
 )
+from uni_instruct.evaluate.result import EvaluationResult, RoleScores
 from uni_instruct.evaluate.scores import MIN_SAMPLES, metric_key
 
 # Sets of seeds of a bundle: the least that have a spread worth the name.
@@ -81,8 +82,8 @@ class _Result:
     def __init__(self, source: str, facts: Any):
         self.source = source
         try:
-            self.facts: dict[str, Any] = facts
-            self.generator: dict[str, Any] = facts["scores"]["generator"]
+            self.facts: EvaluationResult = facts
+            self.generator: RoleScores = facts["scores"]["generator"]
             self.sets: list[dict[str, float]] = self.generator.get("by_set", [self.generator["values"]])
         except (KeyError, TypeError, AttributeError) as error:
             raise _no_result(source) from error
@@ -182,7 +183,7 @@ def _check_alike(result: _Result, first: _Result) -> None:
             )
 
 
-def _at(facts: Any, place: tuple[str, ...]) -> Any:
+def _at(facts: object, place: tuple[str, ...]) -> object:
     for name in place:
         facts = facts.get(name) if isinstance(facts, dict) else None
     return facts
