@@ -109,7 +109,7 @@ def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> l
     bundles = {name: Bundle.open(found) for name in names[0] + names[1] if (found := _bundle_at(name)) is not None}
     results = {name: _read(name) for name in names[0] + names[1] if name not in bundles}
     weights = {name: bundle.weights_sha256 for name, bundle in bundles.items()}
-    weights |= {name: result.generator.get("weights_sha256", name) for name, result in results.items()}
+    weights |= {name: result.generator.get("weights_sha256") or name for name, result in results.items()}
     for text, side in zip((a, b), names, strict=True):
         _check_trainings(text, [weights[name] for name in side])
     options = {option: value for option, value in scoring.items() if value is not None}
