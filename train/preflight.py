@@ -81,6 +81,7 @@ def _data(preflight: Preflight) -> str:
     dataset = preflight.dataset
     if dataset is None:
         return "none named"
+    sampled = dataset.check_sample()
     # Spread over all of it: files are often sorted by class.
     indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
     values = dataset.floats(indices, [int(index) for index in indices])
@@ -97,7 +98,7 @@ def _data(preflight: Preflight) -> str:
                 "give all of the data, or data with the number of classes that it has",
             )
     channels, height, width = dataset.image_shape
-    read = f"{len(indices)} of {len(dataset):,} images of {width}x{height}x{channels} read"
+    read = f"{sampled:,} of {len(dataset):,} images of {width}x{height}x{channels} read"
     return f"{dataset.name}: {read}, {classes}; 'uni-instruct data check' reads all"
 
 

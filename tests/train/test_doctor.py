@@ -26,7 +26,7 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
     assert code == 0
     assert list(found) == ["data", "teacher", "recipe", "evaluation", "run", "devices", "memory", "disk"]
     assert all(finding["ok"] for finding in found.values())
-    assert "64 of 1,797 images of 8x8x1 read, 10 classes of 174 to 183 images" in found["data"]["words"]
+    assert "1,024 of 1,797 images of 8x8x1 read, 10 classes of 174 to 183 images" in found["data"]["words"]
     assert str(tmp_path) in found["disk"]["words"]
     assert not (tmp_path / "runs").exists()
 

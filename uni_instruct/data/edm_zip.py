@@ -54,7 +54,7 @@ def open_zip(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
     meta = read_meta(store, names)
     # Not every size: a zip may hold a million files, and whoever wrote it has seen to them. Others show when read.
     content = content_of(store, found, form, every_header=False, stated=_stated_channels(meta))
-    return dataset_of(content, read_description(store, found.files, meta), passed_over_note(found, store.repeated))
+    return dataset_of(content, read_description(store, found.files, meta), passed_over_note(found, store))
 
 
 def _stated_channels(meta: Meta) -> int | None:

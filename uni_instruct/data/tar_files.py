@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from uni_instruct.data.dataset import MAX_CLASSES, Dataset, number_names
-from uni_instruct.data.file_kinds import ImageForm, content_of, data_files
+from uni_instruct.data.file_kinds import ImageForm, content_of, data_files, passed_over_note
 from uni_instruct.data.image_files import decode, is_image_file
 from uni_instruct.data.storage import UNREADABLE, naturally_sorted, reason_of
 from uni_instruct.errors import FileFormatError
@@ -32,6 +32,7 @@ class TarStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
+        self.no_files: list[str] = []
         self._tars = (
             naturally_sorted(entry.name for entry in path.iterdir() if entry.suffix == ".tar") if path.is_dir() else [""]
         )
@@ -105,6 +106,7 @@ def open_tars(path: Path, form: ImageForm) -> Dataset:
         class_names=() if labels is None else tuple(names) if len(names) == count else number_names(count),
         licence=str(described.get("licence", "unknown")),
         source=str(path),
+        note=passed_over_note(found, store),
     )
 
 
