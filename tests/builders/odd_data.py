@@ -1,4 +1,4 @@
-"""Data sets as people have them, drawn by a seed, and what is right for each: which pictures, of which classes, or what is wrong.
+"""Data sets as people have them, drawn by a seed, and what is right for each: pictures and their classes, or what is wrong.
 
 What is right is known from how a set was made, by the rules that docs/data.md states, and not from reading it.
 """
@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builders.odd_labels import READ, WRONG, Classes, labels_of
+from builders.odd_labels import READ, SAID_GREY, WRONG, Classes, labels_of
 from builders.odd_pictures import BROKEN, FORMS, Form, Size
 
 ACCENT = "caf\u00e9"
@@ -32,8 +32,8 @@ ONLY_ON_DISK, ONLY_BY_FOLDER = "on disk: ", "by folder: "
 class OddData:
     """A data set on disk. classes: of each picture, by its level, the class's name, or None where there are no classes.
 
-    passed_over and repeated: files and names that are counted and left out. notes: what must be said of it. faults: patterns, of
-    which the refusal fits one; where there are none, it must be read.
+    passed_over and repeated: files and names that are counted and left out. notes: what must be said of it. faults: patterns,
+    of which the refusal fits one; where there are none, it must be read.
     """
 
     path: Path
@@ -82,7 +82,9 @@ class _Making:
 def odd_data(seed: int, folder: Path) -> OddData:
     """The data set of that seed, written below the folder."""
     rng = random.Random(seed)
-    making = _Making(rng, rng.random() < 0.5, rng.choice(["", "", "photos/", "a b/c/"]), rng.choice([(8, 8), (16, 16), (16, 8)]))
+    making = _Making(
+        rng, rng.random() < 0.5, rng.choice(["", "", "photos/", "a b/c/"]), rng.choice([(8, 8), (16, 16), (16, 8)])
+    )
     making.drawn.append(f"{'zip' if making.zipped else 'folder'} below '{making.root}', pictures of {making.size}")
     _layout(making)
     _labels(making)
@@ -98,10 +100,15 @@ def odd_data(seed: int, folder: Path) -> OddData:
 def _layout(making: _Making) -> None:
     """Where the pictures are, and which classes that makes."""
     rng, count = making.rng, making.rng.randint(3, 12)
-    kind = rng.choice([*2 * ["beside each other", "class folders", "class folders", "one folder", "shards"], "splits", "loose ones"])
+    kind = rng.choice(
+        [*2 * ["beside each other", "class folders", "class folders", "one folder", "shards"], "splits", "loose ones"]
+    )
     making.drawn.append(f"{count} pictures: {kind}")
     naming = rng.choice(NAMINGS)
-    names, plain = naming[: rng.randint(2, len(naming))], [f"{'' if kind == 'shards' else rng.choice(['', 'a', 'IMG_'])}"] * count
+    names, plain = (
+        naming[: rng.randint(2, len(naming))],
+        [f"{'' if kind == 'shards' else rng.choice(['', 'a', 'IMG_'])}"] * count,
+    )
     deeper = "in/" if kind == "class folders" and making.chance(0.3) else ""
     forms = _forms(making)
     for place in range(count):
@@ -153,6 +160,8 @@ def _labels(making: _Making) -> None:
         by_folder = labels.classes is None and not labels.faults
         making.classes = labels.classes or making.classes
         making.notes, making.faults = [*making.notes, *labels.notes], [*making.faults, *labels.faults]
+        if kind == SAID_GREY and making.zipped and making.channels == 3:
+            making.faults.append("is .* colour, other images are .* grey; .*--channels")
     for said in (making.notes, making.faults):
         said[:] = [words.removeprefix(ONLY_BY_FOLDER) for words in said if by_folder or not words.startswith(ONLY_BY_FOLDER)]
 

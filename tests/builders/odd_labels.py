@@ -1,4 +1,4 @@
-"""`dataset.json` as people and programs write it, drawn at random, and what it says of each picture or what is wrong with it."""
+"""`dataset.json` as people and programs write it, drawn at random; what it says of each picture, or what is wrong with it."""
 
 import json
 import random
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Classes = dict[int, str | None]
+SAID_GREY = "of a grey shape"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,9 @@ def _named(drawn: _Drawn) -> _Said:
 
 
 def _one_hot(drawn: _Drawn) -> _Said:
-    entries = [[name, [float(number == drawn.ids[level]) for number in range(drawn.count)]] for level, name in drawn.names.items()]
+    entries = [
+        [name, [float(number == drawn.ids[level]) for number in range(drawn.count)]] for level, name in drawn.names.items()
+    ]
     return _Said(content={"labels": entries}, classes=drawn.numbered())
 
 
@@ -108,6 +111,11 @@ def _more_classes(drawn: _Drawn) -> _Said:
     return _Said(content={"labels": drawn.entries(), "num_classes": drawn.count + 2}, classes=drawn.numbered())
 
 
+def _said_to_be_grey(drawn: _Drawn) -> _Said:
+    """A shape of one channel, which zips are held to; whether that is right depends on the pictures."""
+    return _Said(content={"labels": None, "image_shape": [1, 8, 8]}, classes=dict.fromkeys(drawn.names))
+
+
 def _something_else(_: _Drawn) -> _Said:
     return _Said(content={"images": [], "annotations": []}, notes=("says nothing about labels",))
 
@@ -145,7 +153,8 @@ SAID: dict[str, Callable[[_Drawn], _Said]] = {
     "with one name": _few_names,
     "of more classes": _more_classes,
     "of something else": _something_else,
-    "words": _first_is("cat", 'label cat, which is not a class'),
+    SAID_GREY: _said_to_be_grey,
+    "words": _first_is("cat", "label cat, which is not a class"),
     "a float": _first_is(1.0, "label 1.0, which is not a class"),
     "a truth": _first_is(True, "label True, which is not a class"),
     "negative": _first_is(-1, "label -1, which is not a class"),

@@ -51,7 +51,7 @@ class Dataset:
     note: str = ""
 
     def __post_init__(self) -> None:
-        # As in ModelSpec: names are compared in one form of Unicode. A folder's name need not be text, a class's goes into JSON.
+        # As in ModelSpec: names are compared in one form of Unicode. A folder's name need not be text.
         names = (printable(unicodedata.normalize("NFC", name)) for name in self.class_names)
         object.__setattr__(self, "class_names", tuple(names))
         object.__setattr__(self, "name", printable(self.name))

@@ -204,7 +204,9 @@ def _pairs(store: Store, entries: object) -> list[tuple[str, object]]:
     """[[file, class], ...], or an object that says the same. Raises FileFormatError for anything else."""
     pairs = list(entries.items()) if isinstance(entries, dict) else entries
     if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
-        raise FileFormatError(f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write them so, or null")
+        raise FileFormatError(
+            f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write them so, or null"
+        )
     return [(name, label) for name, label in pairs]
 
 

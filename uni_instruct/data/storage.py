@@ -57,8 +57,8 @@ class Store(Protocol):
     def names(self) -> list[str]:
         """Every file once, in any order; with forward slashes, relative to the store, in Unicode's form NFC; no droppings.
 
-        Left out are links to what is there already and names that stand twice, which are put into `repeated`, and pipes, sockets
-        and devices, which are put into `no_files`.
+        Left out are links to what is there already and names that stand twice, which are put into `repeated`, and pipes,
+        sockets and devices, which are put into `no_files`.
         """
         ...
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from builders.odd_data import OddData, odd_data
@@ -29,9 +28,7 @@ def classes_of(dataset: Dataset, levels: list[int]) -> list[tuple[int, str | Non
     """Level and class of every picture that was read, sorted."""
     pictures = dataset.stored(range(len(dataset)))
     names = [None] * len(dataset) if dataset.labels is None else [dataset.class_names[k] for k in dataset.labels]
-    return sorted(
-        (nearest(level_of(picture), levels), name) for picture, name in zip(pictures, names, strict=True)
-    )
+    return sorted((nearest(level_of(picture), levels), name) for picture, name in zip(pictures, names, strict=True))
 
 
 def check_is_read(data: OddData) -> Dataset:
