@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builders.odd_labels import READ, SAID_GREY, WRONG, Classes, labels_of
+from builders.odd_labels import READ, WRONG, Classes, labels_of
 from builders.odd_pictures import BROKEN, FORMS, Form, Size
 
 ACCENT = "caf\u00e9"
@@ -160,8 +160,6 @@ def _labels(making: _Making) -> None:
         by_folder = labels.classes is None and not labels.faults
         making.classes = labels.classes or making.classes
         making.notes, making.faults = [*making.notes, *labels.notes], [*making.faults, *labels.faults]
-        if kind == SAID_GREY and making.zipped and making.channels == 3:
-            making.faults.append("is .* colour, other images are .* grey; .*--channels")
     for said in (making.notes, making.faults):
         said[:] = [words.removeprefix(ONLY_BY_FOLDER) for words in said if by_folder or not words.startswith(ONLY_BY_FOLDER)]
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Classes = dict[int, str | None]
-SAID_GREY = "of a grey shape"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +110,6 @@ def _more_classes(drawn: _Drawn) -> _Said:
     return _Said(content={"labels": drawn.entries(), "num_classes": drawn.count + 2}, classes=drawn.numbered())
 
 
-def _said_to_be_grey(drawn: _Drawn) -> _Said:
-    """A shape of one channel, which zips are held to; whether that is right depends on the pictures."""
-    return _Said(content={"labels": None, "image_shape": [1, 8, 8]}, classes=dict.fromkeys(drawn.names))
-
-
 def _something_else(_: _Drawn) -> _Said:
     return _Said(content={"images": [], "annotations": []}, notes=("says nothing about labels",))
 
@@ -153,7 +147,6 @@ SAID: dict[str, Callable[[_Drawn], _Said]] = {
     "with one name": _few_names,
     "of more classes": _more_classes,
     "of something else": _something_else,
-    SAID_GREY: _said_to_be_grey,
     "words": _first_is("cat", "label cat, which is not a class"),
     "a float": _first_is(1.0, "label 1.0, which is not a class"),
     "a truth": _first_is(True, "label True, which is not a class"),

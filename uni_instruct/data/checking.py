@@ -89,7 +89,7 @@ def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) ->
             except FileFormatError as error:
                 wrong.append(WrongFile(source, file, error.problem))
             progress.advance(1)
-    grey = form.channels is None and _is_said_to_be_grey(store, names)
+    grey = form.channels is None and next(iter(by_shape), ())[2:] == (1,) and _is_said_to_be_grey(store, names)
     wrong += [] if any_size else _odd_ones(store, by_shape, grey)
     wrong += [] if isinstance(store, TarStore) else _label_problems(store, files, names)
     places = {name: place for place, name in enumerate(files)}
@@ -112,7 +112,7 @@ def _store(path: Path) -> tuple[Store, list[str], DataFiles] | None:
 
 
 def _is_said_to_be_grey(store: Store, names: list[str]) -> bool:
-    """Whether a zip's `dataset.json` gives a shape of one channel, to which `open_zip` holds all images."""
+    """Whether a zip's `dataset.json` gives a shape of one channel, to which `open_zip` then holds all images."""
     try:
         return isinstance(store, ZipStore) and stated_channels(read_meta(store, names)) == 1
     except FileFormatError:

@@ -63,8 +63,8 @@ def _inside_wrappers(files: list[str], on_disk: bool) -> tuple[str, list[str]]:
         if not all(name.startswith(f"{first}/") for name in inner):
             return root, inner
         deeper = [name[len(first) + 1 :] for name in inner]
-        # A single folder of images on disk is a class by its name; in a zip it is what was zipped. With folders in it, it is what
-        # holds the classes.
+        # A single folder of images on disk is a class by its name; in a zip it is what was zipped. With folders in it,
+        # it is what holds the classes.
         if on_disk and first.lower() not in _SPLITS and not any("/" in name for name in deeper):
             return root, inner
         root, inner = f"{root}{first}/", deeper

@@ -107,6 +107,13 @@ def test_tars_are_read_as_well(tmp_path: Path, cli: Cli) -> None:
         assert re.fullmatch(r"1 file \((x/)?b.csv\) passed over, as no images", open_dataset(source).note)
 
 
+def test_colour_in_a_zip_that_says_it_is_grey_is_named(tmp_path: Path, cli: Cli) -> None:
+    path = zip_of(tmp_path / "x.zip", {"0.png": GREY, "1.png": COLOUR}, {"labels": None, "image_shape": [1, 4, 4]})
+    assert found(path) == [("1.png", "is 4x4 colour, other images are 4x4 grey")]
+    assert cli("data", "prepare", path, "--out", tmp_path / "y.zip")[0] == 2
+    assert found(path, channels=3) == found(path, channels=1) == []
+
+
 def test_a_pipe_among_pictures_is_passed_over(tmp_path: Path) -> None:
     """Reading one would wait for ever."""
     (tmp_path / "1.png").write_bytes(GREY)
