@@ -87,7 +87,7 @@ def _data(preflight: Preflight) -> str:
     values = dataset.floats(indices, [int(index) for index in indices])
     # A wrong folder of masks or thumbnails trains without an error.
     if values.std() < 1e-3:
-        raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "look at the data with 'data check'")
+        raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "give pictures that differ")
     classes = "no classes"
     if dataset.labels is not None:
         counts = np.bincount(dataset.labels, minlength=dataset.num_classes)

@@ -153,7 +153,7 @@ SAID: dict[str, Callable[[_Drawn], _Said]] = {
     "negative": _first_is(-1, "label -1, which is not a class"),
     "a huge number": _first_is(10**30, "label 10+, which is not a class"),
     "nothing for one": _first_is(None, "label None, which is not a class"),
-    "mixed": _first_is([0, 1], "label .*, which is not a vector"),
+    "mixed": _first_is([0, 1], "label .*, which is not a (vector|class)"),
     "one missing": _missing,
     "two of one file": _twice,
     "beyond the classes": _beyond,

@@ -6,6 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builders.remedies import Case, Site, sites, sites_of
+from builders.remedy_calls import CALLS
+from builders.remedy_core import BUNDLES, CALLED, DATA, SCORES
+from builders.remedy_files import FILES
+from builders.remedy_requests import REQUESTS
+from builders.remedy_running import ENGINES, RUN
+from builders.remedy_stages import STAGES
+from builders.remedy_training import DOCTOR, PLANS, RESUMED
+from builders.remedy_values import VALUES
+
+VALUES_OF_ALL = (*VALUES, *STAGES, *FILES, *PLANS, *DOCTOR, *RESUMED, *DATA, *SCORES, *BUNDLES, *CALLED, *ENGINES, *RUN)
 
 
 class Rule(NamedTuple):
@@ -59,13 +69,7 @@ def unfollowed(cases: Iterable[Case]) -> frozenset[str]:
 
 def cases() -> tuple[Case, ...]:
     """All that the test follows."""
-    from builders.remedy_calls import CALLS
-    from builders.remedy_files import FILES
-    from builders.remedy_requests import REQUESTS
-    from builders.remedy_stages import STAGES
-    from builders.remedy_values import VALUES
-
-    return (*CALLS, *VALUES, *STAGES, *FILES, *REQUESTS)
+    return (*CALLS, *REQUESTS, *VALUES_OF_ALL)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
     ("arguments", "subject", "words"),
     [
         (["data=nowhere"], "data", "there is no data set nowhere"),
-        (["data={grey}"], "data", "64 images of 'grey' are all one colour; look at the data with 'data check'"),
+        (["data={grey}"], "data", "64 images of 'grey' are all one colour; give pictures that differ"),
         (["data={gap}"], "data", "1 of the 3 classes of 'gap' have no image"),
         (["teacher={random}"], "teacher", "give the teacher of these data, whose pixels run from -1 to 1"),
         (["teacher=nowhere"], "teacher", "there is no bundle nowhere"),
