@@ -244,7 +244,7 @@ CALLS = [
     Call("train/commands/train.py", "--status changes nothing", "train {begun_run} --status --dry-run", command),
     Call("uni_instruct/commands/import_checkpoint.py", "{} is a bundle, which says", "import {latents} --decoder {vae} --steps 3 --out {out}",
          lambda remedy, arguments: without(arguments, found_option(remedy), 1)),
-    Call("uni_instruct/engines/torch.py", "a teacher of {} steps runs", "generate {teacher} --seeds 0 --engine torch-bf16 --out {out}", spelled("--engine", r"--engine (\S+)")),
+    Call("uni_instruct/engine.py", "bundle {} has no {} engine", "generate {teacher} --seeds 0 --engine onnx --out {out}", chosen("--engine")),
     Call("export/commands/export.py", "--sm '{}' cannot be read", "export {copy} --to tensorrt-rtx --sm hopper", spelled("--sm", r"it as (\d+)")),
     Call("serve/package.py", "{} is a teacher of", "package {teacher} --out {tmp}/x.bento",
          lambda remedy, arguments: ["digits" if word == "{teacher}" and "the generator that 'train' distilled" in remedy else word for word in arguments]),

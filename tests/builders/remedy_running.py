@@ -24,18 +24,22 @@ from builders.remedy_core import PIXELS, scored, statistics
 from builders.remedy_stages import said
 from builders.remedy_training import examined, teacher
 from builders.remedy_values import GREY, Value, folder, found
+from builders.vae import vae_spec
 from uni_instruct.bundle import Bundle
 from uni_instruct.cli import cli
 from uni_instruct.data import open_dataset
 from uni_instruct.data.storage import FolderStore
+from uni_instruct.engine import load_engine
 from uni_instruct.engines import runtime
-from uni_instruct.engines.comparison import BenchmarkPlan, compare_engines
+from uni_instruct.engines.comparison import BenchmarkPlan, compare
 from uni_instruct.engines.onnxruntime import _checked_provider
 from uni_instruct.engines.record import RECORD, EngineId
 from uni_instruct.engines.runtime import RUNTIMES
 from uni_instruct.export.api import export_bundle
 from uni_instruct.export.publish import _check_replaceable, check_scores, read_scores
 from uni_instruct.export.targets import export_engine
+from uni_instruct.networks import autoencoder
+from uni_instruct.progress import silent
 from uni_instruct.reference import REFERENCE
 from uni_instruct.serve.load import LoadedServer
 from uni_instruct.train.pipeline import train
@@ -114,7 +118,12 @@ def device_for(engine_id: str, device: str | None) -> str:
 def scores(tmp: Path, **score: object) -> Path:
     """What 'evaluate --json' printed, as far as a card needs it, with changes."""
     generator = {"weights_sha256": "a" * 64, "source": "x", "samples": 64, "values": {"FD": 1.0}} | score
-    facts = {"reference": {"name": "digits", "samples": 1797}, "extractor": {"name": "x", "sha256": "e"}, "classes": "data"}
+    facts = {
+        "reference": {"name": "digits", "samples": 1797},
+        "extractor": {"name": "x", "sha256": "e"},
+        "classes": "data",
+        "seeds": "0-63",
+    }
     (tmp / "s.json").write_text(json.dumps(facts | {"scores": {"generator": generator}}))
     return tmp / "s.json"
 
@@ -133,7 +142,7 @@ def evaluated(tmp: Path, remedy: str) -> object:
 
 
 def of_weights(tmp: Path, sha256: str | None) -> object:
-    bundle = Bundle.open(exported(tmp))
+    bundle = Bundle.open(tmp / "b") if (tmp / "b").exists() else random_bundle(tmp / "b", 1)
     check_scores([read_scores(scores(tmp, weights_sha256=sha256 or bundle.weights_sha256))], bundle, bundle)
     return True
 
@@ -217,7 +226,7 @@ def benchmarked(batches: tuple[int, ...]) -> object:
         return original(spec, seeds, class_ids)
 
     with mock.patch.object(comparison, "draw_inputs", drawn):
-        return compare_engines(plan)
+        return compare(plan, silent)
 
 
 def of_another_classifier(tmp: Path) -> object:
@@ -237,8 +246,16 @@ def shipped_teacher(tmp: Path) -> str:
     return examined("teacher", f"teacher.bundle={bundle.path}")
 
 
+def built(fault: str) -> object:
+    """A decoder; fault: what torch says of its numbers, which a spec has let pass."""
+    fails = mock.patch.object(autoencoder, "LatentDecoder", side_effect=ValueError(fault))
+    with fails if fault else contextlib.nullcontext():
+        return autoencoder.build_decoder(vae_spec())
+
+
 R, PB, F = "uni_instruct/engines/record.py", "export/publish.py", "uni_instruct/reference.py"
 ENGINES = [
+    Value("uni_instruct/engines/comparison.py", "{} failed at batch {}", lambda _: benchmarked((1, 2)), lambda remedy, _: benchmarked(said(remedy, "leave that batch out of --batches", (1,)))),
     Value(R, "{} has no {}", lambda tmp: engine_file(tmp, lambda engine: (engine / RECORD).unlink()), lambda remedy, tmp: exported_again(tmp, remedy)),
     Value(R, "(record)", lambda tmp: engine_file(tmp, recorded(weights_sha256="0" * 64)), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} describes {}", lambda tmp: engine_file(tmp, recorded(engine_id="openvino-fp32")), lambda remedy, tmp: export_as_said(tmp, remedy)),
@@ -261,11 +278,13 @@ RUN = [
     Value("uni_instruct/engines/runtime.py", "engine {} does not run on", lambda _: device_for("openvino-fp32", "cuda:0"), lambda remedy, _: device_for("openvino-fp32", found(r"--device (\w+)", remedy))),
     Value("uni_instruct/engines/runtime.py", "engine {} needs a CUDA device", lambda _: device_for("torch-fp32", "cuda:0"), lambda remedy, _: device_for(said(remedy, "an engine of another runtime", "onnx-fp32"), None)),
     Value("uni_instruct/engines/onnxruntime.py", "no provider '{}' runs on", lambda _: _checked_provider(onnxruntime, "cpu", "CUDAExecutionProvider"), lambda remedy, _: _checked_provider(onnxruntime, "cpu", first_choice(remedy))),
-    Value("uni_instruct/engines/comparison.py", "{} failed at batch {}", lambda _: benchmarked((1, 2)), lambda remedy, _: benchmarked(said(remedy, "leave that batch out of --batches", (1,)))),
     Value("uni_instruct/evaluate/extractors.py", "extractor {} is in no file", lambda _: PIXELS.required_file(), lambda remedy, _: said(remedy, "score without workers", scored())),
-    Value("serve/load.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked(None, 200))),
+    Value("serve/load.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked("k", 200))),
     Value("serve/load.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", "k"), 401)),
+    Value("serve/load.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", "k"), 200)),
+    Value("uni_instruct/engines/torch.py", "a teacher of {} steps runs", lambda tmp: load_engine(random_bundle(tmp / "t", 1, 4), EngineId("torch", "bf16")), lambda remedy, tmp: load_engine(Bundle.open(tmp / "t"), EngineId.parse(found(r"--engine (\S+)", remedy)))),
+    Value("uni_instruct/networks/autoencoder.py", "the decoder cannot be built", lambda _: built("sides do not fit"), lambda remedy, _: built(said(remedy, "give another VAE", ""))),
     Value("uni_instruct/commands/data.py", "{}: {} file{} wrong", lambda tmp: folder(tmp, a_png=GREY, b_png=b"text") and checked(tmp), lambda remedy, tmp: removed(tmp, remedy)),
     Value("uni_instruct/data/storage.py", "(_walk)", lambda tmp: listed_folder(tmp, PermissionError(13, "")), lambda remedy, tmp: listed_folder(tmp, said(remedy, "make it readable", None))),
-    Value("train/preflight.py", "(_teacher)", lambda tmp: examined("teacher", teacher(tmp)), lambda remedy, tmp: said(remedy, "the teacher of these data", shipped_teacher(tmp))),
+    Value("train/preflight.py", "(_teacher)", lambda tmp: examined("teacher", f"teacher.bundle={random_bundle(tmp / 'worse', 2, 4).path}"), lambda remedy, tmp: said(remedy, "the teacher of these data", shipped_teacher(tmp))),
 ]  # fmt: skip

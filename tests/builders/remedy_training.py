@@ -117,6 +117,7 @@ def resumed(halflives: tuple[float, ...]) -> object:
 INK = f"{Path(__file__).with_name('ink.py')}:reward"
 COMPLETE = "name: x\ndata: digits\nteacher: {duration_kimg: 1, batch: 8}\ndistillation: {duration_kimg: 1, batch: 8}\n"
 GUIDED = ["objective.teacher_guidance=2", "network.conditional=false"]
+LARGE = ["distillation.batch=1000000", "network.model_channels=128"]
 AUGMENTED = "distillation.augment=0.1"
 P, F, S, AV = ("train/plan.py", "train/preflight.py", "train/monitoring/status.py", "train/optimization/posthoc.py")
 D, RW = "train/objective/divergences/custom.py", "train/objective/reward.py"
@@ -152,8 +153,8 @@ DOCTOR = [
     Value(F, "{} of the {} classes of", lambda tmp: examined("data", data(tmp, [0, 1, 0, 1], num_classes=3)), lambda remedy, tmp: said(remedy, "the number of classes that it has", examined("data", data(tmp, [0, 1, 0, 1], num_classes=2)))),
     Value(F, "{}.batch {} is not divisible", lambda _: examined("devices", devices=3), lambda remedy, _: said(remedy, "choose another --devices", examined("devices", devices=2))),
     Value(F, "loop.precision 16-mixed", lambda _: examined("devices", "precision=16-mixed"), lambda remedy, _: examined("devices", found(r"--set (\S+)", remedy))),
-    Value(F, "(_memory)", lambda _: examined("memory", "distillation.batch=4000000"), lambda remedy, _: examined("memory", "distillation.batch=4000000", f"{found(r'lower (distillation.micro_batch)', remedy)}=64")),
-    Value(F, "(_disk)", lambda _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "snapshot_kimg=1e-9"), lambda remedy, _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", f"{found(r'raise (loop.snapshot_kimg)', remedy)}=0.1")),
+    Value(F, "(_memory)", lambda _: examined("memory", *LARGE), lambda remedy, _: examined("memory", *LARGE, f"{found(r'lower (distillation.micro_batch)', remedy)}=64")),
+    Value(F, "(_disk)", lambda _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "distillation.duration_kimg=44.8", "snapshot_kimg=1e-6"), lambda remedy, _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "distillation.duration_kimg=44.8", f"{found(r'raise (loop.snapshot_kimg)', remedy)}=0.1")),
 ]  # fmt: skip
 RESUMED = [
     Value(S, "(_check_is_run)", lambda tmp: status(tmp / "none"), lambda remedy, tmp: status(tmp / "none", COMPLETE if "--out" in remedy else "")),

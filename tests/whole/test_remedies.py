@@ -16,7 +16,7 @@ from builders.bundles import random_bundle
 from builders.remedies import sites, sites_of
 from builders.remedies_elsewhere import RULES, VALUES_OF_ALL, cases, listed, unfollowed
 from builders.remedy_calls import CALLS, Call
-from builders.remedy_requests import REQUESTS, Ask, Request
+from builders.remedy_requests import DEMO, REQUESTS, Ask, Request
 from builders.remedy_running import ENGINES
 from builders.remedy_training import COMPLETE
 from builders.remedy_values import Value
@@ -139,7 +139,7 @@ def advised(value: Value) -> object:
     return pytest.param(value, id=f"{value.path}: {value.message}", marks=[pytest.mark.slow] if takes_seconds else [])
 
 
-@pytest.mark.parametrize("value", map(advised, VALUES_OF_ALL))
+@pytest.mark.parametrize("value", [advised(value) for value in VALUES_OF_ALL])
 def test_what_is_advised_from_python_and_over_http_works(tmp_path: Path, value: Value) -> None:
     with pytest.raises(UniInstructError) as refused:
         value.wrong(tmp_path)
@@ -165,6 +165,21 @@ def asked(client: TestClient, ask: Ask) -> Response:
     if isinstance(body, tuple):
         return client.request(method, path, content=body[0], headers={"Content-Encoding": body[1]})
     return client.request(method, path, json=body)
+
+
+@pytest.fixture(scope="module")
+def demo(shared: dict[str, Path]) -> Iterator[TestClient]:
+    """One model with the demo."""
+    with TestClient(app_of("digits", ui=True)) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.01)
+        yield client
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("request_", DEMO, ids=lambda request: f"{request.path}: {request.message}")
+def test_what_the_demo_advises_works(demo: TestClient, request_: Request) -> None:
+    test_what_a_server_advises_works(demo, request_)
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: f"{request.path}: {request.message}")
