@@ -77,12 +77,6 @@ def export_as_said(tmp: Path, remedy: str) -> Path:
     return engine_file(tmp)
 
 
-def exported_again(tmp: Path, remedy: str) -> Path:
-    assert remedy == "export the engine again"
-    export_engine(Bundle.open(exported(tmp)), str(ONNX))
-    return engine_file(tmp)
-
-
 def run_command(words: str) -> bool:
     cli.main(shlex.split(words), standalone_mode=False)
     return True
@@ -256,7 +250,6 @@ def built(fault: str) -> object:
 R, PB, F = "uni_instruct/engines/record.py", "export/publish.py", "uni_instruct/reference.py"
 ENGINES = [
     Value("uni_instruct/engines/comparison.py", "{} failed at batch {}", lambda _: benchmarked((1, 2)), lambda remedy, _: benchmarked(said(remedy, "leave that batch out of --batches", (1,)))),
-    Value(R, "{} has no {}", lambda tmp: engine_file(tmp, lambda engine: (engine / RECORD).unlink()), lambda remedy, tmp: exported_again(tmp, remedy)),
     Value(R, "(record)", lambda tmp: engine_file(tmp, recorded(weights_sha256="0" * 64)), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} describes {}", lambda tmp: engine_file(tmp, recorded(engine_id="openvino-fp32")), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} has no {}", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).unlink()), lambda remedy, tmp: export_as_said(tmp, remedy)),
