@@ -71,7 +71,11 @@ class LoadedServer:
         if status != 200:
             problem = f"the server answers {status}: {body[:200].decode(errors='replace')}"
             raise RequestError(problem, remedy="give its key, or another model")
-        return dict(json.loads(body))
+        try:
+            return dict(json.loads(body))
+        except (ValueError, TypeError):
+            problem = "what answers there is another server, which gives no JSON of a generator"
+            raise RequestError(problem, remedy="give the URL of 'uni-instruct serve'") from None
 
 
 def apply_load(

@@ -81,12 +81,13 @@ def _data(preflight: Preflight) -> str:
     dataset = preflight.dataset
     if dataset is None:
         return "none named"
+    sampled = dataset.check_sample()
     # Spread over all of it: files are often sorted by class.
     indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
     values = dataset.floats(indices, [int(index) for index in indices])
     # A wrong folder of masks or thumbnails trains without an error.
     if values.std() < 1e-3:
-        raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "look at the data with 'data check'")
+        raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "give pictures that differ")
     classes = "no classes"
     if dataset.labels is not None:
         counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
@@ -97,7 +98,7 @@ def _data(preflight: Preflight) -> str:
                 "give all of the data, or data with the number of classes that it has",
             )
     channels, height, width = dataset.image_shape
-    read = f"{len(indices)} of {len(dataset):,} images of {width}x{height}x{channels} read"
+    read = f"{sampled:,} of {len(dataset):,} images of {width}x{height}x{channels} read"
     return f"{dataset.name}: {read}, {classes}; 'uni-instruct data check' reads all"
 
 

@@ -59,13 +59,14 @@ def _read_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals:
         raise RequestError(f"--set {override} has no value", remedy="write --set key=value", param="set")
-    full = _full_key(key.strip())
+    full, text = _full_key(key.strip()), text.strip()
+    # On the command line text is text: 2024, yes, [x], 'photos #2' and 'a: b'. In a file YAML has quotes for that.
+    if not text or (recipe_fields(Recipe)[full].type is str and text[0] not in "\"'"):
+        return full, text
     try:
-        value = parse_yaml(text) if text.strip() else ""
+        return full, parse_yaml(text)
     except YAML_ERRORS:
         return full, text  # such as an expression that begins with a sign that YAML reserves
-    # On the command line 2024, yes and [x] are text where text is asked for; in a file YAML has quotes for that.
-    return full, text.strip() if recipe_fields(Recipe)[full].type is str and not isinstance(value, str) else value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """The command line. Sub-commands are named as strings and imported when called, so that help is instant."""
 
 import importlib
+import io
 import sys
 from typing import Any
 
@@ -108,6 +109,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point: the project's errors as one line on standard error, with their exit code."""
     sleep_while_waiting()
+    _print_any_name()
     if not is_later_process():
         show_log("uni_instruct.engines.trial")
     try:
@@ -122,6 +124,13 @@ def main() -> None:
         _fail("interrupted; run the same command again to go on", 130)
     except ModuleNotFoundError as error:
         _fail(f"package '{error.name}' is not installed; pip install 'uni-instruct[all]'", 2)
+
+
+def _print_any_name() -> None:
+    """Lets names of files that are no text be printed, with their bytes escaped, as Python does on standard error alone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -211,7 +211,10 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | Non
         runtime, fitting = engine_id.runtime, [engine_id] if engine_id in (*present, *_only_asked_for(bundle)) else []
     if not fitting:
         others = any(engine_id.runtime == runtime for engine_id in present)
-        remedy = known if others else f"uni-instruct export {quote(str(bundle.path))} --to {runtime}"
+        # A teacher is not exported, so that what it has is all that it can have.
+        there = f"choose one of {', '.join(map(str, (*present, *_only_asked_for(bundle))))}"
+        alone = others or bundle.spec.steps > 1
+        remedy = there if alone else f"uni-instruct export {quote(str(bundle.path))} --to {runtime}"
         raise RequestError(f"bundle {bundle.path} has no {wanted} engine", remedy=remedy, param="engine")
     return fitting
 

@@ -1,5 +1,7 @@
 """The errors that users meet. Each message gives the problem with its value, then the remedy, in one line."""
 
+from uni_instruct.printable import printable
+
 
 class UniInstructError(Exception):
     """Something failed while running. `param` names the argument at fault, where there is one.
@@ -11,6 +13,8 @@ class UniInstructError(Exception):
     http_status = 500
 
     def __init__(self, problem: str, *, remedy: str, param: str | None = None):
+        # A path may hold a newline, and bytes that are no text.
+        problem, remedy = printable(problem), printable(remedy)
         super().__init__(f"{problem}; {remedy}")
         self.problem = problem
         self.remedy = remedy

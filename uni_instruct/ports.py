@@ -19,5 +19,7 @@ def free_address(host: str, port: int) -> str:
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             problem = f"port {port} is taken" if taken else f"cannot listen on {host}:{port}: {error.strerror}"
-            raise RequestError(problem, remedy="choose another --port", param="port") from None
+            # An address that is not this machine's has no port that is free.
+            wrong = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
+            raise RequestError(problem, remedy=f"choose another --{wrong}", param=wrong) from None
     return str(place[0])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from uni_instruct.printable import printable
+
 LINE_EVERY_S = 10.0
 
 
@@ -31,6 +33,7 @@ def silent(label: str, total: int, unit: str) -> Iterator[Progress]:
 @contextmanager
 def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
     """Shows `label` until the block ends; done is what an earlier run had finished."""
+    label = printable(label)  # it may have a path
     if sys.stderr.isatty():
         yield from _bar(label, total, unit, done)
     else:
@@ -83,7 +86,7 @@ def _bar(label: str, total: int, unit: str, done: int) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # "photos[/old]" is a path
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),

@@ -62,7 +62,9 @@ def loadtest(
     else:
         _show(report)
     if report["wrong_images"]:
-        raise UniInstructError(f"{report['wrong_images']} images are wrong", remedy="the server's engine cannot be trusted")
+        raise UniInstructError(
+            f"{report['wrong_images']} images are wrong", remedy="serve with --engine torch, or export the engine again"
+        )
     if not report["images"]:
         raise UniInstructError("no image came back", remedy="the statuses and the server's log say why")
 

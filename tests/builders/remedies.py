@@ -72,6 +72,13 @@ def sites() -> tuple[Site, ...]:
     return tuple(site for path in modules() if path.name != ERRORS for site in _sites_below(tree(path), path, ""))
 
 
+@cache
+def constants(path: Path) -> dict[str, str]:
+    """A module's own texts by name, such as a remedy that several errors share."""
+    assigned = [node for node in tree(path).body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    return {ast.unparse(node.targets[0]): template(node.value) for node in assigned}
+
+
 def sites_of(case: Case) -> Iterator[Site]:
     """The places that a case says its message is from."""
     here = [site for site in sites() if site.path == case.path]
@@ -92,6 +99,9 @@ def _sites_below(node: ast.AST, path: Path, function: str) -> Iterator[Site]:
             second = template(child.args[1]) if len(child.args) > 1 else ""
             remedy = said.get("remedy", second) or ("install " + said["extra"] if "extra" in said else "{}")
             error = ast.unparse(child.func).rpartition(".")[2]
+            if remedy == "{}":
+                written = [word.value for word in child.keywords if word.arg == "remedy"] + child.args[1:2]
+                remedy = constants(path).get(ast.unparse(written[0]) if written else "", remedy)
             yield Site(path.relative_to(ROOT).as_posix(), inner, error, problem, remedy)
         yield from _sites_below(child, path, inner)
 

@@ -6,41 +6,83 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builders.remedies import Case, Site, sites, sites_of
+from builders.remedy_calls import CALLS
+from builders.remedy_core import BUNDLES, CALLED, DATA, SCORES
+from builders.remedy_files import FILES
+from builders.remedy_requests import DEMO, REQUESTS
+from builders.remedy_running import ENGINES, RUN
+from builders.remedy_stages import STAGES
+from builders.remedy_training import DOCTOR, PLANS, RESUMED
+from builders.remedy_values import VALUES
+
+VALUES_OF_ALL = (*VALUES, *STAGES, *FILES, *PLANS, *DOCTOR, *RESUMED, *DATA, *SCORES, *BUNDLES, *CALLED, *ENGINES, *RUN)
 
 
 class Rule(NamedTuple):
-    """Messages of files, or with remedies, that a pattern fits; and the reason."""
+    """Messages of files, or with problems or remedies, that a pattern fits; and the reason."""
 
     reason: str
     path: str = ""
+    problem: str = ""
     remedy: str = ""
     error: str = ""
 
     def covers(self, site: Site) -> bool:
-        return all(
-            re.search(pattern, text) for pattern, text in
-            ((self.path, site.path), (self.remedy, site.remedy), (self.error, site.error)) if pattern
-        )  # fmt: skip
+        asked = ((self.path, site.path), (self.problem, site.problem), (self.remedy, site.remedy), (self.error, site.error))
+        return all(re.search(pattern, text) for pattern, text in asked if pattern)
 
 
 RULES = (
-    Rule("asks for a package", remedy=r"^install |^pip install"),
-    Rule("asks for a new copy of a damaged file", remedy=r"download it again|copy the whole folder again|(copy|write) .*again"),
+    Rule("asks for a package", remedy=r"^(apt )?install |^pip (un)?install"),
+    Rule("asks for a package", path=r"^uni_instruct/data/emoji\.py"),
+    Rule("asks for a package, as the table of trackers has it", path=r"trackers\.py", problem="needs package"),
+    Rule("asks for a newer version of this package", remedy="^update uni-instruct"),
+    Rule("asks for an account with Weights & Biases", remedy="wandb login"),
+    Rule("asks for another operating system", problem="this system has no"),
+    Rule(
+        "asks for a new copy of a damaged file",
+        remedy=r"(download|get) .*again|copy the whole folder again|(copy|write) .*again",
+    ),
     Rule("a damaged or hostile checkpoint; tests/core/checkpoints try them by the thousand", error="MalformedFile"),
+    Rule("what such a checkpoint's error becomes", path=r"checkpoints/budget\.py", problem=r"^\{\} \{\}$"),
+    Rule(
+        "asks for a file of a project that is known; tests/core/checkpoints import files of each",
+        remedy=r"^files of \{\} are|^import a file of",
+    ),
+    Rule(
+        "a damaged checkpoint: its filters; tests/core/checkpoints alter every weight",
+        path=r"state_dict_adapter\.py",
+        problem="^filter ",
+    ),
     Rule("followed for every key by tests/train/test_recipe_faults.py", path=r"^train/(config|recipe_keys|recipe_file)\.py"),
     Rule("followed by tests/train/test_recipe_changes.py", path=r"^train/(recipe_changes|same_data)\.py"),
+    Rule("each advice is followed by tests/train/test_recipe_changes.py", path=r"monitoring/nonfinite\.py"),
     Rule(
         "followed by tests/core/engines, where each damage is made and the engine exported again",
         remedy="export the engine again",
     ),
-    Rule("asks to wait for another process, or a server", remedy=r"^wait for |the log above says|log says more"),
+    Rule("asks to wait for another process, or a server", remedy=r"^wait for |the log above says|log says|^see "),
+    Rule("another process removed a file meanwhile, and the same command is to be run again", remedy="^run the same command"),
     Rule(
         "the server's own states: full, late, not ready, ending",
         path=r"^serve/(served_model|batcher|errors|process|middleware)\.py",
     ),
+    Rule("a load on a real server; followed by tests/serve/test_operation.py", path=r"commands/loadtest\.py"),
+    Rule("a comparison's states: full, late", path=r"^serve/compare\.py", error="QueueFullError|TimedOutError"),
+    Rule("BentoML's own route, which runs in BentoML's process: tests/serve/test_process.py", path=r"bento_route\.py"),
     Rule("an engine that was just built and is discarded; export's own tests build such", error="ParityError"),
+    Rule("an engine that is refused: tests/core/engines/test_trial.py makes and follows it", error="EngineRefusedError"),
     Rule("asks for another machine or more GPUs", path=r"^train/optimization/(distributed|auto_precision)\.py"),
     Rule("asks for a file of 90 to 900 MB", path=r"^uni_instruct/evaluate/pretrained\.py"),
+    Rule("needs an NVIDIA GPU", path=r"engines/(cuda|tensorrt)\.py|^export/tensorrt\.py"),
+    Rule("needs an NVIDIA GPU, or more of them", remedy=r"RTX card|^ask for fewer, or use torchrun|--to \{\} --sm|as --sm 89"),
+    Rule("asks for another processor", path=r"engines/openvino\.py", error="RequestError"),
+    Rule("needs a model whose weights fill 2 GB", path=r"^export/graph\.py"),
+    Rule("asks for memory", remedy="^free memory"),
+    Rule("asks for space on a disk; tests/core/test_files.py fill one", remedy="^free space or choose another --out"),
+    Rule("the cache's disk is full", path=r"evaluate/classifier\.py", problem=r"^\{\}$"),
+    Rule("workers that die; tests/core/sampling/test_workers.py kills them", path=r"sampling/(pool|process_pool)\.py"),
+    Rule("Ray's cluster; tests/core/sampling/test_ray.py starts and ends one", path=r"(sampling/ray_pool|ray_cluster)\.py"),
     Rule("asks for the network", path=r"^uni_instruct/(hub|download)\.py"),
 )
 OPEN = Path(__file__).with_name("remedies_open.txt")
@@ -59,13 +101,7 @@ def unfollowed(cases: Iterable[Case]) -> frozenset[str]:
 
 def cases() -> tuple[Case, ...]:
     """All that the test follows."""
-    from builders.remedy_calls import CALLS
-    from builders.remedy_files import FILES
-    from builders.remedy_requests import REQUESTS
-    from builders.remedy_stages import STAGES
-    from builders.remedy_values import VALUES
-
-    return (*CALLS, *VALUES, *STAGES, *FILES, *REQUESTS)
+    return (*CALLS, *REQUESTS, *DEMO, *VALUES_OF_ALL)
 
 
 def main() -> None:

@@ -93,6 +93,13 @@ def command(remedy: str, arguments: Arguments) -> Arguments:
     return shlex.split(found[1])
 
 
+def found_option(remedy: str) -> str:
+    """'leave --steps out' -> '--steps'."""
+    found = re.search(r"leave (--[\w-]+) out", remedy)
+    assert found, remedy
+    return found[1]
+
+
 def written_by_evaluate(remedy: str, arguments: Arguments) -> Arguments:
     """The first result is one that 'evaluate --json' wrote before, of other weights than the second."""
     assert re.match(r"write one: uni-instruct evaluate .*--json > FILE", remedy), remedy
@@ -232,4 +239,13 @@ CALLS = [
     Call("uni_instruct/evaluate/scores.py", "metric '{}' cannot", "evaluate {tiny} --reference digits --seeds 0-63 --metrics fd,is",
          value("--metrics", "fd", "leave it out")),
     Call("uni_instruct/evaluate/class_draw.py", "generator '{}' has no classes", f"evaluate {{plain}} {SCORED} --seeds 0-63 --classes uniform", left_out("--classes")),
+    Call("train/commands/average.py", "{} exists already", "average {run} --std 0.05 --out {filled}", value("--out", "{out}", "name another folder")),
+    Call("train/commands/train.py", "--status takes no --out", "train {tiny} --status --out {begun_run}", command),
+    Call("train/commands/train.py", "--status changes nothing", "train {begun_run} --status --dry-run", command),
+    Call("uni_instruct/commands/import_checkpoint.py", "{} is a bundle, which says", "import {latents} --decoder {vae} --steps 3 --out {out}",
+         lambda remedy, arguments: without(arguments, found_option(remedy), 1)),
+    Call("uni_instruct/engine.py", "bundle {} has no {} engine", "generate {teacher} --seeds 0 --engine onnx --out {out}", chosen("--engine")),
+    Call("export/commands/export.py", "--sm '{}' cannot be read", "export {copy} --to tensorrt-rtx --sm hopper", spelled("--sm", r"it as (\d+)")),
+    Call("serve/package.py", "{} is a teacher of", "package {teacher} --out {tmp}/x.bento",
+         lambda remedy, arguments: ["digits" if word == "{teacher}" and "the generator that 'train' distilled" in remedy else word for word in arguments]),
 ]  # fmt: skip

@@ -48,7 +48,12 @@ def many(count: int) -> bytes:
     return gzip.compress(json.dumps({"seeds": list(range(10**18, 10**18 + count))}).encode())
 
 
-GENERATE, WALK, IMAGES = "/v1/generate", "/v1/walk", "/v1/images/generations"
+def picture_of(about: dict[str, list[str]]) -> str:
+    """The address of the first picture that /v1/about names."""
+    return f"/v1/about/{about['pictures'][0]}"
+
+
+GENERATE, WALK, IMAGES, COMPARE = "/v1/generate", "/v1/walk", "/v1/images/generations", "/v1/compare"
 A, B, IMAGE, OPENAI, P, W = (
     "serve/app.py",
     "serve/body.py",
@@ -107,4 +112,15 @@ REQUESTS = [
             walk(seeds=[1, 2], frames=2, animated=True)("give", lambda remedy: json.loads(f"{{{found('give (.*)', remedy)}}}"))),
     Request(W, "the animation would be", ("POST", WALK, {"seeds": [1], "count": 16, "scale": 64, "animated": True, "format": "webp"}),
             walk(seeds=[1], count=16, animated=True, format="webp")("scale", lambda remedy: {"scale": int(found(r"most (\d+)", remedy))})),
+]  # fmt: skip
+
+# What the demo asks, of a server that has one.
+DEMO = [
+    Request("serve/compare.py", "there is no '{}' to compare", ("POST", COMPARE, {"other": "abacus", "seeds": [7]}),
+            fields_of(COMPARE)(seeds=[7])("choose one of", lambda remedy: {"other": first_choice(remedy)})),
+    Request("serve/compare.py", "{} images were asked for", ("POST", COMPARE, {"other": "torch-fp32", "seeds": [7] * 17}),
+            fields_of(COMPARE)(other="torch-fp32")("compare 1 to", lambda remedy: {"seeds": [7] * int(found(r"to (\d+)", remedy))})),
+    Request("serve/demo_routes.py", "there is no picture", ("GET", "/v1/about/config.json", None),
+            lambda remedy, client: ("GET", picture_of(client.get(found(r"GET (/\S+)", remedy)).json()), None)),
+    Request("serve/demo.py", "there is no /ui/", ("POST", "/ui/nothing", None), lambda remedy, _: ("GET", found(r"open (/\w+)", remedy), None)),
 ]  # fmt: skip

@@ -26,7 +26,7 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
     assert code == 0
     assert list(found) == ["data", "teacher", "recipe", "evaluation", "run", "devices", "memory", "disk"]
     assert all(finding["ok"] for finding in found.values())
-    assert "64 of 1,797 images of 8x8x1 read, 10 classes of 174 to 183 images" in found["data"]["words"]
+    assert "1,024 of 1,797 images of 8x8x1 read, 10 classes of 174 to 183 images" in found["data"]["words"]
     assert str(tmp_path) in found["disk"]["words"]
     assert not (tmp_path / "runs").exists()
 
@@ -35,7 +35,7 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
     ("arguments", "subject", "words"),
     [
         (["data=nowhere"], "data", "there is no data set nowhere"),
-        (["data={grey}"], "data", "64 images of 'grey' are all one colour; look at the data with 'data check'"),
+        (["data={grey}"], "data", "64 images of 'grey' are all one colour; give pictures that differ"),
         (["data={gap}"], "data", "1 of the 3 classes of 'gap' have no image"),
         (["teacher={random}"], "teacher", "give the teacher of these data, whose pixels run from -1 to 1"),
         (["teacher=nowhere"], "teacher", "there is no bundle nowhere"),

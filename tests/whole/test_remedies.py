@@ -14,21 +14,22 @@ from starlette.testclient import TestClient
 
 from builders.bundles import random_bundle
 from builders.remedies import sites, sites_of
-from builders.remedies_elsewhere import RULES, cases, listed, unfollowed
+from builders.remedies_elsewhere import RULES, VALUES_OF_ALL, cases, listed, unfollowed
 from builders.remedy_calls import CALLS, Call
-from builders.remedy_files import FILES
-from builders.remedy_requests import REQUESTS, Ask, Request
-from builders.remedy_stages import STAGES
-from builders.remedy_values import VALUES, Value
+from builders.remedy_requests import DEMO, REQUESTS, Ask, Request
+from builders.remedy_running import ENGINES
+from builders.remedy_training import COMPLETE
+from builders.remedy_values import Value
 from builders.serving import app_of
+from builders.vae import write_vae
 from uni_instruct.bundle import Bundle
 from uni_instruct.data import open_dataset
-from uni_instruct.errors import RequestError
+from uni_instruct.errors import UniInstructError
 from uni_instruct.sampling.run import REQUEST
 
 Cli = Callable[..., tuple[int, str, str]]
 # What a remedy leads to where this machine ends, or where it asks for more than one thing: said, and not the same again.
-ON_THE_WAY = {"{} exists already": "snapshots"}
+ON_THE_WAY = {"{} exists already": "snapshots", "--sm '{}' cannot be read": "is not installed"}
 
 
 def renamed(bundle: Bundle, folder: Path, names: tuple[str, ...]) -> Path:
@@ -51,6 +52,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, tiny_t
     """Bundles and data that no case changes."""
     folder = tmp_path_factory.mktemp("remedies")
     digits = open_dataset("digits")
+    write_vae(folder / "vae")
+    (folder / "begun_run").mkdir()
+    (folder / "begun_run" / "recipe.yaml").write_text(COMPLETE)
     np.savez(folder / "unlabelled.npz", arr_0=digits.images(range(64)))
     return {
         "tiny": tiny_bundle.path,
@@ -62,6 +66,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, tiny_t
         "unlabelled": folder / "unlabelled.npz",
         "digits": folder / "unlabelled.npz",
         "teacher": tiny_teacher.path,
+        "vae": folder / "vae",
+        "begun_run": folder / "begun_run",
         "result": result(folder / "result.json", "a"),
         "other": result(folder / "other.json", "b"),
         "uniform": result(folder / "uniform.json", "b", classes="uniform"),
@@ -96,6 +102,14 @@ def filled_in(words: list[str], places: dict[str, Path]) -> list[str]:
     return [word.format(**named) if "{" in word and '"' not in word else word for word in words]
 
 
+# Checks that count what a step of training costs, which takes seconds.
+COUNTED = (
+    "{}.batch {} is not divisible",
+    "loop.precision 16-mixed",
+    "(_memory)",
+    "(_disk)",
+    "data set '{}' has {} classes and {} images, too few for a classifier",
+)
 # Commands whose remedy, once followed, is at work for seconds.
 LONG = ("evaluate", "export", "import", "average", "train", "benchmark", "package", "compare {tiny}")
 PARAMETERS = [
@@ -120,9 +134,14 @@ def test_what_the_command_line_advises_works(cli: Cli, places: dict[str, Path], 
         assert code == 0, f"{remedy} -> {errors}"
 
 
-@pytest.mark.parametrize("value", [*VALUES, *STAGES, *FILES], ids=lambda value: f"{value.path}: {value.message}")
+def advised(value: Value) -> object:
+    takes_seconds = value.message in COUNTED or value in ENGINES
+    return pytest.param(value, id=f"{value.path}: {value.message}", marks=[pytest.mark.slow] if takes_seconds else [])
+
+
+@pytest.mark.parametrize("value", [advised(value) for value in VALUES_OF_ALL])
 def test_what_is_advised_from_python_and_over_http_works(tmp_path: Path, value: Value) -> None:
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(UniInstructError) as refused:
         value.wrong(tmp_path)
     message = str(refused.value)
     assert any(site.fits(message) for site in sites_of(value)), message
@@ -146,6 +165,21 @@ def asked(client: TestClient, ask: Ask) -> Response:
     if isinstance(body, tuple):
         return client.request(method, path, content=body[0], headers={"Content-Encoding": body[1]})
     return client.request(method, path, json=body)
+
+
+@pytest.fixture(scope="module")
+def demo(shared: dict[str, Path]) -> Iterator[TestClient]:
+    """One model with the demo."""
+    with TestClient(app_of("digits", ui=True)) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.01)
+        yield client
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("request_", DEMO, ids=lambda request: f"{request.path}: {request.message}")
+def test_what_the_demo_advises_works(demo: TestClient, request_: Request) -> None:
+    test_what_a_server_advises_works(demo, request_)
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: f"{request.path}: {request.message}")

@@ -22,7 +22,10 @@ def explain(resolved: Recipe, as_json: bool) -> str:
 
     Raises RequestError where parts of the recipe do not fit each other.
     """
-    plan = settled(make_plan(resolved))
+    plan = make_plan(resolved)
+    if plan.dataset is not None:
+        plan.dataset.check_sample()  # as a training does before it begins
+    plan = settled(plan)
     cost = cost_of(plan)
     if as_json:
         return json.dumps(facts(plan, cost))

@@ -78,7 +78,8 @@ def reading(name: str) -> Iterator[None]:
     except MalformedFile as error:
         raise FileFormatError(f"{name} {error.problem}", remedy=error.remedy, param="checkpoint") from error
     except OSError as error:
-        raise RequestError(f"cannot read {name}: {error.strerror or error}", remedy=AGAIN, param="checkpoint") from error
+        remedy = "make it readable" if isinstance(error, PermissionError) else AGAIN
+        raise RequestError(f"cannot read {name}: {error.strerror or error}", remedy=remedy, param="checkpoint") from error
     except MemoryError as error:
         raise RequestError(
             f"{name} does not fit into memory", remedy="free memory or use a larger machine", param="checkpoint"

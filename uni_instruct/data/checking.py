@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 from uni_instruct.data.cifar10 import has_cifar10
 from uni_instruct.data.class_folders import folder_classes
-from uni_instruct.data.edm_zip import ZIP_REMEDY
-from uni_instruct.data.file_kinds import ImageForm, data_files
+from uni_instruct.data.edm_zip import ZIP_REMEDY, stated_channels
+from uni_instruct.data.file_kinds import DataFiles, ImageForm, data_files
 from uni_instruct.data.folder import FOLDER_REMEDY
 from uni_instruct.data.idx import has_idx
 from uni_instruct.data.image_files import decode, size_mismatch
 from uni_instruct.data.labels import META, label_entries, misfits, read_meta, stated_classes
 from uni_instruct.data.sources import is_data, is_named, is_npz, is_zip, no_data, open_dataset, source_parts
 from uni_instruct.data.storage import FolderStore, Store, ZipStore, name_in_store
+from uni_instruct.data.tar_files import TarStore, has_tars, is_tar, tar_images
 from uni_instruct.data.vae_latents import read_moments
 from uni_instruct.errors import FileFormatError
 from uni_instruct.progress import ProgressFactory, silent
@@ -70,13 +71,11 @@ def check_data(
 
 def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) -> Findings:
     path = Path(source)
-    is_folder = path.is_dir() and not has_idx(path) and not has_cifar10(path)
-    if is_named(source) or not (is_folder or (path.is_file() and not is_npz(path) and is_zip(path))):
-        return Findings(images=0, wrong=())  # arrays, which are whole once they are open
     try:
-        store: Store = FolderStore(path) if is_folder else ZipStore(path)
-        names = store.names()
-        files, latents, _ = data_files(store, names, FOLDER_REMEDY if is_folder else ZIP_REMEDY)
+        opened = None if is_named(source) else _store(path)
+        if opened is None:
+            return Findings(images=0, wrong=())  # arrays, which are whole once they are open
+        store, names, (files, latents, _) = opened
     except FileFormatError as error:
         return Findings(images=0, wrong=(WrongFile(source, "", error.problem),))
     wrong: list[WrongFile] = []
@@ -90,22 +89,46 @@ def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) ->
             except FileFormatError as error:
                 wrong.append(WrongFile(source, file, error.problem))
             progress.advance(1)
-    wrong += [] if any_size else _odd_ones(store, by_shape)
-    wrong += _label_problems(store, files, names)
+    grey = form.channels is None and next(iter(by_shape), ())[2:] == (1,) and _is_said_to_be_grey(store, names)
+    wrong += [] if any_size else _odd_ones(store, by_shape, grey)
+    wrong += [] if isinstance(store, TarStore) else _label_problems(store, files, names)
     places = {name: place for place, name in enumerate(files)}
     return Findings(images=len(files), wrong=tuple(sorted(wrong, key=lambda one: places.get(one.file, -1))))
 
 
-def _odd_ones(store: Store, by_shape: dict[Shape, list[str]]) -> Iterator[WrongFile]:
-    """Files of another (H, W) than most. Grey among colour is not odd: all become colour."""
+def _store(path: Path) -> tuple[Store, list[str], DataFiles] | None:
+    """The files of a source as `open_dataset` takes it, and those that are images; None for arrays."""
+    is_folder = path.is_dir()
+    if has_cifar10(path) or (has_idx(path) if is_folder else is_npz(path)):
+        return None
+    if has_tars(path) if is_folder else not is_zip(path) and is_tar(path):
+        tars = TarStore(path)
+        return tars, tars.names(), tar_images(tars)
+    if not is_folder and not is_zip(path):
+        return None
+    store: Store = FolderStore(path) if is_folder else ZipStore(path)
+    names = store.names()
+    return store, names, data_files(store, names, FOLDER_REMEDY if is_folder else ZIP_REMEDY)
+
+
+def _is_said_to_be_grey(store: Store, names: list[str]) -> bool:
+    """Whether a zip's `dataset.json` gives a shape of one channel, to which `open_zip` then holds all images."""
+    try:
+        return isinstance(store, ZipStore) and stated_channels(read_meta(store, names)) == 1
+    except FileFormatError:
+        return False  # told with the labels
+
+
+def _odd_ones(store: Store, by_shape: dict[Shape, list[str]], grey: bool) -> Iterator[WrongFile]:
+    """Files of another (H, W) than most. Grey among colour is not odd: all become colour. grey: colour is."""
     numbers: Counter[Shape] = Counter()
     for shape, files in by_shape.items():
         numbers[shape[:2]] += len(files)
     # The most common shape, not the first file's: one stray image at the beginning would make all the others wrong.
     common = numbers.most_common(1)[0][0] if numbers else ()
-    example = next((shape for shape in by_shape if shape[:2] == common), ())
+    example = (*common, 1) if grey else next((shape for shape in by_shape if shape[:2] == common), ())
     for shape, files in by_shape.items():
-        if shape[:2] != common:
+        if shape[:2] != common or (grey and shape[2:] == (3,)):
             yield from (WrongFile(str(store.path), file, size_mismatch(store, file, shape, example).problem) for file in files)
 
 

@@ -12,7 +12,7 @@ from uni_instruct.errors import FileFormatError
 
 # Parts of a data set, which no one trains to tell apart.
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "holdout"})
-_SHARD, _NUMBERED = re.compile(r"[0-9]{5}"), re.compile(r"(?:img|img-mean-std-)?([0-9]{5,})\.[A-Za-z]+")
+_SHARD, _NUMBERED = re.compile(r"[0-9]{5}"), re.compile(r"(?:img|img-mean-std-)?([0-9]{5,})(?:\.\w+)?")
 
 
 class FolderClasses(NamedTuple):
@@ -63,8 +63,9 @@ def _inside_wrappers(files: list[str], on_disk: bool) -> tuple[str, list[str]]:
         if not all(name.startswith(f"{first}/") for name in inner):
             return root, inner
         deeper = [name[len(first) + 1 :] for name in inner]
-        # A single folder of images on disk is a class by its name; in a zip it is what was zipped.
-        if on_disk and first.lower() not in _SPLITS and not all("/" in name for name in deeper):
+        # A single folder of images on disk is a class by its name; in a zip it is what was zipped. With folders in it,
+        # it is what holds the classes.
+        if on_disk and first.lower() not in _SPLITS and not any("/" in name for name in deeper):
             return root, inner
         root, inner = f"{root}{first}/", deeper
 

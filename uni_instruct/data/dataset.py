@@ -10,6 +10,7 @@ import numpy as np
 
 from uni_instruct.data.vae_latents import draw_latents
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.printable import printable
 from uni_instruct.spec import ImageShape
 
 READ_BATCH = 256
@@ -50,8 +51,10 @@ class Dataset:
     note: str = ""
 
     def __post_init__(self) -> None:
-        # As in ModelSpec: names are compared in one form of Unicode.
-        object.__setattr__(self, "class_names", tuple(unicodedata.normalize("NFC", name) for name in self.class_names))
+        # As in ModelSpec: names are compared in one form of Unicode. A folder's name need not be text.
+        names = (printable(unicodedata.normalize("NFC", name)) for name in self.class_names)
+        object.__setattr__(self, "class_names", tuple(names))
+        object.__setattr__(self, "name", printable(self.name))
         if not len(self):
             raise FileFormatError(f"data set '{self.source}' has no images", remedy="give at least one image")
         if len(self.class_names) != self.num_classes or (self.labels is None) != (self.num_classes == 0):
@@ -122,13 +125,24 @@ class Dataset:
         """
         names = "\n".join(self.class_names)
         digest = hashlib.sha256(f"{len(self)} {tuple(self.image_shape)} {self.num_classes} {names}".encode())
-        count = min(len(self), _SAMPLED)
-        sampled = np.arange(count) * len(self) // count
-        for start in range(0, count, READ_BATCH):
-            digest.update(self.stored(sampled[start : start + READ_BATCH]).tobytes())
+        for part in self._sampled():
+            digest.update(part.tobytes())
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def check_sample(self) -> int:
+        """Reads up to 1,024 images, evenly spaced: all of a small data set; returns how many.
+
+        Raises FileFormatError for one that is corrupt or of another size than the rest.
+        """
+        return sum(len(part) for part in self._sampled())
+
+    def _sampled(self) -> Iterator[np.ndarray]:
+        count = min(len(self), _SAMPLED)
+        sampled = np.arange(count) * len(self) // count
+        for start in range(0, count, READ_BATCH):
+            yield self.stored(sampled[start : start + READ_BATCH])
 
     # Part by part: a data set may be larger than the memory.
     def _parts(self, batch: int) -> Iterator[np.ndarray]:

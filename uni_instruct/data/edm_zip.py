@@ -53,11 +53,12 @@ def open_zip(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
     found = data_files(store, names, ZIP_REMEDY)
     meta = read_meta(store, names)
     # Not every size: a zip may hold a million files, and whoever wrote it has seen to them. Others show when read.
-    content = content_of(store, found, form, every_header=False, stated=_stated_channels(meta))
-    return dataset_of(content, read_description(store, found.files, meta), passed_over_note(found, store.repeated))
+    content = content_of(store, found, form, every_header=False, stated=stated_channels(meta))
+    return dataset_of(content, read_description(store, found.files, meta), passed_over_note(found, store))
 
 
-def _stated_channels(meta: Meta) -> int | None:
+def stated_channels(meta: Meta) -> int | None:
+    """The channels of the shape that `dataset.json` gives, where it gives one of images."""
     shape = meta.content.get("image_shape")
     return shape[0] if isinstance(shape, list) and len(shape) == 3 and shape[0] in (1, 3) else None
 

@@ -1,7 +1,6 @@
 """What a folder or zip holds: image files, or where there are none, latents; and what else, which is passed over."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +13,8 @@ from uni_instruct.data.image_files import (
     is_image_file,
     with_colour,
 )
-from uni_instruct.data.labels import META, Description
-from uni_instruct.data.storage import UNREADABLE, Store, naturally_sorted
+from uni_instruct.data.labels import META, Description, joined_notes
+from uni_instruct.data.storage import UNREADABLE, Store, counted, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.file_type import HEAD, begins_as_heic, begins_as_image
@@ -64,24 +63,17 @@ def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
             return DataFiles(naturally_sorted(chosen), latents, naturally_sorted(rest))
     if any(begins_as_heic(_head(store, name)) for name in names):
         remedy = SAVE_HEIC
-    there = f" but {_counted(naturally_sorted(names), 'file')}" if names else ""
+    there = f" but {counted(naturally_sorted(names), 'file')}" if names else ""
     raise FileFormatError(f"{store.path} has no images{there}", remedy=remedy)
 
 
-def passed_over_note(found: DataFiles, repeated: Sequence[str]) -> str:
+def passed_over_note(found: DataFiles, store: Store) -> str:
     """What was not read, counted and named; empty where everything was."""
-    notes = [
-        f"{_counted(found.passed_over, 'file')} passed over, as no {'latents' if found.latents else 'images'}"
-        if found.passed_over
-        else "",
-        f"{_counted(repeated, 'name')} passed over, as repeating others" if repeated else "",
-    ]
-    return "; ".join(note for note in notes if note)
-
-
-def _counted(names: Sequence[str], what: str) -> str:
-    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:3])
-    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 3 else ''})"
+    others = naturally_sorted([*found.passed_over, *store.no_files])
+    return joined_notes(
+        f"{counted(others, 'file')} passed over, as no {'latents' if found.latents else 'images'}" if others else "",
+        f"{counted(store.repeated, 'name')} passed over, as repeating others" if store.repeated else "",
+    )
 
 
 def _is_image(store: Store, name: str) -> bool:
@@ -131,5 +123,5 @@ def content_of(store: Store, found: DataFiles, form: ImageForm, *, every_header:
 
 def dataset_of(content: Content, description: Description, passed_over: str) -> Dataset:
     """The data set of what the files give and what is said of them. Raises FileFormatError where these do not fit."""
-    said = vars(description) | {"note": "; ".join(note for note in (description.note, passed_over) if note)}
+    said = vars(description) | {"note": joined_notes(description.note, passed_over)}
     return Dataset(**vars(content), **said)

@@ -1,15 +1,15 @@
 """What a `dataset.json` says about the files beside and below it: labels, number and names of classes, name, licence."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from uni_instruct.data.class_folders import FolderClasses, folder_classes
 from uni_instruct.data.dataset import MAX_CLASSES, number_names
-from uni_instruct.data.storage import UNREADABLE, Store, name_in_store, plain_name, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, counted, name_in_store, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
 
 META = "dataset.json"
@@ -69,6 +69,8 @@ def read_description(store: Store, files: list[str], meta: Meta) -> Description:
     num_classes = labels.num_classes or len(by_folder.names)
     named = meta.content.get("class_names")
     class_names = tuple(str(name) for name in named) if isinstance(named, list) else by_folder.names
+    # EDM's tools write none, others write all sorts.
+    unfit = isinstance(named, list) and num_classes and len(named) != num_classes
     # '.' has no name of its own; a file's suffix is none.
     own_name = store.path.resolve().name if store.path.is_dir() else store.path.stem
     silent = f"{META} says nothing about labels" if meta.found and not meta.has_labels else ""
@@ -76,11 +78,15 @@ def read_description(store: Store, files: list[str], meta: Meta) -> Description:
         name=str(meta.content.get("name") or own_name),
         labels=labels.class_ids if by_folder.class_ids is None else by_folder.class_ids,
         num_classes=num_classes,
-        # Names that do not fit the number of classes are passed over: EDM's tools write none, others write all sorts.
         class_names=class_names if len(class_names) == num_classes else by_folder.names or number_names(num_classes),
         licence=str(meta.content.get("licence") or "unknown"),
         source=str(store.path),
-        note="; ".join(note for note in (labels.note, silent, by_folder.note) if note),
+        note=joined_notes(
+            labels.note,
+            silent,
+            by_folder.note,
+            f"{META} has {len(class_names)} class names for {num_classes} classes: left out" if unfit else "",
+        ),
     )
 
 
@@ -123,12 +129,13 @@ def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
     if not vectors:
         class_ids = np.array(labels, dtype=np.int64)
         num_classes = stated or int(class_ids.max()) + 1
-        return Labels(class_ids=class_ids, num_classes=num_classes, note=first_label_note(class_ids))
+        note = joined_notes(first_label_note(class_ids), _absent_note(by_file, files))
+        return Labels(class_ids=class_ids, num_classes=num_classes, note=note)
     if not all(map(_is_one_hot, vectors)):
         note = f"labels are vectors of {len(vectors[0])} numbers and not one-hot: read without classes"
         return Labels(class_ids=None, num_classes=0, note=note)
     class_ids = np.array([vector.index(1) for vector in vectors], dtype=np.int64)
-    return Labels(class_ids=class_ids, num_classes=stated or len(vectors[0]))
+    return Labels(class_ids=class_ids, num_classes=stated or len(vectors[0]), note=_absent_note(by_file, files))
 
 
 def label_entries(store: Store, meta: Meta) -> dict[str, object] | None:
@@ -136,13 +143,16 @@ def label_entries(store: Store, meta: Meta) -> dict[str, object] | None:
     entries = meta.content.get("labels")
     if entries is None:
         return None
-    try:
-        by_name = dict(cast(Iterable[tuple[str, object]], entries))
-        return {_full_name(name, meta.folder): label for name, label in by_name.items()}
-    except (TypeError, ValueError) as error:
-        raise FileFormatError(
-            f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write them so, or null"
-        ) from error
+    by_file: dict[str, object] = {}
+    for name, label in _pairs(store, entries):
+        file = _full_name(name, meta.folder)
+        if file in by_file and by_file[file] != label:
+            raise FileFormatError(
+                f"{name_in_store(store, file)} has two labels in {META}, {_shown(by_file[file])} and {_shown(label)}",
+                remedy="leave one of them out",
+            )
+        by_file[file] = label
+    return by_file
 
 
 def stated_classes(store: Store, meta: Meta) -> int:
@@ -179,6 +189,31 @@ def first_label_note(class_ids: np.ndarray) -> str:
     return f"labels begin at {first}: {missing} no image" if first else ""
 
 
+def joined_notes(*notes: str) -> str:
+    """Those notes that say something, in one."""
+    return "; ".join(note for note in notes if note)
+
+
+def _absent_note(by_file: dict[str, object], files: list[str]) -> str:
+    """Labels of images that are not there, as where a part was copied."""
+    absent = sorted(by_file.keys() - set(files)) if len(by_file) > len(files) else []
+    return f"{counted(absent, 'label')} of no image here" if absent else ""
+
+
+def _pairs(store: Store, entries: object) -> list[tuple[str, object]]:
+    """[[file, class], ...], or an object that says the same. Raises FileFormatError for anything else."""
+    pairs = list(entries.items()) if isinstance(entries, dict) else entries
+    if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
+        raise FileFormatError(
+            f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write them so, or null"
+        )
+    return [(name, label) for name, label in pairs]
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)
+
+
 def _full_name(name: str, folder: str) -> str:
     """A file as a store names it, from what `dataset.json` in that folder calls it: seen from there, or from the top."""
     name = plain_name(name)
@@ -187,7 +222,7 @@ def _full_name(name: str, folder: str) -> str:
 
 def _numbers_for_words(by_file: dict[str, object]) -> str:
     words = sorted({label for label in by_file.values() if isinstance(label, str)})
-    shown = ", ".join(json.dumps(word, ensure_ascii=not word.isprintable())[:40] for word in words[:3])
+    shown = ", ".join(json.dumps(word, ensure_ascii=False)[:40] for word in words[:3])
     more = ", ..." if len(words) > 3 else ""
     return f'write the classes\' numbers, from 0, and beside "labels" their names: "class_names": [{shown}{more}]'
 
@@ -209,5 +244,4 @@ def _is_one_hot(vector: list[float]) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = str(value)[:40]
-    return text if text.isprintable() else ascii(text)
+    return str(value)[:40]

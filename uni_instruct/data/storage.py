@@ -9,13 +9,14 @@ import unicodedata
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from uni_instruct.errors import FileFormatError
+from uni_instruct.printable import printable
 from uni_instruct.zip_entry import entry_start
 
 # What zipfile, zlib, Pillow, NumPy and json raise over a damaged file: their parsers fail in any way that Python code can.
@@ -51,11 +52,13 @@ class Store(Protocol):
 
     path: Path
     repeated: list[str]
+    no_files: list[str]
 
     def names(self) -> list[str]:
         """Every file once, in any order; with forward slashes, relative to the store, in Unicode's form NFC; no droppings.
 
-        Links to what is there already, and names that stand twice, are left out and put into `repeated`.
+        Left out are links to what is there already and names that stand twice, which are put into `repeated`, and pipes,
+        sockets and devices, which are put into `no_files`.
         """
         ...
 
@@ -74,11 +77,12 @@ class FolderStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
+        self.no_files: list[str] = []
         self._raw: dict[str, str] = {}  # NFC -> the name on disk, where they differ
 
     def names(self) -> list[str]:
         """Every file. Raises FileFormatError for a folder that cannot be read."""
-        self.repeated = []
+        self.repeated, self.no_files = [], []
         found: list[str] = []
         # The folders above, too: a link to one of them would bring in everything beside this folder.
         seen = {_identity(folder) for folder in (self.path, *self.path.resolve().parents)}
@@ -101,6 +105,8 @@ class FolderStore:
                 else:
                     files.add(place)
                     found.append(link)
+            elif path.exists():
+                self.no_files.append(link)
             else:
                 found.append(link)  # leads nowhere: reading it says so
         return [self._normal(name) for name in found]
@@ -133,8 +139,10 @@ class FolderStore:
                     continue
                 if entry.is_symlink():
                     links.append(name)
-                elif not entry.is_dir():
+                elif entry.is_file():
                     found.append(name)
+                elif not entry.is_dir():
+                    self.no_files.append(name)  # reading a pipe would wait for ever
                 elif (place := _identity(Path(entry.path))) not in seen:
                     seen.add(place)
                     folders.append(f"{name}/")
@@ -157,6 +165,7 @@ class ZipStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
+        self.no_files: list[str] = []
         self._opened = threading.local()
         try:
             with zipfile.ZipFile(path) as archive:
@@ -274,8 +283,14 @@ def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
 
 
 def name_in_store(store: Store, name: str) -> str:
-    """'FILE in STORE', for a message of one line; a name with characters that do not print is quoted."""
-    return f"{name if name.isprintable() else ascii(name)} in {store.path}"
+    """'FILE in STORE', for a message."""
+    return f"{name} in {store.path}"
+
+
+def counted(names: Sequence[str], what: str) -> str:
+    """'2 files (a, b)': how many, and the first of them."""
+    shown = ", ".join(map(printable, names[:3]))
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 3 else ''})"
 
 
 def reason_of(error: BaseException) -> str:

@@ -14,9 +14,9 @@ from typing import TypedDict
 import numpy as np
 
 from uni_instruct.data.dataset import MAX_CLASSES, Dataset, number_names
-from uni_instruct.data.file_kinds import ImageForm, content_of, data_files
+from uni_instruct.data.file_kinds import DataFiles, ImageForm, content_of, data_files, passed_over_note
 from uni_instruct.data.image_files import decode, is_image_file
-from uni_instruct.data.storage import UNREADABLE, naturally_sorted, reason_of
+from uni_instruct.data.storage import UNREADABLE, is_dropping, naturally_sorted, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
 from uni_instruct.file_type import FileType, file_type
 
@@ -32,6 +32,7 @@ class TarStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
+        self.no_files: list[str] = []
         self._tars = (
             naturally_sorted(entry.name for entry in path.iterdir() if entry.suffix == ".tar") if path.is_dir() else [""]
         )
@@ -62,8 +63,8 @@ class TarStore:
         try:
             with tarfile.open(tar, "r:") as archive:
                 for member in archive:
-                    if member.isfile():
-                        name = prefix + member.name
+                    if member.isfile() and not is_dropping(plain_name(member.name)):
+                        name = prefix + plain_name(member.name)
                         if name in self._places:
                             self.repeated.append(name)
                         self._places[name] = number, member.offset_data, member.size
@@ -118,7 +119,7 @@ def open_tars(path: Path, form: ImageForm) -> Dataset:
     """
     manifest = _manifest(path)
     store = TarStore(path)
-    found = data_files(store, [name for name in store.names() if not name.endswith((_CLASS, ".json", ".txt"))], _REMEDY)
+    found = tar_images(store)
     labels = class_ids_of(store, found.files)
     described = manifest.get("dataset", {})
     count = max(int(described.get("num_classes", 0)), 0 if labels is None else int(labels.max()) + 1)
@@ -134,7 +135,13 @@ def open_tars(path: Path, form: ImageForm) -> Dataset:
         class_names=() if labels is None else tuple(names) if len(names) == count else number_names(count),
         licence=str(described.get("licence", "unknown")),
         source=str(path),
+        note=passed_over_note(found, store),
     )
+
+
+def tar_images(store: TarStore) -> DataFiles:
+    """The images of tars; what webdataset's tars have beside each image is neither. Raises FileFormatError without any."""
+    return data_files(store, [name for name in store.names() if not name.endswith((_CLASS, ".json", ".txt"))], _REMEDY)
 
 
 def image_members(names: Sequence[str]) -> list[str]:

@@ -177,7 +177,8 @@ class BlockStyle:
         if heads and channels % heads:
             raise RequestError(
                 f"{channels} channels do not divide into {heads} heads",
-                remedy=f"make model_channels a multiple of {self.channels_per_head}",
+                # Of 32, too: a normalisation has up to 32 groups.
+                remedy=f"make model_channels a multiple of {math.lcm(self.channels_per_head or 1, 32)}",
                 param="network",
             )
         return heads

@@ -1,7 +1,11 @@
 """`uni-instruct data check`: what is wrong is named, file by file, and nothing else."""
 
+import io
 import json
+import os
 import random
+import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +88,38 @@ def test_folders_may_mix_grey_and_colour_and_with_a_resolution_sizes(tmp_path: P
     assert found(tmp_path, resolution=4) == [("b/4.png", "cannot be read: not an image")]
     (tmp_path / "c").mkdir()
     assert ("", f"class folder c in {tmp_path} has no images") in found(tmp_path)
+
+
+def test_tars_are_read_as_well(tmp_path: Path, cli: Cli) -> None:
+    """A picture that is cut is found in a tar, and in a folder of tars, as `data prepare` would."""
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, content in (("./a/1.png", GREY), ("./a/._1.png", b"\0\5\x16\7"), ("./a/2.png", GREY[:45]), ("./b.csv", b"x")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    (tmp_path / "x.tar").rename(folder / "x.tar")
+    for source, name in ((folder, "x/a/2.png"), (folder / "x.tar", "a/2.png")):
+        code, output, _ = cli("data", "check", source)
+        assert (code, output) == (2, f"{name} in {source} cannot be read: image file is truncated\n")
+        assert cli("data", "prepare", source, "--out", tmp_path / "y.zip")[0] == 2
+        assert re.fullmatch(r"1 file \((x/)?b.csv\) passed over, as no images", open_dataset(source).note)
+
+
+def test_colour_in_a_zip_that_says_it_is_grey_is_named(tmp_path: Path, cli: Cli) -> None:
+    path = zip_of(tmp_path / "x.zip", {"0.png": GREY, "1.png": COLOUR}, {"labels": None, "image_shape": [1, 4, 4]})
+    assert found(path) == [("1.png", "is 4x4 colour, other images are 4x4 grey")]
+    assert cli("data", "prepare", path, "--out", tmp_path / "y.zip")[0] == 2
+    assert found(path, channels=3) == found(path, channels=1) == []
+
+
+def test_a_pipe_among_pictures_is_passed_over(tmp_path: Path) -> None:
+    """Reading one would wait for ever."""
+    (tmp_path / "1.png").write_bytes(GREY)
+    os.mkfifo(tmp_path / "2.png")
+    os.symlink("2.png", tmp_path / "3.png")
+    assert check_data(str(tmp_path)).note == "2 files (2.png, 3.png) passed over, as no images"
 
 
 def test_latents_that_are_wrong_are_named(tmp_path: Path) -> None:

@@ -138,13 +138,13 @@ def test_what_is_no_engine_id_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("abacus-fp32", "engine 'abacus-fp32' is unknown; choose one of "),
+        ("abacus-fp32", f"engine 'abacus-fp32' is unknown; choose one of {', '.join(RUNTIMES)}, "),
         ("onnx-fp16", "has no onnx-fp16 engine; choose one of "),
         ("torch-fp16", "has no torch-fp16 engine; choose one of "),
     ],
 )
 def test_an_engine_that_is_not_there_is_never_another(wanted: str, message: str, exported_bundle: Bundle) -> None:
-    with pytest.raises(RequestError, match=f"{message}{', '.join(RUNTIMES)}, onnx-fp32, torch-fp32, torch-bf16"):
+    with pytest.raises(RequestError, match=f"{message}onnx-fp32, torch-fp32, torch-bf16"):
         open_engine(exported_bundle, wanted)
 
 
