@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from importlib.util import find_spec
@@ -87,15 +87,7 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
     for bundle in bundles.values():
         _check(bundle, settings.engine, settings.device)
     address = free_address(host, port)
-    environment = {
-        **os.environ,
-        "BENTOML_DO_NOT_TRACK": "true",
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        **as_environment(settings),
-        # Absolute, as the server runs in a folder of its own.
-        variable("bundle"): json.dumps([f"{name}={bundle.path.resolve()}" for name, bundle in bundles.items()]),
-        variable("api_key_file"): os.path.abspath(settings.api_key_file) if settings.api_key_file else "",
-    }
+    environment = _environment(settings, bundles)
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
         # BentoML keeps its files in that folder, and imports nothing that happens to lie in the user's.
         environment.setdefault("BENTOML_HOME", folder)
@@ -113,6 +105,19 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
             with _signals(signal.SIG_IGN):
                 if server is not None:
                     server.stop()
+
+
+def _environment(settings: Settings, bundles: Mapping[str, Bundle]) -> dict[str, str]:
+    """Of the server's processes: this one's, with every setting said."""
+    return {
+        **os.environ,
+        "BENTOML_DO_NOT_TRACK": "true",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        **as_environment(settings),
+        # Absolute, as the server runs in a folder of its own.
+        variable("bundle"): json.dumps([f"{name}={bundle.path.resolve()}" for name, bundle in bundles.items()]),
+        variable("api_key_file"): os.path.abspath(settings.api_key_file) if settings.api_key_file else "",
+    }
 
 
 def _check(bundle: Bundle, engine: str | None, device: str | None) -> None:
