@@ -208,7 +208,7 @@ def test_checks_of_large_pictures_are_short() -> None:
     assert (len(seeds), batches(spec), spec.images_at_once) == (8, (1, 2, 7), 2)
     assert class_ids is not None
     assert len(reference_inputs(spec)[0]) == 4
-    small = dataclasses.replace(spec, noise_shape=(4, 2, 2))
+    small = dataclasses.replace(spec, noise_shape=(4, 8, 8), decoder=vae_spec())
     assert (len(fresh_inputs(small, "0" * 64)[0]), batches(small), len(reference_inputs(small)[0])) == (1000, BATCHES, 16)
 
 

@@ -83,7 +83,8 @@ class Conv2d(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels)) if kernel else None
         if self.weight is not None:
             init(self.weight, self.bias)
-        taps = torch.tensor(resample_filter, dtype=torch.float32)
+        # On the CPU always: arithmetic on "meta" would import a second of compiler.
+        taps = torch.tensor(resample_filter, dtype=torch.float32, device="cpu")
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
         self.register_buffer("resample_filter", taps if up or down else None)
         # The default filter repeats a pixel or averages four, which CPUs do many times as fast as a depthwise convolution.

@@ -24,6 +24,7 @@ def flops_of_image(spec: ModelSpec) -> int:
     """FLOPs of one image of a one-step generator, its decoder's among them."""
     with torch.device("meta"), torch.inference_mode():
         decoder = None if spec.decoder is None else build_decoder(spec.decoder)
-        generator = OneStep(build_denoiser(spec), spec.sigma_init, decoder).eval()
+        # `to`, as a decoder keeps its constants where they have values.
+        generator = OneStep(build_denoiser(spec), spec.sigma_init, decoder).to("meta").eval()
         class_ids = torch.zeros(1, dtype=torch.int64) if spec.num_classes else None
         return count_flops(lambda: generator(torch.zeros(1, *spec.noise_shape), class_ids))
