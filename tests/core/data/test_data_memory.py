@@ -37,10 +37,11 @@ def zips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_reading_a_zip_holds_no_more_at_the_end_than_at_the_beginning(zips: dict[str, Path], kind: str) -> None:
     dataset = open_dataset(zips[kind])
     batch_kb = dataset.stored(range(BATCH)).nbytes / KB
-    # NumPy reads the head of each npy by ast.literal_eval, which leaves a cycle of references. A server that another test ran in
-    # this process makes collections of these rare.
+    # NumPy reads the head of each npy by ast.literal_eval, which leaves a cycle of references. A server that another test ran
+    # in this process makes collections of these rare. They are quick where nothing else is walked.
     thresholds = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
+    gc.freeze()
     tracemalloc.start()
     try:
         read(dataset, BATCH * 2)
