@@ -101,6 +101,13 @@ class Page:
     def until_shown(self, stage: str, expected: np.ndarray) -> None:
         self.until(lambda: np.array_equal(self.pictures(stage), expected))
 
+    def until_nearly_shown(self, stage: str, expected: np.ndarray, levels: int = 1) -> None:
+        def nearly() -> bool:
+            shown = self.pictures(stage)  # none, before the first images are there
+            return shown.shape == expected.shape and np.abs(shown.astype(int) - expected).max() <= levels
+
+        self.until(nearly)
+
     def query(self) -> str:
         return str(self.run("return location.search"))
 
@@ -377,13 +384,13 @@ def test_without_classes_and_other_engines_it_shows_what_there_is(browser: Any, 
             return own(*draw_inputs(own.spec, list(seeds), None))[:, :, :, 0]
 
         page.open("?seeds=3&at=0&n=4")
-        page.until(lambda: np.abs(page.pictures("stage-walk").astype(int) - images([3, 4, 5, 6])).max() <= 1)
+        page.until_nearly_shown("stage-walk", images([3, 4, 5, 6]))
         assert not page.find("#classes-walk").is_displayed()
         assert not page.find("#model").is_displayed()
         page.find("#tab-grid").click()
         page.until(lambda: len(page.pictures("stage-grid")) > 60)
         seeds = list(range(3, 3 + len(page.pictures("stage-grid"))))
-        assert np.abs(page.pictures("stage-grid").astype(int) - images(seeds)).max() <= 1
+        page.until_nearly_shown("stage-grid", images(seeds))
         page.find("#tab-compare").click()
         assert "This server has one engine of this model, torch-fp32" in page.find("#compare-lead").text
         assert not page.find(".trio").is_displayed()

@@ -53,8 +53,10 @@ def test_actors_are_killed_at_random_and_the_images_are_the_same() -> None:
         rng = random.Random(1)
         while not ended.wait(rng.uniform(0.5, 3)) and len(kills) < 4:
             if alive := actors():
-                kills.append(rng.choice(alive))
-                os.kill(kills[-1], signal.SIGKILL)
+                victim = rng.choice(alive)
+                with contextlib.suppress(ProcessLookupError):  # it may have just ended
+                    os.kill(victim, signal.SIGKILL)
+                    kills.append(victim)
 
     with RayPool(ImageJob(bundle=bundle.path, engine="onnx-fp32", batch=64), 2) as pool:
         killer = threading.Thread(target=kill)

@@ -1,5 +1,6 @@
 """`lab --ray`: what a training writes on a node comes back whole, and a training whose actor dies goes on elsewhere."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -141,8 +142,9 @@ def test_a_lab_on_a_cluster_trains_the_weights_of_one_here(cli: Cli, tmp_path: P
         while not ended.wait(0.1):
             alive = trainers()
             if state.exists() and alive and not kills:
-                kills.append(alive[0])
-                os.kill(alive[0], signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may have just ended
+                    os.kill(alive[0], signal.SIGKILL)
+                    kills.append(alive[0])
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with cluster() as address:
