@@ -22,12 +22,14 @@ from uni_instruct.evaluate.class_draw import draw_classes
 from uni_instruct.generate import input_batches
 from uni_instruct.images import latent_preview
 from uni_instruct.networks.one_step import as_tensors, to_uint8
+from uni_instruct.noise import Inputs
 from uni_instruct.progress import progress, silent
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.monitoring.health import Health
 from uni_instruct.train.monitoring.metrics import Metrics
 from uni_instruct.train.monitoring.scores import MOST_REFERENCE_FOR_PR, SELECTION_METRICS, metric_value
+from uni_instruct.train.optimization.distributed import gathered
 from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.rng import step_rng
 from uni_instruct.train.run import Run
@@ -192,12 +194,12 @@ class Loop:
         return ", ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in list(values.items())[:1])
 
     def _evaluate(self, stage: Stage, done: int) -> str:
-        note = self._judge(stage, done) if self._first else ""
+        images, class_ids = self._draw(stage)
+        note = self._judge(stage, done, images, class_ids) if self._first else ""
         self.fabric.barrier()
         return note
 
-    def _judge(self, stage: Stage, done: int) -> str:
-        images, class_ids = self._draw(stage)
+    def _judge(self, stage: Stage, done: int, images: np.ndarray, class_ids: np.ndarray | None) -> str:
         kimg = done * stage.batch / 1000
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
         scores, value = {}, 0.0  # without a metric the last weights count
@@ -216,19 +218,27 @@ class Loop:
         return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), share])
 
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
+        """The images to score and their classes, made by all processes together; the first has the images."""
         count = self.config.samples if self.config.metric != "none" else self.config.grid
         seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + count)
         # As in the data that it is to imitate: the best weights at other shares of the classes would be others.
         class_ids = draw_classes(self.spec, seeds, self.evaluator.reference if self.evaluator else None).class_ids
+        class_ids = self.fabric.broadcast(class_ids)  # the first process alone knows the reference
+        made = dict[int, np.ndarray]()
+        shows = progress if self._first else silent
+        with shows(f"{stage.name}: samples", count, "images") as shown:
+            for number, inputs in enumerate(input_batches(self.spec, seeds, class_ids, SAMPLE_BATCH)):
+                if number % self.fabric.world_size == self.fabric.global_rank:
+                    made[number] = self._images(stage, inputs)
+                shown.advance(len(inputs.noise))
+        parts = {number: images for part in gathered(self.fabric, made) for number, images in part.items()}
+        return np.concatenate([parts[number] for number in sorted(parts)]) if parts else np.empty(0), class_ids
+
+    def _images(self, stage: Stage, inputs: Inputs) -> np.ndarray:
         device = next(stage.averages.primary.module.parameters()).device
-        parts = []
-        with progress(f"{stage.name}: samples", len(seeds), "images") as shown:
-            for inputs in input_batches(self.spec, seeds, class_ids, SAMPLE_BATCH):
-                with self.fabric.autocast():  # choosing among weights needs no more digits than training them
-                    made = stage.sample(*as_tensors(inputs, device))
-                parts.append(latent_preview(made.float().cpu().numpy()) if self.spec.latents else to_uint8(made).cpu().numpy())
-                shown.advance(len(parts[-1]))
-        return np.concatenate(parts), class_ids
+        with self.fabric.autocast():  # choosing among weights needs no more digits than training them
+            made = stage.sample(*as_tensors(inputs, device))
+        return latent_preview(made.float().cpu().numpy()) if self.spec.latents else to_uint8(made).cpu().numpy()
 
 
 def _due(stage: Stage, done: int, every_kimg: float) -> bool:

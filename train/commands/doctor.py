@@ -15,9 +15,16 @@ from uni_instruct.train.recipe import load_recipe
 @click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("."), help="Folder of the run: its disk is looked at.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change lines of the recipe; repeatable.")
-@click.option("--devices", default=1, type=click.IntRange(1, 1024), help="As the run will have.")
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 1024),
+    show_default="1 GPU, or a process for each core",
+    help="As the run will have.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(recipe: str, more: tuple[str, ...], out: Path, overrides: tuple[str, ...], devices: int, as_json: bool) -> None:
+def doctor(
+    recipe: str, more: tuple[str, ...], out: Path, overrides: tuple[str, ...], devices: int | None, as_json: bool
+) -> None:
     """Look at data, teacher, devices, memory and disk before a long training; nothing is trained or written.
 
     Reads some of the data, lets the teacher denoise them, and holds what the run needs against what this machine has. Exits
@@ -25,9 +32,11 @@ def doctor(recipe: str, more: tuple[str, ...], out: Path, overrides: tuple[str, 
 
     Example: uni-instruct doctor cifar10-uncond --set teacher=edm-cifar10-32x32-uncond-vp.pkl data=cifar10-32x32.zip
     """
+    from uni_instruct.train.optimization.distributed import processes_for
     from uni_instruct.train.preflight import Preflight, examine
 
-    findings = examine(Preflight(load_recipe(recipe, (*overrides, *more)), out, devices))
+    resolved = load_recipe(recipe, (*overrides, *more))
+    findings = examine(Preflight(resolved, out, devices or processes_for(resolved)))
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:

@@ -35,7 +35,12 @@ def _show_recipe_help(context: click.Context, _: click.Parameter, wanted: bool) 
 @click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; needed except with --dry-run.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change lines of the recipe; repeatable.")
-@click.option("--devices", default=1, type=click.IntRange(1, 1024), help="GPUs, or processes on the CPU. Not with torchrun.")
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 1024),
+    show_default="1 GPU, or a process for each core",
+    help="GPUs, or processes on the CPU. Not with torchrun.",
+)
 @click.option("--teacher-only", is_flag=True, help="Stop when the teacher is trained; the same command without it goes on.")
 @click.option(
     "--dry-run", is_flag=True, help="Check recipe, data and teacher, say what would be trained and its cost, and stop."
@@ -60,7 +65,7 @@ def train(
     more: tuple[str, ...],
     out: Path | None,
     overrides: tuple[str, ...],
-    devices: int,
+    devices: int | None,
     teacher_only: bool,
     dry_run: bool,
     status: bool,
@@ -77,7 +82,7 @@ def train(
     Example: uni-instruct train digits --out runs/digits --set method=dmd2 critic_updates=3
     """
     if status:
-        _show_status(recipe, out, bool(more or overrides or dry_run or teacher_only or devices > 1 or nice), as_json)
+        _show_status(recipe, out, bool(more or overrides or dry_run or teacher_only or devices or nice), as_json)
         return
     _lower_priority(nice)
     if out is not None and not dry_run and not is_later_process():
@@ -102,11 +107,15 @@ def _explain(recipe: "Recipe", as_json: bool) -> None:
     click.echo(explain(recipe, as_json))
 
 
-def _train(recipe: "Recipe", out: Path, devices: int, teacher_only: bool, as_json: bool) -> None:
+def _train(recipe: "Recipe", out: Path, devices: int | None, teacher_only: bool, as_json: bool) -> None:
+    from uni_instruct.train.optimization.distributed import processes_for, share_cpus
     from uni_instruct.train.pipeline import train as train_run
     from uni_instruct.train.report.page import REPORT
 
     start = time.monotonic()
+    if devices is None:
+        devices = processes_for(recipe)
+        share_cpus(devices)
     bundle = train_run(recipe, out, devices, teacher_only=teacher_only)
     if is_later_process():
         return

@@ -10,11 +10,46 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
+from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import RequestError
-from uni_instruct.train.config import LoopConfig
+from uni_instruct.processes import is_later_process
+from uni_instruct.train.config import LoopConfig, Recipe
 from uni_instruct.train.optimization.precision import AUTOCASTS
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+Part = TypeVar("Part")
+
+# A run of fewer images is over before another process has loaded torch.
+SHORT_KIMG = 20.0
+# Below this many images a process spends as long in starting each layer as in computing it.
+LEAST_SHARE = 16
+
+
+def processes_for(recipe: Recipe) -> int:
+    """How many processes train the recipe fastest where nobody says: on a CPU one a core, with a GPU one.
+
+    A thread of torch waits for the others in every layer, a process only once a step. On two cores, two processes were 1.1 to
+    1.8 times as fast as two threads; with a neighbour on one of the cores threads nearly stood still (benchmarks/processes.py).
+    """
+    if is_later_process():
+        return int(os.environ["WORLD_SIZE"])  # the first process has decided
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return 1  # torchrun's number counts
+    stages = [recipe.distillation] if recipe.teacher.bundle else [recipe.teacher, recipe.distillation]
+    if torch.cuda.is_available() or sum(stage.duration_kimg for stage in stages) < SHORT_KIMG:
+        return 1
+    batches = (recipe.teacher.batch, recipe.distillation.batch)
+    fitting = [n for n in range(1, usable_cpus() + 1) if all(batch % n == 0 and batch // n >= LEAST_SHARE for batch in batches)]
+    return max(fitting, default=1)
+
+
+def share_cpus(processes: int) -> None:
+    """Gives each of the processes its part of the cores, in threads; must come before they are started."""
+    if processes == 1 or is_later_process() or torch.cuda.is_available():
+        return
+    threads = max(1, usable_cpus() // processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # theirs
+    torch.set_num_threads(threads)
 
 
 def start_fabric(devices: int, precision: str) -> Fabric:
@@ -50,6 +85,15 @@ def ended_together(fabric: Fabric) -> Iterator[None]:
         # gloo's threads would otherwise abort the process where the interpreter ends before them.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def gathered(fabric: Fabric, part: Part) -> list[Part]:
+    """What each process gives, in their order, in the first process; in the others nothing."""
+    if fabric.world_size == 1:
+        return [part]
+    parts: list[Any] = [None] * fabric.world_size
+    torch.distributed.gather_object(part, parts if fabric.is_global_zero else None)
+    return parts if fabric.is_global_zero else []
 
 
 def lone_fabric(precision: str) -> Fabric:

@@ -1,7 +1,11 @@
-"""However a global batch is divided, among processes or into micro-batches, the gradient is that of the whole batch."""
+"""However a global batch is divided, among processes or into micro-batches, the gradient is that of the whole batch.
+
+How many processes there are where nobody says, and what they do together beside training.
+"""
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,14 +13,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from PIL import Image
 from torch import Tensor
 
 from builders.machine import call_cli, run_cli
 from uni_instruct.errors import RequestError
-from uni_instruct.train.optimization.distributed import BatchShard
+from uni_instruct.train.optimization import distributed
+from uni_instruct.train.optimization.distributed import BatchShard, processes_for
+from uni_instruct.train.recipe import load_recipe
+from uni_instruct.train.run_lock import read_worker
 
 # Two steps of everything that couples the images of a batch: ratios of mean 1, running means per bin, adversarial and
 # regression terms. A large Adam epsilon keeps the first step from blowing rounding errors up to the size of the learning rate.
@@ -114,3 +123,46 @@ def test_torchrun_starts_the_processes_as_well(digits_teacher: Path, tmp_path: P
     dry = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, timeout=200)
     assert dry.returncode == 0, dry.stderr
     assert json.loads(dry.stdout)["images"]["generator"] == 64
+
+
+@pytest.mark.parametrize(
+    ("cores", "overrides", "processes"),
+    [
+        (1, [], 1),
+        (2, [], 2),
+        (4, ["teacher.batch=64", "distillation.batch=64"], 4),
+        (6, ["teacher.batch=96", "distillation.batch=64"], 4),  # what divides both, with 16 images each
+        (64, ["teacher.batch=64", "distillation.batch=64"], 4),
+        (4, ["teacher.batch=63", "distillation.batch=64"], 1),
+        (4, ["teacher.batch=8", "distillation.batch=8"], 1),
+        (4, ["teacher.duration_kimg=10", "distillation.duration_kimg=9.9"], 1),
+    ],
+)
+def test_a_cpu_trains_with_a_process_for_each_core(
+    monkeypatch: pytest.MonkeyPatch, cores: int, overrides: list[str], processes: int
+) -> None:
+    monkeypatch.setattr(distributed, "usable_cpus", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = load_recipe("digits", overrides)
+    assert processes_for(recipe) == processes
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert processes_for(recipe) == 1
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    assert processes_for(recipe) == 7
+
+
+@pytest.mark.slow
+def test_processes_that_nobody_asked_for_make_the_samples_of_one(tmp_path: Path) -> None:
+    sets = ["teacher.duration_kimg=0.512", "teacher.steps=4", "loop.samples=400", "precision=32-true", "metric=FD"]
+    pictures = []
+    for cores in ("1", "2"):
+        out = tmp_path / cores
+        command = ("train", "digits", "--teacher-only", "--out", out, *sets)
+        done = run_cli(*command, env={**os.environ, "OMP_NUM_THREADS": cores})
+        assert done.returncode == 0, done.stderr
+        worker = read_worker(out)
+        assert worker is not None
+        assert worker.devices == int(cores)
+        pictures.append(np.asarray(Image.open(sorted((out / "samples").glob("teacher-*.png"))[-1])).astype(int))
+    assert np.abs(pictures[1] - pictures[0]).max() <= 1
