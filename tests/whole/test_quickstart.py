@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from builders.machine import run_cli
+from builders.runs import start_cli, wait_for_step
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
@@ -44,6 +45,19 @@ def test_quickstart_ends_serving_a_generator_as_good_as_promised(tmp_path: Path)
     assert answer["scores"]["generator"]["values"]["class_accuracy"] >= 0.95, answer
     again = run_cli("quickstart", "--out", out, "--no-serve")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_interrupted_while_it_trains_keeps_what_is_trained_and_leaves_no_process(tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    process = start_cli("quickstart", "--out", str(out), "--no-serve")
+    wait_for_step(out, "teacher", step=7, process=process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not psutil.wait_procs(family, timeout=5)[1], "processes are left"
+    assert (out / "state" / "teacher.pt").exists()
 
 
 def wait_until_serving(process: subprocess.Popen[str]) -> None:

@@ -1,12 +1,16 @@
 """`uni-instruct quickstart`: runs the other commands in turn, and shows each as a user would type it."""
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import rich_click as click
 
 from uni_instruct.cli import cli
 from uni_instruct.ports import free_address
+from uni_instruct.processes import ending_with
 
 
 @click.command()
@@ -24,8 +28,8 @@ def quickstart(out: Path, no_serve: bool, port: int) -> None:
     if not no_serve:
         free_address("127.0.0.1", port)  # a taken port is refused now, not after minutes of training
     generator = out / "generator"
+    _train("digits-jeffreys", "--out", out)
     for arguments in (
-        ["train", "digits-jeffreys", "--out", out],
         ["export", generator, "--to", "onnx"],
         ["generate", generator, "--seeds", "0-99", "--out", out / "images.npz", "--grid", out / "grid.png"],
         ["evaluate", generator, "--reference", "digits", "--teacher", out / "teacher"],
@@ -35,8 +39,29 @@ def quickstart(out: Path, no_serve: bool, port: int) -> None:
         _run("serve", generator, "--port", port)
 
 
+def _train(*arguments: object) -> None:
+    """In a process of its own, as it shares the cores out among others that it starts with its own arguments."""
+    words = _shown("train", *arguments)
+    # A group of its own, so that Ctrl-C reaches it once: from here.
+    command, parent = [sys.executable, "-m", "uni_instruct", *words], os.getpid()
+    process = subprocess.Popen(command, process_group=0, preexec_fn=ending_with(parent))
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()  # it saves its state first
+        process.wait()
+        raise
+    if code:
+        sys.exit(code)  # it has said why
+
+
 def _run(*arguments: object) -> None:
-    words = [str(argument) for argument in arguments]
-    click.secho(f"\n$ uni-instruct {shlex.join(words)}", bold=True)
+    words = _shown(*arguments)
     # In this process, which has paid for importing torch already. Errors pass through to the one `main`.
     cli.main(words, prog_name="uni-instruct", standalone_mode=False)
+
+
+def _shown(*arguments: object) -> list[str]:
+    words = [str(argument) for argument in arguments]
+    click.secho(f"\n$ uni-instruct {shlex.join(words)}", bold=True)
+    return words
