@@ -1,5 +1,6 @@
 """POST /generate, BentoML's own route, held to what the others are held to: the same fields, errors and metrics."""
 
+import logging
 from contextvars import ContextVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,8 @@ from uni_instruct.serve.schema import REMEDIES, Seed, ShortErrors, parse_model
 
 PATH = "/generate"
 _REPLACED_HEADERS = (b"content-length", b"content-encoding", b"content-type", b"transfer-encoding")
+# Where BentoML writes the traceback of whatever a method raises.
+_BENTOML_LOG = "bentoml._internal.server.http_app"
 # What the method raised, for the middleware around it: BentoML keeps of an error no more than a text.
 _raised: ContextVar[list[UniInstructError]] = ContextVar("raised")
 
@@ -36,6 +39,17 @@ class BentoRequest(BaseModel):
 def note_error(error: UniInstructError) -> None:
     """To be called by the method before it raises: the answer will be this error, in the shape that all errors have."""
     _raised.get([]).append(error)
+
+
+def keep_refusals_out_of_the_log() -> None:
+    """No traceback for a request that was refused: its answer says what is wrong with it, and the access log has its line."""
+    logging.getLogger(_BENTOML_LOG).addFilter(_is_no_refusal)
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    cause = error.__cause__ if error else None
+    return not (isinstance(cause, UniInstructError) and cause.http_status < 500)
 
 
 class BentoRouteMiddleware:

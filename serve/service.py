@@ -21,7 +21,7 @@ from starlette.middleware import Middleware
 from uni_instruct.errors import UniInstructError
 from uni_instruct.processes import ending_with
 from uni_instruct.serve.app import create_app
-from uni_instruct.serve.bento_route import BentoRouteMiddleware, note_error
+from uni_instruct.serve.bento_route import BentoRouteMiddleware, keep_refusals_out_of_the_log, note_error
 from uni_instruct.serve.metrics import use_own_folder
 from uni_instruct.serve.models import Models
 from uni_instruct.serve.responses import generate_images
@@ -31,6 +31,7 @@ from uni_instruct.serve.supervision import look_often
 
 look_often()
 use_own_folder()
+keep_refusals_out_of_the_log()
 _settings = settings_from_environment()
 _app = create_app(_settings)
 

@@ -199,6 +199,7 @@ def test_bentomls_own_route_is_as_strict_as_the_others(
     assert set(answer.json()["error"]) == {"message", "type", "param", "code", "remedy"}
     assert message in answer.json()["error"]["message"]
     assert counted() == before + 1
+    assert "Traceback" not in bento.log.read_text()
 
 
 def test_bentomls_own_route_reads_what_the_others_read(bento: Running, exported_bundle: Bundle) -> None:
