@@ -15,12 +15,13 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.cuda import gpus
 from uni_instruct.engines.record import EngineId, EngineRecord, former_folder
 from uni_instruct.engines.tensorrt import PACKAGES
-from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
+from uni_instruct.errors import MissingExtraError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.capabilities import BATCH_PROFILE, CAPABILITIES
 from uni_instruct.export.parity import verify
 from uni_instruct.files import atomic_folder, sha256
 from uni_instruct.progress import ProgressFactory, silent
 
+Builder = Callable[[Bundle, Path, str], dict[str, str]]
 ALL = "all"
 _SM = re.compile(r"sm\d{2,3}")
 
@@ -28,6 +29,9 @@ _SM = re.compile(r"sm\d{2,3}")
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """One engine to build: the module whose `build(bundle, path, precision) -> versions` writes its file, and what it needs.
+
+    A module with a table WAYS, precision -> names, knows several ways to build it, from the fastest engine to the most exact
+    one; its build takes `way` as well.
 
     packages are what it takes, by the extra that brings them. Where the engine is built for one compute capability of GPUs, sms
     are those it can have, build takes `runtime` and `sm` as well, and the id names one: `for_gpu` makes it of the table's row.
@@ -58,11 +62,14 @@ class Target:
             )
         return replace(self, engine_id=replace(self.engine_id, target=f"sm{sm}"))
 
-    def builder(self) -> Callable[[Bundle, Path, str], dict[str, str]]:
-        """The module's build function. Raises MissingExtraError where a package it needs is not installed."""
+    def builders(self) -> dict[str, Builder]:
+        """Way -> build function, '' where there is one way; in their order. Raises MissingExtraError for a missing package."""
         self.check_packages()
-        build: Callable[..., dict[str, str]] = importlib.import_module(self.module).build
-        return partial(build, runtime=self.engine_id.runtime, sm=self.sm) if self.sms else build
+        module = importlib.import_module(self.module)
+        ways: Sequence[str] = getattr(module, "WAYS", {}).get(self.engine_id.precision, ())
+        if ways:
+            return {way: partial(module.build, way=way) for way in ways}
+        return {"": partial(module.build, runtime=self.engine_id.runtime, sm=self.sm) if self.sms else module.build}
 
     def check_packages(self) -> None:
         """Raises MissingExtraError where a package that the target needs is not installed."""
@@ -228,24 +235,32 @@ def export_engine(bundle: Bundle, engine_id: str, device: str | None = None, sho
 
     device: where it is verified, a GPU where it can use one unless told. A bundle of an older format is then brought up to
     date, with reference.npz beside the weights.
+    Of several ways to build it, the fastest that agrees with something to spare is taken, or else the most exact one.
     Raises RequestError for a teacher, MissingExtraError where a tool is missing, ParityError where the engine does not
     agree with torch, DiskError where it cannot be written; in all of these the bundle stays as it was.
     """
     check_exportable(bundle)
     target = find_target(engine_id)
-    build = target.builder()
+    builders = target.builders()
     from uni_instruct.networks.reference import make_reference
 
     place = bundle.engine_folder(target.engine_id)
     try:
-        with shows(f"export {engine_id}", 2, "steps (build, check)") as shown, atomic_folder(place) as folder:
-            record = _build(bundle, target, build, folder)
-            shown.advance(1)
-            # Where its GPU is not at hand, the machine that runs it admits it, by reference.npz.
-            if device is not None or target.can_be_tried():
-                record = replace(record, parity=verify(bundle, record, folder, device))
-            record.write(folder)
-            shown.advance(1)
+        for left, (way, build) in zip(reversed(range(len(builders))), builders.items(), strict=True):
+            label = f"export {engine_id}{f', {way}' if way else ''}"
+            try:
+                with shows(label, 2, "steps (build, check)") as shown, atomic_folder(place) as folder:
+                    record = _build(bundle, target, build, folder, way)
+                    shown.advance(1)
+                    # Where its GPU is not at hand, the machine that runs it admits it, by reference.npz.
+                    if device is not None or target.can_be_tried():
+                        record = replace(record, parity=verify(bundle, record, folder, device, with_margin=left > 0))
+                    record.write(folder)
+                    shown.advance(1)
+                break
+            except ParityError:
+                if not left:
+                    raise
     finally:
         with suppress(OSError):  # an empty engines folder, where nothing was admitted
             place.parent.rmdir()
@@ -261,7 +276,7 @@ def _remove_former(bundle: Bundle, engine_id: EngineId) -> None:
         shutil.rmtree(bundle.engine_folder(engine_id).with_name(name), ignore_errors=True)
 
 
-def _build(bundle: Bundle, target: Target, build: Callable[[Bundle, Path, str], dict[str, str]], folder: Path) -> EngineRecord:
+def _build(bundle: Bundle, target: Target, build: Builder, folder: Path, way: str) -> EngineRecord:
     path = folder / target.file_name(bundle)
     versions = {"uni_instruct": uni_instruct.__version__, **build(bundle, path, target.engine_id.precision)}
     record = EngineRecord(
@@ -271,6 +286,7 @@ def _build(bundle: Bundle, target: Target, build: Callable[[Bundle, Path, str], 
         weights_sha256=bundle.weights_sha256,
         versions=versions,
         batch_profile=BATCH_PROFILE if target.sms else (),
+        way=way,
     )
     record.write(folder)
     return record

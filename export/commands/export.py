@@ -155,7 +155,7 @@ def _summary(bundle: Bundle, record: EngineRecord) -> str:
     smallest, largest = min(parity["batches"]), max(parity["batches"])
     return "\n".join(
         (
-            f"{bundle.engine_folder(record.id) / record.file}",
+            f"{bundle.engine_folder(record.id) / record.file}{f' ({record.way})' if record.way else ''}",
             f"  agrees with torch on {parity['images']} images of fresh seeds, batches {list(parity['batches'])}:",
             f"  relative L2 {parity['relative_l2']:.1e} (allowed {parity['tolerance']['relative_l2']:.0e}), "
             f"equal pixels {parity['equal_pixels']:.3%}, largest difference {parity['largest_pixel_difference']} level",

@@ -68,6 +68,7 @@ class EngineFacts(TypedDict, total=False):
     error: str
     file: str
     file_bytes: int
+    way: str
     parity: ParityReport
     versions: Mapping[str, str]
     here: StandingFacts
@@ -210,10 +211,8 @@ def _engine_facts(bundle: Bundle, stored: StoredEngine) -> EngineFacts:
 def _engine_text(engine: EngineFacts) -> str:
     if "error" in engine:
         return f"cannot be used: {engine['error']}"
-    return (
-        f"{engine['file']}, {engine['file_bytes'] / 1e6:.1f} MB; {_parity_text(engine['parity'])}; "
-        f"by {_text(engine['versions'])}; {_here_text(engine['here'])}"
-    )
+    file = ", ".join(filter(None, (engine["file"], f"{engine['file_bytes'] / 1e6:.1f} MB", engine["way"])))
+    return f"{file}; {_parity_text(engine['parity'])}; by {_text(engine['versions'])}; {_here_text(engine['here'])}"
 
 
 def _parity_text(parity: ParityReport) -> str:

@@ -26,6 +26,14 @@ class Tolerance:
     pixel_difference: int
     psnr_db: float = 0.0
 
+    def tightened(self, share: float) -> "Tolerance":
+        """With that share of every allowed difference; a PSNR is a difference's logarithm."""
+        return Tolerance(
+            relative_l2=share * self.relative_l2,
+            pixel_difference=int(share * self.pixel_difference),
+            psnr_db=self.psnr_db - 20 * math.log10(share) if self.psnr_db else 0.0,
+        )
+
 
 # precision -> what its engines must keep; docs/export.md has the measurements behind it.
 TOLERANCES = {

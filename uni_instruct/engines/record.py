@@ -73,7 +73,8 @@ class EngineRecord:
     """The engine's id, file and hash, the hash of the weights it was built from, tool versions, parity report.
 
     batch_profile is (least, best, most) images at once of an engine that was built for a range of them, () for any. parity is
-    empty where the engine could not be tried where it was built, for want of its GPU.
+    empty where the engine could not be tried where it was built, for want of its GPU. way says which of several ways to build
+    it was taken, '' where there is one.
     """
 
     engine_id: str
@@ -83,6 +84,7 @@ class EngineRecord:
     versions: Mapping[str, str]
     batch_profile: tuple[int, ...] = ()
     parity: ParityReport = field(default_factory=lambda: ParityReport())
+    way: str = ""
 
     @property
     def id(self) -> EngineId:
@@ -95,8 +97,8 @@ class EngineRecord:
         path = folder / RECORD
         try:
             values = _as_format_2(json.loads(path.read_text()))
-            # Engines that run any batch have no profile, nor have those of earlier versions.
-            values = {**values, "batch_profile": tuple(values.get("batch_profile", ()))}
+            # Engines that run any batch have no profile; those of earlier versions have neither that nor a way.
+            values = {"way": "", **values, "batch_profile": tuple(values.get("batch_profile", ()))}
             record = cls(**{f.name: values[f.name] for f in fields(cls)})
             EngineId.parse(record.engine_id)
         except FileNotFoundError as error:
