@@ -1,0 +1,47 @@
+"""Of several ways to build an engine the fastest is taken that agrees with something to spare."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.outputs import TOLERANCES, Tolerance
+from uni_instruct.engines.record import EngineRecord
+from uni_instruct.errors import ParityError, RequestError
+from uni_instruct.export.parity import MARGIN, verify
+from uni_instruct.export.targets import export_engine, find_target
+
+
+def test_a_tolerance_is_tightened_in_its_own_unit() -> None:
+    tight = Tolerance(relative_l2=0.02, pixel_difference=4, psnr_db=50.0).tightened(0.5)
+    assert (tight.relative_l2, tight.pixel_difference) == (0.01, 2)
+    # Half of a difference is a quarter of its square: 10 log10(4) more decibels.
+    assert tight.psnr_db == pytest.approx(50 + 10 * np.log10(4))
+    assert TOLERANCES["fp32"].tightened(MARGIN).pixel_difference == 0
+    assert TOLERANCES["fp32"].tightened(MARGIN).psnr_db == 0
+
+
+@pytest.mark.slow
+def test_the_ways_before_the_one_taken_stray_or_agree_barely(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    target = find_target("openvino-bf16")
+    try:
+        target.check_machine()
+    except RequestError as error:
+        pytest.skip(f"openvino-bf16 cannot be had on this machine: {error.problem}")
+    path = tmp_path / "digits"
+    shutil.copytree(Bundle.open("digits").path, path)
+    bundle = Bundle.open(path)
+    record = export_engine(bundle, "openvino-bf16")
+    assert EngineRecord.read(bundle.engine_folder(target.engine_id)) == record
+    builders = target.builders()
+    assert record.way in builders
+    for way in list(builders)[: list(builders).index(record.way)]:
+        folder = tmp_path / way
+        folder.mkdir()
+        builders[way](bundle, folder / record.file, "bf16")
+        with pytest.raises(ParityError):
+            verify(bundle, dataclasses.replace(record, way=way), folder, with_margin=True)
