@@ -44,8 +44,7 @@ def test_the_ways_before_the_one_taken_stray_or_agree_barely(tmp_path: Path) -> 
         folder = tmp_path / way
         folder.mkdir()
         builders[way](bundle, folder / record.file, "bf16")
-        built = dataclasses.replace(
-            record, way=way, file_sha256=sha256(folder / record.file)
-        )  # its images follow from the hash
+        # The images that it is tried on follow from the hash.
+        built = dataclasses.replace(record, way=way, file_sha256=sha256(folder / record.file))
         with pytest.raises(ParityError):
             verify(bundle, built, folder, with_margin=True)
