@@ -12,12 +12,13 @@ from uni_instruct.engine import open_engine
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.result import EvaluationResult
-from uni_instruct.export.card import Rounding, published_card
+from uni_instruct.export.card import Rounding, published_card, teacher_weights
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
+from uni_instruct.spec import ModelSpec
 
 # The engine that ships: the one that runs everywhere.
 ENGINE = "onnx-fp32"
@@ -25,29 +26,34 @@ ENGINE = "onnx-fp32"
 CHECKED_IMAGES = 512
 # A pixel on the edge between two levels falls to either side whatever is rounded.
 ALLOWED_LEVELS = 1
+# Of a teacher, which takes dozens of network evaluations for each.
+TEACHER_IMAGES = 64
 # The sheet: so many images of each class, of so many classes.
 SHEET_COLUMNS, SHEET_ROWS = 16, 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What was published where, and how large all of it is."""
+    """What was published where, and how large all of it is. A teacher has no engine."""
 
     path: str
     name: str
     rounding: Rounding
-    engine: EngineRecord
+    engine: EngineRecord | None
     file_bytes: Mapping[str, int]
 
 
 def publish(source: str | Path, out: Path, scores: Sequence[Path] = ()) -> Publication:
     """Publishes the generator of a run, or a bundle, to the folder `out`, whole or not at all.
 
-    scores: what `evaluate --json` printed, for the card. Raises RequestError for a teacher, for an `out` that holds anything
-    but an earlier publication of the same weights, and for scores of other weights; MissingExtraError, ParityError and
-    DiskError as `export_engine` does.
+    Of a teacher, to distil from, it stores half precision whatever that changes, keeps its card and says there what changed.
+    scores: what `evaluate --json` printed, for a generator's card. Raises RequestError for a generator of latents, for an
+    `out` that holds anything but an earlier publication of the same weights, and for scores of other weights;
+    MissingExtraError, ParityError and DiskError as `export_engine` does.
     """
     original = open_generator(source)
+    if original.spec.steps > 1:
+        return _publish_teacher(original, out, scores)
     check_exportable(original)
     TARGETS[ENGINE].check_packages()
     _check_replaceable(out, original)
@@ -60,8 +66,45 @@ def publish(source: str | Path, out: Path, scores: Sequence[Path] = ()) -> Publi
         (folder / SAMPLES).write_bytes(encode(sheet))
         card = published_card(bundle, rounding, record, read, command)
         (folder / CARD).write_text(card)
-    sizes = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
-    return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=record, file_bytes=sizes)
+    return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=record, file_bytes=_sizes(out))
+
+
+def _publish_teacher(original: Bundle, out: Path, scores: Sequence[Path]) -> Publication:
+    if scores:
+        problem = f"{original.path} is a teacher: its card keeps the scores that its training measured"
+        raise RequestError(problem, remedy="leave --scores out", param="scores")
+    _check_replaceable(out, original)
+    samples, seeds = original.path / SAMPLES, range(TEACHER_IMAGES)
+    class_ids = class_ids_in_turn(original.spec, len(seeds))
+    with atomic_folder(out) as folder:
+        sheet = samples.read_bytes() if samples.exists() else None
+        half = Bundle.write(folder, _published_spec(original, {}), original.weights(), "", sheet, precision="fp16")
+        before, after = (generate_images(open_engine(bundle, "torch"), seeds, class_ids) for bundle in (original, half))
+        rounding = _rounding_of(before, after, "fp16")
+        (folder / CARD).write_text((original.path / CARD).read_text() + "\n" + teacher_weights(rounding))
+    return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=None, file_bytes=_sizes(out))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _published_spec(original: Bundle, facts: Mapping[str, object]) -> ModelSpec:
+    """The spec without folders of this machine, and with the hash of the weights that it was made of."""
+    published = {"weights_sha256": original.weights_sha256, **facts}
+    kept = {key: without_folders(value) for key, value in original.spec.provenance.items()}
+    return replace(original.spec, provenance={**kept, "published": published})
+
+
+def _rounding_of(before: np.ndarray, after: np.ndarray, precision: str = "") -> Rounding:
+    """Between pixels of float32 and of half precision, uint8; precision: what is stored, else it follows from them."""
+    levels = np.abs(after.astype(int) - before.astype(int))
+    return Rounding(
+        images=len(before),
+        largest_difference=int(levels.max()),
+        changed_pixels=float((levels > 0).mean()),
+        precision=precision or ("fp16" if levels.max() <= ALLOWED_LEVELS else "fp32"),
+    )
 
 
 def renew_card(path: Path, scores: Sequence[EvaluationResult]) -> Path:
@@ -104,17 +147,9 @@ def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
     half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
     count = spec.affordable_images(max(CHECKED_IMAGES, spec.num_classes))
     inputs = draw_inputs(spec, range(count), class_ids_in_turn(spec, count))
-    before, after = (reference_outputs(bundle, *inputs).pixels.astype(int) for bundle in (original, half))
-    levels = np.abs(after - before)
-    rounding = Rounding(
-        images=count,
-        largest_difference=int(levels.max()),
-        changed_pixels=float((levels > 0).mean()),
-        precision="fp16" if levels.max() <= ALLOWED_LEVELS else "fp32",
-    )
-    published = {"weights_sha256": original.weights_sha256, **asdict(rounding)}
-    provenance = {**{key: without_folders(value) for key, value in spec.provenance.items()}, "published": published}
-    spec = replace(spec, provenance=provenance)
+    before, after = (reference_outputs(bundle, *inputs).pixels for bundle in (original, half))
+    rounding = _rounding_of(before, after)
+    spec = _published_spec(original, asdict(rounding))
     precision = rounding.precision
     bundle = Bundle.write(folder, spec, weights, "", precision=precision, decoder=decoder, reference=make_reference)
     return bundle, rounding

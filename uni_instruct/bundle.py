@@ -44,7 +44,9 @@ class Bundle:
 
     @classmethod
     def open(cls, source: str | Path) -> "Bundle":
-        """A folder, the name of a generator that ships with this package, or an address on the hub: hf://owner/name[@revision].
+        """A folder, the name of a generator or teacher that ships with this package, or an address on the hub.
+
+        An address is hf://owner/name[@revision].
 
         Raises RequestError where there is none, BundleError where it is incomplete, altered, or of a newer version.
         """
@@ -188,8 +190,17 @@ def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], precision: 
 
 def shipped_generators() -> list[str]:
     """Names of the generators that ship with this package."""
-    folder = Path(str(files("uni_instruct") / "generators"))
-    return sorted(path.name for path in folder.iterdir() if (path / CONFIG).is_file()) if folder.is_dir() else []
+    return sorted(_shipped("generators"))
+
+
+def shipped_teachers() -> list[str]:
+    """Names of the teachers that ship with this package, to distil from and to compare with."""
+    return sorted(_shipped("teachers"))
+
+
+def _shipped(kind: str) -> dict[str, Path]:
+    folder = Path(str(files("uni_instruct") / kind))
+    return {path.name: path for path in folder.iterdir() if (path / CONFIG).is_file()} if folder.is_dir() else {}
 
 
 def default_generator() -> str:
@@ -199,9 +210,9 @@ def default_generator() -> str:
 
 
 def is_bundle(source: str | Path) -> bool:
-    """Whether the source is meant for a bundle: a folder of one, a shipped generator, or a repository on the hub."""
+    """Whether the source is meant for a bundle: a folder of one, one that ships, or a repository on the hub."""
     on_hub = is_on_hub(source) and not names_file(source)
-    return on_hub or (Path(source) / CONFIG).is_file() or str(source) in shipped_generators()
+    return on_hub or (Path(source) / CONFIG).is_file() or str(source) in (*shipped_generators(), *shipped_teachers())
 
 
 def find_bundle(source: str | Path) -> tuple[Path, str]:
@@ -212,8 +223,8 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
     path = Path(source)
     if (path / CONFIG).is_file():
         return path, str(path)
-    if str(source) in shipped_generators():
-        return Path(str(files("uni_instruct") / "generators" / str(source))), str(source)
+    if found := (_shipped("generators") | _shipped("teachers")).get(str(source)):
+        return found, str(source)
     shipped = ", ".join(shipped_generators()) or "none"
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"

@@ -26,6 +26,7 @@ def publish(source: str, out: Path, scores: tuple[Path, ...], as_json: bool) -> 
     """Make a generator ready to ship: weights in half precision, engine, samples and model card.
 
     Half precision is taken where it changes no pixel of 512 images by more than one level, else the weights stay as they are.
+    A teacher (RUN/teacher) is stored in half precision, to be distilled from.
     The same command with --scores writes the card anew, with the scores in it.
 
     Example: uni-instruct publish runs/digits --out digits --scores scores.json
@@ -37,17 +38,23 @@ def publish(source: str, out: Path, scores: tuple[Path, ...], as_json: bool) -> 
 
 
 def _summary(published: Publication, scored: bool) -> str:
-    rounding, sizes, parity = published.rounding, published.file_bytes, published.engine.parity
-    if rounding.precision == "fp16":
+    rounding, sizes, engine = published.rounding, published.file_bytes, published.engine
+    if engine is None:
+        found = f"half precision changes {rounding.changed_pixels:.2%} of pixels, by up to {rounding.largest_difference} levels"
+    elif rounding.precision == "fp16":
         found = f"half precision changes {rounding.changed_pixels:.2%} of pixels by 1 level, none by more"
     else:
         found = f"stay float32: half precision would change a pixel by {rounding.largest_difference} levels"
     lines = [
         f"{published.path}: {published.name}, {sum(sizes.values()) / 1e6:.1f} MB in all",
         f"  weights {sizes[WEIGHTS] / 1e6:.1f} MB, {found} ({rounding.images} images)",
-        f"  engine {published.engine.file}, relative L2 to torch {parity['relative_l2']:.1e}, "
-        f"equal pixels {parity['equal_pixels']:.3%}",
     ]
+    if engine is None:
+        return "\n".join(lines)
+    parity = engine.parity
+    lines.append(
+        f"  engine {engine.file}, relative L2 to torch {parity['relative_l2']:.1e}, equal pixels {parity['equal_pixels']:.3%}"
+    )
     if not scored:
         command = f"uni-instruct evaluate {quote(str(published.path))} --reference DATA --json > scores.json"
         lines.append(f"next: {command}, then --scores scores.json")

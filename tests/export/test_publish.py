@@ -198,7 +198,6 @@ def test_a_card_takes_no_scores_of_other_weights(published: Bundle, tmp_path: Pa
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("teacher", "is a teacher of 4 steps, not a one-step generator"),
         ("missing", "there is no bundle"),
         ("other bundle", "holds something else than an earlier publication of these weights; name another folder"),
         ("itself", "holds something else than an earlier publication of these weights; name another folder"),
@@ -208,7 +207,7 @@ def test_a_card_takes_no_scores_of_other_weights(published: Bundle, tmp_path: Pa
     ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_everything(
-    wrong: str, message: str, original: Bundle, published: Bundle, tiny_teacher: Bundle, tmp_path: Path, cli: Cli
+    wrong: str, message: str, original: Bundle, published: Bundle, tmp_path: Path, cli: Cli
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("precious")
@@ -218,7 +217,6 @@ def test_a_wrong_request_is_one_line_and_leaves_everything(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     out = tmp_path / "out"
     arguments: dict[str, list[str | Path]] = {
-        "teacher": [tiny_teacher.path, "--out", out],
         "missing": [tmp_path / "none", "--out", out],
         "other bundle": [other.path, "--out", published.path],
         "itself": [published.path, "--out", published.path],
@@ -246,3 +244,26 @@ def test_no_folder_of_the_machine_is_published(published: Bundle) -> None:
 def test_inspect_says_how_weights_are_stored(original: Bundle, published: Bundle, cli: Cli) -> None:
     assert "MB of fp16, sha256" in cli("inspect", published.path)[1]
     assert "MB of fp32, sha256" in cli("inspect", original.path)[1]
+
+
+def test_a_teacher_is_published_to_distil_from(tmp_path: Path, cli: Cli) -> None:
+    run = random_bundle(tmp_path / "RUN" / "teacher", seed=2, steps=3)
+    Bundle.write(run.path, replace(run.spec, provenance={"data": "/home/somebody/data.zip"}), run.weights(), "# tiny\n", b"png")
+    code, text, err = cli("publish", str(run.path), "--out", str(tmp_path / "tiny-teacher"))
+    assert code == 0, err
+    teacher = Bundle.open(tmp_path / "tiny-teacher")
+    assert (teacher.spec.steps, teacher.stored_precision()) == (3, "fp16")
+    assert teacher.spec.provenance["data"] == "data.zip"
+    assert sorted(path.name for path in teacher.path.iterdir()) == [CARD, CONFIG, WEIGHTS, SAMPLES]
+    seeds = range(64)
+    before, after = (
+        generate_images(open_engine(bundle, "torch"), seeds, np.arange(64) % 10).astype(int)
+        for bundle in (Bundle.open(run.path), teacher)
+    )
+    found = re.search(r"([\d.]+)% of the pixels of seeds 0-63 differ, by up to (\d+) levels", (teacher.path / CARD).read_text())
+    assert found
+    assert float(found[1]) == pytest.approx(100 * (before != after).mean(), abs=0.01)
+    assert int(found[2]) == np.abs(before - after).max()
+    assert f"by up to {found[2]} levels (64 images)" in text
+    again = cli("publish", str(run.path), "--out", str(tmp_path / "tiny-teacher"), "--scores", str(teacher.path / CARD))
+    assert (again[0], "is a teacher: its card keeps the scores" in again[2]) == (2, True)
