@@ -36,7 +36,7 @@ from uni_instruct.engines.onnxruntime import _checked_provider
 from uni_instruct.engines.record import RECORD, EngineId
 from uni_instruct.engines.runtime import RUNTIMES
 from uni_instruct.export.api import export_bundle
-from uni_instruct.export.publish import _check_replaceable, check_scores, read_scores
+from uni_instruct.export.publish import _check_replaceable, check_scores, publish, read_scores
 from uni_instruct.export.targets import export_engine
 from uni_instruct.networks import autoencoder
 from uni_instruct.progress import silent
@@ -267,6 +267,7 @@ ENGINES = [
 RUN = [
     Value(PB, "{} does not say what was scored", lambda tmp: read_scores(scores(tmp, weights_sha256=7)), lambda remedy, tmp: said(remedy, "--json' printed", read_scores(scores(tmp)))),
     Value(PB, "scores of {} are of other weights", lambda tmp: of_weights(tmp, "b" * 64), lambda remedy, tmp: of_weights(tmp, said(remedy, "evaluate what is published", None))),
+    Value(PB, "(_publish_teacher)", lambda tmp: publish(random_bundle(tmp / "t", 1, steps=2).path, tmp / "o", [scores(tmp)]), lambda remedy, tmp: publish(tmp / "t", tmp / "o", said(remedy, "leave --scores out", ()))),
     Value(PB, "{} holds something else", lambda tmp: _check_replaceable(tmp, random_bundle(tmp / "b", 1)), lambda remedy, tmp: _check_replaceable(tmp / said(remedy, "name another folder", "other"), Bundle.open(tmp / "b")) is None),
     Value("uni_instruct/engines/runtime.py", "engine {} does not run on", lambda _: device_for("openvino-fp32", "cuda:0"), lambda remedy, _: device_for("openvino-fp32", found(r"--device (\w+)", remedy))),
     Value("uni_instruct/engines/runtime.py", "engine {} needs a CUDA device", lambda _: device_for("torch-fp32", "cuda:0"), lambda remedy, _: device_for(said(remedy, "an engine of another runtime", "onnx-fp32"), None)),

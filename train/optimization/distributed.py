@@ -17,7 +17,7 @@ from uni_instruct.train.config import LoopConfig, Recipe
 from uni_instruct.train.optimization.precision import AUTOCASTS
 
 Module = TypeVar("Module", bound=torch.nn.Module)
-Part = TypeVar("Part")
+Given = TypeVar("Given")
 
 # A run of fewer images is over before another process has loaded torch.
 SHORT_KIMG = 20.0
@@ -87,7 +87,7 @@ def ended_together(fabric: Fabric) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def gathered(fabric: Fabric, part: Part) -> list[Part]:
+def gathered(fabric: Fabric, part: Given) -> list[Given]:
     """What each process gives, in their order, in the first process; in the others nothing."""
     if fabric.world_size == 1:
         return [part]
