@@ -28,7 +28,7 @@ from uni_instruct.train.judging import announce, choose_judge
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.auto_precision import settle_for_run
-from uni_instruct.train.optimization.distributed import BatchShard, ended_together, start_fabric
+from uni_instruct.train.optimization.distributed import BatchShard, check_divides, ended_together, start_fabric
 from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
@@ -57,6 +57,9 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
     plan = make_plan(recipe, saved_classes(out))
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
+    # Before there are others: the one that fails first would end this one before it has said why.
+    for config in (recipe.teacher, recipe.distillation):
+        check_divides(devices, config.batch)
     fabric = start_fabric(devices, recipe.loop.precision)
     with ended_together(fabric), arithmetic_of(recipe.loop.precision):
         # Both stages, though the second comes hours later: a batch that does not divide is told now.

@@ -136,6 +136,16 @@ def arranged(module: Module, loop: LoopConfig) -> Module:
     return module
 
 
+def check_divides(processes: int, batch: int) -> None:
+    """Raises RequestError where so many processes cannot share a batch out equally."""
+    if batch % processes:
+        raise RequestError(
+            f"a batch of {batch} cannot be divided among {processes} processes",
+            remedy="give a batch that their number divides",
+            param="devices",
+        )
+
+
 class BatchShard:
     """This process's part of every global batch, in micro-batches: slices of the global batch.
 
@@ -144,12 +154,7 @@ class BatchShard:
 
     def __init__(self, fabric: Fabric, batch: int, micro_batch: int):
         # Unequal shares would make a mean of means that is not the mean of the batch.
-        if batch % fabric.world_size:
-            raise RequestError(
-                f"a batch of {batch} cannot be divided among {fabric.world_size} processes",
-                remedy="give a batch that their number divides",
-                param="devices",
-            )
+        check_divides(fabric.world_size, batch)
         local = batch // fabric.world_size
         # Every process draws for the whole batch and takes its slice, so that N processes see what one would.
         start = fabric.global_rank * local
