@@ -124,3 +124,21 @@ def test_a_later_process_takes_what_the_first_has_noted(tmp_path: Path, monkeypa
 def test_what_is_none_is_refused(cli: Callable[..., tuple[int, str, str]], change: str, message: str) -> None:
     code, _, said = cli("train", "digits", "--out", "run", "--set", change)
     assert (code, said.strip()) == (2, f"error: {message}")
+
+
+def test_trials_take_one_thread_and_leave_the_others_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def step_s(spec: object, way: Way, images: int) -> float:
+        threads.append(torch.get_num_threads())
+        return 1.0
+
+    monkeypatch.setattr(precision, "_step_s", step_s)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        settled(LoopConfig(), SPEC, 8, shown=False)
+        assert set(threads) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
