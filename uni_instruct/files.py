@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -119,6 +119,23 @@ def try_lock(file: int, *, shared: bool = False, wait: bool = False) -> bool | N
     except OSError as error:
         return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
     return True
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within the block this process alone holds the lock file at `path`, which is made if need be.
+
+    on_wait is called where another holds it. Without locks (see `try_lock`) nobody waits. Raises DiskError.
+    """
+    with disk_errors(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if try_lock(file) is False:
+            on_wait()
+            try_lock(file, wait=True)
+        yield
+    finally:
+        os.close(file)
 
 
 def sha256(path: Path) -> str:

@@ -2,14 +2,13 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from uni_instruct.engines.threads import one_torch_thread
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file
 from uni_instruct.networks.build import build_denoiser
@@ -71,24 +70,14 @@ def _measured(ways: list[Way], spec: ModelSpec, most: int, with_progress: Progre
     times = dict.fromkeys(ways, float("inf"))
     # Round by round, so that a neighbour on the machine slows all ways and not the one that was on; the best of each counts.
     trials = [way for _ in range(ROUNDS) for way in ways]
-    with _one_thread(), with_progress("precision: what is fastest here", len(trials), "trials") as bar:
+    # What one thread multiplies fastest, all do. Several wait for each other beside a busy neighbour, in some ways most of all.
+    with one_torch_thread(), with_progress("precision: what is fastest here", len(trials), "trials") as bar:
         # One image first: how many take STEP_S on this machine is not known before.
         images = round(min(most, MOST_IMAGES, max(1.0, STEP_S / _step_s(spec, ways[0], 1))))
         for number, way in enumerate(trials):
             times[way] = min(times[way], _step_s(spec, way, images))
             bar.advance(1, _verdict(times, images) if number == len(trials) - 1 else None)
     return _fastest(times)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """What a thread multiplies fastest, all do. Several wait for each other beside a busy neighbour, some ways far more than others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def settle_for_run(loop: LoopConfig, spec: ModelSpec, images: int, folder: Path) -> LoopConfig:

@@ -5,6 +5,8 @@ threads that sleep leave them to others. Which is faster depends on who else wan
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,3 +85,16 @@ def usable_cpus() -> int:
         if allowed.isdecimal():
             limits.append(-(-int(allowed) // int(period)))
     return max(1, min(limits))
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Within the block torch computes in one thread: the same bits on every machine, and none that waits for a busy core."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uni_instruct.data import Dataset
+from uni_instruct.engines.threads import one_torch_thread
 from uni_instruct.errors import DiskError, FileFormatError, RequestError
-from uni_instruct.files import atomic_file, cache_folder, disk_errors
+from uni_instruct.files import atomic_file, cache_folder, disk_errors, locked
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import ImageShape
 
@@ -91,16 +92,39 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
         )
     fingerprint = dataset.fingerprint()
     path = classifier_path(fingerprint)
-    if path.is_file():
-        try:
-            load_classifier(path)
-            return path
-        except FileFormatError as error:
-            _log.warning("training again: %s", error)
+    if _is_whole(path):
+        return path
+    lock = path.with_name(f".{path.name}.lock")
     # Before the training, which would be in vain if its result could not be written.
     with _cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _one_thread():
+        lock.touch()
+    # Trainings that are started together want the same classifier: the first makes it, the others wait.
+    with locked(lock, lambda: _log.warning("waiting for the classifier of '%s', which another training makes", dataset.name)):
+        try:
+            if not path.is_file():
+                _train_into(path, dataset, fingerprint, with_progress)
+        finally:
+            lock.unlink(missing_ok=True)
+    return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a classifier can be read there. A file that cannot is removed."""
+    if not path.is_file():
+        return False
+    try:
+        load_classifier(path)
+    except FileFormatError as error:
+        _log.warning("training again: %s", error)
+        path.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _train_into(path: Path, dataset: Dataset, fingerprint: str, with_progress: ProgressFactory) -> None:
+    # The order in which sums are rounded depends on the number of threads, and so small a network gains nothing from more.
+    with one_torch_thread():
         model, heldout_accuracy = train_classifier(dataset, with_progress)
     info = ClassifierInfo(
         recipe=RECIPE,
@@ -112,7 +136,6 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
     content = save(model.state_dict(), metadata={"classifier": json.dumps(asdict(info))})
     with _cache_errors(path), atomic_file(path) as partial:
         partial.write_bytes(content)
-    return path
 
 
 def classifier_path(fingerprint: str) -> Path:
@@ -170,20 +193,6 @@ def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) 
     model.scale.fill_(1 / features.double().var(dim=0).mean().clamp(min=1e-12).sqrt())
     _, logits = _outputs(model, dataset, probe)
     return model.eval(), (logits.argmax(1) == _labels(dataset, probe)).double().mean().item()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Within the block torch computes in one thread, so that every machine's number of cores gives the same weights.
-
-    The order in which sums are rounded depends on the number of threads. So small a network gains nothing from more of them.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _conv(channels_in: int, channels_out: int) -> nn.Conv2d:

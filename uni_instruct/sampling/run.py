@@ -21,7 +21,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.files import atomic_file, disk_errors, make_folder, try_lock
+from uni_instruct.files import atomic_file, disk_errors, locked, make_folder, try_lock
 from uni_instruct.generate import generate_batches, sample_format
 from uni_instruct.progress import Progress
 from uni_instruct.sampling.forms import SampleSet, finished_request, form_of
@@ -144,7 +144,7 @@ class SampleRun:
     def finish(self) -> None:
         """Writes the set whole, unless another process has. Raises DiskError where it cannot be written."""
         request, folder = self.request, self.shards.folder
-        with _locked(folder / REQUEST_LOCK):
+        with locked(folder / REQUEST_LOCK):
             if is_finished(request, self.out):
                 return
             samples = SampleSet(
@@ -187,7 +187,7 @@ def open_run(request: SampleRequest, out: Path, *, shared: bool = False, part: P
     per_shard = images_per_shard(request.spec, request.batch)
     lock = _enter(folder, out, shared)
     try:
-        with _locked(folder / REQUEST_LOCK):
+        with locked(folder / REQUEST_LOCK):
             _note_request(folder, request, per_shard)
         # Nothing from here to the form looks at values: of latents, size and type alone are others.
         size, dtype = sample_format(request.spec)
@@ -271,17 +271,6 @@ def _leave(lock: int, request: SampleRequest, out: Path, shared: bool) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with disk_errors(path):
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try_lock(file, wait=True)
-        yield
-    finally:
-        os.close(file)
 
 
 def _noted_request(folder: Path) -> RequestFacts | None:

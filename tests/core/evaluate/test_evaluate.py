@@ -1,6 +1,8 @@
 """Scores against truths: closed forms, torch-fidelity itself, and a judge that must know good from bad."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,29 @@ def test_a_cache_that_cannot_be_written(digits: Dataset, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RequestError, match=r"cannot write .*/file/uni-instruct/classifiers/.*; set XDG_CACHE_HOME"):
         Evaluator(digits)
+
+
+@pytest.mark.usefixtures("quick_classifier")
+def test_processes_that_want_one_classifier_train_it_once(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from uni_instruct.evaluate import classifier
+
+    trained = []
+
+    def train(*arguments: object) -> object:
+        trained.append(arguments)
+        time.sleep(0.5)  # the other one arrives meanwhile
+        return real_train(*arguments)  # type: ignore[arg-type]
+
+    real_train = classifier.train_classifier
+    monkeypatch.setattr(classifier, "train_classifier", train)
+    with ThreadPoolExecutor(2) as threads:
+        paths = list(threads.map(classifier.trained_classifier, [digits, digits]))
+    assert len(trained) == 1
+    assert paths[0] == paths[1]
+    assert [path.name for path in paths[0].parent.iterdir()] == [paths[0].name]
+    assert "waiting for the classifier of 'digits'" in caplog.text
 
 
 @pytest.mark.usefixtures("quick_classifier")
