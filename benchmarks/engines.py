@@ -30,6 +30,7 @@ INVARIANCE_BATCHES = (1, 2, 3, 7, 16, 64)
 MIN_SECONDS = 0.3  # of calls, for one figure
 # name -> image shape and network arguments.
 NETWORKS = {
+    "small": ((3, 32, 32), {"model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": []}),
     "digits": ((1, 8, 8), {"model_channels": 32, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4]}),
     "fashion": ((1, 28, 28), {"model_channels": 32, "channel_mult": [1, 2, 2], "num_blocks": 1, "attn_resolutions": [14]}),
     "cifar10": ((3, 32, 32), {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}),

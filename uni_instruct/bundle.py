@@ -1,5 +1,6 @@
 """A generator on disk: a folder that is also a valid Hugging Face model repository."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -101,6 +102,15 @@ class Bundle:
     def decoder_weights(self) -> dict[str, np.ndarray] | None:
         """The decoder's parameters by name, as in diffusers: float32; None where the bundle has no decoder."""
         return None if self.spec.decoder is None else _read_weights(self.path / DECODER)
+
+    def with_steps(self, steps: int) -> "Bundle":
+        """The same teacher, whose images take so many steps of the sampler. Raises RequestError for a one-step generator."""
+        if self.spec.steps == 1 and steps > 1:
+            problem = f"{self.path} is a one-step generator, which has no sampler to take {steps} steps"
+            raise RequestError(problem, remedy="leave --steps out, or give a teacher", param="steps")
+        found = copy.copy(self)
+        found.spec = replace(self.spec, steps=steps)
+        return found
 
     def check_makes_pictures(self) -> None:
         """Raises RequestError where the network makes latents and no decoder stands in the bundle; the remedy adds one."""
@@ -225,7 +235,7 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
         return path, str(path)
     if found := (_shipped("generators") | _shipped("teachers")).get(str(source)):
         return found, str(source)
-    shipped = ", ".join(shipped_generators()) or "none"
+    shipped = f"{', '.join(shipped_generators()) or 'none'} (teachers: {', '.join(shipped_teachers()) or 'none'})"
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"
     raise RequestError(problem, remedy=remedy, param="bundle")

@@ -232,6 +232,7 @@ CALLS = [
     Call(EVALUATE, "{} seeds cannot be divided", f"evaluate {{tiny}} {SCORED} --seeds 0-64 --sets 2", value("--seeds", "0-63", "a multiple of --sets")),
     Call(EVALUATE, "sets of seeds that share", f"evaluate {{tiny}} {SCORED} --seeds 0-31,0-31 --sets 2", value("--seeds", "0-63", "each seed once")),
     Call(EVALUATE, "--save-statistics {} is not", f"evaluate {{tiny}} {SCORED} --seeds 0-63 --save-statistics {{tmp}}/x.txt", such_as("--save-statistics")),
+    Call("uni_instruct/bundle.py", "(with_steps)", f"evaluate {{tiny}} {SCORED} --seeds 0-63 --steps 3", left_out("--steps")),
     Call(EVALUATE, "--extractor-weights are for", f"evaluate {{tiny}} {SCORED} --seeds 0-63 --extractor-weights {{tmp}}/x.pt", left_out("--extractor-weights")),
     Call(EVALUATE, "there is no bundle and there are no images", f"evaluate {{tmp}}/nothing {SCORED}",
          lambda remedy, arguments: ["{unlabelled}" if word == "{tmp}/nothing" and "zip or npz of images" in remedy else word for word in arguments]),

@@ -1,7 +1,5 @@
 """What steps buy: the teacher's distance to the data against the number of its steps, with the one-step student as a line."""
 
-import copy
-import dataclasses
 import time
 
 from uni_instruct.engine import open_engine
@@ -58,9 +56,7 @@ def _distance(material: Material, steps: int, samples: int) -> float:
     """The teacher's, sampled in so many steps."""
     evaluator = material.evaluator
     assert evaluator is not None
-    bundle = copy.copy(material.teacher)
-    bundle.spec = dataclasses.replace(bundle.spec, steps=steps)
-    engine = open_engine(bundle, "torch")
+    engine = open_engine(material.teacher.with_steps(steps), "torch")
     seeds = range(samples)
     drawn = draw_classes(engine.spec, seeds, evaluator.reference)
     scores = evaluator.score_batches(generate_batches(engine, seeds, drawn.class_ids, BATCH), None, ["fd"])

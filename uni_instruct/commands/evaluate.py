@@ -44,6 +44,11 @@ QUICK_SETS, QUICK_VALUES, MIN_SAMPLES_OF_SETS = 3, 500_000, 1000
 @click.argument("images", metavar="BUNDLE|IMAGES")
 @click.option("--reference", "reference_source", required=True, help="Data set, or .npz or .pkl of mu and sigma.")
 @click.option("--teacher", help="Bundle that is scored on the same seeds, for the ratio of the distances.")
+@click.option(
+    "--steps",
+    type=click.IntRange(2, 1000),
+    help="Of the sampler of --teacher, or of BUNDLE if that is one; N evaluate its network 2N - 1 times. [default: its own]",
+)
 @click.option("--metrics", help=f"Some of {','.join(METRICS)}. [default: all that apply]")
 @click.option(
     "--extractor", type=click.Choice([*EXTRACTORS, *PRETRAINED]), default="auto", help="What turns images into features."
@@ -85,6 +90,7 @@ def evaluate(
     images: str,
     reference_source: str,
     teacher: str | None,
+    steps: int | None,
     metrics: str | None,
     extractor: str,
     extractor_weights: Path | None,
@@ -111,14 +117,19 @@ def evaluate(
     # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
     names, staff, bundle = _names(metrics), staff_of(workers, ray_address, device), _bundle(images)
     _check_statistics_path(save_statistics)
-    given = {"--teacher": teacher, "--seed": seed, "--seeds": seeds_text, "--classes": classes, "--engine": engine}
-    _check_images_options(bundle, given | {"--device": device, "--sets": sets})
+    given = {"--teacher": teacher, "--steps": steps, "--seed": seed, "--seeds": seeds_text, "--classes": classes}
+    _check_images_options(bundle, given | {"--engine": engine, "--device": device, "--sets": sets})
+    compared = Bundle.open(teacher) if teacher is not None else None
+    if steps is not None and compared is not None:
+        compared = compared.with_steps(steps)
+    elif steps is not None and bundle is not None:
+        bundle = bundle.with_steps(steps)
     reference = open_reference(reference_source)
     count = _sets(sets, seeds_text, samples, bundle, reference)
     seeds = choose_seeds(seeds_text, seed, samples, reference, count)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
     if bundle is not None:
-        sources = _bundle_sources(bundle, teacher, seeds, engine, device, batch, reference, drawn)
+        sources = _bundle_sources(bundle, compared, seeds, engine, device, batch, reference, drawn)
     else:
         sources = {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
     evaluator = _evaluator(reference, _opened_extractor(extractor, extractor_weights), sources, names, count)
@@ -147,7 +158,7 @@ def _save_statistics(evaluator: Evaluator, path: Path | None) -> None:
 
 def _bundle_sources(
     bundle: Bundle,
-    teacher: str | None,
+    teacher: Bundle | None,
     seeds: list[int],
     engine: str | None,
     device: str | None,
@@ -157,7 +168,7 @@ def _bundle_sources(
 ) -> dict[str, SampleSource]:
     sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids, device)}
     if teacher is not None:
-        sources["teacher"] = _teacher_samples(Bundle.open(teacher), seeds, batch, reference, drawn.how, device)
+        sources["teacher"] = _teacher_samples(teacher, seeds, batch, reference, drawn.how, device)
     return sources
 
 

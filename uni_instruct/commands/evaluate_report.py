@@ -14,6 +14,7 @@ from uni_instruct.evaluate.class_draw import DrawnClasses
 from uni_instruct.evaluate.result import EvaluationResult, RoleScores
 from uni_instruct.evaluate.sample_source import SampleSource
 from uni_instruct.evaluate.scores import frechet_name
+from uni_instruct.spec import evaluations
 
 
 def score_facts(
@@ -57,6 +58,7 @@ def over_sets(scores: Sequence[Scores], source: SampleSource, samples: int) -> R
         "source": source.source,
         "engine": source.engine or None,
         "weights_sha256": source.weights_sha256 or None,
+        "steps": source.steps or None,
         "samples": samples,
         "values": {name: mean(column) for name, column in columns.items()} if len(scores) > 1 else by_set[0],
     }
@@ -85,7 +87,9 @@ def print_scores(facts: EvaluationResult) -> None:
     for role, score in roles.items():
         classes = f", classes {facts['classes']}" if facts["classes"] else ""
         times = f"{facts['sets']} x " if facts["sets"] > 1 else ""
-        made_by = f" on {score['engine']}, seeds {facts['seeds']}{classes}" if score["engine"] else ""
+        steps = score.get("steps") or 1
+        sampled = f" in {steps} steps ({evaluations(steps)} evaluations)" if steps > 1 else ""
+        made_by = f"{sampled} on {score['engine']}, seeds {facts['seeds']}{classes}" if score["engine"] else ""
         click.echo(f"{role}: {times}{score['samples']} images of {score['source']}{made_by}")
     reference, extractor = facts["reference"], facts["extractor"]
     size = f", {reference['samples']} images" if reference["samples"] else ""

@@ -18,16 +18,20 @@ ReadTask = Callable[[Task], Iterator[np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True)
 class BundleImages:
-    """The images that an engine of a bundle makes of seeds; device as `open_engine` takes it, of each worker by itself."""
+    """The images that an engine of a bundle makes of seeds, in so many steps of the sampler.
+
+    device as `open_engine` takes it, of each worker by itself.
+    """
 
     bundle: Path
     engine: str
     batch: int
+    steps: int
     device: str | None = None
 
     def open(self, *, alone: bool) -> ReadTask:
         """alone: whether this process has the machine to itself."""
-        engine = open_engine(Bundle.open(self.bundle), self.engine, device=self.device, spin=alone)
+        engine = open_engine(Bundle.open(self.bundle).with_steps(self.steps), self.engine, device=self.device, spin=alone)
         return lambda task: generate_batches(engine, task.seeds, task.class_ids, self.batch)
 
     def paths(self) -> list[Path]:

@@ -22,12 +22,14 @@ class ExtractorFacts(TypedDict):
 class RoleScores(TypedDict):
     """One role's scores by metric: values are means over the sets of seeds. The last three are there for several sets alone.
 
-    engine and weights_sha256 are None for images that were made elsewhere; samples is the size of a set.
+    engine, weights_sha256 and steps (of a teacher's sampler, else 1) are None for images that were made elsewhere; results of
+    earlier versions have no steps. samples is the size of a set.
     """
 
     source: str
     engine: str | None
     weights_sha256: str | None
+    steps: NotRequired[int | None]
     samples: int
     values: dict[str, float]
     spread: NotRequired[dict[str, float]]

@@ -21,7 +21,7 @@ class SampleSource:
 
     seeds int64 [count] are the seeds, or of images that exist already their indices; class_ids int64 [count] are the
     generator's, or None. expected int64 [count] are the classes in the reference's numbering, or None; note then says why,
-    where there are classes. engine and weights_sha256 are empty for images that exist already.
+    where there are classes. engine and weights_sha256 are empty, and steps is 0, for images that exist already.
     """
 
     source: str
@@ -33,6 +33,7 @@ class SampleSource:
     expected: np.ndarray | None = field(repr=False, default=None)
     engine: str = ""
     weights_sha256: str = ""
+    steps: int = 0
     note: str = ""
 
     def parts(self, sets: int) -> "list[SampleSource]":
@@ -75,12 +76,13 @@ def bundle_samples(
         source=str(bundle.path),
         count=len(seeds),
         image_shape=bundle.spec.image_shape,
-        images=BundleImages(bundle=bundle.path, engine=chosen, batch=batch, device=device),
+        images=BundleImages(bundle=bundle.path, engine=chosen, batch=batch, steps=bundle.spec.steps, device=device),
         seeds=np.array(seeds, dtype=np.int64),
         class_ids=class_ids,
         expected=mapped,
         engine=chosen,
         weights_sha256=bundle.weights_sha256,
+        steps=bundle.spec.steps,
         note=note,
     )
 

@@ -63,6 +63,22 @@ def test_workers_and_sets_of_seeds_do_not_change_a_score(cli: Cli, tiny_bundle: 
     assert images["scores"]["images"]["values"] == second
 
 
+def test_a_teacher_is_sampled_in_as_many_steps_as_asked_for(cli: Cli, tiny_bundle: Bundle, tiny_teacher: Bundle) -> None:
+    options = ("--metrics", "fd", "--samples", "60", "--sets", "1")
+    own = evaluated(cli, tiny_teacher.path, *options)["scores"]["generator"]
+    three = evaluated(cli, tiny_teacher.path, *options, "--steps", "3")["scores"]["generator"]
+    assert (own["steps"], three["steps"]) == (tiny_teacher.spec.steps, 3)
+    assert own["values"] != three["values"]
+    assert evaluated(cli, tiny_teacher.path, *options, "--steps", str(own["steps"]))["scores"]["generator"] == own
+    # Workers open the bundle by themselves.
+    assert evaluated(cli, tiny_teacher.path, *options, "--steps", "3", "--workers", "1")["scores"]["generator"] == three
+    both = evaluated(cli, tiny_bundle.path, *options, "--teacher", tiny_teacher.path, "--steps", "3")["scores"]
+    assert (both["generator"]["steps"], both["teacher"]["values"]) == (1, three["values"])
+    code, out, _ = cli("evaluate", tiny_teacher.path, "--reference", "digits", *options, "--steps", "3")
+    assert code == 0
+    assert "in 3 steps (5 evaluations) on torch-fp32" in out
+
+
 def test_teacher_and_student_are_scored_on_the_same_seeds(cli: Cli, tiny_bundle: Bundle, tiny_teacher: Bundle) -> None:
     options = ["--seed", "50", "--samples", "60", "--metrics", "fd,class_accuracy"]
     both = evaluated(cli, tiny_bundle.path, "--teacher", tiny_teacher.path, *options)
@@ -110,6 +126,8 @@ def test_as_many_seeds_as_the_reference_has_images(cli: Cli, tiny_bundle: Bundle
         (["digits", "--reference", "digits", "--samples", "99999999999"], "99999999999 is not in the range"),
         (["wide.npz", "--reference", "digits", "--seeds", "0-9"], "--seeds needs a bundle, and images were given"),
         (["wide.npz", "--reference", "digits", "--teacher", "x"], "--teacher needs a bundle, and images were given"),
+        (["digits", "--reference", "digits", "--steps", "3"], "is a one-step generator, which has no sampler to take 3 steps"),
+        (["wide.npz", "--reference", "digits", "--steps", "3"], "--steps needs a bundle, and images were given"),
         (["digits", "--reference", "digits", "--extractor", "dino"], "'dino' is not one of"),
         (["digits", "--reference", "digits", "--save-statistics", "x.txt"], "x.txt is not the name of an .npz"),
         (["BUNDLE", "--reference", "digits", "--seeds", "x"], "seeds 'x' cannot be read"),
