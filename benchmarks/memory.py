@@ -2,7 +2,7 @@
 
 A small generator of 32x32 in colour and ten classes, of random weights, makes so many images into an .npz, a zip, and tar
 shards, and `evaluate` scores as many against 5,000 of its own of other seeds. Each is a command of its own; the peak is that
-of the command and its workers together, looked at ten times a second. The distance is near 0, or something is wrong.
+of the command and its workers together, looked at twice a second. The distance is near 0, or something is wrong.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from machine import describe_machine
 
 from uni_instruct.export.targets import TARGETS
 
-LOOK_S = 0.1
+LOOK_S = 0.5
 REFERENCE = 5000
 # The reference's seeds begin where no sample's do.
 REFERENCE_SEED = 10_000_000
