@@ -53,6 +53,8 @@ class _Bounds:
     limit: int
     silent: dict[Any, None]
     # Of uvicorn's own.
+    access_log: bool
+    access_logger: logging.Logger
     connections: set[Any]
     cycle: Any
     loop: asyncio.AbstractEventLoop
@@ -64,6 +66,8 @@ class _Bounds:
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
+        # Uvicorn puts a line together for every answer as soon as there is a log, also for one that would drop it.
+        self.access_log = self.access_log and self.access_logger.isEnabledFor(logging.INFO)
         if len(self.connections) > self.limit and not _make_room(self.silent):
             transport.write(_TOO_MANY)
             transport.close()

@@ -49,10 +49,7 @@ async def image_response(served: ServedModel, job: Job) -> Response:
 def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str, str]:
     """What made the images, and the milliseconds by stage."""
     timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in stage_ms.items())
-    headers = {"X-Model": served.name, "X-Engine": str(served.engine.id), "Server-Timing": timing}
-    if refused := served.selection.refused:
-        headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
-    return headers
+    return {**served.made_by, "Server-Timing": timing}
 
 
 async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None) -> Generated:
@@ -114,7 +111,7 @@ def job_headers(job: Job) -> dict[str, str]:
     """
     headers = {"X-Seeds": seed_ranges(job.seeds)}
     if job.class_ids is not None:
-        headers["X-Class-Ids"] = ",".join(map(str, job.class_ids))
+        headers["X-Class-Ids"] = ",".join(map(str, job.class_ids.tolist()))
     if job.format in ("npz", "zip"):
         headers["Content-Disposition"] = f'attachment; filename="images.{job.format}"'
     return {name: value for name, value in headers.items() if len(value) <= _LONGEST_HEADER}
