@@ -21,7 +21,7 @@ import numpy as np
 from uni_instruct.engine import Engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
-from uni_instruct.noise import NoisePoint, class_ids_in_turn, draw_inputs
+from uni_instruct.noise import Inputs, NoisePoint, class_ids_in_turn, draw_inputs, noise_of_points
 from uni_instruct.serve.deadlines import Deadlines
 from uni_instruct.serve.device_thread import DeviceThread, EngineCall
 from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 # Weight of the newest batch in the running mean of the time per image: it follows a change of load within some ten batches.
 _MEAN_WEIGHT = 0.2
 _LONGEST_RETRY_S = 60
+# So many numbers of a request's noise, 25 us, are drawn on the event loop. NumPy lets go of the interpreter for each row that it
+# draws, and a thread that wants it back from a busy event loop may wait for 5 ms: a batch of 64 was held up by half of its time.
+_DRAWN_EARLY = 4096
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class Generated:
 class _Ticket:
     """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
 
-    images is there once the first is made; model_s adds up the engine calls that the request took part in.
+    noise is there where it was drawn when the request came; images once the first is made. model_s adds up the engine calls that
+    the request took part in.
     """
 
     seeds: Sequence[NoisePoint]
     class_ids: np.ndarray | None
+    noise: np.ndarray | None
     done: asyncio.Future[None]
     timeout_s: float
     left: int
@@ -148,7 +153,9 @@ class Batcher:
 
     def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, timeout_s: float) -> _Ticket:
         loop = asyncio.get_running_loop()
-        ticket = _Ticket(seeds, class_ids, loop.create_future(), timeout_s, left=len(seeds))
+        shape = self._engine.spec.noise_shape
+        drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _DRAWN_EARLY else None
+        ticket = _Ticket(seeds, class_ids, drawn, loop.create_future(), timeout_s, left=len(seeds))
         self._tickets.append(ticket)
         self._deadlines.add(ticket, loop.time() + timeout_s)
         self._count(len(seeds))
@@ -222,11 +229,7 @@ class Batcher:
         """Images uint8 [len(items), H, W, C]."""
         # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
         size = self._size_for(len(items))
-        class_ids = None
-        if self._engine.spec.num_classes:
-            class_ids = np.array([0 if t.class_ids is None else t.class_ids[index] for t, index in items], dtype=np.int64)
-        # What a request may ask for was checked when it came in.
-        inputs = draw_inputs(self._engine.spec, [ticket.seeds[index] for ticket, index in items], class_ids)
+        inputs = self._inputs(items)
         images = self._engine(*(inputs if size == len(items) else inputs.padded(size)))
         # Images are dealt out by index below: one too few would go to the wrong client.
         expected = (size, *self._image_size)
@@ -236,6 +239,17 @@ class Batcher:
                 remedy="export the bundle again",
             )
         return images
+
+    def _inputs(self, items: list[_Item]) -> Inputs:
+        """What a request may ask for was checked when it came in."""
+        spec, class_ids = self._engine.spec, None
+        if spec.num_classes:
+            class_ids = np.array([0 if t.class_ids is None else t.class_ids[index] for t, index in items], dtype=np.int64)
+        noise = np.empty((len(items), *spec.noise_shape), dtype=np.float32)
+        for row, (ticket, index) in zip(noise, items, strict=True):
+            drawn = ticket.noise
+            row[...] = drawn[index] if drawn is not None else noise_of_points([ticket.seeds[index]], spec.noise_shape)[0]
+        return Inputs(noise, class_ids)
 
     def _made(self, items: list[_Item], images: np.ndarray, seconds: float) -> None:
         """Deals the images of a batch out."""
