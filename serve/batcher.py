@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 # Weight of the newest batch in the running mean of the time per image: it follows a change of load within some ten batches.
 _MEAN_WEIGHT = 0.2
 _LONGEST_RETRY_S = 60
-# So many numbers of a request's noise, 25 us, are drawn on the event loop. NumPy lets go of the interpreter for each row that it
-# draws, and a thread that wants it back from a busy event loop may wait for 5 ms: a batch of 64 was held up by half of its time.
+# Up to so many numbers of a request's noise, 25 us, are drawn on the event loop. NumPy lets go of the interpreter for each row
+# that it draws, and a thread that wants it back from a busy loop may wait for 5 ms: a batch of 64 was late by half of its time.
 _DRAWN_EARLY = 4096
 
 
@@ -50,8 +50,8 @@ class Generated:
 class _Ticket:
     """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
 
-    noise is there where it was drawn when the request came; images once the first is made. model_s adds up the engine calls that
-    the request took part in.
+    noise is there where it was drawn when the request came; images once the first is made. model_s adds up the engine calls
+    that the request took part in.
     """
 
     seeds: Sequence[NoisePoint]

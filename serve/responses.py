@@ -55,8 +55,7 @@ def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str,
 async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None) -> Generated:
     """The images themselves. Raises NotReadyError, and what Batcher.submit raises."""
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
-    served.metrics.stage["queue"].observe(generated.queue_ms / 1e3)
-    served.metrics.stage["model"].observe(generated.model_ms / 1e3)
+    served.metrics.note_stages({"queue": generated.queue_ms, "model": generated.model_ms})
     return generated
 
 
@@ -72,7 +71,7 @@ async def generate_encoded(
 
     class_ids: int64 [N], None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
     """
-    generated = await generate_images(served, seeds, class_ids)
+    generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     start = time.perf_counter()
     images = generated.images
     if format in _QUICK and len(images) <= _QUICK_IMAGES and images.nbytes * factor**2 <= _QUICK_BYTES:
@@ -82,8 +81,9 @@ async def generate_encoded(
         # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
         files = await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, images)
     encode_ms = 1e3 * (time.perf_counter() - start)
-    served.metrics.stage["encode"].observe(encode_ms / 1e3)
-    return EncodedImages(files, {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms})
+    stage_ms = {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms}
+    served.metrics.note_stages(stage_ms)
+    return EncodedImages(files, stage_ms)
 
 
 def error_response(error: UniInstructError) -> JSONResponse:

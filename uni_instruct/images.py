@@ -77,7 +77,7 @@ def _deflated(data: bytes) -> bytes:
         # Looking for repeated bytes alone finds more in such pictures than looking for repeated stretches, and sooner.
         packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
         return packer.compress(data) + packer.flush()
-    # One block as it is (RFC 1951, 3.2.4): a compressor takes ten times as long to begin, and makes a file of 150 bytes 8 smaller.
+    # One block as it is (RFC 1951, 3.2.4): a compressor takes ten times as long to begin, and makes 150 bytes 8 fewer.
     return b"\x78\x01\x01" + struct.pack("<HH", len(data), len(data) ^ 0xFFFF) + data + struct.pack(">I", zlib.adler32(data))
 
 
