@@ -21,7 +21,8 @@ import numpy as np
 from uni_instruct.engine import Engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
-from uni_instruct.noise import Inputs, NoisePoint, class_ids_in_turn, draw_inputs, noise_of_points
+from uni_instruct.noise import Inputs, NoisePoint, noise_of_points
+from uni_instruct.serve.batch_sizes import BatchSizes
 from uni_instruct.serve.deadlines import Deadlines
 from uni_instruct.serve.device_thread import DeviceThread, EngineCall
 from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
@@ -29,8 +30,6 @@ from uni_instruct.serve.metrics import ModelMetrics
 
 logger = logging.getLogger(__name__)
 
-# Weight of the newest batch in the running mean of the time per image: it follows a change of load within some ten batches.
-_MEAN_WEIGHT = 0.2
 _LONGEST_RETRY_S = 60
 # Up to so many numbers of a request's noise, 25 us, are drawn on the event loop. NumPy lets go of the interpreter for each row
 # that it draws, and a thread that wants it back from a busy loop may wait for 5 ms: a batch of 64 was late by half of its time.
@@ -83,6 +82,7 @@ class Batcher:
         device: DeviceThread,
     ):
         self.batch_sizes = tuple(batch_sizes)
+        self._sizes = BatchSizes(batch_sizes)
         self._engine = engine
         self._image_size = image_size(engine.spec)
         self._queue_images = queue_images
@@ -90,8 +90,6 @@ class Batcher:
         self._tickets: deque[_Ticket] = deque()  # with items that the engine has not been handed
         self._again: deque[list[_Item]] = deque()  # of a batch that failed, to be run one by one
         self._queued = 0
-        self._image_s = math.inf  # a running mean of the engine's time per image, once there has been one
-        self._call_s: dict[int, float] = {}  # the same of its calls, by batch size
         self._device = device
         self._asking = False
         self._running = 0
@@ -180,13 +178,12 @@ class Batcher:
         if not items:
             return None
         self._running += 1
-        size = self._size_for(len(items))
-        return EngineCall(functools.partial(self._run, items), self._call_s.get(size, self._image_s * size))
+        return EngineCall(functools.partial(self._run, items), self._sizes.expected_s(len(items)))
 
     def _gather(self) -> list[_Item]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
         items: list[_Item] = []
-        most = self._most_of(self._queued)
+        most = self._sizes.most_of(self._queued)
         while self._tickets and len(items) < most:
             # Round robin: from the front, and to the back as long as items are left, so that every request moves on.
             ticket = self._tickets.popleft()
@@ -196,25 +193,6 @@ class Batcher:
                 self._tickets.append(ticket)
         self._count(-len(items))
         return items
-
-    def _size_for(self, images: int) -> int:
-        """The smallest batch size that holds so many images."""
-        return next(size for size in self.batch_sizes if size >= images)
-
-    def _most_of(self, waiting: int) -> int:
-        """How many of the images that wait go into the next batch.
-
-        All, padded to the next size, or only as many as fill the size below: what makes more images a second by the times of
-        earlier calls. Of 9 images on a CPU 8 leave, on a GPU, which makes 16 in the time of 8, all.
-        """
-        if waiting >= self.batch_sizes[-1] or waiting in self.batch_sizes or not waiting:
-            return self.batch_sizes[-1]
-        above = self._size_for(waiting)
-        below = self.batch_sizes[self.batch_sizes.index(above) - 1]
-        above_s, below_s = self._call_s.get(above), self._call_s.get(below)
-        if above_s is None or (below_s is not None and waiting * below_s >= below * above_s):
-            return waiting
-        return below
 
     def _run(self, items: list[_Item]) -> Callable[[], None]:
         """In the engine's thread: makes the images, or finds out why not."""
@@ -228,7 +206,7 @@ class Batcher:
     def _call(self, items: list[_Item]) -> np.ndarray:
         """Images uint8 [len(items), H, W, C]."""
         # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
-        size = self._size_for(len(items))
+        size = self._sizes.size_for(len(items))
         inputs = self._inputs(items)
         images = self._engine(*(inputs if size == len(items) else inputs.padded(size)))
         # Images are dealt out by index below: one too few would go to the wrong client.
@@ -254,9 +232,7 @@ class Batcher:
     def _made(self, items: list[_Item], images: np.ndarray, seconds: float) -> None:
         """Deals the images of a batch out."""
         self._metrics.batch.observe(len(items))
-        size = self._size_for(len(items))
-        self._call_s[size] = _mean(self._call_s.get(size, math.inf), seconds)
-        self._image_s = _mean(self._image_s, seconds / len(items))
+        self._sizes.note(len(items), seconds)
         for ticket in {ticket for ticket, _ in items}:
             ticket.model_s += seconds
         finished = 0
@@ -336,30 +312,5 @@ class Batcher:
 
     def _retry_after_s(self) -> int:
         """When the queue is likely to be empty: the images in it, at the engine's present speed."""
-        expected_s = self._queued * self._image_s
+        expected_s = self._queued * self._sizes.image_s
         return 1 if not math.isfinite(expected_s) else min(_LONGEST_RETRY_S, max(1, math.ceil(expected_s)))
-
-
-def _mean(mean: float, newest: float) -> float:
-    return newest if math.isinf(mean) else mean + _MEAN_WEIGHT * (newest - mean)
-
-
-def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ...]:
-    """The batch sizes to run, powers of two: as large as pays while one batch holds the engine for at most max_batch_s.
-
-    Each is run before it is admitted, so that no request pays for a first call.
-    """
-    # A small request behind a large batch waits for all of it, so the bound on a batch's time is a bound on that wait.
-    # With powers of two at most half of a call is padding, and few shapes have to be warmed up.
-    sizes: list[int] = []
-    size = 1
-    while size <= max_batch:
-        inputs = draw_inputs(engine.spec, range(size), class_ids_in_turn(engine.spec, size))
-        engine(*inputs)
-        start = time.perf_counter()
-        engine(*inputs)
-        if sizes and time.perf_counter() - start > max_batch_s:
-            break
-        sizes.append(size)
-        size *= 2
-    return tuple(sizes)

@@ -102,9 +102,11 @@ class DeviceThread:
         job = self._jobs.get()
         while job is not None:
             deliver = job.run()
+            job = self._next()  # before the loop hears: what it is asked for next may be quick, and the thread idle
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for it any more
                 self._loop.call_soon_threadsafe(deliver)
-            job = self._next() or self._jobs.get()
+            if job is None:
+                job = self._jobs.get()
 
 
 class DeviceThreads:

@@ -12,7 +12,8 @@ from uni_instruct.engine import Engine, Selection, load_engine, select_engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.images import IMAGE_FORMATS, encode
-from uni_instruct.serve.batcher import Batcher, prewarm
+from uni_instruct.serve.batch_sizes import prewarm
+from uni_instruct.serve.batcher import Batcher
 from uni_instruct.serve.device_thread import DeviceThreads
 from uni_instruct.serve.errors import NotReadyError
 from uni_instruct.serve.metrics import ModelMetrics

@@ -18,7 +18,7 @@ def look_often() -> None:
     # Imported here: BentoML loads the service first, and this module when it makes the supervisor.
     circus: Any = importlib.import_module("bentoml._internal.utils.circus")
 
-    class Arbiter(circus.Arbiter):  # type: ignore[misc]
+    class Arbiter(circus.Arbiter):
         def __init__(self, *args: object, **options: object):
             super().__init__(*args, **{**options, "check_delay": LOOK_EVERY_S})
 

@@ -17,8 +17,10 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
+from uni_instruct.serve import batch_sizes
 from uni_instruct.serve import batcher as batcher_module
-from uni_instruct.serve.batcher import Batcher, prewarm
+from uni_instruct.serve.batch_sizes import prewarm
+from uni_instruct.serve.batcher import Batcher
 from uni_instruct.serve.device_thread import DeviceThread
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
 from uni_instruct.serve.metrics import ServerMetrics
@@ -332,7 +334,7 @@ def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: py
             clock.now += 0.1 * len(z)
             return super().__call__(z, class_ids)
 
-    monkeypatch.setattr(batcher_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(batch_sizes, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.5) == (1, 2, 4)
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.05) == (1,)
     assert prewarm(Gate(engine, is_open=True), max_batch=8, max_batch_s=0.5) == (1, 2, 4, 8)
