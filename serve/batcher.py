@@ -273,7 +273,9 @@ class Batcher:
         self._note_idle()
 
     def _note_idle(self) -> None:
-        if self._idle is not None and not self._running and not self._again and not self._idle.done():
+        with self._device.lock:  # between two batches of the thread neither would be there
+            idle = not self._running and not self._again
+        if idle and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
     def _fail_item(self, item: _Item, error: Exception) -> None:
