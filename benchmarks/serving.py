@@ -37,12 +37,13 @@ AWAKE_S = 0.2
 
 @dataclass
 class Target:
-    """A server under test: how it is started, and what is sent for a seed."""
+    """A server under test: how it is started, what is sent for a seed, and the path that tells when it is ready, if any."""
 
     name: str
     command: list[str]
     path: str
     body: str
+    ready: str = ""
     port: int = 0
     latencies_ms: dict[int, list[float]] = field(default_factory=lambda: {clients: [] for clients in CLIENTS})
     images_per_s: dict[int, list[float]] = field(default_factory=lambda: {clients: [] for clients in CLIENTS})
@@ -106,7 +107,7 @@ def wanted_targets(options: argparse.Namespace) -> list[Target]:
     engine = ["--engine", options.engine] if options.engine else []
     ours = [sys.executable, "-m", "uni_instruct", "serve", options.bundle, "--port", "{port}", *engine]
     targets = [
-        Target("uni-instruct", ours, "/v1/generate", '{"seeds": [%d]}'),
+        Target("uni-instruct", ours, "/v1/generate", '{"seeds": [%d]}', ready="/readyz"),
         Target("BentoML batchable", [*bento, "batchable_service:Batchable"], "/generate", '{"seeds": [%d]}'),
         Target("BentoML plain", [*bento, "plain_service:Plain"], "/generate", '{"seed": %d}'),
     ]
@@ -216,11 +217,14 @@ def stop(target: Target, process: "subprocess.Popen[bytes]") -> None:
 
 
 def until_ready(target: Target) -> None:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{target.port}{target.path}",
-        data=(target.body % 7).encode(),
-        headers={"Content-Type": "application/json"},
-    )
+    address = f"http://127.0.0.1:{target.port}"
+    json_type = {"Content-Type": "application/json"}
+    until_answered(target, urllib.request.Request(address + target.path, (target.body % 7).encode(), json_type))
+    if target.ready:  # it answers while it still loads other things
+        until_answered(target, urllib.request.Request(address + target.ready))
+
+
+def until_answered(target: Target, request: urllib.request.Request) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         with contextlib.suppress(OSError):

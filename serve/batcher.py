@@ -4,7 +4,7 @@ A request becomes (seed, class) items. A batch leaves as soon as the engine is i
 is busy. It takes one item of each waiting request in turn: a request of 64 cannot starve one of 1. Noise comes from seeds, so
 an image does not depend on the batch it runs in.
 
-All of this runs on the event loop, engine calls apart: no lock is needed, since nothing changes between two `await`s.
+Requests come and go on the event loop. The thread of the device takes batches by itself, so what waits changes under its lock.
 """
 
 import asyncio
@@ -21,7 +21,8 @@ import numpy as np
 from uni_instruct.engine import Engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
-from uni_instruct.noise import NoisePoint, class_ids_in_turn, draw_inputs
+from uni_instruct.noise import Inputs, NoisePoint, noise_of_points
+from uni_instruct.serve.batch_sizes import BatchSizes
 from uni_instruct.serve.deadlines import Deadlines
 from uni_instruct.serve.device_thread import DeviceThread, EngineCall
 from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
@@ -29,9 +30,10 @@ from uni_instruct.serve.metrics import ModelMetrics
 
 logger = logging.getLogger(__name__)
 
-# Weight of the newest batch in the running mean of the time per image: it follows a change of load within some ten batches.
-_MEAN_WEIGHT = 0.2
 _LONGEST_RETRY_S = 60
+# Up to so many numbers of a request's noise, 25 us, are drawn on the event loop. NumPy lets go of the interpreter for each row
+# that it draws, and a thread that wants it back from a busy loop may wait for 5 ms: a batch of 64 was late by half of its time.
+_DRAWN_EARLY = 4096
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class Generated:
 class _Ticket:
     """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
 
-    images is there once the first is made; model_s adds up the engine calls that the request took part in.
+    noise is there where it was drawn when the request came; images once the first is made. model_s adds up the engine calls
+    that the request took part in.
     """
 
     seeds: Sequence[NoisePoint]
     class_ids: np.ndarray | None
+    noise: np.ndarray | None
     done: asyncio.Future[None]
     timeout_s: float
     left: int
@@ -78,6 +82,7 @@ class Batcher:
         device: DeviceThread,
     ):
         self.batch_sizes = tuple(batch_sizes)
+        self._sizes = BatchSizes(batch_sizes)
         self._engine = engine
         self._image_size = image_size(engine.spec)
         self._queue_images = queue_images
@@ -85,7 +90,6 @@ class Batcher:
         self._tickets: deque[_Ticket] = deque()  # with items that the engine has not been handed
         self._again: deque[list[_Item]] = deque()  # of a batch that failed, to be run one by one
         self._queued = 0
-        self._image_s = math.inf  # a running mean of the engine's time per image, once there has been one
         self._device = device
         self._asking = False
         self._running = 0
@@ -104,14 +108,10 @@ class Batcher:
         Cancelling frees its place.
         Raises QueueFullError, TimedOutError, EngineFailedError, or StoppingError once closed.
         """
-        if self._closed:
-            raise StoppingError
-        # Refused at once rather than late: whoever waits longer than the timeout would get nothing, and hold up the others.
-        if self._queued + len(seeds) > self._queue_images:
-            self._metrics.dropped["queue_full"].inc(len(seeds))
-            raise QueueFullError(self._queued, self._queue_images, self._retry_after_s())
         start = time.perf_counter()
-        ticket = self._enqueue(seeds, class_ids, timeout_s)
+        with self._device.lock:
+            self._check_room(len(seeds))
+            ticket = self._enqueue(seeds, class_ids, timeout_s)
         try:
             await ticket.done
         except asyncio.CancelledError:
@@ -128,19 +128,32 @@ class Batcher:
         """Stops after the running batch, which is still answered; what waits ends in StoppingError."""
         self._closed = True
         self.turn_away(begun=True)
-        if self._running:
-            self._idle = asyncio.get_running_loop().create_future()
+        with self._device.lock:
+            if self._running:
+                self._idle = asyncio.get_running_loop().create_future()
+        if self._idle is not None:
             await self._idle
 
     def turn_away(self, *, begun: bool = False) -> None:
         """Ends what waits in StoppingError; requests of which the engine has made a part only where `begun` says so."""
-        for ticket in list(self._tickets):
-            if begun or ticket.next == 0:
-                self._fail(ticket, StoppingError(), "stopping")
+        with self._device.lock:
+            for ticket in list(self._tickets):
+                if begun or ticket.next == 0:
+                    self._fail(ticket, StoppingError(), "stopping")
+
+    def _check_room(self, images: int) -> None:
+        if self._closed:
+            raise StoppingError
+        # Refused at once rather than late: whoever waits longer than the timeout would get nothing, and hold up the others.
+        if self._queued + images > self._queue_images:
+            self._metrics.dropped["queue_full"].inc(images)
+            raise QueueFullError(self._queued, self._queue_images, self._retry_after_s())
 
     def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, timeout_s: float) -> _Ticket:
         loop = asyncio.get_running_loop()
-        ticket = _Ticket(seeds, class_ids, loop.create_future(), timeout_s, left=len(seeds))
+        shape = self._engine.spec.noise_shape
+        drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _DRAWN_EARLY else None
+        ticket = _Ticket(seeds, class_ids, drawn, loop.create_future(), timeout_s, left=len(seeds))
         self._tickets.append(ticket)
         self._deadlines.add(ticket, loop.time() + timeout_s)
         self._count(len(seeds))
@@ -159,20 +172,19 @@ class Batcher:
         request wait.
         """
         self._asking = False
-        self._forget_the_done()
         items = self._again.popleft() if self._again else self._gather()
         if self._again or self._tickets:
             self._ask()
         if not items:
-            self._note_idle()
             return None
         self._running += 1
-        return EngineCall(functools.partial(self._run, items), self._image_s * len(items))
+        return EngineCall(functools.partial(self._run, items), self._sizes.expected_s(len(items)))
 
     def _gather(self) -> list[_Item]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
         items: list[_Item] = []
-        while self._tickets and len(items) < self.batch_sizes[-1]:
+        most = self._sizes.most_of(self._queued, idle=not self._device.busy)
+        while self._tickets and len(items) < most:
             # Round robin: from the front, and to the back as long as items are left, so that every request moves on.
             ticket = self._tickets.popleft()
             items.append((ticket, ticket.next))
@@ -194,12 +206,8 @@ class Batcher:
     def _call(self, items: list[_Item]) -> np.ndarray:
         """Images uint8 [len(items), H, W, C]."""
         # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
-        size = next(size for size in self.batch_sizes if size >= len(items))
-        class_ids = None
-        if self._engine.spec.num_classes:
-            class_ids = np.array([0 if t.class_ids is None else t.class_ids[index] for t, index in items], dtype=np.int64)
-        # What a request may ask for was checked when it came in.
-        inputs = draw_inputs(self._engine.spec, [ticket.seeds[index] for ticket, index in items], class_ids)
+        size = self._sizes.size_for(len(items))
+        inputs = self._inputs(items)
         images = self._engine(*(inputs if size == len(items) else inputs.padded(size)))
         # Images are dealt out by index below: one too few would go to the wrong client.
         expected = (size, *self._image_size)
@@ -210,11 +218,21 @@ class Batcher:
             )
         return images
 
+    def _inputs(self, items: list[_Item]) -> Inputs:
+        """What a request may ask for was checked when it came in."""
+        spec, class_ids = self._engine.spec, None
+        if spec.num_classes:
+            class_ids = np.array([0 if t.class_ids is None else t.class_ids[index] for t, index in items], dtype=np.int64)
+        noise = np.empty((len(items), *spec.noise_shape), dtype=np.float32)
+        for row, (ticket, index) in zip(noise, items, strict=True):
+            drawn = ticket.noise
+            row[...] = drawn[index] if drawn is not None else noise_of_points([ticket.seeds[index]], spec.noise_shape)[0]
+        return Inputs(noise, class_ids)
+
     def _made(self, items: list[_Item], images: np.ndarray, seconds: float) -> None:
         """Deals the images of a batch out."""
         self._metrics.batch.observe(len(items))
-        newest = seconds / len(items)
-        self._image_s = newest if math.isinf(self._image_s) else self._image_s + _MEAN_WEIGHT * (newest - self._image_s)
+        self._sizes.note(len(items), seconds)
         for ticket in {ticket for ticket, _ in items}:
             ticket.model_s += seconds
         finished = 0
@@ -243,22 +261,21 @@ class Batcher:
             self._fail_item(items[0], error)
         else:
             logger.warning("a batch of %d images failed (%s); running them one by one", len(items), error)
-            self._again.extend([item] for item in items)
-            self._ask()
+            with self._device.lock:
+                # Of a request that has failed meanwhile, or whose client has left, the others need not be tried.
+                self._again.extend([item] for item in items if not item[0].done.done())
+                self._ask()
         self._over()
 
     def _over(self) -> None:
-        self._running -= 1
-        self._forget_the_done()
+        with self._device.lock:
+            self._running -= 1
         self._note_idle()
 
-    def _forget_the_done(self) -> None:
-        """Of a request that has failed by one item, or whose client has left, the others need not be tried."""
-        if self._again:
-            self._again = deque(items for items in self._again if not items[0][0].done.done())
-
     def _note_idle(self) -> None:
-        if self._idle is not None and not self._running and not self._again and not self._idle.done():
+        with self._device.lock:  # between two batches of the thread neither would be there
+            idle = not self._running and not self._again
+        if idle and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
     def _fail_item(self, item: _Item, error: Exception) -> None:
@@ -281,10 +298,14 @@ class Batcher:
     def _drop(self, ticket: _Ticket, reason: str) -> None:
         """Takes what is left of a request out of the queue."""
         self._metrics.dropped[reason].inc(ticket.left)
-        # It is not there where its last item is with the engine; that image is made and thrown away.
-        if ticket in self._tickets:
-            self._tickets.remove(ticket)
-            self._count(ticket.next - len(ticket.seeds))
+        with self._device.lock:
+            # It is not there where its last item is with the engine; that image is made and thrown away.
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+                self._count(ticket.next - len(ticket.seeds))
+            if self._again:
+                self._again = deque(items for items in self._again if items[0][0] is not ticket)
+        self._note_idle()
 
     def _count(self, images: int) -> None:
         self._queued += images
@@ -293,26 +314,5 @@ class Batcher:
 
     def _retry_after_s(self) -> int:
         """When the queue is likely to be empty: the images in it, at the engine's present speed."""
-        expected_s = self._queued * self._image_s
+        expected_s = self._queued * self._sizes.image_s
         return 1 if not math.isfinite(expected_s) else min(_LONGEST_RETRY_S, max(1, math.ceil(expected_s)))
-
-
-def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ...]:
-    """The batch sizes to run, powers of two: as large as pays while one batch holds the engine for at most max_batch_s.
-
-    Each is run before it is admitted, so that no request pays for a first call.
-    """
-    # A small request behind a large batch waits for all of it, so the bound on a batch's time is a bound on that wait.
-    # With powers of two at most half of a call is padding, and few shapes have to be warmed up.
-    sizes: list[int] = []
-    size = 1
-    while size <= max_batch:
-        inputs = draw_inputs(engine.spec, range(size), class_ids_in_turn(engine.spec, size))
-        engine(*inputs)
-        start = time.perf_counter()
-        engine(*inputs)
-        if sizes and time.perf_counter() - start > max_batch_s:
-            break
-        sizes.append(size)
-        size *= 2
-    return tuple(sizes)

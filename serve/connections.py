@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import logging
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from uni_instruct.serve.deadlines import Deadlines
 from uni_instruct.serve.departures import CONNECTION
 from uni_instruct.serve.settings import Settings
 
@@ -43,6 +44,7 @@ def _allow_files(count: int) -> None:
 def _bounded(protocol: type[Any], settings: Settings) -> type[Any]:
     """Uvicorn's protocol, one object a connection, with the limits."""
     limits = {"receive_s": settings.receive_s, "limit": settings.connections, "silent": {}}
+    limits |= {"keep_alive_s": settings.keep_alive_s, "idle": Deadlines(lambda silent: silent.timeout_keep_alive_handler())}
     return type("Bounded", (_Bounds, protocol), limits)
 
 
@@ -50,11 +52,18 @@ class _Bounds:
     """Stands before uvicorn's protocol. `silent` has the connections on which no request is under way, the oldest first."""
 
     receive_s: float
+    keep_alive_s: float
     limit: int
     silent: dict[Any, None]
+    idle: Deadlines[Any]
     # Of uvicorn's own.
+    access_log: bool
+    access_logger: logging.Logger
     connections: set[Any]
     cycle: Any
+    flow: Any
+    pipeline: Collection[Any]
+    server_state: Any
     loop: asyncio.AbstractEventLoop
     transport: Any
 
@@ -64,6 +73,8 @@ class _Bounds:
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
+        # Uvicorn puts a line together for every answer as soon as there is a log, also for one that would drop it.
+        self.access_log = self.access_log and self.access_logger.isEnabledFor(logging.INFO)
         if len(self.connections) > self.limit and not _make_room(self.silent):
             transport.write(_TOO_MANY)
             transport.close()
@@ -72,6 +83,7 @@ class _Bounds:
         self._expect()
 
     def data_received(self, data: bytes) -> None:
+        self.idle.remove(self)
         super().data_received(data)  # type: ignore[misc]
         cycle = self.cycle
         if cycle is not None:
@@ -83,12 +95,20 @@ class _Bounds:
             self.silent.pop(self, None)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()  # type: ignore[misc]
-        if not self.transport.is_closing():
-            self.silent[self] = None
+        if self.pipeline or self.transport.is_closing():
+            super().on_response_complete()  # type: ignore[misc]
+            if not self.transport.is_closing():
+                self.silent[self] = None
+            return
+        # What uvicorn does, but for its timer: one that is made and cancelled with every request.
+        self.server_state.total_requests += 1
+        self.flow.resume_reading()
+        self.silent[self] = None
+        self.idle.add(self, self.loop.time() + self.keep_alive_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unexpect()
+        self.idle.remove(self)
         self.silent.pop(self, None)
         super().connection_lost(exc)  # type: ignore[misc]
         if self.on_lost is not None:

@@ -25,22 +25,24 @@ class EngineCall(NamedTuple):
     expected_s: float = math.inf
 
 
-# Called on the event loop when the turn has come: a job, or None where nothing waits any more.
+# Called when the turn has come, on the event loop or in the thread, under `DeviceThread.lock`: a job, or None where nothing
+# waits any more.
 Turn = Callable[[], EngineCall | None]
 
 
 class DeviceThread:
     """Runs one job at a time; batchers take turns, in the order in which they ask. To be used from one event loop.
 
-    No future and no task a batch: the loop puts a job into a queue, and hears of it by one callback. Jobs of up to quick_s
-    seconds run on the loop itself.
+    No future and no task a batch: the loop hears of it by one callback. The thread takes the next job by itself: the loop may
+    be answering requests for milliseconds before it could hand one over. Jobs of up to quick_s seconds run on the loop.
     """
 
     def __init__(self, quick_s: float = 0.0) -> None:
+        self.lock = threading.RLock()  # to be held by whoever changes what a turn looks at
         self._quick_s = quick_s
         self._jobs: SimpleQueue[EngineCall | None] = SimpleQueue()
         self._turns: deque[Turn] = deque()
-        self._busy = False
+        self.busy = False  # the thread has a job
         self._loop: asyncio.AbstractEventLoop | None = None
         # One thread: a second call at the same time would only share the same cores. A daemon, as it waits for ever.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -51,12 +53,14 @@ class DeviceThread:
         return self._loop is None or self._thread.is_alive()
 
     def ask(self, turn: Turn) -> None:
-        """A turn, once those who have asked before have had theirs."""
+        """A turn, once those who have asked before have had theirs. To be called on the event loop, or within a turn."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._thread.start()
-        self._turns.append(turn)
-        if not self._busy and len(self._turns) == 1:
+        with self.lock:
+            self._turns.append(turn)
+            waits_for_nobody = not self.busy and len(self._turns) == 1
+        if waits_for_nobody:
             # Not at once: what the event loop has read in the same round goes into the same batch.
             self._loop.call_soon(self._start)
 
@@ -67,15 +71,12 @@ class DeviceThread:
             self._thread.join()
 
     def _start(self) -> None:
-        # A batch is gathered when its turn comes, not before: while one model runs, the batches of the others go on filling.
-        while self._turns and not self._busy:
-            job = self._turns.popleft()()
-            if job is None:
-                continue
+        """On the event loop, where the thread may be idle: runs what is quick, hands over what is not."""
+        while not self.busy and (job := self._next()) is not None:
             if job.expected_s <= self._quick_s:
                 self._run_here(job)
             else:
-                self._busy = True
+                self.busy = True
                 self._jobs.put(job)
 
     def _run_here(self, job: EngineCall) -> None:
@@ -86,17 +87,26 @@ class DeviceThread:
             self._loop.call_soon(self._start)  # or those who wait for a turn would wait for ever
             raise
 
-    def _finished(self, deliver: Callable[[], None]) -> None:
-        self._busy = False
-        self._start()  # first: the engine need not wait until the images of the last batch are dealt out
-        deliver()
+    def _next(self) -> EngineCall | None:
+        # A batch is gathered when its turn comes, not before: while one model runs, the batches of the others go on filling.
+        with self.lock:
+            while self._turns:
+                job = self._turns.popleft()()
+                if job is not None:
+                    return job
+            self.busy = False
+            return None
 
     def _work(self) -> None:
         assert self._loop is not None
-        while (job := self._jobs.get()) is not None:
+        job = self._jobs.get()
+        while job is not None:
             deliver = job.run()
+            job = self._next()  # before the loop hears: what it is asked for next may be quick, and the thread idle
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for it any more
-                self._loop.call_soon_threadsafe(self._finished, deliver)
+                self._loop.call_soon_threadsafe(deliver)
+            if job is None:
+                job = self._jobs.get()
 
 
 class DeviceThreads:

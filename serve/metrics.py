@@ -1,5 +1,6 @@
 """What the server measures, for Prometheus. Every label has few values: nothing grows with the requests."""
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -84,7 +85,15 @@ class ModelMetrics:
         self.queue = server.queue.labels(name)
         self.batch = server.batch.labels(name)
         self.dropped = {reason: server.dropped.labels(reason, name) for reason in DROP_REASONS}
-        self.stage = {stage: server.stage.labels(stage, name) for stage in REQUEST_STAGES}
+        self._stage = {stage: server.stage.labels(stage, name) for stage in REQUEST_STAGES}
+
+    def note_stages(self, stage_ms: dict[str, float]) -> None:
+        """Counts a request's milliseconds by stage, once its answer is on its way: nobody needs to wait for the counting."""
+        asyncio.get_running_loop().call_soon(self._observe, stage_ms)
+
+    def _observe(self, stage_ms: dict[str, float]) -> None:
+        for stage, milliseconds in stage_ms.items():
+            self._stage[stage].observe(milliseconds / 1e3)
 
 
 def exposition(metrics: ServerMetrics, workers: int) -> bytes:

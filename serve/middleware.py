@@ -16,6 +16,7 @@ from uni_instruct.serve.request_id import with_request_id
 from uni_instruct.serve.responses import error_response
 from uni_instruct.serve.settings import Settings
 from uni_instruct.serve.stopping import Stopping
+from uni_instruct.serve.whole_answers import in_one_piece
 
 # Open without a key: orchestrators probe them without one, and they say nothing but yes or no.
 HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
@@ -59,6 +60,7 @@ class Guards:
             return
         scope[_PASSED] = True
         add_prefix(scope, self._settings.prefix)
+        send = in_one_piece(send)
         if self._settings.access_log and scope["type"] == "http":
             send = logged(scope, send)
         await self._guarded(scope, receive, send)

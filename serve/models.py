@@ -3,15 +3,13 @@
 import asyncio
 import gc
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 from uni_instruct.serve.device_thread import DeviceThreads
 from uni_instruct.serve.errors import UnknownModelError
 from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.reload import Fingerprint, fingerprint
-from uni_instruct.serve.served_model import ServedModel, State
+from uni_instruct.serve.served_model import Lease, ServedModel, State
 from uni_instruct.serve.settings import Settings
 from uni_instruct.serve.sources import sources_by_name
 from uni_instruct.serve.stopping import Stopping
@@ -73,11 +71,9 @@ class Models:
             raise UnknownModelError(chosen, self.names)
         return self._served[chosen]
 
-    @contextmanager
-    def using(self, name: str | None = None) -> Iterator[ServedModel]:
-        """The same, for making images: within the block it is not closed, even if a newer one takes its place."""
-        with self.get(name).lease() as served:
-            yield served
+    def using(self, name: str | None = None) -> Lease:
+        """The same, for making images: within `with` it is not closed, even if a newer one takes its place."""
+        return self.get(name).lease
 
     async def load(self) -> None:
         """Loads all, the default first; one at a time, as each measures which batch sizes are fast enough."""

@@ -1,7 +1,7 @@
 """X-Request-ID: taken from the client where it is a sensible one, made where it is not, and given back with every answer."""
 
+import random
 import re
-import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +22,7 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, send)
             return
         given = header_of(scope, _NAME) or b""
-        request_id = given.decode("latin-1") if _SENSIBLE.fullmatch(given) else uuid.uuid4().hex
+        request_id = given.decode("latin-1") if _SENSIBLE.fullmatch(given) else f"{random.getrandbits(128):032x}"
         scope[SCOPE_KEY] = request_id
 
         async def send_with_id(message: Message) -> None:

@@ -49,17 +49,13 @@ async def image_response(served: ServedModel, job: Job) -> Response:
 def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str, str]:
     """What made the images, and the milliseconds by stage."""
     timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in stage_ms.items())
-    headers = {"X-Model": served.name, "X-Engine": str(served.engine.id), "Server-Timing": timing}
-    if refused := served.selection.refused:
-        headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
-    return headers
+    return {**served.made_by, "Server-Timing": timing}
 
 
 async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None) -> Generated:
     """The images themselves. Raises NotReadyError, and what Batcher.submit raises."""
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
-    served.metrics.stage["queue"].observe(generated.queue_ms / 1e3)
-    served.metrics.stage["model"].observe(generated.model_ms / 1e3)
+    served.metrics.note_stages({"queue": generated.queue_ms, "model": generated.model_ms})
     return generated
 
 
@@ -75,7 +71,7 @@ async def generate_encoded(
 
     class_ids: int64 [N], None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
     """
-    generated = await generate_images(served, seeds, class_ids)
+    generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     start = time.perf_counter()
     images = generated.images
     if format in _QUICK and len(images) <= _QUICK_IMAGES and images.nbytes * factor**2 <= _QUICK_BYTES:
@@ -85,8 +81,9 @@ async def generate_encoded(
         # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
         files = await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, images)
     encode_ms = 1e3 * (time.perf_counter() - start)
-    served.metrics.stage["encode"].observe(encode_ms / 1e3)
-    return EncodedImages(files, {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms})
+    stage_ms = {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms}
+    served.metrics.note_stages(stage_ms)
+    return EncodedImages(files, stage_ms)
 
 
 def error_response(error: UniInstructError) -> JSONResponse:
@@ -114,7 +111,7 @@ def job_headers(job: Job) -> dict[str, str]:
     """
     headers = {"X-Seeds": seed_ranges(job.seeds)}
     if job.class_ids is not None:
-        headers["X-Class-Ids"] = ",".join(map(str, job.class_ids))
+        headers["X-Class-Ids"] = ",".join(map(str, job.class_ids.tolist()))
     if job.format in ("npz", "zip"):
         headers["Content-Disposition"] = f'attachment; filename="images.{job.format}"'
     return {name: value for name, value in headers.items() if len(value) <= _LONGEST_HEADER}

@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -14,7 +12,8 @@ from uni_instruct.engine import Engine, Selection, load_engine, select_engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
 from uni_instruct.images import IMAGE_FORMATS, encode
-from uni_instruct.serve.batcher import Batcher, prewarm
+from uni_instruct.serve.batch_sizes import prewarm
+from uni_instruct.serve.batcher import Batcher
 from uni_instruct.serve.device_thread import DeviceThreads
 from uni_instruct.serve.errors import NotReadyError
 from uni_instruct.serve.metrics import ModelMetrics
@@ -56,11 +55,10 @@ class ServedModel:
         self._bundle: Bundle | None = None
         self._engine: Engine | None = None
         self._selection: Selection | None = None
+        self._made_by: dict[str, str] | None = None
         self._batcher: Batcher | None = None
         self._closed = False
-        self._leases = 0
-        self._unused = asyncio.Event()
-        self._unused.set()
+        self.lease = Lease(self)
 
     @property
     def bundle(self) -> Bundle:
@@ -80,6 +78,16 @@ class ServedModel:
         if self._engine is None:
             raise self._not_ready()
         return self._engine
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """The headers of every answer that say what made it. Raises NotReadyError until it is loaded."""
+        if self._made_by is None:
+            headers = {"X-Model": self.name, "X-Engine": str(self.engine.id)}
+            if refused := self.selection.refused:
+                headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
+            self._made_by = headers
+        return self._made_by
 
     @property
     def selection(self) -> Selection:
@@ -139,21 +147,9 @@ class ServedModel:
             )
             logger.exception("the generator %s could not be loaded", self.name)
 
-    @contextmanager
-    def lease(self) -> Iterator["ServedModel"]:
-        """While it is held, the model is not closed by an exchange for a newer one."""
-        self._leases += 1
-        self._unused.clear()
-        try:
-            yield self
-        finally:
-            self._leases -= 1
-            if not self._leases:
-                self._unused.set()
-
     async def drain(self) -> None:
         """Waits until nobody holds a lease, then closes. Who takes requests must by then know of another."""
-        await self._unused.wait()
+        await self.lease.unused.wait()
         await self.close()
 
     def turn_away(self) -> None:
@@ -183,6 +179,25 @@ class ServedModel:
         if self._closed:
             return NotReadyError("the server is stopping", remedy="try another one")
         return NotReadyError(f"the generator {self.name} is loading", remedy="wait for /readyz to answer 200")
+
+
+class Lease:
+    """`with served.lease:` while anybody is in such a block, the model is not closed by an exchange for a newer one."""
+
+    def __init__(self, served: ServedModel):
+        self.unused = asyncio.Event()
+        self.unused.set()
+        self._served, self._count = served, 0
+
+    def __enter__(self) -> ServedModel:
+        self._count += 1
+        self.unused.clear()
+        return self._served
+
+    def __exit__(self, *error: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self.unused.set()
 
 
 def warm_encoders(spec: ModelSpec) -> None:

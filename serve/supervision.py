@@ -1,6 +1,8 @@
 """BentoML's supervisor, which starts a worker again that has died."""
 
+import importlib
 import sys
+from typing import Any
 
 # BentoML has it look every 10 s; circus, which does it, by itself every second.
 LOOK_EVERY_S = 1.0
@@ -11,12 +13,13 @@ def look_often() -> None:
 
     BentoML has no setting for it. In a worker nothing happens: there is no supervisor to be made.
     """
-    circus = sys.modules.get("bentoml._internal.utils.circus")
-    if circus is None:
+    if "bentoml_cli.serve" not in sys.modules:
         return
+    # Imported here: BentoML loads the service first, and this module when it makes the supervisor.
+    circus: Any = importlib.import_module("bentoml._internal.utils.circus")
 
-    class Arbiter(circus.Arbiter):  # type: ignore[name-defined]
+    class Arbiter(circus.Arbiter):
         def __init__(self, *args: object, **options: object):
             super().__init__(*args, **{**options, "check_delay": LOOK_EVERY_S})
 
-    circus.Arbiter = Arbiter  # type: ignore[attr-defined]
+    circus.Arbiter = Arbiter

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,10 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
+from uni_instruct.serve import batch_sizes
 from uni_instruct.serve import batcher as batcher_module
-from uni_instruct.serve.batcher import Batcher, prewarm
+from uni_instruct.serve.batch_sizes import prewarm
+from uni_instruct.serve.batcher import Batcher
 from uni_instruct.serve.device_thread import DeviceThread
 from uni_instruct.serve.errors import EngineFailedError, NotReadyError, QueueFullError, TimedOutError
 from uni_instruct.serve.metrics import ServerMetrics
@@ -110,6 +113,58 @@ def test_an_idle_engine_starts_at_once_and_a_busy_one_gathers(engine: Engine) ->
         assert [len(batch) for batch in gate.batches] == [1, 4]  # three items, padded to a prewarmed size
         await batcher.close()
 
+    run(work())
+
+
+def test_the_engine_takes_its_next_batch_while_the_event_loop_is_busy(engine: Engine) -> None:
+    async def work() -> None:
+        gate = Gate(engine)
+        batcher = make(gate)
+        first = ask(batcher, gate, [1])
+        await until(lambda: len(gate.batches) == 1)
+        second = ask(batcher, gate, [2])
+        await asyncio.sleep(0)
+        gate.let(2)
+        while len(gate.batches) < 2:  # no await: nothing else runs on the loop
+            time.sleep(0.001)
+        for task, seed in ((first, 1), (second, 2)):
+            assert_same_images((await task).images, expected(engine, [seed]))
+        await batcher.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batches"),
+    [
+        # A CPU: padding costs what an image does; half to an idle engine, so that the next is made while it is answered.
+        pytest.param(lambda images: images, [4, 8, 2, 1], id="by-the-image"),
+        pytest.param(lambda images: 1, [16], id="by-the-call"),  # a GPU: 16 images take as long as 8
+        pytest.param(lambda images: 8 + images, [16], id="between"),
+    ],
+)
+def test_a_batch_is_padded_where_that_makes_more_images_a_second(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], batches: list[int]
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+
+    class Timed(Gate):
+        def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+            images = super().__call__(z, class_ids)
+            clock.now += seconds(len(z))
+            return images
+
+    async def work() -> None:
+        gate = Timed(engine, is_open=True)
+        batcher = make(gate, largest=16)
+        for size in (1, 2, 4, 8, 16):  # from which it learns what they take
+            await ask(batcher, gate, list(range(size)))
+        del gate.batches[:]
+        assert_same_images((await ask(batcher, gate, list(range(15)))).images, expected(engine, list(range(15))))
+        assert [len(batch) for batch in gate.batches] == batches
+        await batcher.close()
+
+    monkeypatch.setattr(batcher_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     run(work())
 
 
@@ -280,7 +335,7 @@ def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: py
             clock.now += 0.1 * len(z)
             return super().__call__(z, class_ids)
 
-    monkeypatch.setattr(batcher_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(batch_sizes, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.5) == (1, 2, 4)
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.05) == (1,)
     assert prewarm(Gate(engine, is_open=True), max_batch=8, max_batch_s=0.5) == (1, 2, 4, 8)

@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve.load import Answer, count_wrong, summary
-from uni_instruct.serve.supervision import LOOK_EVERY_S, look_often
+from uni_instruct.serve.supervision import LOOK_EVERY_S
 
 CONNECTIONS = 20
 
@@ -255,20 +257,18 @@ def test_a_worker_that_is_killed_is_replaced(exported_bundle: Bundle, tmp_path: 
         running.kill()
 
 
-def test_bentomls_supervisor_looks_for_dead_workers_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By itself it does every 10 s, and no setting of it changes that."""
-    from bentoml._internal.utils import circus
-
-    class Arbiter:
-        """In place of circus' own, which takes this process's signals."""
-
-        def __init__(self, watchers: list[object], *, check_delay: float, **options: object):
-            self.check_delay = check_delay
-
-    monkeypatch.setattr(circus, "Arbiter", Arbiter)
-    assert circus.create_standalone_arbiter([]).check_delay == 10
-    look_often()
-    assert circus.create_standalone_arbiter([]).check_delay == LOOK_EVERY_S == 1.0
+@pytest.mark.parametrize(("command", "seconds"), [("import bentoml_cli.serve", LOOK_EVERY_S), ("pass", 10)])
+def test_bentomls_supervisor_looks_for_dead_workers_every_second(command: str, seconds: float) -> None:
+    """By itself it does every 10 s, and no setting changes that. The service is loaded before what makes the supervisor."""
+    script = f"""
+{command}
+from uni_instruct.serve.supervision import look_often
+look_often()
+from bentoml._internal.utils.circus import create_standalone_arbiter
+print(create_standalone_arbiter([]).check_delay)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(ran.stdout.split()[-1]) == seconds
 
 
 def test_metrics_survive_a_killed_worker_and_another_server(exported_bundle: Bundle, tmp_path: Path) -> None:
