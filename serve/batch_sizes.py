@@ -9,7 +9,6 @@ from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
 # Weight of the newest batch in the running means of time: they follow a change of load within some ten batches.
 _MEAN_WEIGHT = 0.2
-_HARDLY_SLOWER = 0.9
 
 
 class BatchSizes:
@@ -35,23 +34,11 @@ class BatchSizes:
         self._call_s[size] = _mean(self._call_s.get(size, math.inf), seconds)
         self.image_s = _mean(self.image_s, seconds / images)
 
-    def most_of(self, waiting: int, *, idle: bool) -> int:
-        """How many of the images that wait go into the next batch, by the times of earlier calls. idle: the engine is.
+    def most_of(self, waiting: int) -> int:
+        """How many of the images that wait go into the next batch.
 
-        To an idle engine half of them, where a smaller batch is hardly slower by the image: or whoever asks again with every
-        answer asks in step with all others, and engine and HTTP wait for each other for ever.
-        """
-        most = self._fastest_of(waiting)
-        half = self.size_for(-(-most // 2)) if most > 1 else most
-        half_s, most_s = self._call_s.get(half), self._call_s.get(self.size_for(max(1, most)))
-        if idle and half_s is not None and most_s is not None and half / half_s >= _HARDLY_SLOWER * most / most_s:
-            return half
-        return most
-
-    def _fastest_of(self, waiting: int) -> int:
-        """All, padded to the next size, or only as many as fill the size below: what makes more images a second.
-
-        Of 9 images on a CPU 8 leave; on a GPU, which makes 16 in the time of 8, all.
+        All, padded to the next size, or only as many as fill the size below: what makes more images a second by the times of
+        earlier calls. Of 9 images on a CPU 8 leave, on a GPU, which makes 16 in the time of 8, all.
         """
         if waiting >= self.sizes[-1]:
             return self.sizes[-1]

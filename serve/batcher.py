@@ -183,7 +183,7 @@ class Batcher:
     def _gather(self) -> list[_Item]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
         items: list[_Item] = []
-        most = self._sizes.most_of(self._queued, idle=not self._device.busy)
+        most = self._sizes.most_of(self._queued)
         while self._tickets and len(items) < most:
             # Round robin: from the front, and to the back as long as items are left, so that every request moves on.
             ticket = self._tickets.popleft()

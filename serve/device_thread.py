@@ -42,7 +42,7 @@ class DeviceThread:
         self._quick_s = quick_s
         self._jobs: SimpleQueue[EngineCall | None] = SimpleQueue()
         self._turns: deque[Turn] = deque()
-        self.busy = False  # the thread has a job
+        self._busy = False
         self._loop: asyncio.AbstractEventLoop | None = None
         # One thread: a second call at the same time would only share the same cores. A daemon, as it waits for ever.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -59,7 +59,7 @@ class DeviceThread:
             self._thread.start()
         with self.lock:
             self._turns.append(turn)
-            waits_for_nobody = not self.busy and len(self._turns) == 1
+            waits_for_nobody = not self._busy and len(self._turns) == 1
         if waits_for_nobody:
             # Not at once: what the event loop has read in the same round goes into the same batch.
             self._loop.call_soon(self._start)
@@ -72,11 +72,11 @@ class DeviceThread:
 
     def _start(self) -> None:
         """On the event loop, where the thread may be idle: runs what is quick, hands over what is not."""
-        while not self.busy and (job := self._next()) is not None:
+        while not self._busy and (job := self._next()) is not None:
             if job.expected_s <= self._quick_s:
                 self._run_here(job)
             else:
-                self.busy = True
+                self._busy = True
                 self._jobs.put(job)
 
     def _run_here(self, job: EngineCall) -> None:
@@ -94,7 +94,7 @@ class DeviceThread:
                 job = self._turns.popleft()()
                 if job is not None:
                     return job
-            self.busy = False
+            self._busy = False
             return None
 
     def _work(self) -> None:
