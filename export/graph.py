@@ -127,7 +127,7 @@ def _take_weights(program: torch.onnx.ONNXProgram) -> dict[str, np.ndarray]:
 
 
 def _check(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> None:
-    """Raises what onnx does where types or shapes do not fit. Large weights are taken for inputs: onnx would copy them twice."""
+    """Raises what onnx does where types or shapes do not fit. Large weights are inputs: onnx would copy them."""
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
     for name, array in weights.items():

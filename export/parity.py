@@ -21,8 +21,8 @@ from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
-# Of a heavy network 64 images take a CPU longer than the engine's making.
-HEAVY_BATCH = 16
+# Of a heavy network 64 images take a CPU longer than the engine's making, and 16 at once more memory than its weights.
+HEAVY_BATCH, LEAST_IMAGES = 8, 16
 # The share of the tolerance that an engine may use up which could be built more exactly.
 MARGIN = 0.75
 
@@ -84,7 +84,7 @@ def verify(
 
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
     """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover what is affordable."""
-    first, count = int(file_sha256[:15], 16), spec.affordable_images(max(max(batches(spec)), spec.num_classes))
+    first, count = int(file_sha256[:15], 16), spec.affordable_images(max(LEAST_IMAGES, *batches(spec), spec.num_classes))
     return list(range(first, first + count)), class_ids_in_turn(spec, count)
 
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 
 # glibc's malloc.h: parameters of mallopt.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
+_LARGE_BLOCK = 2**20
 _TOP_PAD = 64 * 2**20
 # Linux's prctl.h.
 _PR_SET_PDEATHSIG = 1
@@ -43,6 +44,18 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, _TOP_PAD)
     mallopt(_M_ARENA_MAX, 1)  # other arenas end at 64 MB and would map again
+
+
+def give_back_large_blocks() -> None:
+    """Has glibc give every block of a MiB and more back to the system as soon as it is freed, for a process that lives shortly.
+
+    By default such blocks are kept once the first one was freed, and what is small and stays lies between them.
+    Elsewhere than on Linux with glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back_freed_memory() -> None:
