@@ -87,8 +87,8 @@ class OpenVinoEngine:
         return -(-images // (streams * rounds))
 
 
-# The first use of OpenVINO's table of NumPy's types makes it. Two threads that come first wait for each other for ever, one for
-# Python's lock and one for the table's (openvino 2026.4, seen with the first batch in two streams).
+# OpenVINO looks NumPy's functions up when the first array comes. Two threads that come first wait for each other for ever: one
+# has Python's lock and waits for the look-up, which waits for Python's lock (openvino 2026.4: a first batch in two streams).
 _first_use = threading.Lock()
 
 
@@ -156,7 +156,7 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
         "INFERENCE_PRECISION_HINT": hint,
         **Threads.here(spin=False).for_openvino(streams),
     }
-    _make_table_of_types()
+    _look_numpy_up()
     try:
         core = _core()
         model = core.compile_model(read_model(core, file), "CPU", settings | _cache())
@@ -169,7 +169,7 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
     return model
 
 
-def _make_table_of_types() -> None:
+def _look_numpy_up() -> None:
     import openvino
 
     with _first_use:
