@@ -50,21 +50,21 @@ def quantized(model: openvino.Model, bundle: Bundle) -> openvino.Model:
         # overflow: what that costs the check sees, and NNCF's remedy, weights of 7 bits, cost more (docs/export.md, "int8").
         advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.DISABLE),
     )
-    _shield_from_sums(made)
+    _keep_scales(made)
     return made
 
 
-def _shield_from_sums(model: openvino.Model) -> None:
-    """Puts an idle clamp between each quantized convolution and a sum that it goes into without a bias.
+def _keep_scales(model: openvino.Model) -> None:
+    """Puts an idle clamp behind each quantized convolution that no bias follows.
 
-    OpenVINO (2026.4) takes a factor of the sum's other part, skip_scale, for the scale of its 8 bits, and the convolution's
-    part comes out as zeros (docs/export.md, "int8").
+    OpenVINO (2026.4) moves the scale of its 8 bits on through what follows, and loses it in a normalisation made of means: the
+    block's second convolution then gives zeros (docs/export.md, "int8").
     """
     for layer in model.get_ordered_ops():
         if layer.get_type_name() != "Convolution" or layer.input_value(0).get_node().get_type_name() != "FakeQuantize":
             continue
         readers = [port.get_node() for port in layer.output(0).get_target_inputs()]
-        if any(reader.get_type_name() == "Add" and not _adds_constant(reader) for reader in readers):
+        if not all(reader.get_type_name() == "Add" and _adds_constant(reader) for reader in readers):
             clamp_idly(layer)
     model.validate_nodes_and_infer_types()
 
