@@ -2,8 +2,8 @@
 
 import gc
 import json
-import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,14 +19,16 @@ from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE
 from uni_instruct.errors import RequestError
 from uni_instruct.export.canonical import FACTORS, CanonicalOneStep
 from uni_instruct.export.canonical_blocks import NormFactory
+from uni_instruct.export.onnx_file import write_model
 from uni_instruct.networks.one_step import load_one_step, to_uint8
+from uni_instruct.processes import give_back_freed_memory
 
 # The newest that keeps group normalisation in a form that CPU runtimes are fast at.
 OPSET = 20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A protobuf message, and so a file that holds its weights, ends here.
 LARGEST_FILE_BYTES = 2**31 - 1
-# A smaller tensor is not worth a node.
+# A smaller tensor is not worth a node, or a place of its own.
 SMALLEST_HALVED = 1024
 
 
@@ -72,19 +74,23 @@ def write_graph(
             f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {LARGEST_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
-    model = _export(bundle, norm, DTYPES[precision], opset, bytes_last)
-    gc.collect()  # torch's copy of the weights, which the exporter holds in cycles
+    model, arrays = _export(bundle, norm, DTYPES[precision], opset, bytes_last)
+    gc.collect()  # what the exporter holds in cycles
     _strip(model)
     if weights != "wide":
-        _store_in_half(model, round_weights=weights == "rounded")
+        _store_in_half(model, arrays, round_weights=weights == "rounded")
     onnx.helper.set_model_props(model, _properties(bundle))
-    _check(model)
-    onnx.save(model, path)
+    _check(model, arrays)
+    write_model(model, arrays, path)
     return {tool.__name__: tool.__version__ for tool in (torch, onnx, onnxscript)}
 
 
-def _export(bundle: Bundle, norm: NormFactory, dtype: torch.dtype, opset: int, bytes_last: bool) -> onnx.ModelProto:
+def _export(
+    bundle: Bundle, norm: NormFactory, dtype: torch.dtype, opset: int, bytes_last: bool
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The graph without its large weights, and those by name: torch's own memory, as there shall be no second copy."""
     generator = CanonicalOneStep(load_one_step(bundle), norm).in_precision(dtype)
+    give_back_freed_memory()  # of folding
     # Two images: a batch of one would be taken for a constant.
     example = [torch.zeros(2, *bundle.spec.noise_shape)]
     names = [NOISE]
@@ -105,40 +111,44 @@ def _export(bundle: Bundle, norm: NormFactory, dtype: torch.dtype, opset: int, b
             verbose=False,
         )
     assert program is not None
-    model: onnx.ModelProto = program.model_proto
-    return model
+    arrays = _take_weights(program)
+    return program.model_proto, arrays
 
 
-def _check(model: onnx.ModelProto) -> None:
-    """Raises what onnx does where types or shapes do not fit. Weights are taken for inputs: onnx would copy them twice."""
-    graph, light = model.graph, onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    light.functions.extend(model.functions)
-    light.graph.name = graph.name
-    for part in ("node", "input", "output", "value_info"):
-        getattr(light.graph, part).extend(getattr(graph, part))
-    for tensor in graph.initializer:
-        if math.prod(tensor.dims) < SMALLEST_HALVED:
-            light.graph.initializer.append(tensor)
-        else:
-            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    onnx.checker.check_model(light, full_check=True)
+def _take_weights(program: torch.onnx.ONNXProgram) -> dict[str, np.ndarray]:
+    """Takes the large weights out of the graph."""
+    graph, found = program.model.graph, dict[str, np.ndarray]()
+    for name, value in list(graph.initializers.items()):
+        if value.const_value is not None and value.const_value.size >= SMALLEST_HALVED:
+            found[name] = value.const_value.numpy()
+            del graph.initializers[name]
+            value.const_value = None  # the exporter's rewriting rules, which live on, remember the graph
+    return found
 
 
-def _store_in_half(model: onnx.ModelProto, round_weights: bool) -> None:
+def _check(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> None:
+    """Raises what onnx does where types or shapes do not fit. Large weights are inputs: onnx would copy them."""
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    for name, array in weights.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        whole.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, list(array.shape)))
+    onnx.checker.check_model(whole, full_check=True)
+
+
+def _store_in_half(model: onnx.ModelProto, weights: dict[str, np.ndarray], round_weights: bool) -> None:
     """Stores as float16, with a Cast behind it, each weight that float16 holds: those of a bundle in half precision.
 
     Exactly, or times one of the factors that folding multiplied it by; with round_weights all of them, as near as it goes.
     Runtimes fold what stands behind when they load the file, so that the graph computes what it did, from half the bytes.
     """
     graph, nodes = model.graph, []
-    for tensor in graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or math.prod(tensor.dims) < SMALLEST_HALVED:
-            continue
-        array, name = onnx.numpy_helper.to_array(tensor), tensor.name
-        half, factor = (array.astype(np.float16), 1.0) if round_weights else _as_half(array)
+    for name in [name for name, array in weights.items() if array.dtype == np.float32]:
+        half, factor = (weights[name].astype(np.float16), 1.0) if round_weights else _as_half(weights[name])
         if half is None:
             continue
-        tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.fp16"))
+        del weights[name]
+        weights[f"{name}.fp16"] = half
         wide = name if factor == 1 else f"{name}.wide"
         nodes.append(onnx.helper.make_node("Cast", [f"{name}.fp16"], [wide], to=onnx.TensorProto.FLOAT))
         if factor != 1:

@@ -67,7 +67,7 @@ def prepare(model: openvino.Model, rounded: Collection[str]) -> None:
         elif layer.get_type_name() == "Convolution" and layer.get_friendly_name() in rounded:
             _give_32_bits(layer)
         elif layer.get_type_name() == "Swish" and not _readers(layer) & rounded:
-            _clamp(layer)
+            clamp_idly(layer)
     model.validate_nodes_and_infer_types()
 
 
@@ -101,10 +101,11 @@ def _give_32_bits(convolution: openvino.Node) -> None:
     if len(readers) == 1 and readers[0].get_type_name() == "Add":
         behind = [port.get_node() for port in readers[0].output(0).get_target_inputs()]
         if len(behind) > 1 or behind[0].get_type_name() != "Add":  # a sum that is marked is fused as well
-            _clamp(readers[0])
+            clamp_idly(readers[0])
 
 
-def _clamp(layer: openvino.Node) -> None:
+def clamp_idly(layer: openvino.Node) -> None:
+    """Puts a clamp behind the layer that changes no value, but that OpenVINO's transformations do not look through."""
     readers = list(layer.output(0).get_target_inputs())
     clamp = ops.clamp(layer, -_LIMIT, _LIMIT)
     clamp.set_friendly_name(f"{layer.get_friendly_name()}/float32")

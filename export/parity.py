@@ -16,12 +16,13 @@ from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import ParityError
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
+from uni_instruct.processes import give_back_freed_memory
 from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
-# Of a network of more FLOPs an image, such as CIFAR-10's DDPM++ (4e10), 64 images take a CPU longer than the engine's making.
-HEAVY_FLOPS, HEAVY_BATCH = 1e10, 16
+# Of a heavy network 64 images take a CPU longer than the engine's making, and 16 at once more memory than its weights.
+HEAVY_BATCH, LEAST_IMAGES = 8, 16
 # The share of the tolerance that an engine may use up which could be built more exactly.
 MARGIN = 0.75
 
@@ -62,6 +63,7 @@ def verify(
 
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
     z = draw_inputs(bundle.spec, seeds, class_ids).noise
+    give_back_freed_memory()  # the worker has another copy of the weights
     results = run_worker(bundle, record.id, folder, z, class_ids, device)
     pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
@@ -82,15 +84,15 @@ def verify(
 
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
     """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover what is affordable."""
-    first, count = int(file_sha256[:15], 16), spec.affordable_images(max(max(batches(spec)), spec.num_classes))
+    first, count = int(file_sha256[:15], 16), spec.affordable_images(max(LEAST_IMAGES, *batches(spec), spec.num_classes))
     return list(range(first, first + count)), class_ids_in_turn(spec, count)
 
 
 def batches(spec: ModelSpec) -> tuple[int, ...]:
     """The batch sizes to try: those of BATCHES that are affordable, the largest smaller where the network is heavy."""
-    from uni_instruct.networks.flops import flops_of_image
+    from uni_instruct.networks.flops import is_heavy
 
-    largest = HEAVY_BATCH if flops_of_image(spec) > HEAVY_FLOPS else max(BATCHES)
+    largest = HEAVY_BATCH if is_heavy(spec) else max(BATCHES)
     affordable = spec.affordable_images(largest)
     return tuple(dict.fromkeys(min(batch, largest) for batch in BATCHES if min(batch, largest) <= affordable))
 

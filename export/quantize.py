@@ -11,7 +11,7 @@ import openvino
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.graph import CLASS_IDS, NOISE
 from uni_instruct.errors import MissingExtraError
-from uni_instruct.export.mixed_precision import rounded_convolutions
+from uni_instruct.export.mixed_precision import clamp_idly, rounded_convolutions
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
 # Calibration's images, and how many of them at a time.
@@ -50,7 +50,27 @@ def quantized(model: openvino.Model, bundle: Bundle) -> openvino.Model:
         # overflow: what that costs the check sees, and NNCF's remedy, weights of 7 bits, cost more (docs/export.md, "int8").
         advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.DISABLE),
     )
+    _keep_scales(made)
     return made
+
+
+def _keep_scales(model: openvino.Model) -> None:
+    """Puts an idle clamp behind each quantized convolution that no bias follows.
+
+    OpenVINO (2026.4) moves the scale of its 8 bits on through what follows, and loses it in a normalisation made of means: the
+    block's second convolution then gives zeros (docs/export.md, "int8").
+    """
+    for layer in model.get_ordered_ops():
+        if layer.get_type_name() != "Convolution" or layer.input_value(0).get_node().get_type_name() != "FakeQuantize":
+            continue
+        readers = [port.get_node() for port in layer.output(0).get_target_inputs()]
+        if not all(reader.get_type_name() == "Add" and _adds_constant(reader) for reader in readers):
+            clamp_idly(layer)
+    model.validate_nodes_and_infer_types()
+
+
+def _adds_constant(layer: openvino.Node) -> bool:
+    return any(value.get_node().get_type_name() == "Constant" for value in layer.input_values())
 
 
 def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:

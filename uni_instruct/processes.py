@@ -1,13 +1,15 @@
 """How a process of ours behaves on a machine that it shares, and which of several processes speaks to the user."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
 from collections.abc import Callable
 
 # glibc's malloc.h: parameters of mallopt.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
+_LARGE_BLOCK = 2**20
 _TOP_PAD = 64 * 2**20
 # Linux's prctl.h.
 _PR_SET_PDEATHSIG = 1
@@ -42,6 +44,29 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, _TOP_PAD)
     mallopt(_M_ARENA_MAX, 1)  # other arenas end at 64 MB and would map again
+
+
+def give_back_large_blocks() -> None:
+    """Has glibc give every block of a MiB and more back to the system as soon as it is freed, for a process that lives shortly.
+
+    By default such blocks are kept once the first one was freed, and what is small and stays lies between them.
+    Elsewhere than on Linux with glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def give_back_freed_memory() -> None:
+    """Has glibc hand freed memory back to the system, which it keeps where something still in use lies above it.
+
+    For what comes between two large steps. Elsewhere than on Linux with glibc this does nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        gc.collect()
+        trim(0)
 
 
 def ending_with(parent: int) -> Callable[[], None]:

@@ -12,6 +12,7 @@ from uni_instruct.engines.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
+from uni_instruct.processes import give_back_large_blocks
 from uni_instruct.progress import progress, silent
 
 
@@ -80,6 +81,7 @@ def _build(
     opened: Bundle, targets: list[Target], device: str | None, as_json: bool
 ) -> tuple[list[EngineRecord], list[ParityError]]:
     """The engines that were admitted, and what the others failed of."""
+    give_back_large_blocks()
     records: list[EngineRecord] = []
     failures: list[ParityError] = []
     for target in targets:

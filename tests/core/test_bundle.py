@@ -211,7 +211,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights in bfloat16, taught to NumPy": (
         with_weights(lambda p: p.write_bytes(save_numpy({"a": np.zeros(1, pytest.importorskip("ml_dtypes").bfloat16)}))),
-        "model.safetensors cannot be read: a is bfloat16",
+        "model.safetensors cannot be read: a is BF16",
     ),
     "weights of another network": (
         with_weights(lambda p: save_file({"a": torch.zeros(1)}, p)),

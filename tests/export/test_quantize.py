@@ -71,6 +71,24 @@ def test_the_large_convolutions_are_quantized_and_nothing_else(graph: Path) -> N
     assert 1e-4 < relative_l2(*found) < TOLERANCES["int8"].relative_l2
 
 
+def test_scales_stay_where_no_bias_follows_a_quantized_convolution() -> None:
+    """Without one OpenVINO lost its scale in CIFAR-10's network, and made zeros of the next convolution."""
+    openvino = pytest.importorskip("openvino")
+    import openvino.opset13 as ops
+
+    x, filters = ops.parameter([1, 4, 8, 8], np.float32), np.ones((4, 4, 3, 3), np.float32)
+    ends = [np.float32(end) for end in (-1, 1, -1, 1)]
+
+    def convolution() -> object:
+        return ops.convolution(ops.fake_quantize(x, *ends, 256), filters, [1, 1], [1, 1], [1, 1], [1, 1])
+
+    bare = ops.add(convolution(), ops.multiply(x, np.float32(0.5)))
+    biased = ops.add(convolution(), np.ones((1, 4, 1, 1), np.float32))
+    model = openvino.Model([bare, biased], [x], "two convolutions")
+    quantize._keep_scales(model)
+    assert [_kind(layer.input_value(0)) for layer in (bare, biased)] == ["Clamp", "Convolution"]
+
+
 def test_marks_keep_32_bits(graph: Path, tmp_path: Path) -> None:
     """On shipped weights: every sum and norm is marked, large convolutions are not; the engine's file is the same graph."""
     openvino = pytest.importorskip("openvino")

@@ -87,6 +87,11 @@ class OpenVinoEngine:
         return -(-images // (streams * rounds))
 
 
+# OpenVINO looks NumPy's functions up when the first array comes. Two threads that come first wait for each other for ever: one
+# has Python's lock and waits for the look-up, which waits for Python's lock (openvino 2026.4: a first batch in two streams).
+_first_use = threading.Lock()
+
+
 class _Streams:
     """The graph compiled for so many requests at a time."""
 
@@ -151,6 +156,7 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
         "INFERENCE_PRECISION_HINT": hint,
         **Threads.here(spin=False).for_openvino(streams),
     }
+    _look_numpy_up()
     try:
         core = _core()
         model = core.compile_model(read_model(core, file), "CPU", settings | _cache())
@@ -161,6 +167,13 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
     if found != hint:
         raise RequestError(f"OpenVINO would compute in {found}, not in {hint}", remedy="use another engine", param="engine")
     return model
+
+
+def _look_numpy_up() -> None:
+    import openvino
+
+    with _first_use:
+        openvino.Tensor(np.zeros(1, np.float32)).data.sum()
 
 
 def _cache() -> dict[str, str]:

@@ -11,6 +11,9 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.one_step import OneStep
 from uni_instruct.spec import ModelSpec
 
+# FLOPs of an image of a large network: CIFAR-10's DDPM++ has 4e10, those that ship less than 1e9.
+HEAVY_FLOPS = 1e10
+
 
 def count_flops(work: Callable[[], object]) -> int:
     """FLOPs of matrix products, convolutions and attention; a multiplication with its addition counts as 2."""
@@ -18,6 +21,11 @@ def count_flops(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return counter.get_total_flops()
+
+
+def is_heavy(spec: ModelSpec) -> bool:
+    """Whether few images are a CPU's work of seconds, and what lies between their layers many times their size."""
+    return flops_of_image(spec) > HEAVY_FLOPS
 
 
 def flops_of_image(spec: ModelSpec) -> int:

@@ -5,12 +5,14 @@ import torch
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import Outputs
+from uni_instruct.networks.flops import is_heavy
 from uni_instruct.networks.one_step import load_one_step, to_uint8
 from uni_instruct.noise import noise
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.reference import Reference, reference_inputs
 
-_BATCH = 16
+# Images at once. Between two layers of a heavy network 16 hold more than its weights, and are no faster than 4.
+_BATCH, _HEAVY_BATCH = 16, 4
 
 
 def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None, shows: ProgressFactory = silent) -> Outputs:
@@ -18,7 +20,8 @@ def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | Non
     # Building a network draws its first weights; a training that writes a bundle keeps its own draws.
     with torch.random.fork_rng(devices=[]):
         generator = load_one_step(bundle)
-    size = min(_BATCH, bundle.spec.images_at_once or _BATCH)
+    batch = _HEAVY_BATCH if is_heavy(bundle.spec) else _BATCH
+    size = min(batch, bundle.spec.images_at_once or batch)
     parts = []
     with torch.inference_mode(), shows("reference", len(z), "images") as shown:
         for start in range(0, len(z), size):
