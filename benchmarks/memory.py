@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", choices=(*FORMS, "evaluate"), nargs="+", default=(*FORMS, "evaluate"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         bundle = str(random_bundle("small", folder / "bundle", targets=[TARGETS["onnx-fp32"]]).path)
         found = {}
