@@ -93,8 +93,8 @@ def batches(spec: ModelSpec) -> tuple[int, ...]:
     from uni_instruct.networks.flops import is_heavy
 
     largest = HEAVY_BATCH if is_heavy(spec) else max(BATCHES)
-    affordable = spec.affordable_images(largest)
-    return tuple(dict.fromkeys(min(batch, largest) for batch in BATCHES if min(batch, largest) <= affordable))
+    affordable = spec.affordable_images(max(BATCHES))
+    return tuple(dict.fromkeys(min(batch, largest) for batch in BATCHES if batch <= affordable))
 
 
 def run_worker(

@@ -119,19 +119,13 @@ def evaluate(
     _check_statistics_path(save_statistics)
     given = {"--teacher": teacher, "--steps": steps, "--seed": seed, "--seeds": seeds_text, "--classes": classes}
     _check_images_options(bundle, given | {"--engine": engine, "--device": device, "--sets": sets})
-    compared = Bundle.open(teacher) if teacher is not None else None
-    if steps is not None and compared is not None:
-        compared = compared.with_steps(steps)
-    elif steps is not None and bundle is not None:
-        bundle = bundle.with_steps(steps)
+    bundles = _sampled_in(steps, bundle, Bundle.open(teacher) if teacher is not None else None)
     reference = open_reference(reference_source)
     count = _sets(sets, seeds_text, samples, bundle, reference)
     seeds = choose_seeds(seeds_text, seed, samples, reference, count)
     drawn = draw_classes(bundle.spec, seeds, reference, classes) if bundle else DrawnClasses(None, "")
-    if bundle is not None:
-        sources = _bundle_sources(bundle, compared, seeds, engine, device, batch, reference, drawn)
-    else:
-        sources = {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
+    made = _bundle_sources(bundles, seeds, engine, device, batch, reference, drawn)
+    sources = made or {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
     evaluator = _evaluator(reference, _opened_extractor(extractor, extractor_weights), sources, names, count)
     _save_statistics(evaluator, save_statistics)
     scores = {role: _score(evaluator, role, source.parts(count), names, staff) for role, source in sources.items()}
@@ -141,6 +135,15 @@ def evaluate(
 
 def _bundle(images: str) -> Bundle | None:
     return Bundle.open(images) if is_bundle(images) else None
+
+
+def _sampled_in(steps: int | None, bundle: Bundle | None, teacher: Bundle | None) -> dict[str, Bundle]:
+    """The bundles by role; of the teacher, which may be the only one, in so many steps of its sampler, if that is said."""
+    found = {role: each for role, each in (("generator", bundle), ("teacher", teacher)) if each is not None}
+    if steps is not None and found:
+        last = list(found)[-1]
+        found[last] = found[last].with_steps(steps)
+    return found
 
 
 def _names(metrics: str | None) -> list[str] | None:
@@ -157,8 +160,7 @@ def _save_statistics(evaluator: Evaluator, path: Path | None) -> None:
 
 
 def _bundle_sources(
-    bundle: Bundle,
-    teacher: Bundle | None,
+    bundles: Mapping[str, Bundle],
     seeds: list[int],
     engine: str | None,
     device: str | None,
@@ -166,9 +168,12 @@ def _bundle_sources(
     reference: Dataset | Statistics,
     drawn: DrawnClasses,
 ) -> dict[str, SampleSource]:
-    sources = {"generator": bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids, device)}
-    if teacher is not None:
-        sources["teacher"] = _teacher_samples(teacher, seeds, batch, reference, drawn.how, device)
+    sources = {}
+    for role, bundle in bundles.items():
+        if role == "generator":
+            sources[role] = bundle_samples(bundle, seeds, engine, batch, reference, drawn.class_ids, device)
+        else:
+            sources[role] = _teacher_samples(bundle, seeds, batch, reference, drawn.how, device)
     return sources
 
 
