@@ -102,7 +102,7 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
     # Trainings that are started together want the same classifier: the first makes it, the others wait.
     with locked(lock, lambda: _log.warning("waiting for the classifier of '%s', which another training makes", dataset.name)):
         try:
-            if not path.is_file():
+            if not _is_whole(path):
                 _train_into(path, dataset, fingerprint, with_progress)
         finally:
             lock.unlink(missing_ok=True)
@@ -110,14 +110,13 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a classifier can be read there. A file that cannot is removed."""
+    """Whether a classifier can be read there."""
     if not path.is_file():
         return False
     try:
         load_classifier(path)
     except FileFormatError as error:
         _log.warning("training again: %s", error)
-        path.unlink(missing_ok=True)
         return False
     return True
 
