@@ -1,8 +1,8 @@
 """How fast each engine is, as a ratio to torch eager, and whether its images depend on the batch size.
 
-`python benchmarks/engines.py [BUNDLE | --network digits|fashion|cifar10] [--rounds 5]`: without a bundle, a generator of random
-weights and that shape is exported to every target first. The engines take turns, round by round, on the same machine; ratios
-are medians over the rounds.
+`python benchmarks/engines.py [BUNDLE | --network digits|fashion|cifar10|adm64] [--rounds 5]`: without a bundle, a generator
+of random weights and that shape is exported to every target first. The engines take turns, round by round, on the same
+machine; ratios are medians over the rounds.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +29,31 @@ from uni_instruct.spec import ModelSpec
 BATCHES = (1, 16, 64)
 INVARIANCE_BATCHES = (1, 2, 3, 7, 16, 64)
 MIN_SECONDS = 0.3  # of calls, for one figure
-# name -> image shape and network arguments.
+
+
+class Shape(NamedTuple):
+    """A generator of random weights: its images [C, H, W], its network, its classes."""
+
+    image: tuple[int, int, int]
+    network_args: dict[str, Any]
+    network: str = "ddpmpp"
+    num_classes: int = 10
+
+
 NETWORKS = {
-    "small": ((3, 32, 32), {"model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": []}),
-    "digits": ((1, 8, 8), {"model_channels": 32, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4]}),
-    "fashion": ((1, 28, 28), {"model_channels": 32, "channel_mult": [1, 2, 2], "num_blocks": 1, "attn_resolutions": [14]}),
-    "cifar10": ((3, 32, 32), {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}),
+    "small": Shape((3, 32, 32), {"model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": []}),
+    "digits": Shape((1, 8, 8), {"model_channels": 32, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4]}),
+    "fashion": Shape((1, 28, 28), {"model_channels": 32, "channel_mult": [1, 2, 2], "num_blocks": 1, "attn_resolutions": [14]}),
+    "cifar10": Shape(
+        (3, 32, 32), {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
+    ),
+    # ImageNet's, 295 million parameters.
+    "adm64": Shape(
+        (3, 64, 64),
+        {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attn_resolutions": [32, 16, 8]},
+        network="adm",
+        num_classes=1000,
+    ),
 }
 
 
@@ -58,8 +78,14 @@ def main() -> None:
 
 def random_bundle(network: str, path: Path, targets: Sequence[Target] | None = None) -> Bundle:
     """A conditional generator with every weight drawn at random, exported to those targets, or to all for this machine."""
-    shape, arguments = NETWORKS[network]
-    spec = ModelSpec(name=f"random-{network}", noise_shape=shape, num_classes=10, network_args=arguments)
+    shape = NETWORKS[network]
+    spec = ModelSpec(
+        name=f"random-{network}",
+        noise_shape=shape.image,
+        num_classes=shape.num_classes,
+        network=shape.network,
+        network_args=shape.network_args,
+    )
     rng = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in build_denoiser(spec).state_dict().items():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from uni_instruct.evaluate.classifier import load_classifier
@@ -18,7 +19,9 @@ class ClassifierExtractor(_fidelity.FeatureExtractorBase):  # type: ignore[name-
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **options: object):
         # options: what torch-fidelity passes to every extractor, such as whether to compile it.
         super().__init__(name, features_list)
-        self.classifier, self.info = load_classifier(Path(feature_extractor_weights_path))
+        classifier, self.info = load_classifier(Path(feature_extractor_weights_path))
+        # On a CPU channels that lie last take half the time of channels that lie first.
+        self.classifier = classifier.to(memory_format=torch.channels_last)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -42,7 +45,7 @@ class ClassifierExtractor(_fidelity.FeatureExtractorBase):  # type: ignore[name-
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The requested layers, in order, of images uint8 [B, C, H, W]."""
         # torch-fidelity reads every file as RGB; a grey image's channels are equal, and the first is the image.
-        pixels = images[:, : self.info.image_shape[0]] / 127.5 - 1
+        pixels = (images[:, : self.info.image_shape[0]] / 127.5 - 1).to(memory_format=torch.channels_last)
         outputs = dict(zip(_LAYERS, self.classifier(pixels), strict=True))
         return tuple(outputs[layer] for layer in self.features_list)
 
