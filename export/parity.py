@@ -22,7 +22,8 @@ from uni_instruct.spec import ModelSpec
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
 # Of a heavy network 64 images take a CPU longer than the engine's making, and 16 at once more memory than its weights.
-HEAVY_BATCH, LEAST_IMAGES = 8, 16
+# Nor can each of a thousand classes be tried: that would be hours.
+HEAVY_BATCH, LEAST_IMAGES, HEAVY_CLASSES = 8, 16, 32
 # The share of the tolerance that an engine may use up which could be built more exactly.
 MARGIN = 0.75
 
@@ -83,8 +84,11 @@ def verify(
 
 
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
-    """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover what is affordable."""
-    first, count = int(file_sha256[:15], 16), spec.affordable_images(max(LEAST_IMAGES, *batches(spec), spec.num_classes))
+    """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover what is affordable, evenly."""
+    from uni_instruct.networks.flops import is_heavy
+
+    classes = min(spec.num_classes, HEAVY_CLASSES) if is_heavy(spec) else spec.num_classes
+    first, count = int(file_sha256[:15], 16), spec.affordable_images(max(LEAST_IMAGES, *batches(spec), classes))
     return list(range(first, first + count)), class_ids_in_turn(spec, count)
 
 
@@ -133,7 +137,7 @@ def compare(
     return Report(
         first_seed=seeds[0],
         images=len(seeds),
-        classes=spec.num_classes,
+        classes=min(spec.num_classes, len(seeds)),
         batches=tried,
         finite=bool(np.isfinite(denoised).all() and all(np.isfinite(images).all() for images in found.values())),
         relative_l2=max(relative_l2(images, denoised[: len(images)]) for images in found.values()),
