@@ -84,7 +84,7 @@ def verify(
 
 
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
-    """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover what is affordable, evenly."""
+    """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover what is affordable."""
     from uni_instruct.networks.flops import is_heavy
 
     classes = min(spec.num_classes, HEAVY_CLASSES) if is_heavy(spec) else spec.num_classes
