@@ -1,6 +1,5 @@
 """What runs engines: the Engine protocol, and the one table of runtimes."""
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -193,7 +192,6 @@ def _fitting_gpu(engine_id: EngineId) -> int:
     return next((index for index, gpu in enumerate(gpus()) if engine_id.target == f"sm{gpu.sm}"), 0)
 
 
-@functools.cache  # read from files; they stay what they are while this process lives
 def _installed(distributions: tuple[str, ...]) -> list[str]:
     """Name and version of those that are installed."""
     found = []
