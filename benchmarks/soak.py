@@ -40,7 +40,7 @@ SEEDS = 4096
 OVERLOAD = 2.0
 # Of the requests: so many hang up while they wait. Beside them, a second: broken requests, and opened pages.
 HANG_UP, BROKEN_PER_S, PAGES_PER_S = 0.05, 20, 0.5
-PROBE_EVERY_S, LOOK_EVERY_S, PATIENCE_S = 0.05, 5.0, 60.0
+PROBE_EVERY_S, LOOKS_A_MINUTE, PATIENCE_S = 0.05, 12, 60.0
 # What is promised.
 REFUSED_WITHIN_MS, STALL_MS, GROWTH = 50.0, 50.0, 0.05
 
@@ -110,10 +110,13 @@ class Soak:
             await asyncio.sleep(1 / PAGES_PER_S)
 
     async def watch_memory(self, worker: psutil.Process) -> None:
-        """Resident megabytes of the worker."""
+        """Resident megabytes of the worker, with a line a minute."""
         while True:
             self.memory_mb.append(worker.memory_info().rss / 2**20)
-            await asyncio.sleep(LOOK_EVERY_S)
+            minute, between = divmod(len(self.memory_mb) - 1, LOOKS_A_MINUTE)
+            if not between:
+                print(f"minute {minute}: {self.memory_mb[-1]:.1f} MB", file=sys.stderr)
+            await asyncio.sleep(60 / LOOKS_A_MINUTE)
 
     async def _timed(self, asking: Awaitable[Reply]) -> tuple[Reply, float]:
         """The reply, and the milliseconds that it took the server.
@@ -167,10 +170,9 @@ class Soak:
             "refusal_wall_ms": quantiles(self.refusals_wall_ms),
             "livez_ms": quantiles(self.stalls_ms),
             "own_lag_ms": quantiles(self.lag.all_ms),
-            "memory_mb": [
-                round(self.memory_mb[place]) for place in range(0, len(self.memory_mb), max(1, len(self.memory_mb) // 20))
-            ],
+            "memory_mb_by_minute": [round(megabytes, 1) for megabytes in self.memory_mb[::LOOKS_A_MINUTE]],
             "memory_growth": round(growth_of(self.memory_mb), 4),
+            "memory_mb_a_minute_in_second_half": round(slope_of(self.memory_mb[len(self.memory_mb) // 2 :]), 3),
         }
 
 
@@ -291,6 +293,14 @@ def growth_of(memory_mb: list[float]) -> float:
     if not tenth:
         return 0.0
     return float(np.mean(memory_mb[-tenth:]) / np.mean(memory_mb[third : third + tenth])) - 1
+
+
+def slope_of(memory_mb: list[float]) -> float:
+    """Megabytes a minute: the line of least squares through all looks. Near 0 where memory does not go on growing."""
+    if len(memory_mb) < 2:
+        return 0.0
+    minutes = np.arange(len(memory_mb)) / LOOKS_A_MINUTE
+    return float(np.polyfit(minutes, memory_mb, deg=1)[0])
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

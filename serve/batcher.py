@@ -117,8 +117,11 @@ class Batcher:
         except asyncio.CancelledError:
             self._drop(ticket, "cancelled")  # the client has left: the engine's time goes to those who still wait
             raise
-        finally:
-            self._deadlines.remove(ticket)
+        except UniInstructError:
+            # The error knows this frame by its traceback, and the frame the error by its ticket: it would outlive its answer.
+            del ticket
+            raise
+        self._deadlines.remove(ticket)
         assert ticket.images is not None
         total_s = time.perf_counter() - start
         # Waiting is what remains: a large request waits between its batches too, not only before the first.
@@ -297,6 +300,7 @@ class Batcher:
 
     def _drop(self, ticket: _Ticket, reason: str) -> None:
         """Takes what is left of a request out of the queue."""
+        self._deadlines.remove(ticket)
         self._metrics.dropped[reason].inc(ticket.left)
         with self._device.lock:
             # It is not there where its last item is with the engine; that image is made and thrown away.

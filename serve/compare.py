@@ -23,6 +23,7 @@ from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid
 from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.serve.errors import QueueFullError, TimedOutError
+from uni_instruct.serve.schema import ShortErrors
 from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec, evaluations
 
@@ -49,8 +50,10 @@ class CompareRequest(BaseModel):
         description="An engine id of the bundle, or 'teacher': what GET /v1/about lists under 'compare'.",
         examples=["an engine id, such as torch-fp32, or teacher"],
     )
-    seeds: list[int] = Field(description="1 to 16 seeds, one image for each.", examples=["a list of seeds, such as [7, 8]"])
-    class_ids: list[int] | None = Field(
+    seeds: ShortErrors[int] = Field(
+        description="1 to 16 seeds, one image for each.", examples=["a list of seeds, such as [7, 8]"]
+    )
+    class_ids: ShortErrors[int] | None = Field(
         None, description="One for all images, or one for each.", examples=["a list of integers, such as [3]"]
     )
 

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import logging
 import resource
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from uni_instruct.serve.deadlines import Deadlines
@@ -62,7 +63,9 @@ class _Bounds:
     connections: set[Any]
     cycle: Any
     flow: Any
-    pipeline: Collection[Any]
+    parser: Any
+    pipeline: deque[Any]
+    scope: Any
     server_state: Any
     loop: asyncio.AbstractEventLoop
     transport: Any
@@ -85,6 +88,9 @@ class _Bounds:
     def data_received(self, data: bytes) -> None:
         self.idle.remove(self)
         super().data_received(data)  # type: ignore[misc]
+        if self.transport.get_protocol() is not self:
+            self._hand_over()
+            return
         cycle = self.cycle
         if cycle is not None:
             cycle.scope[CONNECTION] = self  # the app has not seen it yet: it runs in a task that has only been made
@@ -111,6 +117,10 @@ class _Bounds:
         self.idle.remove(self)
         self.silent.pop(self, None)
         super().connection_lost(exc)  # type: ignore[misc]
+        # The requests have this connection in their scopes: what points at each other waits for the garbage collector, which
+        # comes once in thousands of connections, and would hold ten megabytes of them.
+        self.scope = self.cycle = None
+        self.pipeline.clear()
         if self.on_lost is not None:
             self.on_lost()
 
@@ -124,10 +134,15 @@ class _Bounds:
             self._deadline.cancel()
             self._deadline = None
 
+    def _hand_over(self) -> None:
+        """The connection is a websocket's, which has a protocol of its own: nothing is ever heard of it here again."""
+        self._unexpect()
+        self.silent.pop(self, None)
+        self.parser = self.scope = self.cycle = None
+
     def _too_slow(self) -> None:
         self.silent.pop(self, None)
-        # A websocket's connection has been handed to another protocol.
-        if not self.transport.is_closing() and self.transport.get_protocol() is self:
+        if not self.transport.is_closing():
             if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
                 self.transport.write(_TOO_SLOW)
             self.transport.close()

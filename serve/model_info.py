@@ -1,5 +1,6 @@
 """What is served, in JSON: GET /v1/models and GET /v1/spec."""
 
+import functools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -47,6 +48,7 @@ def model_info(served: ServedModel) -> dict[str, object]:
     }
 
 
+@functools.cache  # they are read from files, and stay what they are while this process lives
 def _versions() -> dict[str, str]:
     found = {}
     for package in _REPORTED_PACKAGES:

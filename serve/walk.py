@@ -15,7 +15,7 @@ from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid, to_pil
 from uni_instruct.noise import Between, NoisePoint, walk_points
 from uni_instruct.serve.responses import generate_encoded
-from uni_instruct.serve.schema import field_remedies, parse_model
+from uni_instruct.serve.schema import ShortErrors, field_remedies, parse_model
 from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
 
@@ -35,11 +35,11 @@ class WalkRequest(BaseModel):
         description="Which of the generators that are served; without it the first.",
         examples=["a model of GET /v1/models"],
     )
-    seeds: list[int] = Field(
+    seeds: ShortErrors[int] = Field(
         description="The stops of the way, at most 64. The noise between two of them is interpolated on the sphere.",
         examples=["two or more seeds, such as [7, 8]"],
     )
-    positions: list[float] | None = Field(
+    positions: ShortErrors[float] | None = Field(
         None,
         description="Where on the way: 0 is the first seed, 1.5 half-way from the second to the third. [0] unless given.",
         examples=["a list of numbers, such as [0.5]"],
@@ -52,12 +52,12 @@ class WalkRequest(BaseModel):
         description="How many ways side by side: way i goes through the seeds + i.",
         examples=["an integer, such as 16"],
     )
-    class_ids: list[int] | None = Field(
+    class_ids: ShortErrors[int] | None = Field(
         None,
         description="One for all, or one for each stop, which holds up to half-way. Otherwise each seed draws its own.",
         examples=["a list of integers, such as [3]"],
     )
-    classes: list[str] | None = Field(None, description="The same by name.", examples=['a list of names, such as ["3"]'])
+    classes: ShortErrors[str] | None = Field(None, description="The same by name.", examples=['a list of names, such as ["3"]'])
     format: Literal["png", "jpeg", "webp", "zip"] = Field(
         "png", description="All pictures in one sheet; zip holds a PNG of each.", examples=["png, jpeg, webp or zip"]
     )

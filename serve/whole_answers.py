@@ -22,6 +22,9 @@ def in_one_piece(send: Send) -> Send:
             held = message
             return
         start, held = held, None
+        if cycle.transport.is_closing():
+            # Uvicorn notes it for the last of several requests that came together, and would write for the others.
+            cycle.disconnected = True
         if start is not None:
             if _written(cycle, start, message):
                 return

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from builders.growth import without_collector
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
@@ -242,6 +244,26 @@ def test_what_was_cancelled_or_expired_never_runs(engine: Engine) -> None:
         await asyncio.gather(running, full)
         assert left.cancelled()
         assert not any(map(gate.saw, (2, 3, 4, 5, 6)))
+        await batcher.close()
+
+    run(work())
+
+
+def test_an_error_does_not_outlive_its_answer(engine: Engine) -> None:
+    async def work() -> None:
+        gate = Gate(engine)
+        batcher = make(gate)
+        first = ask(batcher, gate, [1])
+        await until(lambda: gate.batches)
+        with without_collector():
+            try:
+                await batcher.submit([2], resolve_class_ids(gate.spec, [2]), timeout_s=0.01)
+            except TimedOutError as error:
+                expired = weakref.ref(error)
+            await asyncio.sleep(0)  # the loop itself holds what it has just handed over
+            assert expired() is None
+        gate.let(1)
+        await first
         await batcher.close()
 
     run(work())
