@@ -29,7 +29,7 @@ def main(bundle_path: str, engine: str, path: str) -> None:
     with torch.no_grad():
         program = torch.export.export(module, tuple(inputs), dynamic_shapes=(({0: batch},) * len(inputs),))
         options = {"freezing": True, "aot_inductor.output_path": path}
-        torch._inductor.aot_compile(program.module(), tuple(inputs), options=options)  # type: ignore[arg-type]
+        torch._inductor.aot_compile(program.module(), tuple(inputs), options=options)
     _check_no_callbacks(Path(path).parent)
 
 
