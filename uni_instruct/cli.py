@@ -112,6 +112,7 @@ def main() -> None:
     _print_any_name()
     if not is_later_process():
         show_log("uni_instruct.engines.trial")
+        show_log("uni_instruct.engines.compiled")
     try:
         cli.main(standalone_mode=False)
     except Exit as error:

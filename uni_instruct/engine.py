@@ -8,13 +8,14 @@ from shlex import quote
 from typing import Literal, TypedDict
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.compiled import keep_compiled
 from uni_instruct.engines.device import checked_device, kind_of
 from uni_instruct.engines.outputs import Outputs
-from uni_instruct.engines.record import PRECISIONS, EngineId, StoredEngine
+from uni_instruct.engines.record import COMPILED, PRECISIONS, EngineId, StoredEngine
 from uni_instruct.engines.runtime import RUNTIMES, Engine, Runtime
 from uni_instruct.engines.threads import Threads
 from uni_instruct.engines.trial import Trial, TrialKey, note_speed, noted, trial_key, try_engine
-from uni_instruct.errors import EngineRefusedError, RequestError, UniInstructError
+from uni_instruct.errors import CompilationError, EngineRefusedError, RequestError, UniInstructError
 from uni_instruct.progress import Progress
 
 __all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "Outputs", "Runtime", "Selection", "Standing"]
@@ -24,6 +25,8 @@ __all__ += ["available_engines", "engine_standing", "load_engine", "open_engine"
 TORCH = EngineId("torch", "fp32")
 # The same with its large convolutions in bf16: tried as exported engines are, and chosen only where it is asked for.
 TORCH_BF16 = EngineId("torch", "bf16")
+# Both as machine code, which takes minutes to make: for whoever asks for it.
+TORCH_COMPILED, TORCH_BF16_COMPILED = EngineId("torch", "fp32", COMPILED), EngineId("torch", "bf16", COMPILED)
 # How many times as fast another engine must be to be preferred to one that stands before it in RUNTIMES: times vary, and torch
 # takes seconds to load and gives other last bits in other batches.
 WORTHWHILE = 1.25
@@ -45,9 +48,9 @@ class StandingFacts(TypedDict):
 class Standing:
     """How an engine of a bundle stands on this machine, and why, in words; trial is what it did here, where it was tried.
 
-    state: 'trusted'; 'refused', as its trial found; 'untried'; 'absent' where its package or its device is not there, as error
-    says; 'unknown' where this version has no such runtime. device is where it runs, '' where it does not. note is the file that
-    keeps a refusal: without it the engine is tried again.
+    state: 'trusted'; 'refused', as its trial found; 'untried'; 'absent' where its package, its device or its compiler is not
+    there, or fails, as error says; 'unknown' where this version has no such runtime. device is where it runs, '' where it does
+    not. note is the file that keeps a refusal: without it the engine is tried again.
     """
 
     engine_id: EngineId
@@ -120,7 +123,7 @@ def load_engine(
     Threads.here(spin).before_torch()
     engine_class = runtime.load_class()
     if isinstance(stored, EngineId):
-        return engine_class(bundle, device=device, precision=engine_id.precision)
+        return engine_class(bundle, device=device, precision=engine_id.precision, target=engine_id.target)
     shared_out = {} if streams is None else {"streams": streams}
     return engine_class(bundle, stored, device=device, spin=spin, **shared_out)
 
@@ -221,7 +224,9 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | Non
 
 def _only_asked_for(bundle: Bundle) -> list[EngineId]:
     """Engines that no export makes and no choice falls on. There must be images to hold them against."""
-    return [TORCH_BF16] if bundle.spec.steps == 1 and bundle.spec.makes_pictures else []
+    if bundle.spec.steps > 1:
+        return [TORCH_COMPILED]
+    return [TORCH_BF16, TORCH_COMPILED, TORCH_BF16_COMPILED] if bundle.spec.makes_pictures else []
 
 
 def _runs_on(engine_id: EngineId, device: str | None) -> bool:
@@ -240,7 +245,13 @@ def _parse(text: str, known: str) -> EngineId:
 
 def _stand(bundle: Bundle, engine_id: EngineId, device: str | None) -> Standing:
     """How the engine stands here, after its trial where it had none."""
-    return _standing(bundle, engine_id, device, lambda key: try_engine(bundle, engine_id, key))
+
+    def tried(key: TrialKey) -> Trial:
+        if engine_id.target == COMPILED and noted(key) is None:
+            keep_compiled(bundle, engine_id)  # first, as it may take longer than a trial may
+        return try_engine(bundle, engine_id, key)
+
+    return _standing(bundle, engine_id, device, tried)
 
 
 def _standing(bundle: Bundle, engine_id: EngineId, wanted: str | None, look_up: Callable[[TrialKey], Trial | None]) -> Standing:
@@ -250,14 +261,18 @@ def _standing(bundle: Bundle, engine_id: EngineId, wanted: str | None, look_up: 
     except UniInstructError as error:
         return Standing(engine_id, "absent", error.problem, error=error)
     key = trial_key(bundle, engine_id, runtime.version(), device)
-    trial = look_up(key)
+    try:
+        trial = look_up(key)
+    except CompilationError as error:
+        return Standing(engine_id, "absent", error.problem, error=error)
     if engine_id == TORCH:  # what others are held against: only its speed is of interest
         return Standing(TORCH, "trusted", trial=trial, device=device)
     if trial is None:
         return Standing(engine_id, "untried", device=device)
     if trial.problem:
         return Standing(engine_id, "refused", trial.problem, trial, key.existing_note(), device)
-    stored, reason = bundle.engines().get(engine_id), "" if key.reference_sha256 else "no reference.npz to hold it against"
+    compared = key.reference_sha256 or trial.relative_l2 is not None
+    stored, reason = bundle.engines().get(engine_id), "" if compared else "no reference.npz to hold it against"
     if reason and stored and not stored.record().parity:  # built for a GPU that was not there: nobody has ever compared it
         return Standing(engine_id, "refused", f"untried where it was built, and {reason}", trial, device=device)
     return Standing(engine_id, "trusted", reason, trial, device=device)

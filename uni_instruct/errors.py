@@ -59,6 +59,10 @@ class EngineRefusedError(UniInstructError):
     """An engine does not run on this machine, or answers otherwise than torch."""
 
 
+class CompilationError(UniInstructError):
+    """An engine's code could not be compiled on this machine."""
+
+
 class ParityError(UniInstructError):
     """An exported engine does not agree with torch."""
 

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -29,9 +30,11 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.cli import cli
 from uni_instruct.data import open_dataset
 from uni_instruct.data.storage import FolderStore
-from uni_instruct.engine import load_engine
+from uni_instruct.engine import TORCH_COMPILED, load_engine
 from uni_instruct.engines import runtime
 from uni_instruct.engines.comparison import BenchmarkPlan, compare
+from uni_instruct.engines.compiled import compiled_path
+from uni_instruct.engines.compiler import check_compiler
 from uni_instruct.engines.onnxruntime import _checked_provider
 from uni_instruct.engines.record import RECORD, EngineId
 from uni_instruct.engines.runtime import RUNTIMES
@@ -107,6 +110,36 @@ def device_for(engine_id: str, device: str | None) -> str:
     parsed = EngineId.parse(engine_id)
     with mock.patch.object(runtime, "gpus", return_value=()):
         return RUNTIMES[parsed.runtime].device_for(parsed, device)
+
+
+def compiler(name: str) -> bool:
+    with mock.patch.dict(os.environ, CXX=name):
+        check_compiler()
+    return True
+
+
+def compiled_engine(tmp: Path, compiler_: str, engine_id: str = str(TORCH_COMPILED)) -> object:
+    """That engine of a small bundle, with the cache in a folder of its own."""
+    bundle = Bundle.open(tmp / "small") if (tmp / "small").exists() else random_bundle(tmp / "small", 1)
+    with mock.patch.dict(os.environ, CXX=compiler_, XDG_CACHE_HOME=str(tmp)):
+        return load_engine(bundle, EngineId.parse(engine_id))
+
+
+def kept_code(tmp: Path) -> Path:
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(tmp)):
+        return compiled_path(Bundle.open(tmp / "small"), TORCH_COMPILED)
+
+
+def without_code(tmp: Path) -> object:
+    random_bundle(tmp / "small", 1)
+    kept_code(tmp).parent.mkdir(parents=True)
+    kept_code(tmp).write_bytes(b"no code")
+    return compiled_engine(tmp, "g++")
+
+
+def remove_code(tmp: Path) -> bool:
+    kept_code(tmp).unlink()
+    return True
 
 
 def scores(tmp: Path, **score: object) -> Path:
@@ -252,6 +285,8 @@ ENGINES = [
     Value("uni_instruct/engines/comparison.py", "{} failed at batch {}", lambda _: benchmarked((1, 2)), lambda remedy, _: benchmarked(said(remedy, "leave that batch out of --batches", (1,)))),
     Value(R, "(record)", lambda tmp: engine_file(tmp, recorded(weights_sha256="0" * 64)), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} describes {}", lambda tmp: engine_file(tmp, recorded(engine_id="openvino-fp32")), lambda remedy, tmp: export_as_said(tmp, remedy)),
+    Value("uni_instruct/engines/compiled.py", "engine {} cannot be compiled", lambda tmp: compiled_engine(tmp, "false"), lambda remedy, tmp: compiled_engine(tmp, "false", found(r"--engine (\S+)", remedy))),
+    Value("uni_instruct/engines/torch_compiled.py", "{} cannot be loaded", without_code, lambda remedy, tmp: compiled_engine(tmp, said(remedy, "delete it", remove_code(tmp) and "g++"))),
     Value(R, "{} has no {}", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).unlink()), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} does not match the sha256", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).write_bytes(b"x")), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(F, "{} cannot be read", cut_reference, lambda remedy, tmp: anew(tmp, remedy)),
@@ -277,6 +312,7 @@ RUN = [
     Value("serve/load.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", "k"), 401)),
     Value("serve/load.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", "k"), 200)),
     Value("uni_instruct/engines/torch.py", "a teacher of {} steps runs", lambda tmp: load_engine(random_bundle(tmp / "t", 1, 4), EngineId("torch", "bf16")), lambda remedy, tmp: load_engine(Bundle.open(tmp / "t"), EngineId.parse(found(r"--engine (\S+)", remedy)))),
+    Value("uni_instruct/engines/compiler.py", "compiled engines need a C++ compiler", lambda _: compiler("no-such-compiler"), lambda remedy, _: compiler(said(remedy, "name yours in CXX", "g++"))),
     Value("uni_instruct/networks/autoencoder.py", "the decoder cannot be built", lambda _: built("sides do not fit"), lambda remedy, _: built(said(remedy, "give another VAE", ""))),
     Value("uni_instruct/commands/data.py", "{}: {} file{} wrong", lambda tmp: folder(tmp, a_png=GREY, b_png=b"text") and checked(tmp), lambda remedy, tmp: removed(tmp, remedy)),
     Value("uni_instruct/data/storage.py", "(_walk)", lambda tmp: listed_folder(tmp, PermissionError(13, "")), lambda remedy, tmp: listed_folder(tmp, said(remedy, "make it readable", None))),

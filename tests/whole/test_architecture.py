@@ -300,6 +300,9 @@ ROOMS = {
     # Used where torch is there already.
     "uni_instruct/engines/threads.py": (),
     "uni_instruct/engines/torch.py": ("train", "export", "evaluate"),
+    "uni_instruct/engines/torch_compile_worker.py": ("train", "export", "evaluate"),
+    "uni_instruct/engines/torch_compiled.py": ("train", "export", "evaluate"),
+    "uni_instruct/engines/torch_library.py": ("train", "export", "evaluate"),
     "uni_instruct/evaluate": ("evaluate",),
     "uni_instruct/float32.py": ("train", "export", "evaluate"),
     "uni_instruct/hub.py": ("hub",),

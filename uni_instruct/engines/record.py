@@ -13,6 +13,8 @@ from uni_instruct.files import sha256
 
 RECORD = "engine.json"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+# The target of engines that are compiled on the machine that runs them.
+COMPILED = "compiled"
 _ID = re.compile(rf"(?P<runtime>[a-z][a-z0-9-]*?)-(?P<precision>{'|'.join(PRECISIONS)})(?:-(?P<target>[a-z0-9]+))?")
 # Format 1 knew one engine a runtime, in a folder of its name, and other words in its report.
 _FORMER_FOLDERS = {"onnx": "onnx-fp32"}
@@ -21,10 +23,10 @@ _FORMER_WORDS = {"largest_level_difference": "largest_pixel_difference", "levels
 
 @dataclass(frozen=True)
 class EngineId:
-    """(runtime, precision, target), written onnx-fp32, torch-fp32, tensorrt-fp16-sm90: the one name of an engine.
+    """(runtime, precision, target), written onnx-fp32, torch-fp32-compiled, tensorrt-fp16-sm90: the one name of an engine.
 
     The same word stands in `--engine`, as folder in a bundle's engines/, in headers, metrics, reports and engine.json. target
-    is the device that an engine was built for, empty where it runs on any.
+    is the device that an engine was built for, empty where it runs on any; COMPILED where its code is made on the machine.
     """
 
     runtime: str

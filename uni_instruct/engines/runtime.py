@@ -9,10 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
+from uni_instruct.engines.compiler import check_compiler
 from uni_instruct.engines.cuda import gpus
 from uni_instruct.engines.device import CPU, CUDA, index_of, kind_of
 from uni_instruct.engines.outputs import Outputs
-from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.record import COMPILED, EngineId
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.spec import ModelSpec
 
@@ -47,8 +48,8 @@ class Runtime:
 
     distributions are the names that the package is installed under, one of them at a time; extra is that of this package that
     brings it. devices are the kinds that it can run on; on a GPU only with one of cuda_distributions, of a build that has CUDA.
-    The class takes `(bundle, stored, device=..., spin=...)`, or `(bundle, device=..., precision=...)` where it runs the weights
-    themselves; with has_streams also `streams=...`, into how many parts at a time it shares out a batch.
+    The class takes `(bundle, stored, device=..., spin=...)`, or `(bundle, device=..., precision=..., target=...)` where it runs
+    the weights themselves; with has_streams also `streams=...`, into how many parts at a time it shares out a batch.
     """
 
     name: str
@@ -75,8 +76,8 @@ class Runtime:
     def device_for(self, engine_id: EngineId, wanted: str | None) -> str:
         """Where it would run that engine: on the wanted device, 'cpu' or 'cuda:1', or without a word on a GPU where it can.
 
-        Raises MissingExtraError where its package is missing, RequestError where it does not run there: never another device
-        than the wanted one.
+        Raises MissingExtraError where its package is missing, RequestError where it does not run there, or a compiler is
+        missing: never another device than the wanted one.
         """
         if not self.is_installed():
             raise MissingExtraError(self.package, extra=self.extra)
@@ -88,12 +89,16 @@ class Runtime:
                 remedy=f"pip uninstall -y {names}, then pip install the one that you need",
                 param="engine",
             )
-        device = wanted or (f"{CUDA}:{_fitting_gpu(engine_id)}" if self._can_use_a_gpu() else self.devices[0])
+        can_use_a_gpu = CUDA in self._devices(engine_id) and bool(gpus()) and self._has_cuda()
+        device = wanted or (f"{CUDA}:{_fitting_gpu(engine_id)}" if can_use_a_gpu else self.devices[0])
         self._check_device(engine_id, device)
+        if engine_id.target == COMPILED:
+            check_compiler()
         return device
 
-    def _can_use_a_gpu(self) -> bool:
-        return CUDA in self.devices and bool(gpus()) and self._has_cuda()
+    def _devices(self, engine_id: EngineId) -> tuple[str, ...]:
+        # Compiled code has not been seen on a GPU, where CUDA graphs do what it would do.
+        return (CPU,) if engine_id.target == COMPILED else self.devices
 
     def _has_cuda(self) -> bool:
         # torch's builds say it behind a plus: 2.13.0+cpu.
@@ -101,8 +106,8 @@ class Runtime:
 
     def _check_device(self, engine_id: EngineId, device: str) -> None:
         kind = kind_of(device)
-        if kind not in self.devices:
-            there = " or ".join(self.devices)
+        if kind not in self._devices(engine_id):
+            there = " or ".join(self._devices(engine_id))
             raise RequestError(
                 f"engine {engine_id} does not run on {device}",
                 remedy=f"use --device {there}, or another engine",

@@ -1,4 +1,6 @@
-"""torch: the reference engine, the weights as trained; teachers too, with their many-step sampler. And the same in 16 bits."""
+"""torch: the reference engine, the weights as trained; teachers too, with their many-step sampler. In 16 bits, and compiled."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -7,9 +9,10 @@ from torch import Tensor, nn
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.device import CPU, CUDA, kind_of
 from uni_instruct.engines.outputs import Outputs
-from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.record import COMPILED, EngineId
 from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.engines.threads import Threads
+from uni_instruct.engines.torch_compiled import compiled_images
 from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
 from uni_instruct.networks.blocks import Conv2d
@@ -25,21 +28,25 @@ _SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class TorchEngine:
     """Runs a bundle's weights on the CPU or a GPU ('cuda:0'), there through CUDA graphs.
 
-    precision: 'fp32', without TF32, or what the large convolutions are computed in, 'bf16' or 'fp16'.
-    Raises RequestError for 16 bits of a teacher, whose many steps add up what each one rounds.
+    precision: 'fp32', without TF32, or what the large convolutions are computed in, 'bf16' or 'fp16'. target: COMPILED for
+    machine code that inductor makes of the network, on the CPU; '' for torch's own kernels, layer by layer.
+    Raises RequestError for 16 bits of a teacher, whose many steps add up what each one rounds; CompilationError.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str = CPU, precision: str = "fp32"):
+    def __init__(self, bundle: Bundle, *, device: str = CPU, precision: str = "fp32", target: str = ""):
         self.spec, self.device, self._bundle = bundle.spec, device, bundle
-        self.id = EngineId("torch", precision)
+        self.id = EngineId("torch", precision, target)
         Threads.here(spin=False).for_torch()
-        generator = load_one_step(bundle).to(self.device)
-        if precision in _SIXTEEN_BITS:
-            _round_convolutions(generator, bundle, _SIXTEEN_BITS[precision])
-        self._generator: OneStep | None = generator
-        # A teacher's sampler is many evaluations, each of other noise levels.
-        captures = kind_of(device) == CUDA and bundle.spec.steps == 1
-        self._one_step = CapturedBatches(self._generate) if captures else self._generate
+        self._make: Callable[[Tensor, Tensor | None], Tensor] | None = self._maker()
+
+    def _maker(self) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """What makes images [B, C, H, W] of noise and class ids; it alone holds the weights."""
+        if self.id.target == COMPILED:
+            return compiled_images(self._bundle, self.id)
+        generator, steps = load_generator(self._bundle, self.id.precision).to(self.device), self.spec.steps
+        if steps > 1:  # many evaluations, each of other noise levels: no CUDA graphs
+            return lambda z, labels: generator.decode(heun_sample(generator.denoiser, z, labels, steps))
+        return CapturedBatches(generator) if kind_of(self.device) == CUDA else generator
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
@@ -56,22 +63,26 @@ class TorchEngine:
 
     def close(self) -> None:
         """Frees the weights, once what runs in other threads is done."""
-        self._generator, self._one_step = None, self._generate
+        self._make = None
 
     @torch.inference_mode()
     def _images(self, inputs: Inputs) -> Tensor:
-        assert self._generator is not None, "the engine was closed"
+        make = self._make
+        assert make is not None, "the engine was closed"
         # This engine is what the others are held against: on a GPU its convolutions would take TF32 otherwise.
         with full_float32():
-            return self._one_step(*as_tensors(inputs, self.device))
+            return make(*as_tensors(inputs, self.device))
 
-    def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
-        generator = self._generator
-        assert generator is not None, "the engine was closed"
-        if self.spec.steps > 1:
-            return generator.decode(heun_sample(generator.denoiser, z, labels, self.spec.steps))
-        images: Tensor = generator(z, labels)
-        return images
+
+def load_generator(bundle: Bundle, precision: str) -> OneStep:
+    """The bundle's network with its decoder, on the CPU, its large convolutions in that precision.
+
+    Raises RequestError for 16 bits of a teacher.
+    """
+    generator = load_one_step(bundle)
+    if precision in _SIXTEEN_BITS:
+        _round_convolutions(generator, bundle, _SIXTEEN_BITS[precision])
+    return generator
 
 
 def _round_convolutions(generator: OneStep, bundle: Bundle, dtype: torch.dtype) -> None:

@@ -8,11 +8,7 @@ import hashlib
 import json
 import logging
 import signal
-import subprocess
-import sys
 import threading
-import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -20,12 +16,12 @@ from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.machine import machine
 from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.workers import completed
 from uni_instruct.errors import DiskError
 from uni_instruct.files import atomic_file, cache_folder, sha256
 from uni_instruct.reference import REFERENCE
 
 TIMEOUT_S = 600
-TELL_EVERY_S = 10
 # Whoever sends these means the process, not the engine.
 _SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _one_at_a_time = threading.Lock()
@@ -135,9 +131,11 @@ def note_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchmar
 
 
 def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
-    # -P: not what lies in the current folder.
-    worker = [sys.executable, "-P", "-m", "uni_instruct.engines.trial_worker"]
-    done = _completed([*worker, str(bundle.resolve()), str(engine_id), device], engine_id)
+    def tell(past_s: float) -> None:
+        _log.info("trying engine %s: %.0f s of at most %d", engine_id, past_s, TIMEOUT_S)
+
+    arguments = [str(bundle.resolve()), str(engine_id), device]
+    done = completed("uni_instruct.engines.trial_worker", arguments, tell, timeout_s=TIMEOUT_S)
     if done is None:
         return Trial(problem=f"it did not answer in {TIMEOUT_S} s", lasting=False)
     if done.returncode < 0:
@@ -147,21 +145,6 @@ def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         return Trial(problem=f"it could not be tried: {reason[:300]}", lasting=False)
     return Trial(**json.loads(lines[-1]))
-
-
-def _completed(command: list[str], engine_id: EngineId) -> subprocess.CompletedProcess[str] | None:
-    """The process when it has ended, None where it was stopped after TIMEOUT_S; meanwhile the log tells that it runs."""
-    start = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            while (past_s := time.monotonic() - start) < TIMEOUT_S:
-                with suppress(subprocess.TimeoutExpired):
-                    output, errors = process.communicate(timeout=min(TELL_EVERY_S, TIMEOUT_S - past_s))
-                    return subprocess.CompletedProcess(command, process.returncode, output, errors)
-                _log.info("trying engine %s: %.0f s of at most %d", engine_id, time.monotonic() - start, TIMEOUT_S)
-        finally:
-            process.kill()  # does nothing to one that has ended
-    return None
 
 
 def _note(key: TrialKey, trial: Trial) -> None:

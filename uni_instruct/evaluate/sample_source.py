@@ -8,7 +8,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.class_map import has_names, ids_by_name, shown_classes
 from uni_instruct.data import Dataset
-from uni_instruct.engine import TORCH, select_engine
+from uni_instruct.engine import TORCH, TORCH_COMPILED, select_engine
 from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages
 from uni_instruct.evaluate.statistics import Statistics
 from uni_instruct.generate import resolve_class_ids
@@ -63,12 +63,13 @@ def bundle_samples(
 ) -> SampleSource:
     """The images of those seeds, of those classes; without them each of its seed's class, all drawn alike.
 
-    A teacher always runs on torch, which alone has its sampler.
+    A teacher always runs on torch, which alone has its sampler; compiled where that engine is asked for.
 
     Raises RequestError where the bundle makes latents, or has no such engine on that device.
     """
     bundle.check_makes_pictures()
-    chosen = str(select_engine(bundle, TORCH if bundle.spec.steps > 1 else engine, device).engine_id)
+    of_teacher = TORCH_COMPILED if engine == str(TORCH_COMPILED) else TORCH
+    chosen = str(select_engine(bundle, of_teacher if bundle.spec.steps > 1 else engine, device).engine_id)
     class_ids = resolve_class_ids(bundle.spec, seeds) if class_ids is None else class_ids
     names = tuple(bundle.spec.class_name(number) for number in range(bundle.spec.num_classes))
     mapped, note = reference_class_ids(class_ids, names, reference)

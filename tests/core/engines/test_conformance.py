@@ -28,10 +28,10 @@ HERE = [
     for target in ([row.for_gpu(gpu.sm) for gpu in gpus() if gpu.sm in row.sms] if row.sms else [row])
 ]
 BUILT = {str(target.engine_id): target for target in HERE}
-ENGINES = [*BUILT, "torch-fp32", "torch-bf16"]
-# Not in the default run: NNCF takes half a minute, finding the layers that keep float32 ten seconds, and what is for GPUs
-# runs on them there.
-SLOW = {"onnx-fp16", "openvino-int8", "openvino-bf16"}
+ENGINES = [*BUILT, "torch-fp32", "torch-bf16", "torch-fp32-compiled", "torch-bf16-compiled"]
+# Not in the default run: NNCF takes half a minute, finding the layers that keep float32 ten seconds, compiling half a minute,
+# and what is for GPUs runs on them there.
+SLOW = {"onnx-fp16", "openvino-int8", "openvino-bf16", "torch-fp32-compiled", "torch-bf16-compiled"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""A bundle's network as compiled code: noise to images, for torch's engine."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.compiled import compiled_file
+from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.torch_library import CompiledLibrary
+from uni_instruct.errors import UniInstructError
+from uni_instruct.networks.autoencoder import load_decoder
+from uni_instruct.networks.build import build_denoiser
+from uni_instruct.sampler import heun_sample
+
+
+def compiled_images(bundle: Bundle, engine_id: EngineId) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Noise float32 [B, *noise_shape] and class ids int64 [B] or None -> float32 [B, C, H, W], by code that is made if need be.
+
+    Raises CompilationError where the compiler fails, UniInstructError where the kept file is damaged.
+    """
+    library, spec = _load(bundle, engine_id), bundle.spec
+    if spec.steps == 1:
+        return lambda z, class_ids: library(_given(z, class_ids), (len(z), *spec.image_shape))
+    denoiser, decoder = CompiledDenoiser(library, bundle), load_decoder(bundle)
+
+    def sample(z: Tensor, class_ids: Tensor | None) -> Tensor:
+        made = heun_sample(denoiser, z, class_ids, spec.steps)
+        images: Tensor = made if decoder is None else decoder(made)
+        return images
+
+    return sample
+
+
+class CompiledDenoiser:
+    """D(x; sigma) as the sampler calls it: float32 [B, *noise_shape] of the same and of sigma [B, 1, 1, 1]."""
+
+    def __init__(self, library: CompiledLibrary, bundle: Bundle):
+        self._library = library
+        with torch.device("meta"):  # its weights are in the library
+            self.preconditioning = build_denoiser(bundle.spec).preconditioning
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_ids: Tensor | None) -> Tensor:
+        """The expected clean image."""
+        return self._library([x, sigma, *_given(class_ids)], x.shape)
+
+
+def _load(bundle: Bundle, engine_id: EngineId) -> CompiledLibrary:
+    with compiled_file(bundle, engine_id) as path:
+        try:
+            return CompiledLibrary(path)
+        except (OSError, AttributeError) as error:
+            problem = " ".join(str(error).split())[:200]
+            raise UniInstructError(
+                f"{path} cannot be loaded: {problem}", remedy="delete it to have it compiled again", param="engine"
+            ) from error
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
