@@ -5,14 +5,14 @@ import itertools
 import torch
 from torch import Tensor
 
-from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.denoiser import ClassLabels, Denoiser
 from uni_instruct.networks.preconditioning import Preconditioning
 from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN, sampling_sigmas
 from uni_instruct.spec import TEACHER_STEPS
 
 
 @torch.no_grad()
-def heun_sample(denoiser: Denoiser, noise: Tensor, class_ids: Tensor | None, steps: int = TEACHER_STEPS) -> Tensor:
+def heun_sample(denoiser: Denoiser, noise: Tensor, class_ids: ClassLabels | None, steps: int = TEACHER_STEPS) -> Tensor:
     """Images [B, C, H, W] in about [-1, 1] from N(0, 1) noise, with 2 * steps - 1 network evaluations."""
     sigmas = known_sigmas(denoiser.preconditioning, steps)
     x = noise.double() * sigmas[0]

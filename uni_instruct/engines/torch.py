@@ -12,8 +12,10 @@ from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.engines.threads import Threads
 from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
+from uni_instruct.mixture import ClassIds
 from uni_instruct.networks.blocks import Conv2d
 from uni_instruct.networks.cuda_graphs import CapturedBatches
+from uni_instruct.networks.denoiser import ClassLabels
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
@@ -31,7 +33,7 @@ class TorchEngine:
 
     def __init__(self, bundle: Bundle, *, device: str = CPU, precision: str = "fp32"):
         self.spec, self.device, self._bundle = bundle.spec, device, bundle
-        self.id = EngineId("torch", precision)
+        self.id, self.mixes_classes = EngineId("torch", precision), bool(bundle.spec.num_classes)
         Threads.here(spin=False).for_torch()
         generator = load_one_step(bundle).to(self.device)
         if precision in _SIXTEEN_BITS:
@@ -41,13 +43,13 @@ class TorchEngine:
         captures = kind_of(device) == CUDA and bundle.spec.steps == 1
         self._one_step = CapturedBatches(self._generate) if captures else self._generate
 
-    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
         self._bundle.check_makes_pictures()
         parts = checked_inputs(self.spec, noise, class_ids).parts(self.spec.images_at_once)
         return np.concatenate([to_uint8(self._images(part)).cpu().numpy() for part in parts])
 
-    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+    def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]; latents as they are."""
         inputs = checked_inputs(self.spec, noise, class_ids)
         parts = [self._images(part) for part in inputs.parts(self.spec.images_at_once)]
@@ -65,7 +67,7 @@ class TorchEngine:
         with full_float32():
             return self._one_step(*as_tensors(inputs, self.device))
 
-    def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
+    def _generate(self, z: Tensor, labels: ClassLabels | None) -> Tensor:
         generator = self._generator
         assert generator is not None, "the engine was closed"
         if self.spec.steps > 1:
