@@ -96,7 +96,10 @@ def resolve_class_ids(
 
 
 def mix_classes(
-    spec: ModelSpec, start: int | str | Sequence[int | str], end: int | str | Sequence[int | str], share: ArrayLike
+    spec: ModelSpec,
+    start: int | str | Sequence[int | str] | np.ndarray,
+    end: int | str | Sequence[int | str] | np.ndarray,
+    share: ArrayLike,
 ) -> ClassMixture:
     """A mixture for each share, from 0, which is `start`, to 1, which is `end`: ids or names, one for all or one for each.
 
