@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.graph import graph_feeds
+from uni_instruct.engines.graph import OTHER_IDS, SHARE, graph_feeds
 from uni_instruct.engines.outputs import relative_l2
 from uni_instruct.export.canonical import CanonicalOneStep
 from uni_instruct.networks.one_step import as_tensors, load_one_step
@@ -41,7 +42,7 @@ def _of_engine(file: Path, precision: str, inputs: Inputs) -> dict[str, np.ndarr
     from uni_instruct.engines.openvino_file import read_model, weight_name
 
     core = openvino.Core()
-    model = read_model(core, file)
+    model = core.read_model(_without_defaults(file)) if file.suffix == ".onnx" else read_model(core, file)
     layers = [layer for layer in model.get_ordered_ops() if layer.get_type_name() == "Convolution"]
     names = [weight_name(layer).partition("generator.")[2] for layer in layers]
     first = len(model.outputs)  # what is added stands behind the graph's own
@@ -49,6 +50,15 @@ def _of_engine(file: Path, precision: str, inputs: Inputs) -> dict[str, np.ndarr
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision_hint(precision)})
     result = compiled(graph_feeds(inputs))
     return {name: result[first + i] for i, name in enumerate(names) if name}
+
+
+def _without_defaults(file: Path) -> bytes:
+    """The ONNX graph with every input to be fed: OpenVINO takes an input that has a default for a constant."""
+    model = onnx.load(file)
+    kept = [initializer for initializer in model.graph.initializer if initializer.name not in (OTHER_IDS, SHARE)]
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(kept)
+    return bytes(model.SerializeToString())
 
 
 def _of_module(bundle: Bundle, inputs: Inputs) -> dict[str, np.ndarray]:

@@ -148,10 +148,11 @@ export class WalkView {
     return { ...this.app.modelField, seeds: stops.map(({ seed }) => seed), ...this.#classField(stops), grid: true, format: "png" };
   }
 
-  /** The classes of stops as a request's field: one where all have the same. */
+  /** The classes of stops as a request's field: one where all have the same, nothing where each seed draws its own. */
   #classField(stops) {
     const classes = stops.map(({ classId }) => classId);
-    return classes.every((classId) => classId === classes[0]) ? this.app.classField() : { class_ids: classes };
+    if (classes[0] === null) return {};
+    return { class_ids: classes.every((classId) => classId === classes[0]) ? [classes[0]] : classes };
   }
 
   #show({ bitmap, ms, classes }, state) {

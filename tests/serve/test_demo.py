@@ -215,6 +215,7 @@ def test_the_class_alone_morphs_where_there_is_one_seed(page: Page, engine: Engi
     ActionChains(page.browser).send_keys(Keys.ARROW_RIGHT).perform()
     page.until(lambda: "to=9" in page.query())
     page.until_shown("stage-walk", engine(*draw_inputs(engine.spec, [3], mix_classes(engine.spec, 5, 9, 0.5)))[:, :, :, 0])
+    page.until_shown("stops", truth(engine, [3, 3], [5, 9]))
     page.find("#stops button:nth-of-type(2)").click()
     page.until_shown("stage-walk", truth(engine, [3], [9]))
     page.run("document.querySelector('#classes-walk input[value=\"any\"]').click()")
