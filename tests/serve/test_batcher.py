@@ -365,7 +365,7 @@ def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: py
     clock = SimpleNamespace(now=0.0)
 
     class Slow(Gate):
-        def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        def __call__(self, z: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
             clock.now += 0.1 * len(z)
             return super().__call__(z, class_ids)
 
@@ -373,3 +373,12 @@ def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: py
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.5) == (1, 2, 4)
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.05) == (1,)
     assert prewarm(Gate(engine, is_open=True), max_batch=8, max_batch_s=0.5) == (1, 2, 4, 8)
+
+
+def test_a_gpu_has_run_a_mixture_before_one_is_asked_for(engine: Engine) -> None:
+    """There torch captures a graph of its own for them."""
+    for device, mixed in (("cpu", []), ("cuda:0", [1, 2, 4])):
+        gate = Gate(engine, is_open=True)
+        gate.device = device
+        prewarm(gate, max_batch=4, max_batch_s=60)
+        assert [len(classes) for classes in gate.classes if isinstance(classes, ClassMixture)] == mixed
