@@ -20,7 +20,7 @@ from uni_instruct.export.canonical_edm2 import FoldedEDM2Block
 from uni_instruct.networks.adm import ADM
 from uni_instruct.networks.blocks import Conv2d, UNetBlock
 from uni_instruct.networks.ddpmpp import SongUNet
-from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.denoiser import ClassLabels, Denoiser, MixedClasses, interpolated
 from uni_instruct.networks.edm2 import EDM2, Block
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
@@ -36,6 +36,7 @@ FACTORS = (1.0, math.sqrt(0.5))
 class CanonicalOneStep(nn.Module):
     """z [B, *noise_shape], class_ids int64 [B] in range or None -> G(z), float32 [B, C, H, W] in about [-1, 1].
 
+    Classes may be mixtures of two: as blocks map the embedding affinely, their rows are interpolated as embeddings are.
     dtype is what network and decoder compute in; `in_precision` changes it. The generator's layers become this module's, one
     block after the other, so that there is never a second copy of the weights: the generator is of no use afterwards.
     """
@@ -66,7 +67,7 @@ class CanonicalOneStep(nn.Module):
                 part.to(dtype)
         return self
 
-    def forward(self, noise: Tensor, class_ids: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, class_ids: ClassLabels | None = None) -> Tensor:
         """G(z) of float32 z."""
         rows = noise if self.rows is None else self.rows(class_ids)  # no block reads them where nothing depends on a class
         x = noise.to(self.dtype)
@@ -90,9 +91,13 @@ class ClassRows(nn.Module):
         if self.linear is not None:
             self.linear.weight, self.linear.bias = nn.Parameter(weight), nn.Parameter(bias)
 
-    def forward(self, class_ids: Tensor) -> Tensor:
+    def forward(self, class_ids: ClassLabels) -> Tensor:
         """[B, total]."""
-        rows = F.embedding(class_ids, self.table)
+        if isinstance(class_ids, MixedClasses):
+            first, second = (F.embedding(ids, self.table) for ids in (class_ids.class_ids, class_ids.other_ids))
+            rows = interpolated(first, second, class_ids.share)
+        else:
+            rows = F.embedding(class_ids, self.table)
         return rows if self.linear is None else self.linear(rows)
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import uni_instruct
 from uni_instruct.bundle import DECODER, WEIGHTS, Bundle
-from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE
+from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, OTHER_IDS, SHARE
 from uni_instruct.errors import RequestError
 from uni_instruct.export.canonical import FACTORS, CanonicalOneStep
 from uni_instruct.export.canonical_blocks import NormFactory
 from uni_instruct.export.onnx_file import write_model
+from uni_instruct.networks.denoiser import MixedClasses
 from uni_instruct.networks.one_step import load_one_step, to_uint8
 from uni_instruct.processes import give_back_freed_memory
 
@@ -42,9 +43,14 @@ class WithPixels(nn.Module):
         super().__init__()
         self.generator, self.bytes_last = generator, bytes_last
 
-    def forward(self, noise: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """noise float32 [B, C, H, W], N(0, 1); class_ids int64 [B], None for an unconditional generator."""
-        images = self.generator(noise, class_ids)
+    def forward(
+        self, noise: Tensor, class_ids: Tensor | None = None, other_ids: Tensor | None = None, share: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """noise float32 [B, C, H, W], N(0, 1); the classes as in `ClassMixture`, None for an unconditional generator."""
+        if class_ids is None or other_ids is None or share is None:
+            images = self.generator(noise, class_ids)
+        else:
+            images = self.generator(noise, MixedClasses(class_ids, other_ids, share))
         if self.bytes_last:
             return (images * 127.5 + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8), images
         return to_uint8(images), images
@@ -59,12 +65,14 @@ def write_graph(
     precision: str = "fp32",
     opset: int = OPSET,
     bytes_last: bool = False,
+    optional_mixture: bool = False,
 ) -> dict[str, str]:
     """Writes the bundle's graph to `path`, weights inline. Returns the versions of the tools.
 
     norm: the form of group normalisation that the runtime is fast at. weights: stored as float16 where float16 holds them
     ('exact'), all of them ('rounded', for engines that compute in less by themselves), none ('wide'). precision: what the graph
-    itself says that the network computes in. bytes_last: as in `WithPixels`.
+    itself says that the network computes in. bytes_last: as in `WithPixels`. optional_mixture: who feeds noise and class ids
+    alone gets those classes unmixed.
     Raises RequestError for weights that do not fit into one file.
     """
     size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
@@ -79,6 +87,8 @@ def write_graph(
     _strip(model)
     if weights != "wide":
         _store_in_half(model, arrays, round_weights=weights == "rounded")
+    if optional_mixture and bundle.spec.num_classes:
+        _give_defaults(model)
     onnx.helper.set_model_props(model, _properties(bundle))
     _check(model, arrays)
     write_model(model, arrays, path)
@@ -95,10 +105,10 @@ def _export(
     example = [torch.zeros(2, *bundle.spec.noise_shape)]
     names = [NOISE]
     if bundle.spec.num_classes:
-        example.append(torch.zeros(2, dtype=torch.int64))
-        names.append(CLASS_IDS)
+        example += [torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.zeros(2)]
+        names += [CLASS_IDS, OTHER_IDS, SHARE]
     with warnings.catch_warnings():
-        # The exporter warns of its own deprecated calls, and that both inputs share the name of their batch axis.
+        # The exporter warns of its own deprecated calls, and that all inputs share the name of their batch axis.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             WithPixels(generator, bytes_last).eval(),
@@ -113,6 +123,27 @@ def _export(
     assert program is not None
     arrays = _take_weights(program)
     return program.model_proto, arrays
+
+
+def _give_defaults(model: onnx.ModelProto) -> None:
+    """Makes the ports of mixtures optional, which in ONNX means: an initializer has the same name.
+
+    One zero does for a whole batch. So these ports, and what follows from them alone, have a size of their own: a runtime that
+    took it for the batch's would give both the same memory.
+    """
+    graph, alone, batched = model.graph, {OTHER_IDS, SHARE}, {NOISE, CLASS_IDS}
+    for node in graph.node:
+        if batched & set(node.input):
+            batched |= set(node.output)
+        elif alone & set(node.input):
+            alone |= set(node.output)
+    for tensor in (*graph.input, *graph.value_info):
+        if tensor.name in alone:
+            tensor.type.tensor_type.shape.dim[0].dim_param = "mixed"
+    for port in graph.input:
+        if port.name in (OTHER_IDS, SHARE):
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type)
+            graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, dtype), port.name))
 
 
 def _take_weights(program: torch.onnx.ONNXProgram) -> dict[str, np.ndarray]:

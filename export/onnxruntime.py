@@ -19,6 +19,6 @@ def check_machine(precision: str) -> None:
 def build(bundle: Bundle, path: Path, precision: str) -> dict[str, str]:
     """Writes the engine's file. Returns the versions of the tools. Raises RequestError for weights too large for one file."""
     return {
-        **write_graph(bundle, path, copy.deepcopy, precision=precision, bytes_last=precision != "fp32"),
+        **write_graph(bundle, path, copy.deepcopy, precision=precision, bytes_last=precision != "fp32", optional_mixture=True),
         "onnxruntime": onnxruntime.__version__,
     }

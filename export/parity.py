@@ -15,7 +15,8 @@ from uni_instruct.engines.outputs import TOLERANCES, Tolerance, psnr_db, relativ
 from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import ParityError
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
-from uni_instruct.noise import class_ids_in_turn, draw_inputs
+from uni_instruct.mixture import ClassMixture
+from uni_instruct.noise import Inputs, class_ids_in_turn, draw_inputs
 from uni_instruct.processes import give_back_freed_memory
 from uni_instruct.spec import ModelSpec
 
@@ -24,6 +25,8 @@ BATCHES = (1, 2, 7, 64)
 # Of a heavy network 64 images take a CPU longer than the engine's making, and 16 at once more memory than its weights.
 # Nor can each of a thousand classes be tried: that would be hours.
 HEAVY_BATCH, LEAST_IMAGES, HEAVY_CLASSES = 8, 16, 32
+# One image in so many is a mixture of two classes. Three is prime to the numbers of classes that divide 64, and to ten.
+MIXED_EVERY = 3
 # The share of the tolerance that an engine may use up which could be built more exactly.
 MARGIN = 0.75
 
@@ -72,9 +75,9 @@ def verify(
         raise ParityError(f"the {record.id} engine, {record.way}, does not agree with room to spare", remedy="it was discarded")
     if problem := _problem(record.id, report):
         worst = slice(seeds.index(report.worst_seed), seeds.index(report.worst_seed) + 1)
-        labels = None if class_ids is None else class_ids[worst]
+        inputs = Inputs(z[worst], None if class_ids is None else class_ids[worst])
         file, limit = folder / record.file, report.tolerance.relative_l2
-        layer = first_stray(bundle, file, record.id.precision, z[worst], labels, limit)
+        layer = first_stray(bundle, file, record.id.precision, inputs, limit)
         where = f"; the first layer that strays is {layer}" if layer else ""
         raise ParityError(
             f"{problem} (worst seed {report.worst_seed}){where}",
@@ -83,13 +86,21 @@ def verify(
     return cast(ParityReport, asdict(report))
 
 
-def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], np.ndarray | None]:
-    """Seeds that nothing was tuned on (they follow from the engine's hash), and class ids that cover what is affordable."""
+def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], ClassMixture | None]:
+    """Seeds that nothing was tuned on (they follow from the engine's hash), and classes that cover what is affordable.
+
+    Every third is a mixture with the class after it, a quarter, half or three quarters of the way; the others are whole.
+    """
     from uni_instruct.networks.flops import is_heavy
 
     classes = min(spec.num_classes, HEAVY_CLASSES) if is_heavy(spec) else spec.num_classes
     first, count = int(file_sha256[:15], 16), spec.affordable_images(max(LEAST_IMAGES, *batches(spec), classes))
-    return list(range(first, first + count)), class_ids_in_turn(spec, count)
+    seeds, class_ids = list(range(first, first + count)), class_ids_in_turn(spec, count)
+    if class_ids is None:
+        return seeds, None
+    places = np.arange(count)
+    share = np.where(places % MIXED_EVERY == 1, (places // MIXED_EVERY % 3 + 1) / 4, 0)
+    return seeds, ClassMixture(class_ids, (class_ids + 1) % spec.num_classes, share.astype(np.float32))
 
 
 def batches(spec: ModelSpec) -> tuple[int, ...]:
@@ -102,12 +113,12 @@ def batches(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def run_worker(
-    bundle: Bundle, engine_id: EngineId, folder: Path, z: np.ndarray, class_ids: np.ndarray | None, device: str | None = None
+    bundle: Bundle, engine_id: EngineId, folder: Path, z: np.ndarray, class_ids: ClassMixture | None, device: str | None = None
 ) -> dict[str, np.ndarray]:
     """What `parity_worker` writes: images, denoised and latency for each batch size. Raises ParityError where it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
-        labels = {} if class_ids is None else {"class_ids": class_ids}
+        labels = {} if class_ids is None else class_ids.arrays()
         np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(batches(bundle.spec)), **labels)
         command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
         arguments = [str(bundle.path), str(folder), str(engine_id), device or "", str(inputs), str(outputs)]

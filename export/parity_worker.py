@@ -18,6 +18,7 @@ from uni_instruct.engine import Engine, EngineId, load_engine
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import UniInstructError
+from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.processes import give_back_large_blocks
 
 SHORT = 8
@@ -32,7 +33,7 @@ def main(bundle_path: str, folder: str, engine_id: str, device: str, inputs: str
     engine = open_engine()
     with np.load(inputs) as data:
         noise, batches = data["noise"], data["batches"].tolist()
-        class_ids = data.get("class_ids")
+        class_ids = ClassMixture(data["class_ids"], data["other_ids"], data["share"]) if "share" in data else None
     results: dict[str, np.ndarray] = {}
     for batch in batches:
         if batch > 1 and batch == max(batches):  # a runtime may hold the weights once for few images and once for many
@@ -41,7 +42,8 @@ def main(bundle_path: str, folder: str, engine_id: str, device: str, inputs: str
         # The largest batch size sees all images, the others a few batches' worth.
         count = len(noise) if batch == max(batches) else max(batch, SHORT)
         parts = [slice(start, start + batch) for start in range(0, count, batch)]
-        calls = [(noise[part], None if class_ids is None else class_ids[part]) for part in parts]
+        # Where no image of a call is mixed, it is made as most are: without a word of mixtures.
+        calls = [(noise[part], None if class_ids is None else class_ids[part].simplest()) for part in parts]
         found, times_ms = zip(*(_timed(engine, *call) for call in calls), strict=True)
         results[f"images_{batch}"] = np.concatenate([one.pixels for one in found])
         results[f"denoised_{batch}"] = np.concatenate([one.images for one in found])
@@ -51,13 +53,13 @@ def main(bundle_path: str, folder: str, engine_id: str, device: str, inputs: str
     np.savez(outputs, allow_pickle=False, **results)
 
 
-def _timed(engine: Engine, noise: np.ndarray, class_ids: np.ndarray | None) -> tuple[Outputs, float]:
+def _timed(engine: Engine, noise: np.ndarray, class_ids: ClassIds | None) -> tuple[Outputs, float]:
     start = time.perf_counter()
     found = engine.outputs(noise, class_ids)
     return found, (time.perf_counter() - start) * 1e3
 
 
-def _latency_ms(engine: Engine, times_ms: list[float], noise: np.ndarray, class_ids: np.ndarray | None) -> float:
+def _latency_ms(engine: Engine, times_ms: list[float], noise: np.ndarray, class_ids: ClassIds | None) -> float:
     """Median of the calls that were made, without the first one, which allocates, and of more where they were short."""
     while len(times_ms) <= TIMED_ROUNDS and sum(times_ms) < TIMED_MS:
         times_ms.append(_timed(engine, noise, class_ids)[1])

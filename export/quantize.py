@@ -9,7 +9,7 @@ import numpy as np
 import openvino
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.graph import CLASS_IDS, NOISE
+from uni_instruct.engines.graph import graph_feeds
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.export.mixed_precision import clamp_idly, rounded_convolutions
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
@@ -76,10 +76,8 @@ def _adds_constant(layer: openvino.Node) -> bool:
 def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:
     count = bundle.spec.affordable_images(IMAGES)
     class_ids = class_ids_in_turn(bundle.spec, count)
-    z = draw_inputs(bundle.spec, list(range(FIRST_SEED, FIRST_SEED + count)), class_ids).noise
-    for start in range(0, count, BATCH):
-        labels = {} if class_ids is None else {CLASS_IDS: class_ids[start : start + BATCH]}
-        yield {NOISE: z[start : start + BATCH], **labels}
+    inputs = draw_inputs(bundle.spec, list(range(FIRST_SEED, FIRST_SEED + count)), class_ids)
+    yield from map(graph_feeds, inputs.parts(BATCH))
 
 
 def _left_out(model: openvino.Model, bundle: Bundle) -> set[str]:

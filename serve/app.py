@@ -119,7 +119,7 @@ async def _generate(models: Models, request: Request) -> Response:
 async def _walk(models: Models, request: Request) -> Response:
     wanted = parse_walk(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
-        job = resolve_walk(wanted, served.spec, models.settings.request_images)
+        job = resolve_walk(wanted, served.spec, models.settings.request_images, served.engine.mixes_classes)
         return await unless_client_leaves(request.scope, request.receive, walk_response(served, job))
 
 

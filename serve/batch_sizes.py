@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 
 from uni_instruct.engine import Engine
+from uni_instruct.engines.device import CPU
+from uni_instruct.mixture import ClassMixture
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
 # Weight of the newest batch in the running means of time: they follow a change of load within some ten batches.
@@ -62,13 +64,16 @@ def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ..
     sizes: list[int] = []
     size = 1
     while size <= max_batch:
-        inputs = draw_inputs(engine.spec, range(size), class_ids_in_turn(engine.spec, size))
+        class_ids = class_ids_in_turn(engine.spec, size)
+        inputs = draw_inputs(engine.spec, range(size), class_ids)
         engine(*inputs)
         start = time.perf_counter()
         engine(*inputs)
         if sizes and time.perf_counter() - start > max_batch_s:
             break
         sizes.append(size)
+        if engine.mixes_classes and class_ids is not None and engine.device != CPU:
+            engine(inputs.noise, ClassMixture.of(class_ids))  # torch captures a CUDA graph for mixtures
         size *= 2
     return tuple(sizes)
 

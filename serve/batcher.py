@@ -21,12 +21,14 @@ import numpy as np
 from uni_instruct.engine import Engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
-from uni_instruct.noise import Inputs, NoisePoint, noise_of_points
+from uni_instruct.mixture import ClassIds, ClassMixture
+from uni_instruct.noise import NoisePoint, noise_of_points
 from uni_instruct.serve.batch_sizes import BatchSizes
 from uni_instruct.serve.deadlines import Deadlines
 from uni_instruct.serve.device_thread import DeviceThread, EngineCall
 from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
 from uni_instruct.serve.metrics import ModelMetrics
+from uni_instruct.serve.tickets import Item, Ticket, batch_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +45,6 @@ class Generated:
     images: np.ndarray
     queue_ms: float
     model_ms: float
-
-
-@dataclass(eq=False, slots=True)
-class _Ticket:
-    """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
-
-    noise is there where it was drawn when the request came; images once the first is made. model_s adds up the engine calls
-    that the request took part in.
-    """
-
-    seeds: Sequence[NoisePoint]
-    class_ids: np.ndarray | None
-    noise: np.ndarray | None
-    done: asyncio.Future[None]
-    timeout_s: float
-    left: int
-    next: int = 0
-    model_s: float = 0.0
-    images: np.ndarray | None = None
-
-
-_Item = tuple[_Ticket, int]
 
 
 class Batcher:
@@ -87,14 +67,15 @@ class Batcher:
         self._image_size = image_size(engine.spec)
         self._queue_images = queue_images
         self._metrics = metrics
-        self._tickets: deque[_Ticket] = deque()  # with items that the engine has not been handed
-        self._again: deque[list[_Item]] = deque()  # of a batch that failed, to be run one by one
+        self._tickets: deque[Ticket] = deque()  # with items that the engine has not been handed
+        self._again: deque[list[Item]] = deque()  # of a batch that failed, to be run one by one
         self._queued = 0
+        self._mixing: set[Ticket] = set()  # the requests for mixtures of classes: rare, and nothing is looked at without any
         self._device = device
         self._asking = False
         self._running = 0
         self._idle: asyncio.Future[None] | None = None
-        self._deadlines: Deadlines[_Ticket] = Deadlines(self._expire)
+        self._deadlines: Deadlines[Ticket] = Deadlines(self._expire)
         self._closed = False
 
     @property
@@ -102,8 +83,10 @@ class Batcher:
         """Whether requests are still taken from the queue."""
         return not self._closed and self._device.alive
 
-    async def submit(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, timeout_s: float) -> Generated:
-        """Images of the seeds, or of places between two. class_ids: int64 [N], None for an unconditional generator.
+    async def submit(self, seeds: Sequence[NoisePoint], class_ids: ClassIds | None, timeout_s: float) -> Generated:
+        """Images of the seeds, or of places between two.
+
+        class_ids: int64 [N], mixtures where the engine has them, None for an unconditional generator.
 
         Cancelling frees its place.
         Raises QueueFullError, TimedOutError, EngineFailedError, or StoppingError once closed.
@@ -122,6 +105,7 @@ class Batcher:
             del ticket
             raise
         self._deadlines.remove(ticket)
+        self._mixing.discard(ticket)
         assert ticket.images is not None
         total_s = time.perf_counter() - start
         # Waiting is what remains: a large request waits between its batches too, not only before the first.
@@ -152,11 +136,15 @@ class Batcher:
             self._metrics.dropped["queue_full"].inc(images)
             raise QueueFullError(self._queued, self._queue_images, self._retry_after_s())
 
-    def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None, timeout_s: float) -> _Ticket:
+    def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: ClassIds | None, timeout_s: float) -> Ticket:
         loop = asyncio.get_running_loop()
         shape = self._engine.spec.noise_shape
         drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _DRAWN_EARLY else None
-        ticket = _Ticket(seeds, class_ids, drawn, loop.create_future(), timeout_s, left=len(seeds))
+        mixture = class_ids if isinstance(class_ids, ClassMixture) else None
+        first_ids = class_ids.class_ids if isinstance(class_ids, ClassMixture) else class_ids
+        ticket = Ticket(seeds, first_ids, mixture, drawn, loop.create_future(), timeout_s, left=len(seeds))
+        if mixture is not None:
+            self._mixing.add(ticket)
         self._tickets.append(ticket)
         self._deadlines.add(ticket, loop.time() + timeout_s)
         self._count(len(seeds))
@@ -183,9 +171,9 @@ class Batcher:
         self._running += 1
         return EngineCall(functools.partial(self._run, items), self._sizes.expected_s(len(items)))
 
-    def _gather(self) -> list[_Item]:
+    def _gather(self) -> list[Item]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
-        items: list[_Item] = []
+        items: list[Item] = []
         most = self._sizes.most_of(self._queued)
         while self._tickets and len(items) < most:
             # Round robin: from the front, and to the back as long as items are left, so that every request moves on.
@@ -197,7 +185,7 @@ class Batcher:
         self._count(-len(items))
         return items
 
-    def _run(self, items: list[_Item]) -> Callable[[], None]:
+    def _run(self, items: list[Item]) -> Callable[[], None]:
         """In the engine's thread: makes the images, or finds out why not."""
         start = time.perf_counter()
         try:
@@ -206,11 +194,11 @@ class Batcher:
             return functools.partial(self._failed, items, error)
         return functools.partial(self._made, items, images, time.perf_counter() - start)
 
-    def _call(self, items: list[_Item]) -> np.ndarray:
+    def _call(self, items: list[Item]) -> np.ndarray:
         """Images uint8 [len(items), H, W, C]."""
         # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
         size = self._sizes.size_for(len(items))
-        inputs = self._inputs(items)
+        inputs = batch_inputs(self._engine.spec, items, mixing=bool(self._mixing))
         images = self._engine(*(inputs if size == len(items) else inputs.padded(size)))
         # Images are dealt out by index below: one too few would go to the wrong client.
         expected = (size, *self._image_size)
@@ -221,18 +209,7 @@ class Batcher:
             )
         return images
 
-    def _inputs(self, items: list[_Item]) -> Inputs:
-        """What a request may ask for was checked when it came in."""
-        spec, class_ids = self._engine.spec, None
-        if spec.num_classes:
-            class_ids = np.array([0 if t.class_ids is None else t.class_ids[index] for t, index in items], dtype=np.int64)
-        noise = np.empty((len(items), *spec.noise_shape), dtype=np.float32)
-        for row, (ticket, index) in zip(noise, items, strict=True):
-            drawn = ticket.noise
-            row[...] = drawn[index] if drawn is not None else noise_of_points([ticket.seeds[index]], spec.noise_shape)[0]
-        return Inputs(noise, class_ids)
-
-    def _made(self, items: list[_Item], images: np.ndarray, seconds: float) -> None:
+    def _made(self, items: list[Item], images: np.ndarray, seconds: float) -> None:
         """Deals the images of a batch out."""
         self._metrics.batch.observe(len(items))
         self._sizes.note(len(items), seconds)
@@ -244,7 +221,7 @@ class Batcher:
         self._metrics.images.inc(finished)
         self._over()
 
-    def _deliver(self, ticket: _Ticket, index: int, image: np.ndarray) -> int:
+    def _deliver(self, ticket: Ticket, index: int, image: np.ndarray) -> int:
         """Gives one image to its request, and says how many the request has got where it was the last."""
         if len(ticket.seeds) == 1:
             ticket.images = image[None]
@@ -258,7 +235,7 @@ class Batcher:
         ticket.done.set_result(None)
         return len(ticket.seeds)
 
-    def _failed(self, items: list[_Item], error: Exception) -> None:
+    def _failed(self, items: list[Item], error: Exception) -> None:
         """A batch that failed is run again item by item, so that only the bad items fail."""
         if len(items) == 1:
             self._fail_item(items[0], error)
@@ -281,7 +258,7 @@ class Batcher:
         if idle and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
-    def _fail_item(self, item: _Item, error: Exception) -> None:
+    def _fail_item(self, item: Item, error: Exception) -> None:
         ticket, index = item
         logger.error("the engine failed on seed %s", ticket.seeds[index], exc_info=error)
         failure = EngineFailedError(
@@ -289,16 +266,16 @@ class Batcher:
         )
         self._fail(ticket, failure, "failed")
 
-    def _expire(self, ticket: _Ticket) -> None:
+    def _expire(self, ticket: Ticket) -> None:
         problem = f"{len(ticket.seeds)} images were not made in {ticket.timeout_s:g} s"
         self._fail(ticket, TimedOutError(problem, remedy="ask for fewer at once, or try later"), "timeout")
 
-    def _fail(self, ticket: _Ticket, error: UniInstructError, reason: str) -> None:
+    def _fail(self, ticket: Ticket, error: UniInstructError, reason: str) -> None:
         if not ticket.done.done():
             ticket.done.set_exception(error)
         self._drop(ticket, reason)
 
-    def _drop(self, ticket: _Ticket, reason: str) -> None:
+    def _drop(self, ticket: Ticket, reason: str) -> None:
         """Takes what is left of a request out of the queue."""
         self._deadlines.remove(ticket)
         self._metrics.dropped[reason].inc(ticket.left)

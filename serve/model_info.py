@@ -30,6 +30,7 @@ def model_info(served: ServedModel) -> dict[str, object]:
         "image_shape": list(spec.image_shape),
         "num_classes": spec.num_classes,
         "class_names": [spec.class_name(class_id) for class_id in range(spec.num_classes)],
+        "mixes_classes": engine.mixes_classes,
         "steps": spec.steps,
         "licence": spec.licence,
         "provenance": dict(spec.provenance),

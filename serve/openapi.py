@@ -76,6 +76,7 @@ _SPEC_PROPERTIES: _Json = {
     "image_shape": {"type": "array", "items": _INTEGER},
     "num_classes": _INTEGER,
     "class_names": {"type": "array", "items": _TEXT},
+    "mixes_classes": {"type": "boolean"},
     "steps": _INTEGER,
     "weights_sha256": _TEXT,
     "engine": _TEXT,

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.images import encode, grid
+from uni_instruct.mixture import ClassIds
 from uni_instruct.noise import NoisePoint
 from uni_instruct.serve.batcher import Generated
 from uni_instruct.serve.errors import error_body, error_headers
@@ -52,7 +53,7 @@ def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str,
     return {**served.made_by, "Server-Timing": timing}
 
 
-async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: np.ndarray | None) -> Generated:
+async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: ClassIds | None) -> Generated:
     """The images themselves. Raises NotReadyError, and what Batcher.submit raises."""
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     served.metrics.note_stages({"queue": generated.queue_ms, "model": generated.model_ms})
@@ -62,14 +63,14 @@ async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], clas
 async def generate_encoded(
     served: ServedModel,
     seeds: Sequence[NoisePoint],
-    class_ids: np.ndarray | None,
+    class_ids: ClassIds | None,
     encoder: Callable[[np.ndarray], list[bytes]],
     format: str,
     factor: int = 1,
 ) -> EncodedImages:
     """The files that `encoder` makes of the seeds' images uint8 [N, H, W, C], enlarged by a factor, in that format.
 
-    class_ids: int64 [N], None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
+    class_ids: int64 [N] or mixtures, None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
     """
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     start = time.perf_counter()

@@ -1,4 +1,7 @@
-"""POST /v1/walk: pictures on the way through noise from seed to seed, one by one for a page that is dragged, or animated."""
+"""POST /v1/walk: pictures on the way through noise from seed to seed, one by one for a page that is dragged, or animated.
+
+Where stops differ in class, the class is interpolated as the noise is.
+"""
 
 import io
 import zipfile
@@ -13,6 +16,7 @@ from starlette.responses import Response
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid, to_pil
+from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.noise import Between, NoisePoint, walk_points
 from uni_instruct.serve.responses import generate_encoded
 from uni_instruct.serve.schema import ShortErrors, field_remedies, parse_model
@@ -54,10 +58,16 @@ class WalkRequest(BaseModel):
     )
     class_ids: ShortErrors[int] | None = Field(
         None,
-        description="One for all, or one for each stop, which holds up to half-way. Otherwise each seed draws its own.",
+        description="One for all, or one for each stop: see morph. Otherwise each seed draws its own.",
         examples=["a list of integers, such as [3]"],
     )
     classes: ShortErrors[str] | None = Field(None, description="The same by name.", examples=['a list of names, such as ["3"]'])
+    morph: bool = Field(
+        True,
+        description="Between two stops the class is as much of either as the place is. Otherwise, and where the engine mixes "
+        "no classes (GET /v1/spec says so), it is the nearer stop's.",
+        examples=["true or false"],
+    )
     format: Literal["png", "jpeg", "webp", "zip"] = Field(
         "png", description="All pictures in one sheet; zip holds a PNG of each.", examples=["png, jpeg, webp or zip"]
     )
@@ -72,11 +82,11 @@ class WalkRequest(BaseModel):
 
 @dataclass(frozen=True)
 class WalkJob:
-    """A walk that has been checked: its points and classes (int64 [N], None without classes), position by position."""
+    """A walk that has been checked: its points and classes (as engines take them), position by position."""
 
     wanted: WalkRequest
     points: list[NoisePoint]
-    class_ids: np.ndarray | None
+    class_ids: ClassIds | None
 
     @property
     def frames(self) -> int:
@@ -97,20 +107,23 @@ async def walk_response(served: ServedModel, job: WalkJob) -> Response:
     )
     timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in encoded.stage_ms.items())
     headers = {"X-Engine": str(served.engine.id), "Server-Timing": timing, "Cache-Control": "no-store"}
-    if job.class_ids is not None and len(ids := ",".join(map(str, job.class_ids))) <= _LONGEST_HEADER:
+    if job.class_ids is not None and len(ids := ",".join(_class_names(job.class_ids))) <= _LONGEST_HEADER:
         headers["X-Class-Ids"] = ids
     media_type = "application/zip" if wanted.format == "zip" else f"image/{wanted.format}"
     return Response(encoded.files[0], headers=headers, media_type=media_type)
 
 
-def resolve_walk(wanted: WalkRequest, spec: ModelSpec, limit: int) -> WalkJob:
-    """The points and classes of a walk of at most `limit` images. Raises RequestError."""
+def resolve_walk(wanted: WalkRequest, spec: ModelSpec, limit: int, mixes_classes: bool) -> WalkJob:
+    """The points and classes of a walk of at most `limit` images, for an engine that mixes classes or not.
+
+    Raises RequestError.
+    """
     _check_numbers(wanted, spec, limit)
     positions = _positions(wanted)
     ways = [[seed + way for seed in wanted.seeds] for way in range(wanted.count)]
     points_of_ways = [walk_points(way, positions) for way in ways]
     points = [way[index] for index in range(len(positions)) for way in points_of_ways]
-    return WalkJob(wanted, points, _class_ids(wanted, spec, ways, positions))
+    return WalkJob(wanted, points, _class_ids(wanted, spec, ways, positions, mixes_classes))
 
 
 def encode_walk(job: WalkJob, images: np.ndarray) -> bytes:
@@ -149,16 +162,32 @@ def _positions(wanted: WalkRequest) -> list[float]:
     return [last * index / steps for index in range(wanted.frames)]
 
 
-def _class_ids(wanted: WalkRequest, spec: ModelSpec, ways: list[list[int]], positions: list[float]) -> np.ndarray | None:
-    """The class of each picture: that of the nearest stop, int64 [positions x ways]."""
+def _class_ids(
+    wanted: WalkRequest, spec: ModelSpec, ways: list[list[int]], positions: list[float], mixes_classes: bool
+) -> ClassIds | None:
+    """The class of each picture, [positions x ways]: between those of the stops around it, or that of the nearer one."""
     labels: Sequence[int | str] | None = wanted.class_ids if wanted.class_ids is not None else wanted.classes
     if labels is not None and not labels:
         raise RequestError("the list of classes is empty", remedy="name one, or leave it out", param="classes")
-    # Networks take one class, not a mixture: half-way the next stop's takes over.
-    stops = np.floor(np.asarray(positions, dtype=np.float64) + 0.5).astype(np.int64)
-    of_ways = [resolve_class_ids(spec, way, labels) for way in ways]
-    found = [ids for ids in of_ways if ids is not None]
-    return np.stack([ids[stops] for ids in found], axis=1).ravel() if found else None
+    of_ways = [ids for way in ways if (ids := resolve_class_ids(spec, way, labels)) is not None]
+    if not of_ways:
+        return None
+    ids, places = np.stack(of_ways, axis=1), np.asarray(positions, dtype=np.float64)  # [stops, ways], [positions]
+    if not (wanted.morph and mixes_classes):
+        return ids[np.floor(places + 0.5).astype(np.int64)].ravel()
+    before = np.floor(places).astype(np.int64)
+    first, second = ids[before], ids[np.minimum(before + 1, len(ids) - 1)]
+    # A class mixed with itself is that class, but for the last bit: there nothing is mixed.
+    share = np.where(first == second, 0.0, (places - before)[:, None]).astype(np.float32)
+    return ClassMixture(first.ravel(), second.ravel(), share.ravel()).simplest()
+
+
+def _class_names(class_ids: ClassIds) -> list[str]:
+    """A class as 3; three quarters of the way from class 3 to class 5 as 3-to-5-at-0.750."""
+    if not isinstance(class_ids, ClassMixture):
+        return list(map(str, class_ids))
+    rows = zip(class_ids.class_ids, class_ids.other_ids, class_ids.share, strict=True)
+    return [f"{first}-to-{second}-at-{share:.3f}" if share else str(first) for first, second, share in rows]
 
 
 def _check_numbers(wanted: WalkRequest, spec: ModelSpec, limit: int) -> None:

@@ -21,6 +21,7 @@ from uni_instruct.evaluate import Evaluator
 from uni_instruct.evaluate.class_draw import draw_classes
 from uni_instruct.generate import input_batches
 from uni_instruct.images import latent_preview
+from uni_instruct.networks.denoiser import ClassLabels
 from uni_instruct.networks.one_step import as_tensors, to_uint8
 from uni_instruct.noise import Inputs
 from uni_instruct.progress import progress, silent
@@ -57,7 +58,7 @@ class Stage(Protocol):
         """Trains on one batch; with `log_details`, returns scalars to log, the same in every process."""
         ...
 
-    def sample(self, noise: Tensor, class_ids: Tensor | None) -> Tensor:
+    def sample(self, noise: Tensor, class_ids: ClassLabels | None) -> Tensor:
         """Images [B, C, H, W] in about [-1, 1] of the averaged weights."""
         ...
 

@@ -14,6 +14,7 @@ _EXPORTED = {
     "Bundle": "uni_instruct.bundle",
     "open_engine": "uni_instruct.engine",
     "generate_images": "uni_instruct.generate",
+    "mix_classes": "uni_instruct.generate",
     "read_samples": "uni_instruct.sampling",
     "evaluate_images": "uni_instruct.evaluate.evaluator",
     "train_recipe": "uni_instruct.train.api",

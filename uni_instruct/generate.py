@@ -7,10 +7,20 @@ batch is an engine here, in training the weights at hand.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.noise import Inputs, checked_class_ids, checked_seeds, draw_inputs, random_class_ids
+from uni_instruct.mixture import ClassIds, ClassMixture
+from uni_instruct.noise import (
+    Inputs,
+    checked_class_ids,
+    checked_ids,
+    checked_seeds,
+    checked_share,
+    draw_inputs,
+    random_class_ids,
+)
 from uni_instruct.spec import ModelSpec
 
 BATCH = 64
@@ -20,11 +30,12 @@ Classes = int | str | Sequence[int | str] | np.ndarray | None
 
 
 def generate_images(
-    engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes = None, batch: int = BATCH
+    engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes | ClassMixture = None, batch: int = BATCH
 ) -> np.ndarray:
     """Images of the seeds, in their order: uint8 [N, H, W, C]; float32 latents [N, C, H, W] where the spec makes no pictures.
 
-    classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class.
+    classes: ids or names, one for all seeds or one for each, or what `mix_classes` gives; where none is given, each seed draws
+    its own class.
     batch: images at once. Raises RequestError, whatever the engine, for what is no seed, class or batch size.
     """
     parts = list(generate_batches(engine, seeds, classes, batch))
@@ -33,7 +44,7 @@ def generate_images(
 
 
 def generate_batches(
-    engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes = None, batch: int = BATCH
+    engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes | ClassMixture = None, batch: int = BATCH
 ) -> Iterator[np.ndarray]:
     """The same, batch by batch: each uint8 [<=batch, H, W, C], or float32 latents [<=batch, C, H, W]."""
     batches = input_batches(engine.spec, seeds, classes, batch)
@@ -43,11 +54,15 @@ def generate_batches(
 
 
 def input_batches(
-    spec: ModelSpec, seeds: Sequence[int] | np.ndarray, classes: Classes = None, batch: int = BATCH
+    spec: ModelSpec, seeds: Sequence[int] | np.ndarray, classes: Classes | ClassMixture = None, batch: int = BATCH
 ) -> Iterator[Inputs]:
     """Noise and class ids of the seeds, batch by batch. Raises RequestError now, not at the first batch."""
     seeds = checked_seeds(seeds)
-    class_ids = resolve_class_ids(spec, seeds, classes)
+    class_ids: ClassIds | None
+    if isinstance(classes, ClassMixture):
+        class_ids = checked_class_ids(spec, classes, len(seeds))
+    else:
+        class_ids = resolve_class_ids(spec, seeds, classes)
     if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
         raise RequestError(f"batch {batch!r} is not a number of images", remedy="give an integer from 1 on", param="batch")
     parts = (slice(start, start + batch) for start in range(0, len(seeds), batch))
@@ -77,7 +92,24 @@ def resolve_class_ids(
         )
     whole = isinstance(given, np.ndarray) and given.ndim == 1 and given.dtype.kind in "iu"
     ids = given if whole else np.array([_class_id(spec, label) for label in given], dtype=np.int64)
-    return checked_class_ids(spec, np.resize(ids, len(seeds)), len(seeds))
+    return checked_ids(spec, np.resize(ids, len(seeds)), len(seeds))
+
+
+def mix_classes(
+    spec: ModelSpec,
+    start: int | str | Sequence[int | str] | np.ndarray,
+    end: int | str | Sequence[int | str] | np.ndarray,
+    share: ArrayLike,
+) -> ClassMixture:
+    """A mixture for each share, from 0, which is `start`, to 1, which is `end`: ids or names, one for all or one for each.
+
+    Raises RequestError for unknown classes, for shares outside 0..1, and for a generator without classes.
+    """
+    shares = np.atleast_1d(np.asarray(share))
+    first, second = (resolve_class_ids(spec, range(len(shares)), label) for label in (start, end))
+    assert first is not None
+    assert second is not None
+    return ClassMixture(first, second, checked_share(shares, len(shares)))
 
 
 def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:

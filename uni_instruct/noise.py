@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from uni_instruct.errors import RequestError
+from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.spec import ImageShape, ModelSpec
 
 SEED_LIMIT = 2**63
@@ -22,10 +23,10 @@ _PARALLEL = 1e-6
 
 
 class Inputs(NamedTuple):
-    """What an engine is called with: noise float32 [B, *noise_shape]; class_ids int64 [B], None without classes."""
+    """What an engine is called with: noise float32 [B, *noise_shape]; class_ids int64 [B] or mixtures, None without classes."""
 
     noise: np.ndarray
-    class_ids: np.ndarray | None
+    class_ids: ClassIds | None
 
     def parts(self, size: int | None) -> Iterator["Inputs"]:
         """The same in parts of at most `size` rows; whole where there is no size."""
@@ -52,7 +53,7 @@ class Between(NamedTuple):
 NoisePoint = int | Between
 
 
-def draw_inputs(spec: ModelSpec, points: Sequence[NoisePoint], class_ids: np.ndarray | None) -> Inputs:
+def draw_inputs(spec: ModelSpec, points: Sequence[NoisePoint], class_ids: ClassIds | None) -> Inputs:
     """The inputs of seeds, or of places between seeds, and their classes.
 
     Both are known to be good: `generate.input_batches` and `walk_points` check first.
@@ -171,8 +172,11 @@ def checked_seeds(seeds: Sequence[int] | np.ndarray) -> Sequence[int]:
     return seeds
 
 
-def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | None, count: int) -> np.ndarray | None:
-    """The ids as int64 [count], None exactly for an unconditional generator. Raises RequestError for anything else."""
+def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | ClassMixture | None, count: int) -> ClassIds | None:
+    """The ids as int64 [count], or the mixtures of so many; None exactly for an unconditional generator.
+
+    Raises RequestError for anything else.
+    """
     if class_ids is None and spec.num_classes:
         raise RequestError(
             f"generator '{spec.name}' has {spec.num_classes} classes, and no class ids were given",
@@ -183,6 +187,14 @@ def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | None, count: int) 
         return None
     if not spec.num_classes:
         raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes")
+    if isinstance(class_ids, ClassMixture):
+        first, second = (checked_ids(spec, part, count) for part in (class_ids.class_ids, class_ids.other_ids))
+        return ClassMixture(first, second, checked_share(class_ids.share, count))
+    return checked_ids(spec, class_ids, count)
+
+
+def checked_ids(spec: ModelSpec, class_ids: ArrayLike, count: int) -> np.ndarray:
+    """The ids of a generator with classes as int64 [count]. Raises RequestError for anything else."""
     ids = _array(class_ids, "class ids")
     if ids.dtype.kind not in "iu" or ids.shape != (count,):
         raise RequestError(
@@ -196,10 +208,30 @@ def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | None, count: int) 
     return _own(ids.astype(np.int64, copy=False))
 
 
-def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | None) -> Inputs:
+def checked_share(share: ArrayLike, count: int) -> np.ndarray:
+    """Shares of mixtures as float32 [count]. Raises RequestError unless they are numbers in [0, 1], one for each image."""
+    shares = _array(share, "share")
+    if shares.dtype.kind not in "fiu" or shares.shape != (count,):
+        raise RequestError(
+            f"shares are {shares.dtype} {list(shares.shape)}, not numbers [{count}]",
+            remedy="give one for each image, from 0 to 1",
+            param="share",
+        )
+    inside = (shares >= 0) & (shares <= 1)  # not true of nan either
+    if not inside.all():
+        raise RequestError(
+            f"share {shares[~inside][0]:g} is outside 0..1",
+            remedy="0 is the one class, 1 the other, 0.5 half of each",
+            param="share",
+        )
+    return _own(shares.astype(np.float32, copy=False))
+
+
+def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | ClassMixture | None) -> Inputs:
     """What every engine's call begins with. Raises RequestError unless these are the inputs of B >= 1 images of the spec.
 
-    Class ids may be any integers, in a list or an array. Noise must be float32: a cast could hide that it is something else.
+    Class ids may be any integers, in a list or an array, or mixtures of two. Noise must be float32: a cast could hide that it
+    is something else.
     """
     z = _array(noise, "noise")
     if z.dtype != np.float32:

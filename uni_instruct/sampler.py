@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from uni_instruct.networks.denoiser import ClassLabels
 from uni_instruct.networks.preconditioning import Preconditioning
 from uni_instruct.schedule import SIGMA_MAX, SIGMA_MIN, sampling_sigmas
 from uni_instruct.spec import TEACHER_STEPS
@@ -19,13 +20,13 @@ class SampledDenoiser(Protocol):
         """Knows the noise levels."""
         ...
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_ids: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, class_ids: ClassLabels | None) -> Tensor:
         """The expected clean images of x float32 [B, C, H, W] at noise levels sigma [B, 1, 1, 1]."""
         ...
 
 
 @torch.no_grad()
-def heun_sample(denoiser: SampledDenoiser, noise: Tensor, class_ids: Tensor | None, steps: int = TEACHER_STEPS) -> Tensor:
+def heun_sample(denoiser: SampledDenoiser, noise: Tensor, class_ids: ClassLabels | None, steps: int = TEACHER_STEPS) -> Tensor:
     """Images [B, C, H, W] in about [-1, 1] from N(0, 1) noise, with 2 * steps - 1 network evaluations."""
     sigmas = known_sigmas(denoiser.preconditioning, steps)
     x = noise.double() * sigmas[0]

@@ -49,7 +49,7 @@ export async function sheet(path, body) {
   return {
     bitmap,
     ms: { ...stages(response.headers.get("Server-Timing") ?? ""), total: performance.now() - start },
-    classIds: ids ? ids.split(",").map(Number) : null,
+    classes: ids ? ids.split(",").map(readClass) : null,
   };
 }
 
@@ -96,4 +96,11 @@ export function newestOnly(work, done, failed) {
     }
     running = false;
   };
+}
+
+/** A class of the header X-Class-Ids: 3, or three quarters of the way from class 3 to class 5, 3-to-5-at-0.750. */
+function readClass(text) {
+  const mixed = /^(\d+)-to-(\d+)-at-([\d.]+)$/.exec(text);
+  if (!mixed) return { id: Number(text), other: null, share: 0 };
+  return { id: Number(mixed[1]), other: Number(mixed[2]), share: Number(mixed[3]) };
 }

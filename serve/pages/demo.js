@@ -38,9 +38,16 @@ class App {
     return this.facts.class_names[id] ?? String(id);
   }
 
-  /** Classes as a request's field: nothing where each seed draws its own. */
-  classField(count = 1) {
-    return this.state.classId === null ? {} : { class_ids: Array(count).fill(this.state.classId) };
+  /** What a picture shows, from its `readClass`: a class by name, or how much of two. */
+  mixName({ id, other, share }) {
+    if (other === null) return this.className(id);
+    const percent = Math.round(100 * share);
+    return `${100 - percent} % ${this.className(id)}, ${percent} % ${this.className(other)}`;
+  }
+
+  /** The class as a request's field: nothing where each seed draws its own. */
+  classField() {
+    return this.state.classId === null ? {} : { class_ids: [this.state.classId] };
   }
 
   /**
@@ -99,8 +106,10 @@ class App {
       if (before) this.#show(true);
       return;
     }
-    const { num_classes: classes } = this.#facts.get(state.model);
-    this.state = { ...state, classId: state.classId !== null && state.classId < classes ? state.classId : null };
+    const { num_classes: classes, mixes_classes: mixes } = this.#facts.get(state.model);
+    const known = (id) => id !== null && id < classes;
+    const classId = known(state.classId) ? state.classId : null;
+    this.state = { ...state, classId, otherId: mixes && classId !== null && known(state.otherId) ? state.otherId : null };
     for (const view of Object.values(this.views)) view.enter();
     this.#show(true);
   }

@@ -87,7 +87,7 @@ export class GridView {
 
   #pick(index) {
     const { seeds, class_ids: ids } = this.#body(this.app.state);
-    this.app.set({ tab: "walk", seeds: [seeds[index], ...randomSeeds(3)], at: 0, count: 1, classId: ids ? ids[index] : null });
+    this.app.set({ tab: "walk", seeds: [seeds[index], ...randomSeeds(3)], at: 0, count: 1, classId: ids ? ids[index] : null, otherId: null });
   }
 
   #goto(seed) {

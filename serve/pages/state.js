@@ -17,19 +17,20 @@ export const randomSeeds = (count) => Array.from({ length: count }, randomSeed);
 export function readState(query, models) {
   const given = new URLSearchParams(query);
   const seeds = parseSeeds(given.get("seeds") ?? "");
-  const classId = /^\d{1,6}$/.test(given.get("class") ?? "") ? Number(given.get("class")) : null;
+  const classOf = (name) => (/^\d{1,6}$/.test(given.get(name) ?? "") ? Number(given.get(name)) : null);
   const at = Number(given.get("at") ?? 0);
   const count = Number(given.get("n"));
-  return {
+  const state = {
     model: models.includes(given.get("model")) ? given.get("model") : models[0],
     tab: TABS.includes(given.get("tab")) ? given.get("tab") : TABS[0],
     seeds: seeds.length ? seeds : FIRST_WALK,
-    at: Number.isFinite(at) && at >= 0 ? at % (seeds.length || FIRST_WALK.length) : 0,
     count: COUNTS.includes(count) ? count : FIRST_COUNT,
-    classId,
+    classId: classOf("class"),
+    otherId: classOf("class") === null ? null : classOf("to"),
     row: /^\d{1,6}$/.test(given.get("row") ?? "") ? Number(given.get("row")) : 0,
     other: given.get("other") ?? "",
   };
+  return { ...state, at: Number.isFinite(at) && at >= 0 ? at % stopsOf(state).length : 0 };
 }
 
 /** The same as a query, without what is the default. */
@@ -38,6 +39,7 @@ export function writeState(state) {
   if (state.at) query.set("at", Number(state.at.toFixed(4)));
   if (state.count !== FIRST_COUNT) query.set("n", state.count);
   if (state.classId !== null) query.set("class", state.classId);
+  if (state.otherId !== null) query.set("to", state.otherId);
   if (state.row) query.set("row", state.row);
   if (state.other) query.set("other", state.other);
   return `?${query}`.replaceAll("%2C", ",");
@@ -68,11 +70,21 @@ export function seedRanges(seeds) {
   return parts.map(([first, last]) => (first === last ? `${first}` : `${first}-${last}`)).join(",");
 }
 
+/**
+ * The stops of the walk: [{seed, classId}]. Two classes take turns, so that between any two stops one morphs into the other; of
+ * a single seed there is then a stop of each, and the class alone changes on the way.
+ */
+export function stopsOf({ seeds, classId, otherId }) {
+  const count = otherId === null ? seeds.length : Math.max(2, seeds.length);
+  const classes = otherId === null ? [classId] : [classId, otherId];
+  return Array.from({ length: count }, (_, index) => ({ seed: seeds[index % seeds.length], classId: classes[index % classes.length] }));
+}
+
 /** Where on the walk a state is: the two stops around the place, and how far it is from the first to the second. */
 export function place(state) {
-  const stops = state.seeds.length;
-  const at = state.at % stops;
+  const stops = stopsOf(state);
+  const at = state.at % stops.length;
   const index = Math.floor(at);
   // Rounded, so that the address, the lines of code and the picture say the same place.
-  return { from: state.seeds[index], to: state.seeds[(index + 1) % stops], rest: Number((at - index).toFixed(4)) % 1 };
+  return { from: stops[index], to: stops[(index + 1) % stops.length], rest: Number((at - index).toFixed(4)) % 1 };
 }

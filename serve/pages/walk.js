@@ -4,7 +4,7 @@ import { download, newestOnly, save, sheet } from "./api.js";
 import { codeOf } from "./code.js";
 import { byId, check, choices, codeBlock, element, Median, milliseconds, race, Rate, steps } from "./parts.js";
 import { pictureOf, Stage } from "./stage.js";
-import { COUNTS, MOST_STOPS, parseSeeds, place, randomSeeds, seedRanges } from "./state.js";
+import { COUNTS, MOST_STOPS, parseSeeds, place, randomSeeds, seedRanges, stopsOf } from "./state.js";
 
 const STOPS_PER_S = 0.4;
 const MOST_CHIPS = 12;
@@ -42,10 +42,9 @@ export class WalkView {
   /** A new model: its classes, its speed. */
   enter() {
     const { facts } = this.app;
-    const classes = facts.class_names.map((label, value) => ({ value, label }));
-    byId("classes-walk").hidden = !classes.length;
-    if (classes.length > MOST_CHIPS) this.#listOfClasses(classes);
-    else choices(byId("classes-walk"), "class", [{ value: "any", label: "each its own" }, ...classes], (value) => this.#choose(value));
+    byId("classes-walk").hidden = !facts.num_classes;
+    this.#offerClasses("classes-walk", { value: "any", label: "each its own" }, (value) => this.#choose(value));
+    this.#offerClasses("classes-to", { value: "none", label: "nothing" }, (value) => this.#morph(value));
     const most = facts.limits.images_per_request;
     const counts = COUNTS.filter((count) => count <= most).map((value) => ({ value, label: String(value) }));
     choices(byId("counts"), "count", counts, (count) => this.app.set({ count }));
@@ -58,23 +57,23 @@ export class WalkView {
 
   render() {
     const { state } = this.app;
-    byId("position").max = state.seeds.length;
+    byId("position").max = stopsOf(state).length;
     byId("position").value = state.at;
     byId("position").setAttribute("aria-valuetext", this.#where(state));
     byId("seeds").value = seedRanges(state.seeds).replaceAll(",", ", ");
     byId("seeds").removeAttribute("aria-invalid");
     check(byId("counts"), state.count);
-    const list = byId("classes-walk").querySelector("select");
-    if (list) list.value = state.classId ?? "any";
-    else check(byId("classes-walk"), state.classId ?? "any");
-    const near = Math.round(state.at) % state.seeds.length;
+    this.#chosen("classes-walk", state.classId ?? "any");
+    this.#chosen("classes-to", state.otherId ?? "none");
+    byId("classes-to").hidden = state.classId === null || !this.app.facts.mixes_classes;
+    const near = Math.round(state.at) % stopsOf(state).length;
     byId("stops").querySelectorAll("button").forEach((stop, index) => stop.classList.toggle("here", index === near));
     this.code?.();
   }
 
   update() {
     const { state } = this.app;
-    const stops = JSON.stringify([state.model, state.seeds, state.classId]);
+    const stops = JSON.stringify([state.model, stopsOf(state)]);
     if (stops !== this.#stopsShown) {
       this.#stopsShown = stops;
       this.askStops(state);
@@ -128,7 +127,7 @@ export class WalkView {
   }
 
   #goto(at) {
-    const stops = this.app.state.seeds.length;
+    const stops = stopsOf(this.app.state).length;
     this.app.set({ at: Number((((at % stops) + stops) % stops).toFixed(4)) % stops }, "later");
   }
 
@@ -140,28 +139,39 @@ export class WalkView {
 
   #body(state) {
     const { from, to, rest } = place(state);
-    const way = rest ? { seeds: [from, to], positions: [rest] } : { seeds: [from], positions: [0] };
-    return { ...this.app.modelField, ...way, count: state.count, ...this.app.classField() };
+    const way = rest ? [from, to] : [from];
+    return { ...this.app.modelField, seeds: way.map(({ seed }) => seed), positions: [rest], count: state.count, ...this.#classField(way) };
   }
 
   #stopsBody(state) {
-    return { ...this.app.modelField, seeds: state.seeds, ...this.app.classField(), grid: true, format: "png" };
+    const stops = stopsOf(state);
+    return { ...this.app.modelField, seeds: stops.map(({ seed }) => seed), ...this.#classField(stops), grid: true, format: "png" };
   }
 
-  #show({ bitmap, ms, classIds }, state) {
+  /** The classes of stops as a request's field: one where all have the same, nothing where each seed draws its own. */
+  #classField(stops) {
+    const classes = stops.map(({ classId }) => classId);
+    if (classes[0] === null) return {};
+    return { class_ids: classes.every((classId) => classId === classes[0]) ? [classes[0]] : classes };
+  }
+
+  #show({ bitmap, ms, classes }, state) {
     const { facts } = this.app;
     if (state.model !== this.app.state.model) return; // the visitor has gone on to another model
     const [, height, width] = facts.image_shape;
     const { from, to, rest } = place(state);
     const labels = Array.from({ length: state.count }, (_, index) => {
-      const way = rest ? `between seeds ${from + index} and ${to + index}` : `seed ${from + index}`;
-      const name = classIds && facts.num_classes ? `, ${this.app.className(classIds[index])}` : "";
+      const way = rest ? `between seeds ${from.seed + index} and ${to.seed + index}` : `seed ${from.seed + index}`;
+      const name = classes ? `, ${this.app.mixName(classes[index])}` : "";
       return `Picture ${index + 1}, ${way}${name}: start from it`;
     });
     this.stage.show(bitmap, { count: state.count, width, height, labels });
+    const names = new Set((classes ?? []).map((found) => this.app.mixName(found)));
+    // Of several classes at once no line can tell: their labels do.
+    byId("where").textContent = [...(names.size === 1 ? names : []), this.#where(state)].join(" · ");
     this.app.showed(state);
     this.#measure(ms, state.count);
-    if (!this.#playing) this.app.announce(`${state.count === 1 ? "Picture" : `${state.count} pictures`} at ${this.#where(state)}`);
+    if (!this.#playing) this.app.announce(`${state.count === 1 ? "Picture" : `${state.count} pictures`} at ${byId("where").textContent}`);
   }
 
   #measure(ms, count) {
@@ -191,13 +201,13 @@ export class WalkView {
   #showStops(bitmap, state) {
     const [, height, width] = this.app.facts.image_shape;
     const across = bitmap.width / width;
-    const buttons = state.seeds.map((seed, index) => {
+    const buttons = stopsOf(state).map(({ seed, classId }, index) => {
       const canvas = element("canvas", { width, height });
       const factor = Math.max(1, Math.floor(THUMB / Math.max(width, height)));
       canvas.style.width = `${Math.min(THUMB, factor * width)}px`;
       canvas.getContext("2d").drawImage(bitmap, (index % across) * width, Math.floor(index / across) * height, width, height, 0, 0, width, height);
       const stop = element("button", { type: "button", className: "stop" }, canvas, element("span", { textContent: String(seed) }));
-      stop.setAttribute("aria-label", `Stop ${index + 1}: seed ${seed}`);
+      stop.setAttribute("aria-label", `Stop ${index + 1}: seed ${seed}${classId === null ? "" : `, ${this.app.className(classId)}`}`);
       stop.addEventListener("click", () => {
         this.pause();
         this.app.set({ at: index });
@@ -212,24 +222,42 @@ export class WalkView {
     const { state } = this.app;
     this.pause();
     if (state.count > 1) return this.app.set({ seeds: state.seeds.map((seed) => seed + index), count: 1 });
-    const seed = state.seeds[Math.round(state.at) % state.seeds.length];
-    return this.app.set({ seeds: [seed, ...randomSeeds(3)], at: 0 });
+    const { seed, classId } = stopsOf(state)[Math.round(state.at) % stopsOf(state).length];
+    const [first, second] = classId === state.classId ? [state.classId, state.otherId] : [state.otherId, state.classId];
+    return this.app.set({ seeds: [seed, ...randomSeeds(3)], at: 0, classId: first, otherId: second });
   }
 
   #choose(value) {
-    this.app.set({ classId: value === "any" ? null : Number(value) });
+    this.app.set(value === "any" ? { classId: null, otherId: null } : { classId: Number(value) });
   }
 
-  #listOfClasses(classes) {
-    const options = [{ value: "any", label: "each its own" }, ...classes];
-    const list = element("select", { ariaLabel: "Class" }, ...options.map(({ value, label }) => element("option", { value, textContent: label })));
-    list.addEventListener("change", () => this.#choose(list.value));
-    byId("classes-walk").replaceChildren(byId("classes-walk").querySelector("legend"), list);
+  #morph(value) {
+    this.app.set({ otherId: value === "none" ? null : Number(value) });
+  }
+
+  /** Chips for a few classes, a list for many; `first` comes before them. */
+  #offerClasses(id, first, choose) {
+    const fieldset = byId(id);
+    const options = [first, ...this.app.facts.class_names.map((label, value) => ({ value, label }))];
+    fieldset.querySelector("select")?.remove();
+    if (options.length <= MOST_CHIPS + 1) return choices(fieldset, id, options, choose);
+    choices(fieldset, id, [], choose);
+    const ariaLabel = fieldset.querySelector("legend").textContent;
+    const list = element("select", { ariaLabel }, ...options.map(({ value, label }) => element("option", { value, textContent: label })));
+    list.addEventListener("change", () => choose(list.value));
+    return fieldset.append(list);
+  }
+
+  #chosen(id, value) {
+    const list = byId(id).querySelector("select");
+    if (list) list.value = value;
+    else check(byId(id), value);
   }
 
   #where(state) {
     const { from, to, rest } = place(state);
-    return rest ? `${Math.round(100 * rest)} % of the way from seed ${from} to seed ${to}` : `seed ${from}`;
+    if (!rest || from.seed === to.seed) return `seed ${from.seed}`;
+    return `${Math.round(100 * rest)} % of the way from seed ${from.seed} to seed ${to.seed}`;
   }
 
   #name(ending) {
@@ -245,15 +273,16 @@ export class WalkView {
   /** The whole way round, back to the first stop: it can be looped without a jump. */
   #animation() {
     const { state, facts } = this.app;
-    const stops = state.seeds.length;
+    const round = [...stopsOf(state), stopsOf(state)[0]];
+    const stops = round.length - 1;
     const [, height, width] = facts.image_shape;
     const most = Math.floor(facts.limits.images_per_request / state.count);
     const frames = stops === 1 ? 1 : Math.min(most, FRAMES_PER_STOP * stops);
     const positions = Array.from({ length: frames }, (_, index) => Number(((index * stops) / frames).toFixed(4)));
     const side = Math.max(width, height) * Math.ceil(Math.sqrt(state.count));
     const scale = Math.max(1, Math.min(64, Math.floor(512 / side)));
-    const classes = this.app.classField();
-    return { ...this.app.modelField, seeds: [...state.seeds, state.seeds[0]], positions, count: state.count, ...classes, format: "webp", animated: true, fps: ANIMATION_FPS, scale };
+    const seeds = round.map(({ seed }) => seed);
+    return { ...this.app.modelField, seeds, positions, count: state.count, ...this.#classField(round), format: "webp", animated: true, fps: ANIMATION_FPS, scale };
   }
 
   async #busy(button, work) {

@@ -91,7 +91,7 @@ class _Context:
         return True
 
     def _view(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        dtype = np.dtype(np.int64 if name == "class_ids" else np.float32)
+        dtype = np.dtype(np.int64 if name.endswith("_ids") else np.float32)
         size = int(np.prod(shape)) * dtype.itemsize
         return np.frombuffer((ctypes.c_uint8 * size).from_address(self._addresses[name]), dtype).reshape(shape)
 
@@ -101,7 +101,10 @@ class _Engine:
 
     def __init__(self, plan: bytes):
         self._session = onnxruntime.InferenceSession(plan)
-        self._ports = {port.name: port for port in (*self._session.get_inputs(), *self._session.get_outputs())}
+        # In a plan there are no defaults: every port is fed.
+        inputs = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
+        self._inputs = {port.name for port in inputs}
+        self._ports = {port.name: port for port in (*inputs, *self._session.get_outputs())}
         self.num_io_tensors = len(self._ports)
 
     def get_tensor_name(self, index: int) -> str:
@@ -111,7 +114,7 @@ class _Engine:
         return (-1, *self._ports[name].shape[1:])
 
     def get_tensor_mode(self, name: str) -> _Mode:
-        return _Mode.INPUT if name in {port.name for port in self._session.get_inputs()} else _Mode.OUTPUT
+        return _Mode.INPUT if name in self._inputs else _Mode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> str:
         return str(self._ports[name].type)

@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime
 
 from builders.bundles import ONNX, random_bundle
+from builders.paths import FORMAT_1
 from builders.plans import TINY
 from builders.remedies import first_choice
 from builders.remedy_core import PIXELS, scored, statistics
@@ -41,7 +42,9 @@ from uni_instruct.engines.runtime import RUNTIMES
 from uni_instruct.export.api import export_bundle
 from uni_instruct.export.publish import _check_replaceable, check_scores, publish, read_scores
 from uni_instruct.export.targets import export_engine
+from uni_instruct.generate import mix_classes
 from uni_instruct.networks import autoencoder
+from uni_instruct.noise import noise
 from uni_instruct.progress import silent
 from uni_instruct.reference import REFERENCE
 from uni_instruct.serve.load import LoadedServer
@@ -78,6 +81,17 @@ def recorded(**changes: object) -> Callable[[Path], object]:
 def export_as_said(tmp: Path, remedy: str) -> Path:
     run_command(found(r"'uni-instruct (.*?)'", remedy))
     return engine_file(tmp)
+
+
+def mixed(tmp: Path, remedy: str = "") -> object:
+    """A mixture of classes, by the engine that version 1 exported; or by the one that follows the remedy."""
+    if not (tmp / "former").exists():
+        shutil.copytree(FORMAT_1, tmp / "former")
+    if remedy:
+        run_command(found(r"'uni-instruct (.*?)'", remedy))
+    bundle = Bundle.open(tmp / "former")
+    engine = load_engine(bundle, bundle.engines()[ONNX])
+    return engine(noise([7], bundle.spec.noise_shape), mix_classes(bundle.spec, 1, 3, 0.5))
 
 
 def run_command(words: str) -> bool:
@@ -289,6 +303,7 @@ ENGINES = [
     Value("uni_instruct/engines/torch_compiled.py", "{} cannot be loaded", without_code, lambda remedy, tmp: compiled_engine(tmp, said(remedy, "delete it", remove_code(tmp) and "g++"))),
     Value(R, "{} has no {}", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).unlink()), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} does not match the sha256", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).write_bytes(b"x")), lambda remedy, tmp: export_as_said(tmp, remedy)),
+    Value("uni_instruct/engines/graph.py", "engine {} was exported before", mixed, lambda remedy, tmp: mixed(tmp, remedy)),
     Value(F, "{} cannot be read", cut_reference, lambda remedy, tmp: anew(tmp, remedy)),
     Value(F, "{} is of other weights", lambda tmp: reference(tmp, weights_sha256=np.array("0" * 64)), lambda remedy, tmp: anew(tmp, remedy)),
     Value(F, "{} does not hold images of", lambda tmp: reference(tmp, images=np.zeros((1, 1, 4, 4), np.float32)), lambda remedy, tmp: anew(tmp, remedy)),

@@ -13,8 +13,9 @@ import numpy as np
 from builders.data_sets import grey_zip, png, zip_of
 from builders.remedies import first_choice
 from uni_instruct.data import open_dataset
-from uni_instruct.generate import input_batches, resolve_class_ids
+from uni_instruct.generate import input_batches, mix_classes, resolve_class_ids
 from uni_instruct.images import checked_images, encode
+from uni_instruct.mixture import ClassMixture
 from uni_instruct.noise import checked_inputs, checked_seeds
 from uni_instruct.serve.schema import GenerateRequest, parse_request, resolve
 from uni_instruct.spec import ModelSpec
@@ -84,6 +85,10 @@ VALUES = [
           lambda remedy, _: checked_inputs(PLAIN, NOISE, None if "leave the class out" in remedy else [0])),
     Value(N, "class ids are {} {}, not integers", lambda _: checked_inputs(SPEC, NOISE, [1]),
           lambda remedy, _: checked_inputs(SPEC, NOISE, [1] * (len(NOISE) if "for each image" in remedy else 1))),
+    Value(N, "shares are {} {}, not numbers", lambda _: checked_inputs(SPEC, NOISE, ClassMixture([0, 0], [1, 1], [0.5])),  # type: ignore[arg-type]
+          lambda remedy, _: checked_inputs(SPEC, NOISE, ClassMixture([0, 0], [1, 1], [float(found(r"from (\d)", remedy))] * len(NOISE)))),  # type: ignore[arg-type]
+    Value(N, "share {} is outside", lambda _: mix_classes(SPEC, 0, 1, 1.5),
+          lambda remedy, _: mix_classes(SPEC, 0, 1, float(found(r"(\d\.\d) half", remedy)))),
     Value(N, "noise is {}, not float32", lambda _: checked_inputs(SPEC, NOISE.astype("f8"), [1, 1]),
           lambda remedy, _: checked_inputs(SPEC, NOISE.astype("f8").astype(found(r"astype\('(\w+)'\)", remedy)), [1, 1])),
     Value(N, "{} cannot be read as an array", lambda _: checked_inputs(SPEC, [[1], [1, 2]], [1, 1]),  # type: ignore[list-item]

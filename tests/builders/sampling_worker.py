@@ -22,6 +22,7 @@ class Logged:
 
     def __init__(self, engine: Engine, first_seeds: dict[bytes, int], log: Path, stop_in_call: int):
         self.spec, self.id, self.device = engine.spec, engine.id, engine.device
+        self.mixes_classes = engine.mixes_classes
         self._engine, self._first_seeds, self._log, self._left = engine, first_seeds, log, stop_in_call
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:

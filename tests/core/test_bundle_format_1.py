@@ -12,7 +12,9 @@ from builders.paths import FORMAT_1
 from uni_instruct.bundle import CONFIG, Bundle
 from uni_instruct.engine import TORCH, available_engines, open_engine
 from uni_instruct.engines.record import RECORD
-from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.errors import RequestError
+from uni_instruct.generate import generate_images, mix_classes, resolve_class_ids
+from uni_instruct.noise import noise
 
 SEEDS = range(32)
 
@@ -44,6 +46,17 @@ def test_its_engines_make_the_images_of_what_ships_now(digits: Bundle) -> None:
         )
         assert len(np.unique(now, axis=0)) == len(SEEDS)
         assert np.abs(now.astype(int) - former).max() <= 1
+
+
+def test_its_exported_engine_mixes_no_classes_and_says_how_one_does(digits: Bundle) -> None:
+    former, torchs = open_engine(digits, ONNX), open_engine(digits, TORCH)
+    assert (former.mixes_classes, torchs.mixes_classes) == (False, True)
+    inputs = noise([7], digits.spec.noise_shape), mix_classes(digits.spec, 1, 3, 0.5)
+    remedy = f"run 'uni-instruct export {digits.path} --to onnx'"
+    with pytest.raises(RequestError, match=f"before engines could mix classes; {remedy}"):
+        former(*inputs)
+    now = open_engine("digits", ONNX)
+    assert np.abs(now(*inputs).astype(int) - torchs(*inputs)).max() <= 1
 
 
 def test_an_engine_that_was_exported_since_is_preferred(digits: Bundle) -> None:

@@ -101,6 +101,7 @@ class BreaksOff:
 
     def __init__(self, engine: Engine, calls: int):
         self.spec, self.id, self.device = engine.spec, engine.id, engine.device
+        self.mixes_classes = engine.mixes_classes
         self.engine, self.calls = engine, calls
 
     def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:

@@ -13,7 +13,8 @@ from builders.bundles import random_bundle
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, available_engines, open_engine
 from uni_instruct.errors import RequestError
-from uni_instruct.generate import generate_images, input_batches, resolve_class_ids
+from uni_instruct.generate import generate_images, input_batches, mix_classes, resolve_class_ids
+from uni_instruct.mixture import ClassMixture
 from uni_instruct.noise import class_ids_in_turn, draw_inputs, noise, random_class_ids
 
 SEEDS = [7, 8, 9]
@@ -186,3 +187,53 @@ def test_a_range_of_millions_is_not_walked(tiny_bundle: Bundle) -> None:
     inputs = next(input_batches(spec, range(2**62, 2**63), batch=2))
     np.testing.assert_array_equal(inputs.noise, noise([2**62, 2**62 + 1], (1, 8, 8)))
     assert resolve_class_ids(spec, range(2**62)) is None
+
+
+def test_mixtures_of_names_and_ids_go_through_batches_and_padding(tiny_bundle: Bundle) -> None:
+    spec = dataclasses.replace(tiny_bundle.spec, num_classes=3, class_names=("ape", "bee", "cat"))
+    mixture = mix_classes(spec, "bee", ["ape", "cat", 1, "cat", "ape"], [0, 0.25, 0.5, 0.75, 1])
+    batches = list(input_batches(spec, range(5), mixture, batch=2))
+    assert [len(batch.noise) for batch in batches] == [2, 2, 1]
+    padded = batches[-1].padded(2).class_ids
+    assert isinstance(padded, ClassMixture)
+    parts = [*(batch.class_ids for batch in batches[:2]), padded]
+    for name, expected in (
+        ("class_ids", [1, 1, 1, 1, 1, 1]),
+        ("other_ids", [0, 2, 1, 2, 0, 0]),
+        ("share", [0, 0.25, 0.5, 0.75, 1, 1]),
+    ):
+        found = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == (np.float32 if name == "share" else np.int64)
+    assert mixture[:1].simplest().tolist() == [1]  # type: ignore[union-attr]
+    assert mixture.simplest() is mixture
+    with pytest.raises(RequestError, match="class ids are int64 \\[5\\], not integers \\[4\\]"):
+        input_batches(spec, range(4), mixture)
+
+
+def test_a_mixture_is_no_matter_of_its_batch_nor_of_who_shares_it() -> None:
+    engine = open_engine("digits", "onnx")
+    mixture = mix_classes(engine.spec, [1, 2, 3, 4], 8, [0, 0.3, 0.6, 1])
+    together = generate_images(engine, range(4), mixture)
+    for index in range(4):
+        np.testing.assert_array_equal(generate_images(engine, [index], mixture[index : index + 1])[0], together[index])
+    np.testing.assert_array_equal(together[[0, 3]], generate_images(engine, [0, 3], [1, 8]))
+
+
+def test_a_teacher_mixes_classes_over_all_of_its_steps(tiny_teacher: Bundle) -> None:
+    engine = open_engine(tiny_teacher, "torch")
+    assert engine.mixes_classes
+    z = noise([7] * 3, engine.spec.noise_shape)
+    images = engine.outputs(z, mix_classes(engine.spec, 1, 3, [0, 0.5, 1])).images
+    ends = engine.outputs(z, np.array([1, 1, 3])).images
+    np.testing.assert_array_equal(images[[0, 2]], ends[[0, 2]])
+    assert np.abs(images[1] - images[[0, 2]]).max(axis=(1, 2, 3)).min() > 1e-3
+
+
+def test_a_mixture_needs_classes(tmp_path: Path) -> None:
+    engine = open_engine(random_bundle(tmp_path / "plain", seed=4, num_classes=0))
+    assert not engine.mixes_classes
+    with pytest.raises(RequestError, match="has no classes; leave the class out"):
+        mix_classes(engine.spec, 0, 1, [0.5] * 3)
+    with pytest.raises(RequestError, match="has no classes; leave the class out"):
+        engine(z(), ClassMixture.of(np.zeros(3, np.int64)))

@@ -11,7 +11,7 @@ from uni_instruct.bundle import Bundle, shipped_generators
 from uni_instruct.export.canonical import MOST_TABLED_CLASSES, CanonicalOneStep
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm, NormFactory
 from uni_instruct.networks.build import build_denoiser, load_denoiser
-from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.denoiser import ClassLabels, Denoiser, MixedClasses
 from uni_instruct.networks.one_step import OneStep
 from uni_instruct.spec import ModelSpec
 
@@ -45,6 +45,10 @@ def test_equal_to_the_original(case: str, num_classes: int, norm: NormFactory) -
     folded = CanonicalOneStep(OneStep(copy.deepcopy(denoiser), SIGMA), norm)
     assert distance(folded(z, class_ids), original(denoiser, SIGMA, z, class_ids)) < TOLERANCE
     assert not any(isinstance(module, nn.Linear) for module in folded.modules()) or num_classes > MOST_TABLED_CLASSES
+    if class_ids is not None:
+        mixed = MixedClasses(class_ids, class_ids.flip(0), torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0]))
+        assert distance(folded(z, mixed), original(denoiser, SIGMA, z, mixed)) < TOLERANCE
+        assert distance(folded(z, mixed), folded(z, class_ids)) > 100 * TOLERANCE
     if class_ids is not None:  # the test could not fail if nothing depended on the class
         assert distance(folded(z, (class_ids + 1) % num_classes), original(denoiser, SIGMA, z, class_ids)) > 100 * TOLERANCE
 
@@ -58,6 +62,9 @@ def test_equal_on_trained_weights_for_every_class(name: str) -> None:
     for norm in (copy.deepcopy, FourDimensionalNorm):
         folded = CanonicalOneStep(OneStep(copy.deepcopy(denoiser), bundle.spec.sigma_init), norm)
         assert distance(folded(z, class_ids), original(denoiser, bundle.spec.sigma_init, z, class_ids)) < TOLERANCE
+        if class_ids is not None:
+            mixed = MixedClasses(class_ids, (class_ids + 1) % classes, torch.linspace(0, 1, len(class_ids)))
+            assert distance(folded(z, mixed), original(denoiser, bundle.spec.sigma_init, z, mixed)) < TOLERANCE
 
 
 @torch.no_grad()
@@ -71,7 +78,7 @@ def stirred(denoiser: Denoiser) -> Denoiser:
 
 
 @torch.no_grad()
-def original(denoiser: Denoiser, sigma_init: float, z: Tensor, class_ids: Tensor | None) -> Tensor:
+def original(denoiser: Denoiser, sigma_init: float, z: Tensor, class_ids: ClassLabels | None) -> Tensor:
     out: Tensor = denoiser(z * sigma_init, torch.full((1, 1, 1, 1), sigma_init), class_ids)
     return out
 

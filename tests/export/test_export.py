@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from builders.bundles import ONNX, random_bundle
@@ -106,6 +107,22 @@ def test_the_record_says_what_was_built_and_how_well_it_agrees(name: str, reques
     assert all(latency > 0 for latency in report["latency_ms"].values())
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5, 40])
+def test_whoever_feeds_noise_and_classes_alone_gets_whole_classes(exported_bundle: Bundle, batch: int) -> None:
+    """By onnxruntime itself: the two ports of mixtures have defaults, so that programs that know nothing of them go on."""
+    session = onnxruntime.InferenceSession(exported_bundle.engines()[ONNX].file(), providers=["CPUExecutionProvider"])
+    assert [port.name for port in session.get_inputs()] == ["noise", "class_ids"]
+    assert sorted(port.name for port in session.get_overridable_initializers()) == ["other_ids", "share"]
+    inputs = {"noise": noise(range(batch), exported_bundle.spec.noise_shape), "class_ids": np.arange(batch) % 10}
+    told = inputs | {"other_ids": (inputs["class_ids"] + 1) % 10, "share": np.zeros(batch, np.float32)}
+    images, denoised = session.run(["images", "denoised"], inputs)
+    np.testing.assert_array_equal(images, OnnxEngine(exported_bundle, exported_bundle.engines()[ONNX])(*inputs.values()))
+    np.testing.assert_array_equal(denoised, session.run(["denoised"], told)[0])
+    assert (
+        (denoised != session.run(["denoised"], told | {"share": np.full(batch, 0.5, np.float32)})[0]).any(axis=(1, 2, 3)).all()
+    )
+
+
 @pytest.mark.parametrize("name", BUNDLES)
 def test_the_file_stands_alone(name: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
@@ -122,7 +139,8 @@ def test_the_file_stands_alone(name: str, request: pytest.FixtureRequest) -> Non
         "images": ["batch", height, width, channels],
         "denoised": ["batch", channels, height, width],
     }
-    assert ports == (expected | {"class_ids": ["batch"]} if bundle.spec.num_classes else expected)
+    classes = {"class_ids": ["batch"], "other_ids": ["mixed"], "share": ["mixed"]} if bundle.spec.num_classes else {}
+    assert ports == expected | classes
     content = path.read_bytes()
     for trace in (b"site-packages", b".py", b"line ", str(ROOT).encode(), b"stack_trace"):
         assert trace not in content
@@ -167,6 +185,13 @@ def upside_down(model: onnx.ModelProto) -> None:
     model.graph.node.append(onnx.helper.make_node("Slice", ["upright", *inputs], ["images"]))
 
 
+def whole_classes(model: onnx.ModelProto) -> None:
+    """The ends are right, and between them is nothing: the nearer class's share is made 1."""
+    reader = next(node for node in model.graph.node if "share" in node.input)
+    reader.input[list(reader.input).index("share")] = "rounded"
+    model.graph.node.insert(0, onnx.helper.make_node("Round", ["share"], ["rounded"]))
+
+
 def other_output(model: onnx.ModelProto) -> None:
     """The graph has another interface."""
     model.graph.output[1].name = model.graph.node[0].output[0]
@@ -189,6 +214,7 @@ WRONG_BUILDS = {
     wrong_weight: "the onnx-fp32 engine differs from torch by",
     not_a_number: "the onnx-fp32 engine or torch gives values that are not finite",
     upside_down: "a pixel of the onnx-fp32 engine differs from torch by",
+    whole_classes: "the onnx-fp32 engine differs from torch by",
     other_output: "the onnx-fp32 engine does not run: ",
 }
 

@@ -32,6 +32,7 @@ class Held:
     def __init__(self, engine: Engine):
         # Of no device that there is: what is quick on the CPU runs on the event loop, where the test would wait for itself.
         self.spec, self.id, self.device = engine.spec, engine.id, "held"
+        self.mixes_classes = engine.mixes_classes
         self.released = threading.Event()
         self.released.set()
         self.calls = 0

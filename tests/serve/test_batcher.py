@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from builders.growth import without_collector
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.generate import generate_images, mix_classes, resolve_class_ids
+from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.noise import noise
 from uni_instruct.serve import batch_sizes
 from uni_instruct.serve import batcher as batcher_module
@@ -36,11 +37,19 @@ def engine(tiny_bundle: Bundle) -> Engine:
     return open_engine(tiny_bundle, "torch")
 
 
+@pytest.fixture(scope="module")
+def digits() -> Engine:
+    """One whose images are the same in every batch, to the byte."""
+    return open_engine("digits", "onnx")
+
+
 class Gate:
     """An engine that waits for the test before each call, remembers its batches, and fails on the poisoned seed."""
 
     def __init__(self, engine: Engine, is_open: bool = False):
         self.spec, self.id, self.device = engine.spec, engine.id, engine.device
+        self.mixes_classes = engine.mixes_classes
+        self.classes: list[ClassIds | None] = []
         self.batches: list[np.ndarray] = []
         self._engine = engine
         self._open = threading.Semaphore(10**6 if is_open else 0)
@@ -53,8 +62,9 @@ class Gate:
         z = noise([seed], self.spec.noise_shape)[0]
         return any((row == z).all() for batch in self.batches for row in batch)
 
-    def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, z: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         self.batches.append(z)
+        self.classes.append(class_ids)
         self._open.acquire()
         if any((row == self._poison).all() for row in z):
             raise RuntimeError("poisoned")
@@ -97,6 +107,31 @@ def test_an_image_does_not_depend_on_its_batch_mates(engine: Engine, requests: l
         tasks = [ask(batcher, gate, seeds) for seeds in requests]
         for seeds, task in zip(requests, tasks, strict=True):
             assert_same_images((await task).images, expected(engine, seeds))
+        await batcher.close()
+
+    run(work())
+
+
+def test_mixtures_of_classes_and_whole_ones_share_a_batch(digits: Engine) -> None:
+    """The whole ones' bytes stay; and where nothing is mixed, the engine hears nothing of mixtures."""
+    mixture = mix_classes(digits.spec, [1, 2], [3, 8], [0.3, 0.5])
+    truth = digits(noise([50, 51], digits.spec.noise_shape), mixture)
+
+    async def work() -> None:
+        gate = Gate(digits)
+        batcher = make(gate)
+        first = ask(batcher, gate, [1])
+        await until(lambda: len(gate.batches) == 1)
+        mixed = asyncio.create_task(batcher.submit([50, 51], mixture, FOREVER_S))
+        whole = ask(batcher, gate, [2])
+        await asyncio.sleep(0)
+        gate.let(2)
+        for task, images in ((first, expected(digits, [1])), (mixed, truth), (whole, expected(digits, [2]))):
+            np.testing.assert_array_equal((await task).images, images)
+        gate.let(1)
+        np.testing.assert_array_equal((await ask(batcher, gate, [3])).images, expected(digits, [3]))
+        assert [len(batch) for batch in gate.batches] == [1, 4, 1]
+        assert [isinstance(classes, ClassMixture) for classes in gate.classes] == [False, True, False]
         await batcher.close()
 
     run(work())
@@ -352,7 +387,7 @@ def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: py
     clock = SimpleNamespace(now=0.0)
 
     class Slow(Gate):
-        def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+        def __call__(self, z: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
             clock.now += 0.1 * len(z)
             return super().__call__(z, class_ids)
 
@@ -360,3 +395,12 @@ def test_batches_grow_as_long_as_they_stay_short(engine: Engine, monkeypatch: py
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.5) == (1, 2, 4)
     assert prewarm(Slow(engine, is_open=True), max_batch=64, max_batch_s=0.05) == (1,)
     assert prewarm(Gate(engine, is_open=True), max_batch=8, max_batch_s=0.5) == (1, 2, 4, 8)
+
+
+def test_a_gpu_has_run_a_mixture_before_one_is_asked_for(engine: Engine) -> None:
+    """There torch captures a graph of its own for them."""
+    for device, mixed in (("cpu", []), ("cuda:0", [1, 2, 4])):
+        gate = Gate(engine, is_open=True)
+        gate.device = device
+        prewarm(gate, max_batch=4, max_batch_s=60)
+        assert [len(classes) for classes in gate.classes if isinstance(classes, ClassMixture)] == mixed

@@ -19,7 +19,7 @@ from builders.bundles import random_bundle
 from builders.servers import PATIENCE_S, Running, start
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.generate import resolve_class_ids
+from uni_instruct.generate import mix_classes, resolve_class_ids
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 
 pytestmark = pytest.mark.debian
@@ -127,6 +127,13 @@ def truth(engine: Engine, points: list[NoisePoint], classes: list[int] | None = 
     return engine(*draw_inputs(engine.spec, points, class_ids))[:, :, :, 0]
 
 
+def morphed(engine: Engine, points: list[NoisePoint], share: float) -> np.ndarray:
+    """On the way from class 5 to class 8."""
+    return engine(*draw_inputs(engine.spec, points, mix_classes(engine.spec, [5] * len(points), 8, [share] * len(points))))[
+        :, :, :, 0
+    ]
+
+
 def test_dragging_the_picture_walks_through_noise(page: Page, engine: Engine) -> None:
     from selenium.webdriver import ActionChains
 
@@ -145,6 +152,75 @@ def test_dragging_the_picture_walks_through_noise(page: Page, engine: Engine) ->
     assert page.run("return Number(document.getElementById('position').value)") == pytest.approx(at)
     # The whole page moved nothing: the address differs in the place alone.
     assert "seeds=3,58,21" in page.query()
+
+
+def place_of(page: Page) -> float:
+    return float(page.query().partition("at=")[2].partition("&")[0] or 0)
+
+
+def test_dragging_morphs_one_class_into_another(page: Page, engine: Engine, tmp_path: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    page.open("?seeds=3,58&at=0&n=1&class=5")
+    page.until_shown("stage-walk", truth(engine, [3], [5]))
+    page.run("document.querySelector('#classes-to input[value=\"8\"]').click()")
+    page.until(lambda: "to=8" in page.query())
+    stage = page.find("#stage-walk")
+    width = stage.size["width"]
+    ActionChains(page.browser).click_and_hold(stage).move_by_offset(width // 4, 0).move_by_offset(
+        width // 4, 0
+    ).release().perform()
+    page.until(lambda: place_of(page) > 0.2)
+    at = place_of(page)
+    assert 0.2 < at < 0.8
+    shown = morphed(engine, [Between(3, 58, at)], at)
+    page.until_shown("stage-walk", shown)
+    for end in (5, 8):  # neither of them, at the same place of the noise
+        assert (shown != truth(engine, [Between(3, 58, at)], [end])).mean() > 0.1
+    percent = round(100 * at)
+    page.until(lambda: f"{100 - percent} % 5, {percent} % 8 · {percent} % of the way" in page.find("#where").text)
+    # The same request in code, and from the address.
+    page.find("#code-walk summary").click()
+    code = page.find("#code-walk code").text
+    assert '"class_ids":[5,8]' in code
+    subprocess.run(["bash", "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "walk.png")), shown[0])
+    page.open(page.query())
+    page.until_shown("stage-walk", shown)
+    assert page.run("return document.querySelector('#classes-to input:checked').value") == "8"
+
+
+def test_the_class_alone_morphs_where_there_is_one_seed(page: Page, engine: Engine, downloads: Path) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    page.open("?seeds=3&at=0.5&n=1&class=5&to=8")
+    page.until_shown("stage-walk", morphed(engine, [3], 0.5))
+    page.until(lambda: len(page.pictures("stops")) == 2)
+    np.testing.assert_array_equal(page.pictures("stops"), truth(engine, [3, 3], [5, 8]))
+    # The film goes there and back.
+    page.find("#save-walk").click()
+    file, deadline = downloads / "digits-3.webp", time.monotonic() + PATIENCE_S
+    while not file.is_file():
+        assert time.monotonic() < deadline, list(downloads.iterdir())
+        time.sleep(0.1)
+    film = Image.open(file)
+    assert film.n_frames == 48
+    for frame, share in ((0, 0.0), (6, 0.25), (24, 1.0), (42, 0.25)):
+        film.seek(frame)
+        small = np.asarray(film.convert("RGB"))[:: film.width // 8, :: film.width // 8, 0]
+        np.testing.assert_array_equal(small, morphed(engine, [3], share)[0])
+    # Keys choose the other class as they do the first; a press on a stop goes there.
+    page.run("document.querySelector('#classes-to input:checked').focus()")
+    ActionChains(page.browser).send_keys(Keys.ARROW_RIGHT).perform()
+    page.until(lambda: "to=9" in page.query())
+    page.until_shown("stage-walk", engine(*draw_inputs(engine.spec, [3], mix_classes(engine.spec, 5, 9, 0.5)))[:, :, :, 0])
+    page.until_shown("stops", truth(engine, [3, 3], [5, 9]))
+    page.find("#stops button:nth-of-type(2)").click()
+    page.until_shown("stage-walk", truth(engine, [3], [9]))
+    page.run("document.querySelector('#classes-walk input[value=\"any\"]').click()")
+    page.until(lambda: not page.find("#classes-to").is_displayed())
+    assert "to=" not in page.query()
 
 
 def test_keys_play_and_step_and_choose(page: Page, engine: Engine) -> None:
@@ -305,7 +381,11 @@ def test_the_lines_of_code_fetch_the_same_pictures(page: Page, engine: Engine, t
     import sys
 
     page.open("?seeds=3,4,5&at=1.25&n=4")
-    shown = truth(engine, [Between(4 + way, 5 + way, 0.25) for way in range(4)])
+    # Each its own class: what a seed draws morphs into what the next stop's draws.
+    points: list[NoisePoint] = [Between(4 + way, 5 + way, 0.25) for way in range(4)]
+    first, second = ([int(c) for c in resolve_class_ids(engine.spec, range(n, n + 4))] for n in (4, 5))  # type: ignore[union-attr]
+    shares = [0.0 if a == b else 0.25 for a, b in zip(first, second, strict=True)]
+    shown = engine(*draw_inputs(engine.spec, points, mix_classes(engine.spec, first, second, shares)))[:, :, :, 0]
     page.until_shown("stage-walk", shown)
     sheet = np.vstack([np.hstack(shown[:2]), np.hstack(shown[2:])])
     page.find("#code-walk summary").click()
@@ -349,7 +429,7 @@ def test_axe_finds_no_fault(page: Page, tab: str, scheme: str) -> None:
     """Contrast, labels, keyboard, structure: https://github.com/dequelabs/axe-core."""
     from axe_selenium_python import Axe
 
-    page.open(f"?tab={tab}&at=0.5", scheme=scheme)
+    page.open(f"?tab={tab}&at=0.5&class=3&to=8", scheme=scheme)
     page.run("document.querySelectorAll('#code-walk, #code-grid').forEach((details) => (details.open = true))")
     axe = Axe(page.browser)
     axe.inject()
@@ -360,7 +440,7 @@ def test_axe_finds_no_fault(page: Page, tab: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("tab", TABS)
 def test_on_a_phone_nothing_moves_sideways_and_thumbs_find_their_targets(page: Page, tab: str) -> None:
-    page.open(f"?tab={tab}&at=0.5", width=360, height=740)
+    page.open(f"?tab={tab}&at=0.5&class=3&to=8", width=360, height=740)
     assert page.run("return document.documentElement.scrollWidth") <= 360
     script = """return [...document.querySelectorAll("#app button, #app select, #app .chip, #app input[type=text]")]
         .filter((target) => target.checkVisibility()).map((target) => [target.outerHTML.slice(0, 80), target.offsetHeight])"""

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from builders.paths import FORMAT_1
 from builders.serving import app_of, client_of, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.generate import resolve_class_ids
+from uni_instruct.generate import mix_classes, resolve_class_ids
 from uni_instruct.images import grid
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 from uni_instruct.serve import demo as demo_module
@@ -76,6 +77,46 @@ def test_a_place_between_two_seeds_is_the_picture_of_the_noise_there(digits: Bun
     run(work())
 
 
+def test_classes_of_stops_morph_as_the_noise_does(digits: Bundle, engine: Engine) -> None:
+    async def work() -> None:
+        async with client_of_demo(digits) as client:
+            body = {"seeds": [7, 8, 9], "positions": [0, 0.25, 1, 1.5, 2], "classes": ["1", "3", "3"], "format": "zip"}
+            answer = await client.post("/v1/walk", json=body)
+            assert answer.headers["x-class-ids"] == "1,1-to-3-at-0.250,3,3,3"
+            points: list[NoisePoint] = [7, Between(7, 8, 0.25), 8, Between(8, 9, 0.5), 9]
+            mixture = mix_classes(engine.spec, [1, 1, 3, 3, 3], [3] * 5, [0, 0.25, 0, 0, 0])
+            expected = engine(*draw_inputs(engine.spec, points, mixture))
+            with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+                for name, image in zip(archive.namelist(), expected, strict=True):
+                    np.testing.assert_array_equal(pixels(archive.read(name)), image[:, :, 0])
+            # One seed: the class alone changes, and is neither end's on the way.
+            still = {"seeds": [7, 7], "class_ids": [1, 8], "positions": [0.5]}
+            half = pixels((await client.post("/v1/walk", json=still)).content)
+            ends = engine(*draw_inputs(engine.spec, [7, 7], np.array([1, 8])))[:, :, :, 0]
+            np.testing.assert_array_equal(
+                half, engine(*draw_inputs(engine.spec, [7], mix_classes(engine.spec, 1, 8, 0.5)))[0, :, :, 0]
+            )
+            assert all((half != end).mean() > 0.2 for end in ends)
+
+    run(work())
+
+
+def test_an_engine_of_before_mixtures_changes_classes_half_way() -> None:
+    former = Bundle.open(FORMAT_1)
+    engine = open_engine(former, "onnx")
+
+    async def work() -> None:
+        async with client_of_demo(former) as client:
+            assert (await client.get("/v1/spec")).json()["mixes_classes"] is False
+            body = {"seeds": [7, 8], "positions": [0.4, 0.6], "class_ids": [1, 3]}
+            answer = await client.post("/v1/walk", json=body)
+            assert answer.headers["x-class-ids"] == "1,3"
+            expected = grid(truth(engine, [Between(7, 8, 0.4), Between(7, 8, 0.6)], [1, 3]))[:, :, 0]
+            np.testing.assert_array_equal(pixels(answer.content), expected)
+
+    run(work())
+
+
 def test_ways_side_by_side_and_the_class_of_the_nearer_stop(digits: Bundle, engine: Engine) -> None:
     drawn = resolve_class_ids(engine.spec, [7, 8, 9, 20, 21, 22])
     assert drawn is not None
@@ -83,13 +124,13 @@ def test_ways_side_by_side_and_the_class_of_the_nearer_stop(digits: Bundle, engi
     async def work() -> None:
         async with client_of_demo(digits) as client:
             for position, classes in ((0.49, drawn[:3]), (0.5, drawn[3:])):
-                body = {"seeds": [7, 20], "positions": [position], "count": 3}
+                body = {"seeds": [7, 20], "positions": [position], "count": 3, "morph": False}
                 answer = await client.post("/v1/walk", json=body)
                 points: list[NoisePoint] = [Between(7 + way, 20 + way, position) for way in range(3)]
                 expected = grid(truth(engine, points, classes.tolist()))[:, :, 0]
                 np.testing.assert_array_equal(pixels(answer.content), expected)
                 assert answer.headers["x-class-ids"] == ",".join(map(str, classes))
-            body = {"seeds": [7, 20], "positions": [0.4, 0.6], "classes": ["1", "2"], "format": "zip"}
+            body = {"seeds": [7, 20], "positions": [0.4, 0.6], "classes": ["1", "2"], "morph": False, "format": "zip"}
             with zipfile.ZipFile(io.BytesIO((await client.post("/v1/walk", json=body)).content)) as archive:
                 assert archive.namelist() == ["00000-seed7-to-20-at-0.400.png", "00001-seed7-to-20-at-0.600.png"]
                 expected = truth(engine, [Between(7, 20, 0.4), Between(7, 20, 0.6)], [1, 2])

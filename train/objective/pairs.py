@@ -46,7 +46,7 @@ def _draw(file: Path, teacher: Denoiser, count: int, steps: int, device: torch.d
         for inputs in input_batches(spec, seeds, batch=SAMPLE_BATCH):
             z, labels = as_tensors(inputs, device)
             images = heun_sample(teacher, z, labels, steps)
-            rows.append([tensor.cpu() for tensor in (z, images, labels) if tensor is not None])
+            rows.append([tensor.cpu() for tensor in (z, images, labels) if isinstance(tensor, Tensor)])
             shown.advance(len(images))
     tensors = dict(zip(("noise", "images", "class_ids"), map(torch.cat, zip(*rows, strict=True)), strict=False))
     with atomic_file(file) as partial:

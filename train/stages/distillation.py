@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from uni_instruct.networks.critic import Critic
-from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.denoiser import ClassLabels, Denoiser
 from uni_instruct.networks.one_step import one_step
 from uni_instruct.train.config import DistillationConfig, Recipe
 from uni_instruct.train.monitoring.metrics import Metrics
@@ -112,7 +112,7 @@ class DistillationStage:
         """Updates left out because they were not finite."""
         return self.student.bad + self.critic.bad
 
-    def sample(self, noise: Tensor, class_ids: Tensor | None) -> Tensor:
+    def sample(self, noise: Tensor, class_ids: ClassLabels | None) -> Tensor:
         """Images of the averaged student."""
         with torch.no_grad():
             return one_step(self.averages.primary.module, noise, class_ids, self.config.sigma_init)

@@ -6,7 +6,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.denoiser import ClassLabels, Denoiser
 from uni_instruct.sampler import heun_sample
 from uni_instruct.schedule import LogNormalLevels
 from uni_instruct.train.config import Recipe
@@ -87,7 +87,7 @@ class TeacherStage:
         """Updates left out because they were not finite."""
         return self.optimizer_step.bad
 
-    def sample(self, noise: Tensor, class_ids: Tensor | None) -> Tensor:
+    def sample(self, noise: Tensor, class_ids: ClassLabels | None) -> Tensor:
         """Images of the averaged teacher with its Heun sampler."""
         return heun_sample(self.averages.primary.module, noise, class_ids, self.config.steps)
 

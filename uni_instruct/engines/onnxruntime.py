@@ -10,13 +10,14 @@ import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.device import CPU, CUDA, index_of, kind_of
-from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, check_interface
+from uni_instruct.engines.graph import DENOISED, IMAGES, check_interface
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.engines.threads import Threads
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.files import cache_folder
-from uni_instruct.noise import Inputs, checked_inputs
+from uni_instruct.mixture import ClassIds
+from uni_instruct.noise import Inputs
 
 if TYPE_CHECKING:
     import types
@@ -48,16 +49,17 @@ class OnnxEngine:
         provider = _checked_provider(runtime, device, provider)
         session = _session(runtime, stored.file(), provider, index_of(device), Threads.here(spin))
         self._session: onnxruntime.InferenceSession | None = session
-        inputs: dict[str, list[int | str]] = {port.name: port.shape for port in session.get_inputs()}
-        self._noise = check_interface(bundle.spec, inputs, {port.name for port in session.get_outputs()})
+        inputs: dict[str, list[int | str]] = {port.name: port.shape for port in _inputs_of(session)}
+        self._ports = check_interface(bundle.spec, stored, inputs, {port.name for port in session.get_outputs()})
+        self.mixes_classes = self._ports.mixes_classes
         self._batches = None if kind_of(device) == CPU else BoundBatches(session, device, LARGEST_BATCH)
 
-    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
         (pixels,) = self._run([IMAGES], noise, class_ids)
         return pixels
 
-    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+    def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
         return Outputs(*self._run([IMAGES, DENOISED], noise, class_ids))
 
@@ -65,15 +67,15 @@ class OnnxEngine:
         """Frees the session, once what runs in other threads is done."""
         self._session = self._batches = None
 
-    def _run(self, outputs: list[str], noise: np.ndarray, class_ids: np.ndarray | None) -> list[np.ndarray]:
+    def _run(self, outputs: list[str], noise: np.ndarray, class_ids: ClassIds | None) -> list[np.ndarray]:
         session, batches = self._session, self._batches
         assert session is not None, "the engine was closed"
-        inputs = checked_inputs(self.spec, noise, class_ids)
+        inputs = self._ports.checked(noise, class_ids)
         # A decoder makes large pictures a few at a time, or their activations would fill the memory.
         most = self.spec.images_at_once if batches is None else min(batches.most, self.spec.images_at_once or batches.most)
         results: list[list[np.ndarray]] = []
         for part in inputs.parts(most):
-            feeds = {self._noise: part.noise} | ({} if part.class_ids is None else {CLASS_IDS: part.class_ids})
+            feeds = self._ports.feeds(part, only_needed=batches is None)
             results.append(session.run(outputs, feeds) if batches is None else batches.run(part, feeds, outputs))
         return results[0] if len(results) == 1 else [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
@@ -111,7 +113,7 @@ class _Bound:
         def memory(port: "onnxruntime.NodeArg") -> "onnxruntime.OrtValue":
             return runtime.OrtValue.ortvalue_from_shape_and_type([size, *port.shape[1:]], _DTYPES[port.type], *place)
 
-        self._inputs = {port.name: memory(port) for port in session.get_inputs()}
+        self._inputs = {port.name: memory(port) for port in _inputs_of(session)}
         self._outputs = {port.name: memory(port) for port in session.get_outputs()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
@@ -125,6 +127,11 @@ class _Bound:
         self._session.run_with_iobinding(self._binding, self._options)
         self._binding.synchronize_outputs()
         return [self._outputs[name].numpy() for name in outputs]
+
+
+def _inputs_of(session: "onnxruntime.InferenceSession") -> "list[onnxruntime.NodeArg]":
+    """All of a graph's inputs; ONNX Runtime tells those that have a default apart."""
+    return [*session.get_inputs(), *session.get_overridable_initializers()]
 
 
 # ONNX Runtime's word for a port's type -> NumPy's.

@@ -1,7 +1,7 @@
 """OpenVINO: the generator's graph on the CPU, in fp32, the processor's bf16, or with convolutions in int8. Needs no torch."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -11,14 +11,14 @@ import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.device import CPU
-from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, check_interface
+from uni_instruct.engines.graph import DENOISED, IMAGES, check_interface
 from uni_instruct.engines.openvino_file import read_model
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, StoredEngine
 from uni_instruct.engines.threads import Threads, usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.files import cache_folder
-from uni_instruct.noise import Inputs, checked_inputs
+from uni_instruct.mixture import ClassIds
 
 if TYPE_CHECKING:
     import openvino
@@ -48,19 +48,20 @@ class OpenVinoEngine:
         self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
         self._file, self._threads, self._always = stored.file(), usable_cpus(), streams
         self._together: _Streams | None = _Streams(self._file, self.id, streams or 1)
-        check_interface(self.spec, self._together.inputs, self._together.outputs)
+        self._ports = check_interface(self.spec, stored, self._together.inputs, self._together.outputs)
+        self.mixes_classes = self._ports.mixes_classes
         self._apart: _Streams | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]."""
         return self.outputs(noise, class_ids).pixels
 
-    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+    def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
-        inputs = checked_inputs(self.spec, noise, class_ids)
+        inputs = self._ports.checked(noise, class_ids)
         streams = self._streams_for(len(inputs.noise))
-        found = streams.run(inputs.parts(self._part_size(len(inputs.noise), streams.count)))
+        found = streams.run(map(self._ports.feeds, inputs.parts(self._part_size(len(inputs.noise), streams.count))))
         return found[0] if len(found) == 1 else Outputs(*map(np.concatenate, zip(*found, strict=True)))
 
     def close(self) -> None:
@@ -105,8 +106,8 @@ class _Streams:
             self._idle.put(model.create_infer_request())
         self._pool = ThreadPoolExecutor(count, "openvino") if count > 1 else None
 
-    def run(self, parts: Iterable[Inputs]) -> list[Outputs]:
-        """What each part gives, in their order."""
+    def run(self, parts: Iterable[Mapping[str, np.ndarray]]) -> list[Outputs]:
+        """What each part gives, in their order; a part is its arrays by port."""
         return list((map if self._pool is None else self._pool.map)(self._run_one, parts))
 
     def close(self) -> None:
@@ -114,11 +115,10 @@ class _Streams:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _run_one(self, part: Inputs) -> Outputs:
+    def _run_one(self, feeds: Mapping[str, np.ndarray]) -> Outputs:
         request = self._idle.get()
         try:
-            labels = {} if part.class_ids is None else {CLASS_IDS: part.class_ids}
-            result = request.infer({NOISE: part.noise, **labels})
+            result = request.infer(feeds)
             return Outputs(result[IMAGES].copy(), result[DENOISED].copy())  # the request's own memory is written to again
         finally:
             self._idle.put(request)

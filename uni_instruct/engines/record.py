@@ -138,10 +138,10 @@ class StoredEngine:
         """What engine.json says. Raises BundleError where it is damaged, or describes another engine or other weights."""
         record = EngineRecord.read(self.folder)
         if record.id != self.engine_id:
-            raise BundleError(f"{self.folder / RECORD} describes {record.engine_id}", remedy=self._remedy())
+            raise BundleError(f"{self.folder / RECORD} describes {record.engine_id}", remedy=self.export_again())
         if record.weights_sha256 != self.weights_sha256:
             problem = f"{self.folder} was built from other weights than those of {self.bundle}"
-            raise BundleError(problem, remedy=self._remedy())
+            raise BundleError(problem, remedy=self.export_again())
         return record
 
     def file(self) -> Path:
@@ -152,12 +152,13 @@ class StoredEngine:
         record = self.record()
         path = self.folder / record.file
         if not path.is_file():
-            raise BundleError(f"{self.folder} has no {record.file}", remedy=self._remedy())
+            raise BundleError(f"{self.folder} has no {record.file}", remedy=self.export_again())
         if sha256(path) != record.file_sha256:
-            raise BundleError(f"{path} does not match the sha256 in {RECORD}", remedy=self._remedy())
+            raise BundleError(f"{path} does not match the sha256 in {RECORD}", remedy=self.export_again())
         return path
 
-    def _remedy(self) -> str:
+    def export_again(self) -> str:
+        """The remedy for what is wrong with its files, in words."""
         return f"run 'uni-instruct export {quote(str(self.bundle))} --to {self.engine_id.runtime}' again"
 
 

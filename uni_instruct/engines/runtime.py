@@ -15,6 +15,7 @@ from uni_instruct.engines.device import CPU, CUDA, index_of, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import COMPILED, EngineId
 from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.mixture import ClassIds
 from uni_instruct.spec import ModelSpec
 
 
@@ -22,18 +23,19 @@ class Engine(Protocol):
     """A generator, ready to run on one device. May be called from several threads; what it returns is the caller's own.
 
     noise: float32 [B, *noise_shape], N(0, 1), of any batch B >= 1; class_ids: int64 [B] in range, None exactly for an
-    unconditional spec.
+    unconditional spec. Where the engine mixes_classes also a `ClassMixture` of B images; RequestError where it does not.
     """
 
     spec: ModelSpec
     id: EngineId
     device: str
+    mixes_classes: bool
 
-    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images, uint8 [B, H, W, C]. Raises RequestError where the spec makes latents, no pictures."""
         ...
 
-    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+    def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
         """The images, and the same before rounding; latents, which have no pixels, as they are."""
         ...
 

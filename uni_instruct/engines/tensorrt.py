@@ -6,7 +6,7 @@ Needs no torch: memory and stream come from the driver (cuda.py).
 import importlib
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.cuda import CudaStream
 from uni_instruct.engines.device import index_of
-from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, check_interface
+from uni_instruct.engines.graph import DENOISED, IMAGES, NOISE, check_interface
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, EngineRecord, StoredEngine
 from uni_instruct.errors import BundleError, DiskError, MissingExtraError, UniInstructError
 from uni_instruct.files import atomic_file, cache_folder
-from uni_instruct.noise import Inputs, checked_inputs
+from uni_instruct.mixture import ClassIds
 
 if TYPE_CHECKING:
     import types
@@ -51,17 +51,18 @@ class TensorRtEngine:
         try:
             with self._stream.current():
                 self._program: _Program | None = _Program(trt, deserialised(trt, file), self._stream, _cache_file(record))
-            check_interface(self.spec, self._program.inputs, self._program.outputs)
+            self._ports = check_interface(self.spec, stored, self._program.inputs, self._program.outputs)
+            self.mixes_classes = self._ports.mixes_classes
         except BaseException:
             self._program = None
             self._stream.close()
             raise
 
-    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]."""
         return self._run([IMAGES], noise, class_ids)[0]
 
-    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+    def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
         return Outputs(*self._run([IMAGES, DENOISED], noise, class_ids))
 
@@ -73,14 +74,14 @@ class TensorRtEngine:
                     self._program = None
                 self._stream.close()
 
-    def _run(self, wanted: Sequence[str], noise: np.ndarray, class_ids: np.ndarray | None) -> list[np.ndarray]:
-        inputs = checked_inputs(self.spec, noise, class_ids)
+    def _run(self, wanted: Sequence[str], noise: np.ndarray, class_ids: ClassIds | None) -> list[np.ndarray]:
+        inputs = self._ports.checked(noise, class_ids)
         # One stream, one set of buffers: a GPU gains nothing from two callers at once.
         with self._lock:
             assert self._program is not None, "the engine was closed"
             most = min(self._program.most, self.spec.images_at_once or self._program.most)
             with self._stream.current():
-                found = [self._program.run(part, wanted) for part in inputs.parts(most)]
+                found = [self._program.run(self._ports.feeds(part), wanted) for part in inputs.parts(most)]
         return [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)]
 
 
@@ -106,14 +107,14 @@ class _Program:
         self._kernels = _KernelCache(trt, engine, cache_file) if hasattr(trt, "CudaGraphStrategy") else None
         self._calls: dict[int, _Call] = {}
 
-    def run(self, part: Inputs, wanted: Sequence[str]) -> list[np.ndarray]:
-        """Those outputs of at most `most` images, as arrays of the caller's own."""
-        count, size = len(part.noise), min(self.most, 1 << (len(part.noise) - 1).bit_length())
-        padded = part.padded(size)
-        for name, values in {NOISE: padded.noise, CLASS_IDS: padded.class_ids}.items():
-            if values is not None:
-                self._hosts[name][:size] = values
-                self._stream.upload(self._addresses[name], self._hosts[name][:size])
+    def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> list[np.ndarray]:
+        """Those outputs of at most `most` images, as arrays of the caller's own; feeds are the part's arrays by port."""
+        count = len(feeds[NOISE])
+        size = min(self.most, 1 << (count - 1).bit_length())
+        rows = np.minimum(np.arange(size), count - 1)  # the last one is repeated
+        for name, values in feeds.items():
+            self._hosts[name][:size] = values[rows]
+            self._stream.upload(self._addresses[name], self._hosts[name][:size])
         if size not in self._calls:
             self._calls[size] = _Call(self._context(size), self._stream, captured=self._kernels is None)
             if self._kernels is not None:

@@ -15,8 +15,10 @@ from uni_instruct.engines.threads import Threads
 from uni_instruct.engines.torch_compiled import compiled_images
 from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
+from uni_instruct.mixture import ClassIds
 from uni_instruct.networks.blocks import Conv2d
 from uni_instruct.networks.cuda_graphs import CapturedBatches
+from uni_instruct.networks.denoiser import ClassLabels
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
@@ -35,11 +37,11 @@ class TorchEngine:
 
     def __init__(self, bundle: Bundle, *, device: str = CPU, precision: str = "fp32", target: str = ""):
         self.spec, self.device, self._bundle = bundle.spec, device, bundle
-        self.id = EngineId("torch", precision, target)
+        self.id, self.mixes_classes = EngineId("torch", precision, target), bool(bundle.spec.num_classes)
         Threads.here(spin=False).for_torch()
-        self._make: Callable[[Tensor, Tensor | None], Tensor] | None = self._maker()
+        self._make: Callable[[Tensor, ClassLabels | None], Tensor] | None = self._maker()
 
-    def _maker(self) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def _maker(self) -> Callable[[Tensor, ClassLabels | None], Tensor]:
         """What makes images [B, C, H, W] of noise and class ids; it alone holds the weights."""
         if self.id.target == COMPILED:
             return compiled_images(self._bundle, self.id)
@@ -48,13 +50,13 @@ class TorchEngine:
             return lambda z, labels: generator.decode(heun_sample(generator.denoiser, z, labels, steps))
         return CapturedBatches(generator) if kind_of(self.device) == CUDA else generator
 
-    def __call__(self, noise: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
+    def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
         self._bundle.check_makes_pictures()
         parts = checked_inputs(self.spec, noise, class_ids).parts(self.spec.images_at_once)
         return np.concatenate([to_uint8(self._images(part)).cpu().numpy() for part in parts])
 
-    def outputs(self, noise: np.ndarray, class_ids: np.ndarray | None) -> Outputs:
+    def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
         """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]; latents as they are."""
         inputs = checked_inputs(self.spec, noise, class_ids)
         parts = [self._images(part) for part in inputs.parts(self.spec.images_at_once)]

@@ -14,6 +14,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.record import EngineId
 from uni_instruct.engines.torch import load_generator
 from uni_instruct.errors import UniInstructError
+from uni_instruct.networks.denoiser import MixedClasses
 
 # Any batch but one would do: of a batch of one the tracer takes the size for a constant.
 _EXAMPLES = 4
@@ -34,26 +35,30 @@ def main(bundle_path: str, engine: str, path: str) -> None:
 
 
 class _Listed(nn.Module):
-    """The same function of as many tensors as there are: None is no input of compiled code."""
+    """The same function of as many tensors as there are: None is no input of compiled code, and a mixture is three."""
 
-    def __init__(self, function: nn.Module):
+    def __init__(self, function: nn.Module, has_classes: bool):
         super().__init__()
-        self.function = function
+        self.function, self.has_classes = function, has_classes
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """As the module that it wraps."""
-        out: Tensor = self.function(*inputs)
+        if self.has_classes:
+            *inputs_alone, class_ids, other_ids, share = inputs
+            out: Tensor = self.function(*inputs_alone, MixedClasses(class_ids, other_ids, share))
+        else:
+            out = self.function(*inputs)
         return out
 
 
 def _traceable(bundle: Bundle, precision: str) -> tuple[nn.Module, Sequence[Tensor]]:
     """What is compiled, with examples of its inputs: G(z) of a one-step generator, a teacher's denoiser D(x; sigma)."""
     spec, generator = bundle.spec, load_generator(bundle, precision)
-    noise = torch.zeros(_EXAMPLES, *spec.noise_shape)
-    classes = [torch.zeros(_EXAMPLES, dtype=torch.int64)] if spec.num_classes else []
+    noise, ids = torch.zeros(_EXAMPLES, *spec.noise_shape), torch.zeros(_EXAMPLES, dtype=torch.int64)
+    classes = [ids, ids.clone(), torch.zeros(_EXAMPLES)] if spec.num_classes else []
     if spec.steps == 1:
-        return _Listed(generator).eval(), [noise, *classes]
-    return _Listed(generator.denoiser).eval(), [noise, torch.ones(_EXAMPLES, 1, 1, 1), *classes]
+        return _Listed(generator, bool(classes)).eval(), [noise, *classes]
+    return _Listed(generator.denoiser, bool(classes)).eval(), [noise, torch.ones(_EXAMPLES, 1, 1, 1), *classes]
 
 
 def _check_no_callbacks(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """A bundle's network as compiled code: noise to images, for torch's engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,20 +12,21 @@ from uni_instruct.engines.torch_library import CompiledLibrary
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.autoencoder import load_decoder
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.networks.denoiser import ClassLabels, MixedClasses
 from uni_instruct.sampler import heun_sample
 
 
-def compiled_images(bundle: Bundle, engine_id: EngineId) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Noise float32 [B, *noise_shape] and class ids int64 [B] or None -> float32 [B, C, H, W], by code that is made if need be.
+def compiled_images(bundle: Bundle, engine_id: EngineId) -> Callable[[Tensor, ClassLabels | None], Tensor]:
+    """Noise float32 [B, *noise_shape] and classes, None without any -> float32 [B, C, H, W], by code that is made if need be.
 
     Raises CompilationError where the compiler fails, UniInstructError where the kept file is damaged.
     """
     library, spec = _load(bundle, engine_id), bundle.spec
     if spec.steps == 1:
-        return lambda z, class_ids: library(_given(z, class_ids), (len(z), *spec.image_shape))
+        return lambda z, class_ids: library([z, *_mixture(class_ids)], (len(z), *spec.image_shape))
     denoiser, decoder = CompiledDenoiser(library, bundle), load_decoder(bundle)
 
-    def sample(z: Tensor, class_ids: Tensor | None) -> Tensor:
+    def sample(z: Tensor, class_ids: ClassLabels | None) -> Tensor:
         made = heun_sample(denoiser, z, class_ids, spec.steps)
         images: Tensor = made if decoder is None else decoder(made)
         return images
@@ -41,9 +42,9 @@ class CompiledDenoiser:
         with torch.device("meta"):  # its weights are in the library
             self.preconditioning = build_denoiser(bundle.spec).preconditioning
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_ids: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, class_ids: ClassLabels | None) -> Tensor:
         """The expected clean image."""
-        return self._library([x, sigma, *_given(class_ids)], x.shape)
+        return self._library([x, sigma, *_mixture(class_ids)], x.shape)
 
 
 def _load(bundle: Bundle, engine_id: EngineId) -> CompiledLibrary:
@@ -57,5 +58,8 @@ def _load(bundle: Bundle, engine_id: EngineId) -> CompiledLibrary:
             ) from error
 
 
-def _given(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def _mixture(class_ids: ClassLabels | None) -> Sequence[Tensor]:
+    """What the code is given of the classes: always a mixture, as it has one form."""
+    if class_ids is None or isinstance(class_ids, MixedClasses):
+        return class_ids or ()
+    return MixedClasses(class_ids, class_ids, torch.zeros(len(class_ids)))

@@ -19,6 +19,24 @@ class Encoded(NamedTuple):
     emb: Tensor
 
 
+class MixedClasses(NamedTuple):
+    """`ClassMixture` as tensors: class_ids and other_ids int64 [B], share float32 [B] in [0, 1]."""
+
+    class_ids: Tensor
+    other_ids: Tensor
+    share: Tensor
+
+
+# The class of each image: ids int64 [B], of a Denoiser also -1 for none; or between two.
+ClassLabels = Tensor | MixedClasses
+
+
+def interpolated(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    """(1 - s) first + s second, rows [B, E] and shares [B]: exact at both ends, which first + s (second - first) is not."""
+    s = share[:, None].to(first.dtype)
+    return first * (1 - s) + second * s
+
+
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (arXiv 2206.00364, equation 7).
 
@@ -41,20 +59,20 @@ class Denoiser(nn.Module):
         self.preconditioning = preconditioning or EDM()
 
     def forward(
-        self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, class_ids: ClassLabels | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
         """The expected clean image of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1].
 
-        class_ids: int64 [B]; -1, or None for all, is the zero label.
+        class_ids: int64 [B], or mixtures of two; -1, or None for all, is the zero label.
         """
         return self.decode(self.encode(x, sigma, class_ids, augment_labels), x, sigma)
 
     def encode(
-        self, x: Tensor, sigma: Tensor, class_ids: Tensor | None = None, augment_labels: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, class_ids: ClassLabels | None = None, augment_labels: Tensor | None = None
     ) -> Encoded:
         """The first half of the network; its bottleneck is what a discriminator sees."""
         c = self.preconditioning(sigma)
-        emb = self.model.embed(c.c_noise.flatten(), self._class_labels(class_ids, x), augment_labels)
+        emb = self._embed(c.c_noise.flatten(), class_ids, x, augment_labels)
         return Encoded(self.model.encode(self._unshuffled(c.c_in * x), emb), emb)
 
     def decode(self, encoded: Encoded, x: Tensor, sigma: Tensor) -> Tensor:
@@ -86,6 +104,19 @@ class Denoiser(nn.Module):
     def sigma_data(self) -> float:
         """The deviation of the data."""
         return self.preconditioning.sigma_data
+
+    def _embed(self, c_noise: Tensor, class_ids: ClassLabels | None, x: Tensor, augment_labels: Tensor | None) -> Tensor:
+        """The embedding [B, E]; of a mixture the interpolation of both classes' embeddings.
+
+        Not of their labels: the layers that an embedding goes through are not linear, what blocks make of it is. So half-way
+        between two embeddings lies half-way for every block, and a table of finished rows (export/canonical.py) mixes alike.
+        """
+        if not isinstance(class_ids, MixedClasses):
+            return self.model.embed(c_noise, self._class_labels(class_ids, x), augment_labels)
+        # One after the other: products of twice as many rows are not summed alike, to the last bit.
+        ids = (class_ids.class_ids, class_ids.other_ids)
+        first, second = (self.model.embed(c_noise, self._class_labels(part, x), augment_labels) for part in ids)
+        return interpolated(first, second, class_ids.share)
 
     def _class_labels(self, class_ids: Tensor | None, x: Tensor) -> Tensor | None:
         """One-hot float32 [B, num_classes], zeros where the class is -1 or not given; None without classes."""

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.networks.autoencoder import LatentDecoder, load_decoder
 from uni_instruct.networks.build import load_denoiser
-from uni_instruct.networks.denoiser import Denoiser
+from uni_instruct.networks.denoiser import ClassLabels, Denoiser, MixedClasses
 from uni_instruct.noise import Inputs
 
 
@@ -17,8 +18,11 @@ class OneStep(nn.Module):
         super().__init__()
         self.denoiser, self.sigma_init, self.decoder = denoiser, sigma_init, decoder
 
-    def forward(self, noise: Tensor, class_ids: Tensor | None = None) -> Tensor:
-        """float32 [B, C, H, W] in about [-1, 1]; noise float32 [B, *noise_shape], class_ids int64 [B], None without classes."""
+    def forward(self, noise: Tensor, class_ids: ClassLabels | None = None) -> Tensor:
+        """float32 [B, C, H, W] in about [-1, 1].
+
+        noise float32 [B, *noise_shape]; class_ids int64 [B] or mixtures of two, None without classes.
+        """
         return self.decode(one_step(self.denoiser, noise, class_ids, self.sigma_init))
 
     def decode(self, made: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ def load_one_step(bundle: Bundle) -> OneStep:
     return OneStep(load_denoiser(bundle), bundle.spec.sigma_init, load_decoder(bundle)).eval()
 
 
-def one_step(denoiser: Denoiser, noise: Tensor, class_ids: Tensor | None, sigma_init: float) -> Tensor:
+def one_step(denoiser: Denoiser, noise: Tensor, class_ids: ClassLabels | None, sigma_init: float) -> Tensor:
     """G(z) = D(sigma_init z; sigma_init): float32 [B, C, H, W] in about [-1, 1]."""
     # In an exported graph sigma is one constant for the whole batch, so that everything that depends on it alone is folded.
     # Elsewhere each image has its own: products of one row and of many are not summed alike, to the last bit.
@@ -42,10 +46,17 @@ def one_step(denoiser: Denoiser, noise: Tensor, class_ids: Tensor | None, sigma_
     return out
 
 
-def as_tensors(inputs: Inputs, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+def as_tensors(inputs: Inputs, device: torch.device | str) -> tuple[Tensor, ClassLabels | None]:
     """(noise, class_ids) on the device."""
     z, class_ids = inputs
-    return torch.from_numpy(z).to(device), None if class_ids is None else torch.from_numpy(class_ids).to(device)
+    return torch.from_numpy(z).to(device), None if class_ids is None else class_tensors(class_ids, device)
+
+
+def class_tensors(class_ids: ClassIds, device: torch.device | str = "cpu") -> ClassLabels:
+    """The same on the device."""
+    if isinstance(class_ids, ClassMixture):
+        return MixedClasses(**{name: torch.from_numpy(part).to(device) for name, part in class_ids.arrays().items()})
+    return torch.from_numpy(class_ids).to(device)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ import torch
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import Outputs
+from uni_instruct.mixture import ClassIds
 from uni_instruct.networks.flops import is_heavy
-from uni_instruct.networks.one_step import load_one_step, to_uint8
-from uni_instruct.noise import noise
+from uni_instruct.networks.one_step import as_tensors, load_one_step, to_uint8
+from uni_instruct.noise import Inputs, noise
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.reference import Reference, reference_inputs
 
@@ -15,7 +16,7 @@ from uni_instruct.reference import Reference, reference_inputs
 _BATCH, _HEAVY_BATCH = 16, 4
 
 
-def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | None, shows: ProgressFactory = silent) -> Outputs:
+def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: ClassIds | None, shows: ProgressFactory = silent) -> Outputs:
     """A one-step generator's images of the noise z, float32 [N, *noise_shape], whatever GPU is there; not of latents."""
     # Building a network draws its first weights; a training that writes a bundle keeps its own draws.
     with torch.random.fork_rng(devices=[]):
@@ -26,8 +27,7 @@ def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: np.ndarray | Non
     with torch.inference_mode(), shows("reference", len(z), "images") as shown:
         for start in range(0, len(z), size):
             part = slice(start, start + size)
-            labels = None if class_ids is None else torch.from_numpy(class_ids[part])
-            images = generator(torch.from_numpy(z[part]), labels)
+            images = generator(*as_tensors(Inputs(z[part], None if class_ids is None else class_ids[part]), "cpu"))
             parts.append((to_uint8(images).numpy(), images.numpy()))
             shown.advance(len(images))
     pixels, images = zip(*parts, strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from uni_instruct.engines.cuda import gpus
 from uni_instruct.engines.outputs import TOLERANCES, Outputs, agreement
 from uni_instruct.errors import EngineRefusedError, ParityError, RequestError
 from uni_instruct.export.targets import TARGETS, export_engine
+from uni_instruct.mixture import ClassMixture
 from uni_instruct.networks.reference import make_reference
 from uni_instruct.noise import class_ids_in_turn, noise
 
@@ -135,6 +137,66 @@ def test_one_image_is_the_same_alone_and_among_others(engine: Engine, bundle: Bu
     alone = np.concatenate([engine(z[i : i + 1], class_ids[i : i + 1]) for i in range(40)])
     exact = engine.id.runtime != "torch" and engine.device == "cpu"
     assert np.abs(together - alone).max() <= (0 if exact else TOLERANCES[engine.id.precision].pixel_difference)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 33])
+def test_the_ends_of_a_mixture_are_its_classes_to_the_byte(batch: int, engine: Engine, bundle: Bundle) -> None:
+    z, class_ids = inputs(bundle, batch)
+    assert class_ids is not None
+    assert engine.mixes_classes
+    others = (class_ids + 3) % 10
+    for share, whole in ((np.zeros(batch, np.float32), class_ids), (np.ones(batch, np.float32), others)):
+        found, expected = engine.outputs(z, ClassMixture(class_ids, others, share)), engine.outputs(z, whole)
+        np.testing.assert_array_equal(found.images, expected.images)
+        np.testing.assert_array_equal(found.pixels, expected.pixels)
+    np.testing.assert_array_equal(engine(z, ClassMixture(class_ids, others, np.ones(batch, np.float32))), engine(z, others))
+
+
+def test_mixtures_are_torchs_and_lie_between(engine: Engine, bundle: Bundle) -> None:
+    """Shares of all sizes beside images that are not mixed, whose bytes stay what they are alone."""
+    z, class_ids = inputs(bundle, 40)
+    assert class_ids is not None
+    share = np.linspace(0, 1, 40, dtype=np.float32)
+    share[::4] = 0
+    mixture = ClassMixture(class_ids, (class_ids + 1) % 10, share)
+    found, expected = engine.outputs(z, mixture), open_engine(bundle, "torch-fp32").outputs(z, mixture)
+    assert not agreement([found], expected.images).problem(TOLERANCES[engine.id.precision])
+    plain = engine.outputs(z, class_ids)
+    np.testing.assert_array_equal(found.images[::4], plain.images[::4])
+    mixed = (share > 0.2) & (share < 0.8)
+    for ends in (plain.images, engine.outputs(z, mixture.other_ids).images):
+        assert (found.images != ends)[mixed].any(axis=(1, 2, 3)).all()
+
+
+def test_a_mixture_of_lists_and_views_is_that_of_arrays(engine: Engine, bundle: Bundle) -> None:
+    z, _ = inputs(bundle, 5)
+    expected = engine(z, ClassMixture(np.full(5, 2), np.full(5, 7), np.full(5, 0.25, np.float32)))
+    views = ClassMixture(*(np.broadcast_to(np.array(value), 5) for value in (2, 7, 0.25)))
+    lists: Any = ([2] * 5, [7] * 5, [0.25] * 5)
+    np.testing.assert_array_equal(engine(z, views), expected)
+    np.testing.assert_array_equal(engine(z, ClassMixture(*lists)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids, share: (ids, ids, share + 0.6), "share 1.1 is outside 0..1; 0 is the one class"),
+        (lambda ids, share: (ids, ids, share - 0.6), "share -0.1 is outside 0..1"),
+        (lambda ids, share: (ids, ids, share * np.nan), "share nan is outside 0..1"),
+        (lambda ids, share: (ids, ids, share[:-1]), r"shares are float32 \[7\], not numbers \[8\]; give one for each"),
+        (lambda ids, share: (ids, ids, share[0]), r"shares are float32 \[\], not numbers \[8\]"),
+        (lambda ids, share: (ids, ids, share > 1), r"shares are bool \[8\], not numbers"),
+        (lambda ids, share: (ids, ids + 7, share), "class 10 is outside 0..9"),
+        (lambda ids, share: (ids - 1, ids, share), "class -1 is outside 0..9"),
+        (lambda ids, share: (ids, ids[:-1], share), r"class ids are int64 \[7\], not integers \[8\]"),
+        (lambda ids, share: (ids, ids * 0.5, share), "class ids are float64"),
+    ],
+)
+def test_a_wrong_mixture_is_refused_alike(change: object, message: str, engine: Engine, bundle: Bundle) -> None:
+    assert callable(change)
+    z, class_ids = inputs(bundle, 8)
+    with pytest.raises(RequestError, match=message):
+        engine(z, ClassMixture(*change(class_ids, np.full(8, 0.5, np.float32))))
 
 
 def test_what_it_returns_and_what_it_is_given_are_the_callers_own(engine: Engine, bundle: Bundle) -> None:

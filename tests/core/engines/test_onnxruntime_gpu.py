@@ -15,6 +15,7 @@ from uni_instruct.engines import onnxruntime as onnx_engine
 from uni_instruct.engines.cuda import gpus
 from uni_instruct.engines.onnxruntime import RTX_PLUGIN, TENSORRT, BoundBatches, OnnxEngine
 from uni_instruct.errors import MissingExtraError, RequestError
+from uni_instruct.generate import mix_classes
 from uni_instruct.noise import class_ids_in_turn, noise
 
 
@@ -39,6 +40,16 @@ def test_bound_memory_gives_the_same_images_at_fixed_batch_sizes(bound: OnnxEngi
         np.testing.assert_array_equal(found.images, expected.images)
     assert bound._batches is not None
     assert sorted(bound._batches._bound) == [1, 4, 8, 16]  # 37 are 16, 16 and 5 in a batch of 8
+
+
+def test_bound_memory_forgets_a_mixture_of_classes(bound: OnnxEngine, exported_bundle: Bundle) -> None:
+    plain = open_engine(exported_bundle, ONNX, device="cpu")
+    z, class_ids = inputs(bound, 3)
+    assert class_ids is not None
+    mixture = mix_classes(bound.spec, class_ids.tolist(), 7, [0, 0.4, 1])
+    for classes in (mixture, class_ids, mixture[1:]):
+        count = len(classes)
+        np.testing.assert_array_equal(bound.outputs(z[:count], classes).images, plain.outputs(z[:count], classes).images)
 
 
 def test_bound_memory_is_never_handed_out(bound: OnnxEngine) -> None:

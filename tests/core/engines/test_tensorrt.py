@@ -21,6 +21,7 @@ from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.engines.tensorrt import TensorRtEngine, check_version, deserialised, load_package
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.export.targets import export_engine
+from uni_instruct.generate import mix_classes
 from uni_instruct.noise import class_ids_in_turn, noise
 
 PLAN, RTX = EngineId("tensorrt", "fp32", "sm89"), EngineId("tensorrt-rtx", "fp16", "sm89")
@@ -68,6 +69,18 @@ def test_any_batch_is_padded_or_split_and_each_size_is_captured_once(engine: Ten
     stream = engine._stream
     assert isinstance(stream, HostStream)
     assert stream.graphs == 5
+
+
+def test_mixtures_of_classes_are_padded_and_split_as_ids_are(engine: TensorRtEngine, planned: Bundle) -> None:
+    truth = open_engine(planned, ONNX)
+    assert engine.mixes_classes
+    for count in (1, 3, 37):
+        z, class_ids = inputs(planned, count)
+        assert class_ids is not None
+        mixture = mix_classes(planned.spec, class_ids.tolist(), 3, np.linspace(0, 1, count))
+        for found, expected in zip(engine.outputs(z, mixture), truth.outputs(z, mixture), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(engine(z, class_ids), truth(z, class_ids))  # nothing is left of the mixture
 
 
 def test_its_buffers_are_never_handed_out(engine: TensorRtEngine, planned: Bundle) -> None:
