@@ -19,9 +19,11 @@ class ClassifierExtractor(_fidelity.FeatureExtractorBase):  # type: ignore[name-
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **options: object):
         # options: what torch-fidelity passes to every extractor, such as whether to compile it.
         super().__init__(name, features_list)
-        classifier, self.info = load_classifier(Path(feature_extractor_weights_path))
-        # On a CPU channels that lie last take half the time of channels that lie first.
-        self.classifier = classifier.to(memory_format=torch.channels_last)
+        self.classifier, self.info = load_classifier(Path(feature_extractor_weights_path))
+        # On a CPU channels that lie last take two thirds of the time of channels that lie first.
+        for parameter in self.classifier.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
