@@ -16,7 +16,7 @@ from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import ParityError
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
 from uni_instruct.mixture import ClassMixture
-from uni_instruct.noise import Inputs, class_ids_in_turn, draw_inputs
+from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.processes import give_back_freed_memory
 from uni_instruct.spec import ModelSpec
 
@@ -95,10 +95,10 @@ def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], ClassMix
 
     classes = min(spec.num_classes, HEAVY_CLASSES) if is_heavy(spec) else spec.num_classes
     first, count = int(file_sha256[:15], 16), spec.affordable_images(max(LEAST_IMAGES, *batches(spec), classes))
-    seeds, class_ids = list(range(first, first + count)), class_ids_in_turn(spec, count)
-    if class_ids is None:
+    seeds, places = list(range(first, first + count)), np.arange(count)
+    if not spec.num_classes:
         return seeds, None
-    places = np.arange(count)
+    class_ids = places % spec.num_classes if count >= spec.num_classes else places * spec.num_classes // count
     share = np.where(places % MIXED_EVERY == 1, (places // MIXED_EVERY % 3 + 1) / 4, 0)
     return seeds, ClassMixture(class_ids, (class_ids + 1) % spec.num_classes, share.astype(np.float32))
 

@@ -246,14 +246,8 @@ def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | Cla
 
 
 def class_ids_in_turn(spec: ModelSpec, count: int) -> np.ndarray | None:
-    """0, 1, ... and round again, so that `count` images see every class where they can, or else classes evenly spaced.
-
-    int64 [count]; None without classes.
-    """
-    if not spec.num_classes:
-        return None
-    places = np.arange(count, dtype=np.int64)
-    return places % spec.num_classes if count >= spec.num_classes else places * spec.num_classes // count
+    """0, 1, ... and round again, so that `count` images see every class where they can: int64 [count], None without classes."""
+    return np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
 
 
 def _array(values: ArrayLike, name: str) -> np.ndarray:
