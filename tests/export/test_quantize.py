@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.engines.graph import graph_feeds
 from uni_instruct.engines.openvino_file import read_model
 from uni_instruct.engines.outputs import TOLERANCES, relative_l2
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.export import mixed_precision, quantize
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
 from uni_instruct.export.targets import TARGETS
+from uni_instruct.noise import Inputs
 
 
 def test_without_nncf_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +161,6 @@ def _denoised(model: object, bundle: Bundle, precision: str) -> tuple[np.ndarray
     openvino = pytest.importorskip("openvino")
     reference = bundle.reference()
     assert reference is not None
-    feed = {"noise": reference.noise(bundle.spec), "class_ids": reference.class_ids}
+    feed = graph_feeds(Inputs(reference.noise(bundle.spec), reference.class_ids))
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     return compiled(feed)["denoised"], reference.images
