@@ -20,7 +20,7 @@ from PIL import Image
 DRAG_S = 6.0
 # Name -> query, width, height, colour scheme.
 PICTURES = {
-    "demo": ("?at=1.3&n=9&model=fashion-mnist", 1280, 800, "light"),
+    "demo": ("?at=0.55&n=9&model=fashion-mnist&class=1&to=3", 1280, 800, "light"),
     "demo-dark": ("?tab=grid&model=emoji", 1280, 800, "dark"),
     "demo-phone": ("?at=2.4&n=4&model=emoji", 360, 740, "light"),
 }

@@ -257,7 +257,7 @@ export class WalkView {
   #where(state) {
     const { from, to, rest } = place(state);
     if (!rest || from.seed === to.seed) return `seed ${from.seed}`;
-    return `${Math.round(100 * rest)} % of the way from seed ${from.seed} to seed ${to.seed}`;
+    return `${Math.round(100 * rest)} % of the way from seed ${from.seed} to ${to.seed}`;
   }
 
   #name(ending) {
