@@ -105,11 +105,11 @@ def mix_classes(
 
     Raises RequestError for unknown classes, for shares outside 0..1, and for a generator without classes.
     """
-    shares = np.atleast_1d(np.asarray(share))
+    shares = checked_share(share)
     first, second = (resolve_class_ids(spec, range(len(shares)), label) for label in (start, end))
     assert first is not None
     assert second is not None
-    return ClassMixture(first, second, checked_share(shares, len(shares)))
+    return ClassMixture(first, second, shares)
 
 
 def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:

@@ -208,9 +208,15 @@ def checked_ids(spec: ModelSpec, class_ids: ArrayLike, count: int) -> np.ndarray
     return _own(ids.astype(np.int64, copy=False))
 
 
-def checked_share(share: ArrayLike, count: int) -> np.ndarray:
-    """Shares of mixtures as float32 [count]. Raises RequestError unless they are numbers in [0, 1], one for each image."""
+def checked_share(share: ArrayLike, count: int | None = None) -> np.ndarray:
+    """Shares of mixtures as float32 [count], or as many as there are.
+
+    Raises RequestError unless they are numbers in [0, 1], one for each image.
+    """
     shares = _array(share, "share")
+    if count is None:
+        shares = np.atleast_1d(shares)
+        count = len(shares)
     if shares.dtype.kind not in "fiu" or shares.shape != (count,):
         raise RequestError(
             f"shares are {shares.dtype} {list(shares.shape)}, not numbers [{count}]",

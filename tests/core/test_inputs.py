@@ -210,6 +210,14 @@ def test_mixtures_of_names_and_ids_go_through_batches_and_padding(tiny_bundle: B
         input_batches(spec, range(4), mixture)
 
 
+@pytest.mark.parametrize("share", [[[0.5], [0.2, 0.3]], [[0.5, 0.2]], "half", [1.5], np.nan])
+def test_shares_that_are_none_are_refused(share: object) -> None:
+    spec = Bundle.open("digits").spec
+    with pytest.raises(RequestError) as caught:
+        mix_classes(spec, 3, 8, share)  # type: ignore[arg-type]
+    assert caught.value.param == "share"
+
+
 def test_a_mixture_is_no_matter_of_its_batch_nor_of_who_shares_it() -> None:
     engine = open_engine("digits", "onnx")
     mixture = mix_classes(engine.spec, [1, 2, 3, 4], 8, [0, 0.3, 0.6, 1])

@@ -28,6 +28,7 @@ from uni_instruct.export import onnxruntime as onnxruntime_target
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.files import sha256
 from uni_instruct.noise import noise
+from uni_instruct.spec import ModelSpec
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -358,3 +359,17 @@ def _results(pixels: np.ndarray, denoised: np.ndarray) -> dict[str, np.ndarray]:
 
 def _shape(port: onnx.ValueInfoProto) -> list[int | str]:
     return [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim]
+
+
+def test_a_heavy_network_is_tried_with_classes_from_first_to_last() -> None:
+    """Each of ImageNet's thousand classes would be hours of torch."""
+    args = {"model_channels": 64, "channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": []}
+    light = ModelSpec(name="small", noise_shape=(3, 8, 8), num_classes=1000, network_args=args)
+    heavy = replace(light, noise_shape=(3, 64, 64))
+    seeds, mixture = parity.fresh_inputs(heavy, "0" * 64)
+    assert mixture is not None
+    assert len(seeds) == len(mixture) == 32
+    assert mixture.class_ids.tolist() == [1000 * place // 32 for place in range(32)]
+    _, all_classes = parity.fresh_inputs(light, "0" * 64)
+    assert all_classes is not None
+    assert set(all_classes.class_ids.tolist()) == set(range(1000))

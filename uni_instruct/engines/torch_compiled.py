@@ -60,6 +60,8 @@ def _load(bundle: Bundle, engine_id: EngineId) -> CompiledLibrary:
 
 def _mixture(class_ids: ClassLabels | None) -> Sequence[Tensor]:
     """What the code is given of the classes: always a mixture, as it has one form."""
-    if class_ids is None or isinstance(class_ids, MixedClasses):
-        return class_ids or ()
+    if class_ids is None:
+        return ()
+    if isinstance(class_ids, MixedClasses):
+        return class_ids
     return MixedClasses(class_ids, class_ids, torch.zeros(len(class_ids)))
