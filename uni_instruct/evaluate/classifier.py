@@ -1,6 +1,8 @@
 """A small classifier, trained on a data set to judge images of its kind: where InceptionV3 says little.
 
-The recipe is one and fixed: the same data gives the same weights on the same machine. They are cached by the data's hash.
+The recipe is one and fixed: the same data gives the same weights on the same machine, and slightly other ones elsewhere. For
+generators that ship the classifiers of their data do so too (uni_instruct/classifiers), which makes their distances the same
+everywhere. All others are cached by the data's hash.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -80,7 +83,7 @@ class Classifier(nn.Module):
 
 
 def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Path:
-    """The file of the data set's classifier, trained now unless it is in the cache.
+    """The file of the data set's classifier: the one that ships, else the cache's, which is trained now if it is not there.
 
     Raises RequestError where the data has no classes or too few images, or the cache cannot be written.
     """
@@ -91,7 +94,9 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
             param="extractor",
         )
     fingerprint = dataset.fingerprint()
-    path = classifier_path(fingerprint)
+    if shipped := _shipped_classifier(fingerprint):
+        return shipped
+    path = _cached_classifier(fingerprint)
     if _is_whole(path):
         return path
     lock = path.with_name(f".{path.name}.lock")
@@ -138,8 +143,21 @@ def _train_into(path: Path, dataset: Dataset, fingerprint: str, with_progress: P
 
 
 def classifier_path(fingerprint: str) -> Path:
-    """Where the cache has, or would have, the classifier of the data set with that fingerprint."""
-    return cache_folder() / "classifiers" / f"{fingerprint[:32]}-v{RECIPE}.safetensors"
+    """Where the classifier of the data set with that fingerprint ships, or where the cache has, or would have, it."""
+    return _shipped_classifier(fingerprint) or _cached_classifier(fingerprint)
+
+
+def _shipped_classifier(fingerprint: str) -> Path | None:
+    folder = Path(str(files("uni_instruct") / "classifiers"))
+    return next(folder.glob(f"*-{_file_name(fingerprint)}"), None)
+
+
+def _cached_classifier(fingerprint: str) -> Path:
+    return cache_folder() / "classifiers" / _file_name(fingerprint)
+
+
+def _file_name(fingerprint: str) -> str:
+    return f"{fingerprint[:32]}-v{RECIPE}.safetensors"
 
 
 def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:

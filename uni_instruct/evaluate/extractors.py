@@ -139,7 +139,7 @@ def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory
 
 
 def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
-    """The data set's own classifier, trained or from the cache; it is always named after the data set."""
+    """The data set's own classifier: shipped, from the cache or trained now; it is always named after the data set."""
     from uni_instruct.evaluate.classifier import trained_classifier
 
     return open_classifier(trained_classifier(dataset, with_progress), f"{dataset.name}-classifier")
