@@ -4,6 +4,7 @@ Where stops differ in class, the class is interpolated as the noise is.
 """
 
 import io
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from uni_instruct.spec import ModelSpec
 MAX_STOPS = 64
 # Of one side of an animation: what browsers and viewers open without complaint.
 MAX_ANIMATED_PIXELS = 1024
+# Of all frames together: 256 of 512x512, which take an encoder 5 to 10 seconds and 200 MB. Four times as many took 48 s and 1 GB.
+MOST_ANIMATED_PIXELS = 256 * 512 * 512
 _LONGEST_HEADER = 2048
 
 
@@ -135,7 +138,7 @@ def encode_walk(job: WalkJob, images: np.ndarray) -> bytes:
     scale = job.wanted.scale
     sheets = [grid(frame) for frame in np.split(images, job.frames)]
     # Whole factors keep pixels square and sharp; lossless, or their edges would blur.
-    pictures = [to_pil(sheet.repeat(scale, axis=0).repeat(scale, axis=1)).convert("RGB") for sheet in sheets]
+    pictures = [to_pil(sheet.repeat(scale, axis=0).repeat(scale, axis=1)) for sheet in sheets]
     buffer = io.BytesIO()
     options = {"duration": round(1000 / job.wanted.fps), "loop": 0, "lossless": True, "quality": 30, "method": 0}
     pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], **options)
@@ -207,10 +210,24 @@ def _check_numbers(wanted: WalkRequest, spec: ModelSpec, limit: int) -> None:
             remedy=f"ask for 1 to {limit} images in one request",
             param=param,
         )
-    if wanted.animated and wanted.format != "webp":
+    if wanted.animated:
+        _check_animation(wanted, spec, frames)
+
+
+def _check_animation(wanted: WalkRequest, spec: ModelSpec, frames: int) -> None:
+    if wanted.format != "webp":
         raise RequestError(f"{wanted.format} does not move", remedy='give "format": "webp"', param="animated")
-    columns = int(np.ceil(np.sqrt(wanted.count)))
-    side = columns * wanted.scale * max(spec.image_shape[1:])
-    if wanted.animated and side > MAX_ANIMATED_PIXELS:
+    _, height, width = spec.image_shape
+    columns = math.ceil(math.sqrt(wanted.count))
+    side = columns * wanted.scale * max(height, width)
+    if side > MAX_ANIMATED_PIXELS:
         remedy = f"choose a scale of at most {max(1, MAX_ANIMATED_PIXELS * wanted.scale // side)}, or a smaller count"
         raise RequestError(f"the animation would be {side} pixels wide", remedy=remedy, param="scale")
+    pixels = frames * columns**2 * height * width
+    largest = math.isqrt(MOST_ANIMATED_PIXELS // pixels)
+    if wanted.scale > max(1, largest):
+        raise RequestError(
+            f"{frames} frames of {side} pixels a side are too many",
+            remedy=f"choose a scale of at most {max(1, largest)}, or fewer frames",
+            param="scale",
+        )

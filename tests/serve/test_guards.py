@@ -30,13 +30,16 @@ def test_every_answer_tells_the_browser_that_the_page_may_read_it(tiny_bundle: B
                 (200, await client.post("/v1/generate", json={}, headers=key)),
             ]
             preflight = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
-            preflight["Access-Control-Request-Headers"] = "authorization, content-type"
+            # As OpenAI's client in a browser asks, and one that gzips its bodies.
+            asked = "authorization, content-encoding, content-type, x-stainless-lang, x-stainless-retry-count, x-stainless-timeout"
+            preflight["Access-Control-Request-Headers"] = asked
             answers.append((200, await client.options("/v1/generate", headers=preflight)))
             app.state.models.stopping.begun = True
             answers.append((503, await client.post("/v1/generate", json={}, headers=key)))
             for status, answer in answers:
                 assert answer.status_code == status
                 assert answer.headers["access-control-allow-origin"] == PAGE, status
+            assert answers[6][1].headers["access-control-allow-headers"] == asked
             assert "X-Seeds" in answers[5][1].headers["access-control-expose-headers"]
             stranger = await client.post("/v1/generate", json={}, headers={**key, "Origin": "https://stranger.example"})
             assert "access-control-allow-origin" not in stranger.headers

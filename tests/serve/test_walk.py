@@ -19,10 +19,12 @@ from builders.paths import FORMAT_1
 from builders.serving import app_of, client_of, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
+from uni_instruct.errors import RequestError
 from uni_instruct.generate import mix_classes, resolve_class_ids
 from uni_instruct.images import grid
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 from uni_instruct.serve import demo as demo_module
+from uni_instruct.serve.walk import WalkRequest, resolve_walk
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,19 @@ def test_what_is_wrong_is_said_with_its_remedy(digits: Bundle, body: object, pro
             assert problem in answer.json()["error"]["message"]
 
     run(work())
+
+
+def test_an_animation_is_bounded_in_all_of_its_frames(digits: Bundle) -> None:
+    """A request of a hundred bytes would otherwise take a gigabyte, and an encoder for most of a minute."""
+    def resolve(frames: int, scale: int, count: int = 1) -> None:
+        film = WalkRequest(seeds=[7, 8], frames=frames, scale=scale, count=count, format="webp", animated=True)
+        resolve_walk(film, digits.spec, 1024, mixes_classes=True)
+
+    for frames, scale, count in ((256, 64, 1), (64, 64, 4), (256, 32, 4), (1024, 32, 1)):
+        resolve(frames, scale, count)
+        with pytest.raises(RequestError, match=r"frames of \d+ pixels a side are too many; choose a scale of at most") as refused:
+            resolve(frames + 1, scale, count) if scale == 64 else resolve(frames, scale + 1, count)
+        assert refused.value.param == "scale"
 
 
 def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: Bundle, digits_teacher: Path) -> None:
