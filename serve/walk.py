@@ -19,8 +19,8 @@ from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid, to_pil
 from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.noise import Between, NoisePoint, walk_points
-from uni_instruct.serve.responses import generate_encoded
-from uni_instruct.serve.schema import ShortErrors, field_remedies, parse_model
+from uni_instruct.serve.responses import generate_encoded, timing_headers
+from uni_instruct.serve.schema import Seed, ShortErrors, field_remedies, parse_model
 from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
 
@@ -42,8 +42,9 @@ class WalkRequest(BaseModel):
         description="Which of the generators that are served; without it the first.",
         examples=["a model of GET /v1/models"],
     )
-    seeds: ShortErrors[int] = Field(
-        description="The stops of the way, at most 64. The noise between two of them is interpolated on the sphere.",
+    seeds: ShortErrors[Seed] = Field(
+        description="The stops of the way, at most 64, as integers or strings of digits. The noise between two of them is "
+        "interpolated on the sphere.",
         examples=["two or more seeds, such as [7, 8]"],
     )
     positions: ShortErrors[float] | None = Field(
@@ -108,8 +109,7 @@ async def walk_response(served: ServedModel, job: WalkJob) -> Response:
     encoded = await generate_encoded(
         served, job.points, job.class_ids, lambda images: [encode_walk(job, images)], job.wanted.format
     )
-    timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in encoded.stage_ms.items())
-    headers = {"X-Engine": str(served.engine.id), "Server-Timing": timing, "Cache-Control": "no-store"}
+    headers = {**timing_headers(served, encoded.stage_ms), "Cache-Control": "no-store"}
     if job.class_ids is not None and len(ids := ",".join(_class_names(job.class_ids))) <= _LONGEST_HEADER:
         headers["X-Class-Ids"] = ids
     media_type = "application/zip" if wanted.format == "zip" else f"image/{wanted.format}"
@@ -123,7 +123,7 @@ def resolve_walk(wanted: WalkRequest, spec: ModelSpec, limit: int, mixes_classes
     """
     _check_numbers(wanted, spec, limit)
     positions = _positions(wanted)
-    ways = [[seed + way for seed in wanted.seeds] for way in range(wanted.count)]
+    ways = [[int(seed) + way for seed in wanted.seeds] for way in range(wanted.count)]
     points_of_ways = [walk_points(way, positions) for way in ways]
     points = [way[index] for index in range(len(positions)) for way in points_of_ways]
     return WalkJob(wanted, points, _class_ids(wanted, spec, ways, positions, mixes_classes))

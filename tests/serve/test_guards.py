@@ -31,7 +31,9 @@ def test_every_answer_tells_the_browser_that_the_page_may_read_it(tiny_bundle: B
             ]
             preflight = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
             # As OpenAI's client in a browser asks, and one that gzips its bodies.
-            asked = "authorization, content-encoding, content-type, x-stainless-lang, x-stainless-retry-count, x-stainless-timeout"
+            asked = (
+                "authorization, content-encoding, content-type, x-stainless-lang, x-stainless-retry-count, x-stainless-timeout"
+            )
             preflight["Access-Control-Request-Headers"] = asked
             answers.append((200, await client.options("/v1/generate", headers=preflight)))
             app.state.models.stopping.begun = True

@@ -122,6 +122,8 @@ def test_a_stream_has_an_event_an_image(client: openai.OpenAI, tiny_bundle: Bund
     assert [event.type for event in events] == ["image_generation.completed"] * 3
     for event, expected in zip(events, truth(tiny_bundle, [7, 8, 9], "3"), strict=True):
         np.testing.assert_array_equal(decoded(event), expected)
+    with client.images.with_streaming_response.generate(prompt="3", stream=True) as answer:
+        assert answer.headers["x-model"] == "grey"
 
 
 def test_a_url_leads_to_the_same_image(client: openai.OpenAI, tiny_bundle: Bundle) -> None:

@@ -21,11 +21,13 @@ import pytest
 from builders.bad_requests import BadRequest, bad_requests
 from builders.bundles import random_bundle
 from builders.machine import run_cli
+from builders.remedy_running import answering
 from builders.servers import PATIENCE_S, Running, start
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
+from uni_instruct.errors import RequestError
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.serve.load import Answer, count_wrong, summary
+from uni_instruct.serve.load import Answer, LoadedServer, count_wrong, summary
 from uni_instruct.serve.supervision import LOOK_EVERY_S
 
 CONNECTIONS = 20
@@ -93,6 +95,25 @@ def test_a_load_test_checks_every_image(bounded: Running, exported_bundle: Bundl
     assert refused.returncode == 2
     assert "has other weights than tiny there; give the same --bundle" in refused.stderr
     assert run_cli(*load, exported_bundle.path, env={**os.environ, "UNI_INSTRUCT_API_KEY": ""}).returncode == 2
+    # The key where 'serve' has it, in any characters; and what does not ship is not looked for by a name from the network.
+    (tmp_path / "keys").write_text("schlüssel\n", encoding="utf-8-sig")
+    unknown = run_cli("loadtest", bounded.url, env={**os.environ, "UNI_INSTRUCT_API_KEY_FILE": str(tmp_path / "keys")})
+    assert unknown.returncode == 2
+    assert "tiny does not ship, so there is nothing to check its images with; give --bundle" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    "body", ["{}", '{"name": "digits"}', '[["name", "digits"]]', "[]", "7", "null", '{"name": "x", "engine": 1}', "<html>"]
+)
+def test_another_server_is_told_from_ours(body: str) -> None:
+    with answering(200, body) as url, pytest.raises(RequestError, match="what answers there is another server"):
+        LoadedServer(url).facts(None)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:web", "http://[::1", "http://", "", "ftp://x"])
+def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
+    with pytest.raises(RequestError, match="is no address of a server; give one, such as http://127.0.0.1:3000"):
+        LoadedServer(url)
 
 
 def test_a_wrong_pixel_a_wrong_seed_and_a_torn_file_are_counted(exported_bundle: Bundle) -> None:
