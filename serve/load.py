@@ -69,7 +69,10 @@ class LoadedServer:
             raise
 
     def facts(self, model: str | None) -> dict[str, str]:
-        """Name, engine and weights_sha256 of what it serves under that name, None: its first. Raises RequestError where it does not say."""
+        """Name, engine and weights_sha256 of what it serves under that name, None: its first.
+
+        Raises RequestError where it does not say.
+        """
         query = f"?model={urllib.parse.quote(model)}" if model else ""
         try:
             status, body = self.ask("GET", f"/v1/spec{query}")

@@ -10,11 +10,14 @@ from pathlib import Path
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 # From one small image on a warm engine to the default timeout.
 _STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+# What becomes of a bundle that has changed.
+RELOAD_OUTCOMES = ("loaded", "failed")
 # Why images are not made, and what a request passes through.
 DROP_REASONS = ("queue_full", "timeout", "cancelled", "stopping", "failed")
 REQUEST_STAGES = ("queue", "model", "encode")
@@ -85,6 +88,8 @@ class ModelMetrics:
         self.queue = server.queue.labels(name)
         self.batch = server.batch.labels(name)
         self.dropped = {reason: server.dropped.labels(reason, name) for reason in DROP_REASONS}
+        for outcome in RELOAD_OUTCOMES:
+            server.reloads.labels(name, outcome)
         self._stage = {stage: server.stage.labels(stage, name) for stage in REQUEST_STAGES}
 
     def note_stages(self, stage_ms: dict[str, float]) -> None:
@@ -94,6 +99,23 @@ class ModelMetrics:
     def _observe(self, stage_ms: dict[str, float]) -> None:
         for stage, milliseconds in stage_ms.items():
             self._stage[stage].observe(milliseconds / 1e3)
+
+
+class CountedApp:
+    """An app whose answers are counted under one route: one that is mounted whole, with routes of its own."""
+
+    def __init__(self, app: ASGIApp, route: str, metrics: ServerMetrics):
+        self._app, self._route, self._metrics = app, route, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.count_answer(self._route, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted)
 
 
 def exposition(metrics: ServerMetrics, workers: int) -> bytes:

@@ -27,7 +27,7 @@ from uni_instruct.spec import ModelSpec
 MAX_STOPS = 64
 # Of one side of an animation: what browsers and viewers open without complaint.
 MAX_ANIMATED_PIXELS = 1024
-# Of all frames together: 256 of 512x512, which take an encoder 5 to 10 seconds and 200 MB. Four times as many took 48 s and 1 GB.
+# Of all frames together: 256 of 512x512, which hold an encoder for seconds. Four times as many took 48 s and 1 GB.
 MOST_ANIMATED_PIXELS = 256 * 512 * 512
 _LONGEST_HEADER = 2048
 

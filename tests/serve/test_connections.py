@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from uni_instruct.serve.connections import bound_connections
+from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.settings import Settings
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
@@ -32,7 +33,7 @@ async def connected(server: uvicorn.Server) -> tuple[asyncio.AbstractServer, asy
 def server_with(**settings: Any) -> uvicorn.Server:
     server = uvicorn.Server(uvicorn.Config(answer, log_config=None, access_log=False, http=HttpToolsProtocol))
     server.config.load()
-    bound_connections(server, Settings(bundle=("digits",), **settings))
+    bound_connections(server, Settings(bundle=("digits",), **settings), ServerMetrics())
     return server
 
 

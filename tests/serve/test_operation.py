@@ -22,7 +22,7 @@ from builders.bad_requests import BadRequest, bad_requests
 from builders.bundles import random_bundle
 from builders.machine import run_cli
 from builders.remedy_running import answering
-from builders.servers import PATIENCE_S, Running, start
+from builders.servers import PATIENCE_S, Running, free_port, start
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
@@ -74,6 +74,23 @@ def test_a_request_that_drips_in_is_ended(bounded: Running, sent: bytes) -> None
             if answer:
                 break
         assert answer.startswith(b"HTTP/1.1 408 ")
+    metrics = httpx.get(f"{bounded.url}/metrics", headers={"Authorization": "Bearer sesame"}).text
+    assert 'uni_instruct_requests_total{route="connection",status="408"}' in metrics
+
+
+def test_where_few_files_may_be_open_silent_connections_still_lock_nobody_out(exported_bundle: Bundle, tmp_path: Path) -> None:
+    port = free_port()
+    serve = f"{sys.executable} -m uni_instruct serve {exported_bundle.path} --port {port} --no-ui"
+    running = Running(["sh", "-c", f"ulimit -n 90; exec {serve}"], {}, port, tmp_path)
+    try:
+        running.until_announced()
+        with contextlib.ExitStack() as stack:
+            for _ in range(150):
+                stack.enter_context(connect(running))
+            assert httpx.get(f"{running.url}/v1/models", timeout=PATIENCE_S).status_code == 200
+        assert "this process may have 90 files open" in running.log.read_text()
+    finally:
+        running.kill()
 
 
 def test_bentomls_own_answers_carry_cors_headers_too(bounded: Running) -> None:
@@ -112,7 +129,7 @@ def test_another_server_is_told_from_ours(body: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:web", "http://[::1", "http://", "", "ftp://x"])
 def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
-    with pytest.raises(RequestError, match="is no address of a server; give one, such as http://127.0.0.1:3000"):
+    with pytest.raises(RequestError, match=r"is no address of a server; give one, such as http://127\.0\.0\.1:3000"):
         LoadedServer(url)
 
 
