@@ -60,7 +60,7 @@ def _bounded(protocol: type[Any], settings: Settings, limit: int, metrics: Serve
     """Uvicorn's protocol, one object a connection, with the limits."""
     limits = {"receive_s": settings.receive_s, "limit": limit, "silent": {}}
     limits |= {"refused": staticmethod(lambda status: metrics.count_answer("connection", status))}
-    limits |= {"keep_alive_s": settings.keep_alive_s, "idle": Deadlines(lambda silent: silent.timeout_keep_alive_handler())}
+    limits |= {"keep_alive_s": settings.keep_alive_s, "idle": Deadlines(lambda silent: silent.end())}
     return type("Bounded", (_Bounds, protocol), limits)
 
 
@@ -89,6 +89,7 @@ class _Bounds:
     # Called when the client leaves while a request is under way.
     on_lost: Callable[[], None] | None = None
     _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
@@ -129,8 +130,18 @@ class _Bounds:
         self.silent[self] = None
         self.idle.add(self, self.loop.time() + self.keep_alive_s)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self._look_again()
+
+    def resume_writing(self) -> None:
+        if not self.transport.is_closing():
+            self._forget_stall()
+        super().resume_writing()  # type: ignore[misc]
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._unexpect()
+        self._forget_stall()
         self.idle.remove(self)
         self.silent.pop(self, None)
         super().connection_lost(exc)  # type: ignore[misc]
@@ -151,6 +162,28 @@ class _Bounds:
             self._deadline.cancel()
             self._deadline = None
 
+    def end(self) -> None:
+        """Closes the connection once its client has taken the last answer, or takes no more of it."""
+        self.transport.close()
+        if self._stalled is None and self.transport.get_write_buffer_size():
+            self._look_again()
+
+    def _look_again(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._stalled = self.loop.call_later(self.keep_alive_s, self._look_whether_less, left)
+
+    def _look_whether_less(self, than: int) -> None:
+        if self.transport.get_write_buffer_size() < than:
+            self._look_again()
+        else:
+            # A client that takes nothing would hold its answer in memory, and the connection, for as long as it likes.
+            self.transport.abort()
+
+    def _forget_stall(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
     def _hand_over(self) -> None:
         """The connection is a websocket's, which has a protocol of its own: nothing is ever heard of it here again."""
         self._unexpect()
@@ -168,9 +201,13 @@ class _Bounds:
 
 def _make_room(silent: dict[Any, None]) -> bool:
     """Closes the connection that has been silent for longest. False where every one has a request under way."""
-    oldest = next(iter(silent), None)
+    # Whoever still takes an answer goes last, and then at once: closing waits until all of it is taken.
+    oldest = next((one for one in silent if not one.transport.get_write_buffer_size()), next(iter(silent), None))
     if oldest is None:
         return False
     del silent[oldest]
-    oldest.transport.close()
+    if oldest.transport.get_write_buffer_size():
+        oldest.transport.abort()
+    else:
+        oldest.transport.close()
     return True

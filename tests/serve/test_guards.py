@@ -1,7 +1,9 @@
 """What every request passes first: CORS, keys, limits, a proxy's prefix, stopping. On the app, in this process."""
 
 import asyncio
+import contextlib
 import json
+import os
 from typing import Any
 
 import pytest
@@ -134,6 +136,21 @@ def test_the_access_log_is_a_line_of_json_a_request(tiny_bundle: Bundle, capsys:
             assert first["timing"] == made.headers["server-timing"]
             assert (second["path"], second["status"]) == ("/v1/spec\nforged", 401)
             assert "sesame" not in json.dumps([first, second])
+
+    run(work())
+
+
+def test_a_log_that_nobody_reads_any_more_spoils_no_answer(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with client_of(app_of(tiny_bundle, access_log=True)) as client:
+            reader, writer = os.pipe()
+            os.close(reader)
+            with os.fdopen(writer, "w") as broken:
+                monkeypatch.setattr("sys.stdout", broken)
+                assert (await client.post("/v1/generate", json={"seeds": [7]})).status_code == 200
+                monkeypatch.undo()
+                with contextlib.suppress(BrokenPipeError):
+                    broken.close()
 
     run(work())
 
