@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,9 +26,10 @@ from builders.remedy_running import answering
 from builders.servers import PATIENCE_S, Running, free_port, start
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
-from uni_instruct.errors import RequestError
+from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve.load import Answer, LoadedServer, count_wrong, summary
+from uni_instruct.serve.metrics import use_own_folder
 from uni_instruct.serve.supervision import LOOK_EVERY_S
 
 CONNECTIONS = 20
@@ -293,6 +295,28 @@ def test_a_worker_that_is_killed_is_replaced(exported_bundle: Bundle, tmp_path: 
         np.testing.assert_array_equal(np.load(io.BytesIO(answer.content))["arr_0"], expected)
     finally:
         running.kill()
+
+
+def test_metrics_have_a_folder_of_their_own_also_where_bentomls_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that is no other host's, whose name only begins the same."""
+    home, elsewhere, host = tmp_path / "home", tmp_path / "elsewhere", socket.gethostname()
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    others = [home / "uni-instruct-metrics" / name for name in (f"{host}-1-99999999-1", f"{host}-x", f"{host}-99999999-1")]
+    for other in others:
+        other.mkdir(parents=True)
+    for shared, place in ((home, home), (Path("/proc/nowhere"), elsewhere)):
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(shared / "prometheus_multiproc_dir"))
+        use_own_folder()
+        assert Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).is_relative_to(place)
+    assert [other.exists() for other in others] == [True, True, False]
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/proc/nowhere/prometheus_multiproc_dir")
+    with pytest.raises(UniInstructError, match="several workers cannot add up their metrics: /proc/nowhere/"):
+        use_own_folder()
 
 
 @pytest.mark.parametrize(("command", "seconds"), [("import bentoml_cli.serve", LOOK_EVERY_S), ("pass", 10)])
