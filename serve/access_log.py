@@ -1,5 +1,6 @@
 """The access log: one line of JSON on standard output for every request."""
 
+import contextlib
 import json
 import sys
 import time
@@ -46,5 +47,7 @@ def _write(scope: Scope, status: int, size: int, total_ms: float, answer: Header
         "user_agent": asked.get("user-agent"),
     }
     # One write a line: lines of several workers do not mix. JSON escapes what a client puts into a path.
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+    # Who reads the log may be gone, or its disk full: nobody's answer is worse for that.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()

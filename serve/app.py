@@ -24,7 +24,7 @@ from uni_instruct.serve.demo_routes import DemoRoutes
 from uni_instruct.serve.departures import unless_client_leaves
 from uni_instruct.serve.errors import MethodError, NotFoundError
 from uni_instruct.serve.image_route import addressed_image, resolve_address
-from uni_instruct.serve.metrics import exposition
+from uni_instruct.serve.metrics import CountedApp, exposition
 from uni_instruct.serve.middleware import Guards, route_path
 from uni_instruct.serve.model_info import model_entry, model_info, model_list
 from uni_instruct.serve.models import Models
@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> Starlette:
         routes=_routes(models, demo, demo_routes),
         middleware=[guards],
         lifespan=_lifespan(models, demo, demo_routes),
-        exception_handlers={HTTPException: _http_exception},
+        exception_handlers={HTTPException: _counted_exception(models)},
     )
     app.state.models, app.state.guards = models, guards
     return app
@@ -75,10 +75,11 @@ def _routes(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> list[Ba
         routes += [
             Route(path, _endpoint(models, handler, path), methods=[method]) for method, path, handler in demo_routes.handlers
         ]
-        routes += [Route("/ui", demo), Route("/ui/{path:path}", demo)]
+        page = CountedApp(demo, "/ui", models.metrics)
+        routes += [Route("/ui", page), Route("/ui/{path:path}", page)]
     # The pages of Swagger that BentoML brings: nothing is loaded from elsewhere.
     swagger = StaticFiles(packages=[("bentoml", "_internal/server/static_content")])
-    routes.append(Mount("/static_content", swagger))
+    routes.append(Mount("/static_content", CountedApp(swagger, "/static_content", models.metrics)))
     # Last, as routes are tried in order. All unknown paths share one label, or the metrics would grow with what is asked.
     routes.append(Route("/{path:path}", _endpoint(models, _unknown, "unknown"), methods=_METHODS))
     return routes
@@ -96,7 +97,7 @@ def _lifespan(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> Calla
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if server := uvicorn_server():
-            bound_connections(server, models.settings)
+            bound_connections(server, models.settings, models.metrics)
             models.stopping.watch(server, models.turn_away)
         # In the background: the server answers /livez while it loads, or an orchestrator would take it for dead.
         loading = asyncio.create_task(load())
@@ -245,6 +246,17 @@ async def _handled(models: Models, handler: Handler, request: Request) -> Respon
     except Exception:
         logger.exception("%s %s failed", request.method, request.url.path)
         return error_response(UniInstructError("something failed in the server", remedy="its log says more"))
+
+
+def _counted_exception(models: Models) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """For what Starlette raises past the endpoints, as for a method that a route does not have."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        response = await _http_exception(request, error)
+        models.metrics.count_answer("unknown", response.status_code)
+        return response
+
+    return answer
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:

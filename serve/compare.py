@@ -23,7 +23,7 @@ from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid
 from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.serve.errors import QueueFullError, TimedOutError
-from uni_instruct.serve.schema import ShortErrors
+from uni_instruct.serve.schema import Seed, ShortErrors
 from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec, evaluations
 
@@ -50,8 +50,9 @@ class CompareRequest(BaseModel):
         description="An engine id of the bundle, or 'teacher': what GET /v1/about lists under 'compare'.",
         examples=["an engine id, such as torch-fp32, or teacher"],
     )
-    seeds: ShortErrors[int] = Field(
-        description="1 to 16 seeds, one image for each.", examples=["a list of seeds, such as [7, 8]"]
+    seeds: ShortErrors[Seed] = Field(
+        description="1 to 16 seeds, one image for each, as integers or strings of digits.",
+        examples=["a list of seeds, such as [7, 8]"],
     )
     class_ids: ShortErrors[int] | None = Field(
         None, description="One for all images, or one for each.", examples=["a list of integers, such as [3]"]
@@ -94,7 +95,8 @@ class SideBySide:
         if not 1 <= len(wanted.seeds) <= MAX_COMPARED:
             remedy = f"compare 1 to {MAX_COMPARED}"
             raise RequestError(f"{len(wanted.seeds)} images were asked for", remedy=remedy, param="seeds")
-        class_ids = resolve_class_ids(served.spec, wanted.seeds, wanted.class_ids)
+        seeds = [int(seed) for seed in wanted.seeds]
+        class_ids = resolve_class_ids(served.spec, seeds, wanted.class_ids)
         if self._waiting >= _MOST_WAITING:
             raise QueueFullError(self._waiting, _MOST_WAITING, 2)
         self._waiting += 1
@@ -102,25 +104,25 @@ class SideBySide:
             async with self._turn:
                 # Opening is not counted: torch alone takes seconds, once, and a second attempt would wait for the same.
                 engine = await self._in_thread(self._opened, served.bundle, wanted.other)
-                own, other = await self._both_sides(served, engine, wanted, class_ids)
+                own, other = await self._both_sides(served, engine, wanted.other, seeds, class_ids)
         finally:
             self._waiting -= 1
         return {"sides": [own.facts(), other.facts()], "difference": difference(own.images, other.images)}
 
     async def _both_sides(
-        self, served: ServedModel, engine: Engine, wanted: CompareRequest, class_ids: np.ndarray | None
+        self, served: ServedModel, engine: Engine, other: str, seeds: list[int], class_ids: np.ndarray | None
     ) -> tuple[Side, Side]:
         """One after the other, each with the machine to itself."""
         timeout_s = served.settings.timeout_s
-        generated = await served.batcher.submit(wanted.seeds, class_ids, timeout_s)
+        generated = await served.batcher.submit(seeds, class_ids, timeout_s)
         own = Side(str(served.engine.id), served.spec, served.engine.device, generated.images, generated.model_ms)
-        inputs = draw_inputs(served.spec, wanted.seeds, class_ids)
+        inputs = draw_inputs(served.spec, seeds, class_ids)
         try:
             async with asyncio.timeout(timeout_s):
                 images, model_ms = await self._in_thread(_timed, engine, inputs)
         except TimeoutError:
             raise TimedOutError(f"the comparison was not made in {timeout_s:g} s", remedy="compare fewer images") from None
-        return own, Side(wanted.other, engine.spec, engine.device, images, model_ms)
+        return own, Side(other, engine.spec, engine.device, images, model_ms)
 
     async def _in_thread(self, work: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
         call = functools.partial(work, *arguments, **keywords)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from uni_instruct.serve.deadlines import Deadlines
 from uni_instruct.serve.departures import CONNECTION
+from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,30 +23,44 @@ logger = logging.getLogger(__name__)
 
 # Files beside connections that a worker holds: sockets, logs, the bundle, the runtime's own.
 _OTHER_FILES = 128
+_FEWEST_FILES = 24
 _TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
 
 
-def bound_connections(server: "uvicorn.Server", settings: Settings) -> None:
-    """Gives the server, before it listens, the limits of the settings."""
-    _allow_files(settings.connections + _OTHER_FILES)
+def bound_connections(server: "uvicorn.Server", settings: Settings, metrics: ServerMetrics) -> None:
+    """Gives the server, before it listens, the limits of the settings. What they refuse is counted as route 'connection'."""
+    limit = _allowed_connections(settings.connections)
     server.config.timeout_keep_alive = settings.keep_alive_s  # type: ignore[assignment]
-    server.config.http_protocol_class = _bounded(server.config.http_protocol_class, settings)
+    server.config.http_protocol_class = _bounded(server.config.http_protocol_class, settings, limit, metrics)
 
 
-def _allow_files(count: int) -> None:
-    """Raises this process's limit of open files, as far as the system lets it: a thousand is a common default."""
+def _allowed_connections(wanted: int) -> int:
+    """As many as are wanted, or for how many this process may have files, whose limit is raised as far as the system lets it.
+
+    Beyond its files a process refuses whoever comes, where with a limit the silent make room.
+    """
+    files = wanted + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft != resource.RLIM_INFINITY and soft < files:
+        soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY or soft >= files:
+        return wanted
+    # A common limit is a thousand, for which the reserve is small; of a tiny one half is for connections.
+    allowed = max(soft - _OTHER_FILES, soft // 2 - _FEWEST_FILES, 3)
+    if allowed < wanted:
+        logger.warning("this process may have %d files open, so %d connections, not %d (ulimit -n)", soft, allowed, wanted)
+    return min(allowed, wanted)
 
 
-def _bounded(protocol: type[Any], settings: Settings) -> type[Any]:
+def _bounded(protocol: type[Any], settings: Settings, limit: int, metrics: ServerMetrics) -> type[Any]:
     """Uvicorn's protocol, one object a connection, with the limits."""
-    limits = {"receive_s": settings.receive_s, "limit": settings.connections, "silent": {}}
-    limits |= {"keep_alive_s": settings.keep_alive_s, "idle": Deadlines(lambda silent: silent.timeout_keep_alive_handler())}
+    limits = {"receive_s": settings.receive_s, "limit": limit, "silent": {}}
+    limits |= {"refused": staticmethod(lambda status: metrics.count_answer("connection", status))}
+    limits |= {"keep_alive_s": settings.keep_alive_s, "idle": Deadlines(lambda silent: silent.end())}
     return type("Bounded", (_Bounds, protocol), limits)
 
 
@@ -55,6 +70,7 @@ class _Bounds:
     receive_s: float
     keep_alive_s: float
     limit: int
+    refused: Callable[[int], None]
     silent: dict[Any, None]
     idle: Deadlines[Any]
     # Of uvicorn's own.
@@ -73,12 +89,14 @@ class _Bounds:
     # Called when the client leaves while a request is under way.
     on_lost: Callable[[], None] | None = None
     _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
         # Uvicorn puts a line together for every answer as soon as there is a log, also for one that would drop it.
         self.access_log = self.access_log and self.access_logger.isEnabledFor(logging.INFO)
         if len(self.connections) > self.limit and not _make_room(self.silent):
+            self.refused(503)
             transport.write(_TOO_MANY)
             transport.close()
             return
@@ -112,8 +130,18 @@ class _Bounds:
         self.silent[self] = None
         self.idle.add(self, self.loop.time() + self.keep_alive_s)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self._look_again()
+
+    def resume_writing(self) -> None:
+        if not self.transport.is_closing():
+            self._forget_stall()
+        super().resume_writing()  # type: ignore[misc]
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._unexpect()
+        self._forget_stall()
         self.idle.remove(self)
         self.silent.pop(self, None)
         super().connection_lost(exc)  # type: ignore[misc]
@@ -134,6 +162,28 @@ class _Bounds:
             self._deadline.cancel()
             self._deadline = None
 
+    def end(self) -> None:
+        """Closes the connection once its client has taken the last answer, or takes no more of it."""
+        self.transport.close()
+        if self._stalled is None and self.transport.get_write_buffer_size():
+            self._look_again()
+
+    def _look_again(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._stalled = self.loop.call_later(self.keep_alive_s, self._look_whether_less, left)
+
+    def _look_whether_less(self, than: int) -> None:
+        if self.transport.get_write_buffer_size() < than:
+            self._look_again()
+        else:
+            # A client that takes nothing would hold its answer in memory, and the connection, for as long as it likes.
+            self.transport.abort()
+
+    def _forget_stall(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
     def _hand_over(self) -> None:
         """The connection is a websocket's, which has a protocol of its own: nothing is ever heard of it here again."""
         self._unexpect()
@@ -144,15 +194,20 @@ class _Bounds:
         self.silent.pop(self, None)
         if not self.transport.is_closing():
             if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+                self.refused(408)
                 self.transport.write(_TOO_SLOW)
             self.transport.close()
 
 
 def _make_room(silent: dict[Any, None]) -> bool:
     """Closes the connection that has been silent for longest. False where every one has a request under way."""
-    oldest = next(iter(silent), None)
+    # Whoever still takes an answer goes last, and then at once: closing waits until all of it is taken.
+    oldest = next((one for one in silent if not one.transport.get_write_buffer_size()), next(iter(silent), None))
     if oldest is None:
         return False
     del silent[oldest]
-    oldest.transport.close()
+    if oldest.transport.get_write_buffer_size():
+        oldest.transport.abort()
+    else:
+        oldest.transport.close()
     return True

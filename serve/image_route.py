@@ -15,8 +15,10 @@ from uni_instruct.serve.errors import NotFoundError
 from uni_instruct.serve.picture import PICTURE_FORMATS, Picture, size_factor
 from uni_instruct.serve.responses import generate_encoded, timing_headers
 from uni_instruct.serve.served_model import ServedModel
+from uni_instruct.spec import ModelSpec
 
-_FILE = re.compile(rf"(0|[1-9]\d{{0,18}})\.({'|'.join(PICTURE_FORMATS)})")
+# Digits of ASCII: others would be more addresses of the same image.
+_FILE = re.compile(rf"(0|[1-9][0-9]{{0,18}})\.({'|'.join(PICTURE_FORMATS)})")
 _QUERY = {"class": "a class by name or id", "size": "such as 256x256", "weights": "the beginning of the weights' sha256"}
 # Without the weights in the address a bundle that is exchanged gives other images under it: a day is how long they may mix.
 _DAY_S, _YEAR_S = 86_400, 31_536_000
@@ -42,8 +44,7 @@ def resolve_address(file: str, query: QueryParams, served: ServedModel) -> Image
             remedy=f"name a seed in [0, 2**63) and a format: 7.png ({', '.join(PICTURE_FORMATS)})",
         )
     _check_query(query)
-    label = query.get("class")
-    class_ids = resolve_class_ids(served.spec, [int(match[1])], None if label is None else [label])
+    class_ids = _class_ids(served.spec, int(match[1]), query.get("class"))
     weights = query.get("weights")
     if weights is not None:
         _check_weights(weights, served.bundle.weights_sha256)
@@ -54,7 +55,8 @@ def resolve_address(file: str, query: QueryParams, served: ServedModel) -> Image
 async def addressed_image(served: ServedModel, address: ImageAddress, headers: Headers) -> Response:
     """The image; 304 without a body where the client has it already (If-None-Match), which costs the engine nothing."""
     cache = cache_headers(served, address)
-    if _has_it(headers.get("if-none-match", ""), cache["ETag"]):
+    # A list may come in several lines (RFC 9110, section 5.3).
+    if _has_it(",".join(headers.getlist("if-none-match")), cache["ETag"]):
         return Response(status_code=304, headers=cache)
     encoded = await generate_encoded(
         served,
@@ -85,6 +87,14 @@ def _has_it(if_none_match: str, etag: str) -> bool:
     """Whether one of the listed tags is ours; 'W/' before it makes no difference here (RFC 9110, section 13.1.2)."""
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return "*" in tags or etag in tags
+
+
+def _class_ids(spec: ModelSpec, seed: int, label: str | None) -> np.ndarray | None:
+    try:
+        return resolve_class_ids(spec, [seed], None if label is None else [label])
+    except RequestError as error:
+        error.param = "class"  # as it is called here
+        raise
 
 
 def _check_query(query: QueryParams) -> None:

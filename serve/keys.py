@@ -18,7 +18,8 @@ def read_keys(text: str | None, file: str | None) -> tuple[bytes, ...]:
     keys = [] if text is None else _checked(text.split(","), "UNI_INSTRUCT_API_KEY")
     if file is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            # Windows' editors put a byte-order mark before UTF-8.
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             problem = f"UNI_INSTRUCT_API_KEY_FILE {file} cannot be read: {reason}"

@@ -1,5 +1,6 @@
 """Load on a server, and what came of it: an open loop, in which requests leave at their time whether others are back or not."""
 
+import base64
 import http.client
 import io
 import json
@@ -35,17 +36,23 @@ class Answer:
 
 
 class LoadedServer:
-    """A server: its URL, and the header with its key."""
+    """A server: its URL, and the header with its key, of which the bytes count."""
 
-    def __init__(self, url: str, key: str | None = None):
-        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+    def __init__(self, url: str, key: bytes | None = None):
+        try:
+            parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+            host, port = parts.hostname, parts.port
+        except ValueError:  # a port that is no number, half of an IPv6 address
+            host = port = None
+        if not host or parts.scheme not in ("http", "https"):
             raise RequestError(
                 f"{url} is no address of a server", remedy="give one, such as http://127.0.0.1:3000", param="url"
             )
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._prefix = parts.hostname, parts.port, parts.path.rstrip("/")
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key.strip()}"} if key else {})
+        self._host, self._port, self._prefix = host, port, parts.path.rstrip("/")
+        # Basic, as it carries any key: a header of its own may hold ASCII only.
+        basic = {"Authorization": f"Basic {base64.b64encode(b':' + key).decode()}"} if key else {}
+        self._headers = {"Content-Type": "application/json", **basic}
         self._local = threading.local()
 
     def ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> tuple[int, bytes]:
@@ -61,8 +68,11 @@ class LoadedServer:
             connection.close()
             raise
 
-    def facts(self, model: str | None) -> dict[str, object]:
-        """What it serves under that name, None: its first. Raises RequestError where it does not say."""
+    def facts(self, model: str | None) -> dict[str, str]:
+        """Name, engine and weights_sha256 of what it serves under that name, None: its first.
+
+        Raises RequestError where it does not say.
+        """
         query = f"?model={urllib.parse.quote(model)}" if model else ""
         try:
             status, body = self.ask("GET", f"/v1/spec{query}")
@@ -72,8 +82,9 @@ class LoadedServer:
             problem = f"the server answers {status}: {body[:200].decode(errors='replace')}"
             raise RequestError(problem, remedy="give its key, or another model")
         try:
-            return dict(json.loads(body))
-        except (ValueError, TypeError):
+            answer = json.loads(body)
+            return {name: str(answer[name]) for name in ("name", "engine", "weights_sha256")}
+        except (ValueError, TypeError, KeyError, IndexError):
             problem = "what answers there is another server, which gives no JSON of a generator"
             raise RequestError(problem, remedy="give the URL of 'uni-instruct serve'") from None
 

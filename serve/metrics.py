@@ -3,18 +3,27 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from uni_instruct.errors import UniInstructError
 
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+# What the counts of two workers take, with all that they may grow by.
+_ROOM_BYTES = 1 << 20
 
 # From one small image on a warm engine to the default timeout.
 _STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+# What becomes of a bundle that has changed.
+RELOAD_OUTCOMES = ("loaded", "failed")
 # Why images are not made, and what a request passes through.
 DROP_REASONS = ("queue_full", "timeout", "cancelled", "stopping", "failed")
 REQUEST_STAGES = ("queue", "model", "encode")
@@ -85,6 +94,8 @@ class ModelMetrics:
         self.queue = server.queue.labels(name)
         self.batch = server.batch.labels(name)
         self.dropped = {reason: server.dropped.labels(reason, name) for reason in DROP_REASONS}
+        for outcome in RELOAD_OUTCOMES:
+            server.reloads.labels(name, outcome)
         self._stage = {stage: server.stage.labels(stage, name) for stage in REQUEST_STAGES}
 
     def note_stages(self, stage_ms: dict[str, float]) -> None:
@@ -94,6 +105,23 @@ class ModelMetrics:
     def _observe(self, stage_ms: dict[str, float]) -> None:
         for stage, milliseconds in stage_ms.items():
             self._stage[stage].observe(milliseconds / 1e3)
+
+
+class CountedApp:
+    """An app whose answers are counted under one route: one that is mounted whole, with routes of its own."""
+
+    def __init__(self, app: ASGIApp, route: str, metrics: ServerMetrics):
+        self._app, self._route, self._metrics = app, route, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.count_answer(self._route, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted)
 
 
 def exposition(metrics: ServerMetrics, workers: int) -> bytes:
@@ -111,18 +139,42 @@ def exposition(metrics: ServerMetrics, workers: int) -> bytes:
 def use_own_folder() -> None:
     """Moves this worker's counts, before any is made, to a folder that only the workers of its own supervisor share.
 
-    BentoML's is one for all servers of a BENTOML_HOME, and each empties it when it starts.
+    BentoML's is one for all servers of a BENTOML_HOME, and each empties it when it starts. Where that cannot be written, the
+    system's folder for temporary files is taken. Raises UniInstructError where that cannot be written either.
     """
     shared = os.environ.get(_FOLDER)
     if not shared:
         return
-    servers = Path(shared).parent / "uni-instruct-metrics"
+    # Another user's would not be ours to write to.
+    elsewhere = Path(tempfile.gettempdir()) / f"uni-instruct-metrics-{os.getuid()}"
+    servers = _first_with_room([Path(shared).parent / "uni-instruct-metrics", elsewhere])
     folder = servers / _server_name(os.getppid())
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     os.environ[_FOLDER] = str(folder)
-    for other in servers.glob(f"{socket.gethostname()}-*"):
-        if other.name != _server_name(int(other.name.split("-")[-2])):
+    # Of this very host: web-1's are not those of web.
+    ours = re.compile(rf"{re.escape(socket.gethostname())}-([0-9]+)-[0-9]+")
+    for other in servers.iterdir():
+        found = ours.fullmatch(other.name)
+        if found and other.name != _server_name(int(found[1])):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def _first_with_room(folders: list[Path]) -> Path:
+    reasons = []
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as trial:
+                # The counts are files mapped into memory: where the disk is full, writing to one kills the process.
+                os.posix_fallocate(trial.fileno(), 0, _ROOM_BYTES)
+        except OSError as error:
+            reasons.append(f"{folder}: {error.strerror}")
+        else:
+            return folder
+    raise UniInstructError(
+        f"several workers cannot add up their metrics: {'; '.join(reasons)}",
+        remedy="free space there, set BENTOML_HOME to a folder that can be written, or serve with --workers 1",
+    )
 
 
 def _server_name(supervisor: int) -> str:

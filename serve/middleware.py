@@ -46,6 +46,7 @@ class Guards:
         direct: Mapping[tuple[str, str], ASGIApp] | None = None,
     ):
         self._settings, self._metrics, self._stopping = settings, metrics, stopping
+        self._open = (*HEALTH_PATHS, "/metrics") if settings.metrics_open else HEALTH_PATHS
         self._app = app
         # A span is made by a middleware of BentoML's, further in.
         self._direct = {} if settings.tracing or direct is None else direct
@@ -87,7 +88,7 @@ class Guards:
         if self._stopping.begun and path not in _ALWAYS_ANSWERED:
             return StoppingError()
         # A browser's preflight request (OPTIONS) never carries the key.
-        needs_key = self._settings.keys and scope.get("method") != "OPTIONS" and path not in HEALTH_PATHS
+        needs_key = self._settings.keys and scope.get("method") != "OPTIONS" and path not in self._open
         # As bytes: which characters they stand for is not the header's to say.
         if needs_key and not is_one_of(given_key(header_of(scope, b"authorization") or b""), self._settings.keys):
             return UnauthorizedError("the API key is missing or wrong", remedy="send the header 'Authorization: Bearer KEY'")
@@ -156,7 +157,8 @@ def _with_cors(app: ASGIApp, settings: Settings) -> ASGIApp:
         app,
         allow_origins=settings.origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type", "x-request-id"],
+        # Any: OpenAI's client in a browser sends ten of its own. None of them opens anything here, and there are no cookies.
+        allow_headers=["*"],
         expose_headers=_EXPOSED,
     )
 

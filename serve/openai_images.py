@@ -123,11 +123,12 @@ async def images_response(served: ServedModel, job: ImagesJob, base_url: str) ->
     """The images as OpenAI's clients expect them. base_url: of this server, with a slash at its end, for the URLs of images."""
     if job.as_url:
         urls = [{"url": _url(served.name, job, index, base_url)} for index in range(len(job.seeds))]
-        return JSONResponse(_answer(served, job, urls))
+        return JSONResponse(_answer(served, job, urls), headers=served.made_by)
     if job.stream:
         # Made before the answer begins, so that what goes wrong still has a status of its own.
         generated = await generate_images(served, job.seeds, job.class_ids)
-        return StreamingResponse(_events(served, job, generated.images), media_type="text/event-stream")
+        events = _events(served, job, generated.images)
+        return StreamingResponse(events, headers=served.made_by, media_type="text/event-stream")
     encoded = await generate_encoded(
         served,
         job.seeds,

@@ -13,7 +13,7 @@ from uni_instruct.spec import ModelSpec
 PICTURE_FORMATS = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 # Of one side: what OpenAI's clients ask for at most, with some room.
 LARGEST_SIDE = 2048
-_SIZE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})")
+_SIZE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True)

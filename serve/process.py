@@ -21,6 +21,9 @@ SERVICE = "uni_instruct.serve.service:UniInstruct"
 # Open pages of the demo would hold the server for longer; requests that run have had their own grace before.
 GRACEFUL_SHUTDOWN_S = 1
 _KILL_AFTER_S = 5.0
+# The supervisor starts a worker again for ever, also one that can never live.
+_WORKER = "_bentoml_impl.worker.service"
+_MOST_DEATHS = 4
 
 
 class Server:
@@ -33,6 +36,7 @@ class Server:
         self.url = _url(address, port)
         self._settings = settings
         self._family: set[psutil.Process] = set()
+        self._workers: set[int] = set()  # that have been started, also those that have ended
         # This Python, not the `bentoml` that happens to come first on the path.
         command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", address, "--port", str(port)]
         command += ["--timeout-graceful-shutdown", str(GRACEFUL_SHUTDOWN_S)]
@@ -47,10 +51,19 @@ class Server:
 
     def wait_until_ready(self) -> None:
         """Until every worker is warm. Raises UniInstructError where the server ends or cannot load the generator."""
-        while self._ready_workers() < self._settings.workers:
-            self._check()
-            if self._get("/livez")[0] == 503:
-                raise UniInstructError("the generator could not be loaded", remedy="the log above says why")
+        while True:
+            living = self._check()
+            if len(self._workers) > self._settings.workers + _MOST_DEATHS:
+                raise UniInstructError(
+                    f"workers end before they are ready, {len(self._workers) - self._settings.workers} of them so far",
+                    remedy="the log above says why; without a word there they may lack memory, as 'dmesg' would say",
+                )
+            # The supervisor listens from the start: without a worker a request would only wait.
+            if living:
+                if self._ready_workers() >= self._settings.workers:
+                    return
+                if self._get("/livez")[0] == 503:
+                    raise UniInstructError("the generator could not be loaded", remedy="the log above says why")
             time.sleep(0.1)
 
     def wait(self) -> NoReturn:
@@ -72,16 +85,21 @@ class Server:
                 process.kill()
         psutil.wait_procs(alive, timeout=1)
 
-    def _check(self) -> None:
+    def _check(self) -> int:
+        """How many workers live. Raises UniInstructError where their supervisor does not."""
         status = self._supervisor.poll()
         if status is not None:
             raise UniInstructError(f"the server ended with exit code {status}", remedy="the log above says why")
-        self._note_workers()
+        return self._note_workers()
 
-    def _note_workers(self) -> None:
-        """Remembers the workers, so that they can be stopped also when the supervisor is gone."""
+    def _note_workers(self) -> int:
+        """Remembers the workers, so that they can be stopped also when the supervisor is gone. How many live."""
         with suppress(psutil.NoSuchProcess):
             self._family.update(self._supervisor.children(recursive=True))
+            living = {child.pid for child in self._supervisor.children() if _is_worker(child)}
+            self._workers |= living
+            return len(living)
+        return 0
 
     def _ready_workers(self) -> float:
         """How many workers are ready, by the sum of their metrics; /readyz is answered by only one of them."""
@@ -106,6 +124,12 @@ class Server:
             return error.code, ""
         except OSError:
             return 0, ""
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return _WORKER in process.cmdline()
+    return False
 
 
 def _url(address: str, port: int) -> str:

@@ -51,6 +51,7 @@ class Settings:
         metadata={"help": "Keys that open the API, by commas.", "least": 0, "most": _MOST, "or_zero": False},
     )
     api_key_file: str | None = _setting(None, "File with API keys, one a line; requests must bring one of them.")
+    metrics_open: bool = _setting(False, "/metrics without a key, for a Prometheus that has none.")
     cors_origins: str | None = _setting(None, "Origins whose pages may call the API, by commas; * for all.")
     path_prefix: str | None = _setting(None, "Path under which a proxy serves this, as /images; the proxy may cut it off.")
     timeout_s: float = _setting(30.0, "How long a request may take, waiting included.", most=_MOST_S)

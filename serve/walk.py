@@ -4,6 +4,7 @@ Where stops differ in class, the class is interpolated as the noise is.
 """
 
 import io
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +19,16 @@ from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid, to_pil
 from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.noise import Between, NoisePoint, walk_points
-from uni_instruct.serve.responses import generate_encoded
-from uni_instruct.serve.schema import ShortErrors, field_remedies, parse_model
+from uni_instruct.serve.responses import generate_encoded, timing_headers
+from uni_instruct.serve.schema import Seed, ShortErrors, field_remedies, parse_model
 from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
 
 MAX_STOPS = 64
 # Of one side of an animation: what browsers and viewers open without complaint.
 MAX_ANIMATED_PIXELS = 1024
+# Of all frames together: 256 of 512x512, which hold an encoder for seconds. Four times as many took 48 s and 1 GB.
+MOST_ANIMATED_PIXELS = 256 * 512 * 512
 _LONGEST_HEADER = 2048
 
 
@@ -39,8 +42,9 @@ class WalkRequest(BaseModel):
         description="Which of the generators that are served; without it the first.",
         examples=["a model of GET /v1/models"],
     )
-    seeds: ShortErrors[int] = Field(
-        description="The stops of the way, at most 64. The noise between two of them is interpolated on the sphere.",
+    seeds: ShortErrors[Seed] = Field(
+        description="The stops of the way, at most 64, as integers or strings of digits. The noise between two of them is "
+        "interpolated on the sphere.",
         examples=["two or more seeds, such as [7, 8]"],
     )
     positions: ShortErrors[float] | None = Field(
@@ -105,8 +109,7 @@ async def walk_response(served: ServedModel, job: WalkJob) -> Response:
     encoded = await generate_encoded(
         served, job.points, job.class_ids, lambda images: [encode_walk(job, images)], job.wanted.format
     )
-    timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in encoded.stage_ms.items())
-    headers = {"X-Engine": str(served.engine.id), "Server-Timing": timing, "Cache-Control": "no-store"}
+    headers = {**timing_headers(served, encoded.stage_ms), "Cache-Control": "no-store"}
     if job.class_ids is not None and len(ids := ",".join(_class_names(job.class_ids))) <= _LONGEST_HEADER:
         headers["X-Class-Ids"] = ids
     media_type = "application/zip" if wanted.format == "zip" else f"image/{wanted.format}"
@@ -120,7 +123,7 @@ def resolve_walk(wanted: WalkRequest, spec: ModelSpec, limit: int, mixes_classes
     """
     _check_numbers(wanted, spec, limit)
     positions = _positions(wanted)
-    ways = [[seed + way for seed in wanted.seeds] for way in range(wanted.count)]
+    ways = [[int(seed) + way for seed in wanted.seeds] for way in range(wanted.count)]
     points_of_ways = [walk_points(way, positions) for way in ways]
     points = [way[index] for index in range(len(positions)) for way in points_of_ways]
     return WalkJob(wanted, points, _class_ids(wanted, spec, ways, positions, mixes_classes))
@@ -135,7 +138,7 @@ def encode_walk(job: WalkJob, images: np.ndarray) -> bytes:
     scale = job.wanted.scale
     sheets = [grid(frame) for frame in np.split(images, job.frames)]
     # Whole factors keep pixels square and sharp; lossless, or their edges would blur.
-    pictures = [to_pil(sheet.repeat(scale, axis=0).repeat(scale, axis=1)).convert("RGB") for sheet in sheets]
+    pictures = [to_pil(sheet.repeat(scale, axis=0).repeat(scale, axis=1)) for sheet in sheets]
     buffer = io.BytesIO()
     options = {"duration": round(1000 / job.wanted.fps), "loop": 0, "lossless": True, "quality": 30, "method": 0}
     pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], **options)
@@ -207,10 +210,24 @@ def _check_numbers(wanted: WalkRequest, spec: ModelSpec, limit: int) -> None:
             remedy=f"ask for 1 to {limit} images in one request",
             param=param,
         )
-    if wanted.animated and wanted.format != "webp":
+    if wanted.animated:
+        _check_animation(wanted, spec, frames)
+
+
+def _check_animation(wanted: WalkRequest, spec: ModelSpec, frames: int) -> None:
+    if wanted.format != "webp":
         raise RequestError(f"{wanted.format} does not move", remedy='give "format": "webp"', param="animated")
-    columns = int(np.ceil(np.sqrt(wanted.count)))
-    side = columns * wanted.scale * max(spec.image_shape[1:])
-    if wanted.animated and side > MAX_ANIMATED_PIXELS:
+    _, height, width = spec.image_shape
+    columns = math.ceil(math.sqrt(wanted.count))
+    side = columns * wanted.scale * max(height, width)
+    if side > MAX_ANIMATED_PIXELS:
         remedy = f"choose a scale of at most {max(1, MAX_ANIMATED_PIXELS * wanted.scale // side)}, or a smaller count"
         raise RequestError(f"the animation would be {side} pixels wide", remedy=remedy, param="scale")
+    pixels = frames * columns**2 * height * width
+    largest = math.isqrt(MOST_ANIMATED_PIXELS // pixels)
+    if wanted.scale > max(1, largest):
+        raise RequestError(
+            f"{frames} frames of {side} pixels a side are too many",
+            remedy=f"choose a scale of at most {max(1, largest)}, or fewer frames",
+            param="scale",
+        )

@@ -8,11 +8,12 @@ import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
-from uni_instruct.bundle import Bundle
+from uni_instruct.bundle import Bundle, shipped_generators
 from uni_instruct.commands.numbers import FiniteRange
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.progress import progress
+from uni_instruct.serve.keys import read_keys
 from uni_instruct.serve.load import LoadedServer, apply_load, count_wrong, summary
 from uni_instruct.serve.settings import variable
 
@@ -39,23 +40,25 @@ def loadtest(
     """Load the server at URL, and check every image that it answers against the one made here from its seed.
 
     Requests leave at their time whether others are back or not, and latencies count from that time: a server that cannot
-    keep up shows it. A key is taken from UNI_INSTRUCT_API_KEY. Exit code 1 where an image is wrong, or nothing was answered.
+    keep up shows it. A key is taken from where 'serve' has it, UNI_INSTRUCT_API_KEY or the file that
+    UNI_INSTRUCT_API_KEY_FILE names. Exit code 1 where an image is wrong, or nothing was answered.
 
     Example: uni-instruct loadtest http://127.0.0.1:3000 --rate 200 --seconds 30
     """
-    target = LoadedServer(url, os.environ.get(variable("api_key"), "").split(",")[0] or None)
+    keys = read_keys(os.environ.get(variable("api_key")) or None, os.environ.get(variable("api_key_file")) or None)
+    target = LoadedServer(url, keys[0] if keys else None)
     facts = target.facts(model)
-    name = str(model or facts["name"])
-    opened = Bundle.open(bundle or str(facts["name"]))
+    name = model or facts["name"]
+    opened = _bundle_here(bundle, facts["name"])
     if opened.weights_sha256 != facts["weights_sha256"]:
         raise RequestError(
             f"{opened.path} has other weights than {name} there", remedy="give the same --bundle", param="bundle"
         )
-    engine = open_engine(opened, str(facts["engine"]))
+    engine = open_engine(opened, facts["engine"])
     start = time.perf_counter()
     answers = apply_load(target, name, rate, seconds, images, progress)
     report = summary(answers, time.perf_counter() - start)
-    report = {"model": name, "engine": str(facts["engine"]), "rate": rate, **report}
+    report = {"model": name, "engine": facts["engine"], "rate": rate, **report}
     report["wrong_images"] = count_wrong(answers, engine, tolerance, progress)
     if as_json:
         click.echo(json.dumps(report))
@@ -67,6 +70,17 @@ def loadtest(
         )
     if not report["images"]:
         raise UniInstructError("no image came back", remedy="the statuses and the server's log say why")
+
+
+def _bundle_here(bundle: str | None, name: str) -> Bundle:
+    # A name from the network is looked up among what ships, and nowhere else: it might name a folder, or a download.
+    if bundle is None and name not in shipped_generators():
+        raise RequestError(
+            f"{name[:80]} does not ship, so there is nothing to check its images with",
+            remedy="give --bundle and a folder with the same weights",
+            param="bundle",
+        )
+    return Bundle.open(bundle or name)
 
 
 def _show(report: dict[str, object]) -> None:

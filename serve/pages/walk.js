@@ -276,7 +276,8 @@ export class WalkView {
     const round = [...stopsOf(state), stopsOf(state)[0]];
     const stops = round.length - 1;
     const [, height, width] = facts.image_shape;
-    const most = Math.floor(facts.limits.images_per_request / state.count);
+    // The server makes at most 256 frames of 512 pixels a side.
+    const most = Math.min(256, Math.floor(facts.limits.images_per_request / state.count));
     const frames = stops === 1 ? 1 : Math.min(most, FRAMES_PER_STOP * stops);
     const positions = Array.from({ length: frames }, (_, index) => Number(((index * stops) / frames).toFixed(4)));
     const side = Math.max(width, height) * Math.ceil(Math.sqrt(state.count));

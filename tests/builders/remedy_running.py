@@ -196,10 +196,11 @@ def answering(status: int, body: str) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = self.headers.get("Authorization") == "Bearer k"
+            known = self.headers.get("Authorization") == "Basic Oms="
             self.send_response(200 if known else status)
             self.end_headers()
-            self.wfile.write(b"{}" if known else body.encode())
+            facts = b'{"name": "digits", "engine": "onnx-fp32", "weights_sha256": "0"}'
+            self.wfile.write(facts if known else body.encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -209,7 +210,7 @@ def answering(status: int, body: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
 
 
-def asked(key: str | None, status: int) -> object:
+def asked(key: bytes | None, status: int) -> object:
     with answering(status, "no key") as url:
         return LoadedServer(url, key).facts(None) is not None
 
@@ -322,9 +323,9 @@ RUN = [
     Value("uni_instruct/engines/runtime.py", "engine {} needs a CUDA device", lambda _: device_for("torch-fp32", "cuda:0"), lambda remedy, _: device_for(said(remedy, "an engine of another runtime", "onnx-fp32"), None)),
     Value("uni_instruct/engines/onnxruntime.py", "no provider '{}' runs on", lambda _: _checked_provider(onnxruntime, "cpu", "CUDAExecutionProvider"), lambda remedy, _: _checked_provider(onnxruntime, "cpu", first_choice(remedy))),
     Value("uni_instruct/evaluate/extractors.py", "extractor {} is in no file", lambda _: PIXELS.required_file(), lambda remedy, _: said(remedy, "score without workers", scored())),
-    Value("serve/load.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked("k", 200))),
-    Value("serve/load.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", "k"), 401)),
-    Value("serve/load.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", "k"), 200)),
+    Value("serve/load.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked(b"k", 200))),
+    Value("serve/load.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", b"k"), 401)),
+    Value("serve/load.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", b"k"), 200)),
     Value("uni_instruct/engines/torch.py", "a teacher of {} steps runs", lambda tmp: load_engine(random_bundle(tmp / "t", 1, 4), EngineId("torch", "bf16")), lambda remedy, tmp: load_engine(Bundle.open(tmp / "t"), EngineId.parse(found(r"--engine (\S+)", remedy)))),
     Value("uni_instruct/engines/compiler.py", "compiled engines need a C++ compiler", lambda _: compiler("no-such-compiler"), lambda remedy, _: compiler(said(remedy, "name yours in CXX", "g++"))),
     Value("uni_instruct/networks/autoencoder.py", "the decoder cannot be built", lambda _: built("sides do not fit"), lambda remedy, _: built(said(remedy, "give another VAE", ""))),

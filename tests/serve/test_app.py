@@ -200,6 +200,9 @@ def test_the_api_key_guards_everything_but_health_and_preflight(tiny_bundle: Bun
             for header in good:
                 answer = await client.post("/v1/generate", json={}, headers={"Authorization": header})
                 assert answer.status_code == 200
+        async with client_of(app_of(tiny_bundle, api_key="sesame", metrics_open=True)) as client:
+            assert (await client.get("/metrics")).status_code == 200
+            assert (await client.get("/v1/models")).status_code == 401
 
     run(work())
 
@@ -230,6 +233,26 @@ def test_the_metrics_do_not_grow_with_what_is_asked(tiny_bundle: Bundle) -> None
                 assert (await client.get(f"/nowhere/{number}")).status_code == 404
             assert len((await client.get("/metrics")).text.splitlines()) == before
             assert await metric(client, 'uni_instruct_requests_total{route="unknown",status="404"}') == 51
+
+    run(work())
+
+
+def test_every_answer_is_counted_under_a_route(tiny_bundle: Bundle) -> None:
+    async def work() -> None:
+        async with client_of(app_of(tiny_bundle, ui=True), wait=False) as client:
+            for method, path, route, status in (
+                ("OPTIONS", "/v1/generate", "unknown", 405),
+                ("GET", "/v1/walk", "unknown", 405),
+                ("GET", "/ui", "/ui", 307),
+                ("GET", "/ui/gradio_api/upload", "/ui", 503),
+                ("GET", "/ui/pages/demo.js", "/ui", 200),
+                ("GET", "/static_content/swagger-ui.css", "/static_content", 200),
+                ("GET", "/static_content/nothing", "unknown", 404),
+            ):
+                series = f'uni_instruct_requests_total{{route="{route}",status="{status}"}}'
+                before = await metric(client, series)
+                assert (await client.request(method, path)).status_code == status, path
+                assert await metric(client, series) == before + 1, path
 
     run(work())
 

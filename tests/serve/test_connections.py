@@ -3,12 +3,14 @@
 import asyncio
 from typing import Any
 
+import pytest
 import uvicorn
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from uni_instruct.serve.connections import bound_connections
+from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.settings import Settings
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
@@ -29,10 +31,20 @@ async def connected(server: uvicorn.Server) -> tuple[asyncio.AbstractServer, asy
     return listening, reader, writer
 
 
-def server_with(**settings: Any) -> uvicorn.Server:
-    server = uvicorn.Server(uvicorn.Config(answer, log_config=None, access_log=False, http=HttpToolsProtocol))
+LONG = b"x" * 30_000_000
+
+
+async def answer_at_length(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] == "/piecewise":
+        await StreamingResponse(iter([LONG[:1_000_000]] * 30))(scope, receive, send)
+    else:
+        await PlainTextResponse(LONG)(scope, receive, send)
+
+
+def server_with(app: Any = answer, **settings: Any) -> uvicorn.Server:
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http=HttpToolsProtocol))
     server.config.load()
-    bound_connections(server, Settings(bundle=("digits",), **settings))
+    bound_connections(server, Settings(bundle=("digits",), **settings), ServerMetrics())
     return server
 
 
@@ -43,6 +55,40 @@ def test_a_connection_that_idles_is_closed_after_its_last_answer() -> None:
             writer.write(REQUEST)
             assert (await reader.readuntil(b"here")).startswith(b"HTTP/1.1 200 OK\r\n")
         assert await reader.read() == b""  # the end: nothing more has come
+        writer.close()
+        listening.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("path", [b"/", b"/piecewise"])
+def test_a_client_that_takes_nothing_of_its_answer_is_let_go(path: bytes) -> None:
+    async def work() -> None:
+        server = server_with(answer_at_length, keep_alive_s=0.2)
+        listening, _, writer = await connected(server)
+        writer.transport.pause_reading()
+        writer.write(REQUEST.replace(b"/", path, 1))
+        while not server.server_state.total_requests and not server.server_state.tasks:
+            await asyncio.sleep(0.01)
+        while server.server_state.connections:
+            await asyncio.sleep(0.01)
+        writer.close()
+        listening.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.parametrize("path", [b"/", b"/piecewise"])
+def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(path: bytes) -> None:
+    async def work() -> None:
+        listening, reader, writer = await connected(server_with(answer_at_length, keep_alive_s=0.5))
+        writer.write(REQUEST.replace(b"/", path, 1))
+        got = 0
+        while got < len(LONG):
+            part = await reader.read(1 << 20)
+            assert part
+            got += len(part)
+            await asyncio.sleep(0.02)
         writer.close()
         listening.close()
 

@@ -1,7 +1,9 @@
 """What every request passes first: CORS, keys, limits, a proxy's prefix, stopping. On the app, in this process."""
 
 import asyncio
+import contextlib
 import json
+import os
 from typing import Any
 
 import pytest
@@ -30,13 +32,18 @@ def test_every_answer_tells_the_browser_that_the_page_may_read_it(tiny_bundle: B
                 (200, await client.post("/v1/generate", json={}, headers=key)),
             ]
             preflight = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
-            preflight["Access-Control-Request-Headers"] = "authorization, content-type"
+            # As OpenAI's client in a browser asks, and one that gzips its bodies.
+            asked = (
+                "authorization, content-encoding, content-type, x-stainless-lang, x-stainless-retry-count, x-stainless-timeout"
+            )
+            preflight["Access-Control-Request-Headers"] = asked
             answers.append((200, await client.options("/v1/generate", headers=preflight)))
             app.state.models.stopping.begun = True
             answers.append((503, await client.post("/v1/generate", json={}, headers=key)))
             for status, answer in answers:
                 assert answer.status_code == status
                 assert answer.headers["access-control-allow-origin"] == PAGE, status
+            assert answers[6][1].headers["access-control-allow-headers"] == asked
             assert "X-Seeds" in answers[5][1].headers["access-control-expose-headers"]
             stranger = await client.post("/v1/generate", json={}, headers={**key, "Origin": "https://stranger.example"})
             assert "access-control-allow-origin" not in stranger.headers
@@ -129,6 +136,21 @@ def test_the_access_log_is_a_line_of_json_a_request(tiny_bundle: Bundle, capsys:
             assert first["timing"] == made.headers["server-timing"]
             assert (second["path"], second["status"]) == ("/v1/spec\nforged", 401)
             assert "sesame" not in json.dumps([first, second])
+
+    run(work())
+
+
+def test_a_log_that_nobody_reads_any_more_spoils_no_answer(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with client_of(app_of(tiny_bundle, access_log=True)) as client:
+            reader, writer = os.pipe()
+            os.close(reader)
+            with os.fdopen(writer, "w") as broken:
+                monkeypatch.setattr("sys.stdout", broken)
+                assert (await client.post("/v1/generate", json={"seeds": [7]})).status_code == 200
+                monkeypatch.undo()
+                with contextlib.suppress(BrokenPipeError):
+                    broken.close()
 
     run(work())
 

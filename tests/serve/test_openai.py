@@ -122,6 +122,8 @@ def test_a_stream_has_an_event_an_image(client: openai.OpenAI, tiny_bundle: Bund
     assert [event.type for event in events] == ["image_generation.completed"] * 3
     for event, expected in zip(events, truth(tiny_bundle, [7, 8, 9], "3"), strict=True):
         np.testing.assert_array_equal(decoded(event), expected)
+    with client.images.with_streaming_response.generate(prompt="3", stream=True) as answer:
+        assert answer.headers["x-model"] == "grey"
 
 
 def test_a_url_leads_to_the_same_image(client: openai.OpenAI, tiny_bundle: Bundle) -> None:
@@ -177,6 +179,8 @@ def test_an_address_is_an_image_that_caches_keep(url: str, tiny_bundle: Bundle) 
         again = httpx.get(f"{url}/v1/images/grey/7.png?class=3", headers={"If-None-Match": held})
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
     assert httpx.get(f"{url}/v1/images/grey/7.png?class=3", headers={"If-None-Match": '"other"'}).status_code == 200
+    lines = [("If-None-Match", '"other"'), ("If-None-Match", tag)]
+    assert httpx.get(f"{url}/v1/images/grey/7.png?class=3", headers=lines).status_code == 304
     pinned = httpx.get(f"{url}/v1/images/grey/{ODD}.webp", params={"weights": tiny_bundle.weights_sha256[:12]})
     assert pinned.headers["cache-control"] == "public, max-age=31536000, immutable"
     np.testing.assert_array_equal(pixels(pinned.content)[..., 0], truth(tiny_bundle, [ODD])[0])
@@ -190,6 +194,8 @@ def test_an_address_is_an_image_that_caches_keep(url: str, tiny_bundle: Bundle) 
         ("grey/-1.png", 404),
         (f"grey/{2**63}.png", 404),
         ("grey/07.png", 404),
+        ("grey/1\N{ARABIC-INDIC DIGIT THREE}.png", 404),
+        ("grey/7.png?size=1\N{ARABIC-INDIC DIGIT SIX}x1\N{ARABIC-INDIC DIGIT SIX}", 400),
         ("red/7.png", 404),
         ("grey/7.png?weights=00000000", 404),
         ("grey/7.png?weights=zz", 400),
@@ -204,6 +210,8 @@ def test_what_is_no_address(url: str, path: str, status: int) -> None:
     answer = httpx.get(f"{url}/v1/images/{path}")
     assert answer.status_code == status
     assert answer.json()["error"]["remedy"]
+    if "class=" in path:  # not as the field of other routes is called
+        assert answer.json()["error"]["param"] == "class"
 
 
 def test_seeds_travel_as_strings(url: str) -> None:

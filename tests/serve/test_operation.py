@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,11 +22,14 @@ import pytest
 from builders.bad_requests import BadRequest, bad_requests
 from builders.bundles import random_bundle
 from builders.machine import run_cli
-from builders.servers import PATIENCE_S, Running, start
+from builders.remedy_running import answering
+from builders.servers import PATIENCE_S, Running, free_port, start
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
+from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.serve.load import Answer, count_wrong, summary
+from uni_instruct.serve.load import Answer, LoadedServer, count_wrong, summary
+from uni_instruct.serve.metrics import use_own_folder
 from uni_instruct.serve.supervision import LOOK_EVERY_S
 
 CONNECTIONS = 20
@@ -72,6 +76,23 @@ def test_a_request_that_drips_in_is_ended(bounded: Running, sent: bytes) -> None
             if answer:
                 break
         assert answer.startswith(b"HTTP/1.1 408 ")
+    metrics = httpx.get(f"{bounded.url}/metrics", headers={"Authorization": "Bearer sesame"}).text
+    assert 'uni_instruct_requests_total{route="connection",status="408"}' in metrics
+
+
+def test_where_few_files_may_be_open_silent_connections_still_lock_nobody_out(exported_bundle: Bundle, tmp_path: Path) -> None:
+    port = free_port()
+    serve = f"{sys.executable} -m uni_instruct serve {exported_bundle.path} --port {port} --no-ui"
+    running = Running(["sh", "-c", f"ulimit -n 90; exec {serve}"], {}, port, tmp_path)
+    try:
+        running.until_announced()
+        with contextlib.ExitStack() as stack:
+            for _ in range(150):
+                stack.enter_context(connect(running))
+            assert httpx.get(f"{running.url}/v1/models", timeout=PATIENCE_S).status_code == 200
+        assert "this process may have 90 files open" in running.log.read_text()
+    finally:
+        running.kill()
 
 
 def test_bentomls_own_answers_carry_cors_headers_too(bounded: Running) -> None:
@@ -93,6 +114,25 @@ def test_a_load_test_checks_every_image(bounded: Running, exported_bundle: Bundl
     assert refused.returncode == 2
     assert "has other weights than tiny there; give the same --bundle" in refused.stderr
     assert run_cli(*load, exported_bundle.path, env={**os.environ, "UNI_INSTRUCT_API_KEY": ""}).returncode == 2
+    # The key where 'serve' has it, in any characters; and what does not ship is not looked for by a name from the network.
+    (tmp_path / "keys").write_text("schlüssel\n", encoding="utf-8-sig")
+    unknown = run_cli("loadtest", bounded.url, env={**os.environ, "UNI_INSTRUCT_API_KEY_FILE": str(tmp_path / "keys")})
+    assert unknown.returncode == 2
+    assert "tiny does not ship, so there is nothing to check its images with; give --bundle" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    "body", ["{}", '{"name": "digits"}', '[["name", "digits"]]', "[]", "7", "null", '{"name": "x", "engine": 1}', "<html>"]
+)
+def test_another_server_is_told_from_ours(body: str) -> None:
+    with answering(200, body) as url, pytest.raises(RequestError, match="what answers there is another server"):
+        LoadedServer(url).facts(None)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:web", "http://[::1", "http://", "", "ftp://x"])
+def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
+    with pytest.raises(RequestError, match=r"is no address of a server; give one, such as http://127\.0\.0\.1:3000"):
+        LoadedServer(url)
 
 
 def test_a_wrong_pixel_a_wrong_seed_and_a_torn_file_are_counted(exported_bundle: Bundle) -> None:
@@ -255,6 +295,28 @@ def test_a_worker_that_is_killed_is_replaced(exported_bundle: Bundle, tmp_path: 
         np.testing.assert_array_equal(np.load(io.BytesIO(answer.content))["arr_0"], expected)
     finally:
         running.kill()
+
+
+def test_metrics_have_a_folder_of_their_own_also_where_bentomls_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that is no other host's, whose name only begins the same."""
+    home, elsewhere, host = tmp_path / "home", tmp_path / "elsewhere", socket.gethostname()
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    others = [home / "uni-instruct-metrics" / name for name in (f"{host}-1-99999999-1", f"{host}-x", f"{host}-99999999-1")]
+    for other in others:
+        other.mkdir(parents=True)
+    for shared, place in ((home, home), (Path("/proc/nowhere"), elsewhere)):
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(shared / "prometheus_multiproc_dir"))
+        use_own_folder()
+        assert Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).is_relative_to(place)
+    assert [other.exists() for other in others] == [True, True, False]
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/proc/nowhere/prometheus_multiproc_dir")
+    with pytest.raises(UniInstructError, match="several workers cannot add up their metrics: /proc/nowhere/"):
+        use_own_folder()
 
 
 @pytest.mark.parametrize(("command", "seconds"), [("import bentoml_cli.serve", LOOK_EVERY_S), ("pass", 10)])

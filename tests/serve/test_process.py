@@ -358,6 +358,18 @@ def test_wrong_requests_are_one_line_and_exit_code_2(exported_bundle: Bundle, tm
     assert "does not match the sha256" in refused(str(altered), "--engine", "torch")
 
 
+def test_workers_that_cannot_live_end_the_command(exported_bundle: Bundle, tmp_path: Path) -> None:
+    """As where memory or disk is too small: the supervisor alone would start the next one for ever."""
+    killed = "import os, sys\nif '_bentoml_impl.worker.service' in sys.orig_argv:\n    os.kill(os.getpid(), 7)\n"
+    (tmp_path / "sitecustomize.py").write_text(killed)
+    running = start(exported_bundle, tmp_path, "--no-ui", "--workers", "2", PYTHONPATH=f"{tmp_path}:{os.environ['PYTHONPATH']}")
+    try:
+        assert running.process.wait(PATIENCE_S) == 1
+        assert "error: workers end before they are ready, " in running.log.read_text()
+    finally:
+        running.kill()
+
+
 def test_an_engine_that_cannot_be_loaded_ends_the_command(exported_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCK_TORCH)
     running = start(exported_bundle, tmp_path, "--engine", "torch", PYTHONPATH=str(tmp_path), UNI_INSTRUCT_UI="false")

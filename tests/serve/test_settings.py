@@ -89,6 +89,8 @@ def test_keys_are_stripped_when_they_are_read(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("\nopen sesame \r\n".replace("open ", "") + "schlüssel\n\n", encoding="utf-8")
     assert read_keys("one\n, two ", str(file)) == (b"one", b"two", b"sesame", "schlüssel".encode())
+    file.write_bytes(b"\xef\xbb\xbfsesame\r\nopen\r\n")
+    assert read_keys(None, str(file)) == (b"sesame", b"open")
     assert read_keys(None, None) == ()
 
 

@@ -19,10 +19,12 @@ from builders.paths import FORMAT_1
 from builders.serving import app_of, client_of, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
+from uni_instruct.errors import RequestError
 from uni_instruct.generate import mix_classes, resolve_class_ids
 from uni_instruct.images import grid
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 from uni_instruct.serve import demo as demo_module
+from uni_instruct.serve.walk import WalkRequest, resolve_walk
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,21 @@ def test_an_engine_of_before_mixtures_changes_classes_half_way() -> None:
     run(work())
 
 
+def test_seeds_may_be_strings_which_is_how_javascript_names_large_ones(digits: Bundle) -> None:
+    async def work() -> None:
+        async with client_of_demo(digits) as client:
+            large = 2**63 - 2  # JavaScript would round it
+            for path, body in (("/v1/walk", {"positions": [0.5], "format": "zip"}), ("/v1/compare", {"other": "onnx-fp32"})):
+                answers = [await client.post(path, json={**body, "seeds": [seed, seed]}) for seed in (large, str(large))]
+                assert [answer.status_code for answer in answers] == [200, 200], answers[1].text
+                if path == "/v1/walk":
+                    assert answers[0].content == answers[1].content
+                    assert (answers[1].headers["x-model"], answers[1].headers["x-engine"]) == ("digits", "onnx-fp32")
+                assert (await client.post(path, json={**body, "seeds": ["07", "8"]})).status_code == 400
+
+    run(work())
+
+
 def test_ways_side_by_side_and_the_class_of_the_nearer_stop(digits: Bundle, engine: Engine) -> None:
     drawn = resolve_class_ids(engine.spec, [7, 8, 9, 20, 21, 22])
     assert drawn is not None
@@ -193,6 +210,22 @@ def test_what_is_wrong_is_said_with_its_remedy(digits: Bundle, body: object, pro
             assert problem in answer.json()["error"]["message"]
 
     run(work())
+
+
+def test_an_animation_is_bounded_in_all_of_its_frames(digits: Bundle) -> None:
+    """A request of a hundred bytes would otherwise take a gigabyte, and an encoder for most of a minute."""
+
+    def resolve(frames: int, scale: int, count: int = 1) -> None:
+        film = WalkRequest(seeds=[7, 8], frames=frames, scale=scale, count=count, format="webp", animated=True)
+        resolve_walk(film, digits.spec, 1024, mixes_classes=True)
+
+    for frames, scale, count in ((256, 64, 1), (64, 64, 4), (256, 32, 4), (1024, 32, 1)):
+        resolve(frames, scale, count)
+        with pytest.raises(
+            RequestError, match=r"frames of \d+ pixels a side are too many; choose a scale of at most"
+        ) as refused:
+            resolve(frames + 1, scale, count) if scale == 64 else resolve(frames, scale + 1, count)
+        assert refused.value.param == "scale"
 
 
 def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: Bundle, digits_teacher: Path) -> None:
