@@ -27,6 +27,13 @@ _UNWRITABLE = {
     errno.EINVAL,
     errno.EIO,
 }
+# Said of whatever is written, by --out, --grid, --plot or into the cache: so no option is named. Otherwise: write elsewhere.
+_REMEDIES = {
+    errno.ENOSPC: "free space, or write elsewhere",
+    errno.EDQUOT: "free space, or write elsewhere",
+    errno.EFBIG: "raise the limit of 'ulimit -f', or write elsewhere",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 @contextmanager
@@ -89,7 +96,7 @@ def make_folder(folder: Path, wanted: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # what the kernel says of /proc/x: nothing can be made there
-        raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="choose another --out") from error
+        raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="write elsewhere") from error
 
 
 @contextmanager
@@ -102,9 +109,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         nowhere = error.errno == errno.ENOENT and str(error.filename).startswith(str(path.parent / f".{path.name}."))
         if error.errno not in _UNWRITABLE and not nowhere:
             raise
-        raise DiskError(
-            f"cannot write {path}: {os.strerror(error.errno or 0)}", remedy="free space or choose another --out"
-        ) from error
+        remedy = _REMEDIES.get(error.errno or 0, "write elsewhere")
+        raise DiskError(f"cannot write {path}: {os.strerror(error.errno or 0)}", remedy=remedy) from error
 
 
 def try_lock(file: int, *, shared: bool = False, wait: bool = False) -> bool | None:
