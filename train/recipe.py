@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from uni_instruct.errors import RequestError
@@ -29,6 +30,9 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     path = RECIPES / f"{source}.yaml" if source in built_in_recipes() else Path(source)
     if not path.is_file():
         known = ", ".join(built_in_recipes())
+        if (path / "recipe.yaml").is_file():
+            remedy = f"give its recipe: {quote(str(path / 'recipe.yaml'))}"
+            raise RequestError(f"{source} is the folder of a training, not a recipe", remedy=remedy, param="recipe")
         raise RequestError(f"recipe '{source}' is unknown", remedy=f"give a YAML file or one of {known}", param="recipe")
     values = _with_sections(Recipe, read_yaml(path))
     changes = [_read_override(override) for override in overrides]

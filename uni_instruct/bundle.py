@@ -225,6 +225,11 @@ def is_bundle(source: str | Path) -> bool:
     return on_hub or (Path(source) / CONFIG).is_file() or str(source) in (*shipped_generators(), *shipped_teachers())
 
 
+def is_run(source: str | Path) -> bool:
+    """Whether the source is the folder of a training, whose bundles lie in it."""
+    return (Path(source) / "recipe.yaml").is_file() and not (Path(source) / CONFIG).is_file()
+
+
 def find_bundle(source: str | Path) -> tuple[Path, str]:
     """The folder of a bundle and its origin. Raises RequestError where there is none."""
     if is_on_hub(source):
@@ -235,10 +240,18 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
         return path, str(path)
     if found := (_shipped("generators") | _shipped("teachers")).get(str(source)):
         return found, str(source)
+    if is_run(path):
+        raise _of_run(path)
     shipped = f"{', '.join(shipped_generators()) or 'none'} (teachers: {', '.join(shipped_teachers()) or 'none'})"
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"
     raise RequestError(problem, remedy=remedy, param="bundle")
+
+
+def _of_run(folder: Path) -> RequestError:
+    bundles = [quote(str(folder / role)) for role in ("generator", "teacher") if (folder / role / CONFIG).is_file()]
+    remedy = f"give {' or '.join(bundles)}" if bundles else f"see uni-instruct train {quote(str(folder))} --status"
+    return RequestError(f"{folder} is the folder of a training, not a bundle", remedy=remedy, param="bundle")
 
 
 def _identity(weights_sha256: str, spec: ModelSpec) -> str:

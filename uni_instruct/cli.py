@@ -10,6 +10,7 @@ from click.exceptions import Exit
 
 from uni_instruct import __version__
 from uni_instruct.errors import UniInstructError
+from uni_instruct.files import unusable
 from uni_instruct.processes import is_later_process, sleep_while_waiting
 from uni_instruct.progress import show_log
 
@@ -123,6 +124,10 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; run the same command again to go on", 130)
+    except OSError as error:
+        if (refused := unusable(error)) is None:
+            raise
+        _fail(str(refused), refused.exit_code)
     except ModuleNotFoundError as error:
         _fail(f"package '{error.name}' is not installed; pip install 'uni-instruct[all]'", 2)
 

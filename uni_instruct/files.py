@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from uni_instruct.errors import DiskError
+from uni_instruct.errors import DiskError, RequestError
 
 _UNWRITABLE = {
     errno.ENOSPC,
@@ -26,6 +26,21 @@ _UNWRITABLE = {
     errno.ELOOP,
     errno.EINVAL,
     errno.EIO,
+}
+# Said of whatever is written, by --out, --grid, --plot or into the cache: so no option is named. Otherwise: write elsewhere.
+_REMEDIES = {
+    errno.ENOSPC: "free space, or write elsewhere",
+    errno.EDQUOT: "free space, or write elsewhere",
+    errno.EFBIG: "raise the limit of 'ulimit -f', or write elsewhere",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+# What the system says of files that somebody named, and what helps.
+_UNUSABLE = {
+    errno.EACCES: "give what you may read, or make it readable",
+    errno.EPERM: "give what you may read, or make it readable",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ELOOP: "give what the link was to lead to",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 
@@ -89,7 +104,7 @@ def make_folder(folder: Path, wanted: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # what the kernel says of /proc/x: nothing can be made there
-        raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="choose another --out") from error
+        raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="write elsewhere") from error
 
 
 @contextmanager
@@ -102,9 +117,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         nowhere = error.errno == errno.ENOENT and str(error.filename).startswith(str(path.parent / f".{path.name}."))
         if error.errno not in _UNWRITABLE and not nowhere:
             raise
-        raise DiskError(
-            f"cannot write {path}: {os.strerror(error.errno or 0)}", remedy="free space or choose another --out"
-        ) from error
+        remedy = _REMEDIES.get(error.errno or 0, "write elsewhere")
+        raise DiskError(f"cannot write {path}: {os.strerror(error.errno or 0)}", remedy=remedy) from error
+
+
+def unusable(error: OSError) -> RequestError | None:
+    """The system's refusal of a file by its name or its permissions, as a user's error; None for any other: a fault."""
+    # Where a name may be a path among other things, each asks the system in turn: one answer for all, at the top.
+    if error.filename is None or error.errno not in _UNUSABLE:
+        return None
+    return RequestError(
+        f"{os.fsdecode(error.filename)} cannot be used: {os.strerror(error.errno)}", remedy=_UNUSABLE[error.errno]
+    )
 
 
 def try_lock(file: int, *, shared: bool = False, wait: bool = False) -> bool | None:

@@ -79,7 +79,11 @@ RULES = (
     Rule("asks for another processor", path=r"engines/openvino\.py", error="RequestError"),
     Rule("needs a model whose weights fill 2 GB", path=r"^export/graph\.py"),
     Rule("asks for memory", remedy="^free memory"),
-    Rule("asks for space on a disk; tests/core/test_files.py fill one", remedy="^free space or choose another --out"),
+    Rule(
+        "asks for space on a disk; tests/core/test_files.py fill one",
+        path=r"^uni_instruct/files\.py",
+        problem=r"^cannot write \{\}: \{\}",
+    ),
     Rule("the cache's disk is full", path=r"evaluate/classifier\.py", problem=r"^\{\}$"),
     Rule("workers that die; tests/core/sampling/test_workers.py kills them", path=r"sampling/(pool|process_pool)\.py"),
     Rule("Ray's cluster; tests/core/sampling/test_ray.py starts and ends one", path=r"(sampling/ray_pool|ray_cluster)\.py"),

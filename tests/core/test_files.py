@@ -62,6 +62,15 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(small_disk: Path) -> None:
         assert os.listdir(small_disk) == []
 
 
+def test_the_remedy_names_no_option_and_fits_the_fault(tmp_path: Path) -> None:
+    """What is written may be --out's, --grid's, --plot's or the cache's; room is no help where a name is too long."""
+    (tmp_path / "file").write_text("")
+    for place, remedy in ((tmp_path / ("x" * 300), "give a shorter name"), (tmp_path / "file" / "x", "write elsewhere")):
+        with pytest.raises(DiskError) as caught, atomic_file(place) as partial:
+            partial.write_text("x")
+        assert caught.value.remedy == remedy
+
+
 def test_a_limit_on_file_size_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     for kind in (atomic_file, atomic_folder, folder_made_once):
         with (

@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_costs_nothing_but_time(
         subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
         code, _, errors = cli(*arguments(exported_bundle, out))
         assert code == 2
-        assert "No space left on device; free space or choose another --out" in errors
+        assert "No space left on device; free space, or write elsewhere" in errors
         assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
         assert not out.exists()
         assert len(list(work.glob("*.npy"))) == kept

@@ -44,6 +44,29 @@ def test_a_bundle_and_its_engine(exported_bundle: Bundle, cli: Cli) -> None:
     assert f"relative L2 {record.parity['relative_l2']:.1e}" in text
 
 
+def test_the_folder_of_a_training_is_answered_with_its_bundles(tiny_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
+    """`class folder snapshots has no images` is what it said, as of a data set."""
+    run = tmp_path / "a run"
+    (run / "state").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: x")
+    asked = (
+        ["inspect", run],
+        ["evaluate", run, "--reference", "digits"],
+        ["generate", run, "--seeds", "0", "--out", tmp_path / "x"],
+    )
+    for words in asked:
+        code, _, errors = cli(*words)
+        assert (code, errors) == (
+            2,
+            f"error: {run} is the folder of a training, not a bundle; see uni-instruct train '{run}' --status\n",
+        )
+    shutil.copytree(tiny_bundle.path, run / "generator")
+    for words in asked:
+        code, _, errors = cli(*words)
+        assert code == 2
+        assert errors.endswith(f"not a bundle; give '{run}/generator'\n")
+
+
 def test_a_bundle_without_engines_says_how_to_export(tiny_bundle: Bundle, tiny_teacher: Bundle, cli: Cli) -> None:
     assert f"uni-instruct export {tiny_bundle.path} --to onnx" in cli("inspect", tiny_bundle.path)[1]
     text = cli("inspect", tiny_teacher.path)[1]

@@ -259,7 +259,8 @@ def test_full_disk_ends_in_one_line_and_can_be_resumed(finished: Path, tmp_path:
         done = call_cli(*train_command(out))
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: cannot write {out}/state/teacher.pt: File too large; free space or choose another --out"]
+    limit = "raise the limit of 'ulimit -f', or write elsewhere"
+    assert errors == [f"error: cannot write {out}/state/teacher.pt: File too large; {limit}"]
     assert [file.name for file in (out / "state").iterdir()] == ["data.json"]  # what the run is of, but no part of a state
 
     assert call_cli(*train_command(out)).returncode == 0

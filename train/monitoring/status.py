@@ -125,7 +125,8 @@ def resume_command(folder: Path, worker: Worker | None) -> str:
         program = list(worker.program)
         if (found := shutil.which("uni-instruct")) and program == [str(Path(found).absolute())]:
             program = ["uni-instruct"]
-        words += ["--devices", str(worker.devices)] * (worker.devices > 1) + ["--nice", str(worker.nice)] * (worker.nice > 0)
+        # One process is named as well: without a word a CPU takes one a core, and sums over others end in other bytes.
+        words += ["--devices", str(worker.devices), *["--nice", str(worker.nice)] * (worker.nice > 0)]
         moved = Path(worker.cwd) != Path.cwd()  # a recipe's data may be named from there
     where = folder.absolute() if moved else folder
     command = shlex.join([*program, "train", str(where / RECIPE), "--out", str(where), *words])

@@ -15,8 +15,10 @@ def status_text(status: Status) -> str:
     lines = [f"{status.run} ({status.recipe}): {status.state} ({status.known_by})"]
     if status.worker is not None and status.state == RUNNING:
         lines[0] += f", for {duration(now - status.worker.started)}"
+    under_way = next((stage for stage in status.stages if not stage.finished), None)
     for stage in status.stages:
-        lines.append(f"{stage.name}: {_progress(stage)}")
+        begun = stage is under_way and status.state.endswith(RUNNING)
+        lines.append(f"{stage.name}: {_progress(stage, begun)}")
         lines += [f"  {line}" for line in (*_quality(stage, status.metric), *_skipped(stage))]
     if status.state != FINISHED:
         lines.append(_whole(status))
@@ -38,9 +40,10 @@ def duration(seconds: float) -> str:
     return f"{seconds} s"
 
 
-def _progress(stage: StageStatus) -> str:
+def _progress(stage: StageStatus, begun: bool) -> str:
     if not stage.step:
-        return f"not begun, {stage.steps:,} steps ({_kimg(stage, stage.steps)} kimg) to go"
+        # What is prepared or trained until the first log line, or the first state, is known to the process alone.
+        return f"{'no log line yet' if begun else 'not begun'}, {stage.steps:,} steps ({_kimg(stage, stage.steps)} kimg) to go"
     how_far = f"step {stage.step:,} of {stage.steps:,} ({_kimg(stage, stage.step)} of {_kimg(stage, stage.steps)} kimg"
     parts = [f"{how_far}, {int(stage.percent)} %)"]
     if stage.images_per_s and stage.mean_images_per_s:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from uni_instruct.bundle import Bundle, is_bundle, shipped_generators
+from uni_instruct.bundle import Bundle, is_bundle, is_run, shipped_generators
 from uni_instruct.commands.evaluate_report import print_scores, score_facts
 from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
 from uni_instruct.data import Dataset, is_data, open_dataset
@@ -135,7 +135,7 @@ def evaluate(
 
 
 def _bundle(images: str) -> Bundle | None:
-    return Bundle.open(images) if is_bundle(images) else None
+    return Bundle.open(images) if is_bundle(images) or is_run(images) else None
 
 
 def _sampled_in(steps: int | None, bundle: Bundle | None, teacher: Bundle | None) -> dict[str, Bundle]:

@@ -11,7 +11,7 @@ from typing import TypedDict, cast
 import numpy as np
 import rich_click as click
 
-from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, shipped_generators
+from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, is_run, shipped_generators
 from uni_instruct.commands.inspect_checkpoint import Row, checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
 from uni_instruct.engine import StandingFacts, engine_standing
@@ -47,7 +47,7 @@ def _looked_into(source: str, as_data: bool) -> tuple[Mapping[str, object], list
     if is_checkpoint(path):
         checkpoint = checkpoint_facts(path)
         return checkpoint, checkpoint_rows(checkpoint)
-    if is_bundle(source) and not as_data:
+    if (is_bundle(source) or is_run(source)) and not as_data:
         bundle = bundle_facts(Bundle.open(source))
         return bundle, bundle_rows(bundle)
     if is_data(source):

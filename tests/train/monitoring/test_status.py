@@ -281,23 +281,40 @@ def test_state_of_a_run_whose_lock_nobody_holds(tmp_path: Path, host: str, ended
         assert "by the time of the last line" in status.known_by
 
 
+def test_the_stage_that_a_running_process_is_at_is_not_called_not_begun(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run")
+    (run / "log.jsonl").write_text("")
+    for file in run.iterdir():
+        os.utime(file, (time.time() - 3600,) * 2)
+    stopped = status_text(read_status(run))
+    with RunLock(run) as lock:
+        assert lock.acquire()
+        lock.note(devices=1)
+        running = status_text(read_status(run))
+    assert stopped.count("not begun") == stopped.count("to go") == 2
+    assert "teacher: no log line yet, " in running
+    assert "generator: not begun, " in running
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "7", '{"pid": 1}'])
 def test_a_damaged_note_is_none(tmp_path: Path, damage: str) -> None:
     (tmp_path / LOCK).write_text(damage)
     assert read_worker(tmp_path) is None
 
 
-def test_command_to_resume_is_quoted_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("devices", [1, 2])
+def test_command_to_resume_is_quoted_and_says_where(devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process too: without a word the next call would take one a core, whose sums are others in their last digits."""
     run = tmp_path / "my run's"
     with RunLock(run) as lock:
         lock.acquire()
-        lock.note(devices=2)
+        lock.note(devices=devices)
     worker = read_worker(run)
     assert worker is not None
     assert (worker.pid, worker.ended) == (os.getpid(), "finished")
     monkeypatch.chdir(tmp_path)
     niceness = ["--nice", str(worker.nice)] if worker.nice else []
-    options = ["--devices", "2", *niceness]
+    options = ["--devices", str(devices), *niceness]
     words = shlex.split(resume_command(run, worker))
     assert words[:3] == ["cd", worker.cwd, "&&"]
     assert words[3:] == [*worker.program, "train", f"{run}/recipe.yaml", "--out", str(run), *options]
