@@ -179,8 +179,8 @@ def _extractors(scores: Sequence[EvaluationResult]) -> str:
     """What turned images into features: numbers of another one do not compare."""
     found = {(facts.get("extractor") or {}).get("sha256"): facts for facts in scores}
     texts = [
-        f"Features: {facts['extractor']['name']}, sha256 {digest[:16]}. A classifier that another processor trained has other "
-        "weights and gives slightly other numbers."
+        f"Features: {facts['extractor']['name']}, sha256 {digest[:16]}. Numbers compare where that hash is the same. The "
+        "classifiers for generators that ship come with the package; others are trained where they are needed."
         for digest, facts in found.items()
         if digest
     ]

@@ -271,7 +271,6 @@ def benchmarked(batches: tuple[int, ...]) -> object:
 
 
 def of_another_classifier(tmp: Path) -> object:
-    scored("digits", extractor="auto")  # the classifier of these data is in the cache now
     made_by = {
         "extractor": "digits-classifier",
         "fingerprint": open_dataset("digits").fingerprint(),

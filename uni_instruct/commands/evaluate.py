@@ -109,8 +109,9 @@ def evaluate(
 ) -> None:
     """Score a generator, or images that are there (a folder, zip or npz), against a reference.
 
-    Colour images from 32 pixels on are compared by InceptionV3 (FID, KID, IS, precision, recall). For others a small classifier
-    is trained on the reference once; its distances are named after it and are no FID.
+    Colour images from 32 pixels on are compared by InceptionV3 (FID, KID, IS, precision, recall), others by a small classifier
+    of the reference: it ships for the data of shipped generators and is else trained once. Its distances are named after it
+    and are no FID.
 
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """

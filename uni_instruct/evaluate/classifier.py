@@ -1,6 +1,8 @@
 """A small classifier, trained on a data set to judge images of its kind: where InceptionV3 says little.
 
-The recipe is one and fixed: the same data gives the same weights on the same machine. They are cached by the data's hash.
+The recipe is one and fixed: the same data gives the same weights on the same machine, and slightly other ones elsewhere. For
+generators that ship the classifiers of their data do so too (uni_instruct/classifiers), which makes their distances the same
+everywhere. All others are cached by the data's hash.
 """
 
 import json
@@ -24,9 +26,10 @@ from uni_instruct.evaluate.classifier_file import (
     METADATA,
     RECIPE,
     ClassifierInfo,
-    classifier_path,
+    cached_classifier,
     not_a_classifier,
     read_classifier,
+    shipped_classifier,
 )
 from uni_instruct.files import atomic_file, disk_errors, locked
 from uni_instruct.progress import ProgressFactory, silent
@@ -101,7 +104,7 @@ def open_features(path: Path) -> ClassifierFeatures:
 
 
 def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Path:
-    """The file of the data set's classifier, trained now unless it is in the cache.
+    """The file of the data set's classifier: the one that ships, else the cache's, which is trained now if it is not there.
 
     Raises RequestError where the data has no classes or too few images, or the cache cannot be written.
     """
@@ -112,7 +115,9 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
             param="extractor",
         )
     fingerprint = dataset.fingerprint()
-    path = classifier_path(fingerprint)
+    if shipped := shipped_classifier(fingerprint):
+        return shipped
+    path = cached_classifier(fingerprint)
     if _is_whole(path):
         return path
     lock = path.with_name(f".{path.name}.lock")

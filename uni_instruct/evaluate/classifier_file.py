@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,23 @@ class ClassifierInfo:
 
 
 def classifier_path(fingerprint: str) -> Path:
-    """Where the cache has, or would have, the classifier of the data set with that fingerprint."""
-    return cache_folder() / "classifiers" / f"{fingerprint[:32]}-v{RECIPE}.safetensors"
+    """Where the classifier of the data set with that fingerprint ships, or where the cache has, or would have, it."""
+    return shipped_classifier(fingerprint) or cached_classifier(fingerprint)
+
+
+def shipped_classifier(fingerprint: str) -> Path | None:
+    """The file that ships, None where none does."""
+    folder = Path(str(files("uni_instruct") / "classifiers"))
+    return next(folder.glob(f"*-{_file_name(fingerprint)}"), None)
+
+
+def cached_classifier(fingerprint: str) -> Path:
+    """Where the cache has, or would have, it."""
+    return cache_folder() / "classifiers" / _file_name(fingerprint)
+
+
+def _file_name(fingerprint: str) -> str:
+    return f"{fingerprint[:32]}-v{RECIPE}.safetensors"
 
 
 def read_classifier(path: Path) -> tuple[dict[str, np.ndarray], ClassifierInfo]:

@@ -223,10 +223,10 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
         extractor = open_classifier(classifier_path(statistics.fingerprint), statistics.extractor)
     except FileFormatError as error:
         raise RequestError(f"{statistics.extractor} is not in the cache", remedy=remedy, param="reference") from error
-    # Trained anew on another machine, a classifier of the same data has slightly other weights, and so other features.
+    # Trained on another machine, a classifier of the same data has slightly other weights, and so other features.
     if extractor.sha256 != statistics.extractor_sha256:
         raise RequestError(
-            f"the statistics of {statistics.name} were made by another {statistics.extractor} than the one in the cache",
+            f"the statistics of {statistics.name} were made by another {statistics.extractor} than this machine has",
             remedy=remedy,
             param="reference",
         )

@@ -158,7 +158,7 @@ def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory
 
 
 def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
-    """The data set's own classifier, trained or from the cache; it is always named after the data set."""
+    """The data set's own classifier, shipped, from the cache or trained now; it is always named after the data set."""
     path = classifier_path(dataset.fingerprint())
     try:
         read_classifier(path)  # one that is there is read without torch

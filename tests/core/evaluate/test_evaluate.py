@@ -38,8 +38,15 @@ def digits() -> Dataset:
 
 @pytest.fixture(scope="module")
 def evaluator(digits: Dataset) -> Evaluator:
-    """With the classifier of the user's cache, which trainings and reports of digits ask for too: it learns for ten seconds."""
+    """With the classifier that ships."""
     return Evaluator(digits)
+
+
+@pytest.fixture
+def some_digits(digits: Dataset) -> Dataset:
+    """Data whose classifier does not ship."""
+    assert digits.labels is not None
+    return arrays_dataset(digits.images(range(600)), digits.labels[:600], 10)
 
 
 def pixel_extractor(image_shape: tuple[int, int, int]) -> Extractor:
@@ -173,8 +180,34 @@ def test_the_classifier_is_a_good_judge(digits: Dataset, evaluator: Evaluator) -
     assert wrong["class_accuracy"] < 0.01
 
 
+@pytest.mark.parametrize("name", ["digits", "emoji", "fashion-mnist"])
+def test_a_generator_that_ships_is_judged_by_a_classifier_that_ships(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing is trained and nothing cached, so its distance is the same on every machine."""
+    from uni_instruct.evaluate import classifier
+
+    dataset = open_dataset(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = classifier.trained_classifier(dataset)
+    assert path == classifier_path(dataset.fingerprint())
+    assert path.parent == Path(classifier.__file__).parents[1] / "classifiers"
+    _, info = classifier.load_classifier(path)
+    assert (info.fingerprint, info.recipe) == (dataset.fingerprint(), classifier.RECIPE)
+    assert (info.image_shape, info.num_classes) == (dataset.image_shape, dataset.num_classes)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_only_data_to_the_last_bit_have_the_classifier_that_ships(digits: Dataset, some_digits: Dataset) -> None:
+    images = all_images(digits).copy()
+    images[0, 0, 0] ^= 1
+    for other in (some_digits, arrays_dataset(images, digits.labels, 10)):
+        assert classifier_path(other.fingerprint()).parent.parent.name == "uni-instruct"
+    assert classifier_path(digits.fingerprint()).parent.parent.name == "uni_instruct"
+
+
 def test_training_is_deterministic_cached_and_leaves_global_randomness_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits: Dataset
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, some_digits: Dataset
 ) -> None:
     from uni_instruct.evaluate import classifier
 
@@ -184,7 +217,7 @@ def test_training_is_deterministic_cached_and_leaves_global_randomness_alone(
     for folder, threads in (("first", 1), ("second", 2)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
         torch.set_num_threads(threads)
-        paths.append(classifier.trained_classifier(digits))
+        paths.append(classifier.trained_classifier(some_digits))
         hashes.append(weights_sha256(read_classifier(paths[-1])[0]))
     torch.set_num_threads(before)
     assert hashes[0] == hashes[1]
@@ -192,23 +225,23 @@ def test_training_is_deterministic_cached_and_leaves_global_randomness_alone(
 
     monkeypatch.setattr(classifier, "STEPS", 0)  # another training would give other weights
     monkeypatch.setattr(classifier, "MAX_STEPS", 0)
-    assert classifier.trained_classifier(digits) == paths[1]
+    assert classifier.trained_classifier(some_digits) == paths[1]
     assert weights_sha256(read_classifier(paths[1])[0]) == hashes[1]
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
-    classifier.trained_classifier(digits)
+    classifier.trained_classifier(some_digits)
     assert weights_sha256(read_classifier(paths[1])[0]) != hashes[1]
 
 
-def test_a_cache_that_cannot_be_written(digits: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(some_digits: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RequestError, match=r"cannot write .*/file/uni-instruct/classifiers/.*; set XDG_CACHE_HOME"):
-        Evaluator(digits)
+        Evaluator(some_digits, "classifier")
 
 
 @pytest.mark.usefixtures("quick_classifier")
 def test_processes_that_want_one_classifier_train_it_once(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    some_digits: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from uni_instruct.evaluate import classifier
 
@@ -222,20 +255,20 @@ def test_processes_that_want_one_classifier_train_it_once(
     real_train = classifier.train_classifier
     monkeypatch.setattr(classifier, "train_classifier", train)
     with ThreadPoolExecutor(2) as threads:
-        paths = list(threads.map(classifier.trained_classifier, [digits, digits]))
+        paths = list(threads.map(classifier.trained_classifier, [some_digits, some_digits]))
     assert len(trained) == 1
     assert paths[0] == paths[1]
     assert [path.name for path in paths[0].parent.iterdir()] == [paths[0].name]
-    assert "waiting for the classifier of 'digits'" in caplog.text
+    assert "waiting for the classifier of 'arrays'" in caplog.text
 
 
 @pytest.mark.usefixtures("quick_classifier")
-def test_a_cache_on_a_full_disk_keeps_no_part_of_a_classifier(digits: Dataset, tmp_path: Path) -> None:
+def test_a_cache_on_a_full_disk_keeps_no_part_of_a_classifier(some_digits: Dataset, tmp_path: Path) -> None:
     from uni_instruct.evaluate import classifier
 
     full = pytest.raises(RequestError, match=r"^cannot write .*: File too large; set XDG_CACHE_HOME to ")
     with files_of_at_most(10_000), full:
-        classifier.trained_classifier(digits)
+        classifier.trained_classifier(some_digits)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -256,10 +289,11 @@ def test_statistics_stand_for_their_data_set(digits: Dataset, evaluator: Evaluat
         Evaluator(kept, "inception")
 
 
-def test_statistics_of_a_classifier_that_is_gone(evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    statistics = evaluator.statistics()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(RequestError, match="digits-classifier is not in the cache; give the data set itself"):
+@pytest.mark.usefixtures("quick_classifier")
+def test_statistics_of_a_classifier_that_is_gone(some_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = Evaluator(some_digits, "classifier").statistics()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    with pytest.raises(RequestError, match="arrays-classifier is not in the cache; give the data set itself"):
         Evaluator(statistics)
 
 
