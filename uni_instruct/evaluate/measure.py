@@ -141,9 +141,9 @@ def _summariser(read: ReadTask, extractor: Extractor, plan: SummaryPlan, shape: 
 
 
 def _added(summaries: Iterator[Summary]) -> Summary:
-    total = next(summaries)
+    total = next(summaries).owned()
     for summary in summaries:
-        total.add(summary)
+        total.add(summary.owned())
     return total
 
 

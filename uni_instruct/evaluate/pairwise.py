@@ -59,7 +59,7 @@ def squared_radii(points: np.ndarray, neighbours: int) -> np.ndarray:
     columns = _extended(points, -_squares(points) / 2)
     # Groups are of one size: the last is filled up with what is infinitely far.
     filling = np.zeros((-len(points) % group, columns.shape[1]), np.float32)
-    filling[:, -1] = -np.inf
+    filling[:, -1] = np.finfo(np.float32).min / 2  # infinity itself is no number once BLAS multiplies it by a 0
     columns = np.concatenate([columns, filling])
     step = max(1, COLUMNS // group) * group
 

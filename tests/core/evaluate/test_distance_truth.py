@@ -7,6 +7,7 @@ import pytest
 
 from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.evaluate.extractors import Features
+from uni_instruct.evaluate.measure import _added
 from uni_instruct.evaluate.pairwise import COLUMNS, ROWS, kernel_distance, precision_recall, squared_radii
 from uni_instruct.evaluate.scores import frechet_distance
 from uni_instruct.evaluate.summary import SPLITS, Summary, SummaryPlan, joined, summed_up
@@ -90,6 +91,22 @@ def test_sums_in_parts_are_numpys_of_the_whole() -> None:
     np.testing.assert_allclose(mu, features.astype(np.float64).mean(0), rtol=1e-12)
     np.testing.assert_allclose(sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
     np.testing.assert_array_equal(summary.kept_features(), features)
+
+
+def test_sums_out_of_rays_store_are_added() -> None:
+    """Which hands out arrays that cannot be written to: without the copy a second shard is an error."""
+    whole, parts = (
+        summary_of(drawn(200, 6, 3), size=100),
+        [summary_of(drawn(200, 6, 3)[rows]) for rows in (slice(100), slice(100, 200))],
+    )
+    for part in parts:
+        for array in (part.first, part.second, *part.kept):
+            array.flags.writeable = False
+    total = _added(iter(parts))
+    assert total.count == 200
+    np.testing.assert_array_equal(total.first, whole.first)
+    np.testing.assert_array_equal(total.kept_features(), whole.kept_features())
+    assert not any(np.shares_memory(total.kept_features(), part.kept[0]) for part in parts)
 
 
 def test_of_many_images_evenly_spaced_features_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

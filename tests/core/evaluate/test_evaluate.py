@@ -23,7 +23,7 @@ from uni_instruct.evaluate import (
     open_reference,
     write_statistics,
 )
-from uni_instruct.evaluate.classifier_file import classifier_path, read_classifier, weights_sha256
+from uni_instruct.evaluate.classifier_file import RECIPE, classifier_path, read_classifier, weights_sha256
 from uni_instruct.evaluate.sample_source import reference_class_ids
 from uni_instruct.evaluate.scores import moments
 
@@ -193,7 +193,7 @@ def test_a_generator_that_ships_is_judged_by_a_classifier_that_ships(
     assert path == classifier_path(dataset.fingerprint())
     assert path.parent == Path(classifier.__file__).parents[1] / "classifiers"
     _, info = classifier.load_classifier(path)
-    assert (info.fingerprint, info.recipe) == (dataset.fingerprint(), classifier.RECIPE)
+    assert (info.fingerprint, info.recipe) == (dataset.fingerprint(), RECIPE)
     assert (info.image_shape, info.num_classes) == (dataset.image_shape, dataset.num_classes)
     assert not (tmp_path / "cache").exists()
 
