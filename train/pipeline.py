@@ -165,7 +165,17 @@ class _Session:
         if not (folder / CONFIG).exists():
             raise RequestError(f"{folder} is gone, but its training is finished", remedy="train into another --out")
         log.info("%s: best after step %d: %s", name, best.step, best.scores)
-        return Bundle.open(folder)
+        return self._named(Bundle.open(folder), spec.name, best.scores)
+
+    def _named(self, bundle: Bundle, name: str, scores: dict[str, float]) -> Bundle:
+        """The bundle under the recipe's name, which may have changed since its weights were chosen."""
+        if bundle.spec.name == name:
+            return bundle
+        if self.fabric.is_global_zero:
+            log.info("%s: now called '%s', before '%s'", bundle.path, name, bundle.spec.name)
+            bundle.rename(name, model_card(dataclasses.replace(bundle.spec, name=name), self.recipe, self.dataset, scores))
+        self.fabric.barrier()
+        return Bundle.open(bundle.path)
 
     def _pairs(self, teacher: Denoiser) -> Pairs | None:
         objectives = [objective for objective in self.recipe.objectives if objective.regression_scale]

@@ -151,6 +151,16 @@ class Bundle:
             with atomic_file(self.path / CONFIG) as partial:
                 partial.write_text(_config_text(self.spec, config["weights_sha256"]))
 
+    def rename(self, name: str, card: str) -> "Bundle":
+        """The same weights and engines under another name, in the recipe that made them too. Raises DiskError."""
+        recipe = self.spec.provenance.get("recipe")
+        named = {"recipe": {**recipe, "name": name}} if isinstance(recipe, dict) else {}
+        spec = replace(self.spec, name=name, provenance={**self.spec.provenance, **named})
+        for file, text in ((CARD, card), (CONFIG, _config_text(spec, _read_config(self.path / CONFIG)["weights_sha256"]))):
+            with atomic_file(self.path / file) as partial:
+                partial.write_text(text)
+        return Bundle.open(self.path)
+
     def _reference_is_current(self) -> bool:
         try:
             return self.reference() is not None

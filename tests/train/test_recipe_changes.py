@@ -240,6 +240,24 @@ def test_an_extended_run_is_the_run_that_was_longer_from_the_start(tmp_path: Pat
     assert (tmp_path / "short" / "log.jsonl").read_text().splitlines() == lines
 
 
+def test_a_finished_run_with_another_name_has_bundles_of_that_name(tmp_path: Path, tiny: tuple[list[str], Path]) -> None:
+    settings, short = tiny
+    shutil.copytree(short, tmp_path / "run")
+    (tmp_path / "run" / "generator" / "engines").mkdir()  # engines belong to the weights, which stay
+    before = Bundle.open(tmp_path / "run" / "generator")
+    bundle = train(load_recipe("digits", [*settings, "name=sevens"]), tmp_path / "run")
+    assert (before.spec.name, bundle.spec.name) == ("digits", "sevens")
+    assert Bundle.open(tmp_path / "run" / "generator").spec == bundle.spec
+    recipes = [found.spec.provenance["recipe"] for found in (before, bundle)]
+    assert recipes[1] == {**recipes[0], "name": "sevens"}
+    assert bundle.weights_sha256 == before.weights_sha256
+    assert bundle.reference() is not None
+    assert (bundle.path / "engines").is_dir()
+    cards = [(run / "generator" / "README.md").read_text() for run in (short, tmp_path / "run")]
+    assert cards[1] != cards[0]
+    assert cards[1].replace("sevens", "digits") == cards[0]
+
+
 def test_a_changed_rate_and_moment_are_the_ones_that_train(tmp_path: Path, tiny: tuple[list[str], Path]) -> None:
     """The state brings an optimizer's settings with it; the recipe's win."""
     settings, short = tiny

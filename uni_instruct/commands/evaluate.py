@@ -110,8 +110,7 @@ def evaluate(
     """Score a generator, or images that are there (a folder, zip or npz), against a reference.
 
     Colour images from 32 pixels on are compared by InceptionV3 (FID, KID, IS, precision, recall), others by a small classifier
-    of the reference: it ships for the data of shipped generators and is else trained once. Its distances are named after it
-    and are no FID.
+    of the reference, which ships with shipped generators and is else trained once: its distances are named after it, not FID.
 
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """

@@ -54,6 +54,11 @@ GRID_IMAGES = 1024
     type=click.Choice([UNIFORM, DATA]),
     help="How often the seeds draw each class: all alike, or as in the data of its training. [default: uniform]",
 )
+@click.option(
+    "--steps",
+    type=click.IntRange(2, 1000),
+    help="Of a teacher's sampler; N evaluate its network 2N - 1 times. [default: its own]",
+)
 @click.option("--engine", help="Engine id, as onnx-fp32, or a runtime, as onnx. [default: the fastest here]")
 @click.option("--device", help="Where it runs: cpu, cuda or cuda:1. [default: a GPU where the engine can use one]")
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
@@ -71,6 +76,7 @@ def generate(
     classes: tuple[str, ...],
     by_classes: bool,
     shares: str | None,
+    steps: int | None,
     engine: str | None,
     device: str | None,
     batch: int,
@@ -90,9 +96,7 @@ def generate(
     staff = staff_of(workers, ray_address, device)
     _check_paths(out, grid_path, len(seeds))
     _check_sharing(out, grid_path, staff, part)
-    opened = Bundle.open(bundle)
-    if grid_path:
-        opened.check_makes_pictures()
+    opened = _opened(bundle, steps, pictures=grid_path is not None)
     _check_classes(by_classes, classes, shares)
     class_ids = resolve_class_ids(
         opened.spec, seeds, by_class(opened.spec, seeds) if by_classes else classes, _shares(opened.spec, shares)
@@ -109,6 +113,14 @@ def generate(
     how = shares or (UNIFORM if opened.spec.num_classes and not by_classes and not classes else None)
     facts = request.facts() | {"out": str(out or grid_path), "already": already, "classes": how, "shard": part_text}
     _report(facts | {"complete": out is None or is_finished(request, out)}, as_json)
+
+
+def _opened(bundle: str, steps: int | None, *, pictures: bool) -> Bundle:
+    opened = Bundle.open(bundle)
+    opened = opened if steps is None else opened.with_steps(steps)
+    if pictures:
+        opened.check_makes_pictures()
+    return opened
 
 
 def _check_sharing(out: Path | None, grid_path: Path | None, staff: Staff, part: Part | None) -> None:
@@ -174,7 +186,9 @@ def _fill(run: SampleRun, staff: Staff, device: str | None, label: str) -> None:
         if engine is not None:
             run.fill(engine, bar)
             return
-        job = ImageJob(bundle=request.bundle.path, engine=request.engine, batch=request.batch, device=device)
+        job = ImageJob(
+            bundle=request.bundle.path, engine=request.engine, batch=request.batch, steps=request.spec.steps, device=device
+        )
         with staff.pool(job) as pool:
             run.fill_with(pool, bar)
 

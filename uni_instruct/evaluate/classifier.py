@@ -5,18 +5,15 @@ generators that ship the classifiers of their data do so too (uni_instruct/class
 everywhere. All others are cached by the data's hash.
 """
 
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,32 +21,30 @@ from torch.nn import functional as F
 from uni_instruct.data import Dataset
 from uni_instruct.engines.threads import one_torch_thread
 from uni_instruct.errors import DiskError, FileFormatError, RequestError
-from uni_instruct.files import atomic_file, cache_folder, disk_errors, locked
+from uni_instruct.evaluate.classifier_file import (
+    FEATURES,
+    METADATA,
+    RECIPE,
+    ClassifierInfo,
+    cached_classifier,
+    not_a_classifier,
+    read_classifier,
+    shipped_classifier,
+)
+from uni_instruct.files import atomic_file, disk_errors, locked
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import ImageShape
 
-RECIPE = 1  # counts up with every change to the network or its training, and is part of the cached file's name
 SEED = 20505
 BATCH = 64
 STEPS, MAX_STEPS, EPOCHS = 1000, 3000, 3  # at least STEPS, more for large data sets, at most MAX_STEPS
 LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 3e-3, 1e-2, 0.05
-WIDTH, FEATURES = 24, 64
+WIDTH = 24
 MAX_SIDE = 32  # larger images are averaged down to this
 SHIFT = 1 / 16  # of the image's side, either way, for every other image of a batch
 HOLD_OUT_EVERY = 10
 MIN_IMAGES, MAX_PROBE = 50, 10_000
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierInfo:
-    """What a classifier was trained for and how well it does on images it has not seen (every tenth)."""
-
-    recipe: int
-    image_shape: ImageShape
-    num_classes: int
-    heldout_accuracy: float
-    fingerprint: str
 
 
 class Classifier(nn.Module):
@@ -73,13 +68,39 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(features [B, FEATURES], logits [B, K]) of float [B, C, H, W] in [-1, 1]."""
-        x = F.adaptive_avg_pool2d(x, self.size)
+        if x.shape[2:] != self.size:  # to the same size it is a copy
+            x = F.adaptive_avg_pool2d(x, self.size)
         for convs in (self.convs1, self.convs2):
             for conv in convs:
                 x = F.silu(conv(x), inplace=not torch.is_grad_enabled())  # memory is what takes the time
             x = F.avg_pool2d(x, 2, ceil_mode=True)
         hidden = F.silu(self.hidden(x.flatten(1)))
         return hidden * self.scale, self.out(hidden)
+
+
+class ClassifierFeatures(nn.Module):
+    """What an evaluation asks of a classifier, fast on a CPU."""
+
+    def __init__(self, classifier: Classifier, channels: int):
+        super().__init__()
+        self.classifier, self.channels = classifier, channels
+        # On a CPU channels that lie last take two thirds of the time of channels that lie first.
+        for parameter in classifier.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(features [B, FEATURES], logits [B, K]) of images uint8 [B, C, H, W]."""
+        # torch-fidelity reads every file as RGB; a grey image's channels are equal, and the first is the image.
+        pixels = (images[:, : self.channels] / 127.5 - 1).to(memory_format=torch.channels_last)
+        features, logits = self.classifier(pixels)
+        return features, logits
+
+
+def open_features(path: Path) -> ClassifierFeatures:
+    """Those of the classifier in that file. Raises FileFormatError where it is none or corrupt."""
+    classifier, info = load_classifier(path)
+    return ClassifierFeatures(classifier, info.image_shape[0])
 
 
 def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Path:
@@ -94,9 +115,9 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
             param="extractor",
         )
     fingerprint = dataset.fingerprint()
-    if shipped := _shipped_classifier(fingerprint):
+    if shipped := shipped_classifier(fingerprint):
         return shipped
-    path = _cached_classifier(fingerprint)
+    path = cached_classifier(fingerprint)
     if _is_whole(path):
         return path
     lock = path.with_name(f".{path.name}.lock")
@@ -137,50 +158,20 @@ def _train_into(path: Path, dataset: Dataset, fingerprint: str, with_progress: P
         heldout_accuracy=heldout_accuracy,
         fingerprint=fingerprint,
     )
-    content = save(model.state_dict(), metadata={"classifier": json.dumps(asdict(info))})
+    content = save(model.state_dict(), metadata={METADATA: json.dumps(asdict(info))})
     with _cache_errors(path), atomic_file(path) as partial:
         partial.write_bytes(content)
 
 
-def classifier_path(fingerprint: str) -> Path:
-    """Where the classifier of the data set with that fingerprint ships, or where the cache has, or would have, it."""
-    return _shipped_classifier(fingerprint) or _cached_classifier(fingerprint)
-
-
-def _shipped_classifier(fingerprint: str) -> Path | None:
-    folder = Path(str(files("uni_instruct") / "classifiers"))
-    return next(folder.glob(f"*-{_file_name(fingerprint)}"), None)
-
-
-def _cached_classifier(fingerprint: str) -> Path:
-    return cache_folder() / "classifiers" / _file_name(fingerprint)
-
-
-def _file_name(fingerprint: str) -> str:
-    return f"{fingerprint[:32]}-v{RECIPE}.safetensors"
-
-
 def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
     """A classifier in evaluation mode. Raises FileFormatError for a file that is no such classifier or corrupt."""
+    weights, info = read_classifier(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {})["classifier"])
-            info = ClassifierInfo(**(values | {"image_shape": tuple(values["image_shape"])}))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         model = _blank(info.image_shape, info.num_classes)
-        model.load_state_dict(state)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FileFormatError(f"{path} is not a classifier: {reason}", remedy="remove that file") from error
+        model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise not_a_classifier(path, error) from error
     return model.eval(), info
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of names and values of all weights, in hex."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> tuple[Classifier, float]:

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from uni_instruct.data import Dataset
 from uni_instruct.data.concat import shape_remedy
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.evaluate.classifier_file import classifier_path
 from uni_instruct.evaluate.extractors import (
     INCEPTION,
     PRETRAINED,
@@ -45,7 +46,7 @@ class Evaluator:
         self.reference = reference
         if isinstance(reference, Statistics):
             self.extractor = _extractor_of(reference, extractor)
-            self.features: Features | None = None
+            self._all: np.ndarray | None = None
             self.kept: np.ndarray | None = None
             self.mu, self.sigma = reference.mu, reference.sigma
         else:
@@ -77,7 +78,7 @@ class Evaluator:
             assert summary is not None  # a data set has images
             found = ReferenceFeatures(joined(parts), *summary.moments())
             known.write(found)
-        self.features = _features(found.features) if len(found.features) == len(reference) else None
+        self._all = found.features if len(found.features) == len(reference) else None
         self.kept, self.mu, self.sigma = found.features[:: -(-len(found.features) // KEPT_IMAGES)], found.mu, found.sigma
 
     def check(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> None:
@@ -87,6 +88,13 @@ class Evaluator:
     def asked(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> list[str]:
         """The metrics that are measured of so many images: those named, or all that apply. Raises as `check`."""
         return applicable(metrics, Available(self.extractor, images, self.reference_images, has_class_ids))
+
+    @property
+    def features(self) -> Features | None:
+        """The reference's features; None where it is statistics, or so large that not all are kept. No logits."""
+        import torch
+
+        return None if self._all is None else Features(torch.from_numpy(self._all), torch.empty(len(self._all), 0))
 
     @property
     def known_shape(self) -> ImageShape | None:
@@ -133,8 +141,9 @@ class Evaluator:
 
     def score_summary(self, summary: Summary, has_class_ids: bool, metrics: Sequence[str] | None = None) -> Scores:
         """Scores of images that were summed up. Raises RequestError as `score_batches` does."""
-        kept = None if self.kept is None else _features(self.kept).features
-        comparison = Comparison(generated=summary, mu=self.mu, sigma=self.sigma, reference=kept, has_class_ids=has_class_ids)
+        comparison = Comparison(
+            generated=summary, mu=self.mu, sigma=self.sigma, reference=self.kept, has_class_ids=has_class_ids
+        )
         return score(self.extractor, comparison, metrics, self.reference.name)
 
     def statistics(self) -> Statistics:
@@ -209,8 +218,6 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
         return inception()
     if maker in PRETRAINED:
         return pretrained(maker)
-    from uni_instruct.evaluate.classifier import classifier_path
-
     remedy = "give the data set itself as --reference"
     try:
         extractor = open_classifier(classifier_path(statistics.fingerprint), statistics.extractor)
@@ -224,10 +231,3 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
             param="reference",
         )
     return extractor
-
-
-def _features(values: np.ndarray) -> Features:
-    """As a torch tensor; the reference's logits are of no use to any metric."""
-    import torch
-
-    return Features(torch.from_numpy(values), torch.empty(len(values), 0))

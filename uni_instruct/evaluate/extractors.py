@@ -1,8 +1,9 @@
 """What turns images into the features that are compared: InceptionV3, or a classifier that is trained on the reference."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import numpy as np
 from uni_instruct.data import Dataset
 from uni_instruct.download import download
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.evaluate.classifier_file import FEATURES, classifier_path, read_classifier, weights_sha256
 from uni_instruct.evaluate.fidelity import create_extractor, fidelity
 from uni_instruct.files import sha256
 from uni_instruct.float32 import full_float32
@@ -62,9 +64,26 @@ class ExtractorFile:
         return open_inception(self.path, self.label) if self.maker == "inception" else open_classifier(self.path, self.label)
 
 
+class WhenCalled:
+    """A network that is loaded when it is first called: who leaves the work to others needs neither it nor torch."""
+
+    def __init__(self, load: "Callable[[], torch.nn.Module]"):
+        self._load = load
+
+    @cached_property
+    def network(self) -> "torch.nn.Module":
+        """The network."""
+        return self._load()
+
+    def __call__(self, pixels: "torch.Tensor") -> "Sequence[torch.Tensor]":
+        """What it gives."""
+        found: Sequence[torch.Tensor] = self.network(pixels)
+        return found
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Extractor:
-    """A torch-fidelity feature extractor, ready to run.
+    """A network that gives (features, logits) of images uint8 [B, C, H, W], ready to run.
 
     image_shape is [C, H, W] where it takes only such images, else None. num_classes is the reference's, 0 where the logits are
     of other classes. heldout_accuracy is a trained classifier's, on images it has not seen. takes_colour: grey images are
@@ -74,7 +93,7 @@ class Extractor:
     name: str
     sha256: str
     dim: int
-    module: "torch.nn.Module"
+    module: "torch.nn.Module | WhenCalled"
     device: str = "cpu"
     image_shape: ImageShape | None = None
     num_classes: int = 0
@@ -139,23 +158,31 @@ def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory
 
 
 def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
-    """The data set's own classifier: shipped, from the cache or trained now; it is always named after the data set."""
-    from uni_instruct.evaluate.classifier import trained_classifier
+    """The data set's own classifier, shipped, from the cache or trained now; it is always named after the data set."""
+    path = classifier_path(dataset.fingerprint())
+    try:
+        read_classifier(path)  # one that is there is read without torch
+    except FileFormatError:
+        from uni_instruct.evaluate.classifier import trained_classifier
 
-    return open_classifier(trained_classifier(dataset, with_progress), f"{dataset.name}-classifier")
+        path = trained_classifier(dataset, with_progress)
+    return open_classifier(path, f"{dataset.name}-classifier")
 
 
 def open_classifier(path: Path, name: str) -> Extractor:
     """A classifier from its file. Raises FileFormatError where it is corrupt."""
-    from uni_instruct.evaluate.classifier import FEATURES, load_classifier, weights_sha256
-    from uni_instruct.evaluate.classifier_extractor import CLASSIFIER
+    weights, info = read_classifier(path)
 
-    model, info = load_classifier(path)
+    def network() -> "torch.nn.Module":
+        from uni_instruct.evaluate.classifier import open_features
+
+        return open_features(path)
+
     return Extractor(
         name=name,
-        sha256=weights_sha256(model),
+        sha256=weights_sha256(weights),
         dim=FEATURES,
-        module=create_extractor(CLASSIFIER, ["features", "logits"], path),
+        module=WhenCalled(network),
         image_shape=info.image_shape,
         num_classes=info.num_classes,
         heldout_accuracy=info.heldout_accuracy,

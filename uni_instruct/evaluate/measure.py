@@ -14,6 +14,7 @@ from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages, Rea
 from uni_instruct.evaluate.sample_source import SampleSource
 from uni_instruct.evaluate.scores import Scores
 from uni_instruct.evaluate.summary import Summary, SummaryPlan, summed_up
+from uni_instruct.processes import keep_freed_memory
 from uni_instruct.progress import Progress, ProgressFactory
 from uni_instruct.sampling.pool import Pool, Task
 from uni_instruct.sampling.shards import SHARD_IMAGES, Shard
@@ -24,6 +25,8 @@ from uni_instruct.spec import ImageShape
 EXTRACTOR_BATCH = 64
 # How many summaries may wait for the one before them: each has D^2 numbers.
 _WAITING = 16
+# A shard is at most this part of the images that are left.
+_LEFT = 16
 _LOOK_S = 0.2
 T = TypeVar("T")
 
@@ -39,6 +42,7 @@ class SummaryJob:
 
     def open(self) -> Callable[[Task], Summary]:
         """Opens the images' source and the extractor."""
+        keep_freed_memory()  # a third of the features' time went into pages that were mapped anew for each batch
         return _summariser(self.images.open(alone=False), self.extractor.open(), self.plan, self.shape)
 
     def paths(self) -> list[Path]:
@@ -105,17 +109,22 @@ def in_order(pool: Pool[T], tasks: Iterable[Task], progress: Progress) -> Iterat
             yield waiting.pop(due.pop(0).start)
 
 
-def shard_images(batch: int) -> int:
-    """Images of a shard: whole batches of the engine's, and where that is not too many of the extractor's too."""
-    unit = math.lcm(batch, EXTRACTOR_BATCH)
+def shards_of(count: int, batch: int) -> Iterator[Shard]:
+    """The shards of so many images: smaller towards the end, so that no worker is left with a large one while others wait.
+
+    They follow from the images alone, never from the workers.
+    """
+    # Whole batches of the engine's, and where that is not too many of the extractor's too.
+    unit, start = math.lcm(batch, EXTRACTOR_BATCH), 0
     unit = unit if unit <= 4 * SHARD_IMAGES else batch
-    return max(1, SHARD_IMAGES // unit) * unit
+    while start < count:
+        size = max(1, min(SHARD_IMAGES // unit, (count - start) // (_LEFT * unit))) * unit
+        yield Shard(start, min(start + size, count))
+        start += size
 
 
 def _tasks(source: SampleSource, batch: int) -> Iterator[Task]:
-    size = shard_images(batch)
-    for start in range(0, source.count, size):
-        shard = Shard(start, min(start + size, source.count))
+    for shard in shards_of(source.count, batch):
         class_ids = None if source.class_ids is None else source.class_ids[shard.rows]
         expected = None if source.expected is None else source.expected[shard.rows]
         yield Task(shard, source.seeds[shard.rows], class_ids, expected)
@@ -132,9 +141,9 @@ def _summariser(read: ReadTask, extractor: Extractor, plan: SummaryPlan, shape: 
 
 
 def _added(summaries: Iterator[Summary]) -> Summary:
-    total = next(summaries)
+    total = next(summaries).owned()
     for summary in summaries:
-        total.add(summary)
+        total.add(summary.owned())
     return total
 
 

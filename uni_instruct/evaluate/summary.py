@@ -3,6 +3,7 @@
 Sums of consecutive images are added in their order, so that a score does not depend on who computed which.
 """
 
+import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,10 @@ class Summary:
         self.probabilities = _sum(self.probabilities, later.probabilities)
         self.negative_entropy = _sum(self.negative_entropy, later.negative_entropy)
         self.split_counts = _sum(self.split_counts, later.split_counts)
+
+    def owned(self) -> "Summary":
+        """The same in memory of its own: what comes out of Ray's store cannot be written to, and keeps its place there."""
+        return copy.deepcopy(self)
 
     def kept_features(self) -> np.ndarray:
         """Features float32 [K, D]."""

@@ -77,18 +77,21 @@ class Pool(Protocol[T]):
 class ImageJob:
     """Images of seeds, by a bundle's engine: uint8 [N, H, W, C], or latents float32 [N, C, H, W].
 
-    device is as `open_engine` takes it, of each worker by itself.
+    steps: of a teacher's sampler, None for its own. device is as `open_engine` takes it, of each worker by itself.
     """
 
     bundle: Path
     engine: str
     batch: int
+    steps: int | None = None
     device: str | None = None
 
     def open(self) -> Callable[[Task], np.ndarray]:
         """See WorkerJob."""
         # Other workers want the cores as well.
-        engine = open_engine(Bundle.open(self.bundle), self.engine, device=self.device, spin=False)
+        bundle = Bundle.open(self.bundle)
+        bundle = bundle if self.steps is None else bundle.with_steps(self.steps)
+        engine = open_engine(bundle, self.engine, device=self.device, spin=False)
         return lambda task: np.concatenate(list(generate_batches(engine, task.seeds, task.class_ids, self.batch)))
 
     def paths(self) -> list[Path]:

@@ -59,7 +59,7 @@ class SampleRequest:
     def facts(self) -> RequestFacts:
         """What tells this request from another, for JSON."""
         labels = None if self.class_ids is None else _digest(self.class_ids)
-        return {
+        facts: RequestFacts = {
             "generator": self.spec.name,
             "weights_sha256": self.bundle.weights_sha256,
             "engine": self.engine,
@@ -68,6 +68,9 @@ class SampleRequest:
             "seeds_sha256": _digest(np.array(self.seeds, dtype=np.int64)),
             "class_ids_sha256": labels,
         }
+        if self.spec.steps > 1:
+            facts["steps"] = self.spec.steps
+        return facts
 
 
 class SampleRun:

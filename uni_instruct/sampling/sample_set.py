@@ -15,7 +15,7 @@ READ_BATCH = 256
 
 
 class RequestFacts(TypedDict):
-    """What tells one request from another. images_per_shard is there while the set is unfinished."""
+    """What tells one request from another. steps are a teacher's; images_per_shard is there while the set is unfinished."""
 
     generator: str
     weights_sha256: str
@@ -24,6 +24,7 @@ class RequestFacts(TypedDict):
     images: int
     seeds_sha256: str
     class_ids_sha256: str | None
+    steps: NotRequired[int]
     images_per_shard: NotRequired[int]
 
 

@@ -23,6 +23,7 @@ from uni_instruct.evaluate import (
     open_reference,
     write_statistics,
 )
+from uni_instruct.evaluate.classifier_file import RECIPE, classifier_path, read_classifier, weights_sha256
 from uni_instruct.evaluate.sample_source import reference_class_ids
 from uni_instruct.evaluate.scores import moments
 
@@ -120,7 +121,6 @@ def test_precision_and_recall_of_clusters() -> None:
 
 def test_scores_are_torch_fidelitys_own(digits: Dataset, evaluator: Evaluator, tmp_path: Path) -> None:
     """The same images as folders of PNGs through torch_fidelity.calculate_metrics with the registered extractor."""
-    from uni_instruct.evaluate.classifier import classifier_path
     from uni_instruct.evaluate.classifier_extractor import CLASSIFIER
     from uni_instruct.evaluate.fidelity import fidelity
 
@@ -190,17 +190,15 @@ def test_a_generator_that_ships_is_judged_by_a_classifier_that_ships(
     dataset = open_dataset(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = classifier.trained_classifier(dataset)
-    assert path == classifier.classifier_path(dataset.fingerprint())
+    assert path == classifier_path(dataset.fingerprint())
     assert path.parent == Path(classifier.__file__).parents[1] / "classifiers"
     _, info = classifier.load_classifier(path)
-    assert (info.fingerprint, info.recipe) == (dataset.fingerprint(), classifier.RECIPE)
+    assert (info.fingerprint, info.recipe) == (dataset.fingerprint(), RECIPE)
     assert (info.image_shape, info.num_classes) == (dataset.image_shape, dataset.num_classes)
     assert not (tmp_path / "cache").exists()
 
 
 def test_only_data_to_the_last_bit_have_the_classifier_that_ships(digits: Dataset, some_digits: Dataset) -> None:
-    from uni_instruct.evaluate.classifier import classifier_path
-
     images = all_images(digits).copy()
     images[0, 0, 0] ^= 1
     for other in (some_digits, arrays_dataset(images, digits.labels, 10)):
@@ -220,7 +218,7 @@ def test_training_is_deterministic_cached_and_leaves_global_randomness_alone(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
         torch.set_num_threads(threads)
         paths.append(classifier.trained_classifier(some_digits))
-        hashes.append(classifier.weights_sha256(classifier.load_classifier(paths[-1])[0]))
+        hashes.append(weights_sha256(read_classifier(paths[-1])[0]))
     torch.set_num_threads(before)
     assert hashes[0] == hashes[1]
     assert torch.equal(torch.get_rng_state(), state)
@@ -228,10 +226,10 @@ def test_training_is_deterministic_cached_and_leaves_global_randomness_alone(
     monkeypatch.setattr(classifier, "STEPS", 0)  # another training would give other weights
     monkeypatch.setattr(classifier, "MAX_STEPS", 0)
     assert classifier.trained_classifier(some_digits) == paths[1]
-    assert classifier.weights_sha256(classifier.load_classifier(paths[1])[0]) == hashes[1]
+    assert weights_sha256(read_classifier(paths[1])[0]) == hashes[1]
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
     classifier.trained_classifier(some_digits)
-    assert classifier.weights_sha256(classifier.load_classifier(paths[1])[0]) != hashes[1]
+    assert weights_sha256(read_classifier(paths[1])[0]) != hashes[1]
 
 
 def test_a_cache_that_cannot_be_written(some_digits: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

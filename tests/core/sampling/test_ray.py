@@ -1,6 +1,7 @@
 """`--ray`: actors of a real local Ray make the bytes of one process, whoever of them is killed."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -73,6 +74,26 @@ def test_actors_are_killed_at_random_and_the_images_are_the_same() -> None:
     assert kills
     truth = generate_images(open_engine(bundle, "onnx"), seeds)
     np.testing.assert_array_equal(np.concatenate([made[start] for start in sorted(made)]), truth)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_teacher_is_sampled_by_actors_as_by_one_process(tiny_teacher: Bundle, tmp_path: Path, cli: Cli) -> None:
+    """In as many steps as asked for: the bytes of its images, and their scores of several shards."""
+    pytest.importorskip("ray")
+    written = []
+    for name, more in (("alone.npz", ()), ("shared.npz", ("--ray", "--workers", "2"))):
+        words = ("--seeds", "0-1299", "--steps", "3", "--batch", "64", "--out", tmp_path / name)
+        assert cli("generate", tiny_teacher.path, *words, *more)[0] == 0
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+    scores = []
+    for more in ((), ("--ray", "--workers", "2")):
+        words = ("--reference", "digits", "--seeds", "0-1299", "--steps", "3", "--metrics", "fd,pr", "--json")
+        code, out, _ = cli("evaluate", tiny_teacher.path, *words, *more)
+        assert code == 0
+        scores.append(json.loads(out)["scores"])
+    assert scores[0] == scores[1]
 
 
 def test_actors_of_a_node_place_a_bundle_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
