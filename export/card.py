@@ -61,12 +61,16 @@ _TRAINING = """Data: {data}. Trained with seed {seed} by the recipe `{recipe}`, 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """What half precision would change, in uint8 levels, over that many images of seeds 0, 1, ...; whether it is stored."""
+    """What half precision would change, in uint8 levels, over that many images of seeds 0, 1, ...; whether it is stored.
+
+    too_large: the name of weights that it cannot hold, where there are such; no images were made then.
+    """
 
     images: int
     largest_difference: int
     changed_pixels: float
     precision: str
+    too_large: str = ""
 
 
 def published_card(
@@ -105,6 +109,8 @@ def published_card(
 
 def teacher_weights(rounding: Rounding) -> str:
     """The part of a published teacher's card on its weights."""
+    if rounding.too_large:
+        return f"## Weights\n{_too_large(rounding)}\n"
     return (
         f"## Weights\n`{WEIGHTS}` stores matrices in half precision. Sampled with the trained weights, in float32, "
         f"{rounding.changed_pixels:.2%} of the pixels of seeds 0-{rounding.images - 1} differ, by up to "
@@ -113,7 +119,12 @@ def teacher_weights(rounding: Rounding) -> str:
 
 
 def _rounding(rounding: Rounding, num_classes: int) -> str:
-    seeds = f"seeds 0-{rounding.images - 1}" + (f", class = seed mod {num_classes}" if num_classes else "")
+    if rounding.too_large:
+        return _too_large(rounding)
+    classes = f", class = seed mod {num_classes}" if num_classes else ""
+    if rounding.images < num_classes:
+        classes = f", of as many of the {num_classes} classes, evenly spaced; no weight of any class is too large for it"
+    seeds = f"seeds 0-{rounding.images - 1}{classes}"
     if rounding.precision == "fp16":
         return (
             f"`{WEIGHTS}` stores matrices in half precision, which against the trained float32 weights changes "
@@ -124,6 +135,10 @@ def _rounding(rounding: Rounding, num_classes: int) -> str:
         f"`{WEIGHTS}` holds float32: half precision would change a pixel by {rounding.largest_difference} levels "
         f"({rounding.images} images, {seeds}; `uni-instruct publish`)."
     )
+
+
+def _too_large(rounding: Rounding) -> str:
+    return f"`{WEIGHTS}` holds float32: half precision cannot hold the largest numbers of `{rounding.too_large}`."
 
 
 def _scores(scores: Sequence[EvaluationResult], weights_sha256: str) -> str:

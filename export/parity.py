@@ -1,5 +1,6 @@
 """Does an exported engine agree with torch? The engine runs in a fresh process, through the class that serves it."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,17 +15,17 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import ParityError
+from uni_instruct.export.checked_images import checked_classes, checked_images
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
 from uni_instruct.mixture import ClassMixture
 from uni_instruct.noise import Inputs, draw_inputs
-from uni_instruct.processes import give_back_freed_memory
+from uni_instruct.processes import ending_with, give_back_freed_memory
 from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
 BATCHES = (1, 2, 7, 64)
-# Of a heavy network 64 images take a CPU longer than the engine's making, and 16 at once more memory than its weights.
-# Nor can each of a thousand classes be tried: that would be hours.
-HEAVY_BATCH, LEAST_IMAGES, HEAVY_CLASSES = 8, 16, 32
+# Of a heavy network 16 images at once take more memory than its weights.
+HEAVY_BATCH = 8
 # One image in so many is a mixture of two classes. Three is prime to the numbers of classes that divide 64, and to ten.
 MIXED_EVERY = 3
 # The share of the tolerance that an engine may use up which could be built more exactly.
@@ -91,14 +92,11 @@ def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], ClassMix
 
     Every third is a mixture with the class after it, a quarter, half or three quarters of the way; the others are whole.
     """
-    from uni_instruct.networks.flops import is_heavy
-
-    classes = min(spec.num_classes, HEAVY_CLASSES) if is_heavy(spec) else spec.num_classes
-    first, count = int(file_sha256[:15], 16), spec.affordable_images(max(LEAST_IMAGES, *batches(spec), classes))
+    first, count = int(file_sha256[:15], 16), checked_images(spec, max(BATCHES))
     seeds, places = list(range(first, first + count)), np.arange(count)
-    if not spec.num_classes:
+    class_ids = checked_classes(spec, count)
+    if class_ids is None:
         return seeds, None
-    class_ids = places % spec.num_classes if count >= spec.num_classes else places * spec.num_classes // count
     share = np.where(places % MIXED_EVERY == 1, (places // MIXED_EVERY % 3 + 1) / 4, 0)
     return seeds, ClassMixture(class_ids, (class_ids + 1) % spec.num_classes, share.astype(np.float32))
 
@@ -122,7 +120,8 @@ def run_worker(
         np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(batches(bundle.spec)), **labels)
         command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
         arguments = [str(bundle.path), str(folder), str(engine_id), device or "", str(inputs), str(outputs)]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        ends = ending_with(os.getpid())
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, preexec_fn=ends)
         if done.returncode:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise ParityError(f"the {engine_id} engine does not run: {reason}", remedy="it was discarded")

@@ -3,33 +3,34 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from uni_instruct.bundle import CARD, CONFIG, SAMPLES, Bundle
-from uni_instruct.engine import open_engine
+from uni_instruct.engine import Engine, open_engine
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.export.card import Rounding, published_card, teacher_weights
+from uni_instruct.export.checked_images import checked_classes, checked_images
+from uni_instruct.export.half_precision import half_precision_changes, rounding_of, too_large, without_half
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import atomic_file, atomic_folder
-from uni_instruct.generate import by_class, generate_images, resolve_class_ids
+from uni_instruct.generate import by_class, generate_batches, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.noise import class_ids_in_turn, draw_inputs
+from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import ModelSpec
 
 # The engine that ships: the one that runs everywhere.
 ENGINE = "onnx-fp32"
-# Images that decide whether half precision may be seen, at least; every class is among them.
-CHECKED_IMAGES = 512
-# A pixel on the edge between two levels falls to either side whatever is rounded.
-ALLOWED_LEVELS = 1
-# Of a teacher, which takes dozens of network evaluations for each.
+# Images of a teacher at most, which takes dozens of network evaluations for each.
 TEACHER_IMAGES = 64
 # The sheet: so many images of each class, of so many classes.
 SHEET_COLUMNS, SHEET_ROWS = 16, 16
+# A line of progress for so many.
+_IMAGES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,46 +44,64 @@ class Publication:
     file_bytes: Mapping[str, int]
 
 
-def publish(source: str | Path, out: Path, scores: Sequence[Path] = ()) -> Publication:
+def publish(source: str | Path, out: Path, scores: Sequence[Path] = (), shows: ProgressFactory = silent) -> Publication:
     """Publishes the generator of a run, or a bundle, to the folder `out`, whole or not at all.
 
-    Of a teacher, to distil from, it stores half precision whatever that changes, keeps its card and says there what changed.
-    scores: what `evaluate --json` printed, for a generator's card. Raises RequestError for a generator of latents, for an
-    `out` that holds anything but an earlier publication of the same weights, and for scores of other weights;
-    MissingExtraError, ParityError and DiskError as `export_engine` does.
+    Of a teacher, to distil from, it stores half precision whatever that changes, where that holds its weights, keeps its card
+    and says there what changed. scores: what `evaluate --json` printed, for a generator's card. shows: told of each part that
+    takes long. Raises RequestError for a generator of latents, for an `out` that holds anything but an earlier publication of
+    the same weights, and for scores of other weights; MissingExtraError, ParityError and DiskError as `export_engine` does.
     """
     original = open_generator(source)
     if original.spec.steps > 1:
-        return _publish_teacher(original, out, scores)
+        return _publish_teacher(original, out, scores, shows)
     check_exportable(original)
     TARGETS[ENGINE].check_packages()
     _check_replaceable(out, original)
     read = [read_scores(path) for path in scores]
     with atomic_folder(out) as folder:
-        bundle, rounding = store(original, folder)
+        bundle, rounding = store(original, folder, shows)
         check_scores(read, original, bundle)
-        record = export_engine(bundle, ENGINE)
-        command, sheet = sample_sheet(bundle)
+        record = export_engine(bundle, ENGINE, shows=shows)
+        command, sheet = sample_sheet(bundle, shows)
         (folder / SAMPLES).write_bytes(encode(sheet))
         card = published_card(bundle, rounding, record, read, command)
         (folder / CARD).write_text(card)
     return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=record, file_bytes=_sizes(out))
 
 
-def _publish_teacher(original: Bundle, out: Path, scores: Sequence[Path]) -> Publication:
+def _publish_teacher(original: Bundle, out: Path, scores: Sequence[Path], shows: ProgressFactory) -> Publication:
     if scores:
         problem = f"{original.path} is a teacher: its card keeps the scores that its training measured"
         raise RequestError(problem, remedy="leave --scores out", param="scores")
     _check_replaceable(out, original)
-    samples, seeds = original.path / SAMPLES, range(TEACHER_IMAGES)
-    class_ids = class_ids_in_turn(original.spec, len(seeds))
+    samples, weights = original.path / SAMPLES, original.weights()
     with atomic_folder(out) as folder:
         sheet = samples.read_bytes() if samples.exists() else None
-        half = Bundle.write(folder, _published_spec(original, {}), original.weights(), "", sheet, precision="fp16")
-        before, after = (generate_images(open_engine(bundle, "torch"), seeds, class_ids) for bundle in (original, half))
-        rounding = _rounding_of(before, after, "fp16")
+        name = too_large(weights)
+        stored = Bundle.write(folder, _published_spec(original, {}), weights, "", sheet, precision="fp32" if name else "fp16")
+        rounding = without_half(name) if name else _teacher_rounding(original, stored, shows)
         (folder / CARD).write_text((original.path / CARD).read_text() + "\n" + teacher_weights(rounding))
     return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=None, file_bytes=_sizes(out))
+
+
+def _teacher_rounding(original: Bundle, half: Bundle, shows: ProgressFactory) -> Rounding:
+    seeds = range(min(TEACHER_IMAGES, checked_images(original.spec, TEACHER_IMAGES)))
+    class_ids = checked_classes(original.spec, len(seeds))
+    labels = {"float32": original, "half precision": half}
+    before, after = (_images(open_engine(bundle, "torch"), seeds, class_ids, shows, label) for label, bundle in labels.items())
+    return rounding_of(before, after, "fp16")
+
+
+def _images(
+    engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, shows: ProgressFactory, label: str
+) -> np.ndarray:
+    with shows(label, len(seeds), "images") as shown:
+        parts = []
+        for part in generate_batches(engine, seeds, class_ids, _IMAGES_AT_ONCE):
+            parts.append(part)
+            shown.advance(len(part))
+    return np.concatenate(parts)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -94,17 +113,6 @@ def _published_spec(original: Bundle, facts: Mapping[str, object]) -> ModelSpec:
     published = {"weights_sha256": original.weights_sha256, **facts}
     kept = {key: without_folders(value) for key, value in original.spec.provenance.items()}
     return replace(original.spec, provenance={**kept, "published": published})
-
-
-def _rounding_of(before: np.ndarray, after: np.ndarray, precision: str = "") -> Rounding:
-    """Between pixels of float32 and of half precision, uint8; precision: what is stored, else it follows from them."""
-    levels = np.abs(after.astype(int) - before.astype(int))
-    return Rounding(
-        images=len(before),
-        largest_difference=int(levels.max()),
-        changed_pixels=float((levels > 0).mean()),
-        precision=precision or ("fp16" if levels.max() <= ALLOWED_LEVELS else "fp32"),
-    )
 
 
 def renew_card(path: Path, scores: Sequence[EvaluationResult]) -> Path:
@@ -130,7 +138,8 @@ def _noted_rounding(bundle: Bundle) -> Rounding | None:
     noted = bundle.spec.provenance.get("published")
     if not isinstance(noted, dict):
         return None
-    return Rounding(**{name: noted[name] for name in ("images", "largest_difference", "changed_pixels", "precision")})
+    facts = {name: noted[name] for name in ("images", "largest_difference", "changed_pixels", "precision")}
+    return Rounding(**facts, too_large=noted.get("too_large", ""))
 
 
 def open_generator(source: str | Path) -> Bundle:
@@ -139,19 +148,16 @@ def open_generator(source: str | Path) -> Bundle:
     return Bundle.open(of_run if not (Path(source) / CONFIG).is_file() and (of_run / CONFIG).is_file() else source)
 
 
-def store(original: Bundle, folder: Path) -> tuple[Bundle, Rounding]:
-    """The bundle's weights in `folder`: in half precision where that moves no pixel by more than ALLOWED_LEVELS."""
-    from uni_instruct.networks.reference import make_reference, reference_outputs
+def store(original: Bundle, folder: Path, shows: ProgressFactory = silent) -> tuple[Bundle, Rounding]:
+    """The bundle's weights in `folder`: in half precision where that holds them and moves no pixel by more than a level."""
+    from uni_instruct.networks.reference import make_reference
 
     spec, weights, decoder = original.spec, original.weights(), original.decoder_weights()
     half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
-    count = spec.affordable_images(max(CHECKED_IMAGES, spec.num_classes))
-    inputs = draw_inputs(spec, range(count), class_ids_in_turn(spec, count))
-    before, after = (reference_outputs(bundle, *inputs).pixels for bundle in (original, half))
-    rounding = _rounding_of(before, after)
+    rounding = half_precision_changes(original, half, shows)
     spec = _published_spec(original, asdict(rounding))
-    precision = rounding.precision
-    bundle = Bundle.write(folder, spec, weights, "", precision=precision, decoder=decoder, reference=make_reference)
+    reference = partial(make_reference, shows=shows)
+    bundle = Bundle.write(folder, spec, weights, "", precision=rounding.precision, decoder=decoder, reference=reference)
     return bundle, rounding
 
 
@@ -164,13 +170,13 @@ def without_folders(value: object) -> object:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def sample_sheet(bundle: Bundle) -> tuple[str, np.ndarray]:
+def sample_sheet(bundle: Bundle, shows: ProgressFactory = silent) -> tuple[str, np.ndarray]:
     """The command that makes the sheet, and the sheet: a row for each class, or a square without classes or of many."""
     spec = bundle.spec
     rows = spec.num_classes if 0 < spec.num_classes <= SHEET_ROWS else 0
     seeds = range((rows or SHEET_COLUMNS) * SHEET_COLUMNS)
     class_ids = resolve_class_ids(spec, seeds, by_class(spec, seeds) if rows else None)
-    images = generate_images(open_engine(bundle, ENGINE), seeds, class_ids)
+    images = _images(open_engine(bundle, ENGINE), seeds, class_ids, shows, SAMPLES)
     command = f"uni-instruct generate . --seeds 0-{len(seeds) - 1}{' --by-class' if rows else ''} --grid samples.png"
     return command, contact_sheet(images, SHEET_COLUMNS)
 

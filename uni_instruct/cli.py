@@ -114,6 +114,7 @@ def main() -> None:
     if not is_later_process():
         show_log("uni_instruct.engines.trial")
         show_log("uni_instruct.engines.compiled")
+        show_log("uni_instruct.export.openvino")
     try:
         cli.main(standalone_mode=False)
     except Exit as error:

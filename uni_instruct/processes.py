@@ -83,3 +83,9 @@ def ending_with(parent: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     return ask
+
+
+def end_with_group() -> None:
+    """From now on SIGTERM ends this process with all others of its group, where it leads one: with all that it has started."""
+    if os.getpgrp() == os.getpid():
+        signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))

@@ -33,7 +33,7 @@ def random_bundle(
         noise_shape=image_shape,
         latents=latents,
         num_classes=num_classes,
-        class_names=DIGITS[:num_classes],
+        class_names=DIGITS[:num_classes] if num_classes <= len(DIGITS) else (),
         steps=steps,
         network_args={"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], **around},
     )

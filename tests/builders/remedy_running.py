@@ -40,6 +40,7 @@ from uni_instruct.engines.onnxruntime import _checked_provider
 from uni_instruct.engines.record import RECORD, EngineId
 from uni_instruct.engines.runtime import RUNTIMES
 from uni_instruct.export.api import export_bundle
+from uni_instruct.export.openvino import _run_worker
 from uni_instruct.export.publish import _check_replaceable, check_scores, publish, read_scores
 from uni_instruct.export.targets import export_engine
 from uni_instruct.generate import mix_classes
@@ -137,6 +138,14 @@ def compiled_engine(tmp: Path, compiler_: str, engine_id: str = str(TORCH_COMPIL
     bundle = Bundle.open(tmp / "small") if (tmp / "small").exists() else random_bundle(tmp / "small", 1)
     with mock.patch.dict(os.environ, CXX=compiler_, XDG_CACHE_HOME=str(tmp)):
         return load_engine(bundle, EngineId.parse(engine_id))
+
+
+def without_its_graph(tmp: Path, engine_id: str = "") -> object:
+    """An engine for OpenVINO whose graph is gone before it is read; or the export of that engine."""
+    bundle = random_bundle(tmp / "small", 1)
+    if engine_id:
+        return export_engine(bundle, engine_id)
+    return _run_worker(bundle, "bf16", "convolutions in bf16", tmp / "graph.onnx", tmp / "engine.zip")
 
 
 def kept_code(tmp: Path) -> Path:
@@ -300,6 +309,7 @@ ENGINES = [
     Value(R, "(record)", lambda tmp: engine_file(tmp, recorded(weights_sha256="0" * 64)), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} describes {}", lambda tmp: engine_file(tmp, recorded(engine_id="openvino-fp32")), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value("uni_instruct/engines/compiled.py", "engine {} cannot be compiled", lambda tmp: compiled_engine(tmp, "false"), lambda remedy, tmp: compiled_engine(tmp, "false", found(r"--engine (\S+)", remedy))),
+    Value("export/openvino.py", "engine {} cannot be built", without_its_graph, lambda remedy, tmp: without_its_graph(tmp, found(r"such as (\S+)", remedy))),
     Value("uni_instruct/engines/torch_compiled.py", "{} cannot be loaded", without_code, lambda remedy, tmp: compiled_engine(tmp, said(remedy, "delete it", remove_code(tmp) and "g++"))),
     Value(R, "{} has no {}", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).unlink()), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} does not match the sha256", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).write_bytes(b"x")), lambda remedy, tmp: export_as_said(tmp, remedy)),

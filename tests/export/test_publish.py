@@ -21,9 +21,13 @@ from uni_instruct.engine import TORCH, open_engine
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import RequestError
 from uni_instruct.export import onnxruntime as onnxruntime_target
-from uni_instruct.export.publish import CHECKED_IMAGES, publish, store, without_folders
+from uni_instruct.export.card import published_card
+from uni_instruct.export.half_precision import CHECKED_IMAGES
+from uni_instruct.export.publish import publish, store, without_folders
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.networks import flops
 from uni_instruct.noise import noise
+from uni_instruct.progress import progress
 
 Cli = Callable[..., tuple[int, str, str]]
 SEEDS = list(range(5000, 5300))
@@ -110,6 +114,40 @@ def test_weights_that_would_move_a_pixel_by_two_stay_float32(original: Bundle, t
     assert rounding.precision == bundle.stored_precision() == "fp32"
     assert bundle.weights_sha256 == loud.weights_sha256
     np.testing.assert_array_equal(images_of(bundle, "torch"), images_of(loud, "torch"))
+
+
+@pytest.fixture
+def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """A generator of forty classes; for as long as the test runs, any network is a heavy one."""
+    monkeypatch.setattr(flops, "HEAVY_FLOPS", 1)
+    return random_bundle(tmp_path / "heavy", seed=3, num_classes=40)
+
+
+def test_of_a_heavy_network_few_classes_decide_and_the_card_says_so(
+    heavy: Bundle, published: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, rounding = store(heavy, tmp_path / "out", progress)
+    assert (rounding.images, rounding.precision, bundle.stored_precision()) == (32, "fp16", "fp16")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "float32: 0/32 images"
+    assert "half precision: 0/32 images" in lines
+    record = EngineRecord.read(published.engine_folder(ONNX))
+    card = published_card(bundle, rounding, record, [], "")
+    assert "(32 images, seeds 0-31, of as many of the 40 classes, evenly spaced; no weight of any class is too large" in card
+
+
+def test_a_weight_of_a_class_that_is_not_drawn_is_seen(heavy: Bundle, published: Bundle, tmp_path: Path) -> None:
+    weights = heavy.weights()
+    (label,) = [name for name, array in weights.items() if name.endswith("map_label.weight")]
+    drawn = {40 * place // 32 for place in range(32)}
+    weights[label][:, next(i for i in range(40) if i not in drawn)] = 1e5
+    loud = Bundle.write(tmp_path / "loud", heavy.spec, weights, "")
+    bundle, rounding = store(loud, tmp_path / "out")
+    assert (rounding.too_large, rounding.precision, bundle.stored_precision()) == (label, "fp32", "fp32")
+    assert bundle.weights_sha256 == loud.weights_sha256
+    record = EngineRecord.read(published.engine_folder(ONNX))
+    said = f"`{WEIGHTS}` holds float32: half precision cannot hold the largest numbers of `{label}`."
+    assert said in published_card(bundle, rounding, record, [], "")
 
 
 def test_the_card_is_made_of_what_is_there(
@@ -265,5 +303,6 @@ def test_a_teacher_is_published_to_distil_from(tmp_path: Path, cli: Cli) -> None
     assert float(found[1]) == pytest.approx(100 * (before != after).mean(), abs=0.01)
     assert int(found[2]) == np.abs(before - after).max()
     assert f"by up to {found[2]} levels (64 images)" in text
+    assert "float32: 0/64 images" in err
     again = cli("publish", str(run.path), "--out", str(tmp_path / "tiny-teacher"), "--scores", str(teacher.path / CARD))
     assert (again[0], "is a teacher: its card keeps the scores" in again[2]) == (2, True)

@@ -73,6 +73,21 @@ def test_the_large_convolutions_are_quantized_and_nothing_else(graph: Path) -> N
     assert 1e-4 < relative_l2(*found) < TOLERANCES["int8"].relative_l2
 
 
+def test_a_batch_in_parts_gives_the_same_scales(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On shipped weights, as they are stored: whole batches, and two images at a time, which hold less memory."""
+    openvino = pytest.importorskip("openvino")
+    nncf_factory = pytest.importorskip("nncf.common.factory")
+    monkeypatch.setattr(quantize, "CALIBRATED", 16)
+    before, stored = nncf_factory.EngineFactory.create, {}
+    for part in (quantize.BATCH, 2):
+        monkeypatch.setattr(quantize, "PART", part)
+        model = quantize.quantized(openvino.Core().read_model(graph), Bundle.open("digits"))
+        openvino.serialize(model, tmp_path / "model.xml", tmp_path / "model.bin")
+        stored[part] = (tmp_path / "model.bin").read_bytes()
+    assert stored[quantize.BATCH] == stored[2]
+    assert nncf_factory.EngineFactory.create is before
+
+
 def test_scales_stay_where_no_bias_follows_a_quantized_convolution() -> None:
     """Without one OpenVINO lost its scale in CIFAR-10's network, and made zeros of the next convolution."""
     openvino = pytest.importorskip("openvino")
@@ -94,12 +109,12 @@ def test_scales_stay_where_no_bias_follows_a_quantized_convolution() -> None:
 def test_marks_keep_32_bits(graph: Path, tmp_path: Path) -> None:
     """On shipped weights: every sum and norm is marked, large convolutions are not; the engine's file is the same graph."""
     openvino = pytest.importorskip("openvino")
-    from uni_instruct.export.openvino import _write
+    from uni_instruct.export.openvino_worker import write_engine
 
     bundle, core = Bundle.open("digits"), openvino.Core()
     wide = core.read_model(graph)
     rounded = mixed_precision.rounded_convolutions(wide, bundle)
-    _write(wide, rounded, tmp_path / "engine.zip")
+    write_engine(wide, rounded, tmp_path / "engine.zip")
     model = read_model(core, tmp_path / "engine.zip")
     layers = model.get_ordered_ops()
     unmarked = [op for op in layers if f"{mixed_precision.MARK['name']}_0" not in list(op.get_rt_info())]
@@ -114,14 +129,14 @@ def test_marks_keep_32_bits(graph: Path, tmp_path: Path) -> None:
 def test_a_processor_with_bf16_heeds_the_marks(graph: Path, tmp_path: Path) -> None:
     """What OpenVINO runs, as it says itself: bf16 in the convolutions that round well, which give 32 bits; else 32 bits."""
     openvino = pytest.importorskip("openvino")
-    from uni_instruct.export.openvino import _write
+    from uni_instruct.export.openvino_worker import write_engine
 
     bundle, core = Bundle.open("digits"), openvino.Core()
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor has no bf16")
     wide = core.read_model(graph)
     rounded = mixed_precision.rounded_convolutions(wide, bundle)
-    _write(wide, rounded, tmp_path / "engine.zip")
+    write_engine(wide, rounded, tmp_path / "engine.zip")
     model = read_model(core, tmp_path / "engine.zip")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     runs = [_as_run(op) for op in compiled.get_runtime_model().get_ordered_ops()]

@@ -1,11 +1,14 @@
 """Processes that do one thing for an engine, try it or compile it, while whoever waits is told that they run."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+
+from uni_instruct.processes import ending_with
 
 TELL_EVERY_S = 10
 
@@ -21,12 +24,15 @@ def completed(
     """`python -m module arguments` when it has ended, None where it was stopped after timeout_s.
 
     tell is called with the seconds so far, every ten of them. environment: variables beside those of this process.
+    However this process ends, the other one ends with it; one that starts processes itself calls `end_with_group`.
     """
     # -P: not what lies in the current folder.
     command = [sys.executable, "-P", "-m", module, *arguments]
     variables, start = {**os.environ, **(environment or {})}, time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=variables, text=True, **pipes) as process:  # type: ignore[call-overload]
+    # A group of its own: what it has started goes with it.
+    ends = {"process_group": 0, "preexec_fn": ending_with(os.getpid())}
+    with subprocess.Popen(command, env=variables, text=True, **pipes, **ends) as process:  # type: ignore[call-overload]
         try:
             while timeout_s is None or time.monotonic() - start < timeout_s:
                 left_s = TELL_EVERY_S if timeout_s is None else timeout_s - (time.monotonic() - start)
@@ -35,5 +41,7 @@ def completed(
                     return subprocess.CompletedProcess(command, process.returncode, output, errors)
                 tell(time.monotonic() - start)
         finally:
-            process.kill()  # does nothing to one that has ended
+            if process.returncode is None:
+                with suppress(OSError):  # it has ended meanwhile
+                    os.killpg(process.pid, signal.SIGKILL)
     return None

@@ -16,15 +16,17 @@ from uni_instruct.reference import Reference, reference_inputs
 _BATCH, _HEAVY_BATCH = 16, 4
 
 
-def reference_outputs(bundle: Bundle, z: np.ndarray, class_ids: ClassIds | None, shows: ProgressFactory = silent) -> Outputs:
+def reference_outputs(
+    bundle: Bundle, z: np.ndarray, class_ids: ClassIds | None, shows: ProgressFactory = silent, label: str = "reference"
+) -> Outputs:
     """A one-step generator's images of the noise z, float32 [N, *noise_shape], whatever GPU is there; not of latents."""
-    # Building a network draws its first weights; a training that writes a bundle keeps its own draws.
-    with torch.random.fork_rng(devices=[]):
-        generator = load_one_step(bundle)
-    batch = _HEAVY_BATCH if is_heavy(bundle.spec) else _BATCH
-    size = min(batch, bundle.spec.images_at_once or batch)
     parts = []
-    with torch.inference_mode(), shows("reference", len(z), "images") as shown:
+    with torch.inference_mode(), shows(label, len(z), "images") as shown:
+        # Building a network draws its first weights; a training that writes a bundle keeps its own draws.
+        with torch.random.fork_rng(devices=[]):
+            generator = load_one_step(bundle)
+        batch = _HEAVY_BATCH if is_heavy(bundle.spec) else _BATCH
+        size = min(batch, bundle.spec.images_at_once or batch)
         for start in range(0, len(z), size):
             part = slice(start, start + size)
             images = generator(*as_tensors(Inputs(z[part], None if class_ids is None else class_ids[part]), "cpu"))
