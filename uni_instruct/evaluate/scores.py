@@ -1,4 +1,4 @@
-"""From features to numbers. Names say which extractor measured."""
+"""From features to numbers. torch-fidelity computes what compares single images; names say which extractor measured."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,17 @@ import numpy as np
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.extractors import Extractor
 from uni_instruct.evaluate.fidelity import fidelity
-from uni_instruct.evaluate.pairwise import kernel_distance, precision_recall
 from uni_instruct.evaluate.summary import KEPT_IMAGES, SPLITS, Summary
 
 if TYPE_CHECKING:
     import torch
 
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 MIN_SAMPLES = NEIGHBOURS + 1
 POOR_ACCURACY = 0.8
+# Rows of a distance matrix that are in memory at once; fewer where they are long: torch-fidelity holds several copies of them.
+_NEIGHBOUR_BATCH, _NEIGHBOUR_VALUES = 2000, 2**24
 PUBLISHED_SAMPLES = 50_000
 
 
@@ -158,16 +160,26 @@ def _frechet(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     return {frechet_name(extractor): distance}
 
 
+# MMD^2 with the kernel (x . y / D + 1)^3, the mean over subsets (Binkowski et al. 2018, arXiv 1801.01401, section 4).
 def _kernel(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
-    assert comparison.reference is not None  # not missing
-    distance = kernel_distance(comparison.generated.kept_features(), comparison.reference)
+    metric_kid = fidelity("metric_kid")
+    generated, reference = _tensors(comparison)
+    size = min(KERNEL_SUBSET_SIZE, len(generated), len(reference))
+    options = {"kid_subsets": KERNEL_SUBSETS, "kid_subset_size": size, "verbose": False}
+    distance = metric_kid.kid_features_to_metric(generated, reference, **options)[metric_kid.KEY_METRIC_KID_MEAN]
     return {"KID" if extractor.is_inception else f"KD({extractor.name})": distance}
 
 
+# The share of images within the reach of a reference's k-th neighbour, and of references within an image's (Kynkaanniemi et al.
+# 2019, arXiv 1904.06991, equations 1 and 2).
 def _precision_recall(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
-    assert comparison.reference is not None  # not missing
-    precision, recall = precision_recall(comparison.generated.kept_features(), comparison.reference, NEIGHBOURS)
-    return {"precision": precision, "recall": recall}
+    metric_prc = fidelity("metric_prc")
+    generated, reference = _tensors(comparison)
+    # save_cpu_ram keeps a few rows of the distance matrix in memory, not all of it.
+    rows = max(1, min(_NEIGHBOUR_BATCH, _NEIGHBOUR_VALUES // max(len(generated), len(reference))))
+    options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": rows, "save_cpu_ram": True}
+    values = metric_prc.prc_features_to_metric(generated, reference, verbose=False, **options)
+    return {name: values[name] for name in (metric_prc.KEY_METRIC_PRECISION, metric_prc.KEY_METRIC_RECALL)}
 
 
 # exp(E_x KL(p(y|x) || p(y))), the mean over splits (Salimans et al. 2016, arXiv 1606.03498, section 4).
@@ -177,6 +189,14 @@ def _inception_score(extractor: Extractor, comparison: Comparison) -> dict[str, 
 
 def _class_accuracy(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     return {"class_accuracy": comparison.generated.right / comparison.generated.count}
+
+
+def _tensors(comparison: Comparison) -> "tuple[torch.Tensor, torch.Tensor]":
+    """The images' features and the reference's."""
+    import torch
+
+    assert comparison.reference is not None  # not missing
+    return torch.from_numpy(comparison.generated.kept_features()), torch.from_numpy(comparison.reference)
 
 
 def _nothing(available: Available) -> str | None:

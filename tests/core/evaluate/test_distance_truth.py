@@ -1,14 +1,12 @@
 """Distances against independent computations: EDM's published procedure, other libraries' roots, torch-fidelity's score."""
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 
-from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.evaluate.extractors import Features
-from uni_instruct.evaluate.measure import _added
-from uni_instruct.evaluate.pairwise import COLUMNS, ROWS, kernel_distance, precision_recall, squared_radii
 from uni_instruct.evaluate.scores import frechet_distance
 from uni_instruct.evaluate.summary import SPLITS, Summary, SummaryPlan, joined, summed_up
 
@@ -93,22 +91,6 @@ def test_sums_in_parts_are_numpys_of_the_whole() -> None:
     np.testing.assert_array_equal(summary.kept_features(), features)
 
 
-def test_sums_out_of_rays_store_are_added() -> None:
-    """Which hands out arrays that cannot be written to: without the copy a second shard is an error."""
-    whole, parts = (
-        summary_of(drawn(200, 6, 3), size=100),
-        [summary_of(drawn(200, 6, 3)[rows]) for rows in (slice(100), slice(100, 200))],
-    )
-    for part in parts:
-        for array in (part.first, part.second, *part.kept):
-            array.flags.writeable = False
-    total = _added(iter(parts))
-    assert total.count == 200
-    np.testing.assert_array_equal(total.first, whole.first)
-    np.testing.assert_array_equal(total.kept_features(), whole.kept_features())
-    assert not any(np.shares_memory(total.kept_features(), part.kept[0]) for part in parts)
-
-
 def test_of_many_images_evenly_spaced_features_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from uni_instruct.evaluate import summary
 
@@ -132,53 +114,43 @@ def test_kept_features_are_in_memory_once() -> None:
     assert peak < 2.1 * size
 
 
-@pytest.mark.parametrize(("count", "others", "dim"), [(4, 5, 3), (61, 300, 6), (1100, 700, 64), (600, 900, 200)])
+def test_a_distance_matrix_is_never_larger_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    from uni_instruct.evaluate import scores
+
+    def measured() -> dict[str, float]:
+        comparison = scores.Comparison(
+            generated=summary_of(drawn(300, 6, 1)),
+            mu=np.zeros(6),
+            sigma=np.eye(6),
+            reference=drawn(500, 6, 2),
+            has_class_ids=False,
+        )
+        return scores._precision_recall(judge, comparison)
+
+    judge: Any = None  # precision and recall ask nothing of the extractor
+    truth, sizes, kth = measured(), list[int](), torch.Tensor.kthvalue
+    monkeypatch.setattr(torch.Tensor, "kthvalue", lambda matrix, k: sizes.append(matrix.numel()) or kth(matrix, k))
+    monkeypatch.setattr(scores, "_NEIGHBOUR_VALUES", 20_000)
+    assert measured() == truth
+    assert max(sizes) <= 20_000
+    assert 0 < truth["precision"] < 1
+
+
+@pytest.mark.parametrize(("count", "others", "dim"), [(61, 300, 6), (1100, 700, 64), (600, 900, 200)])
 def test_precision_and_recall_are_those_of_all_distances(count: int, others: int, dim: int) -> None:
-    """By brute force in float64, and torch-fidelity's."""
-    from uni_instruct.evaluate.fidelity import fidelity
+    """By brute force, in float64 and one pair after the other."""
+    from uni_instruct.evaluate import scores
 
     images, reference = drawn(count, dim, 1, 1.1), drawn(others, dim, 2)
-    ours = precision_recall(images, reference, 3)
 
     def reach(points: np.ndarray) -> np.ndarray:
         return np.array([np.partition(np.linalg.norm(points - point, axis=1), 3)[3] for point in points.astype(np.float64)])
 
     between = np.stack([np.linalg.norm(reference - image, axis=1) for image in images.astype(np.float64)])
-    by_hand = (between <= reach(reference)).any(1).mean(), (between <= reach(images)[:, None]).any(0).mean()
-    options = {"prc_neighborhood": 3, "prc_batch_size": 500, "save_cpu_ram": True, "verbose": False}
-    theirs = fidelity("metric_prc").prc_features_to_metric(torch.from_numpy(images), torch.from_numpy(reference), **options)
-    assert ours == pytest.approx(by_hand)
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]))
-    assert 0 < ours[1] <= 1
-
-
-def test_the_farthest_and_the_nearest_cannot_be_mistaken() -> None:
-    """Far from the origin, where products of single precision lose most, and where the last columns fill a block up."""
-    rng = np.random.default_rng(4)
-    points = rng.normal(0, 1, (COLUMNS + 70, 8)).astype(np.float32)
-    truth = np.array([np.partition(((points - point) ** 2).sum(1), 3)[3] for point in points[-200:]])
-    np.testing.assert_allclose(squared_radii(points, 3)[-200:], truth, rtol=1e-5)
-    moved = points + np.float32(100)
-    assert precision_recall(moved[::2], moved[1::2], 3) == pytest.approx(
-        precision_recall(points[::2], points[1::2], 3), abs=1e-3
+    precision, recall = (between <= reach(reference)).any(1).mean(), (between <= reach(images)[:, None]).any(0).mean()
+    judge: Any = None  # precision and recall ask nothing of the extractor
+    comparison = scores.Comparison(
+        generated=summary_of(images), mu=np.zeros(dim), sigma=np.eye(dim), reference=reference, has_class_ids=False
     )
-
-
-@pytest.mark.parametrize(("count", "others"), [(300, 1500), (1300, 1200)])
-def test_kernel_distance_is_torch_fidelitys(count: int, others: int) -> None:
-    from uni_instruct.evaluate.fidelity import fidelity
-
-    images, reference = drawn(count, 48, 1, 1.3), drawn(others, 48, 2)
-    options = {"kid_subsets": 100, "kid_subset_size": min(count, 1000), "verbose": False}
-    theirs = fidelity("metric_kid").kid_features_to_metric(torch.from_numpy(images), torch.from_numpy(reference), **options)
-    assert kernel_distance(images, reference) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
-
-
-def test_distances_are_never_in_memory_all_at_once() -> None:
-    images, reference = drawn(9000, 16, 1, 1.1), drawn(8000, 16, 2)
-    tracemalloc.start()
-    precision_recall(images, reference, 3)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    each = 4 * (2 * ROWS * COLUMNS + 3 * 2**22)
-    assert peak < (usable_cpus() + 1) * each < 9000 * 8000 * 4
+    assert scores._precision_recall(judge, comparison) == pytest.approx({"precision": precision, "recall": recall})
+    assert 0 < recall < 1
