@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ from uni_instruct.files import atomic_file, atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
 from uni_instruct.reference import REFERENCE, Reference
 from uni_instruct.spec import ModelSpec
+from uni_instruct.weights_file import read_weights, stored_precision, write_weights
 
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
@@ -26,8 +27,6 @@ DECODER, ENGINES = "decoder.safetensors", "engines"
 PREFERRED_GENERATORS = ("fashion-mnist", "digits")
 # The VAE whose latents EDM2's networks make, in diffusers' form on the hub.
 USUAL_VAE = "hf://stabilityai/sd-vae-ft-mse"
-# How a file stores matrices and filters -> safetensors' name and NumPy's.
-WEIGHT_PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
 
 
 class Bundle:
@@ -83,9 +82,9 @@ class Bundle:
         path = Path(path)
         with atomic_folder(path) as partial:
             if decoder is not None and spec.decoder is not None:
-                write_safetensors(partial / DECODER, decoder)
+                write_weights(partial / DECODER, decoder)
                 spec = replace(spec, decoder=replace(spec.decoder, weights_sha256=sha256(partial / DECODER)))
-            write_safetensors(partial / WEIGHTS, weights, precision)
+            write_weights(partial / WEIGHTS, weights, precision)
             digest = sha256(partial / WEIGHTS)
             (partial / CONFIG).write_text(_config_text(spec, digest))
             (partial / CARD).write_text(card)
@@ -97,11 +96,11 @@ class Bundle:
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name, as in EDM: float32, whatever the file stores."""
-        return _read_weights(self.path / WEIGHTS)
+        return read_weights(self.path / WEIGHTS)
 
     def decoder_weights(self) -> dict[str, np.ndarray] | None:
         """The decoder's parameters by name, as in diffusers: float32; None where the bundle has no decoder."""
-        return None if self.spec.decoder is None else _read_weights(self.path / DECODER)
+        return None if self.spec.decoder is None else read_weights(self.path / DECODER)
 
     def with_steps(self, steps: int) -> "Bundle":
         """The same teacher, whose images take so many steps of the sampler. Raises RequestError for a one-step generator."""
@@ -124,14 +123,7 @@ class Bundle:
 
     def stored_precision(self) -> str:
         """fp16 where the file holds matrices in half precision, else fp32. Raises BundleError as `weights` does."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path / WEIGHTS, framework="numpy") as file:
-                types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise BundleError(f"{self.path / WEIGHTS} cannot be read: {error}", remedy="copy the whole folder again") from error
-        return "fp16" if WEIGHT_PRECISIONS["fp16"][0] in types else "fp32"
+        return stored_precision(self.path / WEIGHTS)
 
     def reference(self) -> Reference | None:
         """Images to hold engines against; None for teachers and bundles of format 1. Raises BundleError for a damaged file."""
@@ -188,24 +180,6 @@ class Bundle:
 
 # What makes a bundle's reference: needs torch, as the core does not.
 MakeReference = Callable[[Bundle], Reference | None]
-
-
-def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], precision: str = "fp32") -> None:
-    """Arrays as safetensors, one after the other: safetensors' own `save` holds a second copy of them all."""
-    # Biases and scales keep 32 bits: they are 1 % of the bytes, and on digits half of what rounding changes. They come first,
-    # so that every array begins at a multiple of its own item size.
-    stored = {name: WEIGHT_PRECISIONS[precision if array.ndim > 1 else "fp32"] for name, array in weights.items()}
-    ordered = sorted(weights, key=lambda name: stored[name] == WEIGHT_PRECISIONS["fp16"])
-    header, end = {}, 0
-    for name in ordered:
-        start, end = end, end + weights[name].size * np.dtype(stored[name][1]).itemsize
-        header[name] = {"dtype": stored[name][0], "shape": list(weights[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            file.write(np.ascontiguousarray(weights[name], dtype=stored[name][1]).data)
 
 
 def shipped_generators() -> list[str]:
@@ -275,37 +249,6 @@ def _check_hash(path: Path, expected: str) -> None:
         raise BundleError(f"{path.parent} has no {path.name}", remedy="copy the whole folder again")
     if sha256(path) != expected:
         raise BundleError(f"{path} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again")
-
-
-def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):  # which checks the header, and that the file is as long as it says
-            pass
-        return {name: array.astype(np.float32, copy=False) for name, array in _read_arrays(path)}
-    except (SafetensorError, TypeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", remedy="copy the whole folder again") from error
-
-
-def _read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays of a sound file of safetensors. Raises TypeError for types that a bundle does not have.
-
-    safetensors itself maps the file, whose pages then stand in memory beside all the arrays.
-    """
-    types = {**dict(WEIGHT_PRECISIONS.values()), "F64": "<f8"}
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        data = file.tell()
-        for name, about in header.items():
-            if name == "__metadata__":
-                continue
-            if about["dtype"] not in types:
-                raise TypeError(f"{name} is {about['dtype']}")
-            start, end = about["data_offsets"]
-            file.seek(data + start)
-            dtype = np.dtype(types[about["dtype"]])
-            yield name, np.fromfile(file, dtype, (end - start) // dtype.itemsize).reshape(about["shape"])
 
 
 class _Config(TypedDict):
