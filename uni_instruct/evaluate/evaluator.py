@@ -121,7 +121,7 @@ class Evaluator:
                 problem = f"class ids are {class_ids.dtype} {list(class_ids.shape)}, not integers [N]"
                 raise RequestError(problem, remedy="give an id for each image", param="class_ids")
             known = self.extractor.num_classes
-            outside = class_ids[(class_ids < 0) | (class_ids >= known)] if known else ()
+            outside = class_ids[(class_ids < 0) | (class_ids >= known)] if known else class_ids[:0]
             if len(outside):
                 raise RequestError(
                     f"class id {outside[0]} is outside 0..{known - 1}, the reference's",
