@@ -91,7 +91,7 @@ def published_card(
     return _CARD.format(
         licence_tag=LICENCE_TAGS.get(spec.licence, "other"),
         name=spec.name,
-        size=f"{height}x{width}x{channels}",
+        size=f"{width}x{height}x{channels}",
         parameters=sum(array.size for name, array in bundle.weights().items() if not name.endswith("resample_filter")) / 1e6,
         classes=f" {spec.num_classes} classes{f': {names}' if names else ''}." if spec.num_classes else "",
         sheet_command=sheet_command,

@@ -60,7 +60,10 @@ def input_batches(
     seeds = checked_seeds(seeds)
     class_ids: ClassIds | None
     if isinstance(classes, ClassMixture):
-        class_ids = checked_class_ids(spec, classes, len(seeds))
+        _check_number(len(classes), len(seeds))
+        # One for all seeds, as of classes.
+        mixed = classes[np.zeros(len(seeds), dtype=np.int64)] if len(classes) == 1 else classes
+        class_ids = checked_class_ids(spec, mixed, len(seeds))
     else:
         class_ids = resolve_class_ids(spec, seeds, classes)
     if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
@@ -84,12 +87,7 @@ def resolve_class_ids(
         return random_class_ids(seeds, spec.num_classes, shares) if spec.num_classes else None
     if not spec.num_classes:
         raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave the class out", param="classes")
-    if len(given) not in (1, len(seeds)):
-        raise RequestError(
-            f"{len(given)} classes were given for {len(seeds)} seeds",
-            remedy="give one class, or one for each seed",
-            param="classes",
-        )
+    _check_number(len(given), len(seeds))
     whole = isinstance(given, np.ndarray) and given.ndim == 1 and given.dtype.kind in "iu"
     ids = given if whole else np.array([_class_id(spec, label) for label in given], dtype=np.int64)
     return checked_ids(spec, np.resize(ids, len(seeds)), len(seeds))
@@ -102,6 +100,8 @@ def mix_classes(
     share: ArrayLike,
 ) -> ClassMixture:
     """A mixture for each share, from 0, which is `start`, to 1, which is `end`: ids or names, one for all or one for each.
+
+    `generate_images` takes one mixture for all its seeds, or one for each.
 
     Raises RequestError for unknown classes, for shares outside 0..1, and for a generator without classes.
     """
@@ -139,6 +139,13 @@ def image_size(spec: ModelSpec) -> tuple[int, int, int]:
     """(H, W, C) of the images, from the spec's [C, H, W]."""
     channels, height, width = spec.image_shape
     return height, width, channels
+
+
+def _check_number(classes: int, seeds: int) -> None:
+    if classes not in (1, seeds):
+        raise RequestError(
+            f"{classes} classes were given for {seeds} seeds", remedy="give one class, or one for each seed", param="classes"
+        )
 
 
 def _listed(classes: Classes) -> Sequence[int | str] | np.ndarray:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,7 @@ CORE = [
     Value("uni_instruct/evaluate/comparison.py", "no quantile", lambda _: student_quantile(1.0, 3),
           lambda remedy, _: [student_quantile(float(found(r"from (\S+) to", remedy)), 3), student_quantile(0.999, 3)]),
     Value("uni_instruct/evaluate/scores.py", "{} images are too few", lambda _: check_count(1), lambda remedy, _: check_count(int(found(r"least (\d+)", remedy))) is None),
+    Value("uni_instruct/evaluate/scores.py", "metrics {} are no list", lambda _: check_metrics("fd"), lambda remedy, _: check_metrics(literal_eval(found(r"such as (\[.*\])", remedy)))),
     Value("uni_instruct/evaluate/scores.py", "(check_metrics)", lambda _: check_metrics(["beauty"]), lambda remedy, _: check_metrics([first_choice(remedy)])),
     Value("export/targets.py", "target '{}' is unknown", lambda _: find_target("onnx-int8"), lambda remedy, _: find_target(first_choice(remedy))),
     Value("export/targets.py", "{} does not build for", lambda _: choose_targets(["tensorrt-rtx"], (), [12]),

@@ -206,8 +206,14 @@ def test_mixtures_of_names_and_ids_go_through_batches_and_padding(tiny_bundle: B
         assert found.dtype == (np.float32 if name == "share" else np.int64)
     assert mixture[:1].simplest().tolist() == [1]  # type: ignore[union-attr]
     assert mixture.simplest() is mixture
-    with pytest.raises(RequestError, match="class ids are int64 \\[5\\], not integers \\[4\\]"):
+    with pytest.raises(RequestError, match="5 classes were given for 4 seeds; give one class, or one for each seed"):
         input_batches(spec, range(4), mixture)
+
+
+def test_one_mixture_is_for_all_seeds_as_one_class_is(tiny_bundle: Bundle) -> None:
+    engine = open_engine(tiny_bundle, "torch")
+    one, each = mix_classes(engine.spec, "3", "8", 0.5), mix_classes(engine.spec, "3", "8", [0.5] * 3)
+    np.testing.assert_array_equal(generate_images(engine, [7, 8, 9], one), generate_images(engine, [7, 8, 9], each))
 
 
 @pytest.mark.parametrize("share", [[[0.5], [0.2, 0.3]], [[0.5, 0.2]], "half", [1.5], np.nan])

@@ -128,6 +128,14 @@ class Evaluator:
             if class_ids.dtype.kind not in "iu" or class_ids.ndim != 1:
                 problem = f"class ids are {class_ids.dtype} {list(class_ids.shape)}, not integers [N]"
                 raise RequestError(problem, remedy="give an id for each image", param="class_ids")
+            known = self.extractor.num_classes
+            outside = class_ids[(class_ids < 0) | (class_ids >= known)] if known else class_ids[:0]
+            if len(outside):
+                raise RequestError(
+                    f"class id {outside[0]} is outside 0..{known - 1}, the reference's",
+                    remedy="give ids in its numbering, or none",
+                    param="class_ids",
+                )
         features = self.extractor(checked_batches(batches, self.known_shape))
         if class_ids is not None and len(class_ids) != len(features):
             raise RequestError(

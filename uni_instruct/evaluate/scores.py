@@ -95,6 +95,8 @@ def check_count(count: int) -> None:
 
 def check_metrics(names: Sequence[str]) -> list[str]:
     """The names, once each. Raises RequestError for an unknown one, or none."""
+    if isinstance(names, str):  # whose letters would be taken for names
+        raise RequestError(f"metrics {names!r} are no list", remedy="give names in one, such as ['fd', 'pr']", param="metrics")
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         problem = f"metric '{unknown[0]}' is unknown" if unknown else "no metric was named"

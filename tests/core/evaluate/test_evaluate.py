@@ -340,6 +340,9 @@ def test_faulty_requests(digits: Dataset, evaluator: Evaluator) -> None:
     unlabelled = arrays_dataset(images, None)
     wrong = {
         "metric 'fid' is unknown; choose from fd, kd, pr": lambda: evaluator(images, metrics=["fid"]),
+        "metrics 'fd' are no list; give names in one": lambda: evaluator(images, metrics="fd"),
+        "class id 10 is outside 0..9": lambda: evaluator(images, np.arange(1, 11)),
+        "class id -1 is outside 0..9": lambda: evaluator(images, np.arange(-1, 9)),
         "no metric was named": lambda: evaluator(images, metrics=[]),
         "metric 'is' cannot be measured: it is defined by InceptionV3": lambda: evaluator(images, metrics=["is"]),
         "metric 'class_accuracy' cannot be .* which class": lambda: evaluator(images, metrics=["class_accuracy"]),
