@@ -212,7 +212,7 @@ SCORES = [
           lambda remedy, _: draw_classes(NAMED, range(4), said(remedy, "a data set that has them", open_dataset("digits")), "data")),
     Value(C, "data set '{}' has {} classes and {} images, too few for a classifier", lambda tmp: trained_classifier(unlabelled(tmp)),
           lambda remedy, _: trained_classifier(arrays_dataset(np.arange(64 * 64, dtype=np.uint8).reshape(64, 8, 8, 1), np.arange(64) % int(found(r"least (\d) classes", remedy)), 2))),
-    Value(C, "{} is not a classifier", lambda tmp: classified(tmp, b"cut"), lambda remedy, tmp: classified(tmp, said(remedy, "remove that file", None))),
+    Value("uni_instruct/evaluate/classifier_file.py", "{} is not a classifier", lambda tmp: classified(tmp, b"cut"), lambda remedy, tmp: classified(tmp, said(remedy, "remove that file", None))),
     Value(E, "(score_batches)", lambda _: scored(ids=["a"] * 64), lambda remedy, _: scored(ids=[0] * (64 if "an id for each" in remedy else 0))),
     Value(E, "class id {} is outside", lambda _: scored(ids=[10] * 64, extractor="classifier"), lambda remedy, _: scored(ids=[9] * (64 if "in its numbering" in remedy else 0), extractor="classifier")),
     Value(E, "{} class ids were given", lambda _: scored(ids=[0]), lambda remedy, _: scored(ids=[0] * (64 if "one for each image" in remedy else 0))),
