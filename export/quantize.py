@@ -87,11 +87,11 @@ def _calibrating_in_parts() -> Iterator[None]:
     from nncf.common.factory import EngineFactory
 
     create: Callable[[openvino.Model], Any] = EngineFactory.create
-    EngineFactory.create = staticmethod(lambda model: _InParts(create(model), model))  # type: ignore[method-assign]
+    EngineFactory.create = staticmethod(lambda model: _InParts(create(model), model))
     try:
         yield
     finally:
-        EngineFactory.create = staticmethod(create)  # type: ignore[method-assign]
+        EngineFactory.create = staticmethod(create)
 
 
 class _InParts:
