@@ -21,8 +21,6 @@ def half_precision_changes(original: Bundle, half: Bundle, shows: ProgressFactor
     from uni_instruct.networks.reference import reference_outputs
 
     spec = original.spec
-    if name := too_large(original.weights()):
-        return without_half(name)
     count = checked_images(spec, CHECKED_IMAGES)
     inputs = draw_inputs(spec, range(count), checked_classes(spec, count))
     labels = {"float32": original, "half precision": half}

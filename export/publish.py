@@ -153,8 +153,11 @@ def store(original: Bundle, folder: Path, shows: ProgressFactory = silent) -> tu
     from uni_instruct.networks.reference import make_reference
 
     spec, weights, decoder = original.spec, original.weights(), original.decoder_weights()
-    half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
-    rounding = half_precision_changes(original, half, shows)
+    if name := too_large(weights):
+        rounding = without_half(name)
+    else:
+        half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
+        rounding = half_precision_changes(original, half, shows)
     spec = _published_spec(original, asdict(rounding))
     reference = partial(make_reference, shows=shows)
     bundle = Bundle.write(folder, spec, weights, "", precision=rounding.precision, decoder=decoder, reference=reference)
