@@ -236,8 +236,9 @@ def export_engine(bundle: Bundle, engine_id: str, device: str | None = None, sho
     device: where it is verified, a GPU where it can use one unless told. A bundle of an older format is then brought up to
     date, with reference.npz beside the weights.
     Of several ways to build it, the fastest that agrees with something to spare is taken, or else the most exact one.
-    Raises RequestError for a teacher, MissingExtraError where a tool is missing, ParityError where the engine does not
-    agree with torch, DiskError where it cannot be written; in all of these the bundle stays as it was.
+    Raises RequestError for a teacher, MissingExtraError where a tool is missing, CompilationError where one fails,
+    ParityError where the engine does not agree with torch, DiskError where it cannot be written; in all of these the bundle
+    stays as it was.
     """
     check_exportable(bundle)
     target = find_target(engine_id)

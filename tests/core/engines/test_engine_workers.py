@@ -51,6 +51,7 @@ def test_a_worker_ends_with_a_process_that_was_killed() -> None:
     assert psutil.wait_procs(below, timeout=LIMIT_S)[1] == []
 
 
+@pytest.mark.slow
 def test_a_compiler_ends_with_a_process_that_was_killed(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
