@@ -165,7 +165,7 @@ class _Session:
         if not (folder / CONFIG).exists():
             raise RequestError(f"{folder} is gone, but its training is finished", remedy="train into another --out")
         log.info("%s: best after step %d: %s", name, best.step, best.scores)
-        return self._named(Bundle.open(folder), spec.name, best.scores)
+        return self._named(Bundle.open(folder), spec.name, best.scores or {})
 
     def _named(self, bundle: Bundle, name: str, scores: dict[str, float]) -> Bundle:
         """The bundle under the recipe's name, which may have changed since its weights were chosen."""
