@@ -10,7 +10,7 @@ from uni_instruct.bundle import WEIGHTS, Bundle
 from uni_instruct.engine import RUNTIMES
 from uni_instruct.engines.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
-from uni_instruct.errors import ParityError, RequestError, UniInstructError
+from uni_instruct.errors import CompilationError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
 from uni_instruct.processes import give_back_large_blocks
 from uni_instruct.progress import progress, silent
@@ -79,15 +79,16 @@ def export(
 
 def _build(
     opened: Bundle, targets: list[Target], device: str | None, as_json: bool
-) -> tuple[list[EngineRecord], list[ParityError]]:
+) -> tuple[list[EngineRecord], list[UniInstructError]]:
     """The engines that were admitted, and what the others failed of."""
     give_back_large_blocks()
     records: list[EngineRecord] = []
-    failures: list[ParityError] = []
+    failures: list[UniInstructError] = []
     for target in targets:
         try:
             records.append(export_engine(opened, str(target.engine_id), device, silent if as_json else progress))
-        except ParityError as error:  # the others may agree: what a processor rounds away is a matter of the precision
+        # The others may do: what a processor rounds away is a matter of the precision, and so are the tools that build it.
+        except (CompilationError, ParityError) as error:
             failures.append(error)
             continue
         if not as_json:

@@ -308,6 +308,27 @@ def test_a_missing_package_names_the_extra(target: Any, monkeypatch: pytest.Monk
         target.check_packages()
 
 
+def test_an_engine_whose_tools_fail_keeps_no_other_from_being_built(
+    unexported: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that quantizes finds no graph; the engine after it is built."""
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    from uni_instruct.export import openvino as builder
+    from uni_instruct.export.commands.export import _build
+
+    def without_its_graph(bundle: Bundle, precision: str, way: str, graph: Path, path: Path) -> None:
+        graph.unlink()
+        run_worker(bundle, precision, way, graph, path)
+
+    run_worker = builder._run_worker
+    monkeypatch.setattr(builder, "_run_worker", without_its_graph)
+    records, failures = _build(unexported, [TARGETS["openvino-int8"], TARGETS["openvino-fp32"]], None, True)
+    assert [record.engine_id for record in records] == ["openvino-fp32"]
+    assert [str(failure).partition(":")[0] for failure in failures] == ["engine openvino-int8 cannot be built here"]
+    assert [str(engine_id) for engine_id in unexported.engines()] == ["openvino-fp32"]
+
+
 def test_a_file_name_is_safe_whatever_the_generator_is_called(tiny_bundle: Bundle) -> None:
     names = {"../etc/passwd": "etc-passwd", "a b/c": "a-b-c", "...": "generator", "": "generator", "ümlaut": "mlaut"}
     for name, start in names.items():
