@@ -362,7 +362,7 @@ def test_workers_that_cannot_live_end_the_command(exported_bundle: Bundle, tmp_p
     """As where memory or disk is too small: the supervisor alone would start the next one for ever."""
     killed = "import os, sys\nif '_bentoml_impl.worker.service' in sys.orig_argv:\n    os.kill(os.getpid(), 7)\n"
     (tmp_path / "sitecustomize.py").write_text(killed)
-    running = start(exported_bundle, tmp_path, "--no-ui", "--workers", "2", PYTHONPATH=f"{tmp_path}:{os.environ['PYTHONPATH']}")
+    running = start(exported_bundle, tmp_path, "--no-ui", "--workers", "2", PYTHONPATH=str(tmp_path))
     try:
         assert running.process.wait(PATIENCE_S) == 1
         assert "error: workers end before they are ready, " in running.log.read_text()
