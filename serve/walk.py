@@ -223,11 +223,12 @@ def _check_animation(wanted: WalkRequest, spec: ModelSpec, frames: int) -> None:
     if side > MAX_ANIMATED_PIXELS:
         remedy = f"choose a scale of at most {max(1, MAX_ANIMATED_PIXELS * wanted.scale // side)}, or a smaller count"
         raise RequestError(f"the animation would be {side} pixels wide", remedy=remedy, param="scale")
-    pixels = frames * columns**2 * height * width
-    largest = math.isqrt(MOST_ANIMATED_PIXELS // pixels)
-    if wanted.scale > max(1, largest):
+    frame = columns**2 * height * width
+    largest = math.isqrt(MOST_ANIMATED_PIXELS // (frames * frame))
+    if wanted.scale > largest:
+        smaller = f"choose a scale of at most {largest}, or fewer frames"
         raise RequestError(
             f"{frames} frames of {side} pixels a side are too many",
-            remedy=f"choose a scale of at most {max(1, largest)}, or fewer frames",
+            remedy=smaller if largest else f"choose at most {MOST_ANIMATED_PIXELS // frame} frames and a scale of 1",
             param="scale",
         )

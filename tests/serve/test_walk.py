@@ -1,6 +1,7 @@
 """POST /v1/walk, /v1/compare and GET /v1/about on a real engine, in this process."""
 
 import base64
+import dataclasses
 import io
 import json
 import shutil
@@ -226,6 +227,11 @@ def test_an_animation_is_bounded_in_all_of_its_frames(digits: Bundle) -> None:
         ) as refused:
             resolve(frames + 1, scale, count) if scale == 64 else resolve(frames, scale + 1, count)
         assert refused.value.param == "scale"
+    # Of large images too many frames are refused at any scale.
+    large = dataclasses.replace(digits.spec, noise_shape=(1, 1024, 1024))
+    film = WalkRequest(seeds=[7, 8], frames=65, format="webp", animated=True)
+    with pytest.raises(RequestError, match="too many; choose at most 64 frames and a scale of 1"):
+        resolve_walk(film, large, 1024, mixes_classes=True)
 
 
 def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: Bundle, digits_teacher: Path) -> None:

@@ -11,7 +11,7 @@ class SelectionMetric(NamedTuple):
     printed: tuple[str, str]
 
 
-# For precision and recall all images of the reference are compared with each other, at every call: long for many.
+# torch-fidelity compares all images of the reference with each other for precision and recall, at every call: minutes for more.
 MOST_REFERENCE_FOR_PR = 10_000
 SELECTION_METRICS = {"FD": SelectionMetric("fd", ("FD(", "FID")), "KD": SelectionMetric("kd", ("KD(", "KID"))}
 
