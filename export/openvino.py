@@ -20,12 +20,12 @@ from uni_instruct.engines.workers import completed
 from uni_instruct.errors import CompilationError
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm
 from uni_instruct.export.graph import write_graph
-from uni_instruct.export.openvino_worker import EVERYTHING, KEPT
+from uni_instruct.export.openvino_worker import EVERYTHING, KEPT, SPARING
 from uni_instruct.export.quantize import check_installed, versions
 from uni_instruct.processes import give_back_freed_memory
 
 # Precision -> its ways, from the fastest to the most exact.
-WAYS = {"bf16": (EVERYTHING, *KEPT), "int8": (EVERYTHING, "convolutions in bf16")}
+WAYS = {"bf16": (EVERYTHING, *KEPT), "int8": (EVERYTHING, "convolutions in bf16", SPARING)}
 # Precision -> how the graph that its file is made of stores weights. Of int8 as they are: NNCF finds those of a convolution
 # only where nothing stands between them, as behind weights in half.
 _WEIGHTS = {"bf16": "rounded", "int8": "wide"}

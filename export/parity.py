@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.outputs import TOLERANCES, Tolerance, psnr_db, relative_l2
+from uni_instruct.engines.outputs import TOLERANCES, Tolerance, least_psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import ParityError
 from uni_instruct.export.checked_images import checked_classes, checked_images
@@ -155,7 +155,7 @@ def compare(
         mean_difference=max(float(np.abs(error).mean()) for error in errors.values()),
         equal_pixels=min(float((level == 0).mean()) for level in pixel_difference.values()),
         largest_pixel_difference=max(int(level.max()) for level in pixel_difference.values()),
-        psnr_db=min(psnr_db(results[f"images_{batch}"], pixels[: len(found[batch])]) for batch in tried),
+        psnr_db=least_psnr_db([results[f"images_{batch}"] for batch in tried], pixels),
         feature_shift=feature_shift(everything, denoised) if np.isfinite(everything).all() and len(seeds) > 1 else 0.0,
         worst_seed=seeds[int(per_image.argmax())],
         batch_invariant=all(np.array_equal(images, everything[: len(images)]) for images in found.values()),

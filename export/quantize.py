@@ -13,7 +13,7 @@ import openvino
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.graph import DENOISED, IMAGES, NOISE, graph_feeds
 from uni_instruct.errors import MissingExtraError
-from uni_instruct.export.mixed_precision import clamp_idly, rounded_convolutions
+from uni_instruct.export.mixed_precision import clamp_idly, convolutions, rounded_convolutions
 from uni_instruct.noise import class_ids_in_turn, draw_inputs
 
 # Calibration's images. A scale follows from the mean of the ranges of so many of them, and of a range's images so many are
@@ -35,8 +35,11 @@ def versions() -> dict[str, str]:
     return {PACKAGE: version(PACKAGE)}
 
 
-def quantized(model: openvino.Model, bundle: Bundle) -> openvino.Model:
-    """The graph with int8 in its large 3x3 convolutions, activations in the mixed preset. Raises MissingExtraError."""
+def quantized(model: openvino.Model, bundle: Bundle, spared: float = 0.0) -> openvino.Model:
+    """The graph with int8 in its large 3x3 convolutions, activations in the mixed preset. Raises MissingExtraError.
+
+    spared: the share of them, the first in the order of their work, that is left as it was.
+    """
     check_installed()
     import nncf
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
@@ -52,7 +55,7 @@ def quantized(model: openvino.Model, bundle: Bundle) -> openvino.Model:
             preset=nncf.QuantizationPreset.MIXED,
             target_device=nncf.TargetDevice.CPU,
             subset_size=CALIBRATED // BATCH,
-            ignored_scope=nncf.IgnoredScope(names=sorted(_left_out(model, bundle))),
+            ignored_scope=nncf.IgnoredScope(names=sorted(_left_out(model, bundle, spared))),
             advanced_parameters=more,
         )
     _keep_scales(made)
@@ -126,15 +129,15 @@ def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:
     yield from map(graph_feeds, inputs.parts(BATCH))
 
 
-def _left_out(model: openvino.Model, bundle: Bundle) -> set[str]:
-    """Every layer but the 3x3 convolutions that round well."""
-    chosen = rounded_convolutions(model, bundle, last_block=True)
+def _left_out(model: openvino.Model, bundle: Bundle, spared: float) -> set[str]:
+    """Every layer but the 3x3 convolutions that round well, and of these the first."""
+    rounded = rounded_convolutions(model, bundle, last_block=True)
+    names = [layer.get_friendly_name() for layer in convolutions(model) if _is_3x3(layer)]
+    chosen = [name for name in names if name in rounded]
+    chosen = chosen[round(spared * len(chosen)) :]
     passive = ("Constant", "Parameter", "Result")
-    return {
-        layer.get_friendly_name()
-        for layer in model.get_ordered_ops()
-        if layer.get_type_name() not in passive and not (layer.get_friendly_name() in chosen and _is_3x3(layer))
-    }
+    layers = (layer for layer in model.get_ordered_ops() if layer.get_type_name() not in passive)
+    return {layer.get_friendly_name() for layer in layers} - set(chosen)
 
 
 def _is_3x3(layer: openvino.Node) -> bool:
