@@ -5,14 +5,18 @@ A request that is complete costs nothing of it: there is one timer a connection,
 
 import asyncio
 import contextlib
+import json
 import logging
 import resource
 from collections import deque
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.deadlines import Deadlines
 from uni_instruct.serve.departures import CONNECTION
+from uni_instruct.serve.errors import SlowRequestError, TooManyConnectionsError, error_body, error_headers
 from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.settings import Settings
 
@@ -24,8 +28,6 @@ logger = logging.getLogger(__name__)
 # Files beside connections that a worker holds: sockets, logs, the bundle, the runtime's own.
 _OTHER_FILES = 128
 _FEWEST_FILES = 24
-_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-_TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
 
 
 def bound_connections(server: "uvicorn.Server", settings: Settings, metrics: ServerMetrics) -> None:
@@ -59,9 +61,21 @@ def _allowed_connections(wanted: int) -> int:
 def _bounded(protocol: type[Any], settings: Settings, limit: int, metrics: ServerMetrics) -> type[Any]:
     """Uvicorn's protocol, one object a connection, with the limits."""
     limits = {"receive_s": settings.receive_s, "limit": limit, "silent": {}}
+    limits |= {"too_slow": _refusal(SlowRequestError(settings.receive_s), settings)}
+    limits |= {"too_many": _refusal(TooManyConnectionsError(limit), settings)}
     limits |= {"refused": staticmethod(lambda status: metrics.count_answer("connection", status))}
     limits |= {"keep_alive_s": settings.keep_alive_s, "idle": Deadlines(lambda silent: silent.end())}
     return type("Bounded", (_Bounds, protocol), limits)
+
+
+def _refusal(error: UniInstructError, settings: Settings) -> bytes:
+    """A whole answer to a request that no app has seen. A page reads it where pages of all origins may: its own is not known."""
+    body = json.dumps(error_body(error)).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    headers |= error_headers(error) | ({"access-control-allow-origin": "*"} if "*" in settings.origins else {})
+    status = HTTPStatus(error.http_status)
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 class _Bounds:
@@ -70,6 +84,8 @@ class _Bounds:
     receive_s: float
     keep_alive_s: float
     limit: int
+    too_slow: bytes
+    too_many: bytes
     refused: Callable[[int], None]
     silent: dict[Any, None]
     idle: Deadlines[Any]
@@ -97,7 +113,7 @@ class _Bounds:
         self.access_log = self.access_log and self.access_logger.isEnabledFor(logging.INFO)
         if len(self.connections) > self.limit and not _make_room(self.silent):
             self.refused(503)
-            transport.write(_TOO_MANY)
+            transport.write(self.too_many)
             transport.close()
             return
         self.silent[self] = None
@@ -195,7 +211,7 @@ class _Bounds:
         if not self.transport.is_closing():
             if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
                 self.refused(408)
-                self.transport.write(_TOO_SLOW)
+                self.transport.write(self.too_slow)
             self.transport.close()
 
 

@@ -33,6 +33,15 @@ class MethodError(RequestError):
     http_status = 405
 
 
+class SlowRequestError(RequestError):
+    """The request did not arrive in time."""
+
+    http_status = 408
+
+    def __init__(self, receive_s: float):
+        super().__init__(f"the request did not arrive in {receive_s:g} s", remedy="send it again, all of it at once")
+
+
 class BodyTooLargeError(RequestError):
     """The body is larger than the server reads."""
 
@@ -72,6 +81,15 @@ class StoppingError(NotReadyError):
         super().__init__("the server is stopping", remedy="try again in a second, or another one")
 
 
+class TooManyConnectionsError(NotReadyError):
+    """Every connection that the server allows has a request under way."""
+
+    code = "too_many_connections"
+
+    def __init__(self, limit: int):
+        super().__init__(f"all of the server's {limit} connections are in use", remedy="try again in a second")
+
+
 class TimedOutError(UniInstructError):
     """The images were not made in time."""
 
@@ -87,6 +105,7 @@ _OPENAI_ERRORS = {
     401: ("authentication_error", "invalid_api_key"),
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
     413: ("invalid_request_error", "body_too_large"),
     415: ("invalid_request_error", "unsupported_encoding"),
     429: ("rate_limit_error", "queue_full"),

@@ -54,6 +54,11 @@ RULES = (
         path=r"state_dict_adapter\.py",
         problem="^filter ",
     ),
+    Rule(
+        "followed by tests/serve/test_connections.py",
+        path=r"^serve/errors\.py",
+        problem="did not arrive in|connections are in use",
+    ),
     Rule("followed for every key by tests/train/test_recipe_faults.py", path=r"^train/(config|recipe_keys|recipe_file)\.py"),
     Rule("followed by tests/train/test_recipe_changes.py", path=r"^train/(recipe_changes|same_data)\.py"),
     Rule("each advice is followed by tests/train/test_recipe_changes.py", path=r"monitoring/nonfinite\.py"),

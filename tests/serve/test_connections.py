@@ -1,6 +1,8 @@
 """What stands before uvicorn's protocol: connections that idle are closed, those in use are not, and requests may queue."""
 
 import asyncio
+import functools
+import json
 from typing import Any
 
 import pytest
@@ -104,3 +106,61 @@ def test_requests_that_come_together_are_answered_one_after_the_other() -> None:
         listening.close()
 
     asyncio.run(work())
+
+
+async def answer_when(free: asyncio.Event, scope: Scope, receive: Receive, send: Send) -> None:
+    await free.wait()
+    await answer(scope, receive, send)
+
+
+def test_who_is_too_slow_is_told_what_helps() -> None:
+    async def work() -> None:
+        listening, reader, writer = await connected(server_with(receive_s=0.2, keep_alive_s=0.2, cors_origins="*"))
+        writer.write(REQUEST[:20])
+        error = refusal(await reader.read(), 408)
+        assert error["message"] == "the request did not arrive in 0.2 s; send it again, all of it at once"
+        assert error["code"] == "request_timeout"
+        writer.close()
+        again = await asyncio.open_connection("127.0.0.1", listening.sockets[0].getsockname()[1])
+        again[1].write(REQUEST)
+        assert b"200 OK" in await again[0].read()
+        listening.close()
+
+    asyncio.run(work())
+
+
+def test_who_finds_no_connection_is_told_what_helps() -> None:
+    async def work() -> None:
+        free = asyncio.Event()
+        server = server_with(functools.partial(answer_when, free), connections=1, keep_alive_s=0.2, cors_origins="*")
+        listening, reader, writer = await connected(server)
+        writer.write(REQUEST)
+        while not server.server_state.tasks:
+            await asyncio.sleep(0.01)
+        address = ("127.0.0.1", listening.sockets[0].getsockname()[1])
+        refused, leaving = await asyncio.open_connection(*address)
+        answered = await refused.read()
+        error = refusal(answered, 503)
+        assert error["message"] == "all of the server's 1 connections are in use; try again in a second"
+        assert error["code"] == "too_many_connections"
+        assert b"\r\nRetry-After: 1\r\n" in answered
+        free.set()
+        assert b"200 OK" in await reader.read()
+        again = await asyncio.open_connection(*address)
+        again[1].write(REQUEST)
+        assert b"200 OK" in await again[0].read()
+        for one in (writer, leaving, again[1]):
+            one.close()
+        listening.close()
+
+    asyncio.run(work())
+
+
+def refusal(answered: bytes, status: int) -> dict[str, Any]:
+    """The error in a whole answer, which a page of any origin may read."""
+    head, _, body = answered.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"\r\naccess-control-allow-origin: *" in head
+    assert b"\r\ncontent-type: application/json" in head
+    assert f"\r\ncontent-length: {len(body)}\r\n".encode() in head
+    return dict(json.loads(body)["error"])
