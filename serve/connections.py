@@ -69,7 +69,7 @@ def _bounded(protocol: type[Any], settings: Settings, limit: int, metrics: Serve
 
 
 def _refusal(error: UniInstructError, settings: Settings) -> bytes:
-    """A whole answer to a request that no app has seen. A page reads it where pages of all origins may: its own is not known."""
+    """A whole answer to a request that no app has seen. A page of another origin reads it only where all of them may."""
     body = json.dumps(error_body(error)).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
     headers |= error_headers(error) | ({"access-control-allow-origin": "*"} if "*" in settings.origins else {})
