@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uni_instruct.errors import UniInstructError
 
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-# What the counts of two workers take, with all that they may grow by.
+# A worker has a file of counts for each kind of metric, named as prometheus-client has it, and far larger than counts grow to.
+_KINDS = ("counter", "gauge_livesum", "histogram")
 _ROOM_BYTES = 1 << 20
 
 # From one small image on a warm engine to the default timeout.
@@ -148,9 +149,7 @@ def use_own_folder() -> None:
     # Another user's would not be ours to write to.
     elsewhere = Path(tempfile.gettempdir()) / f"uni-instruct-metrics-{os.getuid()}"
     servers = _first_with_room([Path(shared).parent / "uni-instruct-metrics", elsewhere])
-    folder = servers / _server_name(os.getppid())
-    folder.mkdir(exist_ok=True)
-    os.environ[_FOLDER] = str(folder)
+    os.environ[_FOLDER] = str(servers / _server_name(os.getppid()))
     # Of this very host: web-1's are not those of web.
     ours = re.compile(rf"{re.escape(socket.gethostname())}-([0-9]+)-[0-9]+")
     for other in servers.iterdir():
@@ -164,9 +163,7 @@ def _first_with_room(folders: list[Path]) -> Path:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as trial:
-                # The counts are files mapped into memory: where the disk is full, writing to one kills the process.
-                os.posix_fallocate(trial.fileno(), 0, _ROOM_BYTES)
+            _claim_room(folder / _server_name(os.getppid()))
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror}")
         else:
@@ -175,6 +172,24 @@ def _first_with_room(folders: list[Path]) -> Path:
         f"several workers cannot add up their metrics: {'; '.join(reasons)}",
         remedy="free space there, set BENTOML_HOME to a folder that can be written, or serve with --workers 1",
     )
+
+
+def _claim_room(folder: Path) -> None:
+    """Makes this worker's files of counts at their full size, for prometheus-client to find.
+
+    They are mapped into memory, and its own have holes: where the disk is full by the time that one is written to, the kernel
+    kills the process. Raises OSError, and leaves nothing, where there is no room now.
+    """
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{kind}_{os.getpid()}.db" for kind in _KINDS]
+    try:
+        for path in files:
+            with path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, _ROOM_BYTES)
+    except OSError:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _server_name(supervisor: int) -> str:

@@ -319,6 +319,25 @@ def test_metrics_have_a_folder_of_their_own_also_where_bentomls_cannot_be_writte
         use_own_folder()
 
 
+def test_a_disk_that_gets_full_later_kills_no_worker(tmp_path: Path) -> None:
+    """Counts are written into files mapped into memory, where a hole on a full disk is a SIGBUS. No file has any."""
+    script = """
+import os, pathlib
+from uni_instruct.serve.metrics import ServerMetrics, use_own_folder
+use_own_folder()
+metrics = ServerMetrics()
+metrics.of_model("digits").images.inc()
+metrics.count_answer("/v1/generate", 200)
+for file in pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).iterdir():
+    print(file.stem.rpartition("_")[0], file.stat().st_size, 512 * file.stat().st_blocks)
+"""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "home" / "prometheus_multiproc_dir")}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    files = {kind: (int(size), int(taken)) for kind, size, taken in map(str.split, ran.stdout.splitlines())}
+    assert files.keys() == {"counter", "gauge_livesum", "histogram"}
+    assert all(taken >= size >= 1 << 20 for size, taken in files.values())
+
+
 @pytest.mark.parametrize(("command", "seconds"), [("import bentoml_cli.serve", LOOK_EVERY_S), ("pass", 10)])
 def test_bentomls_supervisor_looks_for_dead_workers_every_second(command: str, seconds: float) -> None:
     """By itself it does every 10 s, and no setting changes that. The service is loaded before what makes the supervisor."""
