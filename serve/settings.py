@@ -16,6 +16,8 @@ PREFIX = "UNI_INSTRUCT_"
 
 # A day, and a million: what is larger is taken for a slip of the keys.
 _MOST_S, _MOST = 86_400.0, 1_000_000
+# Where the server has paths below: as a proxy's prefix it could not be told whether the proxy has cut it off.
+_OWN_FOLDERS = ("/v1", "/v1/about", "/v1/images", "/v1/models", "/ui", "/static_content")
 _NO_NUMBER = {"least": 0, "most": _MOST, "or_zero": False}
 
 
@@ -85,6 +87,8 @@ class Settings:
             raise wrong_setting("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
         if self.path_prefix is not None and not (self.path_prefix.startswith("/") and len(self.path_prefix.strip("/"))):
             raise wrong_setting("path_prefix", self.path_prefix, "give a path, such as /images")
+        if self.prefix in _OWN_FOLDERS:
+            raise wrong_setting("path_prefix", self.path_prefix, "the server has paths below it; give another, such as /images")
         # Read here, so that a bad key is found before anything is started.
         _ = self.keys
 

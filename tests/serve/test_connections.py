@@ -132,28 +132,32 @@ def test_who_is_too_slow_is_told_what_helps() -> None:
 def test_who_finds_no_connection_is_told_what_helps() -> None:
     async def work() -> None:
         free = asyncio.Event()
-        server = server_with(functools.partial(answer_when, free), connections=1, keep_alive_s=0.2, cors_origins="*")
-        listening, reader, writer = await connected(server)
-        writer.write(REQUEST)
-        while not server.server_state.tasks:
-            await asyncio.sleep(0.01)
+        server = server_with(functools.partial(answer_when, free), connections=4, keep_alive_s=0.2, cors_origins="*")
+        listening, *first = await connected(server)
         address = ("127.0.0.1", listening.sockets[0].getsockname()[1])
+        under_way = [tuple(first), *[await asyncio.open_connection(*address) for _ in range(3)]]
+        for _, writer in under_way:
+            writer.write(REQUEST)
+        while len(server.server_state.tasks) < 4:
+            await asyncio.sleep(0.01)
         refused, leaving = await asyncio.open_connection(*address)
         answered = await refused.read()
         error = refusal(answered, 503)
-        assert error["message"] == "all of the server's 1 connections are in use; try again in a second"
+        assert error["message"] == "all of the server's 4 connections are in use; try again in a second"
         assert error["code"] == "too_many_connections"
         assert b"\r\nRetry-After: 1\r\n" in answered
         free.set()
-        assert b"200 OK" in await reader.read()
+        for reader, _ in under_way:
+            assert b"200 OK" in await reader.read()
         again = await asyncio.open_connection(*address)
         again[1].write(REQUEST)
         assert b"200 OK" in await again[0].read()
-        for one in (writer, leaving, again[1]):
-            one.close()
+        for _, writer in (*under_way, again):
+            writer.close()
+        leaving.close()
         listening.close()
 
-    asyncio.run(work())
+    asyncio.run(asyncio.wait_for(work(), 60))
 
 
 def refusal(answered: bytes, status: int) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import os
 from typing import Any
 
 import pytest
+from starlette.routing import Mount
 
 from builders.serving import app_of, client_of, run
 from uni_instruct.bundle import Bundle
+from uni_instruct.errors import RequestError
 from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.middleware import Guards, put_guards_first
 from uni_instruct.serve.settings import Settings
@@ -168,3 +170,16 @@ def test_bentomls_timers_are_gone_and_the_guards_come_first() -> None:
     put_guards_first(app, tracing=False)
     assert [middleware.cls for middleware in app.user_middleware] == [GZipMiddleware]
     assert isinstance(app.middleware_stack, Guards)
+
+
+def test_no_path_of_its_own_can_be_a_proxys_prefix(tiny_bundle: Bundle) -> None:
+    """Of /v1/models nobody could say whether /v1 was the proxy's or is the server's."""
+    folders = set()
+    for route in app_of(tiny_bundle, ui=True).routes:
+        parts = (f"{route.path}/files" if isinstance(route, Mount) else route.path).strip("/").split("/")  # type: ignore[attr-defined]
+        folders |= {"/".join(["", *parts[:count]]) for count in range(1, len(parts)) if "{" not in parts[count - 1]}
+    assert {"/v1", "/ui", "/static_content"} <= folders
+    for folder in folders:
+        with pytest.raises(RequestError, match=f"UNI_INSTRUCT_PATH_PREFIX is {folder}/; the server has paths below it"):
+            Settings(path_prefix=f"{folder}/")
+    assert Settings(path_prefix="/v1/apps").prefix == "/v1/apps"
