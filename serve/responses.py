@@ -17,7 +17,7 @@ from uni_instruct.images import encode, grid
 from uni_instruct.mixture import ClassIds
 from uni_instruct.noise import NoisePoint
 from uni_instruct.serve.batcher import Generated
-from uni_instruct.serve.errors import error_body, error_headers
+from uni_instruct.serve.errors import TimedOutError, error_body, error_headers
 from uni_instruct.serve.schema import Job, shown_seed
 from uni_instruct.serve.served_model import ServedModel
 from uni_instruct.spec import ModelSpec
@@ -72,6 +72,7 @@ async def generate_encoded(
 
     class_ids: int64 [N] or mixtures, None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
     """
+    ends = asyncio.get_running_loop().time() + served.settings.timeout_s
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     start = time.perf_counter()
     images = generated.images
@@ -80,11 +81,24 @@ async def generate_encoded(
         files = encoder(images)
     else:
         # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
-        files = await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, images)
+        files = await _encoded_in_thread(served, encoder, images, ends)
     encode_ms = 1e3 * (time.perf_counter() - start)
     stage_ms = {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms}
     served.metrics.note_stages(stage_ms)
     return EncodedImages(files, stage_ms)
+
+
+async def _encoded_in_thread(
+    served: ServedModel, encoder: Callable[[np.ndarray], list[bytes]], images: np.ndarray, ends: float
+) -> list[bytes]:
+    """Raises TimedOutError where it is not done by then, in the event loop's time: others may be before it."""
+    try:
+        async with asyncio.timeout_at(ends):
+            return await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, images)
+    except TimeoutError:
+        served.metrics.dropped["timeout"].inc(len(images))
+        problem = f"{len(images)} images were made, but not encoded in {served.settings.timeout_s:g} s"
+        raise TimedOutError(problem, remedy="ask for fewer, for smaller ones, or try later") from None
 
 
 def error_response(error: UniInstructError) -> JSONResponse:

@@ -21,7 +21,7 @@ from uni_instruct.engine import Engine, open_engine
 from uni_instruct.engines.record import RECORD
 from uni_instruct.files import sha256
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.serve import served_model
+from uni_instruct.serve import models, served_model
 from uni_instruct.serve.app import create_app
 from uni_instruct.serve.settings import Settings
 
@@ -143,6 +143,28 @@ def test_a_full_queue_is_429_and_slowness_504(tiny_bundle: Bundle, held: Held) -
             )
             assert await metric(client, "uni_instruct_queue_images") == 0
             held.released.set()
+
+    run(work())
+
+
+def test_who_waits_too_long_for_an_encoder_is_told(tiny_bundle: Bundle) -> None:
+    """A request has one time limit for all of it; pictures of others may stand before its own."""
+
+    async def work() -> None:
+        app, free = app_of(tiny_bundle, timeout_s=0.5), threading.Event()
+        grid = {"seeds": list(range(9)), "format": "webp"}
+        async with client_of(app) as client:
+            busy = [app.state.models.encoders.submit(free.wait) for _ in range(models._ENCODER_THREADS)]
+            late = await client.post("/v1/generate", json=grid)
+            assert late.status_code == 504
+            expected = "9 images were made, but not encoded in 0.5 s; ask for fewer, for smaller ones, or try later"
+            assert late.json()["error"]["message"] == expected
+            assert await metric(client, 'uni_instruct_dropped_images_total{model="tiny",reason="timeout"}') == 9
+            # A small picture needs none of them, and the same request is answered once they are free.
+            assert (await client.post("/v1/generate", json={"seeds": [7]})).status_code == 200
+            free.set()
+            assert all(one.result() for one in busy)
+            assert (await client.post("/v1/generate", json=grid)).status_code == 200
 
     run(work())
 
