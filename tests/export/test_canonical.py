@@ -12,7 +12,7 @@ from uni_instruct.export.canonical import MOST_TABLED_CLASSES, CanonicalOneStep
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm, NormFactory
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import ClassLabels, Denoiser, MixedClasses
-from uni_instruct.networks.one_step import OneStep
+from uni_instruct.networks.one_step import OneStep, load_one_step
 from uni_instruct.spec import ModelSpec
 
 TOLERANCE = 1e-5  # relative L2, as engines are admitted by
@@ -85,3 +85,14 @@ def original(denoiser: Denoiser, sigma_init: float, z: Tensor, class_ids: ClassL
 
 def distance(found: Tensor, truth: Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
+
+
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    """So that the same weights give the same file, whoever exports them."""
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(CanonicalOneStep(load_one_step(Bundle.open("emoji")), FourDimensionalNorm).state_dict())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
