@@ -161,7 +161,7 @@ def _summary(bundle: Bundle, record: EngineRecord) -> str:
             f"{bundle.engine_folder(record.id) / record.file}{f' ({record.way})' if record.way else ''}",
             f"  agrees with torch on {parity['images']} images of fresh seeds, batches {list(parity['batches'])}:",
             f"  relative L2 {parity['relative_l2']:.1e} (allowed {parity['tolerance']['relative_l2']:.0e}), "
-            f"equal pixels {parity['equal_pixels']:.3%}, largest difference {parity['largest_pixel_difference']} level",
+            f"equal pixels {parity['equal_pixels']:.3%}, largest difference {parity['largest_pixel_difference']} of 255 levels",
             f"  same image whatever the batch size: {'yes' if parity['batch_invariant'] else 'no'}; "
             f"{parity['latency_ms'][str(smallest)]:.1f} ms for {smallest} image, "
             f"{parity['latency_ms'][str(largest)]:.1f} ms for {largest}",

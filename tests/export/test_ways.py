@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.outputs import TOLERANCES, Tolerance
+from uni_instruct.engines.outputs import TOLERANCES, Outputs, Tolerance, agreement, to_uint8
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import ParityError, RequestError
 from uni_instruct.export.parity import MARGIN, verify
@@ -23,6 +23,23 @@ def test_a_tolerance_is_tightened_in_its_own_unit() -> None:
     assert tight.psnr_db == pytest.approx(50 + 10 * np.log10(4))
     assert TOLERANCES["fp32"].tightened(MARGIN).pixel_difference == 0
     assert TOLERANCES["fp32"].tightened(MARGIN).psnr_db == 0
+
+
+def test_a_psnr_is_judged_over_all_images() -> None:
+    """One image that is harder than the others refuses no engine, though a batch of its own is tried; a bad batch does."""
+    truth = np.random.default_rng(0).uniform(-0.5, 0.5, (64, 1, 8, 8)).astype(np.float32)
+    levels = np.ones((64, 1, 1, 1))
+    levels[0] = 5
+    images = truth + np.where(np.indices(truth.shape).sum(0) % 2, 1, -1) * (levels / 127.5).astype(np.float32)
+    whole, hard = (Outputs(to_uint8(made), made) for made in (images, images[:1]))
+    found = agreement([hard, whole], truth)
+    assert found.psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt((63 + 25) / 64)), abs=0.05)
+    assert agreement([hard], truth[:1]).psnr_db < 35
+    assert not found.problem(TOLERANCES["int8"])
+    spoilt = Outputs(np.zeros_like(hard.pixels), np.full_like(hard.images, -1))
+    assert "relative L2" in agreement([spoilt, whole], truth).problem(TOLERANCES["int8"])
+    off_by_five = Outputs(to_uint8(truth + 5 / 127.5), truth)
+    assert "PSNR of 34.2 dB" in agreement([off_by_five], truth).problem(TOLERANCES["int8"])
 
 
 @pytest.mark.slow
