@@ -29,12 +29,12 @@ def test_a_psnr_is_judged_over_all_images() -> None:
     """One image that is harder than the others refuses no engine, though a batch of its own is tried; a bad batch does."""
     truth = np.random.default_rng(0).uniform(-0.5, 0.5, (64, 1, 8, 8)).astype(np.float32)
     levels = np.ones((64, 1, 1, 1))
-    levels[0] = 5
+    levels[0] = 2
     images = truth + np.where(np.indices(truth.shape).sum(0) % 2, 1, -1) * (levels / 127.5).astype(np.float32)
     whole, hard = (Outputs(to_uint8(made), made) for made in (images, images[:1]))
     found = agreement([hard, whole], truth)
-    assert found.psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt((63 + 25) / 64)), abs=0.05)
-    assert agreement([hard], truth[:1]).psnr_db < 35
+    assert found.psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt((63 + 4) / 64)), abs=0.05)
+    assert agreement([hard], truth[:1]).psnr_db < 43
     assert not found.problem(TOLERANCES["int8"])
     spoilt = Outputs(np.zeros_like(hard.pixels), np.full_like(hard.images, -1))
     assert "relative L2" in agreement([spoilt, whole], truth).problem(TOLERANCES["int8"])

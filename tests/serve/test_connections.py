@@ -1,7 +1,6 @@
 """What stands before uvicorn's protocol: connections that idle are closed, those in use are not, and requests may queue."""
 
 import asyncio
-import functools
 import json
 from typing import Any
 
@@ -108,11 +107,6 @@ def test_requests_that_come_together_are_answered_one_after_the_other() -> None:
     asyncio.run(work())
 
 
-async def answer_when(free: asyncio.Event, scope: Scope, receive: Receive, send: Send) -> None:
-    await free.wait()
-    await answer(scope, receive, send)
-
-
 def test_who_is_too_slow_is_told_what_helps() -> None:
     async def work() -> None:
         listening, reader, writer = await connected(server_with(receive_s=0.2, keep_alive_s=0.2, cors_origins="*"))
@@ -132,7 +126,12 @@ def test_who_is_too_slow_is_told_what_helps() -> None:
 def test_who_finds_no_connection_is_told_what_helps() -> None:
     async def work() -> None:
         free = asyncio.Event()
-        server = server_with(functools.partial(answer_when, free), connections=4, keep_alive_s=0.2, cors_origins="*")
+
+        async def answer_when_free(scope: Scope, receive: Receive, send: Send) -> None:
+            await free.wait()
+            await answer(scope, receive, send)
+
+        server = server_with(answer_when_free, connections=4, keep_alive_s=0.2, cors_origins="*")
         listening, *first = await connected(server)
         address = ("127.0.0.1", listening.sockets[0].getsockname()[1])
         under_way = [tuple(first), *[await asyncio.open_connection(*address) for _ in range(3)]]
