@@ -112,8 +112,6 @@ REQUESTS = [
             walk(seeds=[1, 2], frames=2, animated=True)("give", lambda remedy: json.loads(f"{{{found('give (.*)', remedy)}}}"))),
     Request(W, "the animation would be", ("POST", WALK, {"seeds": [1], "count": 16, "scale": 64, "animated": True, "format": "webp"}),
             walk(seeds=[1], count=16, animated=True, format="webp")("scale", lambda remedy: {"scale": int(found(r"most (\d+)", remedy))})),
-    Request(W, "{} frames of {} pixels a side", ("POST", WALK, {"seeds": [1, 2], "frames": 257, "scale": 64, "animated": True, "format": "webp"}),
-            walk(seeds=[1, 2], frames=257, animated=True, format="webp")("scale", lambda remedy: {"scale": int(found(r"most (\d+)", remedy))})),
 ]  # fmt: skip
 
 # What the demo asks, of a server that has one.

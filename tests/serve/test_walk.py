@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import AsyncIterator
@@ -227,11 +228,15 @@ def test_an_animation_is_bounded_in_all_of_its_frames(digits: Bundle) -> None:
         ) as refused:
             resolve(frames + 1, scale, count) if scale == 64 else resolve(frames, scale + 1, count)
         assert refused.value.param == "scale"
+        advised = re.search(r"a scale of at most (\d+)", str(refused.value))
+        assert advised is not None
+        resolve(frames + (scale == 64), int(advised[1]), count)
     # Of large images too many frames are refused at any scale.
     large = dataclasses.replace(digits.spec, noise_shape=(1, 1024, 1024))
-    film = WalkRequest(seeds=[7, 8], frames=65, format="webp", animated=True)
+    film, advised_film = (WalkRequest(seeds=[7, 8], frames=n, scale=1, format="webp", animated=True) for n in (65, 64))
     with pytest.raises(RequestError, match="too many; choose at most 64 frames and a scale of 1"):
         resolve_walk(film, large, 1024, mixes_classes=True)
+    resolve_walk(advised_film, large, 1024, mixes_classes=True)
 
 
 def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: Bundle, digits_teacher: Path) -> None:
