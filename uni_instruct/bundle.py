@@ -14,7 +14,7 @@ import numpy as np
 
 from uni_instruct.engines.record import RECORD, EngineId, StoredEngine, id_of_folder
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.files import atomic_file, atomic_folder, sha256
+from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
 from uni_instruct.reference import REFERENCE, Reference
 from uni_instruct.spec import ModelSpec
@@ -266,7 +266,7 @@ def _config_text(spec: ModelSpec, weights_sha256: str) -> str:
 def _read_config(path: Path) -> _Config:
     try:
         config: _Config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         raise BundleError(f"{path} is not JSON: {error}", remedy="copy the whole folder again") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or "weights_sha256" not in config:
