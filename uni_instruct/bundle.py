@@ -94,6 +94,12 @@ class Bundle:
                 made.write(partial / REFERENCE)
         return cls(path, spec, digest)
 
+    def weights_bytes(self) -> int:
+        """The size of the file of weights. Raises BundleError where it has gone since the bundle was opened."""
+        if not (self.path / WEIGHTS).is_file():
+            raise _gone(self.path / WEIGHTS)
+        return (self.path / WEIGHTS).stat().st_size
+
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name, as in EDM: float32, whatever the file stores."""
         return read_weights(self.path / WEIGHTS)
@@ -246,9 +252,13 @@ def _identity(weights_sha256: str, spec: ModelSpec) -> str:
 
 def _check_hash(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise BundleError(f"{path.parent} has no {path.name}", remedy="copy the whole folder again")
+        raise _gone(path)
     if sha256(path) != expected:
         raise BundleError(f"{path} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again")
+
+
+def _gone(path: Path) -> BundleError:
+    return BundleError(f"{path.parent} has no {path.name}", remedy="copy the whole folder again")
 
 
 class _Config(TypedDict):

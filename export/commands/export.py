@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import rich_click as click
 
-from uni_instruct.bundle import WEIGHTS, Bundle
+from uni_instruct.bundle import Bundle
 from uni_instruct.engine import RUNTIMES
 from uni_instruct.engines.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
@@ -146,7 +146,7 @@ def plan(bundle: Bundle, target: Target, device: str | None = None) -> ExportPla
     return {
         "engine_id": str(target.engine_id),
         "path": str(bundle.engine_folder(target.engine_id) / target.file_name(bundle)),
-        "about_bytes": (bundle.path / WEIGHTS).stat().st_size,
+        "about_bytes": bundle.weights_bytes(),
         "replaces": target.engine_id in bundle.engines(),
         "weights_sha256": bundle.weights_sha256,
     }

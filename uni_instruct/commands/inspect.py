@@ -11,7 +11,7 @@ from typing import TypedDict, cast
 import numpy as np
 import rich_click as click
 
-from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, is_run, shipped_generators
+from uni_instruct.bundle import Bundle, is_bundle, is_run, shipped_generators
 from uni_instruct.commands.inspect_checkpoint import Row, checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
 from uni_instruct.engine import StandingFacts, engine_standing
@@ -129,7 +129,7 @@ def bundle_facts(bundle: Bundle) -> BundleFacts:
         "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),
         "tensors": len(weights),
         "weights_precision": bundle.stored_precision(),
-        "weights_bytes": (bundle.path / WEIGHTS).stat().st_size,
+        "weights_bytes": bundle.weights_bytes(),
         "weights_sha256": bundle.weights_sha256,
         "engines": [_engine_facts(bundle, stored) for stored in bundle.engines().values()],
     }
