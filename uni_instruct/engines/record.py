@@ -205,7 +205,9 @@ def _is_report(parity: Any) -> bool:
         return isinstance(parity, dict)
     if not isinstance(parity, dict) or not isinstance(parity.get("latency_ms"), dict):
         return False
-    numbers = [parity.get(key) for key in ("images", "relative_l2", "equal_pixels")] + [*parity["latency_ms"].values()]
+    numbers: list[Any] = [parity.get(key) for key in ("images", "relative_l2", "equal_pixels")] + [
+        *parity["latency_ms"].values()
+    ]
     counts = all(str(batch).isdecimal() for batch in parity["latency_ms"])
     told = isinstance(parity.get("batch_invariant"), bool) and isinstance(parity.get("machine"), str)
     return told and counts and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)

@@ -208,13 +208,13 @@ def test_a_damaged_engine_is_one_line_and_never_runs(
     assert os.listdir(tmp_path) == ["bundle"]
 
 
-@pytest.mark.parametrize("value", [None, "text", [], {}, float("inf"), float("nan"), True])
+@pytest.mark.parametrize("value", [None, "text", [], float("nan"), True])
 @pytest.mark.parametrize("key", ["images", "relative_l2", "equal_pixels", "batch_invariant", "machine", "latency_ms"])
-def test_a_report_that_was_edited_is_told_and_the_export_mends_it(
+def test_a_report_that_was_edited_is_told_with_the_export_that_mends_it(
     key: str, value: object, exported: Bundle, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     good = exported.engines()[ONNX].record().parity
-    if type(good[key]) is type(value):  # type: ignore[literal-required]
+    if type(good[key]) is type(value) is not float:  # type: ignore[literal-required]
         value = 7
     edit_record(parity={**good, key: value})(exported.engine_folder(ONNX))
     code, output, errors = cli("inspect", exported.path)
