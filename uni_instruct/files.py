@@ -135,7 +135,10 @@ def _filling(partial: Path, path: Path) -> Iterator[None]:
 def _remove_abandoned(path: Path) -> None:
     """Removes the folders that killed processes have left half filled beside `path`: nobody holds their locks."""
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
-    for left in [entry.path for entry in os.scandir(path.parent) if name.fullmatch(entry.name) and entry.is_dir()]:
+    found: list[Path] = []
+    with suppress(OSError):  # a folder that may be written, and not be read
+        found = [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name) and entry.is_dir()]
+    for left in found:
         with suppress(OSError):
             file = os.open(left, os.O_RDONLY)
             try:
