@@ -14,9 +14,10 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, least_psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
-from uni_instruct.errors import ParityError
+from uni_instruct.errors import DiskError, ParityError
 from uni_instruct.export.checked_images import checked_classes, checked_images
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
+from uni_instruct.files import disk_errors
 from uni_instruct.mixture import ClassMixture
 from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.processes import ending_with, give_back_freed_memory
@@ -113,8 +114,11 @@ def batches(spec: ModelSpec) -> tuple[int, ...]:
 def run_worker(
     bundle: Bundle, engine_id: EngineId, folder: Path, z: np.ndarray, class_ids: ClassMixture | None, device: str | None = None
 ) -> dict[str, np.ndarray]:
-    """What `parity_worker` writes: images, denoised and latency for each batch size. Raises ParityError where it fails."""
-    with tempfile.TemporaryDirectory() as scratch:
+    """What `parity_worker` writes: images, denoised and latency for each batch size.
+
+    Raises ParityError where it fails, DiskError where there is no room for temporary files.
+    """
+    with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         labels = {} if class_ids is None else class_ids.arrays()
         np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(batches(bundle.spec)), **labels)
@@ -124,6 +128,8 @@ def run_worker(
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, preexec_fn=ends)
         if done.returncode:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            if done.returncode == DiskError.exit_code:
+                raise DiskError(reason.partition(";")[0], remedy="free space, or set TMPDIR to a folder that has it")
             raise ParityError(f"the {engine_id} engine does not run: {reason}", remedy="it was discarded")
         with np.load(outputs) as data:
             return dict(data)

@@ -17,7 +17,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, EngineId, load_engine
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.threads import usable_cpus
-from uni_instruct.errors import UniInstructError
+from uni_instruct.errors import DiskError, UniInstructError
+from uni_instruct.files import disk_errors
 from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.processes import give_back_large_blocks
 
@@ -50,7 +51,8 @@ def main(bundle_path: str, folder: str, engine_id: str, device: str, inputs: str
         results[f"latency_ms_{batch}"] = np.array(_latency_ms(engine, list(times_ms), *calls[0]))
     machine = f"{platform.machine()}, {usable_cpus()} CPU threads, {engine.device}"
     results["machine"] = np.array(machine)
-    np.savez(outputs, allow_pickle=False, **results)
+    with disk_errors(Path(outputs)):
+        np.savez(outputs, allow_pickle=False, **results)
 
 
 def _timed(engine: Engine, noise: np.ndarray, class_ids: ClassIds | None) -> tuple[Outputs, float]:
@@ -70,5 +72,8 @@ if __name__ == "__main__":
     give_back_large_blocks()
     try:
         main(*sys.argv[1:])
+    except DiskError as error:  # no fault of the engine's
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     except UniInstructError as error:
         sys.exit(str(error))

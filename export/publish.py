@@ -17,7 +17,7 @@ from uni_instruct.export.card import Rounding, published_card, teacher_weights
 from uni_instruct.export.checked_images import checked_classes, checked_images
 from uni_instruct.export.half_precision import half_precision_changes, rounding_of, too_large, without_half
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
-from uni_instruct.files import atomic_file, atomic_folder
+from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder
 from uni_instruct.generate import by_class, generate_batches, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.progress import ProgressFactory, silent
@@ -192,7 +192,7 @@ def read_scores(path: Path) -> EvaluationResult:
         for score in facts["scores"].values():
             {name: float(value) for name, value in score["values"].items()}
         required = (facts["scores"]["generator"]["weights_sha256"], facts["reference"]["name"], facts["seeds"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} holds no scores of a generator", remedy=remedy, param="scores") from error
     if not all(isinstance(value, str) for value in required):
         raise FileFormatError(f"{path} does not say what was scored", remedy=remedy, param="scores")

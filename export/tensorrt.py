@@ -17,6 +17,7 @@ from uni_instruct.engines.tensorrt import PACKAGES, last_error, logger
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.export.capabilities import ANYWHERE, BATCH_PROFILE
 from uni_instruct.export.graph import write_graph
+from uni_instruct.files import disk_errors
 
 if TYPE_CHECKING:
     import types
@@ -50,7 +51,7 @@ def build(bundle: Bundle, path: Path, precision: str, *, runtime: str, sm: int) 
 @lru_cache(maxsize=1)
 def _graph(bundle: Path, weights_sha256: str, precision: str) -> tuple[bytes, tuple[tuple[str, str], ...]]:
     """The ONNX graph of a bundle with those weights, and the versions of the tools."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         file = Path(scratch, "graph.onnx")
         versions = write_graph(Bundle.open(bundle), file, copy.deepcopy, precision=precision, opset=OPSET, bytes_last=True)
         return file.read_bytes(), tuple(versions.items())

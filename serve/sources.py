@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uni_instruct.bundle import CONFIG, default_generator, shipped_generators
 from uni_instruct.errors import RequestError
+from uni_instruct.files import JSON_ERRORS
 from uni_instruct.hub import is_on_hub
 
 # 'small=runs/small/generator': a name of one's own before the source.
@@ -61,7 +62,7 @@ def _own_name(source: str) -> str:
     if not is_on_hub(source):
         try:
             return str(json.loads((path / CONFIG).read_text())["name"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *JSON_ERRORS, KeyError, TypeError):
             pass  # loading it will say what is wrong; until then it needs something to be called
     return path.name.partition("@")[0]
 

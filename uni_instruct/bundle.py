@@ -14,7 +14,7 @@ import numpy as np
 
 from uni_instruct.engines.record import RECORD, EngineId, StoredEngine, id_of_folder
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.files import atomic_file, atomic_folder, sha256
+from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
 from uni_instruct.reference import REFERENCE, Reference
 from uni_instruct.spec import ModelSpec
@@ -93,6 +93,12 @@ class Bundle:
             if reference is not None and (made := reference(cls(partial, spec, digest))):
                 made.write(partial / REFERENCE)
         return cls(path, spec, digest)
+
+    def weights_bytes(self) -> int:
+        """The size of the file of weights. Raises BundleError where it has gone since the bundle was opened."""
+        if not (self.path / WEIGHTS).is_file():
+            raise _gone(self.path / WEIGHTS)
+        return (self.path / WEIGHTS).stat().st_size
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by name, as in EDM: float32, whatever the file stores."""
@@ -246,9 +252,13 @@ def _identity(weights_sha256: str, spec: ModelSpec) -> str:
 
 def _check_hash(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise BundleError(f"{path.parent} has no {path.name}", remedy="copy the whole folder again")
+        raise _gone(path)
     if sha256(path) != expected:
         raise BundleError(f"{path} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again")
+
+
+def _gone(path: Path) -> BundleError:
+    return BundleError(f"{path.parent} has no {path.name}", remedy="copy the whole folder again")
 
 
 class _Config(TypedDict):
@@ -266,7 +276,7 @@ def _config_text(spec: ModelSpec, weights_sha256: str) -> str:
 def _read_config(path: Path) -> _Config:
     try:
         config: _Config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         raise BundleError(f"{path} is not JSON: {error}", remedy="copy the whole folder again") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or "weights_sha256" not in config:

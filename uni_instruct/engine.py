@@ -119,7 +119,7 @@ def load_engine(
     """
     engine_id = stored if isinstance(stored, EngineId) else stored.engine_id
     runtime = RUNTIMES[engine_id.runtime]
-    device = runtime.device_for(engine_id, checked_device(device) if device else None)
+    device = runtime.device_for(engine_id, checked_device(device) if device is not None else None)
     Threads.here(spin).before_torch()
     engine_class = runtime.load_class()
     if isinstance(stored, EngineId):
@@ -147,7 +147,7 @@ def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: 
     Raises RequestError for an unknown engine or device, one that was not exported or does not run there, MissingExtraError
     without its package, EngineRefusedError where none can be trusted here, BundleError where files of the bundle are damaged.
     """
-    device = checked_device(device) if device else None
+    device = checked_device(device) if device is not None else None
     candidates = _candidates(bundle, wanted, device)
     if candidates == [TORCH]:
         place = _torch().device_for(TORCH, device)
@@ -176,18 +176,27 @@ def engine_standing(bundle: Bundle, engine_id: EngineId) -> Standing:
     return _standing(bundle, engine_id, None, noted) if engine_id.runtime in RUNTIMES else Standing(engine_id, "unknown")
 
 
-def standings(bundle: Bundle, wanted: Sequence[str], device: str | None, bar: Progress) -> list[Standing]:
-    """How the wanted engines (ids or runtimes, all without a word) stand here, after their trials; bar advances by 1 for each.
+def wanted_engines(bundle: Bundle, wanted: Sequence[str], device: str | None) -> list[EngineId]:
+    """The engines of the bundle that are meant by ids or runtimes, all that no word is needed for without one, in their order.
 
-    The wanted device must be there; what cannot run on it is 'absent'. Raises RequestError for an unknown engine or device.
+    Raises RequestError for an unknown engine, or a device that is not there.
     """
-    device = checked_device(device) if device else None
+    device = checked_device(device) if device is not None else None
+    if not wanted:
+        return available_engines(bundle)
     chosen = {engine_id for word in wanted for engine_id in _candidates(bundle, word, device)}
-    found = []
-    for engine_id in (*available_engines(bundle), *(_only_asked_for(bundle) if wanted else ())):
-        if not wanted or engine_id in chosen:
-            found.append(_torch_alone(device) if engine_id == TORCH else _stand(bundle, engine_id, device))
-            bar.advance(1, str(engine_id))
+    return [engine_id for engine_id in (*available_engines(bundle), *_only_asked_for(bundle)) if engine_id in chosen]
+
+
+def standings(bundle: Bundle, engines: Sequence[EngineId], device: str | None, bar: Progress) -> list[Standing]:
+    """How these engines of the bundle stand here, after their trials; bar advances by 1 for each.
+
+    What cannot run on the device is 'absent'. Raises RequestError where the device is not there.
+    """
+    device, found = checked_device(device) if device is not None else None, []
+    for engine_id in engines:
+        found.append(_torch_alone(device) if engine_id == TORCH else _stand(bundle, engine_id, device))
+        bar.advance(1, str(engine_id))
     return found
 
 
@@ -217,7 +226,8 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | Non
         # A teacher is not exported, so that what it has is all that it can have.
         there = f"choose one of {', '.join(map(str, (*present, *_only_asked_for(bundle))))}"
         alone = others or bundle.spec.steps > 1
-        remedy = there if alone else f"uni-instruct export {quote(str(bundle.path))} --to {runtime}"
+        wish = f"--to {runtime}" if str(wanted) in RUNTIMES else engine_id.export_options()
+        remedy = there if alone else f"uni-instruct export {quote(str(bundle.path))} {wish}"
         raise RequestError(f"bundle {bundle.path} has no {wanted} engine", remedy=remedy, param="engine")
     return fitting
 

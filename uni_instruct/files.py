@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from uni_instruct.errors import DiskError, RequestError
 
+# What json raises of text that is none, or nests deeper than Python reads.
+JSON_ERRORS = (ValueError, RecursionError)
 _UNWRITABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -60,16 +63,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, beside the real one; it takes the place of what was there on success, is removed on failure."""
+    """An empty folder to fill, beside the real one; it takes the place of what was there on success, is removed on failure.
+
+    What a process that was killed has left there is removed by the next one.
+    """
     partial, old = _partial(path), path.with_name(f".{path.name}.{os.getpid()}.old")
     with disk_errors(path):
         make_folder(path.parent, path)
+        _remove_abandoned(path)
         try:
-            make_folder(partial, path)
-            yield partial
-            if path.exists():
-                os.replace(path, old)
-            os.replace(partial, path)
+            with _filling(partial, path):
+                yield partial
+                if path.exists():
+                    os.replace(path, old)
+                os.replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if old.exists() and not path.exists():
@@ -105,6 +112,40 @@ def make_folder(folder: Path, wanted: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # what the kernel says of /proc/x: nothing can be made there
         raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="write elsewhere") from error
+
+
+@contextmanager
+def _filling(partial: Path, path: Path) -> Iterator[None]:
+    """Within the block the empty folder is there and locked, by which it is told from one that a killed process has left."""
+    while True:
+        make_folder(partial, path)
+        with suppress(FileNotFoundError):  # another process took it for abandoned before it was locked
+            file = os.open(partial, os.O_RDONLY)
+            try_lock(file, wait=True)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), partial.stat()):
+                    break
+            os.close(file)
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the folders that killed processes have left half filled beside `path`: nobody holds their locks."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
+    found: list[Path] = []
+    with suppress(OSError):  # a folder that may be written, and not be read
+        found = [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name) and entry.is_dir()]
+    for left in found:
+        with suppress(OSError):
+            file = os.open(left, os.O_RDONLY)
+            try:
+                if try_lock(file):
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(file)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # glibc's malloc.h: parameters of mallopt.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
@@ -67,6 +69,26 @@ def give_back_freed_memory() -> None:
     if trim is not None:
         gc.collect()
         trim(0)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Within the block SIGTERM, which schedulers send, ends it as Ctrl-C does: with what it has half written removed.
+
+    In another thread than the first, which signals do not reach, this does nothing.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def ending_with(parent: int) -> Callable[[], None]:

@@ -1,6 +1,5 @@
 """reference.npz: seeds of a bundle and torch's images of them. Engines on any machine are held against them, without torch."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -13,6 +12,8 @@ from uni_instruct.spec import ModelSpec
 
 REFERENCE = "reference.npz"
 REFERENCE_IMAGES = 16
+# What an npz begins with.
+_ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +44,9 @@ class Reference:
         """The reference of a model of those weights. Raises BundleError where the file is damaged or of anything else."""
         remedy = f"'uni-instruct export {quote(str(path.parent))} --to onnx' writes it anew"
         try:
+            with path.open("rb") as file:
+                if file.read(len(_ZIP)) != _ZIP:  # NumPy would take it for a pickle, and say how to run it
+                    raise ValueError("it is no npz file")
             with np.load(path, allow_pickle=False) as data:
                 found = cls(
                     seeds=data["seeds"],
@@ -50,7 +54,7 @@ class Reference:
                     images=data["images"],
                     weights_sha256=str(data["weights_sha256"]),
                 )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # the parsers of zip and npy fail in any way that code can, for want of memory too
             raise BundleError(f"{path} cannot be read: {' '.join(str(error).split())[:100]}", remedy=remedy) from error
         if found.weights_sha256 != weights_sha256:
             raise BundleError(f"{path} is of other weights than those beside it", remedy=remedy)

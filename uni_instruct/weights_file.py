@@ -39,7 +39,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="numpy"):  # which checks the header, and that the file is as long as it says
             pass
         return {name: array.astype(np.float32, copy=False) for name, array in _read_arrays(path)}
-    except (SafetensorError, TypeError) as error:
+    except (SafetensorError, FileNotFoundError, TypeError) as error:
         raise BundleError(f"{path} cannot be read: {error}", remedy=_DAMAGED) from error
 
 

@@ -6,13 +6,13 @@ from typing import TypedDict
 
 import rich_click as click
 
-from uni_instruct.bundle import WEIGHTS, Bundle
+from uni_instruct.bundle import Bundle
 from uni_instruct.engine import RUNTIMES
 from uni_instruct.engines.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import CompilationError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
-from uni_instruct.processes import give_back_large_blocks
+from uni_instruct.processes import give_back_large_blocks, terminated_as_interrupted
 from uni_instruct.progress import progress, silent
 
 
@@ -62,8 +62,7 @@ def export(
     targets = choose_targets(runtimes, precisions, _sms(sms_text, runtimes))
     if ALL in runtimes:
         targets = [target for target in targets if _can_be_built(target)]
-        if not any(target.sms for target in targets):
-            click.echo("leaving out what is built for one kind of GPU: there is none here; --sm says for which", err=True)
+        _say_what_is_for_gpus(targets, precisions)
     plans = [plan(opened, target, device) for target in targets]
     if dry_run:
         print(json.dumps(plans, indent=2) if as_json else "\n".join(_plan_text(p) for p in plans))
@@ -86,7 +85,8 @@ def _build(
     failures: list[UniInstructError] = []
     for target in targets:
         try:
-            records.append(export_engine(opened, str(target.engine_id), device, silent if as_json else progress))
+            with terminated_as_interrupted():
+                records.append(export_engine(opened, str(target.engine_id), device, silent if as_json else progress))
         # The others may do: what a processor rounds away is a matter of the precision, and so are the tools that build it.
         except (CompilationError, ParityError) as error:
             failures.append(error)
@@ -106,6 +106,16 @@ def _sms(text: str | None, runtimes: tuple[str, ...]) -> list[int]:
     if not all(part.isdecimal() and len(part) <= 3 for part in parts):
         raise RequestError(f"--sm '{text[:60]}' cannot be read", remedy="write it as 89, or 80,86,89", param="sm")
     return list(dict.fromkeys(map(int, parts)))
+
+
+def _say_what_is_for_gpus(targets: list[Target], precisions: tuple[str, ...]) -> None:
+    """What `choose_targets` has left out on a machine without a GPU, and how it is built all the same."""
+    for row in TARGETS.values():
+        if row.only_with_gpu and not precisions and row.engine_id not in {target.engine_id for target in targets}:
+            precision = row.engine_id.precision
+            click.echo(f"leaving out {row.engine_id}: it is for GPUs; --precision {precision} builds it here too", err=True)
+    if not any(target.sms for target in targets):
+        click.echo("leaving out what is built for one kind of GPU: there is none here; --sm says for which", err=True)
 
 
 def _can_be_built(target: Target) -> bool:
@@ -131,12 +141,12 @@ class ExportPlan(TypedDict):
 def plan(bundle: Bundle, target: Target, device: str | None = None) -> ExportPlan:
     """What an export would write. Raises MissingExtraError where a tool is missing, RequestError where the device is."""
     target.check_machine()
-    if device:
+    if device is not None:
         RUNTIMES[target.engine_id.runtime].device_for(target.engine_id, checked_device(device))
     return {
         "engine_id": str(target.engine_id),
         "path": str(bundle.engine_folder(target.engine_id) / target.file_name(bundle)),
-        "about_bytes": (bundle.path / WEIGHTS).stat().st_size,
+        "about_bytes": bundle.weights_bytes(),
         "replaces": target.engine_id in bundle.engines(),
         "weights_sha256": bundle.weights_sha256,
     }

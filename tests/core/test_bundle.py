@@ -217,6 +217,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         with_weights(lambda p: save_file({"a": torch.zeros(1)}, p)),
         "do not fit its network",
     ),
+    "config nested too deeply": (lambda folder: (folder / CONFIG).write_text("[" * 200_000), "config.json is not JSON"),
     "config truncated": (truncate(CONFIG, 0.5), "config.json is not JSON"),
     "config empty": (truncate(CONFIG, 0), "config.json is not JSON"),
     "config binary": (lambda folder: (folder / CONFIG).write_bytes(bytes(range(256))), "config.json is not JSON"),
@@ -261,3 +262,11 @@ def test_a_damaged_bundle_is_one_line_and_leaves_no_output(
 def test_an_undamaged_copy_works(tiny_bundle: Bundle, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
     assert open_engine(tmp_path / "bundle").id == TORCH
+
+
+def test_weights_that_go_while_a_command_runs_are_one_line(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+    shutil.rmtree(bundle.path)
+    for read in (bundle.weights, bundle.weights_bytes, bundle.stored_precision):
+        with pytest.raises(BundleError, match="copy the whole folder again"):
+            read()

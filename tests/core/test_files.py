@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,30 @@ def test_a_folder_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> N
         (partial / "b").write_text("new")
     assert os.listdir(path) == ["b"]
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_fills_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    fill = "from uni_instruct.files import atomic_folder\nfrom pathlib import Path\nimport sys\n"
+    fill += "with atomic_folder(Path(sys.argv[1])) as p:\n (p / 'a').touch(); print(p.name, flush=True); sys.stdin.read()"
+    command, pipes = [sys.executable, "-c", fill, str(path)], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as killed, subprocess.Popen(command, text=True, **pipes) as other:
+        left, filled = (process.stdout.readline().strip() for process in (killed, other))
+        killed.kill()
+        killed.wait()
+        assert sorted(os.listdir(tmp_path)) == sorted([left, filled])
+        # In containers a process often has the number of the one before it.
+        (tmp_path / f".folder.{os.getpid()}.tmp").mkdir()
+        (tmp_path / f".folder.{os.getpid()}.tmp" / "foreign").touch()
+        (tmp_path / ".folder.x.7.tmp").mkdir()
+        with atomic_folder(path) as partial:
+            assert os.listdir(partial) == []
+            (partial / "b").touch()
+        assert sorted(os.listdir(tmp_path)) == sorted(["folder", filled, ".folder.x.7.tmp"])
+        other.communicate("")
+    assert other.returncode == 0
+    assert os.listdir(path) == ["a"]
+    assert sorted(os.listdir(tmp_path)) == [".folder.x.7.tmp", "folder"]
 
 
 def test_of_two_that_make_a_folder_once_the_first_s_stays(tmp_path: Path) -> None:

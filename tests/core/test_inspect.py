@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from builders.bundles import ONNX
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.reference import REFERENCE
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -87,6 +89,23 @@ def test_an_engine_that_cannot_be_used_is_named_with_the_reason(exported_bundle:
     (folder / RECORD).write_text("{}")
     (engine,) = json.loads(cli("inspect", bundle.path, "--json")[1])["engines"]
     assert "does not describe an engine" in engine["error"]
+
+
+def test_a_damaged_reference_is_an_error_of_every_engine(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
+    bundle = Bundle.open(shutil.copytree(exported_bundle.path, tmp_path / "bundle"))
+    (bundle.path / REFERENCE).write_bytes(b"cut")
+    code, text, errors = cli("inspect", bundle.path)
+    assert (code, errors) == (0, "")
+    assert "engine onnx-fp32: cannot be used: " in text
+    assert "reference.npz cannot be read: it is no npz file" in text
+
+
+def test_what_a_bundle_says_of_itself_moves_no_cursor(tiny_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
+    spec = replace(tiny_bundle.spec, licence="\x1b[2J\ngenerator: another")
+    bundle = Bundle.write(tmp_path / "bundle", spec, tiny_bundle.weights(), "")
+    code, text, _ = cli("inspect", bundle.path)
+    assert code == 0
+    assert "licence: \\x1b[2J\\ngenerator: another\n" in text
 
 
 def test_a_data_set_is_counted(tmp_path: Path, cli: Cli) -> None:

@@ -1,7 +1,9 @@
 """reference.npz: torch's images of the stored weights, written whoever writes the bundle, and nothing else taken for it."""
 
 import json
+import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,20 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def mark(path: Path, place: int, value: int) -> None:
+    """Writes a byte into the zip's own table, in the entry of the first array."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + place] = value
+    path.write_bytes(content)
+
+
+def claim(path: Path, shape: str) -> None:
+    """An array whose header gives that shape."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("seeds.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
 def rewrite(**changes: object) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         with np.load(path) as data:
@@ -80,7 +96,12 @@ def rewrite(**changes: object) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "cannot be read"),
-    "no npz": (lambda path: path.write_bytes(b"nothing"), "cannot be read"),
+    "no npz": (lambda path: path.write_bytes(b"nothing"), "cannot be read: it is no npz file$"),
+    "first byte": (lambda path: path.write_bytes(b"Q" + path.read_bytes()[1:]), "cannot be read: it is no npz file$"),
+    "encrypted": (lambda path: mark(path, 8, 1), "cannot be read"),
+    "packed in an unknown way": (lambda path: mark(path, 10, 99), "cannot be read"),
+    "more than any memory": (lambda path: claim(path, "(10 ** 15,)"), "cannot be read"),
+    "header cut": (lambda path: claim(path, "((("), "cannot be read"),
     "objects": (rewrite(images=np.array([{}], dtype=object)), "cannot be read"),
     "other weights": (rewrite(weights_sha256=np.array("0" * 64)), "is of other weights"),
     "other shape": (rewrite(images=np.zeros((16, 3, 8, 8), np.float32)), "does not hold images of generator 'tiny'"),
@@ -96,8 +117,9 @@ def test_a_damaged_one_is_told_and_written_anew(damage: str, bundle: Bundle) -> 
     inflict, message = DAMAGE[damage]
     whole = (bundle.path / REFERENCE).read_bytes()
     inflict(bundle.path / REFERENCE)
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError) as caught:
         bundle.reference()
+    assert re.search(message, caught.value.problem)
     bundle.bring_up_to_date(make_reference)
     assert (bundle.path / REFERENCE).read_bytes() == whole
 

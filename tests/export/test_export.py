@@ -4,6 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +27,7 @@ from uni_instruct.engines.onnxruntime import OnnxEngine
 from uni_instruct.engines.outputs import TOLERANCES
 from uni_instruct.engines.record import EngineRecord
 from uni_instruct.engines.torch import TorchEngine
-from uni_instruct.errors import MissingExtraError, ParityError, RequestError
+from uni_instruct.errors import DiskError, MissingExtraError, ParityError, RequestError
 from uni_instruct.export import graph, parity
 from uni_instruct.export import onnxruntime as onnxruntime_target
 from uni_instruct.export.targets import TARGETS, export_engine
@@ -394,3 +399,42 @@ def test_a_heavy_network_is_tried_with_classes_from_first_to_last() -> None:
     _, all_classes = parity.fresh_inputs(light, "0" * 64)
     assert all_classes is not None
     assert set(all_classes.class_ids.tolist()) == set(range(1000))
+
+
+@pytest.mark.parametrize("taken", [36_000, 60_000], ids=["room for the noise alone", "no room"])
+def test_no_room_for_temporary_files_is_no_fault_of_the_engine(
+    taken: int, exported_bundle: Bundle, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small_disk / "full").write_bytes(bytes(taken))
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    record = exported_bundle.engines()[ONNX].record()
+    seeds, class_ids = parity.fresh_inputs(exported_bundle.spec, record.file_sha256)
+    z = noise(seeds, exported_bundle.spec.noise_shape)
+    with pytest.raises(DiskError, match=r"^cannot write \S+: No space left on device; free space, or "):
+        parity.run_worker(exported_bundle, ONNX, exported_bundle.engine_folder(ONNX), z, class_ids)
+    assert os.listdir(small_disk) == ["full"]
+
+
+def test_a_scheduler_that_ends_an_export_finds_nothing_half_written(unexported: Bundle) -> None:
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "uni_instruct",
+        "export",
+        str(unexported.path),
+        "--to",
+        "onnx",
+        "--precision",
+        "fp32",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        engines = unexported.path / "engines"
+        while process.poll() is None and not (engines.is_dir() and os.listdir(engines)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate()[1]
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "error: interrupted; run the same command again to go on"
+    assert not engines.exists()

@@ -86,6 +86,11 @@ def test_all_says_what_it_leaves_out_for_want_of_a_gpu(tiny_bundle: Bundle, cli:
     assert code == 0
     assert "tensorrt" not in output
     assert "leaving out what is built for one kind of GPU: there is none here; --sm says for which" in error
+    assert "leaving out onnx-fp16: it is for GPUs; --precision fp16 builds it here too" in error
+    assert "onnx-fp16" not in output
+    output = cli("export", tiny_bundle.path, "--to", "all", "--precision", "fp16", "--dry-run")[1]
+    assert "would build" in output
+    assert "onnx-fp16" in output
 
 
 @without_gpu

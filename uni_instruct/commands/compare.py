@@ -24,6 +24,7 @@ from uni_instruct.evaluate.comparison import (
 )
 from uni_instruct.evaluate.result import EvaluationResult, RoleScores
 from uni_instruct.evaluate.scores import MIN_SAMPLES, metric_key
+from uni_instruct.files import JSON_ERRORS
 
 # Sets of seeds of a bundle: the least that have a spread worth the name.
 SETS = 3
@@ -146,7 +147,7 @@ def _read(name: str) -> _Result:
         )
     try:
         return _Result(name, json.loads(Path(name).read_text()))
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise _no_result(name) from error
 
 

@@ -11,13 +11,14 @@ from typing import TypedDict, cast
 import numpy as np
 import rich_click as click
 
-from uni_instruct.bundle import WEIGHTS, Bundle, is_bundle, is_run, shipped_generators
+from uni_instruct.bundle import Bundle, is_bundle, is_run, shipped_generators
 from uni_instruct.commands.inspect_checkpoint import Row, checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
 from uni_instruct.engine import StandingFacts, engine_standing
 from uni_instruct.engines.record import ParityReport, StoredEngine
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.hub import fetch, names_file
+from uni_instruct.printable import printable
 
 CLASSES_SHOWN = 20
 
@@ -128,7 +129,7 @@ def bundle_facts(bundle: Bundle) -> BundleFacts:
         "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),
         "tensors": len(weights),
         "weights_precision": bundle.stored_precision(),
-        "weights_bytes": (bundle.path / WEIGHTS).stat().st_size,
+        "weights_bytes": bundle.weights_bytes(),
         "weights_sha256": bundle.weights_sha256,
         "engines": [_engine_facts(bundle, stored) for stored in bundle.engines().values()],
     }
@@ -201,6 +202,7 @@ def data_rows(facts: DataFacts) -> list[Row]:
 def _engine_facts(bundle: Bundle, stored: StoredEngine) -> EngineFacts:
     try:
         size = stored.file().stat().st_size
+        bundle.reference()  # damaged, it is an error of every engine's first use
     except BundleError as error:
         return {"engine_id": str(stored.engine_id), "error": str(error)}
     here = engine_standing(bundle, stored.engine_id).facts()
@@ -264,7 +266,7 @@ def _text(value: object) -> str:
 def _show(rows: list[Row]) -> None:
     """A table on a terminal, lines elsewhere."""
     if not sys.stdout.isatty():
-        print("\n".join(f"{name}: {text}" for name, text in rows))
+        print("\n".join(f"{name}: {printable(text)}" for name, text in rows))
         return
     from rich.console import Console
     from rich.markup import escape
@@ -274,5 +276,5 @@ def _show(rows: list[Row]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(f"[bold]{escape(name)}", escape(text))
+        table.add_row(f"[bold]{escape(name)}", escape(printable(text)))
     Console().print(table)

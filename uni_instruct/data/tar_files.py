@@ -19,6 +19,7 @@ from uni_instruct.data.image_files import decode, is_image_file
 from uni_instruct.data.storage import UNREADABLE, is_dropping, naturally_sorted, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
 from uni_instruct.file_type import FileType, file_type
+from uni_instruct.files import JSON_ERRORS
 
 # What `generate` writes beside its tars, and how it is known from other files of that name.
 MANIFEST, LIBRARY = "manifest.json", "uni-instruct"
@@ -185,7 +186,7 @@ def _manifest(path: Path) -> TarManifest:
         return {}
     try:
         found: TarManifest = json.loads(file.read_text())
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise FileFormatError(f"{file} is damaged: {reason_of(error)}", remedy="copy it again") from error
     if not isinstance(found, dict) or found.get("library") != LIBRARY:
         return {}

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import TORCH, Engine, Standing, load_engine, note_speeds, refusal, select_engine, standings
+from uni_instruct.engine import (
+    TORCH,
+    Engine,
+    Standing,
+    load_engine,
+    note_speeds,
+    refusal,
+    select_engine,
+    standings,
+    wanted_engines,
+)
 from uni_instruct.engines.measure import Contender, Seconds, Spread, ratio, take_turns, turns
 from uni_instruct.engines.peak import Convolutions, convolutions
 from uni_instruct.engines.runtime import RUNTIMES
@@ -119,8 +129,9 @@ def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
 
 def _prepare(plan: BenchmarkPlan, progress: ProgressFactory) -> tuple[list[Standing], list[_Entry], dict[str, Convolutions]]:
     """Tries, opens and warms up; a bar shows it."""
-    with progress("try engines", len(plan.engines) or len(plan.bundle.engines()) + 1, "engines") as bar:
-        found = standings(plan.bundle, plan.engines, plan.device, bar)
+    wanted = wanted_engines(plan.bundle, plan.engines, plan.device)
+    with progress("try engines", len(wanted), "engines") as bar:
+        found = standings(plan.bundle, wanted, plan.device, bar)
     trusted = [standing for standing in found if standing.state == "trusted"]
     if not trusted:
         raise refusal(found)

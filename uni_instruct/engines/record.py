@@ -1,6 +1,7 @@
 """Which engine an exported file is (EngineId), and what it was built from and how well it agrees with torch (engine.json)."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -9,7 +10,7 @@ from shlex import quote
 from typing import Any, TypedDict
 
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.files import sha256
+from uni_instruct.files import JSON_ERRORS, sha256
 
 RECORD = "engine.json"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -18,6 +19,9 @@ COMPILED = "compiled"
 _ID = re.compile(rf"(?P<runtime>[a-z][a-z0-9-]*?)-(?P<precision>{'|'.join(PRECISIONS)})(?:-(?P<target>[a-z0-9]+))?")
 # Format 1 knew one engine a runtime, in a folder of its name, and other words in its report.
 _FORMER_FOLDERS = {"onnx": "onnx-fp32"}
+# The most bytes of an engine.json that are read: it has about two thousand.
+_LARGEST_RECORD = 1 << 20
+_LONGEST_NAME = 255
 _FORMER_WORDS = {"largest_level_difference": "largest_pixel_difference", "levels": "pixel_difference"}
 
 
@@ -47,6 +51,11 @@ class EngineId:
 
     def __str__(self) -> str:
         return "-".join(part for part in (self.runtime, self.precision, self.target) if part)
+
+    def export_options(self) -> str:
+        """What `uni-instruct export BUNDLE` is told to build it and nothing else."""
+        of_gpu = f" --sm {self.target[2:]}" if re.fullmatch(r"sm\d+", self.target) else ""
+        return f"--to {self.runtime} --precision {self.precision}{of_gpu}"
 
 
 class ParityTolerance(TypedDict):
@@ -98,6 +107,8 @@ class EngineRecord:
         """The record of an engine's folder. Raises BundleError where it is missing or is not one."""
         path = folder / RECORD
         try:
+            if path.stat().st_size > _LARGEST_RECORD:
+                raise ValueError(path)
             values = _as_format_2(json.loads(path.read_text()))
             # Engines that run any batch have no profile; those of earlier versions have neither that nor a way.
             values = {"way": "", **values, "batch_profile": tuple(values.get("batch_profile", ()))}
@@ -105,17 +116,18 @@ class EngineRecord:
             EngineId.parse(record.engine_id)
         except FileNotFoundError as error:
             raise BundleError(f"{folder} has no {RECORD}", remedy="export the engine again") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RequestError) as error:
+        except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError, RequestError) as error:
             raise BundleError(f"{path} does not describe an engine", remedy="export the engine again") from error
-        if not isinstance(record.file, str) or Path(record.file).name != record.file:
-            raise BundleError(f"{path} names the file {record.file!r}", remedy="export the engine again")
-        if (
-            not isinstance(record.parity, dict)
-            or not isinstance(record.versions, dict)
-            or not _is_profile(record.batch_profile)
-        ):
+        if not _is_file_name(record.file):
+            raise BundleError(f"{path} names the file {repr(record.file)[:60]}", remedy="export the engine again")
+        if not record.is_whole():
             raise BundleError(f"{path} does not describe an engine", remedy="export the engine again")
         return record
+
+    def is_whole(self) -> bool:
+        """Whether what was read is of the right types, the report's numbers among them."""
+        texts = (self.file_sha256, self.weights_sha256, self.way, *_texts_of(self.versions))
+        return all(isinstance(text, str) for text in texts) and _is_report(self.parity) and _is_profile(self.batch_profile)
 
     def write(self, folder: Path) -> None:
         """Writes engine.json into the engine's folder."""
@@ -136,7 +148,10 @@ class StoredEngine:
 
     def record(self) -> EngineRecord:
         """What engine.json says. Raises BundleError where it is damaged, or describes another engine or other weights."""
-        record = EngineRecord.read(self.folder)
+        try:
+            record = EngineRecord.read(self.folder)
+        except BundleError as error:
+            raise BundleError(error.problem, remedy=self.export_again()) from error
         if record.id != self.engine_id:
             raise BundleError(f"{self.folder / RECORD} describes {record.engine_id}", remedy=self.export_again())
         if record.weights_sha256 != self.weights_sha256:
@@ -159,7 +174,7 @@ class StoredEngine:
 
     def export_again(self) -> str:
         """The remedy for what is wrong with its files, in words."""
-        return f"run 'uni-instruct export {quote(str(self.bundle))} --to {self.engine_id.runtime}' again"
+        return f"run 'uni-instruct export {quote(str(self.bundle))} {self.engine_id.export_options()}' again"
 
 
 def id_of_folder(name: str) -> EngineId | None:
@@ -171,6 +186,31 @@ def id_of_folder(name: str) -> EngineId | None:
 def former_folder(engine_id: EngineId) -> str | None:
     """The name of the folder that format 1 kept that engine in."""
     return next((folder for folder, written in _FORMER_FOLDERS.items() if written == str(engine_id)), None)
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it can be the name of a file in the engine's folder, and of nothing outside it."""
+    usual = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= _LONGEST_NAME
+    return usual and name != ".." and Path(str(name)).name == name
+
+
+def _texts_of(versions: object) -> tuple[object, ...]:
+    """What should be texts in a table of versions; None, which is none, of anything else."""
+    return tuple(versions.values()) if isinstance(versions, dict) else (None,)
+
+
+def _is_report(parity: Any) -> bool:
+    """Whether it is a report as far as it is read again, or the empty one of an engine that could not be tried."""
+    if not parity:
+        return isinstance(parity, dict)
+    if not isinstance(parity, dict) or not isinstance(parity.get("latency_ms"), dict):
+        return False
+    numbers: list[Any] = [parity.get(key) for key in ("images", "relative_l2", "equal_pixels")] + [
+        *parity["latency_ms"].values()
+    ]
+    counts = all(str(batch).isdecimal() for batch in parity["latency_ms"])
+    told = isinstance(parity.get("batch_invariant"), bool) and isinstance(parity.get("machine"), str)
+    return told and counts and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
 
 
 def _is_profile(profile: tuple[Any, ...]) -> bool:

@@ -11,6 +11,7 @@ import signal
 import threading
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
@@ -98,7 +99,7 @@ def noted(key: TrialKey) -> Trial | None:
         trial = Trial(**{field.name: values[field.name] for field in fields(Trial)})
         # A file name is 64 bits of the key; the note says all of it.
         whole = {name: values[name] for name in asdict(key)} == asdict(key) and _is_plausible(trial)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: no home, or JSON nested too deeply
         return None
     return trial if whole else None
 
@@ -116,6 +117,9 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
             stored.file()
         bundle.reference()
         _log.info("trying engine %s on this machine, once ...", engine_id)
+        if stored and not key.reference_sha256:
+            writes = f"'uni-instruct export {quote(str(bundle.path))} --to onnx' writes it"
+            _log.warning("there is no %s to hold engine %s against, so that it is only timed; %s", REFERENCE, engine_id, writes)
         trial = _run(bundle.path, engine_id, key.device)
         if trial.lasting:
             _note(key, trial)

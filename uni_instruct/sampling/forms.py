@@ -17,7 +17,7 @@ from uni_instruct.data.edm_zip import META, PICTURE_NAME, dataset_meta
 from uni_instruct.data.image_files import decode
 from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, ZipStore, reason_of
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import atomic_file, atomic_folder
+from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder
 from uni_instruct.images import encode
 from uni_instruct.sampling.sample_set import RequestFacts, Samples, SampleSet
 from uni_instruct.sampling.tar_shards import read_tar_folder, request_of_tar_folder, write_tar_folder
@@ -56,7 +56,7 @@ def finished_request(out: Path) -> RequestFacts | None:
     """The request whose finished set stands at `out`, None where something else does."""
     try:
         found = form_of(out).read_request(out)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, *JSON_ERRORS, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return cast(RequestFacts, found) if isinstance(found, dict) else None
 

@@ -21,7 +21,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.files import atomic_file, disk_errors, locked, make_folder, try_lock
+from uni_instruct.files import JSON_ERRORS, atomic_file, disk_errors, locked, make_folder, try_lock
 from uni_instruct.generate import generate_batches, sample_format
 from uni_instruct.progress import Progress
 from uni_instruct.sampling.forms import SampleSet, finished_request, form_of
@@ -277,7 +277,7 @@ def _leave(lock: int, request: SampleRequest, out: Path, shared: bool) -> None:
 
 
 def _noted_request(folder: Path) -> RequestFacts | None:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, *JSON_ERRORS):
         found: RequestFacts = json.loads((folder / REQUEST).read_text())
         return found if isinstance(found, dict) else None
     return None

@@ -21,6 +21,19 @@ def test_what_is_no_device_is_refused(text: str) -> None:
         checked_device(text)
 
 
+@pytest.mark.parametrize(
+    "arguments", ["generate {} --seeds 0 --grid {}/x.png", "benchmark {}", "export {} --to onnx --dry-run"]
+)
+def test_an_empty_device_is_not_taken_for_none(arguments: str, exported_bundle: Bundle, cli: Cli) -> None:
+    """What a shell makes of a variable that was never set."""
+    words = (word.replace("{}", str(exported_bundle.path)) for word in arguments.split())
+    code, output, errors = cli(*words, "--device", "")
+    assert (code, output) == (2, "")
+    assert errors == "error: device '' is unknown; use cpu, cuda or cuda:1\n"
+    with pytest.raises(RequestError, match="device '' is unknown"):
+        open_engine(exported_bundle, device="")
+
+
 def test_a_device_is_counted_among_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "gpus", lambda: (Gpu("A", 89), Gpu("B", 120)))
     assert [checked_device(text) for text in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]

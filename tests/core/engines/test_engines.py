@@ -185,6 +185,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "record binary": (lambda folder: (folder / RECORD).write_bytes(bytes(range(256))), "does not describe an engine"),
     "record foreign": (lambda folder: (folder / RECORD).write_text("[1, 2]"), "does not describe an engine"),
     "no report": (edit_record(parity=None), "does not describe an engine"),
+    "report of nothing": (edit_record(parity={"images": 64}), "does not describe an engine"),
+    "file too long": (edit_record(file="x" * 5000), "names the file 'xxx"),
+    "file above": (edit_record(file=".."), "names the file '..'"),
+    "file empty": (edit_record(file=""), "names the file ''"),
+    "record nested too deeply": (lambda folder: (folder / RECORD).write_text("[" * 200_000), "does not describe an engine"),
+    "record too large": (lambda folder: (folder / RECORD).open("ab").truncate(2**33), "does not describe an engine"),
+    "record a folder": (lambda folder: [(folder / RECORD).unlink(), (folder / RECORD).mkdir()], "does not describe an engine"),
 }
 
 
@@ -199,6 +206,44 @@ def test_a_damaged_engine_is_one_line_and_never_runs(
     assert message in errors
     assert errors.count("\n") == 1
     assert os.listdir(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("value", [None, "text", [], float("nan"), True])
+@pytest.mark.parametrize("key", ["images", "relative_l2", "equal_pixels", "batch_invariant", "machine", "latency_ms"])
+def test_a_report_that_was_edited_is_told_with_the_export_that_mends_it(
+    key: str, value: object, exported: Bundle, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    good = exported.engines()[ONNX].record().parity
+    if type(good[key]) is type(value) is not float:  # type: ignore[literal-required]
+        value = 7
+    edit_record(parity={**good, key: value})(exported.engine_folder(ONNX))
+    code, output, errors = cli("inspect", exported.path)
+    assert (code, errors) == (0, "")
+    assert "engine onnx-fp32: cannot be used: " in output
+    with pytest.raises(BundleError, match=f"run 'uni-instruct export {exported.path} --to onnx --precision fp32' again"):
+        exported.engines()[ONNX].record()
+
+
+@pytest.mark.parametrize("changes", [{"way": 7}, {"way": ["x"]}, {"versions": {"onnx": 7}}, {"file_sha256": 7}])
+def test_a_record_with_a_value_of_another_type_is_refused(changes: dict[str, Any], exported: Bundle) -> None:
+    edit_record(**changes)(exported.engine_folder(ONNX))
+    with pytest.raises(BundleError, match="does not describe an engine"):
+        exported.engines()[ONNX].record()
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("onnx-fp16", "--to onnx --precision fp16"),
+        ("tensorrt-rtx-bf16-sm89", "--to tensorrt-rtx --precision bf16 --sm 89"),
+        ("torch-fp32-compiled", "--to torch --precision fp32"),
+    ],
+)
+def test_an_engine_is_exported_again_and_nothing_beside_it(text: str, options: str, exported_bundle: Bundle) -> None:
+    engine_id = EngineId.parse(text)
+    stored = exported_bundle.engine_in(exported_bundle.engine_folder(engine_id), engine_id)
+    with pytest.raises(BundleError, match=rf"export \S+ {options}' again"):
+        stored.record()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00not onnx" * 100])
