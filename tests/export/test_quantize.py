@@ -50,7 +50,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("spared", [0.0, 0.25])
 def test_the_large_convolutions_are_quantized_and_nothing_else(graph: Path, spared: float) -> None:
-    """On shipped weights: 3x3 convolutions read rounded images and weights, sensitive and spared ones neither; it costs little."""
+    """On shipped weights: 3x3 convolutions read rounded images and weights, sensitive and spared ones not; it costs little."""
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("nncf")
     from uni_instruct.export.mixed_precision import rounded_convolutions
