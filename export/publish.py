@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -118,13 +119,18 @@ def _published_spec(original: Bundle, facts: Mapping[str, object]) -> ModelSpec:
 def renew_card(path: Path, scores: Sequence[EvaluationResult]) -> Path:
     """Writes the card and the sheet of a published bundle anew, from what it says of itself and from scores of its weights.
 
-    Returns the card's path. Raises RequestError for a teacher and for scores of other weights, BundleError where the engine
-    that ships is not there.
+    Returns the card's path. Raises RequestError for a teacher, for scores of other weights, and for what was not published to
+    a folder of the user's.
     """
     bundle = Bundle.open(path)
     check_exportable(bundle)
     check_scores(scores, bundle, bundle)
-    record = EngineRecord.read(bundle.engine_folder(EngineId.parse(ENGINE)))
+    engine = bundle.engine_folder(EngineId.parse(ENGINE))
+    # The folder behind a name belongs to the package; one without the engine is a run's, or somebody else's.
+    if not (path / CONFIG).is_file() or not engine.is_dir():
+        remedy = f"publish it first: uni-instruct publish {quote(str(path))} --out FOLDER"
+        raise RequestError(f"{path} is not the folder of a published generator", remedy=remedy, param="folder")
+    record = EngineRecord.read(engine)
     command, sheet = sample_sheet(bundle)
     card = published_card(bundle, _noted_rounding(bundle), record, scores, command)
     for name, content in ((SAMPLES, encode(sheet)), (CARD, card.encode())):

@@ -5,6 +5,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -84,10 +85,20 @@ def _full_key(key: str) -> str:
     keys, key = all_keys(), SHORT.get(key, key)
     matches = [k for k in keys if k == key] or [k for k in keys if k.rpartition(".")[2] == key]
     if not matches:
-        raise RequestError(f"--set key '{key}' is unknown", remedy=f"choose one of {', '.join(keys)}", param="set")
+        near = _near(key, keys)
+        first = f"choose one of {', '.join(near)}; " if near else ""
+        remedy = f"{first}'uni-instruct train --help-recipe' lists all {len(keys)}"
+        raise RequestError(f"--set key '{key}' is unknown", remedy=remedy, param="set")
     if len(matches) > 1:
         raise RequestError(f"--set key '{key}' is ambiguous", remedy=f"write {' or '.join(matches)}", param="set")
     return matches[0]
+
+
+def _near(key: str, keys: Sequence[str]) -> list[str]:
+    """Keys whose last part is written like this one's, the nearest first: all of them would fill a page."""
+    ends = [each.rpartition(".")[2] for each in keys]
+    close = get_close_matches(key.rpartition(".")[2], dict.fromkeys(ends))
+    return [each for like in close for each, end in zip(keys, ends, strict=True) if end == like]
 
 
 def all_keys() -> list[str]:

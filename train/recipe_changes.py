@@ -91,7 +91,7 @@ def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 def _check_can_be_tuned(folder: Path, key: str, was: object, wanted: object, section: str, new: Recipe) -> None:
     """Raises RequestError where the stage is over, or its end would lie before where it stands."""
     stage, config = _STAGE_NAMES[section], getattr(new, section)
-    done = saved_step(folder, stage)
+    done, was, wanted = saved_step(folder, stage), _as_typed(was), _as_typed(wanted)
     if section == "teacher" and (saved_step(folder, "generator") or (folder / "generator").exists()):
         problem = f"{key}={wanted}: the generator in {folder} was distilled from its teacher as it is, with {was}"
         raise RequestError(problem, remedy=f"leave it at {was}, or choose another --out", param="out")
@@ -136,7 +136,15 @@ def _check_same_teacher(folder: Path, was: str, wanted: str) -> None:
 
 
 def _refused(folder: Path, key: str, was: object, wanted: object) -> RequestError:
+    was, wanted = _as_typed(was), _as_typed(wanted)
     remedy = f"leave it at {was}, or choose another --out"
     if key.startswith(("objective.", "schedule")) and all((folder / name).exists() for name in ("teacher", "generator")):
         remedy += f" with teacher={folder}/teacher distillation.start={folder}/generator, which goes on from there"
     return RequestError(f"{folder} holds a run with {key}={was}, not {wanted}", remedy=remedy, param="out")
+
+
+def _as_typed(value: object) -> object:
+    """A value as --set takes it, where Python writes it otherwise, or as nothing at all."""
+    if value is None:
+        return "null"
+    return "''" if value == "" else value

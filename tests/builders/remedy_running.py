@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -41,7 +42,7 @@ from uni_instruct.engines.record import RECORD, EngineId
 from uni_instruct.engines.runtime import RUNTIMES
 from uni_instruct.export.api import export_bundle
 from uni_instruct.export.openvino import _run_worker
-from uni_instruct.export.publish import _check_replaceable, check_scores, publish, read_scores
+from uni_instruct.export.publish import _check_replaceable, check_scores, publish, read_scores, renew_card
 from uni_instruct.export.targets import export_engine
 from uni_instruct.generate import mix_classes
 from uni_instruct.networks import autoencoder
@@ -325,6 +326,7 @@ ENGINES = [
     Value(PB, "{} holds no scores", lambda tmp: read_scores(scores(tmp, values=None)), lambda remedy, tmp: evaluated(tmp, remedy)),
 ]  # fmt: skip
 RUN = [
+    Value(PB, "{} is not the folder of a published", lambda _: renew_card(Path("digits"), []), lambda remedy, tmp: renew_card(Path(publish(re.findall(r"publish (\w+) --out", remedy)[0], tmp / "p").path), [])),
     Value(PB, "{} does not say what was scored", lambda tmp: read_scores(scores(tmp, weights_sha256=7)), lambda remedy, tmp: said(remedy, "--json' printed", read_scores(scores(tmp)))),
     Value(PB, "scores of {} are of other weights", lambda tmp: of_weights(tmp, "b" * 64), lambda remedy, tmp: of_weights(tmp, said(remedy, "evaluate what is published", None))),
     Value(PB, "(_publish_teacher)", lambda tmp: publish(random_bundle(tmp / "t", 1, steps=2).path, tmp / "o", [scores(tmp)]), lambda remedy, tmp: publish(tmp / "t", tmp / "o", said(remedy, "leave --scores out", ()))),

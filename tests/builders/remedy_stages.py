@@ -84,10 +84,16 @@ def plan(tmp: Path, least_s: float = 0.2, steps: int = 1) -> BenchmarkPlan:
     return BenchmarkPlan(bundle=random_bundle(tmp / f"b{steps}", 1, steps), batches=(1,), least_s=least_s)
 
 
-def written(out: Path, command: str) -> Path:
+# Of two shards.
+MANY = ("--seeds", "0-1024")
+
+
+def written(out: Path, command: str, *options: str) -> Path:
     """What a command writes with --out."""
-    bundle = str(random_bundle(out.parent / "bundle", 1).path)
-    cli.main([command, bundle, "--seeds", "0-3", "--engine", "torch", "--out", str(out)], standalone_mode=False)
+    bundle = out.parent / "bundle"
+    if not bundle.exists():
+        random_bundle(bundle, 1)
+    cli.main([command, str(bundle), "--seeds", "0-3", "--engine", "torch", "--out", str(out), *options], standalone_mode=False)
     return out
 
 
@@ -154,7 +160,7 @@ TRAINING = [
     Value("train/stages/augment.py", "augmentation probability", lambda _: AugmentPipe(probability=2.0),
           lambda remedy, _: AugmentPipe(probability=float(found(r"0\.\.(\d)", remedy)))),
     Value(R, "--set key '{}' is unknown", lambda _: load_recipe("digits", ["sead=1"]),
-          lambda remedy, _: load_recipe("digits", [f"{found(r', (loop.seed),', remedy)}=1"])),
+          lambda remedy, _: load_recipe("digits", [f"{found(r' (loop.seed)', remedy)}=1"])),
     Value(R, "recipe key '{}{}' is unknown", lambda tmp: recipe(tmp, "name: x\ndata: digits\ndate: 3\n"),
           lambda remedy, tmp: recipe(tmp, f"name: x\n{found(r', (data),', remedy)}: digits\n")),
     Value(R, "recipe has no '{}{}'", lambda tmp: recipe(tmp, "data: digits\n"),
@@ -199,6 +205,8 @@ CORE = [
           lambda remedy, tmp: tar(tmp, a_png=GREY, a_cls=said(remedy, "class ids below", b"3"))),
     Value("uni_instruct/sampling/forms.py", "there are no samples at", lambda tmp: read_samples(tmp / "none.npz"),
           lambda remedy, tmp: read_samples(written(tmp / "none.npz", found(r"'(\w+) --out'", remedy)))),
+    Value("uni_instruct/sampling/forms.py", "the samples of {} are not finished", lambda tmp: read_samples(written(tmp / "s", "generate", *MANY, "--shard", "1/2")),
+          lambda remedy, tmp: read_samples(written(tmp / "s", found(r"same '(\w+)' again, without --shard", remedy), *MANY))),
     Value("uni_instruct/sampling/staff.py", "workers take the GPUs", lambda _: Staff(2).check_device("cuda:0"),
           lambda remedy, _: Staff(2).check_device(found(r"--device (\w+),", remedy)) is None),
     Value("uni_instruct/engines/record.py", "engine '{}' is no engine id", lambda _: EngineId.parse("fastest"),

@@ -163,7 +163,7 @@ RESUMED = [
     Value("train/run.py", "state {} cannot be read", lambda tmp: state(tmp, b"cut"), lambda remedy, tmp: state(tmp, said(remedy, "delete it", None))),
     Value("train/optimization/ema.py", "the state holds the averages", lambda _: resumed((1.0, 2.0)), lambda remedy, _: resumed(said(remedy, "the half-lives and widths that", (1.0,)))),
     Value(AV, "time {} kimg of a snapshot", lambda tmp: save_snapshot(tmp, 0.0, 0.05, {}), lambda remedy, tmp: save_snapshot(tmp, said(remedy, "average for a step first", 0.001), 0.05, {}) is None),
-    Value(AV, "{} has no snapshots", lambda tmp: reconstruct(tmp, 0.05), lambda remedy, tmp: said(remedy, "a run that kept power-function averages", snapshots(tmp))),
+    Value(AV, "{} has no snapshots", lambda tmp: reconstruct(tmp, 0.05), lambda remedy, tmp: said(remedy, "a run that kept some", snapshots(tmp))),
     Value(AV, "time {} kimg is not covered", lambda tmp: snapshots(tmp, kimg=3.0), lambda remedy, tmp: snapshots(tmp, kimg=float(found(r"up to (\S+)", remedy)))),
     Value(AV, "snapshot {} cannot be read", lambda tmp: snapshots(tmp, b"cut"), lambda remedy, tmp: without_the_last(tmp, remedy)),
     Value(AV, "snapshot {} holds other weights", lambda tmp: snapshots(tmp, {"b": torch.zeros(4)}), lambda remedy, tmp: without_the_last(tmp, remedy)),

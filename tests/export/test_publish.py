@@ -226,6 +226,19 @@ def test_a_card_is_made_again_and_its_command_gives_its_numbers(
     assert Bundle.open(out).weights_sha256 == published.weights_sha256
 
 
+@pytest.mark.parametrize("kind", ["a name of the package", "a run's generator"])
+def test_a_card_is_written_into_a_published_folder_alone(
+    kind: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = "digits" if kind == "a name of the package" else str(random_bundle(tmp_path / "generator", 1).path)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, errors = cli("card", named)
+    remedy = f"publish it first: uni-instruct publish {named} --out FOLDER"
+    assert (code, errors) == (2, f"error: {named} is not the folder of a published generator; {remedy}\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_card_takes_no_scores_of_other_weights(published: Bundle, tmp_path: Path, cli: Cli) -> None:
     out = shutil.copytree(published.path, tmp_path / "out")
     code, _, errors = cli("card", out, "--scores", scores_file(tmp_path / "other.json", "0" * 64))

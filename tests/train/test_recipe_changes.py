@@ -126,7 +126,12 @@ def test_what_does_not_undo_training_may_change(tmp_path: Path, change: str) -> 
         ("distillation.batch=32", "holds a run with distillation.batch=64, not 32"),
         ("loop.seed=1", "holds a run with loop.seed=0, not 1"),
         ("distillation.ema_halflife_kimg=9", "ema_halflife_kimg=[8.0], not [9.0]"),
-        ("schedule=[{until_kimg: 3, objective: {method: sid}}]", "holds a run with schedule[0].until_kimg=None, not 3.0"),
+        ("schedule=[{until_kimg: 3, objective: {method: sid}}]", "holds a run with schedule[0].until_kimg=null, not 3.0"),
+        ("network.patch=2", "holds a run with network.patch=null, not 2; leave it at null, or choose"),
+        (
+            "teacher=fashion-mnist-teacher",
+            "holds a run with teacher.bundle='', not fashion-mnist-teacher; leave it at '', or choose",
+        ),
         ("data=fashion-mnist", "holds a run with data=digits, not fashion-mnist"),
         (
             "distillation.duration_kimg=2",
@@ -141,6 +146,15 @@ def test_what_would_undo_training_is_refused_with_what_to_do(tmp_path: Path, cha
     with pytest.raises(RequestError) as refused:
         changed(folder, change)
     assert message.format(run=folder) in str(refused.value)
+
+
+@pytest.mark.parametrize(("wrong", "key"), [("network.patch=2", "network.patch"), ("teacher=fashion-mnist-teacher", "teacher")])
+def test_left_as_the_remedy_writes_it_a_run_goes_on(tmp_path: Path, wrong: str, key: str) -> None:
+    folder = run_at(tmp_path / "run", teacher=100)
+    with pytest.raises(RequestError) as refused:
+        changed(folder, wrong)
+    (value,) = re.findall(r"leave it at (\S+),", refused.value.remedy)
+    assert changed(folder, f"{key}={value}") == {}
 
 
 def test_a_discriminator_neither_comes_nor_goes(tmp_path: Path) -> None:

@@ -164,7 +164,14 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
         (["train", "digits", "--set", "data="], "a teacher is trained from data, and the recipe has none; --set data=..."),
         (["train", "digits", "--set", "precision=16-mixed"], "loop.precision 16-mixed needs a GPU"),
         (["train", "digits", "--set", "conditional=false", "--set", "method=sid-lsg"], "guidance needs a teacher with classes"),
-        (["train", "digits", "--set", "colour=red"], "--set key 'colour' is unknown; choose one of name"),
+        (
+            ["train", "digits", "--set", "distillation.snapshot_kimg=1"],
+            "--set key 'distillation.snapshot_kimg' is unknown; choose one of loop.snapshot_kimg, ",
+        ),
+        (
+            ["train", "digits", "--set", "colour=red"],
+            "--set key 'colour' is unknown; 'uni-instruct train --help-recipe' lists",
+        ),
         (["train", "digits", "--set", "batch=64"], "--set key 'batch' is ambiguous; write teacher.batch or distillation.batch"),
         (["train", "digits", "--set", "alpha"], "--set alpha has no value; write --set key=value"),
         (["train", "digits", "--set", "alpha=high"], "recipe key 'objective.alpha' is 'high'; give a value of type float"),

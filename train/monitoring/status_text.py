@@ -85,5 +85,5 @@ def _skipped(stage: StageStatus) -> list[str]:
 def _whole(status: Status) -> str:
     if status.left_s is not None:
         return f"whole run: {duration(status.left_s)} left at the present speed"
-    unknown = " and ".join(stage.name for stage in status.stages if stage.left_s is None)
-    return f"whole run: time left not known before the {unknown}'s first log line"
+    unknown = " and ".join(f"the {stage.name}'s" for stage in status.stages if stage.left_s is None)
+    return f"whole run: time left not known before {unknown} first log line"

@@ -66,7 +66,8 @@ def reconstruct(folder: Path, std: float, kimg: float | None = None) -> dict[str
     snapshots = list_snapshots(folder)
     if not snapshots:
         raise RequestError(
-            f"{folder} has no snapshots of averages", remedy="name the folder of a run that kept power-function averages"
+            f"{folder} has no snapshots of averages",
+            remedy="name a run that kept some, as with --set distillation.ema_power_std=[0.05,0.1]",
         )
     last = snapshots[-1].kimg
     kimg = last if kimg is None else kimg

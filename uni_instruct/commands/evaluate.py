@@ -31,6 +31,7 @@ from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, da
 from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_count, check_metrics
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
+from uni_instruct.sampling.forms import check_finished
 from uni_instruct.sampling.staff import Staff
 
 BATCH = 64
@@ -216,6 +217,7 @@ def _opened_extractor(name: str, weights: Path | None) -> str | Extractor:
 
 def _open_images(images: str) -> Dataset:
     if not is_data(images):
+        check_finished(Path(images))
         raise RequestError(
             f"there is no bundle and there are no images at {images}",
             remedy="give a folder that 'train' wrote, a folder, zip or npz of images, or a shipped generator: "

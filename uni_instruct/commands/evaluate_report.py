@@ -26,7 +26,9 @@ def score_facts(
 ) -> EvaluationResult:
     """The result as `--json` prints it. scores: of each role one for every set of seeds."""
     extractor, reference = evaluator.extractor, evaluator.reference
-    notes = [drawn.note, reference.note if isinstance(reference, Dataset) else ""]
+    # Named, as the images may have notes of the same kind.
+    of_reference = f"{reference.name}: {reference.note}" if isinstance(reference, Dataset) and reference.note else ""
+    notes = [drawn.note, of_reference]
     notes += [note for role in sources for note in (*scores[role][0].notes, sources[role].note) if note]
     sets = len(scores[next(iter(sources))])
     if seeds is not None and sets == 1:

@@ -70,7 +70,7 @@ def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:
     check_patch(patch)
     if height % patch or width % patch:
         raise RequestError(
-            f"network.patch {patch} does not divide images of {height}x{width}",
+            f"network.patch {patch} does not divide images of {width}x{height}",
             remedy=f"choose {_fitting(image_shape, 1)}, or resize the data",
             param="network",
         )
@@ -92,7 +92,7 @@ def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> 
     fitting = _fitting(image_shape, error.divisor)
     first = f"choose network.patch {fitting}" if fitting else "resize the data"
     return RequestError(
-        f"with network.patch {patch} the network sees {height}x{width} as {height // patch}x{width // patch}, "
+        f"with network.patch {patch} the network sees {width}x{height} as {width // patch}x{height // patch}, "
         f"which is not divisible by {error.divisor}",
         remedy=f"{first}, or use fewer than {error.level_count} levels",
         param="network",

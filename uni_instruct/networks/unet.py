@@ -26,7 +26,7 @@ class ResolutionError(RequestError):
     def __init__(self, height: int, width: int, level_count: int):
         self.level_count, self.divisor = level_count, 2 ** (level_count - 1)
         super().__init__(
-            f"resolution {height}x{width} is not divisible by {self.divisor}",
+            f"resolution {width}x{height} is not divisible by {self.divisor}",
             remedy=f"use fewer than {level_count} levels or resize the data",
         )
 

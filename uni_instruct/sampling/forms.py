@@ -61,12 +61,28 @@ def finished_request(out: Path) -> RequestFacts | None:
     return cast(RequestFacts, found) if isinstance(found, dict) else None
 
 
+def work_folder(out: Path) -> Path:
+    """Where a set's shards wait until all of them are done."""
+    return out.resolve().with_name(f".{out.resolve().name}.partial")
+
+
+def check_finished(path: Path) -> None:
+    """Raises RequestError where `generate` has begun a set that is not there yet."""
+    if not path.exists() and work_folder(path).is_dir():
+        raise RequestError(
+            f"the samples of {path} are not finished, and wait in {work_folder(path)}",
+            remedy="give the same 'generate' again, without --shard, or wait for its other shards",
+            param="path",
+        )
+
+
 def read_samples(path: str | Path, count: int | None = None) -> Samples:
     """The set that `generate` wrote there, a folder of PNGs or tars, npz or zip; count: only its first images.
 
     Raises RequestError where there is none, FileFormatError where it is damaged.
     """
     path = Path(path)
+    check_finished(path)
     if not path.exists():
         raise RequestError(f"there are no samples at {path}", remedy="give what 'generate --out' wrote", param="path")
     try:

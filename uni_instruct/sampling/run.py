@@ -24,7 +24,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.files import JSON_ERRORS, atomic_file, disk_errors, locked, make_folder, try_lock
 from uni_instruct.generate import generate_batches, sample_format
 from uni_instruct.progress import Progress
-from uni_instruct.sampling.forms import SampleSet, finished_request, form_of
+from uni_instruct.sampling.forms import SampleSet, finished_request, form_of, work_folder
 from uni_instruct.sampling.pool import Pool, Task
 from uni_instruct.sampling.sample_set import RequestFacts
 from uni_instruct.sampling.shards import WHOLE, Part, Shard, Shards, images_per_shard
@@ -186,7 +186,7 @@ def open_run(request: SampleRequest, out: Path, *, shared: bool = False, part: P
     another request, cannot hold this one, or are another's; DiskError where nothing can be written.
     """
     form_of(out).check(request.spec, request.seeds)
-    folder = _work_folder(out)
+    folder = work_folder(out)
     per_shard = images_per_shard(request.spec, request.batch)
     lock = _enter(folder, out, shared)
     try:
@@ -215,14 +215,14 @@ def is_finished(request: SampleRequest, out: Path) -> bool:
 
 def noted_engine(out: Path) -> str | None:
     """The id of the engine that made what stands at `out`, or has begun to; None where nothing of ours does."""
-    found = _with_ids(_noted_request(_work_folder(out)) if _is_empty(out) else finished_request(out))
+    found = _with_ids(_noted_request(work_folder(out)) if _is_empty(out) else finished_request(out))
     engine = found["engine"] if found else None
     return str(engine) if engine else None
 
 
 def remove_leftovers(request: SampleRequest, out: Path) -> None:
     """Removes the work folder of a finished set, where a run was killed after its last step but one."""
-    folder = _work_folder(out)
+    folder = work_folder(out)
     found = _with_ids(_noted_request(folder))
     if found and {**found, "images_per_shard": 0} == {**request.facts(), "images_per_shard": 0}:
         with suppress(RequestError):  # others are still in it, and the last of them removes it
@@ -232,10 +232,6 @@ def remove_leftovers(request: SampleRequest, out: Path) -> None:
 def _is_empty(out: Path) -> bool:
     with disk_errors(out):
         return not out.exists() or (out.is_dir() and form_of(out).is_folder and not any(out.iterdir()))
-
-
-def _work_folder(out: Path) -> Path:
-    return out.resolve().with_name(f".{out.resolve().name}.partial")
 
 
 def _enter(folder: Path, out: Path, shared: bool) -> int:
@@ -265,7 +261,7 @@ def _enter(folder: Path, out: Path, shared: bool) -> int:
 
 def _leave(lock: int, request: SampleRequest, out: Path, shared: bool) -> None:
     """Removes the work folder where it is of no more use and nobody else is in it."""
-    folder = _work_folder(out)
+    folder = work_folder(out)
     try:
         # Without locks (None) nobody knows who else is there.
         alone = try_lock(lock) is True or not shared

@@ -227,7 +227,7 @@ def test_any_resolution_that_the_levels_divide_and_what_does_not_fit() -> None:
     model = EDM2((3, 12, 8), attn_resolutions=(), **small)
     assert model(torch.zeros(2, 3, 12, 8), torch.zeros(2)).shape == (2, 3, 12, 8)
     assert "3x2_in0" in model.dec
-    with pytest.raises(RequestError, match="resolution 10x8 is not divisible by 4; use fewer than 3 levels"):
+    with pytest.raises(RequestError, match="resolution 8x10 is not divisible by 4; use fewer than 3 levels"):
         EDM2((3, 10, 8), **small)
     with pytest.raises(RequestError, match="32 channels cannot be divided among 3 attention heads"):
         EDM2((3, 8, 8), **{**small, "channels_per_head": 10})

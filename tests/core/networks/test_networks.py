@@ -151,7 +151,7 @@ def test_any_resolution_that_the_levels_divide(architecture: str) -> None:
     denoiser = small((12, 8), architecture)
     x = torch.zeros(2, 3, 12, 8)
     assert denoiser(x, torch.ones(2, 1, 1, 1)).shape == x.shape
-    with pytest.raises(RequestError, match="resolution 10x8 is not divisible by 4; use fewer than 3 levels"):
+    with pytest.raises(RequestError, match="resolution 8x10 is not divisible by 4; use fewer than 3 levels"):
         small((10, 8), architecture)
 
 

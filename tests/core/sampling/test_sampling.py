@@ -289,6 +289,22 @@ def test_colour_without_classes_is_read_back(tmp_path: Path, cli: Cli) -> None:
         assert samples.class_ids is None
 
 
+def test_a_set_whose_shards_are_not_all_done_is_said_to_be_unfinished(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    random_bundle(Path("bundle"), 1)
+    request = ("generate", "bundle", "--seeds", "0-1024", "--engine", "torch", "--out", "set")
+    assert cli(*request, "--shard", "1/2")[0] == 0
+    status, _, error = cli("evaluate", "set", "--reference", "digits")
+    assert status == 2
+    assert error.startswith("error: the samples of set are not finished, and wait in ")
+    with pytest.raises(RequestError, match=r"not finished, and wait in .*; give the same 'generate' again, without --shard"):
+        read_samples("set")
+    assert cli(*request)[0] == 0
+    assert len(read_samples("set").images) == 1025
+
+
 def test_what_is_no_set_is_refused(finished: tuple[Path, tuple[str, ...]]) -> None:
     folder, _ = finished
     with pytest.raises(RequestError, match=r"there are no samples at .*nothing; give what 'generate --out' wrote"):

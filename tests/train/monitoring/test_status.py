@@ -293,6 +293,7 @@ def test_the_stage_that_a_running_process_is_at_is_not_called_not_begun(tmp_path
         running = status_text(read_status(run))
     assert stopped.count("not begun") == stopped.count("to go") == 2
     assert "teacher: no log line yet, " in running
+    assert "time left not known before the teacher's and the generator's first log line" in running
     assert "generator: not begun, " in running
 
 
