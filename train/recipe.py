@@ -1,6 +1,7 @@
 """From a recipe's name or file, and the user's changes to it, to a Recipe."""
 
 import dataclasses
+import json
 import reprlib
 import types
 import typing
@@ -10,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from uni_instruct.bundle import is_bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.config import ObjectiveConfig
@@ -34,6 +36,10 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         if (path / "recipe.yaml").is_file():
             remedy = f"give its recipe: {quote(str(path / 'recipe.yaml'))}"
             raise RequestError(f"{source} is the folder of a training, not a recipe", remedy=remedy, param="recipe")
+        if path.is_dir() and not is_bundle(path):
+            lines = f"'name: mine' and 'data: {json.dumps(source)}'"
+            remedy = f"write a file such as mine.yaml with two lines, {lines}, and train that"
+            raise RequestError(f"{source} is a folder, not a recipe", remedy=remedy, param="recipe")
         raise RequestError(f"recipe '{source}' is unknown", remedy=f"give a YAML file or one of {known}", param="recipe")
     values = _with_sections(Recipe, read_yaml(path))
     changes = [_read_override(override) for override in overrides]

@@ -61,6 +61,7 @@ RULES = (
         path=r"^serve/walk\.py",
         problem="pixels a side",
     ),
+    Rule("followed by tests/train/test_recipe.py", path=r"^train/recipe\.py", problem="is a folder, not a recipe"),
     Rule("followed for every key by tests/train/test_recipe_faults.py", path=r"^train/(config|recipe_keys|recipe_file)\.py"),
     Rule("followed by tests/train/test_recipe_changes.py", path=r"^train/(recipe_changes|same_data)\.py"),
     Rule("each advice is followed by tests/train/test_recipe_changes.py", path=r"monitoring/nonfinite\.py"),

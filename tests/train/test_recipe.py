@@ -197,3 +197,14 @@ def test_defaults_are_printed_as_a_recipe_writes_them() -> None:
 def test_the_words_of_a_recipe_are_those_of_the_tables() -> None:
     assert set(DECAY_NAMES) == set(DECAYS)
     assert set(TRACKER_NAMES) == set(TRACKERS)
+
+
+def test_a_folder_of_pictures_in_place_of_a_recipe_is_told_how_to_become_its_data(tmp_path: Path) -> None:
+    pictures = tmp_path / "my: pictures"
+    pictures.mkdir()
+    with pytest.raises(RequestError, match="is a folder, not a recipe") as refused:
+        load_recipe(str(pictures))
+    advised = re.search(r"'(name: .*)' and '(data: .*)', and train that", str(refused.value))
+    assert advised is not None
+    (tmp_path / "mine.yaml").write_text("\n".join(advised.groups()))
+    assert load_recipe(str(tmp_path / "mine.yaml")).data == str(pictures)
