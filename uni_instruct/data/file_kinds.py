@@ -13,7 +13,7 @@ from uni_instruct.data.image_files import (
     is_image_file,
     with_colour,
 )
-from uni_instruct.data.labels import META, Description, joined_notes
+from uni_instruct.data.labels import META, RECORD, Description, joined_notes
 from uni_instruct.data.storage import UNREADABLE, Store, counted, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
@@ -59,7 +59,7 @@ def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
         chosen = [name for name in names if (is_latent(name) if latents else _is_image(store, name))]
         if chosen:
             taken = set(chosen)
-            rest = [name for name in names if name not in taken and name.rpartition("/")[2] != META]
+            rest = [name for name in names if name not in taken and name.rpartition("/")[2] not in (META, RECORD)]
             return DataFiles(naturally_sorted(chosen), latents, naturally_sorted(rest))
     if any(begins_as_heic(_head(store, name)) for name in names):
         remedy = SAVE_HEIC

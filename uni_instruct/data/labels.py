@@ -13,6 +13,8 @@ from uni_instruct.data.storage import UNREADABLE, Store, counted, name_in_store,
 from uni_instruct.errors import FileFormatError
 
 META = "dataset.json"
+# What `generate` writes beside its images: the seeds in their order, the request, and of a folder each file's hash.
+RECORD = "samples.json"
 
 
 class Misfit(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 from uni_instruct.data import write_zip
 from uni_instruct.data.edm_zip import META, PICTURE_NAME, dataset_meta
 from uni_instruct.data.image_files import decode
+from uni_instruct.data.labels import RECORD
 from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, ZipStore, reason_of
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder
@@ -23,8 +24,6 @@ from uni_instruct.sampling.sample_set import RequestFacts, Samples, SampleSet
 from uni_instruct.sampling.tar_shards import read_tar_folder, request_of_tar_folder, write_tar_folder
 from uni_instruct.spec import ModelSpec
 
-# Beside the images: the seeds in the images' order, the request, and of a folder each file's hash.
-RECORD = "samples.json"
 # What an npz calls the images, and what stands there in their place where no decoder made any.
 IMAGES, LATENTS = "arr_0", "latents"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same set gives the same bytes

@@ -18,6 +18,7 @@ from PIL import Image
 from builders.bundles import random_bundle
 from builders.paths import TESTS
 from uni_instruct.bundle import Bundle
+from uni_instruct.data import open_dataset
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import sha256
@@ -277,6 +278,8 @@ def test_a_set_is_read_back(form: str, finished: tuple[Path, tuple[str, ...]]) -
     assert first.seeds.tolist() == seeds[:4]
     assert len(first.images) == 4
     assert len(first.class_ids) == 4  # type: ignore[arg-type]
+    # As data it has no note: the record beside the images is no file that was passed over.
+    assert "passed over" not in open_dataset(str(folder / form)).note
 
 
 def test_colour_without_classes_is_read_back(tmp_path: Path, cli: Cli) -> None:
