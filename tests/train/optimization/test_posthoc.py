@@ -151,7 +151,7 @@ def test_what_cannot_be_reconstructed_is_refused(training: Training, std: float,
 
 
 def test_a_folder_without_snapshots_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"has no snapshots of averages; name the folder"):
+    with pytest.raises(RequestError, match=r"has no snapshots of averages; name a run that kept some"):
         reconstruct(tmp_path / "absent", 0.1)
 
 
