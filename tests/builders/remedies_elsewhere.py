@@ -77,7 +77,6 @@ RULES = (
     ),
     Rule("asks for a disk with room: tests/serve/test_operation.py has none", path=r"^serve/metrics\.py"),
     Rule("asks for a disk with room: tests/export/test_export.py has none", path=r"^export/parity\.py", error="DiskError"),
-    Rule("an animation of hundreds of frames: tests/serve/test_walk.py", path=r"^serve/walk\.py", remedy="or fewer frames$"),
     Rule("a load on a real server; followed by tests/serve/test_operation.py", path=r"commands/loadtest\.py"),
     Rule("a comparison's states: full, late", path=r"^serve/compare\.py", error="QueueFullError|TimedOutError"),
     Rule("BentoML's own route, which runs in BentoML's process: tests/serve/test_process.py", path=r"bento_route\.py"),
