@@ -23,8 +23,8 @@ from machine import describe_machine
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import RUNTIMES, Engine, load_engine
-from uni_instruct.engines.cuda import gpus
-from uni_instruct.engines.device import CUDA, checked_device, index_of, kind_of
+from uni_instruct.engines.hardware.cuda import gpus
+from uni_instruct.engines.hardware.device import CUDA, checked_device, index_of, kind_of
 from uni_instruct.engines.onnxruntime import PROVIDERS, OnnxEngine
 from uni_instruct.engines.outputs import TOLERANCES, agreement
 from uni_instruct.engines.torch import TorchEngine

@@ -20,9 +20,9 @@ from machine import describe_machine
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import EngineId, load_engine
-from uni_instruct.engines.graph import CLASS_IDS, IMAGES, NOISE
-from uni_instruct.engines.measure import Contender, ratio, take_turns, turns
-from uni_instruct.engines.threads import Threads, usable_cpus
+from uni_instruct.engines.benchmark.measure import Contender, ratio, take_turns, turns
+from uni_instruct.engines.graph_ports import CLASS_IDS, IMAGES, NOISE
+from uni_instruct.engines.hardware.threads import Threads, usable_cpus
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.progress import progress

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uni_instruct.engines.threads import one_torch_thread
+from uni_instruct.engines.hardware.threads import one_torch_thread
 from uni_instruct.export import canonical_blocks, canonical_edm2
 from uni_instruct.export.canonical_blocks import FoldedBlock, NormFactory
 from uni_instruct.export.canonical_edm2 import FoldedEDM2Block

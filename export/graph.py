@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import uni_instruct
 from uni_instruct.bundle import DECODER, WEIGHTS, Bundle
-from uni_instruct.engines.graph import CLASS_IDS, DENOISED, IMAGES, NOISE, OTHER_IDS, SHARE
+from uni_instruct.engines.graph_ports import CLASS_IDS, DENOISED, IMAGES, NOISE, OTHER_IDS, SHARE
 from uni_instruct.errors import RequestError
 from uni_instruct.export.canonical import FACTORS, CanonicalOneStep
 from uni_instruct.export.canonical_blocks import NormFactory

@@ -16,7 +16,7 @@ import openvino
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.openvino import check_precision
 from uni_instruct.engines.record import EngineId
-from uni_instruct.engines.workers import completed
+from uni_instruct.engines.worker_process import completed
 from uni_instruct.errors import CompilationError
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm
 from uni_instruct.export.graph import write_graph

@@ -12,13 +12,13 @@ from typing import cast
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.class_mixture import ClassMixture
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, least_psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import DiskError, ParityError
 from uni_instruct.export.checked_images import checked_classes, checked_images
 from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
 from uni_instruct.files import disk_errors
-from uni_instruct.mixture import ClassMixture
 from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.processes import ending_with, give_back_freed_memory
 from uni_instruct.spec import ModelSpec
@@ -64,7 +64,7 @@ def verify(
     with_margin: for an engine that can be built more exactly, a part of the tolerance is left to other images and processors.
     Raises ParityError where it is out of tolerance: it names the worst seed and, where it can, the first layer that strays.
     """
-    from uni_instruct.export.stray import first_stray
+    from uni_instruct.export.wrong_layer import first_stray
     from uni_instruct.networks.reference import reference_outputs
 
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)

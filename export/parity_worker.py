@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.engine import Engine, EngineId, load_engine
+from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.engines.outputs import Outputs
-from uni_instruct.engines.threads import usable_cpus
 from uni_instruct.errors import DiskError, UniInstructError
 from uni_instruct.files import disk_errors
-from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.processes import give_back_large_blocks
 
 SHORT = 8

@@ -11,7 +11,7 @@ import numpy as np
 import openvino
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.graph import DENOISED, IMAGES, NOISE, graph_feeds
+from uni_instruct.engines.graph_ports import DENOISED, IMAGES, NOISE, graph_feeds
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.export.mixed_precision import clamp_idly, convolutions, rounded_convolutions
 from uni_instruct.noise import class_ids_in_turn, draw_inputs

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uni_instruct
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.cuda import gpus
+from uni_instruct.engines.hardware.cuda import gpus
 from uni_instruct.engines.record import EngineId, EngineRecord, former_folder
 from uni_instruct.engines.tensorrt import PACKAGES
 from uni_instruct.errors import MissingExtraError, ParityError, RequestError, UniInstructError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.cuda import gpus
+from uni_instruct.engines.hardware.cuda import gpus
 from uni_instruct.engines.tensorrt import PACKAGES, last_error, logger
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.export.capabilities import ANYWHERE, BATCH_PROFILE

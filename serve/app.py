@@ -17,24 +17,24 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.serve.body import read_body
-from uni_instruct.serve.connections import bound_connections
-from uni_instruct.serve.demo import DemoMount
-from uni_instruct.serve.demo_routes import DemoRoutes
-from uni_instruct.serve.departures import unless_client_leaves
+from uni_instruct.serve.demo.mount import DemoMount
+from uni_instruct.serve.demo.routes import DemoRoutes
 from uni_instruct.serve.errors import MethodError, NotFoundError
-from uni_instruct.serve.image_route import addressed_image, resolve_address
+from uni_instruct.serve.http.body import read_body
+from uni_instruct.serve.http.connections import bound_connections
+from uni_instruct.serve.http.disconnects import unless_client_leaves
+from uni_instruct.serve.http.middleware import Guards, route_path
 from uni_instruct.serve.metrics import CountedApp, exposition
-from uni_instruct.serve.middleware import Guards, route_path
-from uni_instruct.serve.model_info import model_entry, model_info, model_list
-from uni_instruct.serve.models import Models
-from uni_instruct.serve.openai_images import images_response, parse_images_request, resolve_images
-from uni_instruct.serve.openapi import openapi_document
-from uni_instruct.serve.responses import error_response, image_response
-from uni_instruct.serve.schema import parse_request, resolve
+from uni_instruct.serve.models.registry import Models
+from uni_instruct.serve.process.shutdown import uvicorn_server
+from uni_instruct.serve.routes.image_address import addressed_image, resolve_address
+from uni_instruct.serve.routes.model_info import model_entry, model_info, model_list
+from uni_instruct.serve.routes.openai_images import images_response, parse_images_request, resolve_images
+from uni_instruct.serve.routes.openapi import openapi_document
+from uni_instruct.serve.routes.responses import error_response, image_response
+from uni_instruct.serve.routes.schema import parse_request, resolve
+from uni_instruct.serve.routes.walk import parse_walk, resolve_walk, walk_response
 from uni_instruct.serve.settings import Settings
-from uni_instruct.serve.stopping import uvicorn_server
-from uni_instruct.serve.walk import parse_walk, resolve_walk, walk_response
 
 logger = logging.getLogger(__name__)
 

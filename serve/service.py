@@ -21,13 +21,13 @@ from starlette.middleware import Middleware
 from uni_instruct.errors import UniInstructError
 from uni_instruct.processes import ending_with
 from uni_instruct.serve.app import create_app
-from uni_instruct.serve.bento_route import BentoRouteMiddleware, keep_refusals_out_of_the_log, note_error
 from uni_instruct.serve.metrics import use_own_folder
-from uni_instruct.serve.models import Models
-from uni_instruct.serve.responses import generate_images
-from uni_instruct.serve.schema import GenerateRequest, resolve
+from uni_instruct.serve.models.registry import Models
+from uni_instruct.serve.process.supervision import look_often
+from uni_instruct.serve.routes.bento_route import BentoRouteMiddleware, keep_refusals_out_of_the_log, note_error
+from uni_instruct.serve.routes.responses import generate_images
+from uni_instruct.serve.routes.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
-from uni_instruct.serve.supervision import look_often
 
 look_often()
 use_own_folder()

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from uni_instruct.errors import RequestError
-from uni_instruct.serve.keys import read_keys
-from uni_instruct.serve.sources import default_sources, split_sources
+from uni_instruct.serve.http.api_keys import read_keys
+from uni_instruct.serve.models.sources import default_sources, split_sources
 
 PREFIX = "UNI_INSTRUCT_"
 

@@ -112,8 +112,8 @@ def main() -> None:
     sleep_while_waiting()
     _print_any_name()
     if not is_later_process():
-        show_log("uni_instruct.engines.trial")
-        show_log("uni_instruct.engines.compiled")
+        show_log("uni_instruct.engines.trials.trial")
+        show_log("uni_instruct.engines.compiled.cache")
         show_log("uni_instruct.export.openvino")
     try:
         cli.main(standalone_mode=False)

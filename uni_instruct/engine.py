@@ -8,13 +8,13 @@ from shlex import quote
 from typing import Literal, TypedDict
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.compiled import keep_compiled
-from uni_instruct.engines.device import checked_device, kind_of
+from uni_instruct.engines.compiled.cache import keep_compiled
+from uni_instruct.engines.hardware.device import checked_device, kind_of
+from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import COMPILED, PRECISIONS, EngineId, StoredEngine
 from uni_instruct.engines.runtime import RUNTIMES, Engine, Runtime
-from uni_instruct.engines.threads import Threads
-from uni_instruct.engines.trial import Trial, TrialKey, note_speed, noted, trial_key, try_engine
+from uni_instruct.engines.trials.trial import Trial, TrialKey, note_speed, noted, trial_key, try_engine
 from uni_instruct.errors import CompilationError, EngineRefusedError, RequestError, UniInstructError
 from uni_instruct.progress import Progress
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.noise import (
     Inputs,
     checked_class_ids,

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.errors import RequestError
-from uni_instruct.mixture import ClassIds, ClassMixture
 from uni_instruct.spec import ImageShape, ModelSpec
 
 SEED_LIMIT = 2**63

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from uni_instruct import __version__
-from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
 from uni_instruct.files import cache_folder, folder_made_once, sha256
 

@@ -7,7 +7,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.evaluate import MAX_SAMPLES
 from uni_instruct.commands.scoring import Scoring, score_bundles
-from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
+from uni_instruct.commands.worker_options import ray_option, staff_of, workers_option
 from uni_instruct.evaluate import EXTRACTORS, PRETRAINED
 from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.scores import MIN_SAMPLES

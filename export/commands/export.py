@@ -8,7 +8,7 @@ import rich_click as click
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import RUNTIMES
-from uni_instruct.engines.device import checked_device
+from uni_instruct.engines.hardware.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import CompilationError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine

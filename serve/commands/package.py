@@ -11,11 +11,11 @@ import rich_click as click
 
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.progress import progress
-from uni_instruct.serve.packed_service import STEPS
-from uni_instruct.serve.sources import sources_by_name
+from uni_instruct.serve.models.sources import sources_by_name
+from uni_instruct.serve.packaging.packed_service import STEPS
 
 if TYPE_CHECKING:
-    from uni_instruct.serve.package import PackagedBento
+    from uni_instruct.serve.packaging.bento import PackagedBento
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -36,7 +36,7 @@ def package(names: tuple[str, ...], out: Path | None, engine: str | None, as_jso
             raise MissingExtraError(needed, extra="serve")
     with progress("packaging", STEPS, "steps") as bar:
         # Imported under the bar: it takes a second.
-        from uni_instruct.serve.package import package as package_generators
+        from uni_instruct.serve.packaging.bento import package as package_generators
 
         made = package_generators(sources_by_name(names), out, engine, bar)
     print(json.dumps(asdict(made), indent=2) if as_json else _summary(made, out))

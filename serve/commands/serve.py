@@ -14,7 +14,7 @@ from typing import Any
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.commands.numbers import FiniteRange
+from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.engine import select_engine
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.ports import free_address
@@ -78,8 +78,8 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
     for package in ("bentoml", "prometheus_client", "psutil", "pydantic", "starlette"):
         if find_spec(package) is None:
             raise MissingExtraError(package, extra="serve")
-    from uni_instruct.serve.process import Server
-    from uni_instruct.serve.sources import sources_by_name
+    from uni_instruct.serve.models.sources import sources_by_name
+    from uni_instruct.serve.process.server import Server
 
     # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
     settings = settings_from_environment(options={"bundle": names or None, **options})

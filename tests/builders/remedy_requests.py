@@ -56,17 +56,17 @@ def picture_of(about: dict[str, list[str]]) -> str:
 GENERATE, WALK, IMAGES, COMPARE = "/v1/generate", "/v1/walk", "/v1/images/generations", "/v1/compare"
 A, B, IMAGE, OPENAI, P, W = (
     "serve/app.py",
-    "serve/body.py",
-    "serve/image_route.py",
-    "serve/openai_images.py",
-    "serve/picture.py",
-    "serve/walk.py",
+    "serve/http/body.py",
+    "serve/routes/image_address.py",
+    "serve/routes/openai_images.py",
+    "serve/routes/picture.py",
+    "serve/routes/walk.py",
 )
 walk, images = fields_of(WALK), fields_of(IMAGES)
 REQUESTS = [
     Request(A, "(_http_exception)", ("DELETE", GENERATE, None), lambda remedy, _: (found(r"use (\w+)", remedy), GENERATE, {})),
     Request(A, "there is no {}", ("GET", "/v1/nothing", None), lambda remedy, _: ("GET", found(r"(/\w+) lists", remedy), None)),
-    Request("serve/models.py", "(get)", ("GET", "/v1/models/nothing", None),
+    Request("serve/models/registry.py", "(get)", ("GET", "/v1/models/nothing", None),
             lambda remedy, _: ("GET", f"/v1/models/{first_choice(remedy)}", None)),
     Request(B, "content encoding {} is unknown", ("POST", GENERATE, (b"{}", "br")),
             lambda remedy, _: ("POST", GENERATE, (gzip.compress(b"{}"), found(r"or with (\w+)", remedy)))),
@@ -116,11 +116,11 @@ REQUESTS = [
 
 # What the demo asks, of a server that has one.
 DEMO = [
-    Request("serve/compare.py", "there is no '{}' to compare", ("POST", COMPARE, {"other": "abacus", "seeds": [7]}),
+    Request("serve/demo/compare.py", "there is no '{}' to compare", ("POST", COMPARE, {"other": "abacus", "seeds": [7]}),
             fields_of(COMPARE)(seeds=[7])("choose one of", lambda remedy: {"other": first_choice(remedy)})),
-    Request("serve/compare.py", "{} images were asked for", ("POST", COMPARE, {"other": "torch-fp32", "seeds": [7] * 17}),
+    Request("serve/demo/compare.py", "{} images were asked for", ("POST", COMPARE, {"other": "torch-fp32", "seeds": [7] * 17}),
             fields_of(COMPARE)(other="torch-fp32")("compare 1 to", lambda remedy: {"seeds": [7] * int(found(r"to (\d+)", remedy))})),
-    Request("serve/demo_routes.py", "there is no picture", ("GET", "/v1/about/config.json", None),
+    Request("serve/demo/routes.py", "there is no picture", ("GET", "/v1/about/config.json", None),
             lambda remedy, client: ("GET", picture_of(client.get(found(r"GET (/\S+)", remedy)).json()), None)),
-    Request("serve/demo.py", "there is no /ui/", ("POST", "/ui/nothing", None), lambda remedy, _: ("GET", found(r"open (/\w+)", remedy), None)),
+    Request("serve/demo/mount.py", "there is no /ui/", ("POST", "/ui/nothing", None), lambda remedy, _: ("GET", found(r"open (/\w+)", remedy), None)),
 ]  # fmt: skip

@@ -34,9 +34,9 @@ from uni_instruct.data import open_dataset
 from uni_instruct.data.storage import FolderStore
 from uni_instruct.engine import TORCH_COMPILED, load_engine
 from uni_instruct.engines import runtime
-from uni_instruct.engines.comparison import BenchmarkPlan, compare
-from uni_instruct.engines.compiled import compiled_path
-from uni_instruct.engines.compiler import check_compiler
+from uni_instruct.engines.benchmark.comparison import BenchmarkPlan, compare
+from uni_instruct.engines.compiled.cache import compiled_path
+from uni_instruct.engines.compiled.compiler import check_compiler
 from uni_instruct.engines.onnxruntime import _checked_provider
 from uni_instruct.engines.record import RECORD, EngineId
 from uni_instruct.engines.runtime import RUNTIMES
@@ -49,7 +49,7 @@ from uni_instruct.networks import autoencoder
 from uni_instruct.noise import noise
 from uni_instruct.progress import silent
 from uni_instruct.reference import REFERENCE
-from uni_instruct.serve.load import LoadedServer
+from uni_instruct.serve.load_test import LoadedServer
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
 
@@ -268,7 +268,7 @@ def without_its_teacher(tmp: Path) -> object:
 def benchmarked(batches: tuple[int, ...]) -> object:
     """A benchmark on a machine where a batch of 2 is too much."""
     plan = BenchmarkPlan(bundle=Bundle.open(_exported()), batches=batches, least_s=0.001, rounds=1, engines=("torch",))
-    from uni_instruct.engines import comparison
+    from uni_instruct.engines.benchmark import comparison
 
     original = comparison.draw_inputs
 
@@ -306,15 +306,15 @@ def built(fault: str) -> object:
 
 R, PB, F = "uni_instruct/engines/record.py", "export/publish.py", "uni_instruct/reference.py"
 ENGINES = [
-    Value("uni_instruct/engines/comparison.py", "{} failed at batch {}", lambda _: benchmarked((1, 2)), lambda remedy, _: benchmarked(said(remedy, "leave that batch out of --batches", (1,)))),
+    Value("uni_instruct/engines/benchmark/comparison.py", "{} failed at batch {}", lambda _: benchmarked((1, 2)), lambda remedy, _: benchmarked(said(remedy, "leave that batch out of --batches", (1,)))),
     Value(R, "(record)", lambda tmp: engine_file(tmp, recorded(weights_sha256="0" * 64)), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} describes {}", lambda tmp: engine_file(tmp, recorded(engine_id="openvino-fp32")), lambda remedy, tmp: export_as_said(tmp, remedy)),
-    Value("uni_instruct/engines/compiled.py", "engine {} cannot be compiled", lambda tmp: compiled_engine(tmp, "false"), lambda remedy, tmp: compiled_engine(tmp, "false", found(r"--engine (\S+)", remedy))),
+    Value("uni_instruct/engines/compiled/cache.py", "engine {} cannot be compiled", lambda tmp: compiled_engine(tmp, "false"), lambda remedy, tmp: compiled_engine(tmp, "false", found(r"--engine (\S+)", remedy))),
     Value("export/openvino.py", "engine {} cannot be built", without_its_graph, lambda remedy, tmp: without_its_graph(tmp, found(r"such as (\S+)", remedy))),
-    Value("uni_instruct/engines/torch_compiled.py", "{} cannot be loaded", without_code, lambda remedy, tmp: compiled_engine(tmp, said(remedy, "delete it", remove_code(tmp) and "g++"))),
+    Value("uni_instruct/engines/compiled/torch_images.py", "{} cannot be loaded", without_code, lambda remedy, tmp: compiled_engine(tmp, said(remedy, "delete it", remove_code(tmp) and "g++"))),
     Value(R, "{} has no {}", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).unlink()), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} does not match the sha256", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).write_bytes(b"x")), lambda remedy, tmp: export_as_said(tmp, remedy)),
-    Value("uni_instruct/engines/graph.py", "engine {} was exported before", mixed, lambda remedy, tmp: mixed(tmp, remedy)),
+    Value("uni_instruct/engines/graph_ports.py", "engine {} was exported before", mixed, lambda remedy, tmp: mixed(tmp, remedy)),
     Value(F, "{} cannot be read", cut_reference, lambda remedy, tmp: anew(tmp, remedy)),
     Value(F, "{} is of other weights", lambda tmp: reference(tmp, weights_sha256=np.array("0" * 64)), lambda remedy, tmp: anew(tmp, remedy)),
     Value(F, "{} does not hold images of", lambda tmp: reference(tmp, images=np.zeros((1, 1, 4, 4), np.float32)), lambda remedy, tmp: anew(tmp, remedy)),
@@ -335,11 +335,11 @@ RUN = [
     Value("uni_instruct/engines/runtime.py", "engine {} needs a CUDA device", lambda _: device_for("torch-fp32", "cuda:0"), lambda remedy, _: device_for(said(remedy, "an engine of another runtime", "onnx-fp32"), None)),
     Value("uni_instruct/engines/onnxruntime.py", "no provider '{}' runs on", lambda _: _checked_provider(onnxruntime, "cpu", "CUDAExecutionProvider"), lambda remedy, _: _checked_provider(onnxruntime, "cpu", first_choice(remedy))),
     Value("uni_instruct/evaluate/extractors.py", "extractor {} is in no file", lambda _: PIXELS.required_file(), lambda remedy, _: said(remedy, "score without workers", scored())),
-    Value("serve/load.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked(b"k", 200))),
-    Value("serve/load.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", b"k"), 401)),
-    Value("serve/load.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", b"k"), 200)),
+    Value("serve/load_test.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked(b"k", 200))),
+    Value("serve/load_test.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", b"k"), 401)),
+    Value("serve/load_test.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", b"k"), 200)),
     Value("uni_instruct/engines/torch.py", "a teacher of {} steps runs", lambda tmp: load_engine(random_bundle(tmp / "t", 1, 4), EngineId("torch", "bf16")), lambda remedy, tmp: load_engine(Bundle.open(tmp / "t"), EngineId.parse(found(r"--engine (\S+)", remedy)))),
-    Value("uni_instruct/engines/compiler.py", "compiled engines need a C++ compiler", lambda _: compiler("no-such-compiler"), lambda remedy, _: compiler(said(remedy, "name yours in CXX", "g++"))),
+    Value("uni_instruct/engines/compiled/compiler.py", "compiled engines need a C++ compiler", lambda _: compiler("no-such-compiler"), lambda remedy, _: compiler(said(remedy, "name yours in CXX", "g++"))),
     Value("uni_instruct/networks/autoencoder.py", "the decoder cannot be built", lambda _: built("sides do not fit"), lambda remedy, _: built(said(remedy, "give another VAE", ""))),
     Value("uni_instruct/commands/data.py", "{}: {} file{} wrong", lambda tmp: folder(tmp, a_png=GREY, b_png=b"text") and checked(tmp), lambda remedy, tmp: removed(tmp, remedy)),
     Value("uni_instruct/data/storage.py", "(_walk)", lambda tmp: listed_folder(tmp, PermissionError(13, "")), lambda remedy, tmp: listed_folder(tmp, said(remedy, "make it readable", None))),

@@ -19,7 +19,7 @@ from builders.remedies import first_choice
 from builders.remedy_values import Value, found
 from uni_instruct.cli import cli
 from uni_instruct.data import Dataset, open_dataset
-from uni_instruct.engines.comparison import BenchmarkPlan
+from uni_instruct.engines.benchmark.comparison import BenchmarkPlan
 from uni_instruct.engines.record import EngineId
 from uni_instruct.evaluate.comparison import student_quantile
 from uni_instruct.evaluate.scores import check_count, check_metrics
@@ -27,12 +27,12 @@ from uni_instruct.export.targets import TARGETS, choose_targets, find_target
 from uni_instruct.networks.build import build_denoiser, build_preconditioning, patched_shape
 from uni_instruct.networks.unet import levels
 from uni_instruct.sampling.forms import read_samples
-from uni_instruct.sampling.staff import Staff
-from uni_instruct.serve.keys import read_keys
-from uni_instruct.serve.load import LoadedServer
+from uni_instruct.sampling.workers import Staff
+from uni_instruct.serve.http.api_keys import read_keys
+from uni_instruct.serve.load_test import LoadedServer
+from uni_instruct.serve.models.sources import sources_by_name
 from uni_instruct.serve.ray_serve import parse
 from uni_instruct.serve.settings import Settings, settings_from_environment
-from uni_instruct.serve.sources import sources_by_name
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.lab.experiments import parse_variants, plan_lab
 from uni_instruct.train.monitoring.trackers import check_trackers
@@ -117,20 +117,20 @@ SERVING = [
           lambda remedy, _: Settings(path_prefix=found(r"such as (\S+)", remedy))),
     Value("serve/settings.py", "(wrong_setting)", lambda _: settings_from_environment({"UNI_INSTRUCT_UI": "perhaps"}),
           lambda remedy, _: settings_from_environment({"UNI_INSTRUCT_UI": found(r"give (\w+) or", remedy)})),
-    Value("serve/keys.py", "(read_keys)", lambda tmp: read_keys(None, str(tmp / "none")),
+    Value("serve/http/api_keys.py", "(read_keys)", lambda tmp: read_keys(None, str(tmp / "none")),
           lambda remedy, tmp: (tmp / "none").write_text(said(remedy, "one key a line", "a\nb\n")) and read_keys(None, str(tmp / "none"))),
-    Value("serve/keys.py", "{} holds no key", lambda _: read_keys(" , ", None), lambda remedy, _: read_keys(said(remedy, "give one", "a"), None)),
-    Value("serve/keys.py", "a key in {} has", lambda _: read_keys("a b", None),
+    Value("serve/http/api_keys.py", "{} holds no key", lambda _: read_keys(" , ", None), lambda remedy, _: read_keys(said(remedy, "give one", "a"), None)),
+    Value("serve/http/api_keys.py", "a key in {} has", lambda _: read_keys("a b", None),
           lambda remedy, _: read_keys(said(remedy, "several keys by commas", "a,b"), None)),
-    Value("serve/sources.py", "{} and {} are both called", lambda _: sources_by_name(["digits", "x/digits"]),
+    Value("serve/models/sources.py", "{} and {} are both called", lambda _: sources_by_name(["digits", "x/digits"]),
           lambda remedy, _: sources_by_name(["digits", found(r"own: (\S+)", remedy)])),
-    Value("serve/sources.py", "no generator is named", lambda _: sources_by_name([]),
+    Value("serve/models/sources.py", "no generator is named", lambda _: sources_by_name([]),
           lambda remedy, _: sources_by_name([found(r"such as (\S+)", remedy)])),
     Value("serve/ray_serve.py", "'{}' is no setting", lambda _: parse({"bundel": "digits"}),
           lambda remedy, _: parse({first_choice(remedy): "true"})),
     Value("serve/ray_serve.py", "{}={} cannot be", lambda _: parse({"replicas": "0"}),
           lambda remedy, _: parse({"replicas": found(r"from (\d) on", remedy)})),
-    Value("serve/load.py", "{} is no address", lambda _: LoadedServer("ftp://x"), lambda remedy, _: LoadedServer(found(r"such as (\S+)", remedy))),
+    Value("serve/load_test.py", "{} is no address", lambda _: LoadedServer("ftp://x"), lambda remedy, _: LoadedServer(found(r"such as (\S+)", remedy))),
 ]  # fmt: skip
 TRAINING = [
     Value(E, "--methods names none", lambda _: parse_variants([" , "]), lambda remedy, _: parse_variants([found(r"some of (.*)", remedy)])),
@@ -207,11 +207,11 @@ CORE = [
           lambda remedy, tmp: read_samples(written(tmp / "none.npz", found(r"'(\w+) --out'", remedy)))),
     Value("uni_instruct/sampling/forms.py", "the samples of {} are not finished", lambda tmp: read_samples(written(tmp / "s", "generate", *MANY, "--shard", "1/2")),
           lambda remedy, tmp: read_samples(written(tmp / "s", found(r"same '(\w+)' again, without --shard", remedy), *MANY))),
-    Value("uni_instruct/sampling/staff.py", "workers take the GPUs", lambda _: Staff(2).check_device("cuda:0"),
+    Value("uni_instruct/sampling/workers.py", "workers take the GPUs", lambda _: Staff(2).check_device("cuda:0"),
           lambda remedy, _: Staff(2).check_device(found(r"--device (\w+),", remedy)) is None),
     Value("uni_instruct/engines/record.py", "engine '{}' is no engine id", lambda _: EngineId.parse("fastest"),
           lambda remedy, _: [EngineId.parse(found(pattern, remedy)) for pattern in (r"as (\S+) or", r"or (\S+);")]),
-    Value("uni_instruct/engines/comparison.py", "{} seconds for a figure", lambda tmp: plan(tmp, float("nan")),
+    Value("uni_instruct/engines/benchmark/comparison.py", "{} seconds for a figure", lambda tmp: plan(tmp, float("nan")),
           lambda remedy, tmp: plan(tmp / "y", float(found(r"such as (\S+)", remedy)))),
     Value("uni_instruct/evaluate/comparison.py", "no quantile", lambda _: student_quantile(1.0, 3),
           lambda remedy, _: [student_quantile(float(found(r"from (\S+) to", remedy)), 3), student_quantile(0.999, 3)]),

@@ -12,12 +12,12 @@ import numpy as np
 
 from builders.data_sets import grey_zip, png, zip_of
 from builders.remedies import first_choice
+from uni_instruct.class_mixture import ClassMixture
 from uni_instruct.data import open_dataset
 from uni_instruct.generate import input_batches, mix_classes, resolve_class_ids
 from uni_instruct.images import checked_images, encode
-from uni_instruct.mixture import ClassMixture
 from uni_instruct.noise import checked_inputs, checked_seeds
-from uni_instruct.serve.schema import GenerateRequest, parse_request, resolve
+from uni_instruct.serve.routes.schema import GenerateRequest, parse_request, resolve
 from uni_instruct.spec import ModelSpec
 
 SPEC = ModelSpec(name="tiny", noise_shape=(1, 8, 8), num_classes=3, class_names=("ape", "bee", "cat"))
@@ -72,7 +72,7 @@ COLOUR = png(np.zeros((4, 4, 3), np.uint8))
 N, G, S, L, F = (
     "uni_instruct/noise.py",
     "uni_instruct/generate.py",
-    "serve/schema.py",
+    "serve/routes/schema.py",
     "uni_instruct/data/labels.py",
     "uni_instruct/data/image_files.py",
 )

@@ -11,10 +11,10 @@ import torch
 
 from builders.bundles import random_bundle
 from uni_instruct.bundle import Bundle
+from uni_instruct.class_mixture import ClassMixture
 from uni_instruct.engine import Engine, available_engines, open_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import generate_images, input_batches, mix_classes, resolve_class_ids
-from uni_instruct.mixture import ClassMixture
 from uni_instruct.noise import class_ids_in_turn, draw_inputs, noise, random_class_ids
 
 SEEDS = [7, 8, 9]

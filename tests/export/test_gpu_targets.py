@@ -10,7 +10,7 @@ import pytest
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import EngineId
-from uni_instruct.engines.cuda import Gpu, gpus
+from uni_instruct.engines.hardware.cuda import Gpu, gpus
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.export import targets
 from uni_instruct.export.capabilities import CAPABILITIES

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.graph import graph_feeds
+from uni_instruct.engines.graph_ports import graph_feeds
 from uni_instruct.engines.openvino_file import read_model
 from uni_instruct.engines.outputs import TOLERANCES, relative_l2
 from uni_instruct.errors import MissingExtraError

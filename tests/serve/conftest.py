@@ -2,7 +2,7 @@
 
 import pytest
 
-from uni_instruct.serve import models
+from uni_instruct.serve.models import registry as models
 
 
 @pytest.fixture(autouse=True)

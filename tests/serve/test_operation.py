@@ -28,9 +28,9 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.serve.load import Answer, LoadedServer, count_wrong, summary
+from uni_instruct.serve.load_test import Answer, LoadedServer, count_wrong, summary
 from uni_instruct.serve.metrics import use_own_folder
-from uni_instruct.serve.supervision import LOOK_EVERY_S
+from uni_instruct.serve.process.supervision import LOOK_EVERY_S
 
 CONNECTIONS = 20
 
@@ -343,7 +343,7 @@ def test_bentomls_supervisor_looks_for_dead_workers_every_second(command: str, s
     """By itself it does every 10 s, and no setting changes that. The service is loaded before what makes the supervisor."""
     script = f"""
 {command}
-from uni_instruct.serve.supervision import look_often
+from uni_instruct.serve.process.supervision import look_often
 look_often()
 from bentoml._internal.utils.circus import create_standalone_arbiter
 print(create_standalone_arbiter([]).check_delay)

@@ -7,7 +7,7 @@ from shlex import quote
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.commands.numbers import FiniteRange
+from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.errors import RequestError
 from uni_instruct.train.recipe_keys import NARROWEST_AVERAGE, WIDEST_AVERAGE
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from uni_instruct.commands.staff_options import ray_option, staff_of
+from uni_instruct.commands.worker_options import ray_option, staff_of
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from uni_instruct.engines.threads import one_torch_thread
+from uni_instruct.engines.hardware.threads import one_torch_thread
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file
 from uni_instruct.networks.build import build_denoiser

@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
-from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import RequestError
 from uni_instruct.processes import is_later_process
 from uni_instruct.train.config import LoopConfig, Recipe

@@ -13,11 +13,11 @@ import rich_click as click
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.benchmark_report import BenchmarkFacts, check_plot, plot, show
-from uni_instruct.commands.numbers import FiniteRange
+from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.engine import RUNTIMES
-from uni_instruct.engines.comparison import BenchmarkPlan, compare
-from uni_instruct.engines.machine import machine_facts
-from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.engines.benchmark.comparison import BenchmarkPlan, compare
+from uni_instruct.engines.hardware.machine import machine_facts
+from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import RequestError
 from uni_instruct.progress import progress
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TypedDict
 
-from uni_instruct.engines.comparison import EAGER, EngineComparison, SpeedRow
-from uni_instruct.engines.machine import MachineFacts
+from uni_instruct.engines.benchmark.comparison import EAGER, EngineComparison, SpeedRow
+from uni_instruct.engines.hardware.machine import MachineFacts
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.files import atomic_file
 

@@ -9,7 +9,7 @@ import rich_click as click
 
 from uni_instruct.bundle import Bundle, is_bundle, is_run, shipped_generators
 from uni_instruct.commands.evaluate_report import print_scores, score_facts
-from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
+from uni_instruct.commands.worker_options import ray_option, staff_of, workers_option
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import (
@@ -32,7 +32,7 @@ from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_c
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 from uni_instruct.sampling.forms import check_finished
-from uni_instruct.sampling.staff import Staff
+from uni_instruct.sampling.workers import Staff
 
 BATCH = 64
 # A larger number is taken for a slip of the keys.

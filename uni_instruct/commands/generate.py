@@ -7,7 +7,7 @@ import numpy as np
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.commands.staff_options import ray_option, staff_of, workers_option
+from uni_instruct.commands.worker_options import ray_option, staff_of, workers_option
 from uni_instruct.engine import EngineId, open_engine, select_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file
@@ -18,7 +18,7 @@ from uni_instruct.progress import progress
 from uni_instruct.sampling import SampleRequest, SampleRun, is_finished, noted_engine, open_run, read_samples, remove_leftovers
 from uni_instruct.sampling.pool import ImageJob
 from uni_instruct.sampling.shards import WHOLE, Part
-from uni_instruct.sampling.staff import Staff
+from uni_instruct.sampling.workers import Staff
 from uni_instruct.spec import ModelSpec
 
 BATCH = 64

@@ -8,7 +8,7 @@ import rich_click as click
 from click.core import ParameterSource
 
 from uni_instruct.bundle import USUAL_VAE, Bundle, is_bundle
-from uni_instruct.commands.numbers import FiniteRange
+from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.errors import RequestError
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import progress

@@ -15,7 +15,7 @@ from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.sample_source import bundle_samples
 from uni_instruct.evaluate.scores import check_count
 from uni_instruct.progress import progress
-from uni_instruct.sampling.staff import Staff
+from uni_instruct.sampling.workers import Staff
 
 BATCH = 64
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.device import CPU
-from uni_instruct.engines.graph import DENOISED, IMAGES, check_interface
+from uni_instruct.class_mixture import ClassIds
+from uni_instruct.engines.graph_ports import DENOISED, IMAGES, check_interface
+from uni_instruct.engines.hardware.device import CPU
+from uni_instruct.engines.hardware.threads import Threads, usable_cpus
 from uni_instruct.engines.openvino_file import read_model
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, StoredEngine
-from uni_instruct.engines.threads import Threads, usable_cpus
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.files import cache_folder
-from uni_instruct.mixture import ClassIds
 
 if TYPE_CHECKING:
     import openvino

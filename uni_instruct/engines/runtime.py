@@ -9,13 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
-from uni_instruct.engines.compiler import check_compiler
-from uni_instruct.engines.cuda import gpus
-from uni_instruct.engines.device import CPU, CUDA, index_of, kind_of
+from uni_instruct.class_mixture import ClassIds
+from uni_instruct.engines.compiled.compiler import check_compiler
+from uni_instruct.engines.hardware.cuda import gpus
+from uni_instruct.engines.hardware.device import CPU, CUDA, index_of, kind_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import COMPILED, EngineId
 from uni_instruct.errors import MissingExtraError, RequestError
-from uni_instruct.mixture import ClassIds
 from uni_instruct.spec import ModelSpec
 
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.cuda import CudaStream
-from uni_instruct.engines.device import index_of
-from uni_instruct.engines.graph import DENOISED, IMAGES, NOISE, check_interface
+from uni_instruct.class_mixture import ClassIds
+from uni_instruct.engines.graph_ports import DENOISED, IMAGES, NOISE, check_interface
+from uni_instruct.engines.hardware.cuda import CudaStream
+from uni_instruct.engines.hardware.device import index_of
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, EngineRecord, StoredEngine
 from uni_instruct.errors import BundleError, DiskError, MissingExtraError, UniInstructError
 from uni_instruct.files import atomic_file, cache_folder
-from uni_instruct.mixture import ClassIds
 
 if TYPE_CHECKING:
     import types

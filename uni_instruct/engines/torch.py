@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.device import CPU, CUDA, kind_of
+from uni_instruct.class_mixture import ClassIds
+from uni_instruct.engines.compiled.torch_images import compiled_images
+from uni_instruct.engines.hardware.device import CPU, CUDA, kind_of
+from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import COMPILED, EngineId
 from uni_instruct.engines.sensitive_layers import sensitive_layers
-from uni_instruct.engines.threads import Threads
-from uni_instruct.engines.torch_compiled import compiled_images
 from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
-from uni_instruct.mixture import ClassIds
 from uni_instruct.networks.blocks import Conv2d
 from uni_instruct.networks.cuda_graphs import CapturedBatches
 from uni_instruct.networks.denoiser import ClassLabels

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uni_instruct.data import Dataset
-from uni_instruct.engines.threads import one_torch_thread
+from uni_instruct.engines.hardware.threads import one_torch_thread
 from uni_instruct.errors import DiskError, FileFormatError, RequestError
 from uni_instruct.evaluate.classifier_file import (
     FEATURES,

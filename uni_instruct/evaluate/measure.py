@@ -18,7 +18,7 @@ from uni_instruct.processes import keep_freed_memory
 from uni_instruct.progress import Progress, ProgressFactory
 from uni_instruct.sampling.pool import Pool, Task
 from uni_instruct.sampling.shards import SHARD_IMAGES, Shard
-from uni_instruct.sampling.staff import Staff
+from uni_instruct.sampling.workers import Staff
 from uni_instruct.spec import ImageShape
 
 # Features come in batches of so many: a shard of whole ones gives the bits that all images at once would give.

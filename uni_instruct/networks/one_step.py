@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.mixture import ClassIds, ClassMixture
+from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.networks.autoencoder import LatentDecoder, load_decoder
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.networks.denoiser import ClassLabels, Denoiser, MixedClasses

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from uni_instruct.bundle import Bundle
+from uni_instruct.class_mixture import ClassIds
 from uni_instruct.engines.outputs import Outputs
-from uni_instruct.mixture import ClassIds
 from uni_instruct.networks.flops import is_heavy
 from uni_instruct.networks.one_step import as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, noise

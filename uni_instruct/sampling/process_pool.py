@@ -12,7 +12,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Generic
 
-from uni_instruct.engines.threads import usable_cpus
+from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import UniInstructError
 from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
 

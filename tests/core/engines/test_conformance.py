@@ -13,12 +13,12 @@ import pytest
 
 from builders.bundles import random_bundle
 from uni_instruct.bundle import Bundle
+from uni_instruct.class_mixture import ClassMixture
 from uni_instruct.engine import Engine, EngineId, open_engine
-from uni_instruct.engines.cuda import gpus
+from uni_instruct.engines.hardware.cuda import gpus
 from uni_instruct.engines.outputs import TOLERANCES, Outputs, agreement
 from uni_instruct.errors import EngineRefusedError, ParityError, RequestError
 from uni_instruct.export.targets import TARGETS, export_engine
-from uni_instruct.mixture import ClassMixture
 from uni_instruct.networks.reference import make_reference
 from uni_instruct.noise import class_ids_in_turn, noise
 

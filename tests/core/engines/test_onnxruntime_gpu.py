@@ -12,7 +12,7 @@ from builders.bundles import ONNX
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.engines import onnxruntime as onnx_engine
-from uni_instruct.engines.cuda import gpus
+from uni_instruct.engines.hardware.cuda import gpus
 from uni_instruct.engines.onnxruntime import RTX_PLUGIN, TENSORRT, BoundBatches, OnnxEngine
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.generate import mix_classes

@@ -14,9 +14,10 @@ from builders.bundles import ONNX
 from builders.host_gpu import HostStream, tensorrt_on_host
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import EngineId, engine_standing, open_engine, select_engine
-from uni_instruct.engines import cuda, device, runtime
+from uni_instruct.engines import runtime
 from uni_instruct.engines import tensorrt as tensorrt_engine
-from uni_instruct.engines.cuda import Gpu, gpus
+from uni_instruct.engines.hardware import cuda, device
+from uni_instruct.engines.hardware.cuda import Gpu, gpus
 from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.engines.tensorrt import TensorRtEngine, check_version, deserialised, load_package
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError

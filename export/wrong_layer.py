@@ -1,0 +1,85 @@
+"""Where an engine goes astray: its convolutions held against those of the folded module, one image, in the order of work."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.graph_ports import OTHER_IDS, SHARE, graph_feeds
+from uni_instruct.engines.outputs import relative_l2
+from uni_instruct.export.canonical import CanonicalOneStep
+from uni_instruct.networks.one_step import as_tensors, load_one_step
+from uni_instruct.noise import Inputs
+
+
+def first_stray(bundle: Bundle, file: Path, precision: str, inputs: Inputs, limit: float) -> str | None:
+    """The name of the first convolution whose output differs by more than `limit` (relative L2), and by how much, in words.
+
+    inputs are those of one image. None where there is none, or OpenVINO, which can show every layer, cannot run the file.
+    """
+    try:
+        found = _of_engine(file, precision, inputs)
+    except Exception:  # the engine has failed already: this only adds to what is said of it
+        return None
+    truth = _of_module(bundle, inputs)
+    for name, expected in truth.items():
+        if name in found and not (distance := relative_l2(found[name], expected)) <= limit:  # NaN is not
+            return f"{name.removesuffix('.weight')} ({distance:.1e})"
+    return None
+
+
+def _of_engine(file: Path, precision: str, inputs: Inputs) -> dict[str, np.ndarray]:
+    """What each convolution gives, before its bias, by the name of its weights."""
+    import openvino
+
+    from uni_instruct.engines.openvino import precision_hint
+    from uni_instruct.engines.openvino_file import read_model, weight_name
+
+    core = openvino.Core()
+    model = core.read_model(_without_defaults(file)) if file.suffix == ".onnx" else read_model(core, file)
+    layers = [layer for layer in model.get_ordered_ops() if layer.get_type_name() == "Convolution"]
+    names = [weight_name(layer).partition("generator.")[2] for layer in layers]
+    first = len(model.outputs)  # what is added stands behind the graph's own
+    model.add_outputs([layer.output(0) for layer in layers])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision_hint(precision)})
+    result = compiled(graph_feeds(inputs))
+    return {name: result[first + i] for i, name in enumerate(names) if name}
+
+
+def _without_defaults(file: Path) -> bytes:
+    """The ONNX graph with every input to be fed: OpenVINO takes an input that has a default for a constant."""
+    model = onnx.load(file)
+    kept = [initializer for initializer in model.graph.initializer if initializer.name not in (OTHER_IDS, SHARE)]
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(kept)
+    return bytes(model.SerializeToString())
+
+
+def _of_module(bundle: Bundle, inputs: Inputs) -> dict[str, np.ndarray]:
+    module = CanonicalOneStep(load_one_step(bundle))
+    recorder = _Recorder({id(parameter): name for name, parameter in module.named_parameters()})
+    with torch.no_grad(), recorder:
+        module(*as_tensors(inputs, "cpu"))
+    return recorder.found
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes what each convolution gives, before its bias."""
+
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.names, self.found = names, dict[str, np.ndarray]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.conv2d and id(args[1]) in self.names:
+            bias = args[2] if len(args) > 2 else None
+            bare = result - bias[:, None, None] if isinstance(bias, Tensor) else result
+            self.found[self.names[id(args[1])]] = bare.numpy()
+        return result

@@ -1,0 +1,1 @@
+"""Requests in, batches to the engine, images back."""

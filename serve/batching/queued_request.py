@@ -1,0 +1,60 @@
+"""Requests in the batcher's queue, and what the engine is fed for a batch of their images."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from uni_instruct.class_mixture import ClassIds, ClassMixture
+from uni_instruct.noise import Inputs, NoisePoint, noise_of_points
+from uni_instruct.spec import ModelSpec
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
+
+    mixture is there where classes are mixed, class_ids are then its first; noise where it was drawn when the request came;
+    images once the first is made. model_s adds up the engine calls that the request took part in.
+    """
+
+    seeds: Sequence[NoisePoint]
+    class_ids: np.ndarray | None
+    mixture: ClassMixture | None
+    noise: np.ndarray | None
+    done: asyncio.Future[None]
+    timeout_s: float
+    left: int
+    next: int = 0
+    model_s: float = 0.0
+    images: np.ndarray | None = None
+
+
+# One image of a request: its place there.
+Item = tuple[Ticket, int]
+
+
+def batch_inputs(spec: ModelSpec, items: Sequence[Item], mixing: bool) -> Inputs:
+    """What the engine is fed. What a request may ask for was checked when it came in.
+
+    mixing: whether any request is for a mixture of classes; without one no image is asked about it.
+    """
+    class_ids: ClassIds | None = None
+    if spec.num_classes:
+        ids = np.array([0 if t.class_ids is None else t.class_ids[index] for t, index in items], dtype=np.int64)
+        class_ids = _mixed(ids, items) if mixing else ids
+    noise = np.empty((len(items), *spec.noise_shape), dtype=np.float32)
+    for row, (ticket, index) in zip(noise, items, strict=True):
+        drawn = ticket.noise
+        row[...] = drawn[index] if drawn is not None else noise_of_points([ticket.seeds[index]], spec.noise_shape)[0]
+    return Inputs(noise, class_ids)
+
+
+def _mixed(ids: np.ndarray, items: Sequence[Item]) -> ClassIds:
+    """The classes of a batch in which some may be mixtures; the others keep theirs, to the byte."""
+    mixture = ClassMixture(ids, ids.copy(), np.zeros(len(ids), np.float32))
+    for row, (ticket, index) in enumerate(items):
+        if ticket.mixture is not None:
+            mixture.other_ids[row], mixture.share[row] = ticket.mixture.other_ids[index], ticket.mixture.share[index]
+    return mixture.simplest()

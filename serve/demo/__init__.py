@@ -1,0 +1,1 @@
+"""The web demo under /ui."""

@@ -1,0 +1,50 @@
+"""GET /v1/about: what the demo's page has to know of a model beyond /v1/spec, its card above all."""
+
+import re
+
+from uni_instruct.bundle import CARD, SAMPLES, Bundle
+from uni_instruct.serve.demo.compare import choices, find_teacher
+from uni_instruct.serve.models.served_model import ServedModel
+from uni_instruct.serve.routes.model_info import model_info
+from uni_instruct.spec import evaluations
+
+# A bundle may hold it: samples in a row, each above its nearest training images.
+NEIGHBOURS = "neighbours.png"
+PICTURES = (SAMPLES, NEIGHBOURS)
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_LONGEST_CARD = 100_000
+
+
+def about(served: ServedModel) -> dict[str, object]:
+    """model_info, and: the card's Markdown, its pictures, what to compare with, the teacher's steps, whether a key is needed.
+
+    Reads files. Raises NotReadyError until the generator is loaded.
+    """
+    bundle = served.bundle
+    return {
+        **model_info(served),
+        "card": card(bundle),
+        "pictures": [name for name in PICTURES if (bundle.path / name).is_file()],
+        "compare": choices(bundle, str(served.engine.id)),
+        "teacher": teacher_facts(bundle),
+        "needs_key": bool(served.settings.keys),
+    }
+
+
+def card(bundle: Bundle) -> str:
+    """The model card's Markdown without its front matter; empty where the bundle has none."""
+    path = bundle.path / CARD
+    if not path.is_file():
+        return ""
+    return _FRONT_MATTER.sub("", path.read_text(encoding="utf-8", errors="replace")[:_LONGEST_CARD])
+
+
+def teacher_facts(bundle: Bundle) -> dict[str, object] | None:
+    """Steps and network evaluations of the teacher: from its bundle where it is at hand, else from the recipe in the spec."""
+    at_hand = find_teacher(bundle)
+    recipe = bundle.spec.provenance.get("recipe")
+    stage = recipe.get("teacher") if isinstance(recipe, dict) else None
+    steps = at_hand.spec.steps if at_hand else stage.get("steps") if isinstance(stage, dict) else None
+    if not isinstance(steps, int) or steps < 1:
+        return None
+    return {"steps": steps, "evaluations": evaluations(steps), "at_hand": at_hand is not None}

@@ -1,0 +1,1 @@
+"""HTTP itself, whatever is asked for: keys, sizes, headers, connections."""

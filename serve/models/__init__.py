@@ -1,0 +1,1 @@
+"""The generators in memory, by name."""

@@ -1,0 +1,206 @@
+"""One generator that is served: its bundle, the engine that runs it, and the batcher that takes requests for it."""
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import Engine, Selection, load_engine, select_engine
+from uni_instruct.errors import UniInstructError
+from uni_instruct.generate import image_size
+from uni_instruct.images import IMAGE_FORMATS, encode
+from uni_instruct.serve.batching.batch_sizes import prewarm
+from uni_instruct.serve.batching.batcher import Batcher
+from uni_instruct.serve.batching.device_thread import DeviceThreads
+from uni_instruct.serve.errors import NotReadyError
+from uni_instruct.serve.metrics import ModelMetrics
+from uni_instruct.serve.models.reload import Fingerprint, fingerprint
+from uni_instruct.serve.settings import Settings
+from uni_instruct.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "failed", "closed"]
+
+
+class ServedModel:
+    """A generator in one worker. Nothing is loaded before `load`; then it is ready, or `failure` says what went wrong.
+
+    name is what requests call it; source is a folder, a shipped generator's name, or an address on the hub. devices and
+    encoders are shared by all models of the worker.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        settings: Settings,
+        *,
+        metrics: ModelMetrics,
+        devices: DeviceThreads,
+        encoders: ThreadPoolExecutor,
+    ):
+        self.name = name
+        self.source = source
+        self.settings = settings
+        self.metrics = metrics
+        self.encoders = encoders
+        self.failure: UniInstructError | None = None
+        # Of the files that were loaded, or tried; None before that.
+        self.fingerprint: Fingerprint | None = None
+        self._devices = devices
+        self._bundle: Bundle | None = None
+        self._engine: Engine | None = None
+        self._selection: Selection | None = None
+        self._made_by: dict[str, str] | None = None
+        self._batcher: Batcher | None = None
+        self._closed = False
+        self.lease = Lease(self)
+
+    @property
+    def bundle(self) -> Bundle:
+        """What is served. Raises NotReadyError until it is loaded."""
+        if self._bundle is None:
+            raise self._not_ready()
+        return self._bundle
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What it makes of which classes. Raises NotReadyError until it is loaded."""
+        return self.bundle.spec
+
+    @property
+    def engine(self) -> Engine:
+        """What runs it. Raises NotReadyError until it is loaded."""
+        if self._engine is None:
+            raise self._not_ready()
+        return self._engine
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """The headers of every answer that say what made it. Raises NotReadyError until it is loaded."""
+        if self._made_by is None:
+            headers = {"X-Model": self.name, "X-Engine": str(self.engine.id)}
+            if refused := self.selection.refused:
+                headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
+            self._made_by = headers
+        return self._made_by
+
+    @property
+    def selection(self) -> Selection:
+        """Why this engine runs it. Raises NotReadyError until it is loaded."""
+        if self._selection is None:
+            raise self._not_ready()
+        return self._selection
+
+    @property
+    def batcher(self) -> Batcher:
+        """What takes requests. Raises NotReadyError until it is loaded, and once it is closed."""
+        if self._batcher is None or self._closed:
+            raise self._not_ready()
+        return self._batcher
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The prewarmed batch sizes. Raises NotReadyError until they are measured."""
+        if self._batcher is None:
+            raise self._not_ready()
+        return self._batcher.batch_sizes
+
+    @property
+    def state(self) -> State:
+        """Where it stands, in a word."""
+        if self._closed:
+            return "closed"
+        if self.failure is not None:
+            return "failed"
+        return "loading" if self._batcher is None else "ready"
+
+    @property
+    def alive(self) -> bool:
+        """False where only a restart helps: loading failed, or the queue is no longer served."""
+        return self.failure is None and (self._batcher is None or self._batcher.running)
+
+    async def load(self) -> None:
+        """Opens the bundle and its engine and warms it up, in a thread. What goes wrong is kept in `failure`."""
+        # Before anything is read: files that change while they are read are then seen to have changed.
+        self.fingerprint = await asyncio.to_thread(fingerprint, self.source)
+        try:
+            bundle, selection, engine = await asyncio.to_thread(self._open)
+            longest_s = self.settings.max_batch_ms / 1e3
+            batch_sizes = await asyncio.to_thread(prewarm, engine, self.settings.max_batch, longest_s)
+            await asyncio.to_thread(warm_encoders, bundle.spec)
+            self._bundle, self._selection, self._engine = bundle, selection, engine
+            device = self._devices.of(engine.device)
+            self._batcher = Batcher(engine, batch_sizes, self.settings.queue_images, self.metrics, device)
+            logger.info("serving %s with %s", self.name, engine.id)
+        except UniInstructError as error:
+            self.failure = error
+            logger.error("the generator %s could not be loaded: %s", self.name, error)
+        # Whatever else a runtime raises must not end the process: /readyz then names the model, and the others are served.
+        except Exception as error:
+            self.failure = UniInstructError(
+                f"{type(error).__name__} while loading: {error}", remedy="the server's log says more"
+            )
+            logger.exception("the generator %s could not be loaded", self.name)
+
+    async def drain(self) -> None:
+        """Waits until nobody holds a lease, then closes. Who takes requests must by then know of another."""
+        await self.lease.unused.wait()
+        await self.close()
+
+    def turn_away(self) -> None:
+        """Answers what waits for the engine with 503: the server is about to stop."""
+        if self._batcher is not None:
+            self._batcher.turn_away()
+
+    async def close(self) -> None:
+        """Stops the engine after its running batch; what waits is answered by NotReadyError."""
+        if self._batcher is not None and not self._closed:
+            await self._batcher.close()
+            self.engine.close()
+        self._closed = True
+
+    def _open(self) -> tuple[Bundle, Selection, Engine]:
+        bundle = Bundle.open(self.source)
+        bundle.check_makes_pictures()
+        selection = select_engine(bundle, self.settings.engine, self.settings.device)
+        # Spinning threads would take the cores from the event loop and the encoders (docs/engines.md, "Threads").
+        stored = bundle.engines().get(selection.engine_id, selection.engine_id)
+        return bundle, selection, load_engine(bundle, stored, device=selection.device, spin=False)
+
+    def _not_ready(self) -> NotReadyError:
+        if self.failure is not None:
+            problem = f"the generator {self.name} could not be loaded: {self.failure.problem}"
+            return NotReadyError(problem, remedy=self.failure.remedy, param="model")
+        if self._closed:
+            return NotReadyError("the server is stopping", remedy="try another one")
+        return NotReadyError(f"the generator {self.name} is loading", remedy="wait for /readyz to answer 200")
+
+
+class Lease:
+    """`with served.lease:` while anybody is in such a block, the model is not closed by an exchange for a newer one."""
+
+    def __init__(self, served: ServedModel):
+        self.unused = asyncio.Event()
+        self.unused.set()
+        self._served, self._count = served, 0
+
+    def __enter__(self) -> ServedModel:
+        self._count += 1
+        self.unused.clear()
+        return self._served
+
+    def __exit__(self, *error: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self.unused.set()
+
+
+def warm_encoders(spec: ModelSpec) -> None:
+    """Encodes a black image in every format: Pillow imports a format's code when it is first used."""
+    for name in IMAGE_FORMATS:
+        encode(np.zeros(image_size(spec), dtype=np.uint8), name)

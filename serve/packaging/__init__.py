@@ -1,0 +1,1 @@
+"""A Bento: bundles, this package and exact requirements in one folder."""

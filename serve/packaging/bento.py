@@ -1,0 +1,223 @@
+"""A Bento of generators: their bundles and engines, this package's wheel and pinned requirements, without torch."""
+
+import json
+import logging
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shlex import quote
+
+import yaml
+
+from uni_instruct import __version__
+from uni_instruct.bundle import CARD, CONFIG, DECODER, ENGINES, SAMPLES, WEIGHTS, Bundle
+from uni_instruct.engine import RUNTIMES
+from uni_instruct.engines.record import StoredEngine
+from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.files import atomic_file, disk_errors
+from uni_instruct.processes import ending_with
+from uni_instruct.progress import Progress
+from uni_instruct.reference import REFERENCE
+from uni_instruct.serve.demo.about import NEIGHBOURS
+from uni_instruct.serve.packaging.packed_service import BUNDLES, CONTENTS, REQUIREMENTS, SERVICE_PY, WHEELS
+from uni_instruct.serve.packaging.pins import pins
+from uni_instruct.serve.packaging.wheel import make_wheel
+from uni_instruct.serve.settings import PREFIX
+
+# The extra that a Bento's image has: engines of other runtimes need packages that are not in it.
+EXTRA = "serve"
+_PARTS = (CONFIG, WEIGHTS, DECODER, REFERENCE, CARD, SAMPLES, NEIGHBOURS)
+# `bentoml import` reads xz alone. Weights and a wheel do not compress, so that searching them well is time for nothing:
+# preset 0 takes three times as long as this, for the same size to four digits.
+_XZ_FILTER: dict[str, int] = {
+    "id": lzma.FILTER_LZMA2,
+    "preset": 0,
+    "dict_size": 4096,
+    "mf": lzma.MF_HC3,
+    "nice_len": 3,
+    "depth": 1,
+    "mode": lzma.MODE_FAST,
+    "lc": 0,
+    "lp": 0,
+    "pb": 0,
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedBundle:
+    """A generator in a Bento: the hash that tells its images from another's, and the ids of its engines."""
+
+    weights_sha256: str
+    engines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedBento:
+    """What was made: its tag, the archive or its folder in BentoML's store, and what is in it.
+
+    bundles: by name, the first of which is served where a request names none. requirements: pinned, the wheel among them.
+    """
+
+    tag: str
+    path: str
+    file_bytes: int
+    wheel: str
+    requirements: tuple[str, ...]
+    bundles: Mapping[str, PackagedBundle]
+
+
+def package(sources: Mapping[str, str], out: Path | None, engine: str | None, bar: Progress) -> PackagedBento:
+    """Makes the Bento of these generators (name -> source): the archive `out`, or without one an entry of BentoML's store.
+
+    engine: an engine id; other engines are left out. bar advances by packed_service.STEPS in all. Raises RequestError for what
+    cannot be served without torch, and for an `out` that exists, BundleError for damaged files, DiskError, and
+    UniInstructError where a tool fails.
+    """
+    if out is not None:
+        _check_out(out)
+    bundles = {name: Bundle.open(source) for name, source in sources.items()}
+    engines = {name: _engines(bundle, engine) for name, bundle in bundles.items()}
+    bar.advance(1, "generators")
+    with tempfile.TemporaryDirectory(prefix="uni-instruct-package-") as folder, disk_errors(Path(folder)):
+        context, home = Path(folder) / "context", Path(folder) / "home"
+        (context / WHEELS).mkdir(parents=True)
+        for name, bundle in bundles.items():
+            _copy(bundle, engines[name], context / BUNDLES / name)
+        bar.advance(1, "this package's wheel")
+        wheel = make_wheel(context / WHEELS)
+        bar.advance(1, "pinned requirements")
+        requirements = (*pins(EXTRA), f"./{WHEELS}/{wheel.name}")
+        held = {name: _contents(bundle, engines[name]) for name, bundle in bundles.items()}
+        _write_context(context, requirements, held)
+        bar.advance(1, "the Bento")
+        store = home if out is not None else Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml").absolute()
+        tag = _build(context, store)
+        path = store / "bentos" / Path(*tag.split(":"))
+        bar.advance(1, "the archive" if out is not None else "its size")
+        if out is not None:
+            _archive(path, out)
+            path = out
+        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+        bar.advance(1, "done")
+    return PackagedBento(tag=tag, path=str(path), file_bytes=size, wheel=wheel.name, requirements=requirements, bundles=held)
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".bento":
+        raise RequestError(
+            f"--out {out} is not the name of a Bento", remedy=f"give a file such as {out.stem}.bento", param="out"
+        )
+    if out.exists():
+        raise RequestError(f"--out {out} exists already", remedy="choose another --out, or remove it", param="out")
+
+
+def _engines(bundle: Bundle, wanted: str | None) -> list[StoredEngine]:
+    """The engines to keep, all of them undamaged."""
+    bundle.check_makes_pictures()
+    if bundle.spec.steps != 1:
+        raise RequestError(
+            f"{bundle.path} is a teacher of {bundle.spec.steps} steps, which needs torch",
+            remedy="package the generator that 'train' distilled from it",
+            param="bundle",
+        )
+    present = {str(engine_id): stored for engine_id, stored in bundle.engines().items() if _runs_there(stored)}
+    if not present:
+        export = f"uni-instruct export {quote(str(bundle.path))} --to onnx"
+        raise RequestError(f"{bundle.path} has no engine that runs without torch", remedy=export, param="bundle")
+    if wanted is not None and wanted not in present:
+        remedy = f"choose one of {', '.join(present)}"
+        raise RequestError(f"{bundle.path} has no engine {wanted} for a Bento", remedy=remedy, param="engine")
+    kept = [stored for name, stored in present.items() if wanted in (None, name)]
+    for stored in kept:
+        stored.file()
+    return kept
+
+
+def _runs_there(stored: StoredEngine) -> bool:
+    runtime = RUNTIMES.get(stored.engine_id.runtime)
+    return runtime is not None and runtime.extra == EXTRA
+
+
+def _copy(bundle: Bundle, engines: list[StoredEngine], target: Path) -> None:
+    """The bundle with these engines alone; a teacher beside it, or whatever else lies there, stays."""
+    target.mkdir(parents=True)
+    for part in _PARTS:
+        if (bundle.path / part).is_file():
+            shutil.copyfile(bundle.path / part, target / part)
+    for stored in engines:
+        shutil.copytree(stored.folder, target / ENGINES / stored.folder.name, copy_function=shutil.copyfile)
+    # Read again where it is going to be read: a copy that is not whole would be found in production.
+    Bundle.open(target)
+
+
+def _contents(bundle: Bundle, engines: list[StoredEngine]) -> PackagedBundle:
+    names = tuple(str(stored.engine_id) for stored in engines)
+    return PackagedBundle(weights_sha256=bundle.weights_sha256, engines=names)
+
+
+def _write_context(context: Path, requirements: tuple[str, ...], held: Mapping[str, PackagedBundle]) -> None:
+    """Everything else of the folder that BentoML packs."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    contents = {
+        "uni_instruct": __version__,
+        "python": python,
+        "bundles": {name: asdict(bundle) for name, bundle in held.items()},
+    }
+    (context / CONTENTS).write_text(json.dumps(contents, indent=2) + "\n")
+    (context / REQUIREMENTS).write_text("\n".join(requirements) + "\n")
+    (context / "service.py").write_text(SERVICE_PY)
+    build = {
+        "service": "service:UniInstruct",
+        "name": "uni-instruct",
+        "include": ["service.py", CONTENTS, REQUIREMENTS, f"{WHEELS}/**", f"{BUNDLES}/**"],
+        # In the container nothing is told to anybody.
+        "envs": [
+            {"name": "BENTOML_DO_NOT_TRACK", "value": "true"},
+            {"name": "GRADIO_ANALYTICS_ENABLED", "value": "False"},
+        ],
+    }
+    (context / "bentofile.yaml").write_text(yaml.safe_dump(build, sort_keys=False))
+    lines = [f"- `{name}`: weights {bundle.weights_sha256}, {', '.join(bundle.engines)}" for name, bundle in held.items()]
+    text = f"# One-step image generators\n\nPackaged by uni-instruct {__version__} for Python {python}.\n\n"
+    (context / CARD).write_text(text + "\n".join(lines) + "\n")
+
+
+def _build(context: Path, home: Path) -> str:
+    """BentoML's tag, name:version. In a process of its own, as building imports the service and moves to its folder."""
+    # Settings of this shell belong to a server, and would be read when the service is imported.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    # Without a local address, by which nobody else could install BentoML.
+    environment |= {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "true", "BENTOML_NO_LOCAL_URL": "true"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "bentoml", "build", "--output", "tag"],
+        cwd=context,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=ending_with(os.getpid()),
+    )
+    words = done.stdout.split()
+    if done.returncode or not words:
+        _log.error("%s", done.stderr.strip())
+        raise UniInstructError(f"bentoml build ended with exit code {done.returncode}", remedy="the log above says why")
+    return words[-1].removeprefix("__tag__:")
+
+
+def _archive(bento: Path, out: Path) -> None:
+    """What `bentoml export` writes, and `bentoml import` reads."""
+    with (
+        atomic_file(out) as partial,
+        lzma.open(partial, "wb", filters=[_XZ_FILTER]) as file,
+        tarfile.open(fileobj=file, mode="w") as archive,
+    ):
+        archive.add(bento, arcname=".")

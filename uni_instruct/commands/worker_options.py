@@ -1,0 +1,26 @@
+"""The options that say who does the work, alike for every command that has them."""
+
+import rich_click as click
+
+from uni_instruct.sampling.workers import LOCAL, MAX_WORKERS, Staff
+
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    help="Processes that share the work, each with its part of the cores, or a GPU. [default: this one alone]",
+)
+ray_option = click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value=LOCAL,
+    metavar="[ADDRESS]",
+    help="Let Ray's actors do the work: of the cluster at ADDRESS (HOST:PORT), or without it of a Ray on this machine.",
+)
+
+
+def staff_of(workers: int | None, ray_address: str | None, device: str | None) -> Staff:
+    """Who was asked for. Raises RequestError where workers cannot all run on that device."""
+    staff = Staff(workers, ray_address)
+    staff.check_device(device)
+    return staff

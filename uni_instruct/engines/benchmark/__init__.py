@@ -1,0 +1,1 @@
+"""Speeds of engines, compared within one run."""

@@ -1,0 +1,266 @@
+"""Every engine of a bundle side by side, beside torch eager and the machine's own peak; the fastest is chosen afterwards."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engine import (
+    TORCH,
+    Engine,
+    Standing,
+    load_engine,
+    note_speeds,
+    refusal,
+    select_engine,
+    standings,
+    wanted_engines,
+)
+from uni_instruct.engines.benchmark.measure import Contender, Seconds, Spread, ratio, take_turns, turns
+from uni_instruct.engines.benchmark.peak import Convolutions, convolutions
+from uni_instruct.engines.hardware.threads import usable_cpus
+from uni_instruct.engines.runtime import RUNTIMES
+from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.generate import resolve_class_ids
+from uni_instruct.noise import Inputs, draw_inputs
+from uni_instruct.progress import ProgressFactory
+from uni_instruct.reference import REFERENCE_IMAGES
+
+EAGER = "eager fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkPlan:
+    """What to measure. engines: ids or runtimes, empty for all; rounds figures of at least least_s of calls each.
+
+    spin: as in `open_engine`: as batch sampling runs an engine, or as a server does.
+    """
+
+    bundle: Bundle
+    batches: tuple[int, ...]
+    engines: tuple[str, ...] = ()
+    device: str | None = None
+    rounds: int = 7
+    least_s: float = 0.2
+    spin: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bundle.spec.steps > 1:
+            raise RequestError(
+                f"'{self.bundle.spec.name}' takes {self.bundle.spec.steps} steps: a teacher",
+                remedy="give a one-step generator, such as digits",
+                param="bundle",
+            )
+        if not math.isfinite(self.least_s):  # --seconds nan passes every comparison with a bound
+            raise RequestError(f"{self.least_s} seconds for a figure", remedy="give a number such as 0.2", param="seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow:
+    """One engine at one batch. images_per_s: median and quartiles over the rounds; ratios are medians of those within a round.
+
+    streams: 0 where the engine decides, or has none. to_eager and share_of_peak are None where there is nothing to compare.
+    """
+
+    engine: str
+    streams: int
+    device: str
+    batch: int
+    latency_ms: float
+    images_per_s: Spread
+    to_eager: float | None
+    share_of_peak: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineComparison:
+    """left_out: engine -> why it was not measured. chosen: what open_engine takes now, '' where nothing was noted."""
+
+    rows: tuple[SpeedRow, ...]
+    peaks: Mapping[str, Mapping[str, str | float]]
+    left_out: Mapping[str, str]
+    flops_per_image: float | None
+    chosen: str
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A contender that makes images, and where it stands in the table."""
+
+    name: str
+    engine: str
+    streams: int
+    device: str
+    precision: str
+    images: Callable[[Inputs], object]
+
+
+def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
+    """Measures, and notes what `open_engine` chooses by. An engine that is not trusted here is not measured.
+
+    Raises RequestError for unknown engines or devices, EngineRefusedError where none is trusted, UniInstructError where one
+    fails while it is measured.
+    """
+    found, entries, peaks = _prepare(plan, progress)
+    contenders = [_contender(plan, entry) for entry in entries]
+    contenders += [_peak_contender(name, peak) for name, peak in peaks.items()]
+    steps = turns(contenders, plan.batches, plan.rounds)
+    with progress("benchmark", steps, "figures") as bar:
+        seconds = take_turns(contenders, plan.batches, plan.rounds, plan.least_s, bar)
+    flops = _flops(plan.bundle)
+    rows = tuple(_row(entry, batch, seconds, peaks, flops) for batch in plan.batches for entry in entries)
+    trusted = [standing for standing in found if standing.state == "trusted"]
+    chosen, remarks = _note(plan, trusted, rows)
+    if not any(entry.name == EAGER for entry in entries):
+        remarks.append("no eager row: torch is not installed, or does not run on that device")
+    if flops is None or not peaks:
+        remarks.append("no share of the peak: torch counts the generator's FLOPs, and torch or OpenVINO finds the peak")
+    return EngineComparison(
+        rows=rows,
+        peaks={name: _peak_facts(name, peak, plan, seconds) for name, peak in peaks.items()},
+        left_out={str(standing.engine_id): standing.reason for standing in found if standing.state != "trusted"},
+        flops_per_image=flops,
+        chosen=chosen,
+        remarks=tuple(remarks),
+    )
+
+
+def _prepare(plan: BenchmarkPlan, progress: ProgressFactory) -> tuple[list[Standing], list[_Entry], dict[str, Convolutions]]:
+    """Tries, opens and warms up; a bar shows it."""
+    wanted = wanted_engines(plan.bundle, plan.engines, plan.device)
+    with progress("try engines", len(wanted), "engines") as bar:
+        found = standings(plan.bundle, wanted, plan.device, bar)
+    trusted = [standing for standing in found if standing.state == "trusted"]
+    if not trusted:
+        raise refusal(found)
+    with progress("open engines", len(trusted) + 1, "engines") as bar:
+        entries = _eager_entry(plan)
+        bar.advance(1, EAGER)
+        for standing in trusted:
+            entries += _entries(plan, standing)
+            bar.advance(1, str(standing.engine_id))
+    kinds = list(dict.fromkeys((entry.precision, entry.device) for entry in entries))
+    peaks = {}
+    with progress("find the peak", len(kinds), "precisions") as bar:
+        for precision, device in kinds:
+            if (peak := convolutions(precision, device)) is not None:
+                peaks[_peak_name(precision, device)] = peak
+            bar.advance(1, precision)
+    return found, entries, peaks
+
+
+def _entries(plan: BenchmarkPlan, standing: Standing) -> list[_Entry]:
+    """The engine as open_engine opens it; where its runtime has streams also with one, and with one a CPU."""
+    engine_id = standing.engine_id
+    several = RUNTIMES[engine_id.runtime].has_streams and usable_cpus() > 1
+    entries = []
+    for streams in (None, 1, usable_cpus()) if several else (None,):
+        stored = plan.bundle.engines().get(engine_id, engine_id)
+        engine = load_engine(plan.bundle, stored, device=standing.device, spin=plan.spin, streams=streams)
+        name = f"{engine_id}, {streams} streams" if streams else str(engine_id)
+        entries.append(
+            _Entry(
+                name=name,
+                engine=str(engine_id),
+                streams=streams or 0,
+                device=standing.device,
+                precision=engine_id.precision,
+                images=_caller(engine),
+            )
+        )
+    return entries
+
+
+def _caller(engine: Engine) -> Callable[[Inputs], object]:
+    run = engine if engine.spec.makes_pictures else engine.outputs
+    return lambda inputs: run(*inputs)
+
+
+def _eager_entry(plan: BenchmarkPlan) -> list[_Entry]:
+    try:
+        device = RUNTIMES[TORCH.runtime].device_for(TORCH, plan.device)
+    except UniInstructError:
+        return []
+    from uni_instruct.networks.eager import eager
+
+    images = eager(plan.bundle, device)
+    return [_Entry(name=EAGER, engine=EAGER, streams=0, device=device, precision="fp32", images=images)]
+
+
+def _contender(plan: BenchmarkPlan, entry: _Entry) -> Contender:
+    spec = plan.bundle.spec
+
+    def prepare(batch: int) -> Callable[[], object]:
+        inputs = draw_inputs(spec, range(batch), resolve_class_ids(spec, range(batch)))
+
+        def call() -> object:
+            try:
+                return entry.images(inputs)
+            except Exception as error:  # a runtime's errors share no class but this one
+                problem = " ".join(str(error).split())[:200]
+                raise UniInstructError(
+                    f"{entry.name} failed at batch {batch}: {type(error).__name__}: {problem}",
+                    remedy="leave that batch out of --batches, or name the other engines with --engine",
+                ) from error
+
+        return call
+
+    return Contender(name=entry.name, prepare=prepare)
+
+
+def _peak_contender(name: str, peak: Convolutions) -> Contender:
+    """Measured beside every batch, whose shares are of the peak at that moment."""
+    return Contender(name=name, prepare=lambda batch: peak.call)
+
+
+def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convolutions], flops: float | None) -> SpeedRow:
+    own, base = seconds[entry.name, batch], seconds.get((EAGER, batch))
+    share, name = None, _peak_name(entry.precision, entry.device)
+    if flops is not None and name in peaks:
+        # (FLOPs of the batch / its seconds) / (FLOPs of the convolutions / theirs).
+        share = batch * flops / peaks[name].flops * ratio(seconds[name, batch], own)
+    speed = Spread.of([batch / time_s for time_s in own])
+    return SpeedRow(
+        engine=entry.engine,
+        streams=entry.streams,
+        device=entry.device,
+        batch=batch,
+        latency_ms=1e3 * batch / speed.median,
+        images_per_s=speed,
+        to_eager=ratio(base, own) if base else None,
+        share_of_peak=share,
+    )
+
+
+def _note(plan: BenchmarkPlan, trusted: Sequence[Standing], rows: Sequence[SpeedRow]) -> tuple[str, list[str]]:
+    """What open_engine takes after this benchmark, and what is to be said of it."""
+    if plan.engines:
+        return "", ["only some engines were measured: what open_engine chooses stays as it was"]
+    # An engine is chosen before anyone knows its batches: by that of a trial, or the nearest one.
+    batch = min(plan.batches, key=lambda size: (abs(size - REFERENCE_IMAGES), size))
+    medians = {row.engine: row.images_per_s.median for row in rows if row.batch == batch and not row.streams}
+    stamp = datetime.now(UTC).isoformat(timespec="seconds")
+    speeds = {standing: medians[str(standing.engine_id)] for standing in trusted}
+    if not note_speeds(plan.bundle, speeds, stamp):
+        return "", ["the user's cache cannot be written: what open_engine chooses stays as it was"]
+    chosen = str(select_engine(plan.bundle, None, plan.device).engine_id)
+    return chosen, [f"open_engine and every command now choose {chosen}, the fastest here at batch {batch}"]
+
+
+def _peak_name(precision: str, device: str) -> str:
+    return f"3x3 convolutions {precision} on {device}"
+
+
+def _peak_facts(name: str, peak: Convolutions, plan: BenchmarkPlan, seconds: Seconds) -> dict[str, str | float]:
+    rates = Spread.of([peak.flops / time_s / 1e9 for batch in plan.batches for time_s in seconds[name, batch]])
+    return {"by": peak.by, "gflops_per_s": rates.median, "gflops_per_s_low": rates.low, "gflops_per_s_high": rates.high}
+
+
+def _flops(bundle: Bundle) -> float | None:
+    if not RUNTIMES[TORCH.runtime].is_installed():
+        return None
+    from uni_instruct.networks.flops import flops_of_image
+
+    return float(flops_of_image(bundle.spec))

@@ -1,0 +1,1 @@
+"""Engines that are compiled on this machine."""

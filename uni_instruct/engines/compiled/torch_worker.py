@@ -1,0 +1,77 @@
+"""Compiles one engine's network to a shared library, in a process of its own.
+
+`compiled.py` calls it as `python -m uni_instruct.engines.compiled.torch_worker BUNDLE ENGINE_ID FILE`.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from uni_instruct.bundle import Bundle
+from uni_instruct.engines.record import EngineId
+from uni_instruct.engines.torch import load_generator
+from uni_instruct.errors import UniInstructError
+from uni_instruct.networks.denoiser import MixedClasses
+from uni_instruct.processes import end_with_group
+
+# Any batch but one would do: of a batch of one the tracer takes the size for a constant.
+_EXAMPLES = 4
+
+
+def main(bundle_path: str, engine: str, path: str) -> None:
+    """Writes the file. Raises UniInstructError for bundles that cannot be opened, RuntimeError where inductor fails."""
+    bundle, engine_id = Bundle.open(bundle_path), EngineId.parse(engine)
+    module, inputs = _traceable(bundle, engine_id.precision)
+    batch = torch.export.Dim("batch", min=1)
+    # With no_grad and freezing weights are constants, which are laid out for the processor once; and what depends on the noise
+    # level alone is computed now (networks/one_step.py gives one level to a whole exported batch).
+    with torch.no_grad():
+        program = torch.export.export(module, tuple(inputs), dynamic_shapes=(({0: batch},) * len(inputs),))
+        options = {"freezing": True, "aot_inductor.output_path": path}
+        torch._inductor.aot_compile(program.module(), tuple(inputs), options=options)
+    _check_no_callbacks(Path(path).parent)
+
+
+class _Listed(nn.Module):
+    """The same function of as many tensors as there are: None is no input of compiled code, and a mixture is three."""
+
+    def __init__(self, function: nn.Module, has_classes: bool):
+        super().__init__()
+        self.function, self.has_classes = function, has_classes
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """As the module that it wraps."""
+        if self.has_classes:
+            *inputs_alone, class_ids, other_ids, share = inputs
+            out: Tensor = self.function(*inputs_alone, MixedClasses(class_ids, other_ids, share))
+        else:
+            out = self.function(*inputs)
+        return out
+
+
+def _traceable(bundle: Bundle, precision: str) -> tuple[nn.Module, Sequence[Tensor]]:
+    """What is compiled, with examples of its inputs: G(z) of a one-step generator, a teacher's denoiser D(x; sigma)."""
+    spec, generator = bundle.spec, load_generator(bundle, precision)
+    noise, ids = torch.zeros(_EXAMPLES, *spec.noise_shape), torch.zeros(_EXAMPLES, dtype=torch.int64)
+    classes = [ids, ids.clone(), torch.zeros(_EXAMPLES)] if spec.num_classes else []
+    if spec.steps == 1:
+        return _Listed(generator, bool(classes)).eval(), [noise, *classes]
+    return _Listed(generator.denoiser, bool(classes)).eval(), [noise, torch.ones(_EXAMPLES, 1, 1, 1), *classes]
+
+
+def _check_no_callbacks(folder: Path) -> None:
+    """Raises RuntimeError where the code would call operators through Python, which `torch_library.py` does not offer."""
+    # Inductor lists such operators beside the source of the code, and writes no list where there are none.
+    if any(folder.rglob("*.wrapper.json")):
+        raise RuntimeError("this network has operators that inductor does not compile")
+
+
+if __name__ == "__main__":
+    end_with_group()  # the compiler is a process of its own
+    try:
+        main(*sys.argv[1:])
+    except UniInstructError as error:
+        sys.exit(str(error))

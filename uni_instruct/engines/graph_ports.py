@@ -1,0 +1,77 @@
+"""The interface of every exported graph: what `export` writes, and what engines feed and read."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from uni_instruct.class_mixture import ClassMixture
+from uni_instruct.engines.record import StoredEngine
+from uni_instruct.errors import BundleError, RequestError
+from uni_instruct.noise import Inputs, checked_inputs
+from uni_instruct.spec import ModelSpec
+
+NOISE, CLASS_IDS = "noise", "class_ids"
+# What makes the class a mixture (mixture.py): graphs of earlier versions have neither port.
+OTHER_IDS, SHARE = "other_ids", "share"
+IMAGES, DENOISED = "images", "denoised"
+# What engines of format 1 call their noise.
+FORMER_NOISE = "latents"
+
+
+@dataclass(frozen=True)
+class GraphPorts:
+    """What a graph is fed: the name of its noise, and whether it mixes classes."""
+
+    spec: ModelSpec
+    stored: StoredEngine
+    noise: str
+    mixes_classes: bool
+
+    def checked(self, noise: ArrayLike, class_ids: ArrayLike | ClassMixture | None) -> Inputs:
+        """What the call of an exported engine begins with: `checked_inputs`, and RequestError for what it cannot mix."""
+        inputs = checked_inputs(self.spec, noise, class_ids)
+        if isinstance(inputs.class_ids, ClassMixture) and not self.mixes_classes:
+            raise RequestError(
+                f"engine {self.stored.engine_id} was exported before engines could mix classes",
+                remedy=self.stored.export_again(),
+                param="class_ids",
+            )
+        return inputs
+
+    def feeds(self, inputs: Inputs, *, only_needed: bool = False) -> dict[str, np.ndarray]:
+        """As `graph_feeds`. only_needed: without those of a mixture where there is none, for a graph that has defaults."""
+        mixes = isinstance(inputs.class_ids, ClassMixture) or (self.mixes_classes and not only_needed)
+        return graph_feeds(inputs, self.noise, mixes_classes=mixes)
+
+
+def graph_feeds(inputs: Inputs, noise: str = NOISE, *, mixes_classes: bool = True) -> dict[str, np.ndarray]:
+    """The arrays that a graph is fed, by port; with those of a mixture where it mixes classes and has any."""
+    feeds, classes = {noise: inputs.noise}, inputs.class_ids
+    if classes is None:
+        return feeds
+    if mixes_classes:
+        mixture = classes if isinstance(classes, ClassMixture) else ClassMixture.of(classes)
+        return feeds | {CLASS_IDS: mixture.class_ids, OTHER_IDS: mixture.other_ids, SHARE: mixture.share}
+    assert not isinstance(classes, ClassMixture)
+    return feeds | {CLASS_IDS: classes}
+
+
+def check_interface(
+    spec: ModelSpec, stored: StoredEngine, inputs: Mapping[str, Sequence[int | str]], outputs: Collection[str]
+) -> GraphPorts:
+    """What the engine's graph is fed; inputs are its shapes by name, the batch first.
+
+    Raises BundleError unless these are the ports of the spec's generator.
+    """
+    noise = FORMER_NOISE if FORMER_NOISE in inputs else NOISE
+    expected = {noise, CLASS_IDS} if spec.num_classes else {noise}
+    mixes = bool(spec.num_classes) and set(inputs) == expected | {OTHER_IDS, SHARE}
+    fits = mixes or set(inputs) == expected
+    if not fits or set(outputs) != {IMAGES, DENOISED} or tuple(inputs[noise][1:]) != spec.noise_shape:
+        raise BundleError(
+            f"the graph maps {dict(inputs)} to {sorted(outputs)}, which does not fit generator '{spec.name}'",
+            remedy="export the engine again",
+        )
+    return GraphPorts(spec, stored, noise, mixes)

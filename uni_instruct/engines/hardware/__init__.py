@@ -1,0 +1,1 @@
+"""Devices, processors and threads of this machine."""

@@ -1,0 +1,39 @@
+"""Which device an engine runs on: 'cpu', 'cuda' or 'cuda:1', checked against what this machine has. Needs no torch."""
+
+import re
+
+from uni_instruct.engines.hardware.cuda import gpus
+from uni_instruct.errors import RequestError
+
+CPU, CUDA = "cpu", "cuda"
+_FORM = re.compile(r"cpu|cuda(?::(?P<index>[0-9]{1,3}))?")
+
+
+def checked_device(text: str) -> str:
+    """'cpu', or 'cuda:<index>' of a GPU that is there. Raises RequestError for anything else."""
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise RequestError(f"device '{text[:60]}' is unknown", remedy="use cpu, cuda or cuda:1", param="device")
+    if text == CPU:
+        return CPU
+    index, count = int(match["index"] or 0), len(gpus())
+    if not count:
+        raise RequestError(
+            f"device {text} was asked for, and this process sees no CUDA device",
+            remedy="use --device cpu; with a GPU in the machine, check nvidia-smi and CUDA_VISIBLE_DEVICES",
+            param="device",
+        )
+    if index >= count:
+        there = ", ".join(f"cuda:{number}" for number in range(count))
+        raise RequestError(f"device {text} was asked for, and there is {there}", remedy="use one of them", param="device")
+    return f"{CUDA}:{index}"
+
+
+def kind_of(device: str) -> str:
+    """'cpu' or 'cuda'."""
+    return device.partition(":")[0]
+
+
+def index_of(device: str) -> int:
+    """The number of a CUDA device, as this process counts them."""
+    return int(device.partition(":")[2] or 0)

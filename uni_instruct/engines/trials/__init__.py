@@ -1,0 +1,1 @@
+"""Engines tried on this machine before they are trusted."""
