@@ -24,7 +24,7 @@ from machine import describe_machine
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import RUNTIMES, Engine, load_engine
 from uni_instruct.engines.hardware.cuda import gpus
-from uni_instruct.engines.hardware.device import CUDA, checked_device, index_of, kind_of
+from uni_instruct.engines.hardware.device import CUDA, checked_device, device_type, index_of
 from uni_instruct.engines.onnxruntime import PROVIDERS, OnnxEngine
 from uni_instruct.engines.outputs import TOLERANCES, agreement
 from uni_instruct.engines.torch import TorchEngine
@@ -35,7 +35,7 @@ SHIPPED, NETWORK = ("digits", "fashion-mnist", "emoji"), "cifar10"
 BATCHES, ROUNDS = (1, 16, 64, 256), 3
 TRAINING = {"32-true": ("teacher.duration_kimg=25.6", "distillation.duration_kimg=12.8")}
 TRAINING |= dict.fromkeys(("bf16-mixed", "16-mixed"), TRAINING["32-true"])
-SMALLEST = ("teacher.duration_kimg=0.256", "distillation.duration_kimg=0.128", "critic_warmup_kimg=0", "loop.samples=64")
+SMALLEST_RECIPE = ("teacher.duration_kimg=0.256", "distillation.duration_kimg=0.128", "critic_warmup_kimg=0", "loop.samples=64")
 
 
 @dataclass
@@ -67,7 +67,7 @@ def main() -> None:
         for name in names:
             tell(f"{name}: building engines and holding them against torch")
             run_generator(figures, name, Path(scratch, name), BATCHES[:1] if options.smallest else BATCHES, options.smallest)
-        trained = {"32-true": SMALLEST} if options.smallest else TRAINING
+        trained = {"32-true": SMALLEST_RECIPE} if options.smallest else TRAINING
         for precision, settings in trained.items():
             tell(f"training in {precision}")
             train(figures, Path(scratch, precision), precision, settings)
@@ -85,7 +85,7 @@ def run_generator(figures: Figures, name: str, path: Path, batches: tuple[int, .
         random_bundle(name, path, targets=()) if name == NETWORK else Bundle.open(shutil.copytree(Bundle.open(name).path, path))
     )
     for target in targets_here():
-        if {CUDA, kind_of(figures.device)} <= set(
+        if {CUDA, device_type(figures.device)} <= set(
             RUNTIMES[target.engine_id.runtime].devices
         ):  # OpenVINO is no matter of a GPU's
             attempt(figures, f"{name}: export {target.engine_id}", lambda t=target: export(bundle, str(t.engine_id), figures))
@@ -111,12 +111,12 @@ def openers(bundle: Bundle, device: str) -> dict[str, Callable[[], Engine]]:
     """What is to be tried: the exported engines, ONNX Runtime's by every provider, and torch in every precision."""
     made: dict[str, Callable[[], Engine]] = {}
     for engine_id, stored in bundle.engines().items():
-        if kind_of(device) not in RUNTIMES[engine_id.runtime].devices:
+        if device_type(device) not in RUNTIMES[engine_id.runtime].devices:
             continue
         if engine_id.runtime != "onnx":
             made[str(engine_id)] = lambda s=stored: load_engine(bundle, s, device=device)  # type: ignore[misc]
             continue
-        for provider in (name for name, kind in PROVIDERS.items() if kind == kind_of(device)):
+        for provider in (name for name, kind in PROVIDERS.items() if kind == device_type(device)):
             made[f"{engine_id} {provider}"] = lambda s=stored, p=provider: OnnxEngine(bundle, s, device=device, provider=p)  # type: ignore[misc]
     for precision in ("fp32", "bf16", "fp16"):
         made[f"torch-{precision}"] = lambda p=precision: TorchEngine(bundle, device=device, precision=p)  # type: ignore[misc]
@@ -155,7 +155,7 @@ def measure(figures: Figures, name: str, engines: dict[str, Engine], batches: tu
 
 def train(figures: Figures, out: Path, precision: str, settings: tuple[str, ...]) -> None:
     """A short run of the digits recipe, from a teacher of its own, on the device."""
-    visible = {"CUDA_VISIBLE_DEVICES": str(index_of(figures.device)) if kind_of(figures.device) == "cuda" else ""}
+    visible = {"CUDA_VISIBLE_DEVICES": str(index_of(figures.device)) if device_type(figures.device) == "cuda" else ""}
     command = [
         sys.executable,
         "-m",

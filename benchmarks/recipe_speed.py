@@ -26,7 +26,7 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.train.config import PhaseConfig, Recipe
 from uni_instruct.train.loop import Stage
-from uni_instruct.train.optimization.auto_precision import settled
+from uni_instruct.train.optimization.auto_precision import resolve_precision
 from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.plan import plan_teacher
 from uni_instruct.train.recipe import load_recipe
@@ -65,7 +65,7 @@ def compare_recipes(name: str, rounds: int, busy: bool) -> dict[str, object]:
     """Images a second of both stages of today's recipe and the former one, and their ratio: medians over the rounds."""
     dataset = random_dataset(SHAPES[name])
     today = load_recipe(name)
-    loop = settled(today.loop, plan_teacher(today, dataset), today.teacher.batch)
+    loop = resolve_precision(today.loop, plan_teacher(today, dataset), today.teacher.batch)
     recipes = {"former": load_recipe(str(FORMER / f"{name}.yaml")), "today": dataclasses.replace(today, loop=loop)}
     works = [work for label, recipe in recipes.items() for work in works_of(label, recipe, dataset)]
     conditions = ("idle", "busy") if busy else ("idle",)

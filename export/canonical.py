@@ -29,7 +29,7 @@ from uni_instruct.networks.one_step import OneStep
 
 # Up to here every class has its finished row for all blocks; beyond, that table would outweigh the network (1000 classes of
 # ADM: 46 million numbers), so the embedding is looked up and multiplied.
-MOST_TABLED_CLASSES = 100
+MAX_TABLED_CLASSES = 100
 # What folding multiplies whole weights by, and so what weights in half precision are found again by: skip_scale.
 FACTORS = (1.0, math.sqrt(0.5))
 
@@ -87,7 +87,7 @@ class ClassRows(nn.Module):
 
     def __init__(self, emb: Tensor, weight: Tensor, bias: Tensor):
         super().__init__()
-        tabled = len(emb) <= MOST_TABLED_CLASSES
+        tabled = len(emb) <= MAX_TABLED_CLASSES
         self.register_buffer("table", emb @ weight.T + bias if tabled else emb)
         self.linear = None if tabled else nn.Linear(weight.shape[1], weight.shape[0])
         if self.linear is not None:

@@ -7,7 +7,7 @@ from uni_instruct.evaluate import frechet_distance
 # Of every colour a picture of so many squares each way.
 SQUARES = 4
 # What int8 may change of the feature distance (docs/engines.md).
-LARGEST_SHIFT = 0.02
+MAX_SHIFT = 0.02
 
 
 def feature_shift(images: np.ndarray, truth: np.ndarray) -> float:

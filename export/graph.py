@@ -22,15 +22,15 @@ from uni_instruct.export.canonical_blocks import NormFactory
 from uni_instruct.export.onnx_file import write_model
 from uni_instruct.networks.denoiser import MixedClasses
 from uni_instruct.networks.one_step import load_one_step, to_uint8
-from uni_instruct.processes import give_back_freed_memory
+from uni_instruct.processes import release_freed_memory
 
 # The newest that keeps group normalisation in a form that CPU runtimes are fast at.
 OPSET = 20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A protobuf message, and so a file that holds its weights, ends here.
-LARGEST_FILE_BYTES = 2**31 - 1
+MAX_FILE_BYTES = 2**31 - 1
 # A smaller tensor is not worth a node, or a place of its own.
-SMALLEST_HALVED = 1024
+MIN_HALVED_SIZE = 1024
 
 
 class WithPixels(nn.Module):
@@ -77,9 +77,9 @@ def write_graph(
     """
     size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
     size += (bundle.path / DECODER).stat().st_size if bundle.spec.decoder else 0
-    if size > LARGEST_FILE_BYTES:
+    if size > MAX_FILE_BYTES:
         raise RequestError(
-            f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {LARGEST_FILE_BYTES}",
+            f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {MAX_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
     model, arrays = _export(bundle, norm, DTYPES[precision], opset, bytes_last)
@@ -100,7 +100,7 @@ def _export(
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The graph without its large weights, and those by name: torch's own memory, as there shall be no second copy."""
     generator = CanonicalOneStep(load_one_step(bundle), norm).in_precision(dtype)
-    give_back_freed_memory()  # of folding
+    release_freed_memory()  # of folding
     # Two images: a batch of one would be taken for a constant.
     example = [torch.zeros(2, *bundle.spec.noise_shape)]
     names = [NOISE]
@@ -150,7 +150,7 @@ def _take_weights(program: torch.onnx.ONNXProgram) -> dict[str, np.ndarray]:
     """Takes the large weights out of the graph."""
     graph, found = program.model.graph, dict[str, np.ndarray]()
     for name, value in list(graph.initializers.items()):
-        if value.const_value is not None and value.const_value.size >= SMALLEST_HALVED:
+        if value.const_value is not None and value.const_value.size >= MIN_HALVED_SIZE:
             found[name] = value.const_value.numpy()
             del graph.initializers[name]
             value.const_value = None  # the exporter's rewriting rules, which live on, remember the graph

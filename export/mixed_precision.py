@@ -67,7 +67,7 @@ def prepare(model: openvino.Model, rounded: Collection[str]) -> None:
         elif layer.get_type_name() == "Convolution" and layer.get_friendly_name() in rounded:
             _give_32_bits(layer)
         elif layer.get_type_name() == "Swish" and not _readers(layer) & rounded:
-            clamp_idly(layer)
+            insert_neutral_clamp(layer)
     model.validate_nodes_and_infer_types()
 
 
@@ -101,10 +101,10 @@ def _give_32_bits(convolution: openvino.Node) -> None:
     if len(readers) == 1 and readers[0].get_type_name() == "Add":
         behind = [port.get_node() for port in readers[0].output(0).get_target_inputs()]
         if len(behind) > 1 or behind[0].get_type_name() != "Add":  # a sum that is marked is fused as well
-            clamp_idly(readers[0])
+            insert_neutral_clamp(readers[0])
 
 
-def clamp_idly(layer: openvino.Node) -> None:
+def insert_neutral_clamp(layer: openvino.Node) -> None:
     """Puts a clamp behind the layer that changes no value, but that OpenVINO's transformations do not look through."""
     readers = list(layer.output(0).get_target_inputs())
     clamp = ops.clamp(layer, -_LIMIT, _LIMIT)

@@ -16,13 +16,13 @@ import openvino
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.openvino import check_precision
 from uni_instruct.engines.record import EngineId
-from uni_instruct.engines.worker_process import completed
+from uni_instruct.engines.worker_process import run_worker
 from uni_instruct.errors import CompilationError
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm
 from uni_instruct.export.graph import write_graph
 from uni_instruct.export.openvino_worker import EVERYTHING, KEPT, SPARING
 from uni_instruct.export.quantize import check_installed, versions
-from uni_instruct.processes import give_back_freed_memory
+from uni_instruct.processes import release_freed_memory
 
 # Precision -> its ways, from the fastest to the most exact.
 WAYS = {"bf16": (EVERYTHING, *KEPT), "int8": (EVERYTHING, "convolutions in bf16", SPARING)}
@@ -51,14 +51,14 @@ def build(bundle: Bundle, path: Path, precision: str, way: str = "") -> dict[str
         graph = Path(scratch, "graph.onnx") if precision in WAYS else path
         tools = write_graph(bundle, graph, FourDimensionalNorm, weights=_WEIGHTS.get(precision, "exact"))
         if precision in WAYS:
-            give_back_freed_memory()  # the worker has the weights now
+            release_freed_memory()  # the worker has the weights now
             _run_worker(bundle, precision, way, graph, path)
     return {**tools, **(versions() if precision == "int8" else {}), "openvino": openvino.__version__}
 
 
 def _run_worker(bundle: Bundle, precision: str, way: str, graph: Path, path: Path) -> None:
     engine_id = EngineId("openvino", precision)
-    done = completed(
+    done = run_worker(
         "uni_instruct.export.openvino_worker",
         [str(bundle.path.resolve()), precision, way, str(graph.resolve()), str(path.resolve())],
         lambda past_s: _log.info("building engine %s: %.0f s", engine_id, past_s),

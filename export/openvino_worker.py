@@ -14,7 +14,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.openvino_file import pack
 from uni_instruct.export.mixed_precision import prepare, rounded_convolutions, with_float32_marks
 from uni_instruct.export.quantize import quantized
-from uni_instruct.processes import give_back_freed_memory, give_back_large_blocks
+from uni_instruct.processes import release_freed_memory, release_large_blocks
 
 EVERYTHING = "all of it in bf16"
 # Way -> which convolutions keep float32 (`sensitive_layers`); sums and norms then keep it too.
@@ -33,12 +33,12 @@ def main(bundle_path: str, precision: str, way: str, graph: str, path: str) -> N
     """Writes the engine's file. What is left out of int8 may be bf16 where the processor has it: beside 8 bits that is free."""
     bundle = Bundle.open(bundle_path)
     model = openvino.Core().read_model(graph)
-    give_back_freed_memory()  # of the file's text
+    release_freed_memory()  # of the file's text
     kept = KEPT["convolutions in bf16" if way == SPARING else way] if way != EVERYTHING else None
     rounded = None if kept is None else rounded_convolutions(model, bundle, **kept)
     if precision == "int8":
         model = quantized(model, bundle, spared=0.25 if way == SPARING else 0.0)
-        give_back_freed_memory()  # of the weights in float32
+        release_freed_memory()  # of the weights in float32
     write_engine(model, rounded, Path(path))
 
 
@@ -57,6 +57,6 @@ def write_engine(model: openvino.Model, rounded: set[str] | None, path: Path) ->
 
 
 if __name__ == "__main__":
-    give_back_large_blocks()
+    release_large_blocks()
     sys.modules.update(dict.fromkeys(_NOT_NEEDED))  # type: ignore[arg-type]
     main(*sys.argv[1:])

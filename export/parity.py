@@ -13,14 +13,14 @@ import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.class_mixture import ClassMixture
-from uni_instruct.engines.outputs import TOLERANCES, Tolerance, least_psnr_db, relative_l2
+from uni_instruct.engines.outputs import TOLERANCES, Tolerance, min_psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import DiskError, ParityError
 from uni_instruct.export.checked_images import checked_classes, checked_images
-from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
+from uni_instruct.export.feature_shift import MAX_SHIFT, feature_shift
 from uni_instruct.files import disk_errors
 from uni_instruct.noise import Inputs, draw_inputs
-from uni_instruct.processes import ending_with, give_back_freed_memory
+from uni_instruct.processes import die_with_parent, release_freed_memory
 from uni_instruct.spec import ModelSpec
 
 # One, two, an odd one, and the largest, which sees every class.
@@ -64,12 +64,12 @@ def verify(
     with_margin: for an engine that can be built more exactly, a part of the tolerance is left to other images and processors.
     Raises ParityError where it is out of tolerance: it names the worst seed and, where it can, the first layer that strays.
     """
-    from uni_instruct.export.wrong_layer import first_stray
+    from uni_instruct.export.wrong_layer import first_wrong_layer
     from uni_instruct.networks.reference import reference_outputs
 
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
     z = draw_inputs(bundle.spec, seeds, class_ids).noise
-    give_back_freed_memory()  # the worker has another copy of the weights
+    release_freed_memory()  # the worker has another copy of the weights
     results = run_worker(bundle, record.id, folder, z, class_ids, device)
     pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
@@ -79,7 +79,7 @@ def verify(
         worst = slice(seeds.index(report.worst_seed), seeds.index(report.worst_seed) + 1)
         inputs = Inputs(z[worst], None if class_ids is None else class_ids[worst])
         file, limit = folder / record.file, report.tolerance.relative_l2
-        layer = first_stray(bundle, file, record.id.precision, inputs, limit)
+        layer = first_wrong_layer(bundle, file, record.id.precision, inputs, limit)
         where = f"; the first layer that strays is {layer}" if layer else ""
         raise ParityError(
             f"{problem} (worst seed {report.worst_seed}){where}",
@@ -124,7 +124,7 @@ def run_worker(
         np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(batches(bundle.spec)), **labels)
         command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
         arguments = [str(bundle.path), str(folder), str(engine_id), device or "", str(inputs), str(outputs)]
-        ends = ending_with(os.getpid())
+        ends = die_with_parent(os.getpid())
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, preexec_fn=ends)
         if done.returncode:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
@@ -161,7 +161,7 @@ def compare(
         mean_difference=max(float(np.abs(error).mean()) for error in errors.values()),
         equal_pixels=min(float((level == 0).mean()) for level in pixel_difference.values()),
         largest_pixel_difference=max(int(level.max()) for level in pixel_difference.values()),
-        psnr_db=least_psnr_db([results[f"images_{batch}"] for batch in tried], pixels),
+        psnr_db=min_psnr_db([results[f"images_{batch}"] for batch in tried], pixels),
         feature_shift=feature_shift(everything, denoised) if np.isfinite(everything).all() and len(seeds) > 1 else 0.0,
         worst_seed=seeds[int(per_image.argmax())],
         batch_invariant=all(np.array_equal(images, everything[: len(images)]) for images in found.values()),
@@ -196,9 +196,9 @@ def _problem(engine_id: EngineId, report: Report) -> str:
             f"pixels of the {engine_id} engine have a PSNR of {report.psnr_db:.1f} dB to torch's, less than "
             f"{tolerance.psnr_db:.0f}"
         )
-    if engine_id.precision == "int8" and report.feature_shift > LARGEST_SHIFT:
+    if engine_id.precision == "int8" and report.feature_shift > MAX_SHIFT:
         return (
             f"images of the {engine_id} engine are shifted by {report.feature_shift:.1%} (feature distance), more than "
-            f"{LARGEST_SHIFT:.0%}"
+            f"{MAX_SHIFT:.0%}"
         )
     return ""

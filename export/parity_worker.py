@@ -20,7 +20,7 @@ from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.errors import DiskError, UniInstructError
 from uni_instruct.files import disk_errors
-from uni_instruct.processes import give_back_large_blocks
+from uni_instruct.processes import release_large_blocks
 
 SHORT = 8
 TIMED_ROUNDS, TIMED_MS = 5, 2000.0  # whatever comes first
@@ -44,7 +44,7 @@ def main(bundle_path: str, folder: str, engine_id: str, device: str, inputs: str
         count = len(noise) if batch == max(batches) else max(batch, SHORT)
         parts = [slice(start, start + batch) for start in range(0, count, batch)]
         # Where no image of a call is mixed, it is made as most are: without a word of mixtures.
-        calls = [(noise[part], None if class_ids is None else class_ids[part].simplest()) for part in parts]
+        calls = [(noise[part], None if class_ids is None else class_ids[part].simplified()) for part in parts]
         found, times_ms = zip(*(_timed(engine, *call) for call in calls), strict=True)
         results[f"images_{batch}"] = np.concatenate([one.pixels for one in found])
         results[f"denoised_{batch}"] = np.concatenate([one.images for one in found])
@@ -69,7 +69,7 @@ def _latency_ms(engine: Engine, times_ms: list[float], noise: np.ndarray, class_
 
 
 if __name__ == "__main__":
-    give_back_large_blocks()
+    release_large_blocks()
     try:
         main(*sys.argv[1:])
     except DiskError as error:  # no fault of the engine's

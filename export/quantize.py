@@ -13,8 +13,8 @@ import openvino
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.graph_ports import DENOISED, IMAGES, NOISE, graph_feeds
 from uni_instruct.errors import MissingExtraError
-from uni_instruct.export.mixed_precision import clamp_idly, convolutions, rounded_convolutions
-from uni_instruct.noise import class_ids_in_turn, draw_inputs
+from uni_instruct.export.mixed_precision import convolutions, insert_neutral_clamp, rounded_convolutions
+from uni_instruct.noise import draw_inputs, round_robin_class_ids
 
 # Calibration's images. A scale follows from the mean of the ranges of so many of them, and of a range's images so many are
 # made at a time: between a network's layers 8 hold more than its weights (docs/export.md, "int8" and "Memory").
@@ -73,7 +73,7 @@ def _keep_scales(model: openvino.Model) -> None:
             continue
         readers = [port.get_node() for port in layer.output(0).get_target_inputs()]
         if not all(reader.get_type_name() == "Add" and _adds_constant(reader) for reader in readers):
-            clamp_idly(layer)
+            insert_neutral_clamp(layer)
     model.validate_nodes_and_infer_types()
 
 
@@ -124,7 +124,7 @@ class _InParts:
 
 def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:
     count = bundle.spec.affordable_images(CALIBRATED)
-    class_ids = class_ids_in_turn(bundle.spec, count)
+    class_ids = round_robin_class_ids(bundle.spec, count)
     inputs = draw_inputs(bundle.spec, list(range(FIRST_SEED, FIRST_SEED + count)), class_ids)
     yield from map(graph_feeds, inputs.parts(BATCH))
 

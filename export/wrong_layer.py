@@ -18,7 +18,7 @@ from uni_instruct.networks.one_step import as_tensors, load_one_step
 from uni_instruct.noise import Inputs
 
 
-def first_stray(bundle: Bundle, file: Path, precision: str, inputs: Inputs, limit: float) -> str | None:
+def first_wrong_layer(bundle: Bundle, file: Path, precision: str, inputs: Inputs, limit: float) -> str | None:
     """The name of the first convolution whose output differs by more than `limit` (relative L2), and by how much, in words.
 
     inputs are those of one image. None where there is none, or OpenVINO, which can show every layer, cannot run the file.

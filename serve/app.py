@@ -19,19 +19,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uni_instruct.errors import UniInstructError
 from uni_instruct.serve.demo.mount import DemoMount
 from uni_instruct.serve.demo.routes import DemoRoutes
-from uni_instruct.serve.errors import MethodError, NotFoundError
+from uni_instruct.serve.errors import MethodError, NotFoundError, error_response
 from uni_instruct.serve.http.body import read_body
 from uni_instruct.serve.http.connections import bound_connections
-from uni_instruct.serve.http.disconnects import unless_client_leaves
-from uni_instruct.serve.http.middleware import Guards, route_path
+from uni_instruct.serve.http.disconnects import cancel_on_disconnect
+from uni_instruct.serve.http.middleware import RequestMiddleware, route_path
 from uni_instruct.serve.metrics import CountedApp, exposition
 from uni_instruct.serve.models.registry import Models
+from uni_instruct.serve.openapi import openapi_document
 from uni_instruct.serve.process.shutdown import uvicorn_server
 from uni_instruct.serve.routes.image_address import addressed_image, resolve_address
 from uni_instruct.serve.routes.model_info import model_entry, model_info, model_list
 from uni_instruct.serve.routes.openai_images import images_response, parse_images_request, resolve_images
-from uni_instruct.serve.routes.openapi import openapi_document
-from uni_instruct.serve.routes.responses import error_response, image_response
+from uni_instruct.serve.routes.responses import image_response
 from uni_instruct.serve.routes.schema import parse_request, resolve
 from uni_instruct.serve.routes.walk import parse_walk, resolve_walk, walk_response
 from uni_instruct.serve.settings import Settings
@@ -48,7 +48,7 @@ def create_app(settings: Settings) -> Starlette:
     """The whole server. It answers at once; loading starts with its lifespan, and /readyz says when it is done."""
     models = Models(settings)
     demo, demo_routes = DemoMount(models), DemoRoutes()
-    guards = guards_of(models)
+    guards = request_middleware_of(models)
     app = Starlette(
         routes=_routes(models, demo, demo_routes),
         middleware=[guards],
@@ -59,12 +59,14 @@ def create_app(settings: Settings) -> Starlette:
     return app
 
 
-def guards_of(models: Models) -> Middleware:
+def request_middleware_of(models: Models) -> Middleware:
     """The guards, for this app and for what it is mounted in. They know the way to every route whose path is fixed."""
     direct = {
         (method, path): _app_of(_endpoint(models, handler, path)) for method, path, handler in _HANDLERS if "{" not in path
     }
-    return Middleware(Guards, settings=models.settings, metrics=models.metrics, stopping=models.stopping, direct=direct)
+    return Middleware(
+        RequestMiddleware, settings=models.settings, metrics=models.metrics, stopping=models.stopping, direct=direct
+    )
 
 
 def _routes(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> list[BaseRoute]:
@@ -98,7 +100,7 @@ def _lifespan(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> Calla
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if server := uvicorn_server():
             bound_connections(server, models.settings, models.metrics)
-            models.stopping.watch(server, models.turn_away)
+            models.stopping.watch(server, models.fail_waiting)
         # In the background: the server answers /livez while it loads, or an orchestrator would take it for dead.
         loading = asyncio.create_task(load())
         yield
@@ -114,27 +116,27 @@ async def _generate(models: Models, request: Request) -> Response:
     wanted = parse_request(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve(wanted, served.spec, models.settings.request_images)
-        return await unless_client_leaves(request.scope, request.receive, image_response(served, job))
+        return await cancel_on_disconnect(request.scope, request.receive, image_response(served, job))
 
 
 async def _walk(models: Models, request: Request) -> Response:
     wanted = parse_walk(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve_walk(wanted, served.spec, models.settings.request_images, served.engine.mixes_classes)
-        return await unless_client_leaves(request.scope, request.receive, walk_response(served, job))
+        return await cancel_on_disconnect(request.scope, request.receive, walk_response(served, job))
 
 
 async def _openai_images(models: Models, request: Request) -> Response:
     wanted = parse_images_request(await read_body(request, models.settings.max_body_bytes))
     with models.using(wanted.model) as served:
         job = resolve_images(wanted, served.spec, models.settings.request_images)
-        return await unless_client_leaves(request.scope, request.receive, images_response(served, job, str(request.base_url)))
+        return await cancel_on_disconnect(request.scope, request.receive, images_response(served, job, str(request.base_url)))
 
 
 async def _image(models: Models, request: Request) -> Response:
     with models.using(request.path_params["model"]) as served:
         address = resolve_address(request.path_params["file"], request.query_params, served)
-        return await unless_client_leaves(request.scope, request.receive, addressed_image(served, address, request.headers))
+        return await cancel_on_disconnect(request.scope, request.receive, addressed_image(served, address, request.headers))
 
 
 async def _models(models: Models, request: Request) -> Response:

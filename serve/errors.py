@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from starlette.responses import JSONResponse
+
 from uni_instruct.errors import RequestError, UniInstructError
 
 
@@ -97,7 +99,7 @@ class TimedOutError(UniInstructError):
 
 
 # Of what a message repeats a client's own words may be the greater part; more than this helps nobody.
-_LONGEST_MESSAGE = 400
+_MAX_MESSAGE_LENGTH = 400
 
 # HTTP status -> (type, code) as OpenAI's clients know them.
 _OPENAI_ERRORS = {
@@ -115,12 +117,17 @@ _OPENAI_ERRORS = {
 }
 
 
+def error_response(error: UniInstructError) -> JSONResponse:
+    """The project's error as JSON, with its status and headers."""
+    return JSONResponse(error_body(error), error.http_status, headers=error_headers(error))
+
+
 def error_body(error: UniInstructError) -> dict[str, dict[str, str | None]]:
     """The body of an error: {"error": {message, type, param, code, remedy}}."""
     message = str(error)
-    if len(message) > _LONGEST_MESSAGE:
+    if len(message) > _MAX_MESSAGE_LENGTH:
         # The remedy stands at the end, and is what helps.
-        message = f"{error.problem[: _LONGEST_MESSAGE - 100]}...; {error.remedy[:_LONGEST_MESSAGE]}"
+        message = f"{error.problem[: _MAX_MESSAGE_LENGTH - 100]}...; {error.remedy[:_MAX_MESSAGE_LENGTH]}"
     type_, code = _OPENAI_ERRORS.get(error.http_status, _OPENAI_ERRORS[500])
     return {
         "error": {

@@ -21,7 +21,7 @@ from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.progress import ProgressFactory, silent
 
 # More than these do not wait for an answer at once: beyond it the machine that asks is what is measured.
-_MOST_AT_ONCE = 256
+_MAX_IN_FLIGHT = 256
 _TIMEOUT_S = 60.0
 
 
@@ -105,7 +105,7 @@ def apply_load(
         return Answer(seeds, status, 1e3 * (time.perf_counter() - due), body)
 
     waiting, requests = [], max(1, round(rate * seconds))
-    with with_progress("load", requests, "requests") as bar, ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
+    with with_progress("load", requests, "requests") as bar, ThreadPoolExecutor(_MAX_IN_FLIGHT) as pool:
         for index in range(requests):
             time.sleep(max(0.0, start + index / rate - time.perf_counter()))
             waiting.append(pool.submit(ask, index))

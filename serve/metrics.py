@@ -99,7 +99,7 @@ class ModelMetrics:
             server.reloads.labels(name, outcome)
         self._stage = {stage: server.stage.labels(stage, name) for stage in REQUEST_STAGES}
 
-    def note_stages(self, stage_ms: dict[str, float]) -> None:
+    def record_stages(self, stage_ms: dict[str, float]) -> None:
         """Counts a request's milliseconds by stage, once its answer is on its way: nobody needs to wait for the counting."""
         asyncio.get_running_loop().call_soon(self._observe, stage_ms)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.ray_cluster import import_ray_serve
-from uni_instruct.serve.models.sources import sources_by_name
+from uni_instruct.serve.model_sources import sources_by_name
 from uni_instruct.serve.settings import Settings, settings_from_environment, variable
 
 if TYPE_CHECKING:

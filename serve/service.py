@@ -19,19 +19,19 @@ import numpy as np
 from starlette.middleware import Middleware
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.processes import ending_with
+from uni_instruct.processes import die_with_parent
 from uni_instruct.serve.app import create_app
 from uni_instruct.serve.metrics import use_own_folder
 from uni_instruct.serve.models.registry import Models
-from uni_instruct.serve.process.supervision import look_often
-from uni_instruct.serve.routes.bento_route import BentoRouteMiddleware, keep_refusals_out_of_the_log, note_error
+from uni_instruct.serve.process.supervision import check_workers_often
+from uni_instruct.serve.routes.bento_route import BentoRouteMiddleware, drop_refusals_from_log, note_error
 from uni_instruct.serve.routes.responses import generate_images
 from uni_instruct.serve.routes.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
 
-look_often()
+check_workers_often()
 use_own_folder()
-keep_refusals_out_of_the_log()
+drop_refusals_from_log()
 _settings = settings_from_environment()
 _app = create_app(_settings)
 
@@ -61,7 +61,7 @@ class UniInstruct:
 
     def __init__(self) -> None:
         # Only workers get here. Their supervisor may be killed, and would leave them running.
-        ending_with(os.getppid())()
+        die_with_parent(os.getppid())()
         self._models: Models = _app.state.models
 
     @bentoml.api

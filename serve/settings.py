@@ -8,22 +8,22 @@ from functools import cached_property
 from typing import Any
 
 from uni_instruct.errors import RequestError
-from uni_instruct.serve.http.api_keys import read_keys
-from uni_instruct.serve.models.sources import default_sources, split_sources
+from uni_instruct.serve.api_keys import read_keys
+from uni_instruct.serve.model_sources import default_sources, split_sources
 
 PREFIX = "UNI_INSTRUCT_"
 
 
 # A day, and a million: what is larger is taken for a slip of the keys.
-_MOST_S, _MOST = 86_400.0, 1_000_000
+_MAX_SECONDS, _MAX_NUMBER = 86_400.0, 1_000_000
 # Where the server has paths below: as a proxy's prefix it could not be told whether the proxy has cut it off.
 _OWN_FOLDERS = ("/v1", "/v1/about", "/v1/images", "/v1/models", "/ui", "/static_content")
-_NO_NUMBER = {"least": 0, "most": _MOST, "or_zero": False}
+_NO_NUMBER = {"minimum": 0, "maximum": _MAX_NUMBER, "or_zero": False}
 
 
-def _setting(default: object, help: str, *, least: float = 0, most: float = _MOST, or_zero: bool = False) -> Any:
-    """A field with what it means. Numbers must be above `least`, or zero where `or_zero` says so, and at most `most`."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most, "or_zero": or_zero})
+def _setting(default: object, help: str, *, minimum: float = 0, maximum: float = _MAX_NUMBER, or_zero: bool = False) -> Any:
+    """A field and its help. Numbers must be above `minimum`, or zero if `or_zero`, and at most `maximum`."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "or_zero": or_zero})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,38 +37,42 @@ class Settings:
         default_factory=default_sources,
         metadata={
             "help": "Folders, names of shipped generators, or NAME=one of them.",
-            "least": 0,
-            "most": _MOST,
+            "minimum": 0,
+            "maximum": _MAX_NUMBER,
             "or_zero": False,
         },
     )
     engine: str | None = _setting(None, "Engine id, as onnx-fp32, or a runtime, as onnx; without it the fastest here.")
     device: str | None = _setting(None, "cpu, cuda or cuda:1; without it a GPU where the engine can use one.")
-    workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.", most=10_000)
+    workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.", maximum=10_000)
     ui: bool = _setting(True, "The web demo under /ui.")
     # Neither in `repr` nor an option: other users of a machine see a process's arguments.
     api_key: str | None = field(
         default=None,
         repr=False,
-        metadata={"help": "Keys that open the API, by commas.", "least": 0, "most": _MOST, "or_zero": False},
+        metadata={"help": "Keys that open the API, by commas.", "minimum": 0, "maximum": _MAX_NUMBER, "or_zero": False},
     )
     api_key_file: str | None = _setting(None, "File with API keys, one a line; requests must bring one of them.")
     metrics_open: bool = _setting(False, "/metrics without a key, for a Prometheus that has none.")
     cors_origins: str | None = _setting(None, "Origins whose pages may call the API, by commas; * for all.")
     path_prefix: str | None = _setting(None, "Path under which a proxy serves this, as /images; the proxy may cut it off.")
-    timeout_s: float = _setting(30.0, "How long a request may take, waiting included.", most=_MOST_S)
-    grace_s: float = _setting(10.0, "How long requests that run may take to finish when the server is stopped.", most=_MOST_S)
-    receive_s: float = _setting(
-        10.0, "How long a request may take to arrive, from its first byte or the connection on.", most=_MOST_S
+    timeout_s: float = _setting(30.0, "How long a request may take, waiting included.", maximum=_MAX_SECONDS)
+    grace_s: float = _setting(
+        10.0, "How long requests that run may take to finish when the server is stopped.", maximum=_MAX_SECONDS
     )
-    keep_alive_s: float = _setting(65.0, "How long a connection may stay open between two requests.", most=_MOST_S)
-    connections: int = _setting(1000, "How many connections may be open.", least=3)
+    receive_s: float = _setting(
+        10.0, "How long a request may take to arrive, from its first byte or the connection on.", maximum=_MAX_SECONDS
+    )
+    keep_alive_s: float = _setting(65.0, "How long a connection may stay open between two requests.", maximum=_MAX_SECONDS)
+    connections: int = _setting(1000, "How many connections may be open.", minimum=3)
     queue_images: int = _setting(1024, "How many images may wait.")
     request_images: int = _setting(256, "How many images one request may ask for.")
     max_batch: int = _setting(64, "How many images one engine call may make.")
     max_batch_ms: float = _setting(250.0, "How long one engine call may take; larger batches are not used.")
-    reload_s: float = _setting(2.0, "How often bundles are looked at for changes; 0: never.", most=_MOST_S, or_zero=True)
-    max_body_bytes: int = _setting(1 << 16, "The longest body of a request that is read.", most=1 << 31)
+    reload_s: float = _setting(
+        2.0, "How often bundles are looked at for changes; 0: never.", maximum=_MAX_SECONDS, or_zero=True
+    )
+    max_body_bytes: int = _setting(1 << 16, "The longest body of a request that is read.", maximum=1 << 31)
     access_log: bool = _setting(False, "One line of JSON on standard output for every request.")
     tracing: bool = _setting(False, "OpenTelemetry spans of requests, as BentoML is configured for them.")
 
@@ -76,15 +80,15 @@ class Settings:
         if isinstance(self.bundle, str):
             object.__setattr__(self, "bundle", tuple(split_sources(self.bundle)))
         for setting in fields(self):
-            value, least = getattr(self, setting.name), setting.metadata["least"]
+            value, minimum = getattr(self, setting.name), setting.metadata["minimum"]
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            most = setting.metadata["most"]
-            if number and not least < value <= most and not (value == 0 and setting.metadata["or_zero"]):
-                remedy = f"give a number above {least:g}, at most {most:g}"
+            maximum = setting.metadata["maximum"]
+            if number and not minimum < value <= maximum and not (value == 0 and setting.metadata["or_zero"]):
+                remedy = f"give a number above {minimum:g}, at maximum {maximum:g}"
                 raise wrong_setting(setting.name, value, remedy)
         # A request that fits no empty queue would be told to come back later, for ever.
         if self.queue_images < self.request_images:
-            raise wrong_setting("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
+            raise wrong_setting("queue_images", self.queue_images, f"give at minimum request_images, {self.request_images}")
         if self.path_prefix is not None and not (self.path_prefix.startswith("/") and len(self.path_prefix.strip("/"))):
             raise wrong_setting("path_prefix", self.path_prefix, "give a path, such as /images")
         if self.prefix in _OWN_FOLDERS:

@@ -29,8 +29,8 @@ from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.monitoring.health import Health
 from uni_instruct.train.monitoring.metrics import Metrics
-from uni_instruct.train.monitoring.scores import MOST_REFERENCE_FOR_PR, SELECTION_METRICS, metric_value
-from uni_instruct.train.optimization.distributed import gathered
+from uni_instruct.train.monitoring.scores import MAX_REFERENCE_FOR_PR, SELECTION_METRICS, metric_value
+from uni_instruct.train.optimization.distributed import gather_to_first
 from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.rng import step_rng
 from uni_instruct.train.run import Run
@@ -207,7 +207,7 @@ class Loop:
         if self.evaluator is not None:
             asked = SELECTION_METRICS[self.config.metric].asked
             # Precision and recall compare every pair of images of the reference: affordable for small ones alone.
-            few = self.evaluator.reference_images <= MOST_REFERENCE_FOR_PR
+            few = self.evaluator.reference_images <= MAX_REFERENCE_FOR_PR
             scores = self.evaluator(images, class_ids, metrics=(asked, "pr") if few else (asked,)).values
             value = metric_value(scores, self.config.metric)
             self.run.log(stage.name, done, kimg, scores)
@@ -232,7 +232,7 @@ class Loop:
                 if number % self.fabric.world_size == self.fabric.global_rank:
                     made[number] = self._images(stage, inputs)
                 shown.advance(len(inputs.noise))
-        parts = {number: images for part in gathered(self.fabric, made) for number, images in part.items()}
+        parts = {number: images for part in gather_to_first(self.fabric, made) for number, images in part.items()}
         return np.concatenate([parts[number] for number in sorted(parts)]) if parts else np.empty(0), class_ids
 
     def _images(self, stage: Stage, inputs: Inputs) -> np.ndarray:

@@ -24,17 +24,17 @@ from uni_instruct.progress import progress
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.judging import announce, choose_judge
+from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
-from uni_instruct.train.optimization.auto_precision import settle_for_run
-from uni_instruct.train.optimization.distributed import BatchShard, check_divides, ended_together, start_fabric
+from uni_instruct.train.optimization.auto_precision import resolve_precision_for_run
+from uni_instruct.train.optimization.distributed import BatchShard, check_divides, exit_together, start_fabric
 from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.rng import initial_weights
 from uni_instruct.train.run import Run, claimed
-from uni_instruct.train.same_data import check_same_data, saved_classes
+from uni_instruct.train.scoring_choice import announce, choose_scoring
 from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 from uni_instruct.train.stages.teacher import TeacherStage
@@ -55,13 +55,13 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
         problem = f"the recipe's teacher is given ({recipe.teacher.bundle}), and only a teacher is to be trained"
         raise RequestError(problem, remedy="leave teacher.bundle empty, or do without --teacher-only", param="teacher-only")
     plan = make_plan(recipe, saved_classes(out))
-    recipe = _settled(plan, out)
+    recipe = _resolved_recipe(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
     # Before there are others: the one that fails first would end this one before it has said why.
     for config in (recipe.teacher, recipe.distillation):
         check_divides(devices, config.batch)
     fabric = start_fabric(devices, recipe.loop.precision)
-    with ended_together(fabric), arithmetic_of(recipe.loop.precision):
+    with exit_together(fabric), arithmetic_of(recipe.loop.precision):
         # Both stages, though the second comes hours later: a batch that does not divide is told now.
         for config in (recipe.teacher, recipe.distillation):
             BatchShard(fabric, config.batch, config.micro_batch)
@@ -86,13 +86,13 @@ def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float, 
         return generator
 
 
-def _settled(plan: Plan, out: Path) -> Recipe:
+def _resolved_recipe(plan: Plan, out: Path) -> Recipe:
     """The plan's recipe with every `auto` resolved for this run."""
     recipe = plan.recipe
-    judge = choose_judge(recipe.loop, plan.dataset)
-    announce(judge, recipe.loop)
+    scoring = choose_scoring(recipe.loop, plan.dataset)
+    announce(scoring, recipe.loop)
     images = max(config.micro_batch or config.batch for config in (recipe.teacher, recipe.distillation))
-    return dataclasses.replace(recipe, loop=settle_for_run(judge.loop, plan.teacher_spec, images, out))
+    return dataclasses.replace(recipe, loop=resolve_precision_for_run(scoring.loop, plan.teacher_spec, images, out))
 
 
 class _Session:

@@ -17,14 +17,14 @@ from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.networks.build import load_denoiser
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, settled
-from uni_instruct.train.judging import choose_judge
+from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
+from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, resolve_auto
 from uni_instruct.train.optimization.auto_precision import exact
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.recipe_changes import holds_training, saved_step
 from uni_instruct.train.run import Run
-from uni_instruct.train.run_lock import refuse_taken
-from uni_instruct.train.same_data import check_same_data, saved_classes
+from uni_instruct.train.run_lock import refuse_in_use
+from uni_instruct.train.scoring_choice import choose_scoring
 
 READ = 64  # images that are read, spread over the data
 DENOISED = 4
@@ -59,7 +59,7 @@ class Preflight:
     @cached_property
     def cost(self) -> Cost:
         """Counted, not timed."""
-        return cost_of(settled(self.plan, measured=False), budget_s=0)
+        return cost_of(resolve_auto(self.plan, measured=False), budget_s=0)
 
 
 def examine(preflight: Preflight) -> list[Finding]:
@@ -137,13 +137,13 @@ def _teacher(preflight: Preflight) -> str:
 
 
 def _evaluation(preflight: Preflight) -> str:
-    return choose_judge(preflight.recipe.loop, preflight.dataset).words
+    return choose_scoring(preflight.recipe.loop, preflight.dataset).words
 
 
 def _run(preflight: Preflight) -> str:
     """What a training would find in the folder: another one, a recipe that does not go on as this one, a damaged state."""
     out, recipe = preflight.out, preflight.recipe
-    refuse_taken(out)
+    refuse_in_use(out)
     if not holds_training(out):
         return f"{out} holds no training yet"
     if preflight.plan.dataset is not None:

@@ -8,7 +8,7 @@ from uni_instruct.train.config import PhaseConfig, Recipe
 from uni_instruct.train.recipe import recipe_fields
 from uni_instruct.train.recipe_keys import MEANING, RANGE
 
-NARROWEST = 40  # of the column of meanings, however narrow the terminal
+MIN_WIDTH = 40  # of the column of meanings, however narrow the terminal
 
 
 class RecipeKey(NamedTuple):
@@ -36,7 +36,7 @@ def recipe_help(width: int) -> str:
     widths = [max(len(row[column]) for row in table) + 2 for column in range(3)]
     lines = []
     for row in table:
-        meaning = textwrap.wrap(row.meaning, max(NARROWEST, width - sum(widths)))
+        meaning = textwrap.wrap(row.meaning, max(MIN_WIDTH, width - sum(widths)))
         lines.append("".join(f"{cell:{cells}}" for cell, cells in zip(row[:3], widths, strict=True)) + meaning[0])
         lines += [" " * sum(widths) + more for more in meaning[1:]]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ class Range:
 
 # The ranges of what many keys count: thousands of images, a share of a whole, a rate of Adam, a bound of a gradient.
 # Relative widths that a power function is asked for; the upper end is just below 1 / sqrt(12), the mean of all weights.
-NARROWEST_AVERAGE, WIDEST_AVERAGE = 0.005, 0.28
+MIN_AVERAGE_WIDTH, WIDEST_AVERAGE = 0.005, 0.28
 KIMG = Range(0, 1e9)
 SOME_KIMG = Range(1e-6, 1e9)
 SHARE = Range(0, 1, "0 is none")

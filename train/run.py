@@ -22,7 +22,7 @@ from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.recipe_changes import Changes, allowed_changes, holds_training
-from uni_instruct.train.run_lock import RunLock, taken
+from uni_instruct.train.run_lock import RunLock, in_use_error
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
         # One process asks; the others must hear the answer, or they would wait for it in vain.
         free = lock.acquire() if fabric.is_global_zero else True
         if not fabric.broadcast(free):
-            raise taken(folder)
+            raise in_use_error(folder)
         yield lock
 
 

@@ -135,13 +135,13 @@ def read_worker(folder: Path) -> Worker | None:
         return None
 
 
-def refuse_taken(folder: Path) -> None:
+def refuse_in_use(folder: Path) -> None:
     """Raises RequestError where another process works on the run."""
     if is_locked(folder):
-        raise taken(folder)
+        raise in_use_error(folder)
 
 
-def taken(folder: Path) -> RequestError:
+def in_use_error(folder: Path) -> RequestError:
     """What is said to a second training in one folder."""
     worker = read_worker(folder)
     who = "another process" if worker is None else str(worker)

@@ -29,7 +29,7 @@ class ClassMixture:
         """The classes of those images, so that a mixture is cut into batches as ids are."""
         return ClassMixture(self.class_ids[rows], self.other_ids[rows], self.share[rows])
 
-    def simplest(self) -> "ClassIds":
+    def simplified(self) -> "ClassIds":
         """The ids alone where no image is mixed: what then runs does nothing for mixtures."""
         return self if self.share.any() else self.class_ids
 

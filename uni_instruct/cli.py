@@ -11,7 +11,7 @@ from click.exceptions import Exit
 from uni_instruct import __version__
 from uni_instruct.errors import UniInstructError
 from uni_instruct.files import unusable
-from uni_instruct.processes import is_later_process, sleep_while_waiting
+from uni_instruct.processes import is_nonzero_rank, sleep_while_waiting
 from uni_instruct.progress import show_log
 
 # Name -> where the command is and what it does, in the order of a first use.
@@ -111,7 +111,7 @@ def main() -> None:
     """Entry point: the project's errors as one line on standard error, with their exit code."""
     sleep_while_waiting()
     _print_any_name()
-    if not is_later_process():
+    if not is_nonzero_rank():
         show_log("uni_instruct.engines.trials.trial")
         show_log("uni_instruct.engines.compiled.cache")
         show_log("uni_instruct.export.openvino")
@@ -141,6 +141,6 @@ def _print_any_name() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    if not is_later_process():
+    if not is_nonzero_rank():
         print(f"error: {message}", file=sys.stderr)
     sys.exit(exit_code)

@@ -8,18 +8,18 @@ from shlex import quote
 from typing import Literal, TypedDict
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engines.compiled.cache import keep_compiled
-from uni_instruct.engines.hardware.device import checked_device, kind_of
+from uni_instruct.engines.compiled.cache import ensure_compiled
+from uni_instruct.engines.hardware.device import checked_device, device_type
 from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import COMPILED, PRECISIONS, EngineId, StoredEngine
 from uni_instruct.engines.runtime import RUNTIMES, Engine, Runtime
-from uni_instruct.engines.trials.trial import Trial, TrialKey, note_speed, noted, trial_key, try_engine
+from uni_instruct.engines.trials.trial import Trial, TrialKey, record_speed, recorded_trial, trial_key, try_engine
 from uni_instruct.errors import CompilationError, EngineRefusedError, RequestError, UniInstructError
 from uni_instruct.progress import Progress
 
-__all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "Outputs", "Runtime", "Selection", "Standing"]
-__all__ += ["available_engines", "engine_standing", "load_engine", "open_engine", "select_engine"]
+__all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "EngineStatus", "Outputs", "Runtime", "Selection"]
+__all__ += ["available_engines", "engine_status", "load_engine", "open_engine", "select_engine"]
 
 # The engine that every bundle has: the weights themselves, as trained.
 TORCH = EngineId("torch", "fp32")
@@ -29,12 +29,12 @@ TORCH_BF16 = EngineId("torch", "bf16")
 TORCH_COMPILED, TORCH_BF16_COMPILED = EngineId("torch", "fp32", COMPILED), EngineId("torch", "bf16", COMPILED)
 # How many times as fast another engine must be to be preferred to one that stands before it in RUNTIMES: times vary, and torch
 # takes seconds to load and gives other last bits in other batches.
-WORTHWHILE = 1.25
+MIN_SPEEDUP = 1.25
 _log = logging.getLogger(__name__)
 
 
-class StandingFacts(TypedDict):
-    """A `Standing` for JSON; what is not known is None."""
+class EngineStatusFacts(TypedDict):
+    """A `EngineStatus` for JSON; what is not known is None."""
 
     engine_id: str
     state: str
@@ -45,7 +45,7 @@ class StandingFacts(TypedDict):
 
 
 @dataclass(frozen=True)
-class Standing:
+class EngineStatus:
     """How an engine of a bundle stands on this machine, and why, in words; trial is what it did here, where it was tried.
 
     state: 'trusted'; 'refused', as its trial found; 'untried'; 'absent' where its package, its device or its compiler is not
@@ -61,7 +61,7 @@ class Standing:
     device: str = ""
     error: UniInstructError | None = None
 
-    def facts(self) -> StandingFacts:
+    def facts(self) -> EngineStatusFacts:
         """The same for JSON."""
         trial = self.trial or Trial()
         return {
@@ -80,12 +80,12 @@ class Selection:
 
     engine_id: EngineId
     device: str
-    standings: tuple[Standing, ...]
+    statuses: tuple[EngineStatus, ...]
 
     @property
-    def refused(self) -> list[Standing]:
+    def refused(self) -> list[EngineStatus]:
         """Those that cannot be trusted on this machine."""
-        return [standing for standing in self.standings if standing.state == "refused"]
+        return [status for status in self.statuses if status.state == "refused"]
 
 
 def open_engine(
@@ -140,7 +140,7 @@ def available_engines(bundle: Bundle) -> list[EngineId]:
 def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: str | None = None) -> Selection:
     """The engine that open_engine would open, without loading it, and how the others that fit stand on this machine.
 
-    An exported engine is tried before its first use here (engines/trial.py). Of those that answer as torch does, torch among
+    An exported engine is tried before its first use here (engines/trials/trial.py). Of those that answer as torch does, torch among
     them where it is installed, the fastest is chosen; torch takes the place of those that do not. An engine asked for by its id
     is that one or an error, and so is a device.
 
@@ -151,29 +151,33 @@ def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: 
     candidates = _candidates(bundle, wanted, device)
     if candidates == [TORCH]:
         place = _torch().device_for(TORCH, device)
-        return Selection(TORCH, place, (Standing(TORCH, "trusted", device=place),))
-    standings = [_stand(bundle, engine_id, device) for engine_id in candidates if engine_id != TORCH]
+        return Selection(TORCH, place, (EngineStatus(TORCH, "trusted", device=place),))
+    statuses = [_status_after_trial(bundle, engine_id, device) for engine_id in candidates if engine_id != TORCH]
     if TORCH in candidates:
         # Where torch alone is left, nothing depends on its speed.
-        contested = any(standing.state == "trusted" for standing in standings)
-        standings.append(_stand(bundle, TORCH, device) if contested else _torch_alone(device))
-    trusted = [standing for standing in standings if standing.state == "trusted"]
+        contested = any(status.state == "trusted" for status in statuses)
+        statuses.append(_status_after_trial(bundle, TORCH, device) if contested else _torch_alone(device))
+    trusted = [status for status in statuses if status.state == "trusted"]
     if not trusted:
-        raise refusal(standings)
+        raise refusal(statuses)
     chosen = _fastest(trusted)
-    selection = Selection(chosen.engine_id, chosen.device, tuple(standings))
+    selection = Selection(chosen.engine_id, chosen.device, tuple(statuses))
     for refused in selection.refused:
         told = "engine %s is refused on this machine: %s; %s takes its place"
         _log.warning(told, refused.engine_id, refused.reason, selection.engine_id)
     return selection
 
 
-def engine_standing(bundle: Bundle, engine_id: EngineId) -> Standing:
-    """How that engine of the bundle stands on this machine, by the trial that was noted; nothing is run.
+def engine_status(bundle: Bundle, engine_id: EngineId) -> EngineStatus:
+    """How that engine of the bundle stands on this machine, by the trial on record; nothing is run.
 
     Raises BundleError where the engine's record is damaged.
     """
-    return _standing(bundle, engine_id, None, noted) if engine_id.runtime in RUNTIMES else Standing(engine_id, "unknown")
+    return (
+        _status(bundle, engine_id, None, recorded_trial)
+        if engine_id.runtime in RUNTIMES
+        else EngineStatus(engine_id, "unknown")
+    )
 
 
 def wanted_engines(bundle: Bundle, wanted: Sequence[str], device: str | None) -> list[EngineId]:
@@ -188,24 +192,24 @@ def wanted_engines(bundle: Bundle, wanted: Sequence[str], device: str | None) ->
     return [engine_id for engine_id in (*available_engines(bundle), *_only_asked_for(bundle)) if engine_id in chosen]
 
 
-def standings(bundle: Bundle, engines: Sequence[EngineId], device: str | None, bar: Progress) -> list[Standing]:
+def statuses(bundle: Bundle, engines: Sequence[EngineId], device: str | None, bar: Progress) -> list[EngineStatus]:
     """How these engines of the bundle stand here, after their trials; bar advances by 1 for each.
 
     What cannot run on the device is 'absent'. Raises RequestError where the device is not there.
     """
     device, found = checked_device(device) if device is not None else None, []
     for engine_id in engines:
-        found.append(_torch_alone(device) if engine_id == TORCH else _stand(bundle, engine_id, device))
+        found.append(_torch_alone(device) if engine_id == TORCH else _status_after_trial(bundle, engine_id, device))
         bar.advance(1, str(engine_id))
     return found
 
 
-def note_speeds(bundle: Bundle, speeds: Mapping[Standing, float], benchmark: str) -> bool:
+def record_speeds(bundle: Bundle, speeds: Mapping[EngineStatus, float], benchmark: str) -> bool:
     """Has `select_engine` choose by these images/s of a benchmark; whether the user's cache took them all."""
     taken = []
-    for standing, images_per_s in speeds.items():
-        key = trial_key(bundle, standing.engine_id, RUNTIMES[standing.engine_id.runtime].version(), standing.device)
-        taken.append(note_speed(key, noted(key), images_per_s, benchmark))
+    for status, images_per_s in speeds.items():
+        key = trial_key(bundle, status.engine_id, RUNTIMES[status.engine_id.runtime].version(), status.device)
+        taken.append(record_speed(key, recorded_trial(key), images_per_s, benchmark))
     return all(taken)
 
 
@@ -240,7 +244,7 @@ def _only_asked_for(bundle: Bundle) -> list[EngineId]:
 
 
 def _runs_on(engine_id: EngineId, device: str | None) -> bool:
-    return device is None or kind_of(device) in RUNTIMES[engine_id.runtime].devices
+    return device is None or device_type(device) in RUNTIMES[engine_id.runtime].devices
 
 
 def _parse(text: str, known: str) -> EngineId:
@@ -253,64 +257,66 @@ def _parse(text: str, known: str) -> EngineId:
     return engine_id
 
 
-def _stand(bundle: Bundle, engine_id: EngineId, device: str | None) -> Standing:
+def _status_after_trial(bundle: Bundle, engine_id: EngineId, device: str | None) -> EngineStatus:
     """How the engine stands here, after its trial where it had none."""
 
     def tried(key: TrialKey) -> Trial:
-        if engine_id.target == COMPILED and noted(key) is None:
-            keep_compiled(bundle, engine_id)  # first, as it may take longer than a trial may
+        if engine_id.target == COMPILED and recorded_trial(key) is None:
+            ensure_compiled(bundle, engine_id)  # first, as it may take longer than a trial may
         return try_engine(bundle, engine_id, key)
 
-    return _standing(bundle, engine_id, device, tried)
+    return _status(bundle, engine_id, device, tried)
 
 
-def _standing(bundle: Bundle, engine_id: EngineId, wanted: str | None, look_up: Callable[[TrialKey], Trial | None]) -> Standing:
+def _status(
+    bundle: Bundle, engine_id: EngineId, wanted: str | None, look_up: Callable[[TrialKey], Trial | None]
+) -> EngineStatus:
     runtime = RUNTIMES[engine_id.runtime]
     try:
         device = runtime.device_for(engine_id, wanted)
     except UniInstructError as error:
-        return Standing(engine_id, "absent", error.problem, error=error)
+        return EngineStatus(engine_id, "absent", error.problem, error=error)
     key = trial_key(bundle, engine_id, runtime.version(), device)
     try:
         trial = look_up(key)
     except CompilationError as error:
-        return Standing(engine_id, "absent", error.problem, error=error)
+        return EngineStatus(engine_id, "absent", error.problem, error=error)
     if engine_id == TORCH:  # what others are held against: only its speed is of interest
-        return Standing(TORCH, "trusted", trial=trial, device=device)
+        return EngineStatus(TORCH, "trusted", trial=trial, device=device)
     if trial is None:
-        return Standing(engine_id, "untried", device=device)
+        return EngineStatus(engine_id, "untried", device=device)
     if trial.problem:
-        return Standing(engine_id, "refused", trial.problem, trial, key.existing_note(), device)
+        return EngineStatus(engine_id, "refused", trial.problem, trial, key.existing_note(), device)
     compared = key.reference_sha256 or trial.relative_l2 is not None
     stored, reason = bundle.engines().get(engine_id), "" if compared else "no reference.npz to hold it against"
     if reason and stored and not stored.record().parity:  # built for a GPU that was not there: nobody has ever compared it
-        return Standing(engine_id, "refused", f"untried where it was built, and {reason}", trial, device=device)
-    return Standing(engine_id, "trusted", reason, trial, device=device)
+        return EngineStatus(engine_id, "refused", f"untried where it was built, and {reason}", trial, device=device)
+    return EngineStatus(engine_id, "trusted", reason, trial, device=device)
 
 
-def _torch_alone(device: str | None) -> Standing:
+def _torch_alone(device: str | None) -> EngineStatus:
     try:
-        return Standing(TORCH, "trusted", device=_torch().device_for(TORCH, device))
+        return EngineStatus(TORCH, "trusted", device=_torch().device_for(TORCH, device))
     except UniInstructError as error:
-        return Standing(TORCH, "absent", error.problem, error=error)
+        return EngineStatus(TORCH, "absent", error.problem, error=error)
 
 
-def _fastest(standings: list[Standing]) -> Standing:
-    """The first that no other outruns by WORTHWHILE; of those that one benchmark compared, the fastest."""
-    trials = [standing.trial or Trial() for standing in standings]
+def _fastest(statuses: list[EngineStatus]) -> EngineStatus:
+    """The first that no other outruns by MIN_SPEEDUP; of those that one benchmark compared, the fastest."""
+    trials = [status.trial or Trial() for status in statuses]
     speeds, benchmarks = [trial.images_per_s or 0.0 for trial in trials], {trial.benchmark for trial in trials}
-    margin = 1.0 if len(benchmarks) == 1 and "" not in benchmarks else WORTHWHILE
-    return next(s for s, speed in zip(standings, speeds, strict=True) if speed * margin >= max(speeds))
+    margin = 1.0 if len(benchmarks) == 1 and "" not in benchmarks else MIN_SPEEDUP
+    return next(s for s, speed in zip(statuses, speeds, strict=True) if speed * margin >= max(speeds))
 
 
-def refusal(standings: list[Standing]) -> UniInstructError:
+def refusal(statuses: list[EngineStatus]) -> UniInstructError:
     """Why none of them can be used, and what to do about it."""
-    refused = [standing for standing in standings if standing.state == "refused"]
+    refused = [status for status in statuses if status.state == "refused"]
     if not refused:
-        return next(standing.error for standing in standings if standing.error is not None)
+        return next(status.error for status in statuses if status.error is not None)
     problem = "; ".join(f"engine {s.engine_id} is refused on this machine: {s.reason}" for s in refused)
     remedy = f"use --engine {TORCH}" if _torch().is_installed() else f"pip install 'uni-instruct[{_torch().extra}]' for torch"
-    if notes := " and ".join(str(standing.note) for standing in refused if standing.note):
+    if notes := " and ".join(str(status.note) for status in refused if status.note):
         remedy = f"{remedy}, or delete {notes} to have it tried again"
     return EngineRefusedError(problem, remedy=remedy, param="engine")
 

@@ -251,7 +251,7 @@ def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | Cla
     return Inputs(_own(z), checked_class_ids(spec, class_ids, len(z)))
 
 
-def class_ids_in_turn(spec: ModelSpec, count: int) -> np.ndarray | None:
+def round_robin_class_ids(spec: ModelSpec, count: int) -> np.ndarray | None:
     """0, 1, ... and round again, so that `count` images see every class where they can: int64 [count], None without classes."""
     return np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
 

@@ -17,7 +17,7 @@ _TOP_PAD = 64 * 2**20
 _PR_SET_PDEATHSIG = 1
 
 
-def is_later_process() -> bool:
+def is_nonzero_rank() -> bool:
     """Whether this is one of the processes that work for the first."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0
 
@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
     mallopt(_M_ARENA_MAX, 1)  # other arenas end at 64 MB and would map again
 
 
-def give_back_large_blocks() -> None:
+def release_large_blocks() -> None:
     """Has glibc give every block of a MiB and more back to the system as soon as it is freed, for a process that lives shortly.
 
     By default such blocks are kept once the first one was freed, and what is small and stays lies between them.
@@ -60,7 +60,7 @@ def give_back_large_blocks() -> None:
         mallopt(_M_ARENA_MAX, 1)
 
 
-def give_back_freed_memory() -> None:
+def release_freed_memory() -> None:
     """Has glibc hand freed memory back to the system, which it keeps where something still in use lies above it.
 
     For what comes between two large steps. Elsewhere than on Linux with glibc this does nothing.
@@ -91,7 +91,7 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def ending_with(parent: int) -> Callable[[], None]:
+def die_with_parent(parent: int) -> Callable[[], None]:
     """What a child process calls first, so that it gets SIGTERM when its parent, whose id is given, ends in whatever way.
 
     Linux tells nobody of the death of a process that was killed, unless asked to. Elsewhere this does nothing.
@@ -107,7 +107,7 @@ def ending_with(parent: int) -> Callable[[], None]:
     return ask
 
 
-def end_with_group() -> None:
+def die_with_group() -> None:
     """From now on SIGTERM ends this process with all others of its group, where it leads one: with all that it has started."""
     if os.getpgrp() == os.getpid():
         signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))

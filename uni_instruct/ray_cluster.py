@@ -115,7 +115,7 @@ def contents(path: Path) -> Contents:
     return f"{digest.hexdigest()[:32]}/{path.name}", {name: file.read_bytes() for name, file in files.items()}
 
 
-def placed(sent: Contents) -> Path:
+def place_contents(sent: Contents) -> Path:
     """Where the files stand on this node, written by the first actor that needs them; the same for all of them."""
     name, files = sent
     place = cache_folder() / "ray" / name

@@ -20,7 +20,7 @@ AUTOENCODER_KL = "AutoencoderKL"
 # A decoder needs up to a kilobyte for each pixel that it makes: two pictures of 512x512 at once.
 _PIXELS_AT_ONCE = 2 * 512 * 512
 # Far beyond any decoder's; what is larger would not fit into memory.
-_WIDEST, _MOST_LEVELS, _MOST_LAYERS = 8192, 10, 32
+_WIDEST, _MAX_LEVELS, _MAX_LAYERS = 8192, 10, 32
 
 # What config.json may hold: the type of each field, and of the entries of a list.
 _FIELD_TYPES: dict[str, tuple[Any, Any]] = {
@@ -80,11 +80,11 @@ class DecoderSpec:
         if self.architecture != AUTOENCODER_KL:
             raise BundleError(f"decoder '{self.architecture[:40]}' is unknown", remedy=f"give an {AUTOENCODER_KL}")
         widths, groups = self.block_out_channels, self.norm_num_groups
-        if not 1 <= len(widths) <= _MOST_LEVELS or not 1 <= groups <= min(widths) <= max(widths) <= _WIDEST:
+        if not 1 <= len(widths) <= _MAX_LEVELS or not 1 <= groups <= min(widths) <= max(widths) <= _WIDEST:
             raise BundleError(f"a decoder of channels {list(widths)} in {groups} groups", remedy="give another VAE")
         if any(width % groups for width in widths):
             raise BundleError(f"{list(widths)} channels do not divide into {groups} groups", remedy="give another VAE")
-        if not 1 <= self.layers_per_block <= _MOST_LAYERS or self.out_channels not in (1, 3):
+        if not 1 <= self.layers_per_block <= _MAX_LAYERS or self.out_channels not in (1, 3):
             raise BundleError(
                 f"a decoder of {self.layers_per_block} layers and {self.out_channels} output channels",
                 remedy="give one of 1 or 3 output channels: grey or colour pictures",

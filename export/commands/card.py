@@ -7,7 +7,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.evaluate import MAX_SAMPLES
 from uni_instruct.commands.scoring import Scoring, score_bundles
-from uni_instruct.commands.worker_options import ray_option, staff_of, workers_option
+from uni_instruct.commands.worker_options import ray_option, worker_options_of, workers_option
 from uni_instruct.evaluate import EXTRACTORS, PRETRAINED
 from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.scores import MIN_SAMPLES
@@ -48,11 +48,11 @@ def card(
 
     Example: uni-instruct card published/emoji --reference emoji --extractor classifier --samples 5000
     """
-    staff, read = staff_of(workers, ray_address, None), [read_scores(path) for path in scores]
+    options, read = worker_options_of(workers, ray_address, None), [read_scores(path) for path in scores]
     measured: list[EvaluationResult] = []
     if reference is not None:
         scoring = Scoring(
-            reference=reference, sets=sets, samples=samples, extractor=extractor, engine=ENGINE, staff=staff, device="cpu"
+            reference=reference, sets=sets, samples=samples, extractor=extractor, engine=ENGINE, workers=options, device="cpu"
         )
         measured = score_bundles([Bundle.open(folder)], scoring, None)
     click.echo(f"card: {renew_card(folder, [*measured, *read])}")

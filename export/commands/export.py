@@ -12,7 +12,7 @@ from uni_instruct.engines.hardware.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import CompilationError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
-from uni_instruct.processes import give_back_large_blocks, terminated_as_interrupted
+from uni_instruct.processes import release_large_blocks, terminated_as_interrupted
 from uni_instruct.progress import progress, silent
 
 
@@ -80,7 +80,7 @@ def _build(
     opened: Bundle, targets: list[Target], device: str | None, as_json: bool
 ) -> tuple[list[EngineRecord], list[UniInstructError]]:
     """The engines that were admitted, and what the others failed of."""
-    give_back_large_blocks()
+    release_large_blocks()
     records: list[EngineRecord] = []
     failures: list[UniInstructError] = []
     for target in targets:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from uni_instruct.class_mixture import ClassMixture
 from uni_instruct.engine import Engine
 from uni_instruct.engines.hardware.device import CPU
-from uni_instruct.noise import class_ids_in_turn, draw_inputs
+from uni_instruct.noise import draw_inputs, round_robin_class_ids
 
 # Weight of the newest batch in the running means of time: they follow a change of load within some ten batches.
 _MEAN_WEIGHT = 0.2
@@ -36,7 +36,7 @@ class BatchSizes:
         self._call_s[size] = _mean(self._call_s.get(size, math.inf), seconds)
         self.image_s = _mean(self.image_s, seconds / images)
 
-    def most_of(self, waiting: int) -> int:
+    def best_size_of(self, waiting: int) -> int:
         """How many of the images that wait go into the next batch.
 
         All, padded to the next size, or only as many as fill the size below: what makes more images a second by the times of
@@ -64,7 +64,7 @@ def prewarm(engine: Engine, max_batch: int, max_batch_s: float) -> tuple[int, ..
     sizes: list[int] = []
     size = 1
     while size <= max_batch:
-        class_ids = class_ids_in_turn(engine.spec, size)
+        class_ids = round_robin_class_ids(engine.spec, size)
         inputs = draw_inputs(engine.spec, range(size), class_ids)
         engine(*inputs)
         start = time.perf_counter()

@@ -26,13 +26,13 @@ from uni_instruct.noise import NoisePoint, noise_of_points
 from uni_instruct.serve.batching.batch_sizes import BatchSizes
 from uni_instruct.serve.batching.deadlines import Deadlines
 from uni_instruct.serve.batching.device_thread import DeviceThread, EngineCall
-from uni_instruct.serve.batching.queued_request import Item, Ticket, batch_inputs
+from uni_instruct.serve.batching.queued_request import QueuedImage, QueuedRequest, batch_inputs
 from uni_instruct.serve.errors import EngineFailedError, QueueFullError, StoppingError, TimedOutError
 from uni_instruct.serve.metrics import ModelMetrics
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_RETRY_S = 60
+_MAX_RETRY_AFTER_S = 60
 # Up to so many numbers of a request's noise, 25 us, are drawn on the event loop. NumPy lets go of the interpreter for each row
 # that it draws, and a thread that wants it back from a busy loop may wait for 5 ms: a batch of 64 was late by half of its time.
 _DRAWN_EARLY = 4096
@@ -67,15 +67,17 @@ class Batcher:
         self._image_size = image_size(engine.spec)
         self._queue_images = queue_images
         self._metrics = metrics
-        self._tickets: deque[Ticket] = deque()  # with items that the engine has not been handed
-        self._again: deque[list[Item]] = deque()  # of a batch that failed, to be run one by one
+        self._requests: deque[QueuedRequest] = deque()  # with items that the engine has not been handed
+        self._again: deque[list[QueuedImage]] = deque()  # of a batch that failed, to be run one by one
         self._queued = 0
-        self._mixing: set[Ticket] = set()  # the requests for mixtures of classes: rare, and nothing is looked at without any
+        self._mixing: set[QueuedRequest] = (
+            set()
+        )  # the requests for mixtures of classes: rare, and nothing is looked at without any
         self._device = device
         self._asking = False
         self._running = 0
         self._idle: asyncio.Future[None] | None = None
-        self._deadlines: Deadlines[Ticket] = Deadlines(self._expire)
+        self._deadlines: Deadlines[QueuedRequest] = Deadlines(self._expire)
         self._closed = False
 
     @property
@@ -94,39 +96,39 @@ class Batcher:
         start = time.perf_counter()
         with self._device.lock:
             self._check_room(len(seeds))
-            ticket = self._enqueue(seeds, class_ids, timeout_s)
+            request = self._enqueue(seeds, class_ids, timeout_s)
         try:
-            await ticket.done
+            await request.done
         except asyncio.CancelledError:
-            self._drop(ticket, "cancelled")  # the client has left: the engine's time goes to those who still wait
+            self._drop(request, "cancelled")  # the client has left: the engine's time goes to those who still wait
             raise
         except UniInstructError:
-            # The error knows this frame by its traceback, and the frame the error by its ticket: it would outlive its answer.
-            del ticket
+            # The error knows this frame by its traceback, and the frame the error by its request: it would outlive its answer.
+            del request
             raise
-        self._deadlines.remove(ticket)
-        self._mixing.discard(ticket)
-        assert ticket.images is not None
+        self._deadlines.remove(request)
+        self._mixing.discard(request)
+        assert request.images is not None
         total_s = time.perf_counter() - start
         # Waiting is what remains: a large request waits between its batches too, not only before the first.
-        return Generated(ticket.images, queue_ms=1e3 * max(0.0, total_s - ticket.model_s), model_ms=1e3 * ticket.model_s)
+        return Generated(request.images, queue_ms=1e3 * max(0.0, total_s - request.model_s), model_ms=1e3 * request.model_s)
 
     async def close(self) -> None:
         """Stops after the running batch, which is still answered; what waits ends in StoppingError."""
         self._closed = True
-        self.turn_away(begun=True)
+        self.fail_waiting(begun=True)
         with self._device.lock:
             if self._running:
                 self._idle = asyncio.get_running_loop().create_future()
         if self._idle is not None:
             await self._idle
 
-    def turn_away(self, *, begun: bool = False) -> None:
+    def fail_waiting(self, *, begun: bool = False) -> None:
         """Ends what waits in StoppingError; requests of which the engine has made a part only where `begun` says so."""
         with self._device.lock:
-            for ticket in list(self._tickets):
-                if begun or ticket.next == 0:
-                    self._fail(ticket, StoppingError(), "stopping")
+            for request in list(self._requests):
+                if begun or request.next == 0:
+                    self._fail(request, StoppingError(), "stopping")
 
     def _check_room(self, images: int) -> None:
         if self._closed:
@@ -136,20 +138,20 @@ class Batcher:
             self._metrics.dropped["queue_full"].inc(images)
             raise QueueFullError(self._queued, self._queue_images, self._retry_after_s())
 
-    def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: ClassIds | None, timeout_s: float) -> Ticket:
+    def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: ClassIds | None, timeout_s: float) -> QueuedRequest:
         loop = asyncio.get_running_loop()
         shape = self._engine.spec.noise_shape
         drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _DRAWN_EARLY else None
         mixture = class_ids if isinstance(class_ids, ClassMixture) else None
         first_ids = class_ids.class_ids if isinstance(class_ids, ClassMixture) else class_ids
-        ticket = Ticket(seeds, first_ids, mixture, drawn, loop.create_future(), timeout_s, left=len(seeds))
+        request = QueuedRequest(seeds, first_ids, mixture, drawn, loop.create_future(), timeout_s, left=len(seeds))
         if mixture is not None:
-            self._mixing.add(ticket)
-        self._tickets.append(ticket)
-        self._deadlines.add(ticket, loop.time() + timeout_s)
+            self._mixing.add(request)
+        self._requests.append(request)
+        self._deadlines.add(request, loop.time() + timeout_s)
         self._count(len(seeds))
         self._ask()
-        return ticket
+        return request
 
     def _ask(self) -> None:
         if not self._asking:
@@ -164,28 +166,28 @@ class Batcher:
         """
         self._asking = False
         items = self._again.popleft() if self._again else self._gather()
-        if self._again or self._tickets:
+        if self._again or self._requests:
             self._ask()
         if not items:
             return None
         self._running += 1
         return EngineCall(functools.partial(self._run, items), self._sizes.expected_s(len(items)))
 
-    def _gather(self) -> list[Item]:
+    def _gather(self) -> list[QueuedImage]:
         """The next batch: one item of each request in turn, until it is full or nothing waits."""
-        items: list[Item] = []
-        most = self._sizes.most_of(self._queued)
-        while self._tickets and len(items) < most:
+        items: list[QueuedImage] = []
+        most = self._sizes.best_size_of(self._queued)
+        while self._requests and len(items) < most:
             # Round robin: from the front, and to the back as long as items are left, so that every request moves on.
-            ticket = self._tickets.popleft()
-            items.append((ticket, ticket.next))
-            ticket.next += 1
-            if ticket.next < len(ticket.seeds):
-                self._tickets.append(ticket)
+            request = self._requests.popleft()
+            items.append((request, request.next))
+            request.next += 1
+            if request.next < len(request.seeds):
+                self._requests.append(request)
         self._count(-len(items))
         return items
 
-    def _run(self, items: list[Item]) -> Callable[[], None]:
+    def _run(self, items: list[QueuedImage]) -> Callable[[], None]:
         """In the engine's thread: makes the images, or finds out why not."""
         start = time.perf_counter()
         try:
@@ -194,7 +196,7 @@ class Batcher:
             return functools.partial(self._failed, items, error)
         return functools.partial(self._made, items, images, time.perf_counter() - start)
 
-    def _call(self, items: list[Item]) -> np.ndarray:
+    def _call(self, items: list[QueuedImage]) -> np.ndarray:
         """Images uint8 [len(items), H, W, C]."""
         # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
         size = self._sizes.size_for(len(items))
@@ -209,33 +211,33 @@ class Batcher:
             )
         return images
 
-    def _made(self, items: list[Item], images: np.ndarray, seconds: float) -> None:
+    def _made(self, items: list[QueuedImage], images: np.ndarray, seconds: float) -> None:
         """Deals the images of a batch out."""
         self._metrics.batch.observe(len(items))
         self._sizes.note(len(items), seconds)
-        for ticket in {ticket for ticket, _ in items}:
-            ticket.model_s += seconds
+        for request in {request for request, _ in items}:
+            request.model_s += seconds
         finished = 0
-        for (ticket, index), image in zip(items, images, strict=False):  # what is left of the images is padding
-            finished += self._deliver(ticket, index, image)
+        for (request, index), image in zip(items, images, strict=False):  # what is left of the images is padding
+            finished += self._deliver(request, index, image)
         self._metrics.images.inc(finished)
         self._over()
 
-    def _deliver(self, ticket: Ticket, index: int, image: np.ndarray) -> int:
+    def _deliver(self, request: QueuedRequest, index: int, image: np.ndarray) -> int:
         """Gives one image to its request, and says how many the request has got where it was the last."""
-        if len(ticket.seeds) == 1:
-            ticket.images = image[None]
+        if len(request.seeds) == 1:
+            request.images = image[None]
         else:
-            if ticket.images is None:
-                ticket.images = np.empty((len(ticket.seeds), *self._image_size), dtype=np.uint8)
-            ticket.images[index] = image
-        ticket.left -= 1
-        if ticket.left or ticket.done.done():
+            if request.images is None:
+                request.images = np.empty((len(request.seeds), *self._image_size), dtype=np.uint8)
+            request.images[index] = image
+        request.left -= 1
+        if request.left or request.done.done():
             return 0
-        ticket.done.set_result(None)
-        return len(ticket.seeds)
+        request.done.set_result(None)
+        return len(request.seeds)
 
-    def _failed(self, items: list[Item], error: Exception) -> None:
+    def _failed(self, items: list[QueuedImage], error: Exception) -> None:
         """A batch that failed is run again item by item, so that only the bad items fail."""
         if len(items) == 1:
             self._fail_item(items[0], error)
@@ -258,34 +260,34 @@ class Batcher:
         if idle and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
-    def _fail_item(self, item: Item, error: Exception) -> None:
-        ticket, index = item
-        logger.error("the engine failed on seed %s", ticket.seeds[index], exc_info=error)
+    def _fail_item(self, item: QueuedImage, error: Exception) -> None:
+        request, index = item
+        logger.error("the engine failed on seed %s", request.seeds[index], exc_info=error)
         failure = EngineFailedError(
-            f"the engine failed on seed {ticket.seeds[index]}: {error}", remedy="the server's log says more"
+            f"the engine failed on seed {request.seeds[index]}: {error}", remedy="the server's log says more"
         )
-        self._fail(ticket, failure, "failed")
+        self._fail(request, failure, "failed")
 
-    def _expire(self, ticket: Ticket) -> None:
-        problem = f"{len(ticket.seeds)} images were not made in {ticket.timeout_s:g} s"
-        self._fail(ticket, TimedOutError(problem, remedy="ask for fewer at once, or try later"), "timeout")
+    def _expire(self, request: QueuedRequest) -> None:
+        problem = f"{len(request.seeds)} images were not made in {request.timeout_s:g} s"
+        self._fail(request, TimedOutError(problem, remedy="ask for fewer at once, or try later"), "timeout")
 
-    def _fail(self, ticket: Ticket, error: UniInstructError, reason: str) -> None:
-        if not ticket.done.done():
-            ticket.done.set_exception(error)
-        self._drop(ticket, reason)
+    def _fail(self, request: QueuedRequest, error: UniInstructError, reason: str) -> None:
+        if not request.done.done():
+            request.done.set_exception(error)
+        self._drop(request, reason)
 
-    def _drop(self, ticket: Ticket, reason: str) -> None:
+    def _drop(self, request: QueuedRequest, reason: str) -> None:
         """Takes what is left of a request out of the queue."""
-        self._deadlines.remove(ticket)
-        self._metrics.dropped[reason].inc(ticket.left)
+        self._deadlines.remove(request)
+        self._metrics.dropped[reason].inc(request.left)
         with self._device.lock:
             # It is not there where its last item is with the engine; that image is made and thrown away.
-            if ticket in self._tickets:
-                self._tickets.remove(ticket)
-                self._count(ticket.next - len(ticket.seeds))
+            if request in self._requests:
+                self._requests.remove(request)
+                self._count(request.next - len(request.seeds))
             if self._again:
-                self._again = deque(items for items in self._again if items[0][0] is not ticket)
+                self._again = deque(items for items in self._again if items[0][0] is not request)
         self._note_idle()
 
     def _count(self, images: int) -> None:
@@ -296,4 +298,4 @@ class Batcher:
     def _retry_after_s(self) -> int:
         """When the queue is likely to be empty: the images in it, at the engine's present speed."""
         expected_s = self._queued * self._sizes.image_s
-        return 1 if not math.isfinite(expected_s) else min(_LONGEST_RETRY_S, max(1, math.ceil(expected_s)))
+        return 1 if not math.isfinite(expected_s) else min(_MAX_RETRY_AFTER_S, max(1, math.ceil(expected_s)))

@@ -4,31 +4,31 @@ import asyncio
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-_Item = TypeVar("_Item", bound=Hashable)
+_Deadline = TypeVar("_Deadline", bound=Hashable)
 
 # Event loops know the time to a millisecond.
 _CLOCK_S = 0.001
 
 
-class Deadlines(Generic[_Item]):
+class Deadlines(Generic[_Deadline]):
     """Calls `due` with each item that has not been removed by its deadline, on the event loop that adds it.
 
     A timer for each would be made and cancelled with every request, most of which are over in milliseconds.
     """
 
-    def __init__(self, due: Callable[[_Item], None]):
+    def __init__(self, due: Callable[[_Deadline], None]):
         self._due = due
-        self._deadlines: dict[_Item, float] = {}
+        self._deadlines: dict[_Deadline, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._next = 0.0
 
-    def add(self, item: _Item, deadline: float) -> None:
+    def add(self, item: _Deadline, deadline: float) -> None:
         """deadline: in the event loop's time."""
         self._deadlines[item] = deadline
         if self._timer is None or deadline < self._next:
             self._arm(deadline)
 
-    def remove(self, item: _Item) -> None:
+    def remove(self, item: _Deadline) -> None:
         """Nothing happens to it any more; it may have happened already."""
         self._deadlines.pop(item, None)
 

@@ -12,7 +12,7 @@ from uni_instruct.spec import ModelSpec
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
+class QueuedRequest:
     """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
 
     mixture is there where classes are mixed, class_ids are then its first; noise where it was drawn when the request came;
@@ -32,10 +32,10 @@ class Ticket:
 
 
 # One image of a request: its place there.
-Item = tuple[Ticket, int]
+QueuedImage = tuple[QueuedRequest, int]
 
 
-def batch_inputs(spec: ModelSpec, items: Sequence[Item], mixing: bool) -> Inputs:
+def batch_inputs(spec: ModelSpec, items: Sequence[QueuedImage], mixing: bool) -> Inputs:
     """What the engine is fed. What a request may ask for was checked when it came in.
 
     mixing: whether any request is for a mixture of classes; without one no image is asked about it.
@@ -45,16 +45,16 @@ def batch_inputs(spec: ModelSpec, items: Sequence[Item], mixing: bool) -> Inputs
         ids = np.array([0 if t.class_ids is None else t.class_ids[index] for t, index in items], dtype=np.int64)
         class_ids = _mixed(ids, items) if mixing else ids
     noise = np.empty((len(items), *spec.noise_shape), dtype=np.float32)
-    for row, (ticket, index) in zip(noise, items, strict=True):
-        drawn = ticket.noise
-        row[...] = drawn[index] if drawn is not None else noise_of_points([ticket.seeds[index]], spec.noise_shape)[0]
+    for row, (request, index) in zip(noise, items, strict=True):
+        drawn = request.noise
+        row[...] = drawn[index] if drawn is not None else noise_of_points([request.seeds[index]], spec.noise_shape)[0]
     return Inputs(noise, class_ids)
 
 
-def _mixed(ids: np.ndarray, items: Sequence[Item]) -> ClassIds:
+def _mixed(ids: np.ndarray, items: Sequence[QueuedImage]) -> ClassIds:
     """The classes of a batch in which some may be mixtures; the others keep theirs, to the byte."""
     mixture = ClassMixture(ids, ids.copy(), np.zeros(len(ids), np.float32))
-    for row, (ticket, index) in enumerate(items):
-        if ticket.mixture is not None:
-            mixture.other_ids[row], mixture.share[row] = ticket.mixture.other_ids[index], ticket.mixture.share[index]
-    return mixture.simplest()
+    for row, (request, index) in enumerate(items):
+        if request.mixture is not None:
+            mixture.other_ids[row], mixture.share[row] = request.mixture.other_ids[index], request.mixture.share[index]
+    return mixture.simplified()

@@ -13,7 +13,7 @@ from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.progress import progress
-from uni_instruct.serve.http.api_keys import read_keys
+from uni_instruct.serve.api_keys import read_keys
 from uni_instruct.serve.load_test import LoadedServer, apply_load, count_wrong, summary
 from uni_instruct.serve.settings import variable
 

@@ -11,7 +11,7 @@ import rich_click as click
 
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.progress import progress
-from uni_instruct.serve.models.sources import sources_by_name
+from uni_instruct.serve.model_sources import sources_by_name
 from uni_instruct.serve.packaging.packed_service import STEPS
 
 if TYPE_CHECKING:

@@ -38,11 +38,11 @@ def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(setting: "Field[Any]") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    flag, least, most = "--" + setting.name.replace("_", "-"), setting.metadata["least"], setting.metadata["most"]
+    flag, minimum, maximum = "--" + setting.name.replace("_", "-"), setting.metadata["minimum"], setting.metadata["maximum"]
     open_end = not setting.metadata["or_zero"]
     numbers: dict[object, click.ParamType] = {
-        int: click.IntRange(least, most, min_open=open_end),
-        float: FiniteRange(least, most, min_open=open_end),
+        int: click.IntRange(minimum, maximum, min_open=open_end),
+        float: FiniteRange(minimum, maximum, min_open=open_end),
     }
     default = "" if setting.default in (None, MISSING) else f"  [default: {_shown(setting.default)}]"
     return click.option(
@@ -78,7 +78,7 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
     for package in ("bentoml", "prometheus_client", "psutil", "pydantic", "starlette"):
         if find_spec(package) is None:
             raise MissingExtraError(package, extra="serve")
-    from uni_instruct.serve.models.sources import sources_by_name
+    from uni_instruct.serve.model_sources import sources_by_name
     from uni_instruct.serve.process.server import Server
 
     # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.

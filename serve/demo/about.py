@@ -12,7 +12,7 @@ from uni_instruct.spec import evaluations
 NEIGHBOURS = "neighbours.png"
 PICTURES = (SAMPLES, NEIGHBOURS)
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
-_LONGEST_CARD = 100_000
+_MAX_CARD_LENGTH = 100_000
 
 
 def about(served: ServedModel) -> dict[str, object]:
@@ -36,7 +36,7 @@ def card(bundle: Bundle) -> str:
     path = bundle.path / CARD
     if not path.is_file():
         return ""
-    return _FRONT_MATTER.sub("", path.read_text(encoding="utf-8", errors="replace")[:_LONGEST_CARD])
+    return _FRONT_MATTER.sub("", path.read_text(encoding="utf-8", errors="replace")[:_MAX_CARD_LENGTH])
 
 
 def teacher_facts(bundle: Bundle) -> dict[str, object] | None:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from uni_instruct.bundle import Bundle, is_bundle
-from uni_instruct.engine import RUNTIMES, Engine, available_engines, engine_standing, open_engine
+from uni_instruct.engine import RUNTIMES, Engine, available_engines, engine_status, open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid
@@ -29,8 +29,8 @@ from uni_instruct.spec import ModelSpec, evaluations
 
 TEACHER = "teacher"
 MAX_COMPARED = 16
-_MOST_WAITING = 4
-_MOST_OPEN = 4
+_MAX_WAITING = 4
+_MAX_OPEN = 4
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -97,8 +97,8 @@ class SideBySide:
             raise RequestError(f"{len(wanted.seeds)} images were asked for", remedy=remedy, param="seeds")
         seeds = [int(seed) for seed in wanted.seeds]
         class_ids = resolve_class_ids(served.spec, seeds, wanted.class_ids)
-        if self._waiting >= _MOST_WAITING:
-            raise QueueFullError(self._waiting, _MOST_WAITING, 2)
+        if self._waiting >= _MAX_WAITING:
+            raise QueueFullError(self._waiting, _MAX_WAITING, 2)
         self._waiting += 1
         try:
             async with self._turn:
@@ -149,7 +149,7 @@ class SideBySide:
             # Warmed up like the served engine, or its first images would be compared with a runtime's preparations.
             engine(*draw_inputs(engine.spec, [0], np.zeros(1, dtype=np.int64) if engine.spec.num_classes else None))
             self._engines[key] = engine
-            while len(self._engines) > _MOST_OPEN:
+            while len(self._engines) > _MAX_OPEN:
                 self._engines.pop(next(iter(self._engines))).close()
         return self._engines[key]
 
@@ -167,7 +167,7 @@ def choices(bundle: Bundle, served: str) -> list[dict[str, str]]:
         found.append({"id": TEACHER, "label": f"teacher, {teacher.spec.steps} steps"})
     for engine_id in available_engines(bundle):
         installed = engine_id.runtime in RUNTIMES and RUNTIMES[engine_id.runtime].is_installed()
-        if installed and str(engine_id) != served and engine_standing(bundle, engine_id).state != "refused":
+        if installed and str(engine_id) != served and engine_status(bundle, engine_id).state != "refused":
             found.append({"id": str(engine_id), "label": str(engine_id)})
     return found
 

@@ -13,9 +13,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from uni_instruct.errors import MissingExtraError, UniInstructError
-from uni_instruct.serve.errors import NotFoundError
+from uni_instruct.serve.errors import NotFoundError, error_response
 from uni_instruct.serve.models.registry import Models
-from uni_instruct.serve.routes.responses import error_response
 
 if TYPE_CHECKING:
     import fastapi

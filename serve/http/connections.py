@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Files beside connections that a worker holds: sockets, logs, the bundle, the runtime's own.
 _OTHER_FILES = 128
-_FEWEST_FILES = 24
+_MIN_FILES = 24
 
 
 def bound_connections(server: "uvicorn.Server", settings: Settings, metrics: ServerMetrics) -> None:
@@ -52,7 +52,7 @@ def _allowed_connections(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= files:
         return wanted
     # A common limit is a thousand, for which the reserve is small; of a tiny one half is for connections.
-    allowed = max(soft - _OTHER_FILES, soft // 2 - _FEWEST_FILES, 3)
+    allowed = max(soft - _OTHER_FILES, soft // 2 - _MIN_FILES, 3)
     if allowed < wanted:
         logger.warning("this process may have %d files open, so %d connections, not %d (ulimit -n)", soft, allowed, wanted)
     return min(allowed, wanted)

@@ -36,7 +36,7 @@ class _Waiting:
         self.leave()
 
 
-async def unless_client_leaves(scope: Scope, receive: Receive, work: Awaitable[_T]) -> _T:
+async def cancel_on_disconnect(scope: Scope, receive: Receive, work: Awaitable[_T]) -> _T:
     """What the work gives. When the client goes away the work is cancelled, and ClientDisconnect is raised."""
     task = asyncio.current_task()
     assert task is not None

@@ -7,15 +7,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.serve.errors import BodyTooLargeError, StoppingError, UnauthorizedError
+from uni_instruct.serve.api_keys import given_key, is_one_of
+from uni_instruct.serve.errors import BodyTooLargeError, StoppingError, UnauthorizedError, error_response
 from uni_instruct.serve.http.access_log import logged
-from uni_instruct.serve.http.api_keys import given_key, is_one_of
 from uni_instruct.serve.http.headers import header_of
 from uni_instruct.serve.http.request_id import with_request_id
-from uni_instruct.serve.http.single_write import in_one_piece
+from uni_instruct.serve.http.single_write import single_write
 from uni_instruct.serve.metrics import ServerMetrics
-from uni_instruct.serve.process.shutdown import Stopping
-from uni_instruct.serve.routes.responses import error_response
+from uni_instruct.serve.process.shutdown import GracefulShutdown
 from uni_instruct.serve.settings import Settings
 
 # Open without a key: orchestrators probe them without one, and they say nothing but yes or no.
@@ -30,7 +29,7 @@ _EXPOSED = (
 _PASSED = "uni_instruct.passed"
 
 
-class Guards:
+class RequestMiddleware:
     """One pass for all of them, before BentoML's routes and ours; a request that has passed is not asked again.
 
     direct: (method, path) -> the app that answers it. Routers and middlewares of two frameworks stand between here and there,
@@ -42,7 +41,7 @@ class Guards:
         app: ASGIApp,
         settings: Settings,
         metrics: ServerMetrics,
-        stopping: Stopping,
+        stopping: GracefulShutdown,
         direct: Mapping[tuple[str, str], ASGIApp] | None = None,
     ):
         self._settings, self._metrics, self._stopping = settings, metrics, stopping
@@ -55,13 +54,13 @@ class Guards:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
         if scope["type"] == "lifespan":
-            put_guards_first(scope["app"], tracing=self._settings.tracing)
+            put_request_middleware_first(scope["app"], tracing=self._settings.tracing)
         if scope["type"] == "lifespan" or _PASSED in scope:
             await self._app(scope, receive, send)
             return
         scope[_PASSED] = True
         add_prefix(scope, self._settings.prefix)
-        send = in_one_piece(send)
+        send = single_write(send)
         if self._settings.access_log and scope["type"] == "http":
             send = logged(scope, send)
         await self._guarded(scope, receive, send)
@@ -121,7 +120,7 @@ class Guards:
         await response(scope, receive, send)
 
 
-def put_guards_first(app: Starlette, *, tracing: bool) -> None:
+def put_request_middleware_first(app: Starlette, *, tracing: bool) -> None:
     """Rearranges the middleware of BentoML's app, in which ours stands: the guards come first of all, and two go.
 
     Its timeout keeps a timer for every request until that would have ended, and answers without CORS headers, while the server
@@ -129,8 +128,8 @@ def put_guards_first(app: Starlette, *, tracing: bool) -> None:
     """
     unwanted = {"TimeoutMiddleware"} if tracing else {"TimeoutMiddleware", "OpenTelemetryMiddleware"}
     kept = [middleware for middleware in app.user_middleware if getattr(middleware.cls, "__name__", "") not in unwanted]
-    guards = next((middleware for middleware in kept if middleware.cls is Guards), None)
-    app.user_middleware = [middleware for middleware in kept if middleware.cls is not Guards]
+    guards = next((middleware for middleware in kept if middleware.cls is RequestMiddleware), None)
+    app.user_middleware = [middleware for middleware in kept if middleware.cls is not RequestMiddleware]
     # What runs now, the lifespan, goes on in the stack as it was.
     inner = app.build_middleware_stack()
     app.middleware_stack = inner if guards is None else guards.cls(inner, *guards.args, **guards.kwargs)

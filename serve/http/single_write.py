@@ -8,7 +8,7 @@ from uni_instruct.serve.http.headers import value_of
 Headers = list[tuple[bytes, bytes]]
 
 
-def in_one_piece(send: Send) -> Send:
+def single_write(send: Send) -> Send:
     """The same `send`. Where it is uvicorn's, an answer whose body is complete goes out in one write; others go its way."""
     cycle = getattr(send, "__self__", None)
     if not isinstance(cycle, RequestResponseCycle):

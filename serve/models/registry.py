@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from uni_instruct.serve.batching.device_thread import DeviceThreads
 from uni_instruct.serve.errors import UnknownModelError
 from uni_instruct.serve.metrics import ServerMetrics
+from uni_instruct.serve.model_sources import sources_by_name
 from uni_instruct.serve.models.reload import Fingerprint, fingerprint
 from uni_instruct.serve.models.served_model import Lease, ServedModel, State
-from uni_instruct.serve.models.sources import sources_by_name
-from uni_instruct.serve.process.shutdown import Stopping
+from uni_instruct.serve.process.shutdown import GracefulShutdown
 from uni_instruct.serve.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Models:
         self.settings = settings
         self.metrics = ServerMetrics()
         self.encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
-        self.stopping = Stopping(settings.grace_s)
+        self.stopping = GracefulShutdown(settings.grace_s)
         self._settled = False
         self._devices = DeviceThreads()
         self._tried: dict[str, Fingerprint | None] = {}  # the newest files of each model that loading was tried with
@@ -84,7 +84,7 @@ class Models:
 
     def mark_ready(self) -> None:
         """To be called once everything that lives as long as the server has been loaded."""
-        settle_garbage_collector()
+        tune_garbage_collector()
         self._settled = True
         self.metrics.ready.set(self.ready)
 
@@ -123,15 +123,15 @@ class Models:
         self._report(name)
         await older.drain()
         self._retired.discard(older)
-        settle_garbage_collector()
+        tune_garbage_collector()
         self.metrics.ready.set(self.ready)
 
-    def turn_away(self) -> None:
+    def fail_waiting(self) -> None:
         """Answers what waits for an engine with 503, and stops being ready: the server is about to stop."""
         self.metrics.ready.set(0)
         self._settled = False
         for served in (*self._served.values(), *self._retired):
-            served.turn_away()
+            served.fail_waiting()
 
     async def close(self) -> None:
         """Stops every engine after its running batch."""
@@ -153,7 +153,7 @@ class Models:
             self.metrics.engine.labels(str(served.engine.id), name).set(1)
 
 
-def settle_garbage_collector() -> None:
+def tune_garbage_collector() -> None:
     """Exempts everything that is loaded by now from garbage collection, and has the rest collected a little at a time.
 
     What is loaded stays until the end, so walking it finds nothing; the pauses for it were the slowest answers.

@@ -85,7 +85,7 @@ class ServedModel:
         if self._made_by is None:
             headers = {"X-Model": self.name, "X-Engine": str(self.engine.id)}
             if refused := self.selection.refused:
-                headers["X-Engines-Refused"] = ",".join(str(standing.engine_id) for standing in refused)
+                headers["X-Engines-Refused"] = ",".join(str(status.engine_id) for status in refused)
             self._made_by = headers
         return self._made_by
 
@@ -152,10 +152,10 @@ class ServedModel:
         await self.lease.unused.wait()
         await self.close()
 
-    def turn_away(self) -> None:
+    def fail_waiting(self) -> None:
         """Answers what waits for the engine with 503: the server is about to stop."""
         if self._batcher is not None:
-            self._batcher.turn_away()
+            self._batcher.fail_waiting()
 
     async def close(self) -> None:
         """Stops the engine after its running batch; what waits is answered by NotReadyError."""

@@ -22,7 +22,7 @@ from uni_instruct.engine import RUNTIMES
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.files import atomic_file, disk_errors
-from uni_instruct.processes import ending_with
+from uni_instruct.processes import die_with_parent
 from uni_instruct.progress import Progress
 from uni_instruct.reference import REFERENCE
 from uni_instruct.serve.demo.about import NEIGHBOURS
@@ -204,7 +204,7 @@ def _build(context: Path, home: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=ending_with(os.getpid()),
+        preexec_fn=die_with_parent(os.getpid()),
     )
     words = done.stdout.split()
     if done.returncode or not words:

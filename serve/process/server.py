@@ -14,7 +14,7 @@ from typing import NoReturn
 import psutil
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.processes import ending_with
+from uni_instruct.processes import die_with_parent
 from uni_instruct.serve.settings import Settings
 
 SERVICE = "uni_instruct.serve.service:UniInstruct"
@@ -23,7 +23,7 @@ GRACEFUL_SHUTDOWN_S = 1
 _KILL_AFTER_S = 5.0
 # The supervisor starts a worker again for ever, also one that can never live.
 _WORKER = "_bentoml_impl.worker.service"
-_MOST_DEATHS = 4
+_MAX_RESTARTS = 4
 
 
 class Server:
@@ -46,14 +46,14 @@ class Server:
             cwd=folder,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=ending_with(os.getpid()),
+            preexec_fn=die_with_parent(os.getpid()),
         )
 
     def wait_until_ready(self) -> None:
         """Until every worker is warm. Raises UniInstructError where the server ends or cannot load the generator."""
         while True:
             living = self._check()
-            if len(self._workers) > self._settings.workers + _MOST_DEATHS:
+            if len(self._workers) > self._settings.workers + _MAX_RESTARTS:
                 raise UniInstructError(
                     f"workers end before they are ready, {len(self._workers) - self._settings.workers} of them so far",
                     remedy="the log above says why; without a word there they may lack memory, as 'dmesg' would say",

@@ -25,7 +25,7 @@ def uvicorn_server() -> "uvicorn.Server | None":
     return server if hasattr(server, "handle_exit") and hasattr(server, "config") else None
 
 
-class RunningCount:
+class InFlightCount:
     """Counts the blocks that are entered and not yet left."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class RunningCount:
         self.count -= 1
 
 
-class Stopping:
+class GracefulShutdown:
     """Counts the requests that run, and holds uvicorn's own shutdown back until they are done.
 
     grace_s: how long they may take.
@@ -46,14 +46,14 @@ class Stopping:
 
     def __init__(self, grace_s: float):
         self.begun = False
-        self.request = RunningCount()  # `with stopping.request:` around a request that is to be finished
+        self.request = InFlightCount()  # `with shutdown.request:` around a request that is to be finished
         self._grace_s = grace_s
         self._task: asyncio.Task[None] | None = None
 
-    def watch(self, server: "uvicorn.Server", turn_away: Callable[[], None]) -> None:
+    def watch(self, server: "uvicorn.Server", fail_waiting: Callable[[], None]) -> None:
         """Takes the signals that stop the server, in whose event loop this is called.
 
-        turn_away: to be called once stopping has begun, for the requests that wait.
+        fail_waiting: to be called once stopping has begun, for the requests that wait.
         """
         handle_exit = server.handle_exit
         server.config.timeout_graceful_shutdown = server.config.timeout_graceful_shutdown or _OPEN_PAGES_S
@@ -67,7 +67,7 @@ class Stopping:
                 loop.call_soon_threadsafe(start, number)
 
         def start(number: int) -> None:
-            turn_away()
+            fail_waiting()
             self._task = asyncio.create_task(self._finish(lambda: handle_exit(number, None)))
 
         for number in _SIGNALS:

@@ -5,11 +5,11 @@ import sys
 from typing import Any
 
 # BentoML has it look every 10 s; circus, which does it, by itself every second.
-LOOK_EVERY_S = 1.0
+CHECK_EVERY_S = 1.0
 
 
-def look_often() -> None:
-    """To be called where BentoML loads the service: in the supervisor it looks for dead workers every LOOK_EVERY_S.
+def check_workers_often() -> None:
+    """To be called where BentoML loads the service: in the supervisor it looks for dead workers every CHECK_EVERY_S.
 
     BentoML has no setting for it. In a worker nothing happens: there is no supervisor to be made.
     """
@@ -20,6 +20,6 @@ def look_often() -> None:
 
     class Arbiter(circus.Arbiter):
         def __init__(self, *args: object, **options: object):
-            super().__init__(*args, **{**options, "check_delay": LOOK_EVERY_S})
+            super().__init__(*args, **{**options, "check_delay": CHECK_EVERY_S})
 
     circus.Arbiter = Arbiter

@@ -9,11 +9,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.serve.errors import EncodingError
+from uni_instruct.serve.errors import EncodingError, error_response
 from uni_instruct.serve.http.body import read_body
 from uni_instruct.serve.http.middleware import route_path
 from uni_instruct.serve.metrics import ServerMetrics
-from uni_instruct.serve.routes.responses import error_response
 from uni_instruct.serve.routes.schema import REMEDIES, Seed, ShortErrors, parse_model
 
 PATH = "/generate"
@@ -41,7 +40,7 @@ def note_error(error: UniInstructError) -> None:
     _raised.get([]).append(error)
 
 
-def keep_refusals_out_of_the_log() -> None:
+def drop_refusals_from_log() -> None:
     """No traceback for a request that was refused: its answer says what is wrong with it, and the access log has its line."""
     logging.getLogger(_BENTOML_LOG).addFilter(_is_no_refusal)
 

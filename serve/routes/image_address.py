@@ -22,7 +22,7 @@ _FILE = re.compile(rf"(0|[1-9][0-9]{{0,18}})\.({'|'.join(PICTURE_FORMATS)})")
 _QUERY = {"class": "a class by name or id", "size": "such as 256x256", "weights": "the beginning of the weights' sha256"}
 # Without the weights in the address a bundle that is exchanged gives other images under it: a day is how long they may mix.
 _DAY_S, _YEAR_S = 86_400, 31_536_000
-_LEAST_DIGITS = 8
+_MIN_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def _check_query(query: QueryParams) -> None:
 
 
 def _check_weights(wanted: str, sha256: str) -> None:
-    if len(wanted) < _LEAST_DIGITS or not re.fullmatch(r"[0-9a-f]*", wanted):
+    if len(wanted) < _MIN_DIGITS or not re.fullmatch(r"[0-9a-f]*", wanted):
         raise RequestError(
             f"weights {wanted[:40]!r} are no hash",
-            remedy=f"give {_LEAST_DIGITS} or more of its digits, as in /v1/spec",
+            remedy=f"give {_MIN_DIGITS} or more of its digits, as in /v1/spec",
             param="weights",
         )
     if not sha256.startswith(wanted):

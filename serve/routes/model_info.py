@@ -38,7 +38,7 @@ def model_info(served: ServedModel) -> dict[str, object]:
         "engine": str(engine.id),
         "device": engine.device,
         "precision": engine.id.precision,
-        "engines": [standing.facts() for standing in served.selection.standings],
+        "engines": [status.facts() for status in served.selection.statuses],
         "batch_sizes": list(served.batch_sizes),
         "limits": {
             "images_per_request": settings.request_images,

@@ -23,7 +23,7 @@ from uni_instruct.serve.routes.schema import Seed, SeedFormat, draw_seeds, parse
 from uni_instruct.spec import ModelSpec
 
 # Enlarged pixels of one request: 16 images of 1024 x 1024. More would hold the encoders for seconds.
-MOST_PIXELS = 16 * 1024 * 1024
+MAX_OPENAI_PIXELS = 16 * 1024 * 1024
 _NAMED_CLASSES = 12
 
 
@@ -210,7 +210,7 @@ def _seeds(request: ImagesRequest, limit: int) -> list[int]:
 
 def _check_pixels(count: int, picture: Picture, spec: ModelSpec) -> None:
     _, height, width = spec.image_shape
-    if picture.factor > 1 and count * height * width * picture.factor**2 > MOST_PIXELS:
+    if picture.factor > 1 and count * height * width * picture.factor**2 > MAX_OPENAI_PIXELS:
         raise RequestError(
             f"{count} images of {size_text(spec, picture.factor)} are too many",
             remedy=f"ask for fewer, or for {size_text(spec, 1)}",

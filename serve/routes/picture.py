@@ -12,7 +12,7 @@ from uni_instruct.spec import ModelSpec
 # How a format is written in a path or a request -> the encoder's name.
 PICTURE_FORMATS = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
 # Of one side: what OpenAI's clients ask for at most, with some room.
-LARGEST_SIDE = 2048
+MAX_PICTURE_SIDE = 2048
 _SIZE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")
 
 
@@ -39,10 +39,10 @@ def size_factor(size: str | None, spec: ModelSpec) -> int:
     match = _SIZE.fullmatch(size)
     wide, high = (int(match[1]), int(match[2])) if match else (0, 0)
     factor = wide // width
-    if not match or (factor * width, factor * height) != (wide, high) or not factor or max(wide, high) > LARGEST_SIDE:
+    if not match or (factor * width, factor * height) != (wide, high) or not factor or max(wide, high) > MAX_PICTURE_SIDE:
         raise RequestError(
             f"size {size[:40]!r} is not a multiple of what is made",
-            remedy=f"leave it out, or give {width}x{height} or a whole multiple up to {LARGEST_SIDE}",
+            remedy=f"leave it out, or give {width}x{height} or a whole multiple up to {MAX_PICTURE_SIDE}",
             param="size",
         )
     return factor

@@ -10,20 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from uni_instruct.class_mixture import ClassIds
-from uni_instruct.errors import UniInstructError
 from uni_instruct.images import encode, grid
 from uni_instruct.noise import NoisePoint
 from uni_instruct.serve.batching.batcher import Generated
-from uni_instruct.serve.errors import TimedOutError, error_body, error_headers
+from uni_instruct.serve.errors import TimedOutError
 from uni_instruct.serve.models.served_model import ServedModel
 from uni_instruct.serve.routes.schema import Job, shown_seed
 from uni_instruct.spec import ModelSpec
 
 # Proxies commonly refuse more than 8 kB of headers.
-_LONGEST_HEADER = 2048
+_MAX_HEADER_LENGTH = 2048
 # What is encoded in a fraction of a millisecond: formats, images, and bytes of pixels (one picture of 64x64 in colour).
 _QUICK = ("png", "jpeg", "json", "npz")
 _QUICK_IMAGES, _QUICK_BYTES = 8, 64 * 64 * 3
@@ -56,7 +55,7 @@ def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str,
 async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: ClassIds | None) -> Generated:
     """The images themselves. Raises NotReadyError, and what Batcher.submit raises."""
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
-    served.metrics.note_stages({"queue": generated.queue_ms, "model": generated.model_ms})
+    served.metrics.record_stages({"queue": generated.queue_ms, "model": generated.model_ms})
     return generated
 
 
@@ -84,7 +83,7 @@ async def generate_encoded(
         files = await _encoded_in_thread(served, encoder, images, ends)
     encode_ms = 1e3 * (time.perf_counter() - start)
     stage_ms = {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms}
-    served.metrics.note_stages(stage_ms)
+    served.metrics.record_stages(stage_ms)
     return EncodedImages(files, stage_ms)
 
 
@@ -99,11 +98,6 @@ async def _encoded_in_thread(
         served.metrics.dropped["timeout"].inc(len(images))
         problem = f"{len(images)} images were made, but not encoded in {served.settings.timeout_s:g} s"
         raise TimedOutError(problem, remedy="ask for fewer, for smaller ones, or try later") from None
-
-
-def error_response(error: UniInstructError) -> JSONResponse:
-    """The project's error as JSON, with its status and headers."""
-    return JSONResponse(error_body(error), error.http_status, headers=error_headers(error))
 
 
 def media_type(job: Job) -> str:
@@ -129,7 +123,7 @@ def job_headers(job: Job) -> dict[str, str]:
         headers["X-Class-Ids"] = ",".join(map(str, job.class_ids.tolist()))
     if job.format in ("npz", "zip"):
         headers["Content-Disposition"] = f'attachment; filename="images.{job.format}"'
-    return {name: value for name, value in headers.items() if len(value) <= _LONGEST_HEADER}
+    return {name: value for name, value in headers.items() if len(value) <= _MAX_HEADER_LENGTH}
 
 
 def seed_ranges(seeds: list[int]) -> str:

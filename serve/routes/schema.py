@@ -23,7 +23,7 @@ ResponseFormat = Literal["png", "jpeg", "webp", "npz", "zip", "json"]
 # Drawn seeds stay below what JavaScript's numbers hold exactly.
 _DRAWN_SEED_LIMIT = 2**53
 # Characters of a client's value that are repeated to it.
-_LONGEST_VALUE = 80
+_MAX_VALUE_LENGTH = 80
 
 
 _Item = TypeVar("_Item")
@@ -81,7 +81,7 @@ def parse_model(model: type[_Model], body: bytes, remedies: Mapping[str, str], e
     # Before pydantic, which would list all of a hundred thousand unknown fields.
     unknown = next((name for name in fields if name not in model.model_fields), None)
     if unknown is not None:  # it may be empty
-        name = unknown[:_LONGEST_VALUE]
+        name = unknown[:_MAX_VALUE_LENGTH]
         raise RequestError(f"field '{name}' is unknown", remedy=f"the fields are {', '.join(remedies)}", param=name)
     try:
         return model.model_validate(fields)
@@ -177,10 +177,10 @@ def _request_error(error: ValidationError, remedies: Mapping[str, str]) -> Reque
 
 
 _brief = reprlib.Repr()
-_brief.maxstring = _brief.maxother = _brief.maxlong = _LONGEST_VALUE
+_brief.maxstring = _brief.maxother = _brief.maxlong = _MAX_VALUE_LENGTH
 
 
 def _short(value: object) -> str:
     """A value from a client, which may be megabytes long, in a line. Only its ends are looked at."""
     text = _brief.repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[: _MAX_VALUE_LENGTH - 3]}..."

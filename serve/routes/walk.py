@@ -26,10 +26,10 @@ from uni_instruct.spec import ModelSpec
 
 MAX_STOPS = 64
 # Of one side of an animation: what browsers and viewers open without complaint.
-MAX_ANIMATED_PIXELS = 1024
+MAX_ANIMATED_SIDE = 1024
 # Of all frames together: 256 of 512x512, which hold an encoder for seconds. Four times as many took 48 s and 1 GB.
-MOST_ANIMATED_PIXELS = 256 * 512 * 512
-_LONGEST_HEADER = 2048
+MAX_ANIMATED_PIXELS = 256 * 512 * 512
+_MAX_HEADER_LENGTH = 2048
 
 
 class WalkRequest(BaseModel):
@@ -110,7 +110,7 @@ async def walk_response(served: ServedModel, job: WalkJob) -> Response:
         served, job.points, job.class_ids, lambda images: [encode_walk(job, images)], job.wanted.format
     )
     headers = {**timing_headers(served, encoded.stage_ms), "Cache-Control": "no-store"}
-    if job.class_ids is not None and len(ids := ",".join(_class_names(job.class_ids))) <= _LONGEST_HEADER:
+    if job.class_ids is not None and len(ids := ",".join(_class_names(job.class_ids))) <= _MAX_HEADER_LENGTH:
         headers["X-Class-Ids"] = ids
     media_type = "application/zip" if wanted.format == "zip" else f"image/{wanted.format}"
     return Response(encoded.files[0], headers=headers, media_type=media_type)
@@ -182,7 +182,7 @@ def _class_ids(
     first, second = ids[before], ids[np.minimum(before + 1, len(ids) - 1)]
     # A class mixed with itself is that class, but for the last bit: there nothing is mixed.
     share = np.where(first == second, 0.0, (places - before)[:, None]).astype(np.float32)
-    return ClassMixture(first.ravel(), second.ravel(), share.ravel()).simplest()
+    return ClassMixture(first.ravel(), second.ravel(), share.ravel()).simplified()
 
 
 def _class_names(class_ids: ClassIds) -> list[str]:
@@ -220,15 +220,15 @@ def _check_animation(wanted: WalkRequest, spec: ModelSpec, frames: int) -> None:
     _, height, width = spec.image_shape
     columns = math.ceil(math.sqrt(wanted.count))
     side = columns * wanted.scale * max(height, width)
-    if side > MAX_ANIMATED_PIXELS:
-        remedy = f"choose a scale of at most {max(1, MAX_ANIMATED_PIXELS * wanted.scale // side)}, or a smaller count"
+    if side > MAX_ANIMATED_SIDE:
+        remedy = f"choose a scale of at most {max(1, MAX_ANIMATED_SIDE * wanted.scale // side)}, or a smaller count"
         raise RequestError(f"the animation would be {side} pixels wide", remedy=remedy, param="scale")
     frame = columns**2 * height * width
-    largest = math.isqrt(MOST_ANIMATED_PIXELS // (frames * frame))
+    largest = math.isqrt(MAX_ANIMATED_PIXELS // (frames * frame))
     if wanted.scale > largest:
         smaller = f"choose a scale of at most {largest}, or fewer frames"
         raise RequestError(
             f"{frames} frames of {side} pixels a side are too many",
-            remedy=smaller if largest else f"choose at most {MOST_ANIMATED_PIXELS // frame} frames and a scale of 1",
+            remedy=smaller if largest else f"choose at most {MAX_ANIMATED_PIXELS // frame} frames and a scale of 1",
             param="scale",
         )

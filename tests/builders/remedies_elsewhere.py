@@ -55,9 +55,14 @@ RULES = (
         problem="^filter ",
     ),
     Rule(
-        "followed by tests/serve/http/test_connections.py, on connections of their own", path=r"^serve/(http/connections|errors)\.py"
+        "followed by tests/serve/http/test_connections.py, on connections of their own",
+        path=r"^serve/(http/connections|errors)\.py",
     ),
-    Rule("followed by tests/serve/test_app.py, with encoders that are busy", path=r"^serve/routes/responses\.py", error="TimedOut"),
+    Rule(
+        "followed by tests/serve/test_app.py, with encoders that are busy",
+        path=r"^serve/routes/responses\.py",
+        error="TimedOut",
+    ),
     Rule(
         "followed by tests/serve/routes/test_walk.py: the server here makes fewer frames",
         path=r"^serve/walk\.py",

@@ -27,10 +27,10 @@ from uni_instruct.export.targets import TARGETS, choose_targets, find_target
 from uni_instruct.networks.build import build_denoiser, build_preconditioning, patched_shape
 from uni_instruct.networks.unet import levels
 from uni_instruct.sampling.forms import read_samples
-from uni_instruct.sampling.workers import Staff
-from uni_instruct.serve.http.api_keys import read_keys
+from uni_instruct.sampling.workers import WorkerOptions
+from uni_instruct.serve.api_keys import read_keys
 from uni_instruct.serve.load_test import LoadedServer
-from uni_instruct.serve.models.sources import sources_by_name
+from uni_instruct.serve.model_sources import sources_by_name
 from uni_instruct.serve.ray_serve import parse
 from uni_instruct.serve.settings import Settings, settings_from_environment
 from uni_instruct.spec import ModelSpec
@@ -117,14 +117,14 @@ SERVING = [
           lambda remedy, _: Settings(path_prefix=found(r"such as (\S+)", remedy))),
     Value("serve/settings.py", "(wrong_setting)", lambda _: settings_from_environment({"UNI_INSTRUCT_UI": "perhaps"}),
           lambda remedy, _: settings_from_environment({"UNI_INSTRUCT_UI": found(r"give (\w+) or", remedy)})),
-    Value("serve/http/api_keys.py", "(read_keys)", lambda tmp: read_keys(None, str(tmp / "none")),
+    Value("serve/api_keys.py", "(read_keys)", lambda tmp: read_keys(None, str(tmp / "none")),
           lambda remedy, tmp: (tmp / "none").write_text(said(remedy, "one key a line", "a\nb\n")) and read_keys(None, str(tmp / "none"))),
-    Value("serve/http/api_keys.py", "{} holds no key", lambda _: read_keys(" , ", None), lambda remedy, _: read_keys(said(remedy, "give one", "a"), None)),
-    Value("serve/http/api_keys.py", "a key in {} has", lambda _: read_keys("a b", None),
+    Value("serve/api_keys.py", "{} holds no key", lambda _: read_keys(" , ", None), lambda remedy, _: read_keys(said(remedy, "give one", "a"), None)),
+    Value("serve/api_keys.py", "a key in {} has", lambda _: read_keys("a b", None),
           lambda remedy, _: read_keys(said(remedy, "several keys by commas", "a,b"), None)),
-    Value("serve/models/sources.py", "{} and {} are both called", lambda _: sources_by_name(["digits", "x/digits"]),
+    Value("serve/model_sources.py", "{} and {} are both called", lambda _: sources_by_name(["digits", "x/digits"]),
           lambda remedy, _: sources_by_name(["digits", found(r"own: (\S+)", remedy)])),
-    Value("serve/models/sources.py", "no generator is named", lambda _: sources_by_name([]),
+    Value("serve/model_sources.py", "no generator is named", lambda _: sources_by_name([]),
           lambda remedy, _: sources_by_name([found(r"such as (\S+)", remedy)])),
     Value("serve/ray_serve.py", "'{}' is no setting", lambda _: parse({"bundel": "digits"}),
           lambda remedy, _: parse({first_choice(remedy): "true"})),
@@ -207,8 +207,8 @@ CORE = [
           lambda remedy, tmp: read_samples(written(tmp / "none.npz", found(r"'(\w+) --out'", remedy)))),
     Value("uni_instruct/sampling/forms.py", "the samples of {} are not finished", lambda tmp: read_samples(written(tmp / "s", "generate", *MANY, "--shard", "1/2")),
           lambda remedy, tmp: read_samples(written(tmp / "s", found(r"same '(\w+)' again, without --shard", remedy), *MANY))),
-    Value("uni_instruct/sampling/workers.py", "workers take the GPUs", lambda _: Staff(2).check_device("cuda:0"),
-          lambda remedy, _: Staff(2).check_device(found(r"--device (\w+),", remedy)) is None),
+    Value("uni_instruct/sampling/workers.py", "workers take the GPUs", lambda _: WorkerOptions(2).check_device("cuda:0"),
+          lambda remedy, _: WorkerOptions(2).check_device(found(r"--device (\w+),", remedy)) is None),
     Value("uni_instruct/engines/record.py", "engine '{}' is no engine id", lambda _: EngineId.parse("fastest"),
           lambda remedy, _: [EngineId.parse(found(pattern, remedy)) for pattern in (r"as (\S+) or", r"or (\S+);")]),
     Value("uni_instruct/engines/benchmark/comparison.py", "{} seconds for a figure", lambda tmp: plan(tmp, float("nan")),

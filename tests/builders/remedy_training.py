@@ -12,7 +12,6 @@ from builders.data_sets import grey_zip
 from builders.plans import TINY
 from builders.remedy_stages import said
 from builders.remedy_values import Value, found
-from uni_instruct.train.judging import choose_judge
 from uni_instruct.train.monitoring.status import read_status
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.divergences.custom import read_divergence
@@ -23,6 +22,7 @@ from uni_instruct.train.plan import make_plan
 from uni_instruct.train.preflight import CHECKS, Preflight
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.run import Run
+from uni_instruct.train.scoring_choice import choose_scoring
 
 LEVELS = (0, 80, 160, 240)
 
@@ -63,7 +63,7 @@ def examined(subject: str, *changes: str, devices: int = 1) -> str:
 def judged(*changes: str, source: str = "digits") -> object:
     recipe = load_recipe("digits", [f"data={source}", "loop.extractor=classifier", *changes])
     made = make_plan(recipe)
-    return choose_judge(recipe.loop, made.dataset)
+    return choose_scoring(recipe.loop, made.dataset)
 
 
 def rewarded(tmp: Path, text: str) -> object:
@@ -137,7 +137,7 @@ PLANS = [
     Value(P, "teacher {} makes images of shape", lambda tmp: plan(teacher(tmp), data(tmp, side=16)), lambda remedy, tmp: said(remedy, "give the data that the teacher", plan(teacher(tmp), "data=digits"))),
     Value(P, "teacher {} has {} classes", lambda tmp: plan(teacher(tmp), data(tmp), "method=dmd2"),
           lambda remedy, tmp: said(remedy, "give the data that the teacher", plan(teacher(tmp), "data=digits", "method=dmd2"))),
-    Value("train/judging.py", "loop.extractor=classifier", lambda tmp: judged(source=data(tmp, [0, 1, 2, 0])[5:]),
+    Value("train/scoring_choice.py", "loop.extractor=classifier", lambda tmp: judged(source=data(tmp, [0, 1, 2, 0])[5:]),
           lambda remedy, tmp: judged(found(r"--set (\S+)", remedy), source=data(tmp, [0, 1, 2, 0])[5:])),
     Value("train/objective/config.py", "objective.di, fgm and sim", lambda _: ObjectiveConfig(di=False, fgm=False, sim=False),
           lambda remedy, _: ObjectiveConfig(di=said(remedy, "leave one of them on", True), fgm=False, sim=False)),

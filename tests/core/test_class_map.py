@@ -17,9 +17,9 @@ from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.sample_source import reference_class_ids
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.spec import ModelSpec
+from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 from uni_instruct.train.plan import load_start, make_plan
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.same_data import check_same_data, saved_classes
 
 Cli = Callable[..., tuple[int, str, str]]
 TEACHERS, DATAS = ("cat", "dog", "red fox"), ("dog", "red fox", "cat")

@@ -264,9 +264,9 @@ def test_a_damaged_decoder_is_refused(decoded: Bundle, tmp_path: Path) -> None:
     wider = dataclasses.replace(decoded.spec.decoder, block_out_channels=(16, 16))  # type: ignore[type-var]
     weights = decoded.decoder_weights()
     spec = dataclasses.replace(decoded.spec, decoder=wider)
-    misfit = Bundle.write(tmp_path / "misfit", spec, decoded.weights(), "", decoder=weights)
-    with pytest.raises(BundleError, match=r"decoder.safetensors of .*misfit does not fit its decoder: .*; copy the whole"):
-        open_engine(misfit)
+    mismatch = Bundle.write(tmp_path / "mismatch", spec, decoded.weights(), "", decoder=weights)
+    with pytest.raises(BundleError, match=r"decoder.safetensors of .*mismatch does not fit its decoder: .*; copy the whole"):
+        open_engine(mismatch)
 
 
 @pytest.fixture

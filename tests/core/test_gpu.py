@@ -18,7 +18,7 @@ from uni_instruct.engines.torch import TorchEngine
 from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.noise import class_ids_in_turn, draw_inputs
+from uni_instruct.noise import draw_inputs, round_robin_class_ids
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +41,9 @@ def test_torch_makes_the_same_images_on_gpu_and_cpu(tiny_bundle: Bundle, tmp_pat
 def test_torchs_graphs_give_any_batch_from_any_thread(tiny_bundle: Bundle) -> None:
     """Batches that are padded and split, replayed from several threads, against the CPU."""
     on_gpu, on_cpu = (open_engine(tiny_bundle, "torch", device=device) for device in ("cuda", "cpu"))
-    calls = [draw_inputs(on_cpu.spec, range(count), class_ids_in_turn(on_cpu.spec, count)) for count in (1, 3, 64, 65, 130) * 3]
+    calls = [
+        draw_inputs(on_cpu.spec, range(count), round_robin_class_ids(on_cpu.spec, count)) for count in (1, 3, 64, 65, 130) * 3
+    ]
     with ThreadPoolExecutor(4) as pool:
         for found, call in zip(pool.map(lambda call: on_gpu.outputs(*call), calls), calls, strict=True):
             assert not agreement([found], on_cpu.outputs(*call).images).problem(TOLERANCES["fp32"])
@@ -49,7 +51,7 @@ def test_torchs_graphs_give_any_batch_from_any_thread(tiny_bundle: Bundle) -> No
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_torch_in_16_bits_keeps_its_tolerance(tiny_bundle: Bundle, precision: str) -> None:
-    inputs = draw_inputs(tiny_bundle.spec, range(16), class_ids_in_turn(tiny_bundle.spec, 16))
+    inputs = draw_inputs(tiny_bundle.spec, range(16), round_robin_class_ids(tiny_bundle.spec, 16))
     truth = TorchEngine(tiny_bundle).outputs(*inputs)
     found = TorchEngine(tiny_bundle, device="cuda:0", precision=precision).outputs(*inputs)
     assert not agreement([found], truth.images).problem(TOLERANCES[precision])

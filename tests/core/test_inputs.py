@@ -15,7 +15,7 @@ from uni_instruct.class_mixture import ClassMixture
 from uni_instruct.engine import Engine, available_engines, open_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import generate_images, input_batches, mix_classes, resolve_class_ids
-from uni_instruct.noise import class_ids_in_turn, draw_inputs, noise, random_class_ids
+from uni_instruct.noise import draw_inputs, noise, random_class_ids, round_robin_class_ids
 
 SEEDS = [7, 8, 9]
 
@@ -177,8 +177,8 @@ def test_padding_repeats_the_last_row(tiny_bundle: Bundle) -> None:
 
 def test_classes_in_turn_see_every_class(tiny_bundle: Bundle) -> None:
     spec = tiny_bundle.spec
-    assert class_ids_in_turn(spec, 12).tolist() == [*range(10), 0, 1]  # type: ignore[union-attr]
-    assert class_ids_in_turn(dataclasses.replace(spec, num_classes=0, class_names=()), 12) is None
+    assert round_robin_class_ids(spec, 12).tolist() == [*range(10), 0, 1]  # type: ignore[union-attr]
+    assert round_robin_class_ids(dataclasses.replace(spec, num_classes=0, class_names=()), 12) is None
 
 
 def test_a_range_of_millions_is_not_walked(tiny_bundle: Bundle) -> None:
@@ -204,8 +204,8 @@ def test_mixtures_of_names_and_ids_go_through_batches_and_padding(tiny_bundle: B
         found = np.concatenate([getattr(part, name) for part in parts])
         np.testing.assert_array_equal(found, expected)
         assert found.dtype == (np.float32 if name == "share" else np.int64)
-    assert mixture[:1].simplest().tolist() == [1]  # type: ignore[union-attr]
-    assert mixture.simplest() is mixture
+    assert mixture[:1].simplified().tolist() == [1]  # type: ignore[union-attr]
+    assert mixture.simplified() is mixture
     with pytest.raises(RequestError, match="5 classes were given for 4 seeds; give one class, or one for each seed"):
         input_batches(spec, range(4), mixture)
 

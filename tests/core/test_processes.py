@@ -29,7 +29,7 @@ print(held - before, resident_mb() - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's ways")
 def test_large_blocks_are_given_back_when_they_are_freed() -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", _SCRIPT.format(ask="give_back_large_blocks")], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", _SCRIPT.format(ask="release_large_blocks")], capture_output=True, text=True, check=True
     )
     held, left = map(float, done.stdout.split())
     assert held > 130

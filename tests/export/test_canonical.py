@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.bundle import Bundle, shipped_generators
-from uni_instruct.export.canonical import MOST_TABLED_CLASSES, CanonicalOneStep
+from uni_instruct.export.canonical import MAX_TABLED_CLASSES, CanonicalOneStep
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm, NormFactory
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import ClassLabels, Denoiser, MixedClasses
@@ -34,7 +34,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("norm", [copy.deepcopy, FourDimensionalNorm], ids=["native", "4-D"])
-@pytest.mark.parametrize("num_classes", [0, 3, MOST_TABLED_CLASSES + 1])
+@pytest.mark.parametrize("num_classes", [0, 3, MAX_TABLED_CLASSES + 1])
 @pytest.mark.parametrize("case", NETWORKS)
 def test_equal_to_the_original(case: str, num_classes: int, norm: NormFactory) -> None:
     network, args = NETWORKS[case]
@@ -44,7 +44,7 @@ def test_equal_to_the_original(case: str, num_classes: int, norm: NormFactory) -
     class_ids = torch.tensor([2, 0, 1, num_classes - 1, 1]) if num_classes else None
     folded = CanonicalOneStep(OneStep(copy.deepcopy(denoiser), SIGMA), norm)
     assert distance(folded(z, class_ids), original(denoiser, SIGMA, z, class_ids)) < TOLERANCE
-    assert not any(isinstance(module, nn.Linear) for module in folded.modules()) or num_classes > MOST_TABLED_CLASSES
+    assert not any(isinstance(module, nn.Linear) for module in folded.modules()) or num_classes > MAX_TABLED_CLASSES
     if class_ids is not None:
         mixed = MixedClasses(class_ids, class_ids.flip(0), torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0]))
         assert distance(folded(z, mixed), original(denoiser, SIGMA, z, mixed)) < TOLERANCE

@@ -342,7 +342,7 @@ def test_a_file_name_is_safe_whatever_the_generator_is_called(tiny_bundle: Bundl
 
 
 def test_a_generator_that_no_file_can_hold_is_refused(unexported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "LARGEST_FILE_BYTES", 100_000)
+    monkeypatch.setattr(graph, "MAX_FILE_BYTES", 100_000)
     with pytest.raises(RequestError, match="one ONNX file at most 100000; use the torch engine"):
         export_engine(unexported, "onnx-fp32")
 

@@ -11,7 +11,7 @@ from uni_instruct.engines.openvino_file import read_model
 from uni_instruct.engines.outputs import TOLERANCES, relative_l2
 from uni_instruct.errors import MissingExtraError
 from uni_instruct.export import mixed_precision, quantize
-from uni_instruct.export.feature_shift import LARGEST_SHIFT, feature_shift
+from uni_instruct.export.feature_shift import MAX_SHIFT, feature_shift
 from uni_instruct.export.targets import TARGETS
 from uni_instruct.noise import Inputs
 
@@ -30,8 +30,8 @@ def test_the_shift_of_a_distribution_is_seen() -> None:
     # Means moved by d and none else: 48 squares of 3 colours move by d each, of which the variance is that of the draw.
     moved = feature_shift(truth + 0.1, truth)
     assert moved == pytest.approx(0.1**2 / truth[:, 0, 0, 0].var(ddof=1), rel=0.01)
-    assert moved > LARGEST_SHIFT
-    assert feature_shift(truth[:128], truth) < LARGEST_SHIFT
+    assert moved > MAX_SHIFT
+    assert feature_shift(truth[:128], truth) < MAX_SHIFT
     assert feature_shift(0.5 * truth, truth) == pytest.approx(0.25, rel=0.01)
 
 

@@ -30,7 +30,7 @@ from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve.load_test import Answer, LoadedServer, count_wrong, summary
 from uni_instruct.serve.metrics import use_own_folder
-from uni_instruct.serve.process.supervision import LOOK_EVERY_S
+from uni_instruct.serve.process.supervision import CHECK_EVERY_S
 
 CONNECTIONS = 20
 
@@ -338,13 +338,13 @@ for file in pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).iterdir():
     assert all(taken >= size >= 1 << 20 for size, taken in files.values())
 
 
-@pytest.mark.parametrize(("command", "seconds"), [("import bentoml_cli.serve", LOOK_EVERY_S), ("pass", 10)])
+@pytest.mark.parametrize(("command", "seconds"), [("import bentoml_cli.serve", CHECK_EVERY_S), ("pass", 10)])
 def test_bentomls_supervisor_looks_for_dead_workers_every_second(command: str, seconds: float) -> None:
     """By itself it does every 10 s, and no setting changes that. The service is loaded before what makes the supervisor."""
     script = f"""
 {command}
-from uni_instruct.serve.process.supervision import look_often
-look_often()
+from uni_instruct.serve.process.supervision import check_workers_often
+check_workers_often()
 from bentoml._internal.utils.circus import create_standalone_arbiter
 print(create_standalone_arbiter([]).check_delay)
 """

@@ -11,8 +11,8 @@ import pytest
 from builders.machine import run_cli
 from uni_instruct.bundle import default_generator, shipped_generators
 from uni_instruct.errors import RequestError
+from uni_instruct.serve.api_keys import given_key, is_one_of, read_keys
 from uni_instruct.serve.commands.serve import _NO_OPTIONS, serve
-from uni_instruct.serve.http.api_keys import given_key, is_one_of, read_keys
 from uni_instruct.serve.settings import Settings, as_environment, settings_from_environment, variable
 
 

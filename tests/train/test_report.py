@@ -34,8 +34,9 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.monitoring.clock import Clock, read_times
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.report import page, scores, steps
-from uni_instruct.train.report.classes import variety
+from uni_instruct.train.report import page, scores
+from uni_instruct.train.report import steps_section as steps
+from uni_instruct.train.report.class_section import variety
 from uni_instruct.train.report.markdown import duration, spread, text
 from uni_instruct.train.report.neighbours import by_features, by_pixels, nearest
 from uni_instruct.train.report.page import report_is_current, write_report
@@ -136,8 +137,8 @@ def test_json_has_the_numbers_of_the_report(finished: Path) -> None:
 
 def test_steps_are_scored_as_evaluate_would(finished: Path) -> None:
     """With the teacher's own number of steps, the distance is that of the images that its engine makes."""
-    from uni_instruct.train.report.material import open_run
-    from uni_instruct.train.report.steps import _distance
+    from uni_instruct.train.report.inputs import open_run
+    from uni_instruct.train.report.steps_section import _distance
 
     material = open_run(finished, finished / "report", None, None)
     assert material.evaluator is not None

@@ -10,8 +10,8 @@ import pytest
 from builders.data_sets import arrays_dataset, png
 from uni_instruct.data import open_dataset, write_zip
 from uni_instruct.errors import RequestError
+from uni_instruct.train.data_fingerprint import check_same_data
 from uni_instruct.train.recipe_changes import DATA_NOTE
-from uni_instruct.train.same_data import check_same_data
 
 
 def photos(path: Path, *classes: str, images: int = 3) -> Path:

@@ -12,7 +12,7 @@ from uni_instruct.data import ArrayReader, Dataset
 from uni_instruct.data.dataset import number_names
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import LoopConfig
-from uni_instruct.train.judging import choose_judge
+from uni_instruct.train.scoring_choice import choose_scoring
 
 Cli = Callable[..., tuple[int, str, str]]
 SHORT = [
@@ -68,10 +68,10 @@ def data_of(count: int, classes: int, channels: int = 3, side: int = 32) -> Data
     ],
 )
 def test_small_data_have_a_judge_and_a_line_that_says_which(dataset: Dataset, extractor: str, words: str) -> None:
-    judge = choose_judge(LoopConfig(), dataset)
-    assert ("none" if judge.loop.metric == "none" else judge.loop.extractor) == extractor
-    assert words in judge.words
-    assert choose_judge(judge.loop, dataset).loop == judge.loop  # as a run that goes on
+    choice = choose_scoring(LoopConfig(), dataset)
+    assert ("none" if choice.loop.metric == "none" else choice.loop.extractor) == extractor
+    assert words in choice.words
+    assert choose_scoring(choice.loop, dataset).loop == choice.loop  # as a run that goes on
 
 
 @pytest.mark.usefixtures("offline")
@@ -88,12 +88,12 @@ def test_what_is_asked_for_and_cannot_be_had_has_a_remedy_that_train_takes(
     dataset: Dataset, loop: LoopConfig, remedy: str
 ) -> None:
     with pytest.raises(RequestError) as refused:
-        choose_judge(loop, dataset)
+        choose_scoring(loop, dataset)
     assert refused.value.remedy.endswith(remedy)
     setting = remedy.rpartition("--set ")[2]
     key, _, value = setting.partition("=")
     changed = LoopConfig(**{key: value})
-    assert choose_judge(changed, dataset).loop == changed
+    assert choose_scoring(changed, dataset).loop == changed
 
 
 @pytest.mark.usefixtures("offline")

@@ -162,7 +162,7 @@ def is_table_or_alias(name: str, value: ast.expr) -> bool:
     return container if name.isupper() else name[0].isupper()
 
 
-# What may import what in train/, from the bottom to the top: each row's rooms stand above it. A room is a folder or a file.
+# What may import what in train/ and serve/, from the bottom to the top. A room is a folder or a file.
 TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "recipe_file": (),
     "recipe_keys": (),
@@ -172,8 +172,8 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "config": ("objective", "recipe_file", "recipe_keys"),
     "recipe": ("config", "objective", "recipe_file", "recipe_keys"),
     "recipe_changes": ("config", "recipe"),
-    "same_data": ("recipe_changes",),
-    "judging": ("config",),
+    "data_fingerprint": ("recipe_changes",),
+    "scoring_choice": ("config",),
     "recipe_help": ("config", "recipe", "recipe_keys"),
     "optimization": ("config", "recipe", "recipe_keys", "rng"),
     "monitoring": ("optimization", "recipe_file", "run_lock"),
@@ -183,15 +183,18 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
     "card": ("config",),
     "plan": ("config", "monitoring", "objective", "stages"),
     "dry_run": ("config", "objective", "optimization", "plan", "recipe_keys", "rng", "stages"),
-    "preflight": (*("config", "dry_run", "judging", "optimization", "plan", "recipe_changes", "run", "run_lock", "same_data"),),
+    "preflight": (
+        *("config", "data_fingerprint", "dry_run", "optimization", "plan", "recipe_changes"),
+        *("run", "run_lock", "scoring_choice"),
+    ),
     "report": ("config", "dry_run", "monitoring", "optimization", "plan", "recipe"),
     "lab": (
-        *("config", "judging", "monitoring", "objective", "optimization"),
+        *("config", "scoring_choice", "monitoring", "objective", "optimization"),
         *("plan", "recipe", "recipe_keys", "report", "run_lock"),
     ),
     "pipeline": (
-        *("card", "config", "judging", "loop", "objective", "optimization"),
-        *("plan", "report", "rng", "run", "same_data", "stages"),
+        *("card", "config", "scoring_choice", "loop", "objective", "optimization"),
+        *("plan", "report", "rng", "run", "data_fingerprint", "stages"),
     ),
     "api": ("pipeline", "recipe"),
     "commands": (
@@ -199,6 +202,28 @@ TRAIN_ROOMS: dict[str, tuple[str, ...]] = {
         *("recipe", "recipe_help", "recipe_keys", "report", "run_lock"),
     ),
 }
+
+SERVE_ROOMS: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "metrics": (),
+    "api_keys": (),
+    "model_sources": (),
+    "load_test": (),
+    "settings": ("api_keys", "model_sources"),
+    "process": ("settings",),
+    "batching": ("errors", "metrics"),
+    "http": ("api_keys", "batching", "errors", "metrics", "process", "settings"),
+    "models": ("batching", "errors", "metrics", "model_sources", "process", "settings"),
+    "routes": ("batching", "errors", "http", "metrics", "models"),
+    "demo": ("errors", "http", "models", "routes"),
+    "openapi": ("demo", "routes"),
+    "app": ("demo", "errors", "http", "metrics", "models", "openapi", "process", "routes", "settings"),
+    "service": ("app", "metrics", "models", "process", "routes", "settings"),
+    "ray_serve": ("app", "model_sources", "settings"),
+    "packaging": ("demo", "settings"),
+    "commands": ("api_keys", "load_test", "model_sources", "packaging", "process", "settings"),
+}
+STAGE_ROOMS = {"train": TRAIN_ROOMS, "serve": SERVE_ROOMS}
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -234,20 +259,22 @@ def test_a_circle_is_found_through_a_package_and_inside_a_function(tmp_path: Pat
     assert graph == {"a": {"a.first"}, "a.first": {"b"}, "a.second": {"a.first"}, "b": {"a", "a.second"}}
 
 
-def test_rooms_of_train_import_what_their_row_says_and_nothing_above_them() -> None:
-    found: dict[str, set[str]] = {room: set() for room in TRAIN_ROOMS}
+@pytest.mark.parametrize("stage", STAGE_ROOMS)
+def test_rooms_import_what_their_row_says_and_nothing_above_them(stage: str) -> None:
+    rooms = STAGE_ROOMS[stage]
+    found: dict[str, set[str]] = {room: set() for room in rooms}
     for module, imports in import_graph().items():
-        if room := room_of(module):
-            found[room] |= {other for name in imports if (other := room_of(name)) and other != room}
-    assert found == {room: set(allowed) for room, allowed in TRAIN_ROOMS.items()}
-    order = list(TRAIN_ROOMS)
-    for number, (room, allowed) in enumerate(TRAIN_ROOMS.items()):
+        if room := room_of(module, stage):
+            found[room] |= {other for name in imports if (other := room_of(name, stage)) and other != room}
+    assert found == {room: set(allowed) for room, allowed in rooms.items()}
+    order = list(rooms)
+    for number, (room, allowed) in enumerate(rooms.items()):
         assert set(allowed) <= set(order[:number]), f"{room} imports a room above it"
 
 
-def room_of(module: str) -> str | None:
+def room_of(module: str, stage: str) -> str | None:
     parts = module.split(".")
-    return parts[2] if parts[:2] == ["uni_instruct", "train"] and len(parts) > 2 else None
+    return parts[2] if parts[:2] == ["uni_instruct", stage] and len(parts) > 2 else None
 
 
 def import_graph() -> dict[str, set[str]]:

@@ -13,7 +13,7 @@ from builders.paths import ROOT
 from uni_instruct.bundle import shipped_generators
 
 SOURCES = ("uni_instruct", "train", "export", "serve", "pyproject.toml", "README.md", "LICENSE")
-LARGEST_GENERATOR_BYTES = 16_000_000
+MAX_GENERATOR_BYTES = 16_000_000
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_it_holds_every_file_of_every_generator(wheel: Path) -> None:
         }
         assert any(file.endswith(".onnx") for file in files)
         assert {file: packed.get(file) for file in files} == files
-        assert sum(files.values()) < LARGEST_GENERATOR_BYTES
+        assert sum(files.values()) < MAX_GENERATOR_BYTES
     parts = {folder: f"uni_instruct/{folder}" for folder in ("train/recipes", "serve/pages")}
     for folder, inside in (parts | {"uni_instruct/classifiers": "uni_instruct/classifiers"}).items():
         for path in (ROOT / folder).iterdir():

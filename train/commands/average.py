@@ -9,7 +9,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.errors import RequestError
-from uni_instruct.train.recipe_keys import NARROWEST_AVERAGE, WIDEST_AVERAGE
+from uni_instruct.train.recipe_keys import MIN_AVERAGE_WIDTH, WIDEST_AVERAGE
 
 
 @click.command()
@@ -17,7 +17,7 @@ from uni_instruct.train.recipe_keys import NARROWEST_AVERAGE, WIDEST_AVERAGE
 @click.option(
     "--std",
     required=True,
-    type=FiniteRange(NARROWEST_AVERAGE, WIDEST_AVERAGE),
+    type=FiniteRange(MIN_AVERAGE_WIDTH, WIDEST_AVERAGE),
     help="Width of the average, relative to training time; EDM2 tries 0.02 to 0.25.",
 )
 @click.option(

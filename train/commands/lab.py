@@ -6,7 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from uni_instruct.commands.worker_options import ray_option, staff_of
+from uni_instruct.commands.worker_options import ray_option, worker_options_of
 
 
 @click.command()
@@ -42,12 +42,12 @@ def lab(
     Example: uni-instruct lab digits --methods "sid, sid alpha=0.5, dmd2 critic_updates=1" --seeds 0-2 --out runs/lab
     """
     from uni_instruct.noise import parse_seeds
-    from uni_instruct.train.lab.experiments import parse_variants, plan_lab, settled
+    from uni_instruct.train.lab.experiments import parse_variants, plan_lab, resolve_lab
     from uni_instruct.train.lab.page import write_page
     from uni_instruct.train.lab.processes import train_all
 
-    staff_of(jobs, ray_address, None)  # without the extra nothing is begun
-    planned = settled(plan_lab(recipe, more, parse_variants(methods), parse_seeds(seeds), out))
+    worker_options_of(jobs, ray_address, None)  # without the extra nothing is begun
+    planned = resolve_lab(plan_lab(recipe, more, parse_variants(methods), parse_seeds(seeds), out))
     click.echo(f"live: tensorboard --logdir {shlex.quote(str(out))}", err=True)
     if ray_address is None:
         failed = train_all(planned, jobs or 1, nice)

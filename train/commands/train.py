@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from uni_instruct.errors import RequestError
-from uni_instruct.processes import is_later_process, keep_freed_memory
-from uni_instruct.train.run_lock import refuse_taken
+from uni_instruct.processes import is_nonzero_rank, keep_freed_memory
+from uni_instruct.train.run_lock import refuse_in_use
 
 if TYPE_CHECKING:
     from uni_instruct.train.config import Recipe
@@ -85,8 +85,8 @@ def train(
         _show_status(recipe, out, bool(more or overrides or dry_run or teacher_only or devices or nice), as_json)
         return
     _lower_priority(nice)
-    if out is not None and not dry_run and not is_later_process():
-        refuse_taken(out)  # before the seconds that torch takes
+    if out is not None and not dry_run and not is_nonzero_rank():
+        refuse_in_use(out)  # before the seconds that torch takes
     keep_freed_memory()
     from uni_instruct.train.recipe import load_recipe
 
@@ -100,7 +100,7 @@ def train(
 
 
 def _explain(recipe: "Recipe", as_json: bool) -> None:
-    if is_later_process():
+    if is_nonzero_rank():
         return
     from uni_instruct.train.dry_run.report import explain
 
@@ -117,7 +117,7 @@ def _train(recipe: "Recipe", out: Path, devices: int | None, teacher_only: bool,
         devices = processes_for(recipe)
         share_cpus(devices)
     bundle = train_run(recipe, out, devices, teacher_only=teacher_only)
-    if is_later_process():
+    if is_nonzero_rank():
         return
     answer = {"bundle": str(bundle.path), "weights_sha256": bundle.weights_sha256, "time_s": time.monotonic() - start}
     if as_json:

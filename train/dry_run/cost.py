@@ -14,8 +14,7 @@ from uni_instruct.spec import evaluations
 from uni_instruct.train.config import Recipe, StageConfig
 from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, Timing, TrialLimits, micro_batch_of
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.optimization.auto_precision import exact
-from uni_instruct.train.optimization.auto_precision import settled as settled_loop
+from uni_instruct.train.optimization.auto_precision import exact, resolve_precision
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.stages.distillation import DistillationModels
 
@@ -124,10 +123,10 @@ class Cost:
         return None if None in times else sum(time for time in times if time is not None) + pairs
 
 
-def settled(plan: Plan, *, measured: bool = True) -> Plan:
+def resolve_auto(plan: Plan, *, measured: bool = True) -> Plan:
     """The plan with what is `auto` in its recipe resolved: to what is fastest here or, unmeasured, to what any machine does."""
     recipe, images = plan.recipe, max(micro_batch_of(config) for config in (plan.recipe.teacher, plan.recipe.distillation))
-    loop = settled_loop(recipe.loop, plan.teacher_spec, images) if measured else exact(recipe.loop)
+    loop = resolve_precision(recipe.loop, plan.teacher_spec, images) if measured else exact(recipe.loop)
     return dataclasses.replace(plan, recipe=dataclasses.replace(recipe, loop=loop))
 
 

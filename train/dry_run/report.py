@@ -9,7 +9,7 @@ import yaml
 from uni_instruct.data import Dataset
 from uni_instruct.spec import evaluations
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.dry_run.cost import GPU_SHARE, MB, Cost, Memory, Phase, StageCost, cost_of, settled
+from uni_instruct.train.dry_run.cost import GPU_SHARE, MB, Cost, Memory, Phase, StageCost, cost_of, resolve_auto
 from uni_instruct.train.dry_run.formula import critic_lines, method_lines, objective_lines
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.plan import Plan, make_plan
@@ -17,15 +17,15 @@ from uni_instruct.train.plan import Plan, make_plan
 WIDTH = 120
 
 
-def explain(resolved: Recipe, as_json: bool) -> str:
+def explain(recipe: Recipe, as_json: bool) -> str:
     """Opens what the recipe names, counts and times it: a recipe file with all else as comments, or one JSON object.
 
     Raises RequestError where parts of the recipe do not fit each other.
     """
-    plan = make_plan(resolved)
+    plan = make_plan(recipe)
     if plan.dataset is not None:
         plan.dataset.check_sample()  # as a training does before it begins
-    plan = settled(plan)
+    plan = resolve_auto(plan)
     cost = cost_of(plan)
     if as_json:
         return json.dumps(facts(plan, cost))
@@ -35,7 +35,7 @@ def explain(resolved: Recipe, as_json: bool) -> str:
         "COST": cost_lines(plan, cost),
     }
     comments = "\n#\n".join(f"# {title}\n" + "\n".join(map(_comment, lines)) for title, lines in sections.items())
-    return f"{comments}\n\n{yaml.safe_dump(resolved.to_dict(), sort_keys=False)}"
+    return f"{comments}\n\n{yaml.safe_dump(recipe.to_dict(), sort_keys=False)}"
 
 
 def facts(plan: Plan, cost: Cost) -> dict[str, object]:

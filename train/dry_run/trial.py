@@ -21,7 +21,7 @@ from uni_instruct.train.config import StageConfig
 from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
-from uni_instruct.train.optimization.distributed import lone_fabric
+from uni_instruct.train.optimization.distributed import single_process_fabric
 from uni_instruct.train.optimization.optimizer import OptimizerStep
 from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan
@@ -140,7 +140,7 @@ class TimedSteps:
         asked = plan.recipe.loop.precision
         self.precision = "32-true" if asked == "16-mixed" and not torch.cuda.is_available() else asked
         self.plan, self.evaluation_flops, self.weights_bytes = plan, evaluation_flops, weights_bytes
-        self.fabric = lone_fabric(self.precision)
+        self.fabric = single_process_fabric(self.precision)
 
     @property
     def device(self) -> str:

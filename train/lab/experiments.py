@@ -8,17 +8,17 @@ from pathlib import Path
 
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import LoopConfig, Recipe
-from uni_instruct.train.judging import announce, choose_judge
 from uni_instruct.train.objective.methods import METHODS
-from uni_instruct.train.optimization.auto_precision import settle_for_run
+from uni_instruct.train.optimization.auto_precision import resolve_precision_for_run
 from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.recipe_keys import one_of
+from uni_instruct.train.scoring_choice import announce, choose_scoring
 
 TEACHER_RUN, EXPERIMENTS = "teacher-run", "experiments"
 # The lab's own page says more than a report of each experiment would, which takes a minute; the user's settings go on top.
 WITHOUT_REPORT = ("loop.report=false",)
-MOST_EXPERIMENTS = 1000
+MAX_EXPERIMENTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,8 @@ def plan_lab(recipe: str, changes: Sequence[str], variants: Sequence[Variant], s
 
     Raises RequestError where a variant's recipe is refused, or distillation would be scored by nothing.
     """
-    if len(seeds) * len(variants) > MOST_EXPERIMENTS:
-        problem = f"{len(variants)} methods with {len(seeds)} seeds are more than {MOST_EXPERIMENTS} trainings"
+    if len(seeds) * len(variants) > MAX_EXPERIMENTS:
+        problem = f"{len(variants)} methods with {len(seeds)} seeds are more than {MAX_EXPERIMENTS} trainings"
         raise RequestError(problem, remedy="ask for fewer", param="seeds")
     base = load_recipe(recipe, (*WITHOUT_REPORT, *changes))
     if base.loop.metric == "none":
@@ -120,7 +120,7 @@ def plan_lab(recipe: str, changes: Sequence[str], variants: Sequence[Variant], s
     return Lab(folder=folder, teacher=None if given else base, experiments=tuple(experiments))
 
 
-def settled(lab: Lab) -> Lab:
+def resolve_lab(lab: Lab) -> Lab:
     """The lab with everything opened once and every `auto` answered once, so that all experiments use the same arithmetic.
 
     Raises RequestError, before anything is trained, where data, teacher, reward and a variant do not fit each other.
@@ -132,10 +132,10 @@ def settled(lab: Lab) -> Lab:
             recipe = dataclasses.replace(recipe, teacher=lab.teacher.teacher)
         plan = make_plan(recipe)
         if first is None:
-            judge = choose_judge(recipe.loop, plan.dataset)
-            announce(judge, recipe.loop)
+            scoring = choose_scoring(recipe.loop, plan.dataset)
+            announce(scoring, recipe.loop)
             images = recipe.distillation.micro_batch or recipe.distillation.batch
-            first = settle_for_run(judge.loop, plan.teacher_spec, images, lab.folder)
+            first = resolve_precision_for_run(scoring.loop, plan.teacher_spec, images, lab.folder)
     assert first is not None, "a lab has an experiment"
     experiments = [dataclasses.replace(t, recipe=_as_answered(t.recipe, first)) for t in lab.experiments]
     return dataclasses.replace(lab, experiments=tuple(experiments), teacher=lab.teacher and _as_answered(lab.teacher, first))

@@ -17,7 +17,7 @@ import yaml
 
 from uni_instruct.errors import UniInstructError
 from uni_instruct.files import atomic_file
-from uni_instruct.processes import ending_with
+from uni_instruct.processes import die_with_parent
 from uni_instruct.progress import Progress, progress
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.lab.experiments import Lab
@@ -86,7 +86,7 @@ def start_training(training: Training, jobs: int) -> "subprocess.Popen[bytes]":
     command = [*program(), "train", str(recipe), "--out", str(training.folder), *training.words]
     with training.output.open("ab") as output:
         return subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=ending_with(os.getpid())
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=die_with_parent(os.getpid())
         )
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from uni_instruct import __version__
 from uni_instruct.files import atomic_file
-from uni_instruct.ray_cluster import LOCAL, Contents, check_version, connect, contents, import_ray, placed
+from uni_instruct.ray_cluster import LOCAL, Contents, check_version, connect, contents, import_ray, place_contents
 from uni_instruct.sampling.pool import MAX_DEATHS, failure
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.lab.processes import Training, start_training
@@ -30,7 +30,7 @@ _LOOK_S = 1.0
 Files = dict[str, bytes]  # by their place in a training's folder; what it prints is under ''
 
 
-class News(NamedTuple):
+class TrainingProgress(NamedTuple):
     """What a training has written and removed since it was last asked, and its exit code, None while it runs."""
 
     files: Files
@@ -112,13 +112,13 @@ class RemoteTraining:
         self._actor = self._trainer.remote()
         before = read_files(self._training) if self._sends else None
         self._begun = self._actor.begin.remote(self._training, before, self._teacher, __version__)
-        self._answer = self._actor.news.remote()
+        self._answer = self._actor.progress.remote()
 
     def _take(self, may_begin: bool = True) -> None:
-        """Keeps the news that have come, and asks for the next; where the actor is dead, begins anew."""
+        """Stores the progress that has arrived and asks for the next. Restarts the training if its actor is dead."""
         try:
             self._ray.get(self._begun)
-            news: News = self._ray.get(self._answer)
+            progress: TrainingProgress = self._ray.get(self._answer)
         except self._ray.exceptions.RayTaskError as error:
             raise failure(None, error.cause) from error
         except self._ray.exceptions.RayError as error:
@@ -132,10 +132,10 @@ class RemoteTraining:
                 output.write(f"{self._deaths} actors died over it, the last by {type(error).__name__}: {reason[0]}\n")
             self.returncode = -1
             return
-        keep(news, self._training)
-        self.returncode = news.exit_code
-        if news.exit_code is None:
-            self._answer = self._actor.news.remote()
+        keep(progress, self._training)
+        self.returncode = progress.exit_code
+        if progress.exit_code is None:
+            self._answer = self._actor.progress.remote()
         else:
             self._ray.kill(self._actor)
 
@@ -149,28 +149,28 @@ class Trainer:
         self._own = None if before is None else Path(tempfile.mkdtemp(prefix="uni-instruct-lab-"))
         if self._own is not None:
             training = dataclasses.replace(training, folder=self._own / "run")
-            keep(News(before or {}, [], None), training)
+            keep(TrainingProgress(before or {}, [], None), training)
         if teacher is not None:
-            training = dataclasses.replace(training, recipe=_with_teacher(training.recipe, str(placed(teacher))))
+            training = dataclasses.replace(training, recipe=_with_teacher(training.recipe, str(place_contents(teacher))))
             _set_teacher(training)
         self._training, self._seen = training, _stamps(training) if self._own else {}
         self._process = start_training(training, jobs=1)  # Ray has set how many threads there are for an actor
 
-    def news(self) -> News:
+    def progress(self) -> TrainingProgress:
         """What is new, after a moment."""
         try:
             code: int | None = self._process.wait(timeout=_LOOK_S)
         except subprocess.TimeoutExpired:
             code = None
         if self._own is None:
-            return News({}, [], code)
+            return TrainingProgress({}, [], code)
         now = _stamps(self._training)
         changed = [name for name, stamp in now.items() if self._seen.get(name) != stamp]
         removed = [name for name in self._seen if name not in now]
         self._seen, files = now, read_files(self._training, changed)
         if code is not None:
             shutil.rmtree(self._own, ignore_errors=True)
-        return News(files, removed, code)
+        return TrainingProgress(files, removed, code)
 
     def end(self) -> None:
         """Asks the training to save its state and end."""
@@ -186,14 +186,14 @@ def read_files(training: Training, names: Iterable[str] | None = None) -> Files:
     return found
 
 
-def keep(news: News, training: Training) -> None:
+def keep(progress: TrainingProgress, training: Training) -> None:
     """Writes what is new into the training's folder, with the teacher's path as its recipe has it."""
-    for name in news.removed:
+    for name in progress.removed:
         _place(training, name).unlink(missing_ok=True)
-    for name, content in news.files.items():
+    for name, content in progress.files.items():
         with atomic_file(_place(training, name)) as partial:
             partial.write_bytes(content)
-    if RECIPE in news.files:
+    if RECIPE in progress.files:
         _set_teacher(training)
 
 

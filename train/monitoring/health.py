@@ -14,7 +14,7 @@ WINDOW = 50
 
 @dataclass
 class MetricHistory:
-    """What is remembered of one metric: its values on the last WINDOW lines, newest last, and its lowest once settled."""
+    """One metric's memory: its values on the last WINDOW lines, newest last, and its lowest once it has settled."""
 
     seen: int = 0
     lowest: float = math.inf

@@ -12,7 +12,7 @@ class SelectionMetric(NamedTuple):
 
 
 # torch-fidelity compares all images of the reference with each other for precision and recall, at every call: minutes for more.
-MOST_REFERENCE_FOR_PR = 10_000
+MAX_REFERENCE_FOR_PR = 10_000
 SELECTION_METRICS = {"FD": SelectionMetric("fd", ("FD(", "FID")), "KD": SelectionMetric("kd", ("KD(", "KID"))}
 
 

@@ -12,24 +12,24 @@ from uni_instruct.engines.hardware.threads import one_torch_thread
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.files import atomic_file
 from uni_instruct.networks.build import build_denoiser
-from uni_instruct.processes import is_later_process
+from uni_instruct.processes import is_nonzero_rank
 from uni_instruct.progress import ProgressFactory, progress, silent
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import AUTO, LoopConfig
-from uni_instruct.train.optimization.distributed import lone_fabric, prepared
+from uni_instruct.train.optimization.distributed import compiled_as_asked, single_process_fabric
 from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.rng import initial_weights
 
-# Timings on a shared machine differ by as much, and the exact way is the one that needs no explaining.
-WORTH = 1.2
+# Timings on a shared machine vary by as much, so a smaller gain does not justify leaving float32.
+MIN_SPEEDUP = 1.2
 ROUNDS = 3
 # So many images that a step takes about this long, whatever the network.
-STEP_S, MOST_IMAGES = 0.5, 32
-PATIENCE_S = 600.0
+STEP_S, MAX_TIMED_IMAGES = 0.5, 32
+TIMEOUT_S = 600.0
 
 
-class Way(NamedTuple):
+class PrecisionChoice(NamedTuple):
     """How a network is run: the precision of its products, and whether its images are in channels_last."""
 
     precision: str
@@ -39,7 +39,7 @@ class Way(NamedTuple):
         return f"{self.precision}, channels_last {str(self.channels_last).lower()}"
 
 
-def is_settled(loop: LoopConfig) -> bool:
+def is_precision_resolved(loop: LoopConfig) -> bool:
     """Whether nothing is left to choose."""
     return AUTO not in (loop.precision, loop.channels_last)
 
@@ -50,57 +50,59 @@ def exact(loop: LoopConfig) -> LoopConfig:
     return replace(loop, precision=precision, channels_last=loop.channels_last is True)
 
 
-def settled(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: bool = True) -> LoopConfig:
+def resolve_precision(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: bool = True) -> LoopConfig:
     """loop with `auto` replaced by what takes the least time here for a training step of the spec's network.
 
-    images: the most that a process takes at once; no more than MOST_IMAGES are timed.
+    images: the most that a process takes at once; no more than MAX_TIMED_IMAGES are timed.
     """
-    if is_settled(loop):
+    if is_precision_resolved(loop):
         return loop
-    ways = [
-        way for way in _ways() if loop.precision in (AUTO, way.precision) and loop.channels_last in (AUTO, way.channels_last)
+    choices = [
+        choice
+        for choice in _choices()
+        if loop.precision in (AUTO, choice.precision) and loop.channels_last in (AUTO, choice.channels_last)
     ]
-    if loop.precision not in (AUTO, *(way.precision for way in ways)):  # start_fabric says why
-        ways = [Way(loop.precision, False)]
-    best = _measured(ways, spec, images, progress if shown else silent) if len(ways) > 1 else ways[0]
+    if loop.precision not in (AUTO, *(choice.precision for choice in choices)):  # start_fabric says why
+        choices = [PrecisionChoice(loop.precision, False)]
+    best = _measured(choices, spec, images, progress if shown else silent) if len(choices) > 1 else choices[0]
     return replace(loop, precision=best.precision, channels_last=best.channels_last)
 
 
-def _measured(ways: list[Way], spec: ModelSpec, most: int, with_progress: ProgressFactory) -> Way:
-    times = dict.fromkeys(ways, float("inf"))
-    # Round by round, so that a neighbour on the machine slows all ways and not the one that was on; the best of each counts.
-    trials = [way for _ in range(ROUNDS) for way in ways]
-    # What one thread multiplies fastest, all do. Several wait for each other beside a busy neighbour, in some ways most of all.
+def _measured(choices: list[PrecisionChoice], spec: ModelSpec, most: int, with_progress: ProgressFactory) -> PrecisionChoice:
+    times = dict.fromkeys(choices, float("inf"))
+    # Round by round: another process on the machine then slows all choices alike. The best time of each counts.
+    trials = [choice for _ in range(ROUNDS) for choice in choices]
+    # One thread ranks the choices as many do, and does not wait for others when another process is busy.
     with one_torch_thread(), with_progress("precision: what is fastest here", len(trials), "trials") as bar:
         # One image first: how many take STEP_S on this machine is not known before.
-        images = round(min(most, MOST_IMAGES, max(1.0, STEP_S / _step_s(spec, ways[0], 1))))
-        for number, way in enumerate(trials):
-            times[way] = min(times[way], _step_s(spec, way, images))
+        images = round(min(most, MAX_TIMED_IMAGES, max(1.0, STEP_S / _step_s(spec, choices[0], 1))))
+        for number, choice in enumerate(trials):
+            times[choice] = min(times[choice], _step_s(spec, choice, images))
             bar.advance(1, _verdict(times, images) if number == len(trials) - 1 else None)
     return _fastest(times)
 
 
-def settle_for_run(loop: LoopConfig, spec: ModelSpec, images: int, folder: Path) -> LoopConfig:
-    """As `settled`, once for a run: its first process measures and notes it, later processes and resumed runs read that.
+def resolve_precision_for_run(loop: LoopConfig, spec: ModelSpec, images: int, folder: Path) -> LoopConfig:
+    """As `resolve_precision`, once per run: rank 0 measures and writes the result, other ranks and resumed runs read it.
 
     Raises RequestError where the first process's note does not come.
     """
-    if is_settled(loop):
+    if is_precision_resolved(loop):
         return loop
     recipe, file = folder / "recipe.yaml", folder / "state" / "fastest.json"
     if recipe.exists():  # a run that is resumed keeps what it began with
         begun = parse_recipe(read_yaml(recipe)).loop
-        if is_settled(begun):
+        if is_precision_resolved(begun):
             return _filled(loop, begun.precision, begun.channels_last)
     # Two processes that measured for themselves could come to two precisions, and to weights that differ.
-    first = not is_later_process()
+    first = not is_nonzero_rank()
     if first and not file.exists():
-        chosen = settled(loop, spec, images)
+        chosen = resolve_precision(loop, spec, images)
         with atomic_file(file) as partial:
             partial.write_text(json.dumps({"precision": chosen.precision, "channels_last": chosen.channels_last}))
     waited = time.monotonic()
     while not file.exists():
-        if time.monotonic() - waited > PATIENCE_S:
+        if time.monotonic() - waited > TIMEOUT_S:
             raise RequestError(
                 f"{file} was not written by the first process",
                 remedy="give --out a folder that all processes share",
@@ -123,39 +125,39 @@ def _filled(loop: LoopConfig, precision: str, channels_last: bool | str) -> Loop
     )
 
 
-def _ways() -> list[Way]:
+def _choices() -> list[PrecisionChoice]:
     """The exact one first."""
-    exact = [Way("32-true", False), Way("32-true", True)]
+    exact = [PrecisionChoice("32-true", False), PrecisionChoice("32-true", True)]
     if not torch.cuda.is_available():
-        return [*exact, Way("bf16-mixed", True)]
+        return [*exact, PrecisionChoice("bf16-mixed", True)]
     # Before Ampere bfloat16 is emulated, and slower than float32.
     half = "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    return [*exact, Way(half, False), Way(half, True)]
+    return [*exact, PrecisionChoice(half, False), PrecisionChoice(half, True)]
 
 
-def _fastest(times: dict[Way, float]) -> Way:
-    exact, best = next(iter(times)), min(times, key=lambda way: times[way])
-    return best if times[best] * WORTH < times[exact] else exact
+def _fastest(times: dict[PrecisionChoice, float]) -> PrecisionChoice:
+    exact, best = next(iter(times)), min(times, key=lambda choice: times[choice])
+    return best if times[best] * MIN_SPEEDUP < times[exact] else exact
 
 
-def _verdict(times: dict[Way, float], images: int) -> str:
-    speeds = "; ".join(f"{way}: {images / seconds:.0f}" for way, seconds in times.items())
+def _verdict(times: dict[PrecisionChoice, float], images: int) -> str:
+    speeds = "; ".join(f"{choice}: {images / seconds:.0f}" for choice, seconds in times.items())
     return f"{_fastest(times)} (images/s: {speeds})"
 
 
-def _step_s(spec: ModelSpec, way: Way, images: int) -> float:
+def _step_s(spec: ModelSpec, choice: PrecisionChoice, images: int) -> float:
     """Seconds of a forward and a backward pass, after one that does not count."""
-    fabric = lone_fabric(way.precision)
-    loop = LoopConfig(precision=way.precision, channels_last=way.channels_last)
+    fabric = single_process_fabric(choice.precision)
+    loop = LoopConfig(precision=choice.precision, channels_last=choice.channels_last)
     denoiser = initial_weights(lambda: build_denoiser(spec), 0).to(fabric.device)
-    network = fabric.setup_module(prepared(denoiser.train(), loop))
+    network = fabric.setup_module(compiled_as_asked(denoiser.train(), loop))
     noised = torch.randn(images, *spec.noise_shape, generator=torch.Generator().manual_seed(0)).to(fabric.device)
     class_ids = torch.zeros(images, dtype=torch.int64, device=fabric.device) if spec.num_classes else None
     sigma = torch.ones(images, 1, 1, 1, device=fabric.device)
     # The first pass compiles kernels and finds algorithms; the second one's time is returned.
     for _ in range(2):
         start = time.perf_counter()
-        with arithmetic_of(way.precision):
+        with arithmetic_of(choice.precision):
             fabric.backward(network(noised, sigma, class_ids).square().mean())
         network.zero_grad()
         if fabric.device.type == "cuda":

@@ -12,7 +12,7 @@ from lightning_fabric.strategies import DDPStrategy
 
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import RequestError
-from uni_instruct.processes import is_later_process
+from uni_instruct.processes import is_nonzero_rank
 from uni_instruct.train.config import LoopConfig, Recipe
 from uni_instruct.train.optimization.precision import AUTOCASTS
 
@@ -22,7 +22,7 @@ Given = TypeVar("Given")
 # A run of fewer images is over before another process has loaded torch.
 SHORT_KIMG = 20.0
 # Below this many images a process spends as long in starting each layer as in computing it.
-LEAST_SHARE = 16
+MIN_SHARE = 16
 
 
 def processes_for(recipe: Recipe) -> int:
@@ -31,7 +31,7 @@ def processes_for(recipe: Recipe) -> int:
     A thread of torch waits for the others in every layer, a process only once a step. On two cores, two processes were 1.1 to
     1.8 times as fast as two threads; with a neighbour on one of the cores threads nearly stood still (benchmarks/processes.py).
     """
-    if is_later_process():
+    if is_nonzero_rank():
         return int(os.environ["WORLD_SIZE"])  # the first process has decided
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return 1  # torchrun's number counts
@@ -39,13 +39,13 @@ def processes_for(recipe: Recipe) -> int:
     if torch.cuda.is_available() or sum(stage.duration_kimg for stage in stages) < SHORT_KIMG:
         return 1
     batches = (recipe.teacher.batch, recipe.distillation.batch)
-    fitting = [n for n in range(1, usable_cpus() + 1) if all(batch % n == 0 and batch // n >= LEAST_SHARE for batch in batches)]
+    fitting = [n for n in range(1, usable_cpus() + 1) if all(batch % n == 0 and batch // n >= MIN_SHARE for batch in batches)]
     return max(fitting, default=1)
 
 
 def share_cpus(processes: int) -> None:
     """Gives each of the processes its part of the cores, in threads; must come before they are started."""
-    if processes == 1 or is_later_process() or torch.cuda.is_available():
+    if processes == 1 or is_nonzero_rank() or torch.cuda.is_available():
         return
     threads = max(1, usable_cpus() // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # theirs
@@ -72,7 +72,7 @@ def start_fabric(devices: int, precision: str) -> Fabric:
 
 
 @contextmanager
-def ended_together(fabric: Fabric) -> Iterator[None]:
+def exit_together(fabric: Fabric) -> Iterator[None]:
     """Keeps the processes of fabric together to the block's end, and closes what connects them.
 
     A process that left earlier would take gloo's threads with it in the middle of their work, which aborts it; the first
@@ -87,7 +87,7 @@ def ended_together(fabric: Fabric) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def gathered(fabric: Fabric, part: Given) -> list[Given]:
+def gather_to_first(fabric: Fabric, part: Given) -> list[Given]:
     """What each process gives, in their order, in the first process; in the others nothing."""
     if fabric.world_size == 1:
         return [part]
@@ -96,7 +96,7 @@ def gathered(fabric: Fabric, part: Given) -> list[Given]:
     return parts if fabric.is_global_zero else []
 
 
-def lone_fabric(precision: str) -> Fabric:
+def single_process_fabric(precision: str) -> Fabric:
     """A launched Fabric of this process alone, even where torchrun started it among others."""
     # Trials of speed are each process's own; a group of all would wait for those that make none.
     return _launch(precision, 1, 1)
@@ -120,16 +120,16 @@ def _launch(precision: str, devices: int, nodes: int) -> Fabric:
     return fabric
 
 
-def prepared(module: Module, loop: LoopConfig) -> Module:
+def compiled_as_asked(module: Module, loop: LoopConfig) -> Module:
     """The module compiled, where the recipe asks for it, and in its memory format. The arithmetic stays the same."""
-    module = arranged(module, loop)
+    module = with_memory_format(module, loop)
     # Last, and in place: the compiled module keeps the names of its weights.
     if loop.compile:
         module.compile()
     return module
 
 
-def arranged(module: Module, loop: LoopConfig) -> Module:
+def with_memory_format(module: Module, loop: LoopConfig) -> Module:
     """The module in the memory format that the recipe asks for."""
     if loop.channels_last is True:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

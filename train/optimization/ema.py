@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.train.recipe_keys import NARROWEST_AVERAGE, WIDEST_AVERAGE
+from uni_instruct.train.recipe_keys import MIN_AVERAGE_WIDTH, WIDEST_AVERAGE
 
 Averaged = TypeVar("Averaged", bound=nn.Module)
 
@@ -150,10 +150,10 @@ def power_exponent(std: float) -> float:
     std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (arXiv 2312.02696, appendix C), a cubic whose largest root is meant.
     Raises RequestError for std outside 0.005..0.28.
     """
-    if not NARROWEST_AVERAGE <= std <= WIDEST_AVERAGE:
+    if not MIN_AVERAGE_WIDTH <= std <= WIDEST_AVERAGE:
         raise RequestError(
             f"width {std:g} of an average is out of range",
-            remedy=f"give {NARROWEST_AVERAGE:g} to {WIDEST_AVERAGE:g} of training time",
+            remedy=f"give {MIN_AVERAGE_WIDTH:g} to {WIDEST_AVERAGE:g} of training time",
         )
     precision = std**-2
     cubic = np.polynomial.Polynomial([12 - precision, 16 - precision, 7.0, 1.0])

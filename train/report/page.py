@@ -13,17 +13,17 @@ from uni_instruct.evaluate import Evaluator
 from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.train.plan import Plan
-from uni_instruct.train.report.classes import class_section
-from uni_instruct.train.report.commands import command_section, command_words
-from uni_instruct.train.report.facts import objective_section, subject_section, time_section, warning_section
+from uni_instruct.train.report.class_section import class_section
+from uni_instruct.train.report.command_section import command_section, command_words
 from uni_instruct.train.report.html import write_html
-from uni_instruct.train.report.looks import curve_section, neighbour_section, sample_section, score_section
+from uni_instruct.train.report.inputs import Json, ReportInputs, open_run
 from uni_instruct.train.report.markdown import text
-from uni_instruct.train.report.material import Json, Material, open_run
-from uni_instruct.train.report.steps import step_section
+from uni_instruct.train.report.result_sections import curve_section, neighbour_section, sample_section, score_section
+from uni_instruct.train.report.run_sections import objective_section, subject_section, time_section, warning_section
+from uni_instruct.train.report.steps_section import step_section
 
 REPORT, HTML, JSON, PICTURES = "report.md", "report.html", "report.json", "report"
-Section = Callable[[Material], list[str]]
+Section = Callable[[ReportInputs], list[str]]
 SECTIONS: dict[str, Section] = {
     "What was trained": subject_section,
     "Samples": sample_section,
@@ -51,17 +51,17 @@ def write_report(
     """
     start = time.monotonic()
     with atomic_folder(folder / PICTURES) as pictures, with_progress("report", len(SECTIONS), "sections") as shown:
-        material = open_run(folder, pictures, plan, evaluator)
-        blocks = [f"# {text(material.plan.recipe.name)}"]
+        inputs = open_run(folder, pictures, plan, evaluator)
+        blocks = [f"# {text(inputs.plan.recipe.name)}"]
         for title, section in SECTIONS.items():
-            lines = _made(section, material, title)
+            lines = _made(section, inputs, title)
             blocks += [f"## {title}", "\n".join(lines)] if lines else []
             shown.advance(1, title.lower())
-        blocks += ["## Time", "\n".join(time_section(material, time.monotonic() - start))]
+        blocks += ["## Time", "\n".join(time_section(inputs, time.monotonic() - start))]
     page = "\n\n".join(blocks) + "\n"
     write_html(page, folder / HTML)
     with atomic_file(folder / JSON) as partial:
-        partial.write_text(json.dumps(_facts(material), indent=2) + "\n")
+        partial.write_text(json.dumps(_facts(inputs), indent=2) + "\n")
     with atomic_file(folder / REPORT) as partial:
         partial.write_text(page)
     return folder / REPORT
@@ -74,23 +74,23 @@ def report_is_current(folder: Path) -> bool:
     return report.exists() and (not log.exists() or report.stat().st_mtime_ns >= log.stat().st_mtime_ns)
 
 
-def _facts(material: Material) -> dict[str, Json]:
+def _facts(inputs: ReportInputs) -> dict[str, Json]:
     """What a program may want of the report: what was trained, what was measured, by which versions, and the commands."""
     return {
-        "recipe": material.plan.recipe.name,
-        "weights_sha256": material.generator.weights_sha256,
-        "teacher_sha256": material.teacher.weights_sha256,
-        "parameters": material.parameters,
+        "recipe": inputs.plan.recipe.name,
+        "weights_sha256": inputs.generator.weights_sha256,
+        "teacher_sha256": inputs.teacher.weights_sha256,
+        "parameters": inputs.parameters,
         "versions": {"uni_instruct": __version__, "torch": torch.__version__},
-        "time_s": {stage: dict(spent) for stage, spent in material.times.items()},
-        **material.facts,
-        "commands": command_words(material),
+        "time_s": {stage: dict(spent) for stage, spent in inputs.times.items()},
+        **inputs.facts,
+        "commands": command_words(inputs),
     }
 
 
-def _made(section: Section, material: Material, title: str) -> list[str]:
+def _made(section: Section, inputs: ReportInputs, title: str) -> list[str]:
     try:
-        return section(material)
+        return section(inputs)
     except Exception as error:  # whatever drawing and scoring raise: a report with a gap is better than none
         _log.warning("the report lacks '%s': %s: %s", title, type(error).__name__, error)
         return [f"Not made: {text(str(error) or type(error).__name__)}"]

@@ -11,7 +11,7 @@ from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet
 from uni_instruct.spec import ModelSpec
 
-ROWS, COLUMNS, MOST_CLASSES = 6, 10, 16
+ROWS, COLUMNS, MAX_SHOWN_CLASSES = 6, 10, 16
 WHITE, GAP = 255, 14
 
 
@@ -35,7 +35,7 @@ class Drawn:
 
 def plan_grid(spec: ModelSpec, images: int = 0) -> Grid:
     """Seeds from 0, at least `images`; a column for each class where they fit, else classes as the seeds draw them."""
-    by_class = 1 < spec.num_classes <= MOST_CLASSES
+    by_class = 1 < spec.num_classes <= MAX_SHOWN_CLASSES
     columns = spec.num_classes if by_class else COLUMNS
     seeds = range(max(ROWS, -(-images // columns)) * columns)
     ids = np.arange(len(seeds), dtype=np.int64) % spec.num_classes if by_class else resolve_class_ids(spec, seeds)

@@ -16,7 +16,7 @@ from uni_instruct.generate import generate_batches
 from uni_instruct.train.monitoring import scores as selection
 
 SETS, BUDGET_S = 3, 40.0
-MOST_SAMPLES = 5000  # of a set
+MAX_SAMPLES_PER_SET = 5000  # of a set
 BATCH = 64
 
 
@@ -37,7 +37,7 @@ class SetScores:
 def samples_of_a_set(wanted: int) -> int:
     """As many as the recipe evaluates with, as far as they are affordable: a Frechet distance depends on their number."""
     # A Frechet distance of N samples is too large by about 1/N: only those of as many compare.
-    return max(MIN_SAMPLES, min(wanted, MOST_SAMPLES))
+    return max(MIN_SAMPLES, min(wanted, MAX_SAMPLES_PER_SET))
 
 
 def score_sets(evaluator: Evaluator, engine: Engine, metric: str, samples: int, s_per_image: float | None) -> SetScores | None:
@@ -82,7 +82,7 @@ def score_data(evaluator: Evaluator, metric: str, samples: int) -> SetScores | N
 
 def _asked(evaluator: Evaluator, metric: str, samples: int, has_class_ids: bool) -> list[str]:
     reference = len(evaluator.reference)
-    compared = ["pr"] if reference <= selection.MOST_REFERENCE_FOR_PR else []
+    compared = ["pr"] if reference <= selection.MAX_REFERENCE_FOR_PR else []
     wanted = [selection.SELECTION_METRICS[metric].asked, "class_accuracy", *compared]
     means = Available(evaluator.extractor, samples, reference if isinstance(evaluator.reference, Dataset) else 0, has_class_ids)
     return [name for name in wanted if METRICS[name].missing(means) is None]

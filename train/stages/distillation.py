@@ -18,7 +18,7 @@ from uni_instruct.train.objective.objective import Objective
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.objective.ratio import DensityRatio
 from uni_instruct.train.objective.reward import Reward
-from uni_instruct.train.optimization.distributed import BatchShard, arranged, prepared
+from uni_instruct.train.optimization.distributed import BatchShard, compiled_as_asked, with_memory_format
 from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.optimization.optimizer import Clipping, OptimizerStep, RateSchedule, can_fuse
 from uni_instruct.train.stages.augment import open_pipe
@@ -70,7 +70,7 @@ class DistillationStage:
         self._one_pass = len(shard.micro_batches) == 1
         # Before compilation, as the teacher's: averages are copies, and run too seldom to be worth compiling.
         self.averages = Averages(
-            arranged(models.student.to(fabric.device), recipe.loop),
+            with_memory_format(models.student.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
             config.ema_power_std,
             rampup_ratio=config.ema_rampup,
@@ -136,7 +136,7 @@ class DistillationStage:
     def _optimizer_step(self, module: torch.nn.Module, name: str) -> OptimizerStep:
         config = self.config
         peak = config.generator_learning_rate if name == "student" else config.critic_learning_rate
-        module = prepared(module.train(), self.recipe.loop)
+        module = compiled_as_asked(module.train(), self.recipe.loop)
         groups = _critic_groups(module, config) if isinstance(module, Critic) else [{"params": list(module.parameters())}]
         betas, fused = (config.beta1, config.beta2), can_fuse(self.fabric.device)
         adam = torch.optim.Adam(groups, lr=peak, betas=betas, eps=config.adam_eps, fused=fused)
@@ -161,7 +161,7 @@ class DistillationStage:
             fabric=self.fabric,
             optimizer_step=self.student,
             critic=self.critic,
-            teacher=self.fabric.setup_module(prepared(teacher, loop)),
+            teacher=self.fabric.setup_module(compiled_as_asked(teacher, loop)),
             shard=shard,
             ratio=self.ratio,
             pairs=pairs,

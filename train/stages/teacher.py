@@ -13,7 +13,7 @@ from uni_instruct.train.config import Recipe
 from uni_instruct.train.monitoring.metrics import Metrics, Tally
 from uni_instruct.train.monitoring.nonfinite import NonFiniteTracker, raise_if_diverged
 from uni_instruct.train.objective.guidance import drop_classes
-from uni_instruct.train.optimization.distributed import BatchShard, arranged, prepared
+from uni_instruct.train.optimization.distributed import BatchShard, compiled_as_asked, with_memory_format
 from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.optimization.optimizer import Clipping, OptimizerStep, RateSchedule, can_fuse
 from uni_instruct.train.stages.augment import augmented, open_pipe
@@ -39,12 +39,12 @@ class TeacherStage:
         self.pipe = open_pipe(config.augment, config.augment_mirror)
         # Before compilation: averages are copies, and run too seldom to be worth compiling.
         self.averages = Averages(
-            arranged(denoiser.to(fabric.device), recipe.loop),
+            with_memory_format(denoiser.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
             config.ema_power_std,
             rampup_ratio=config.ema_rampup,
         )
-        denoiser = prepared(denoiser, recipe.loop)
+        denoiser = compiled_as_asked(denoiser, recipe.loop)
         adam = torch.optim.Adam(
             denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=can_fuse(fabric.device)
         )

@@ -13,11 +13,11 @@ def check_fit(what: str, expected: Shapes, weights: Mapping[str, np.ndarray]) ->
     """what: the module's name for messages. Raises FileFormatError that names the first weights at fault."""
     held = {name: array.shape for name, array in weights.items()}
     if missing := sorted(expected.keys() - held.keys()):
-        raise misfit(what, "lacks weights", missing)
+        raise weight_mismatch(what, "lacks weights", missing)
     if unexpected := sorted(held.keys() - expected.keys()):
-        raise misfit(what, "holds weights that are not its own", unexpected)
+        raise weight_mismatch(what, "holds weights that are not its own", unexpected)
     if wrong := [f"{name} {held[name]} instead of {expected[name]}" for name in expected if held[name] != expected[name]]:
-        raise misfit(what, "has weights of another shape", wrong)
+        raise weight_mismatch(what, "has weights of another shape", wrong)
 
 
 def finite(name: str, array: np.ndarray) -> np.ndarray:
@@ -29,7 +29,7 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def misfit(what: str, problem: str, names: list[str]) -> FileFormatError:
+def weight_mismatch(what: str, problem: str, names: list[str]) -> FileFormatError:
     """The error that names the first three of the weights."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return FileFormatError(f"the {what} {problem}: {', '.join(names[:3])}{more}", remedy="download it again")

@@ -14,7 +14,7 @@ _INNER = ("model", "unet")
 _DERIVED = frozenset({"in_channels", "out_channels"})
 # State that says in which mode a module was when it was saved, not what it is.
 _MODES = frozenset({"training"})
-_LONGEST_NAME = 500
+_MAX_NAME_LENGTH = 500
 
 
 def is_network(value: object) -> TypeGuard[StoredModule]:
@@ -26,7 +26,7 @@ def tensors_of(module: StoredModule) -> dict[str, np.ndarray]:
     """Parameters and persistent buffers by state-dict name, in the order of torch's state_dict. Raises MalformedFile."""
     tensors: dict[str, np.ndarray] = {}
     for name, array in _walk(module, ""):
-        if name in tensors or len(name) > _LONGEST_NAME:
+        if name in tensors or len(name) > _MAX_NAME_LENGTH:
             raise MalformedFile(f"has two tensors {shown(name)}, or a name that is too long", FOREIGN)
         tensors[name] = array
     return tensors
@@ -97,7 +97,7 @@ def _children(module: StoredModule, part: str) -> dict[str, Any]:
     if not isinstance(children, dict):
         raise MalformedFile(f"has a module {module.class_name} whose {part} is no dict", FOREIGN)
     for name in children:
-        if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or "." in name:
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_LENGTH or "." in name:
             raise MalformedFile(f"has a module {module.class_name} with the name {shown(name)} in its {part}", FOREIGN)
     return children
 

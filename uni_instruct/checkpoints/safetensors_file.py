@@ -12,8 +12,8 @@ from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFi
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Storage, stored_tensor
 
-_LARGEST_HEADER = 4 << 20
-_LARGEST_CONFIG = 1 << 20
+_MAX_HEADER_BYTES = 4 << 20
+_MAX_CONFIG_BYTES = 1 << 20
 _ELEMENTS = {
     "BOOL": tensors.BOOL,
     "I8": tensors.INT8,
@@ -61,7 +61,7 @@ def _header(file: BinaryIO, budget: Budget, size: int) -> tuple[dict[str, Any], 
     """The header, and where the tensors begin."""
     source = Source(file, 0, size)
     length = source.unsigned(8)
-    if length > _LARGEST_HEADER:
+    if length > _MAX_HEADER_BYTES:
         raise MalformedFile(f"has a header of {length:,} bytes", FOREIGN)
     budget.spend("bytes of text", length)
     return _json(source.read(length), "a header"), source.position
@@ -71,7 +71,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with opened(path) as (file, name, size), reading(name):
-        if size > _LARGEST_CONFIG:
+        if size > _MAX_CONFIG_BYTES:
             raise MalformedFile(f"has {size:,} bytes, more than a configuration", FOREIGN)
         return _json(Source(file, 0, size).read(size), "content")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.checkpoint import StoredNetwork
-from uni_instruct.checkpoints.fit import check_fit, finite, misfit
+from uni_instruct.checkpoints.fit import check_fit, finite, weight_mismatch
 from uni_instruct.checkpoints.prefixes import is_counter, split_weights
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
@@ -75,8 +75,8 @@ ALIASES = {
     "UNet_EncoderDecoder": "UNet",
 }
 # Far beyond any network of these classes; with larger values, building the network to compare weights would not end.
-LARGEST = {"num_blocks": 64, "M": 10_000, "img_resolution": 8192, "img_channels": 1024}
-LARGEST_NUMBER, LONGEST = 1_000_000, 32
+ARGUMENT_LIMITS = {"num_blocks": 64, "M": 10_000, "img_resolution": 8192, "img_channels": 1024}
+MAX_ARGUMENT, MAX_LIST_LENGTH = 1_000_000, 32
 # Arguments of every preconditioning: read by name below, or without effect on images.
 COMMON = frozenset({"img_resolution", "img_channels", "label_dim", "model_type", "use_fp16"})
 
@@ -183,9 +183,11 @@ def _check_arguments(config: Mapping[str, Any], *maps: ArgumentMap) -> None:
 
 def _is_plausible(name: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return len(value) <= LONGEST and all(isinstance(part, int | float) and _is_plausible(name, part) for part in value)
+        return len(value) <= MAX_LIST_LENGTH and all(
+            isinstance(part, int | float) and _is_plausible(name, part) for part in value
+        )
     if isinstance(value, int | float):
-        return abs(value) <= LARGEST.get(name, LARGEST_NUMBER) or (name == "sigma_max" and value == math.inf)
+        return abs(value) <= ARGUMENT_LIMITS.get(name, MAX_ARGUMENT) or (name == "sigma_max" and value == math.inf)
     return value is None or (isinstance(value, str) and len(value) <= 100)
 
 
@@ -206,7 +208,7 @@ def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> N
         if is_counter(name) or name.startswith(("logvar_fourier.", "logvar_linear.")):
             continue  # how often a wrapper has averaged; what EDM2's training weighs its loss by. No image depends on them
         if name != "u":
-            raise misfit("network", "holds weights that are not its own", [name])
+            raise weight_mismatch("network", "holds weights that are not its own", [name])
         from uni_instruct.networks.preconditioning import IDDPM
 
         constants = {key: value for key, value in translation.network_args["preconditioning"].items() if key != "name"}

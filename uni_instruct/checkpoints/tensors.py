@@ -11,9 +11,9 @@ import numpy as np
 from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.source import Span
 
-_MOST_DIMENSIONS = 32
-_LARGEST_EMPTY = 1 << 20
-_LARGEST_SIZE = 1 << 62
+_MAX_DIMENSIONS = 32
+_MAX_EMPTY_TENSOR = 1 << 20
+_MAX_DIMENSION = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def stored_tensor(budget: Budget, storage: Storage, offset: object, shape: objec
         raise MalformedFile("has a tensor with broken strides")
     numel = math.prod(sizes)
     # No elements, but sizes such as [0, 2**60], which break whoever multiplies the rest.
-    if not numel and math.prod(max(size, 1) for size in sizes) > _LARGEST_EMPTY:
+    if not numel and math.prod(max(size, 1) for size in sizes) > _MAX_EMPTY_TENSOR:
         raise MalformedFile("has an empty tensor of absurd size", FOREIGN)
     last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     # Strides of 0 repeat elements without end: no tensor may have more than its storage.
@@ -115,9 +115,9 @@ def stored_tensor(budget: Budget, storage: Storage, offset: object, shape: objec
 
 
 def _sizes(values: object, what: str) -> tuple[int, ...]:
-    if type(values) is not tuple or len(values) > _MOST_DIMENSIONS:
+    if type(values) is not tuple or len(values) > _MAX_DIMENSIONS:
         raise MalformedFile(f"has a tensor with a broken {what}")
-    if any(type(value) is not int or not 0 <= value < _LARGEST_SIZE for value in values):
+    if any(type(value) is not int or not 0 <= value < _MAX_DIMENSION for value in values):
         raise MalformedFile(f"has a tensor with a broken {what}")
     return values
 

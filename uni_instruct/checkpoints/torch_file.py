@@ -17,7 +17,7 @@ from uni_instruct.checkpoints.source import Source, Span
 from uni_instruct.checkpoints.tensors import Element, Storage
 from uni_instruct.zip_entry import entry_start
 
-_LARGEST_DIRECTORY = 4 << 20  # bytes; the 3,000 storages of a large training state take 0.3 million
+_MAX_DIRECTORY_BYTES = 4 << 20  # bytes; the 3,000 storages of a large training state take 0.3 million
 # What zipfile raises over a damaged directory.
 _BROKEN_ZIP = (zipfile.BadZipFile, struct.error, NotImplementedError, EOFError, ValueError, OverflowError)
 _RESAVE = "save it again with torch.save"
@@ -76,7 +76,7 @@ class _BoundedFile:
         return self._file.seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
-        most = _LARGEST_DIRECTORY + 1
+        most = _MAX_DIRECTORY_BYTES + 1
         data = self._file.read(most if size < 0 else min(size, most))
         if len(data) == most:
             raise MalformedFile("has a zip directory that is too large", FOREIGN)

@@ -22,7 +22,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.progress import progress
 
 BATCHES = "1,4,16,64"
-MOST_BATCHES, LARGEST_BATCH = 16, 4096
+MAX_BATCHES, MAX_BATCH_SIZE = 16, 4096
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -84,12 +84,12 @@ def benchmark(
 def _batch_sizes(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     sizes = sorted({int(part) for part in parts if part.isdecimal() and len(part) < 6})
-    if not all(part.isdecimal() and len(part) < 6 for part in parts) or not 1 <= sizes[0] <= sizes[-1] <= LARGEST_BATCH:
+    if not all(part.isdecimal() and len(part) < 6 for part in parts) or not 1 <= sizes[0] <= sizes[-1] <= MAX_BATCH_SIZE:
         raise RequestError(
-            f"batches '{text[:60]}' are no sizes from 1 to {LARGEST_BATCH}", remedy=f"write them as {BATCHES}", param="batches"
+            f"batches '{text[:60]}' are no sizes from 1 to {MAX_BATCH_SIZE}", remedy=f"write them as {BATCHES}", param="batches"
         )
-    if len(sizes) > MOST_BATCHES:
-        raise RequestError(f"{len(sizes)} batch sizes", remedy=f"give at most {MOST_BATCHES}", param="batches")
+    if len(sizes) > MAX_BATCHES:
+        raise RequestError(f"{len(sizes)} batch sizes", remedy=f"give at most {MAX_BATCHES}", param="batches")
     return tuple(sizes)
 
 

@@ -11,7 +11,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle, is_bundle
 from uni_instruct.commands.evaluate import MAX_SAMPLES
 from uni_instruct.commands.scoring import Scoring, score_bundles
-from uni_instruct.commands.worker_options import ray_option, staff_of, workers_option
+from uni_instruct.commands.worker_options import ray_option, worker_options_of, workers_option
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate import EXTRACTORS, METRICS, PRETRAINED
 from uni_instruct.evaluate.comparison import (
@@ -134,8 +134,8 @@ def _bundle_at(name: str) -> str | Path | None:
 def _scored(bundles: Mapping[str, Bundle], metric: str | None, options: dict[str, Any]) -> dict[str, _Result]:
     if "reference" not in options:
         raise RequestError("bundles are scored against a reference", remedy="give --reference DATA", param="reference")
-    staff = staff_of(options.pop("workers", None), options.pop("ray_address", None), options.get("device"))
-    scoring = Scoring(**{"sets": SETS} | options, staff=staff)
+    workers = worker_options_of(options.pop("workers", None), options.pop("ray_address", None), options.get("device"))
+    scoring = Scoring(**{"sets": SETS} | options, workers=workers)
     found = score_bundles(list(bundles.values()), scoring, [metric_key(metric or "fd")])
     return {name: _Result(name, facts) for name, facts in zip(bundles, found, strict=True)}
 

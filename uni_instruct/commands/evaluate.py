@@ -9,7 +9,7 @@ import rich_click as click
 
 from uni_instruct.bundle import Bundle, is_bundle, is_run, shipped_generators
 from uni_instruct.commands.evaluate_report import print_scores, score_facts
-from uni_instruct.commands.worker_options import ray_option, staff_of, workers_option
+from uni_instruct.commands.worker_options import ray_option, worker_options_of, workers_option
 from uni_instruct.data import Dataset, is_data, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate import (
@@ -32,7 +32,7 @@ from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_c
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
 from uni_instruct.sampling.forms import check_finished
-from uni_instruct.sampling.workers import Staff
+from uni_instruct.sampling.workers import WorkerOptions
 
 BATCH = 64
 # A larger number is taken for a slip of the keys.
@@ -116,7 +116,7 @@ def evaluate(
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
     # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
-    names, staff, bundle = _names(metrics), staff_of(workers, ray_address, device), _bundle(images)
+    names, worker_options, bundle = _names(metrics), worker_options_of(workers, ray_address, device), _bundle(images)
     _check_statistics_path(save_statistics)
     given = {"--teacher": teacher, "--steps": steps, "--seed": seed, "--seeds": seeds_text, "--classes": classes}
     _check_images_options(bundle, given | {"--engine": engine, "--device": device, "--sets": sets})
@@ -129,7 +129,7 @@ def evaluate(
     sources = made or {"images": dataset_samples(_open_images(images), samples, batch, reference, images)}
     evaluator = _evaluator(reference, _opened_extractor(extractor, extractor_weights), sources, names, count)
     _save_statistics(evaluator, save_statistics)
-    scores = {role: _score(evaluator, role, source.parts(count), names, staff) for role, source in sources.items()}
+    scores = {role: _score(evaluator, role, source.parts(count), names, worker_options) for role, source in sources.items()}
     facts = score_facts(evaluator, sources, scores, seeds_text_of(seeds) if bundle else None, drawn)
     click.echo(json.dumps(facts, indent=2)) if as_json else print_scores(facts)
 
@@ -151,8 +151,10 @@ def _names(metrics: str | None) -> list[str] | None:
     return check_metrics(metrics.split(",")) if metrics is not None else None
 
 
-def _score(evaluator: Evaluator, role: str, sets: list[SampleSource], metrics: list[str] | None, staff: Staff) -> list[Scores]:
-    return measure(evaluator, sets, metrics, staff, progress, f"score {role}")
+def _score(
+    evaluator: Evaluator, role: str, sets: list[SampleSource], metrics: list[str] | None, worker_options: WorkerOptions
+) -> list[Scores]:
+    return measure(evaluator, sets, metrics, worker_options, progress, f"score {role}")
 
 
 def _save_statistics(evaluator: Evaluator, path: Path | None) -> None:

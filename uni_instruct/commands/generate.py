@@ -7,7 +7,7 @@ import numpy as np
 import rich_click as click
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.commands.worker_options import ray_option, staff_of, workers_option
+from uni_instruct.commands.worker_options import ray_option, worker_options_of, workers_option
 from uni_instruct.engine import EngineId, open_engine, select_engine
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file
@@ -18,7 +18,7 @@ from uni_instruct.progress import progress
 from uni_instruct.sampling import SampleRequest, SampleRun, is_finished, noted_engine, open_run, read_samples, remove_leftovers
 from uni_instruct.sampling.pool import ImageJob
 from uni_instruct.sampling.shards import WHOLE, Part
-from uni_instruct.sampling.workers import Staff
+from uni_instruct.sampling.workers import WorkerOptions
 from uni_instruct.spec import ModelSpec
 
 BATCH = 64
@@ -93,9 +93,9 @@ def generate(
     Example: uni-instruct generate digits --seeds 0-159 --by-class --out samples --grid samples.png
     """
     seeds, part = parse_seeds(seeds_text), Part.parse(part_text) if part_text is not None else None
-    staff = staff_of(workers, ray_address, device)
+    worker_options = worker_options_of(workers, ray_address, device)
     _check_paths(out, grid_path, len(seeds))
-    _check_sharing(out, grid_path, staff, part)
+    _check_sharing(out, grid_path, worker_options, part)
     opened = _opened(bundle, steps, pictures=grid_path is not None)
     _check_classes(by_classes, classes, shares)
     class_ids = resolve_class_ids(
@@ -103,7 +103,7 @@ def generate(
     )
     engine_id = _engine_id(opened, engine, out, device)
     request = SampleRequest(bundle=opened, engine=engine_id, seeds=seeds, class_ids=class_ids, batch=batch)
-    already = out is not None and _write_set(request, out, staff, part, device)
+    already = out is not None and _write_set(request, out, worker_options, part, device)
     if grid_path:
         if out is None:
             images = generate_images(open_engine(opened, engine_id, device=device), seeds, class_ids, batch)
@@ -123,8 +123,8 @@ def _opened(bundle: str, steps: int | None, *, pictures: bool) -> Bundle:
     return opened
 
 
-def _check_sharing(out: Path | None, grid_path: Path | None, staff: Staff, part: Part | None) -> None:
-    if out is None and (part or staff.wanted):
+def _check_sharing(out: Path | None, grid_path: Path | None, worker_options: WorkerOptions, part: Part | None) -> None:
+    if out is None and (part or worker_options.wanted):
         raise RequestError("--workers, --ray and --shard write a set", remedy="give --out", param="out")
     if part and grid_path:
         raise RequestError("a part alone has no grid", remedy="leave --grid out, and give it once all is done", param="grid")
@@ -162,7 +162,7 @@ def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None, device: str
     return str(select_engine(bundle, wanted, device).engine_id)
 
 
-def _write_set(request: SampleRequest, out: Path, staff: Staff, part: Part | None, device: str | None) -> bool:
+def _write_set(request: SampleRequest, out: Path, worker_options: WorkerOptions, part: Part | None, device: str | None) -> bool:
     """Writes the set, or what an interrupted run left to do of it; True where it was complete already.
 
     Of a part: makes its images, and writes the set where all others are there.
@@ -172,16 +172,16 @@ def _write_set(request: SampleRequest, out: Path, staff: Staff, part: Part | Non
         return True
     with open_run(request, out, shared=part is not None, part=part or WHOLE) as run:
         if run.done < run.count:
-            _fill(run, staff, device, "generate" if part is None else f"generate {part.number}/{part.count}")
+            _fill(run, worker_options, device, "generate" if part is None else f"generate {part.number}/{part.count}")
         if run.is_complete:
             run.finish()
     return False
 
 
-def _fill(run: SampleRun, staff: Staff, device: str | None, label: str) -> None:
+def _fill(run: SampleRun, worker_options: WorkerOptions, device: str | None, label: str) -> None:
     request = run.request
     # Before the bar: what is wrong with a bundle is one line.
-    engine = None if staff.wanted else open_engine(request.bundle, request.engine, device=device)
+    engine = None if worker_options.wanted else open_engine(request.bundle, request.engine, device=device)
     with progress(label, run.count, "images", done=run.done) as bar:
         if engine is not None:
             run.fill(engine, bar)
@@ -189,7 +189,7 @@ def _fill(run: SampleRun, staff: Staff, device: str | None, label: str) -> None:
         job = ImageJob(
             bundle=request.bundle.path, engine=request.engine, batch=request.batch, steps=request.spec.steps, device=device
         )
-        with staff.pool(job) as pool:
+        with worker_options.pool(job) as pool:
             run.fill_with(pool, bar)
 
 

@@ -14,7 +14,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle, is_bundle, is_run, shipped_generators
 from uni_instruct.commands.inspect_checkpoint import Row, checkpoint_facts, checkpoint_rows, is_checkpoint
 from uni_instruct.data import DATASETS, is_data, open_dataset
-from uni_instruct.engine import StandingFacts, engine_standing
+from uni_instruct.engine import EngineStatusFacts, engine_status
 from uni_instruct.engines.record import ParityReport, StoredEngine
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.hub import fetch, names_file
@@ -63,7 +63,7 @@ def _looked_into(source: str, as_data: bool) -> tuple[Mapping[str, object], list
 
 
 class EngineFacts(TypedDict, total=False):
-    """An engine as its record has it, with its size and standing here; of one that cannot be used, its id and the error."""
+    """An engine as its record has it, with its size and status here; of one that cannot be used, its id and the error."""
 
     engine_id: str
     error: str
@@ -72,7 +72,7 @@ class EngineFacts(TypedDict, total=False):
     way: str
     parity: ParityReport
     versions: Mapping[str, str]
-    here: StandingFacts
+    here: EngineStatusFacts
 
 
 class BundleFacts(TypedDict):
@@ -205,7 +205,7 @@ def _engine_facts(bundle: Bundle, stored: StoredEngine) -> EngineFacts:
         bundle.reference()  # damaged, it is an error of every engine's first use
     except BundleError as error:
         return {"engine_id": str(stored.engine_id), "error": str(error)}
-    here = engine_standing(bundle, stored.engine_id).facts()
+    here = engine_status(bundle, stored.engine_id).facts()
     return cast(EngineFacts, {**asdict(stored.record()), "file_bytes": size, "here": here})
 
 
@@ -227,7 +227,7 @@ def _parity_text(parity: ParityReport) -> str:
     )
 
 
-def _here_text(here: StandingFacts) -> str:
+def _here_text(here: EngineStatusFacts) -> str:
     speed = f", {here['images_per_s']:.3g} images/s" if here["images_per_s"] else ""
     reason = f": {here['reason']}" if here["reason"] else ""
     texts = {

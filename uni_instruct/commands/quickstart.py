@@ -10,7 +10,7 @@ import rich_click as click
 
 from uni_instruct.cli import cli
 from uni_instruct.ports import free_address
-from uni_instruct.processes import ending_with
+from uni_instruct.processes import die_with_parent
 
 
 @click.command()
@@ -44,7 +44,7 @@ def _train(*arguments: object) -> None:
     words = _shown("train", *arguments)
     # A group of its own, so that Ctrl-C reaches it once: from here.
     command, parent = [sys.executable, "-m", "uni_instruct", *words], os.getpid()
-    process = subprocess.Popen(command, process_group=0, preexec_fn=ending_with(parent))
+    process = subprocess.Popen(command, process_group=0, preexec_fn=die_with_parent(parent))
     try:
         code = process.wait()
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.sample_source import bundle_samples
 from uni_instruct.evaluate.scores import check_count
 from uni_instruct.progress import progress
-from uni_instruct.sampling.workers import Staff
+from uni_instruct.sampling.workers import WorkerOptions
 
 BATCH = 64
 
@@ -31,7 +31,7 @@ class Scoring:
     extractor: str = "auto"
     engine: str | None = None
     device: str | None = None
-    staff: Staff = field(default_factory=Staff)
+    workers: WorkerOptions = field(default_factory=WorkerOptions)
 
 
 def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metrics: Sequence[str] | None) -> list[EvaluationResult]:
@@ -55,6 +55,6 @@ def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metrics: Sequence
         evaluator.check(metrics, source.count // scoring.sets, source.expected is not None)
     found: list[EvaluationResult] = []
     for source, draw in zip(sources, drawn, strict=True):
-        scores = measure(evaluator, source.parts(scoring.sets), metrics, scoring.staff, progress, f"score {source.source}")
+        scores = measure(evaluator, source.parts(scoring.sets), metrics, scoring.workers, progress, f"score {source.source}")
         found.append(score_facts(evaluator, {"generator": source}, {"generator": scores}, seeds_text_of(seeds), draw))
     return found

@@ -2,7 +2,7 @@
 
 import rich_click as click
 
-from uni_instruct.sampling.workers import LOCAL, MAX_WORKERS, Staff
+from uni_instruct.sampling.workers import LOCAL, MAX_WORKERS, WorkerOptions
 
 workers_option = click.option(
     "--workers",
@@ -19,8 +19,8 @@ ray_option = click.option(
 )
 
 
-def staff_of(workers: int | None, ray_address: str | None, device: str | None) -> Staff:
+def worker_options_of(workers: int | None, ray_address: str | None, device: str | None) -> WorkerOptions:
     """Who was asked for. Raises RequestError where workers cannot all run on that device."""
-    staff = Staff(workers, ray_address)
-    staff.check_device(device)
-    return staff
+    options = WorkerOptions(workers, ray_address)
+    options.check_device(device)
+    return options

@@ -13,7 +13,7 @@ from uni_instruct.data.file_kinds import DataFiles, ImageForm, data_files
 from uni_instruct.data.folder import FOLDER_REMEDY
 from uni_instruct.data.idx import has_idx
 from uni_instruct.data.image_files import decode, size_mismatch
-from uni_instruct.data.labels import META, label_entries, misfits, read_meta, stated_classes
+from uni_instruct.data.labels import META, label_entries, label_mismatches, read_meta, stated_classes
 from uni_instruct.data.sources import is_data, is_named, is_npz, is_zip, no_data, open_dataset, source_parts
 from uni_instruct.data.storage import FolderStore, Store, ZipStore, name_in_store
 from uni_instruct.data.tar_files import TarStore, has_tars, is_tar, tar_images
@@ -140,8 +140,8 @@ def _label_problems(store: Store, files: list[str], names: list[str]) -> Iterato
     except FileFormatError as error:
         yield WrongFile(source, META, error.problem)
         return
-    for misfit in misfits(by_file, files, stated) if by_file is not None else ():
-        yield WrongFile(source, misfit.file, f"{name_in_store(store, misfit.file)} {misfit.problem}")
+    for mismatch in label_mismatches(by_file, files, stated) if by_file is not None else ():
+        yield WrongFile(source, mismatch.file, f"{name_in_store(store, mismatch.file)} {mismatch.problem}")
     if not meta.has_labels:
         try:
             folder_classes(store, files)

@@ -17,7 +17,7 @@ META = "dataset.json"
 RECORD = "samples.json"
 
 
-class Misfit(NamedTuple):
+class LabelMismatch(NamedTuple):
     """A file whose label is wrong, the problem in words that follow the file's name, and the remedy."""
 
     file: str
@@ -122,10 +122,10 @@ def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
     by_file = label_entries(store, meta)
     if by_file is None:
         return Labels(class_ids=None, num_classes=0)
-    misfit = next(misfits(by_file, files, stated), None)
-    if misfit is not None:
-        raise FileFormatError(f"{name_in_store(store, misfit.file)} {misfit.problem}", remedy=misfit.remedy)
-    # All are integers or all are vectors now: whatever differs from the first is a misfit.
+    mismatch = next(label_mismatches(by_file, files, stated), None)
+    if mismatch is not None:
+        raise FileFormatError(f"{name_in_store(store, mismatch.file)} {mismatch.problem}", remedy=mismatch.remedy)
+    # All are integers or all are vectors now: whatever differs from the first is a mismatch.
     labels = [by_file[file] for file in files]
     vectors = [label for label in labels if isinstance(label, list)]
     if not vectors:
@@ -168,20 +168,20 @@ def stated_classes(store: Store, meta: Meta) -> int:
     return stated
 
 
-def misfits(by_file: dict[str, object], files: list[str], stated: int) -> Iterator[Misfit]:
+def label_mismatches(by_file: dict[str, object], files: list[str], stated: int) -> Iterator[LabelMismatch]:
     """Files whose label is missing, no class, outside the stated classes, or of another kind than the first file's."""
     # The first file decides whether labels are class ids or vectors: a mixture has no meaning.
     first = by_file.get(files[0])
     width = len(first) if isinstance(first, list) else 0
     for file in files:
         if file not in by_file:
-            yield Misfit(file, f"has no label in {META}", "label every image, or write null for all")
+            yield LabelMismatch(file, f"has no label in {META}", "label every image, or write null for all")
             continue
         problem = _vector_problem(by_file[file], width) if width else _class_problem(by_file[file], stated)
         if problem:
             words = isinstance(by_file[file], str)
             remedy = _numbers_for_words(by_file) if words else f"correct it in {META}"
-            yield Misfit(file, f"has label {_shown(by_file[file])}, {problem}", remedy)
+            yield LabelMismatch(file, f"has label {_shown(by_file[file])}, {problem}", remedy)
 
 
 def first_label_note(class_ids: np.ndarray) -> str:

@@ -210,12 +210,12 @@ class ZipStore:
         return member
 
     def _packed(self, member: np.void, size: int) -> bytes:
-        file = self._own_file()
+        file = self._own_handle()
         start, _ = entry_start(file, int(member["offset"]))
         file.seek(start)
         return file.read(size)
 
-    def _own_file(self) -> BinaryIO:
+    def _own_handle(self) -> BinaryIO:
         """The zip, opened by every thread of every process for itself, as an open file has one position."""
         if getattr(self._opened, "process", None) != os.getpid():
             self._opened.file, self._opened.process = self.path.open("rb"), os.getpid()

@@ -13,7 +13,7 @@ from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.spec import ModelSpec
 
 NOISE, CLASS_IDS = "noise", "class_ids"
-# What makes the class a mixture (mixture.py): graphs of earlier versions have neither port.
+# What makes the class a mixture (class_mixture.py): graphs of earlier versions have neither port.
 OTHER_IDS, SHARE = "other_ids", "share"
 IMAGES, DENOISED = "images", "denoised"
 # What engines of format 1 call their noise.

@@ -11,7 +11,7 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.class_mixture import ClassIds
 from uni_instruct.engines.graph_ports import DENOISED, IMAGES, check_interface
-from uni_instruct.engines.hardware.device import CPU, CUDA, index_of, kind_of
+from uni_instruct.engines.hardware.device import CPU, CUDA, device_index, device_type
 from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
@@ -30,7 +30,7 @@ CUDA_PROVIDER, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecut
 PROVIDERS = {"CPUExecutionProvider": CPU, CUDA_PROVIDER: CUDA, TENSORRT: CUDA, TENSORRT_RTX: CUDA}
 RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 # On a GPU every batch has a size of its own CUDA graph: 1, 2, 4, up to this. More images at once are split.
-LARGEST_BATCH = 64
+MAX_BATCH_SIZE = 64
 
 
 class OnnxEngine:
@@ -47,12 +47,12 @@ class OnnxEngine:
         self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
         runtime = _package()
         provider = _checked_provider(runtime, device, provider)
-        session = _session(runtime, stored.file(), provider, index_of(device), Threads.here(spin))
+        session = _session(runtime, stored.file(), provider, device_index(device), Threads.here(spin))
         self._session: onnxruntime.InferenceSession | None = session
         inputs: dict[str, list[int | str]] = {port.name: port.shape for port in _inputs_of(session)}
         self._ports = check_interface(bundle.spec, stored, inputs, {port.name for port in session.get_outputs()})
         self.mixes_classes = self._ports.mixes_classes
-        self._batches = None if kind_of(device) == CPU else BoundBatches(session, device, LARGEST_BATCH)
+        self._batches = None if device_type(device) == CPU else BoundBatches(session, device, MAX_BATCH_SIZE)
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
@@ -88,7 +88,7 @@ class BoundBatches:
 
     def __init__(self, session: "onnxruntime.InferenceSession", device: str, most: int):
         self.most, self._session, self._lock = most, session, threading.Lock()
-        self._place = (kind_of(device), index_of(device))
+        self._place = (device_type(device), device_index(device))
         self._bound: dict[int, _Bound] = {}
 
     def run(self, part: Inputs, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
@@ -146,7 +146,7 @@ def _package() -> "types.ModuleType":
 
 
 def _checked_provider(runtime: "types.ModuleType", device: str, wanted: str | None) -> str:
-    fitting = [name for name, kind in PROVIDERS.items() if kind == kind_of(device)]
+    fitting = [name for name, kind in PROVIDERS.items() if kind == device_type(device)]
     if wanted is None:
         there = [name for name in fitting if name in runtime.get_available_providers()]
         return there[0] if there else fitting[-1]

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 # int8 is in the graph itself; what it leaves out is bf16 where the processor has it, but for what is marked, and else fp32.
 _HINTS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
 # More images at once gain nothing: what lies between two layers then leaves the cache.
-LARGEST_PART = 16
+MAX_PART = 16
 # From so many images a stream on, several streams of one thread are faster than one stream of several threads.
-LEAST_PART = 4
+MIN_PART = 4
 
 
 class OpenVinoEngine:
@@ -75,7 +75,7 @@ class OpenVinoEngine:
     def _streams_for(self, images: int) -> "_Streams":
         with self._lock:
             assert self._together is not None, "the engine was closed"
-            if self._always or self._threads == 1 or images < LEAST_PART * self._threads:
+            if self._always or self._threads == 1 or images < MIN_PART * self._threads:
                 return self._together
             if self._apart is None:  # compiled when first needed: who makes one image at a time never waits for it
                 self._apart = _Streams(self._file, self.id, self._threads)
@@ -83,7 +83,7 @@ class OpenVinoEngine:
 
     def _part_size(self, images: int, streams: int) -> int:
         """Equal parts, as many as a multiple of the streams."""
-        largest = min(LARGEST_PART, self.spec.images_at_once or LARGEST_PART)
+        largest = min(MAX_PART, self.spec.images_at_once or MAX_PART)
         rounds = -(-images // (streams * largest))
         return -(-images // (streams * rounds))
 
@@ -156,7 +156,7 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
         "INFERENCE_PRECISION_HINT": hint,
         **Threads.here(spin=False).for_openvino(streams),
     }
-    _look_numpy_up()
+    _import_numpy_first()
     try:
         core = _core()
         model = core.compile_model(read_model(core, file), "CPU", settings | _cache())
@@ -169,7 +169,7 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
     return model
 
 
-def _look_numpy_up() -> None:
+def _import_numpy_first() -> None:
     import openvino
 
     with _first_use:

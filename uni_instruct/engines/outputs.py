@@ -71,7 +71,7 @@ def agreement(batches: Sequence[Outputs], truth: np.ndarray) -> Agreement:
     return Agreement(
         relative_l2=max(relative_l2(batch.images, truth[: len(batch.images)]) for batch in batches),
         pixel_difference=max(map(int, difference)),
-        psnr_db=least_psnr_db([batch.pixels for batch in batches], pixels),
+        psnr_db=min_psnr_db([batch.pixels for batch in batches], pixels),
     )
 
 
@@ -86,7 +86,7 @@ def psnr_db(pixels: np.ndarray, truth: np.ndarray) -> float:
     return 20 * math.log10(255 / max(rmse, 255e-6))
 
 
-def least_psnr_db(batches: Sequence[np.ndarray], truth: np.ndarray) -> float:
+def min_psnr_db(batches: Sequence[np.ndarray], truth: np.ndarray) -> float:
     """The least PSNR of the largest batch, and of it with another batch's images in the place of its first ones.
 
     Of a few images alone a PSNR says which images they are: those of one int8 engine lie up to 3 dB apart.

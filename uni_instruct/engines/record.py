@@ -20,8 +20,8 @@ _ID = re.compile(rf"(?P<runtime>[a-z][a-z0-9-]*?)-(?P<precision>{'|'.join(PRECIS
 # Format 1 knew one engine a runtime, in a folder of its name, and other words in its report.
 _FORMER_FOLDERS = {"onnx": "onnx-fp32"}
 # The most bytes of an engine.json that are read: it has about two thousand.
-_LARGEST_RECORD = 1 << 20
-_LONGEST_NAME = 255
+_MAX_RECORD_BYTES = 1 << 20
+_MAX_NAME_LENGTH = 255
 _FORMER_WORDS = {"largest_level_difference": "largest_pixel_difference", "levels": "pixel_difference"}
 
 
@@ -107,7 +107,7 @@ class EngineRecord:
         """The record of an engine's folder. Raises BundleError where it is missing or is not one."""
         path = folder / RECORD
         try:
-            if path.stat().st_size > _LARGEST_RECORD:
+            if path.stat().st_size > _MAX_RECORD_BYTES:
                 raise ValueError(path)
             values = _as_format_2(json.loads(path.read_text()))
             # Engines that run any batch have no profile; those of earlier versions have neither that nor a way.
@@ -190,7 +190,7 @@ def former_folder(engine_id: EngineId) -> str | None:
 
 def _is_file_name(name: object) -> bool:
     """Whether it can be the name of a file in the engine's folder, and of nothing outside it."""
-    usual = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= _LONGEST_NAME
+    usual = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= _MAX_NAME_LENGTH
     return usual and name != ".." and Path(str(name)).name == name
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from uni_instruct.class_mixture import ClassIds
 from uni_instruct.engines.compiled.compiler import check_compiler
 from uni_instruct.engines.hardware.cuda import gpus
-from uni_instruct.engines.hardware.device import CPU, CUDA, index_of, kind_of
+from uni_instruct.engines.hardware.device import CPU, CUDA, device_index, device_type
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import COMPILED, EngineId
 from uni_instruct.errors import MissingExtraError, RequestError
@@ -107,7 +107,7 @@ class Runtime:
         return any(not name.endswith("+cpu") for name in _installed(self.cuda_distributions))
 
     def _check_device(self, engine_id: EngineId, device: str) -> None:
-        kind = kind_of(device)
+        kind = device_type(device)
         if kind not in self._devices(engine_id):
             there = " or ".join(self._devices(engine_id))
             raise RequestError(
@@ -127,8 +127,8 @@ class Runtime:
                 remedy=f"install {' or '.join(self.cuda_distributions)} with CUDA in its place, or use --device {CPU}",
                 param="device",
             )
-        if kind == CUDA and engine_id.target and engine_id.target != f"sm{gpus()[index_of(device)].sm}":
-            name, sm = gpus()[index_of(device)]
+        if kind == CUDA and engine_id.target and engine_id.target != f"sm{gpus()[device_index(device)].sm}":
+            name, sm = gpus()[device_index(device)]
             raise RequestError(
                 f"engine {engine_id} was built for {engine_id.target}, and {device} ({name}) is sm{sm}",
                 remedy=f"export it with --to {engine_id.runtime} --sm {sm}, or use another engine",

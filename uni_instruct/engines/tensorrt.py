@@ -17,7 +17,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.class_mixture import ClassIds
 from uni_instruct.engines.graph_ports import DENOISED, IMAGES, NOISE, check_interface
 from uni_instruct.engines.hardware.cuda import CudaStream
-from uni_instruct.engines.hardware.device import index_of
+from uni_instruct.engines.hardware.device import device_index
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, EngineRecord, StoredEngine
 from uni_instruct.errors import BundleError, DiskError, MissingExtraError, UniInstructError
@@ -47,7 +47,7 @@ class TensorRtEngine:
         record, file = stored.record(), stored.file()
         check_version(record, trt.__version__)
         self._lock = threading.Lock()
-        self._stream = CudaStream(index_of(device))
+        self._stream = CudaStream(device_index(device))
         try:
             with self._stream.current():
                 self._program: _Program | None = _Program(trt, deserialised(trt, file), self._stream, _cache_file(record))
@@ -208,7 +208,7 @@ def load_package(engine_id: EngineId) -> "types.ModuleType":
 def check_version(record: EngineRecord, installed: str) -> None:
     """Raises BundleError where another version built the plan: TensorRT runs its own alone."""
     package = PACKAGES[record.id.runtime]
-    built = record.versions.get(package, "none that is noted")
+    built = record.versions.get(package, "none on record")
     if built != installed:
         raise BundleError(
             f"engine {record.engine_id} was built by {package} {built}, and {package} {installed} is installed",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from uni_instruct.bundle import Bundle
 from uni_instruct.class_mixture import ClassIds
 from uni_instruct.engines.compiled.torch_images import compiled_images
-from uni_instruct.engines.hardware.device import CPU, CUDA, kind_of
+from uni_instruct.engines.hardware.device import CPU, CUDA, device_type
 from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import COMPILED, EngineId
@@ -48,7 +48,7 @@ class TorchEngine:
         generator, steps = load_generator(self._bundle, self.id.precision).to(self.device), self.spec.steps
         if steps > 1:  # many evaluations, each of other noise levels: no CUDA graphs
             return lambda z, labels: generator.decode(heun_sample(generator.denoiser, z, labels, steps))
-        return CapturedBatches(generator) if kind_of(self.device) == CUDA else generator
+        return CapturedBatches(generator) if device_type(self.device) == CUDA else generator
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from uni_instruct.processes import ending_with
+from uni_instruct.processes import die_with_parent
 
 TELL_EVERY_S = 10
 
 
-def completed(
+def run_worker(
     module: str,
     arguments: Sequence[str],
     tell: Callable[[float], None],
@@ -24,14 +24,14 @@ def completed(
     """`python -m module arguments` when it has ended, None where it was stopped after timeout_s.
 
     tell is called with the seconds so far, every ten of them. environment: variables beside those of this process.
-    However this process ends, the other one ends with it; one that starts processes itself calls `end_with_group`.
+    However this process ends, the other one ends with it; one that starts processes itself calls `die_with_group`.
     """
     # -P: not what lies in the current folder.
     command = [sys.executable, "-P", "-m", module, *arguments]
     variables, start = {**os.environ, **(environment or {})}, time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # A group of its own: what it has started goes with it.
-    ends = {"process_group": 0, "preexec_fn": ending_with(os.getpid())}
+    ends = {"process_group": 0, "preexec_fn": die_with_parent(os.getpid())}
     with subprocess.Popen(command, env=variables, text=True, **pipes, **ends) as process:  # type: ignore[call-overload]
         try:
             while timeout_s is None or time.monotonic() - start < timeout_s:

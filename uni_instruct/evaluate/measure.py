@@ -18,7 +18,7 @@ from uni_instruct.processes import keep_freed_memory
 from uni_instruct.progress import Progress, ProgressFactory
 from uni_instruct.sampling.pool import Pool, Task
 from uni_instruct.sampling.shards import SHARD_IMAGES, Shard
-from uni_instruct.sampling.workers import Staff
+from uni_instruct.sampling.workers import WorkerOptions
 from uni_instruct.spec import ImageShape
 
 # Features come in batches of so many: a shard of whole ones gives the bits that all images at once would give.
@@ -59,7 +59,7 @@ def measure(
     evaluator: Evaluator,
     sources: Sequence[SampleSource],
     metrics: Sequence[str] | None,
-    staff: Staff,
+    workers: WorkerOptions,
     with_progress: ProgressFactory,
     label: str,
 ) -> list[Scores]:
@@ -71,7 +71,7 @@ def measure(
     wants_scores = "is" in evaluator.asked(metrics, first.count, first.expected is not None)
     plan = SummaryPlan(total=first.count, with_scores=wants_scores)
     with with_progress(label, total, "images") as progress:
-        if not staff.wanted:
+        if not workers.wanted:
             read = _shown(first.images.open(alone=True), progress)
             make = _summariser(read, evaluator.extractor, plan, evaluator.known_shape)
             summaries = [_added(map(make, _tasks(source, first.images.batch))) for source in sources]
@@ -82,7 +82,7 @@ def measure(
                 plan=plan,
                 shape=evaluator.known_shape,
             )
-            with staff.pool(job) as pool:
+            with workers.pool(job) as pool:
                 summaries = [_added(in_order(pool, _tasks(source, first.images.batch), progress)) for source in sources]
     return [
         evaluator.score_summary(summary, source.expected is not None, metrics)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from uni_instruct import __version__
-from uni_instruct.ray_cluster import LOCAL, check_version, connect, contents, import_ray, placed
+from uni_instruct.ray_cluster import LOCAL, check_version, connect, contents, import_ray, place_contents
 from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
 
 
@@ -118,7 +118,7 @@ class Actor:
         """Puts the files in their place, once a node, and opens the job. Raises RequestError for another version of ours."""
         check_version(version)
         ray = import_ray()
-        places = {Path(path): placed(ray.get(content)) for path, content in files}
+        places = {Path(path): place_contents(ray.get(content)) for path, content in files}
         self._make: Callable[[Task], Any] = job.moved(places).open()
 
     def make(self, task: Task) -> Any:

@@ -105,7 +105,7 @@ class Shards:
         # other machines do not see (NFS with local_lock, Lustre with localflock), has no claims between them: machines then
         # make the same shards. That costs time, never images: a shard is the same whoever makes it, and appears by a rename.
         path = self.folder / f"{shard.start:09d}.claim"
-        with self._gone_is_told():
+        with self._missing_folder_is_told():
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             # Looked at after the lock is held: whoever held it before may have finished just now.
@@ -151,7 +151,7 @@ class Shards:
         return images if images.dtype == self.dtype and images.shape == (len(shard), *self.size) else None
 
     @contextmanager
-    def _gone_is_told(self) -> Iterator[None]:
+    def _missing_folder_is_told(self) -> Iterator[None]:
         try:
             with disk_errors(self.folder):
                 yield

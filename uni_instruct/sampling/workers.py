@@ -10,14 +10,14 @@ from uni_instruct.sampling.pool import Pool, WorkerJob
 from uni_instruct.sampling.process_pool import ProcessPool
 from uni_instruct.sampling.ray_pool import RayPool
 
-__all__ = ["LOCAL", "MAX_WORKERS", "Staff"]
+__all__ = ["LOCAL", "MAX_WORKERS", "WorkerOptions"]
 
 MAX_WORKERS = 1024
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Staff:
+class WorkerOptions:
     """workers: how many, None for as many as usual. ray_address: where Ray is to be found, None for processes.
 
     Raises MissingExtraError where Ray is asked for and not installed.

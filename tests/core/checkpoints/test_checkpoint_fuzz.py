@@ -16,7 +16,7 @@ from builders.damaged_checkpoints import FORMATS, mutated
 # pickletools' own, of strings that changes have broken.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 CASES_QUICKLY, CASES = 100, 1000  # of each format
-MOST_MB = 50
+MAX_MB = 50
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def read_cases(worker: Worker, originals: dict[str, bytes], form: str, seeds: ra
         outcome = worker.read(path)
         assert outcome.is_ours or (outcome.error == "" and outcome.format), (path.name, outcome)
         assert not outcome.events, (path.name, outcome)
-        assert outcome.peak_mb < MOST_MB, (path.name, outcome)
+        assert outcome.peak_mb < MAX_MB, (path.name, outcome)
         path.unlink()
         ends.append(" ".join(outcome.message.replace(str(path), "").split()[:4]))
     assert list(folder.iterdir()) == []

@@ -58,7 +58,7 @@ def only_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     def accept(_: Plan) -> Plan:
         raise Accepted
 
-    monkeypatch.setattr(report, "settled", accept)
+    monkeypatch.setattr(report, "resolve_auto", accept)
 
 
 def dry_run(cli: Cli, data: OddData) -> tuple[int, str, str]:

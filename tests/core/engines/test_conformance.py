@@ -20,7 +20,7 @@ from uni_instruct.engines.outputs import TOLERANCES, Outputs, agreement
 from uni_instruct.errors import EngineRefusedError, ParityError, RequestError
 from uni_instruct.export.targets import TARGETS, export_engine
 from uni_instruct.networks.reference import make_reference
-from uni_instruct.noise import class_ids_in_turn, noise
+from uni_instruct.noise import noise, round_robin_class_ids
 
 BATCHES = (1, 2, 3, 7, 33, 64)
 # Of engines that are built for one kind of GPU, those for the GPUs that are here.
@@ -104,7 +104,7 @@ def truth(bundle: Bundle) -> Outputs:
 
 
 def inputs(bundle: Bundle, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    return noise(range(count), bundle.spec.noise_shape), class_ids_in_turn(bundle.spec, count)
+    return noise(range(count), bundle.spec.noise_shape), round_robin_class_ids(bundle.spec, count)
 
 
 def test_says_what_it_is(engine: Engine, bundle: Bundle) -> None:
@@ -248,9 +248,9 @@ for name in ("torch", "onnx", "onnxscript"):
     sys.modules[name] = None
 import numpy as np
 from uni_instruct.engine import open_engine
-from uni_instruct.noise import class_ids_in_turn, noise
+from uni_instruct.noise import round_robin_class_ids, noise
 engine = open_engine(sys.argv[1], sys.argv[2])
-np.save(sys.argv[3], engine(noise(range(33), engine.spec.noise_shape), class_ids_in_turn(engine.spec, 33)))
+np.save(sys.argv[3], engine(noise(range(33), engine.spec.noise_shape), round_robin_class_ids(engine.spec, 33)))
 """
     command = [sys.executable, "-c", script, str(bundle.path), str(engine.id), str(tmp_path / "images.npy")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -16,7 +16,7 @@ from uni_instruct.engines.hardware.cuda import gpus
 from uni_instruct.engines.onnxruntime import RTX_PLUGIN, TENSORRT, BoundBatches, OnnxEngine
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.generate import mix_classes
-from uni_instruct.noise import class_ids_in_turn, noise
+from uni_instruct.noise import noise, round_robin_class_ids
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def bound(exported_bundle: Bundle) -> OnnxEngine:
 
 
 def inputs(engine: OnnxEngine, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    return noise(range(count), engine.spec.noise_shape), class_ids_in_turn(engine.spec, count)
+    return noise(range(count), engine.spec.noise_shape), round_robin_class_ids(engine.spec, count)
 
 
 def test_bound_memory_gives_the_same_images_at_fixed_batch_sizes(bound: OnnxEngine, exported_bundle: Bundle) -> None:

@@ -9,7 +9,7 @@ _SCRIPT = """
 import threading, time
 import numpy as np, openvino, openvino.opset13 as ops
 from numpy.lib import NumpyVersion
-from uni_instruct.engines.openvino import _look_numpy_up
+from uni_instruct.engines.openvino import _import_numpy_first
 
 prompt = NumpyVersion.__init__
 
@@ -21,7 +21,7 @@ NumpyVersion.__init__ = slow
 x = ops.parameter([-1, 4], openvino.Type.f32)
 compiled = openvino.Core().compile_model(openvino.Model([ops.relu(x)], [x], "m"), "CPU", {"NUM_STREAMS": 2})
 requests = [compiled.create_infer_request() for _ in range(2)]
-_look_numpy_up()
+_import_numpy_first()
 sums = []
 
 def run(request):

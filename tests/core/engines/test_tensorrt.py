@@ -13,7 +13,7 @@ import pytest
 from builders.bundles import ONNX
 from builders.host_gpu import HostStream, tensorrt_on_host
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import EngineId, engine_standing, open_engine, select_engine
+from uni_instruct.engine import EngineId, engine_status, open_engine, select_engine
 from uni_instruct.engines import runtime
 from uni_instruct.engines import tensorrt as tensorrt_engine
 from uni_instruct.engines.hardware import cuda, device
@@ -23,7 +23,7 @@ from uni_instruct.engines.tensorrt import TensorRtEngine, check_version, deseria
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
 from uni_instruct.export.targets import export_engine
 from uni_instruct.generate import mix_classes
-from uni_instruct.noise import class_ids_in_turn, noise
+from uni_instruct.noise import noise, round_robin_class_ids
 
 PLAN, RTX = EngineId("tensorrt", "fp32", "sm89"), EngineId("tensorrt-rtx", "fp16", "sm89")
 Cli = Callable[..., tuple[int, str, str]]
@@ -54,7 +54,7 @@ def engine(planned: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[TensorR
 
 
 def inputs(bundle: Bundle, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    return noise(range(count), bundle.spec.noise_shape), class_ids_in_turn(bundle.spec, count)
+    return noise(range(count), bundle.spec.noise_shape), round_robin_class_ids(bundle.spec, count)
 
 
 def test_any_batch_is_padded_or_split_and_each_size_is_captured_once(engine: TensorRtEngine, planned: Bundle) -> None:
@@ -132,7 +132,7 @@ def test_a_plan_for_another_gpu_is_refused_and_the_others_are_not(planned: Bundl
     problem = r"engine tensorrt-fp32-sm89 was built for sm89, and cuda:0 \(NVIDIA GeForce RTX 5090\) is sm120"
     with pytest.raises(RequestError, match=problem + "; export it with --to tensorrt --sm 120, or use another engine"):
         select_engine(planned, "tensorrt")
-    assert engine_standing(planned, PLAN).state == "absent"
+    assert engine_status(planned, PLAN).state == "absent"
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Li
 # Longer than any of this takes: where nothing ends by itself, the test shall.
 LIMIT_S = 300
 WAITS = """
-from uni_instruct.engines.worker_process import completed
-completed("http.server", ["0", "--bind", "127.0.0.1"], print)
+from uni_instruct.engines.worker_process import run_worker
+run_worker("http.server", ["0", "--bind", "127.0.0.1"], print)
 """
 COMPILES = """
 import sys

@@ -19,7 +19,7 @@ from uni_instruct.networks.one_step import one_step
 from uni_instruct.networks.preconditioning import IDDPM
 from uni_instruct.sampler import heun_sample
 from uni_instruct.train.config import LoopConfig
-from uni_instruct.train.optimization.distributed import prepared
+from uni_instruct.train.optimization.distributed import compiled_as_asked
 
 
 @pytest.mark.parametrize("classes", [0, 4])
@@ -162,5 +162,5 @@ def test_memory_format_changes_no_value() -> None:
     inputs = views()
     with torch.no_grad():
         expected = filled(spec_of())(*inputs)
-        found = prepared(filled(spec_of()), LoopConfig(channels_last=True))(*inputs)
+        found = compiled_as_asked(filled(spec_of()), LoopConfig(channels_last=True))(*inputs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

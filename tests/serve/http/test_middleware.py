@@ -12,7 +12,7 @@ from starlette.routing import Mount
 from builders.serving import app_of, client_of, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
-from uni_instruct.serve.http.middleware import Guards, put_guards_first
+from uni_instruct.serve.http.middleware import RequestMiddleware, put_request_middleware_first
 from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.process.shutdown import Stopping
 from uni_instruct.serve.settings import Settings
@@ -98,7 +98,7 @@ def test_while_it_stops_it_answers_503_and_says_when_to_come_back(tiny_bundle: B
         app = app_of(tiny_bundle)
         async with client_of(app) as client:
             app.state.models.stopping.begun = True
-            app.state.models.turn_away()
+            app.state.models.fail_waiting()
             answer = await client.post("/v1/generate", json={})
             assert (answer.status_code, answer.headers["retry-after"], answer.headers["connection"]) == (503, "1", "close")
             assert answer.json()["error"]["message"].startswith("the server is stopping; try again in a second")
@@ -164,12 +164,12 @@ def test_bentomls_timers_are_gone_and_the_guards_come_first() -> None:
     from starlette.middleware.gzip import GZipMiddleware
 
     settings = Settings(bundle=("digits",))
-    guards = Middleware(Guards, settings=settings, metrics=ServerMetrics(), stopping=Stopping(1.0))
+    guards = Middleware(RequestMiddleware, settings=settings, metrics=ServerMetrics(), stopping=Stopping(1.0))
     order: list[Any] = [Middleware(TimeoutMiddleware, timeout=60), Middleware(GZipMiddleware), guards]
     app = Starlette(middleware=order)
-    put_guards_first(app, tracing=False)
+    put_request_middleware_first(app, tracing=False)
     assert [middleware.cls for middleware in app.user_middleware] == [GZipMiddleware]
-    assert isinstance(app.middleware_stack, Guards)
+    assert isinstance(app.middleware_stack, RequestMiddleware)
 
 
 def test_no_path_of_its_own_can_be_a_proxys_prefix(tiny_bundle: Bundle) -> None:

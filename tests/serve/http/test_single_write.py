@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from uni_instruct.serve.http.single_write import in_one_piece
+from uni_instruct.serve.http.single_write import single_write
 
 Messages = list[dict[str, Any]]
 DEFAULTS = [(b"server", b"uvicorn"), (b"date", b"Sun, 29 Nov 2026 00:00:00 GMT")]
@@ -101,7 +101,7 @@ WHOLE = [start(content_length="6", x_seeds="7"), body()]
     ],
 )
 def test_the_wire_cannot_tell(messages: Messages, method: str, version: str) -> None:
-    ours, theirs = served(messages, in_one_piece, method, version), served(messages, lambda send: send, method, version)
+    ours, theirs = served(messages, single_write, method, version), served(messages, lambda send: send, method, version)
     if messages[-1]["type"] == "http.response.start":
         # Uvicorn has sent the head and can only hang up; held back, it makes room for an answer that says what is wrong.
         assert b"".join(ours.writes).startswith(b"HTTP/1.1 500 ")
@@ -110,7 +110,7 @@ def test_the_wire_cannot_tell(messages: Messages, method: str, version: str) -> 
 
 
 def test_an_answer_is_one_write() -> None:
-    assert len(served(WHOLE, in_one_piece).writes) == 1
+    assert len(served(WHOLE, single_write).writes) == 1
     assert len(served(WHOLE, lambda send: send).writes) == 2
 
 
@@ -118,7 +118,7 @@ def test_the_head_of_a_stream_does_not_wait() -> None:
     seen: list[int] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        whole = in_one_piece(send)
+        whole = single_write(send)
         await whole(start())
         seen.append(scope_writes())
         await whole(body(b""))

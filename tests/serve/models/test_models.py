@@ -16,7 +16,7 @@ from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve.batching.batcher import Batcher
 from uni_instruct.serve.batching.device_thread import DeviceThread
 from uni_instruct.serve.metrics import ServerMetrics
-from uni_instruct.serve.models.sources import sources_by_name, split_sources
+from uni_instruct.serve.model_sources import sources_by_name, split_sources
 
 
 @pytest.fixture(scope="module")

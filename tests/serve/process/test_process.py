@@ -26,7 +26,7 @@ from builders.servers import PATIENCE_S, Running, free_port, start
 from uni_instruct.bundle import Bundle, default_generator, shipped_generators
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.serve.models.sources import default_sources
+from uni_instruct.serve.model_sources import default_sources
 
 KEY = "sesame"
 # The server stops within 5 s of its own accord; an open page would hold BentoML for over 20.

@@ -13,7 +13,7 @@ from builders.plans import TINY
 from builders.runs import start_cli, wait_for_step
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
-from uni_instruct.train.lab.experiments import parse_variants, plan_lab, settled
+from uni_instruct.train.lab.experiments import parse_variants, plan_lab, resolve_lab
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.report.records import read_history
 from uni_instruct.train.run_lock import is_locked
@@ -34,7 +34,7 @@ def test_variants_are_methods_with_changes_on_top(tmp_path: Path) -> None:
 
 
 def test_all_trials_have_the_same_arithmetic(tmp_path: Path) -> None:
-    lab = settled(plan_lab("digits", SMALL, parse_variants([METHODS]), [0], tmp_path))
+    lab = resolve_lab(plan_lab("digits", SMALL, parse_variants([METHODS]), [0], tmp_path))
     assert lab.teacher is not None
     loops = [lab.teacher.loop, *(t.recipe.loop for t in lab.experiments)]
     assert len({(loop.precision, loop.channels_last, loop.extractor) for loop in loops}) == 1

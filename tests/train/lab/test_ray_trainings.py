@@ -24,7 +24,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.ray_cluster import contents
 from uni_instruct.train.lab import ray_trainings
 from uni_instruct.train.lab.processes import Training
-from uni_instruct.train.lab.ray_trainings import News, Trainer, keep, read_files
+from uni_instruct.train.lab.ray_trainings import Trainer, TrainingProgress, keep, read_files
 from uni_instruct.train.recipe import load_recipe
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -101,7 +101,7 @@ def follow(trainer: Trainer, training: Training, until: Callable[[], bool]) -> N
 def test_the_teacher_s_path_comes_back_as_it_is_here(training: Training) -> None:
     there = training.recipe.to_dict()
     there["teacher"]["bundle"] = "/there/teacher"
-    keep(News({"recipe.yaml": yaml.safe_dump(there).encode()}, [], None), training)
+    keep(TrainingProgress({"recipe.yaml": yaml.safe_dump(there).encode()}, [], None), training)
     assert yaml.safe_load((training.folder / "recipe.yaml").read_text()) == training.recipe.to_dict()
 
 

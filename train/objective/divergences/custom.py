@@ -15,7 +15,7 @@ from uni_instruct.train.objective.user_functions import import_named, is_importa
 # Where f is checked: ratios from 1e-3 to 1e3.
 _CHECKED = torch.logspace(-3, 3, 241, dtype=torch.float64)
 FINITE = "give one that is finite for r in 1e-3..1e3"
-LONGEST = 500  # characters of an expression, so that its tree is never too deep to walk
+MAX_EXPRESSION_LENGTH = 500  # characters of an expression, so that its tree is never too deep to walk
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -103,7 +103,7 @@ def _double(f: Elementwise) -> Elementwise:
 
 
 def _names(text: str) -> set[str]:
-    if len(text) > LONGEST:
+    if len(text) > MAX_EXPRESSION_LENGTH:
         return set()
     try:
         return {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)}

@@ -12,11 +12,11 @@ from uni_instruct.checkpoints.pickle.stand_in import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Span
 from uni_instruct.checkpoints.tensors import STORAGE_TYPES, Storage, StoredTensor, stored_tensor
 
-_LONGEST_CLASS = 200
+_MAX_CLASS_NAME_LENGTH = 200
 # What NumPy's dtypes are called in pickles; text, dates, structures and objects have no place in a checkpoint.
 _DTYPES = {code: np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")}
 _PLAIN_DTYPE_STATE = (None, None, None, -1, -1, 0)  # no parts, no names, no fields, no size or alignment of its own, no flags
-_MOST_DIMENSIONS = 32
+_MAX_DIMENSIONS = 32
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ def _persistent_object(budget: Budget, values: tuple[Any, ...]) -> ModulePlaceho
     # module_src is Python source, which NVIDIA's own reader runs. It is never looked at here.
     (meta,) = _arguments("_reconstruct_persistent_obj", values, dict)
     name, state = meta.get("class_name"), meta.get("state")
-    if meta.get("type") != "class" or type(name) is not str or len(name) > _LONGEST_CLASS or not name.isidentifier():
+    if meta.get("type") != "class" or type(name) is not str or len(name) > _MAX_CLASS_NAME_LENGTH or not name.isidentifier():
         raise MalformedFile("has a persistent object without a class name", FOREIGN)
     if type(state) is not dict:
         raise MalformedFile(f"has a module {name} without a state", FOREIGN)
@@ -161,11 +161,11 @@ def _array(
     budget.spend("bytes of tensors", len(content))
     # Counted step by step, each size bounded: the product of a long shape of large sizes would itself take for ever.
     numel = 1
-    for size in shape[: _MOST_DIMENSIONS + 1]:
+    for size in shape[: _MAX_DIMENSIONS + 1]:
         if type(size) is not int or not 0 < size <= len(content):
             raise MalformedFile("has a NumPy array with a broken shape")
         numel *= size
-    if len(shape) > _MOST_DIMENSIONS or numel * placeholder.dtype.itemsize != len(content):
+    if len(shape) > _MAX_DIMENSIONS or numel * placeholder.dtype.itemsize != len(content):
         raise MalformedFile("has a NumPy array with a broken shape")
     stored = np.frombuffer(content, "u1" if placeholder.dtype.kind == "b" else placeholder.dtype)
     flat = stored != 0 if placeholder.dtype.kind == "b" else stored

@@ -15,11 +15,11 @@ from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, show
 from uni_instruct.checkpoints.pickle.stand_in import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Source
 
-_LONGEST_NAME = 200
-_LONGEST_INTEGER = 16  # bytes; torch's magic number has ten
-_LARGEST_KEY = 1 << 60  # below the modulus of Python's hash, so that no two keys share one
+_MAX_NAME_LENGTH = 200
+_MAX_INTEGER_BYTES = 16  # bytes; torch's magic number has ten
+_MAX_INTEGER_KEY = 1 << 60  # below the modulus of Python's hash, so that no two keys share one
 _KEYS = (str, int, bool, bytes, type(None))
-_NEWEST_PROTOCOL = 5
+_MAX_PROTOCOL = 5
 _SET_STEPS = 5  # an empty set takes four times the memory of an empty dict
 
 _Container = TypeVar("_Container", list[object], dict[object, object], set[object])
@@ -81,7 +81,7 @@ class PickleInterpreter:
 
     def named(self, module: object, name: object) -> object:
         """What stands in for a global. Raises MalformedFile for one that is not on the list."""
-        if type(module) is not str or type(name) is not str or len(module) + len(name) > _LONGEST_NAME:
+        if type(module) is not str or type(name) is not str or len(module) + len(name) > _MAX_NAME_LENGTH:
             raise MalformedFile(f"names {shown(module)} {shown(name)}, which cannot be a global", FOREIGN)
         full = f"{module}.{name}"
         if full not in self.allowed.names:
@@ -90,7 +90,7 @@ class PickleInterpreter:
 
     def checked_key(self, key: object) -> object:
         """The key of a dict or member of a set. Raises MalformedFile where its hash could be slow, or chosen to collide."""
-        if type(key) not in _KEYS or (type(key) is int and abs(key) >= _LARGEST_KEY):
+        if type(key) not in _KEYS or (type(key) is int and abs(key) >= _MAX_INTEGER_KEY):
             raise MalformedFile(f"has a key of type {type(key).__name__}", FOREIGN)
         if type(key) is int:
             self.budget.spend("keys that are numbers", 1)
@@ -98,7 +98,7 @@ class PickleInterpreter:
 
 
 def _protocol(interpreter: PickleInterpreter) -> None:
-    if interpreter.source.unsigned(1) > _NEWEST_PROTOCOL:
+    if interpreter.source.unsigned(1) > _MAX_PROTOCOL:
         raise MalformedFile("is a pickle of an unknown protocol", FOREIGN)
 
 
@@ -122,7 +122,7 @@ def _signed(interpreter: PickleInterpreter) -> None:
 
 def _long(interpreter: PickleInterpreter) -> None:
     size = interpreter.source.unsigned(1)
-    if size > _LONGEST_INTEGER:
+    if size > _MAX_INTEGER_BYTES:
         raise MalformedFile(f"has an integer of {size} bytes", FOREIGN)
     interpreter.push(int.from_bytes(interpreter.source.read(size), "little", signed=True))
 
@@ -208,7 +208,7 @@ def _frozenset(interpreter: PickleInterpreter) -> None:
 
 
 def _global(interpreter: PickleInterpreter) -> None:
-    module, name = (interpreter.source.line(_LONGEST_NAME).decode("ascii", "replace") for _ in range(2))
+    module, name = (interpreter.source.line(_MAX_NAME_LENGTH).decode("ascii", "replace") for _ in range(2))
     interpreter.push(interpreter.named(module, name))
 
 

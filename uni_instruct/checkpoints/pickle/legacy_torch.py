@@ -11,7 +11,7 @@ from uni_instruct.checkpoints.tensors import Element, Storage
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _NOTHING = AllowedGlobals({}, {})
-_LONGEST_KEY = 100
+_MAX_KEY_LENGTH = 100
 
 
 def read_stream(source: Source, budget: Budget, allowed: AllowedGlobals, *, magic_read: bool = False) -> object:
@@ -54,7 +54,7 @@ def persistent_storages(
         if identity[0] != "storage" or len(identity) not in (5, 6) or not isinstance(identity[1], Element):
             raise MalformedFile("has a persistent id that is not torch's", FOREIGN)
         element, key, numel = identity[1], identity[2], identity[4]
-        if type(key) is not str or len(key) > _LONGEST_KEY or (len(identity) == 6 and identity[5] is not None):
+        if type(key) is not str or len(key) > _MAX_KEY_LENGTH or (len(identity) == 6 and identity[5] is not None):
             raise MalformedFile(f"has a storage with the key {shown(key)} or a view of one", FOREIGN)
         if key not in storages:
             storages[key] = make(element, key, numel) if make else Storage(budget, element, numel)

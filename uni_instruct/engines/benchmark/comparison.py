@@ -9,12 +9,12 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import (
     TORCH,
     Engine,
-    Standing,
+    EngineStatus,
     load_engine,
-    note_speeds,
+    record_speeds,
     refusal,
     select_engine,
-    standings,
+    statuses,
     wanted_engines,
 )
 from uni_instruct.engines.benchmark.measure import Contender, Seconds, Spread, ratio, take_turns, turns
@@ -75,7 +75,7 @@ class SpeedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineComparison:
-    """left_out: engine -> why it was not measured. chosen: what open_engine takes now, '' where nothing was noted."""
+    """left_out: engine -> why it was not measured. chosen: what open_engine takes now, '' where nothing was recorded."""
 
     rows: tuple[SpeedRow, ...]
     peaks: Mapping[str, Mapping[str, str | float]]
@@ -111,7 +111,7 @@ def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
         seconds = take_turns(contenders, plan.batches, plan.rounds, plan.least_s, bar)
     flops = _flops(plan.bundle)
     rows = tuple(_row(entry, batch, seconds, peaks, flops) for batch in plan.batches for entry in entries)
-    trusted = [standing for standing in found if standing.state == "trusted"]
+    trusted = [status for status in found if status.state == "trusted"]
     chosen, remarks = _note(plan, trusted, rows)
     if not any(entry.name == EAGER for entry in entries):
         remarks.append("no eager row: torch is not installed, or does not run on that device")
@@ -120,27 +120,29 @@ def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
     return EngineComparison(
         rows=rows,
         peaks={name: _peak_facts(name, peak, plan, seconds) for name, peak in peaks.items()},
-        left_out={str(standing.engine_id): standing.reason for standing in found if standing.state != "trusted"},
+        left_out={str(status.engine_id): status.reason for status in found if status.state != "trusted"},
         flops_per_image=flops,
         chosen=chosen,
         remarks=tuple(remarks),
     )
 
 
-def _prepare(plan: BenchmarkPlan, progress: ProgressFactory) -> tuple[list[Standing], list[_Entry], dict[str, Convolutions]]:
+def _prepare(
+    plan: BenchmarkPlan, progress: ProgressFactory
+) -> tuple[list[EngineStatus], list[_Entry], dict[str, Convolutions]]:
     """Tries, opens and warms up; a bar shows it."""
     wanted = wanted_engines(plan.bundle, plan.engines, plan.device)
     with progress("try engines", len(wanted), "engines") as bar:
-        found = standings(plan.bundle, wanted, plan.device, bar)
-    trusted = [standing for standing in found if standing.state == "trusted"]
+        found = statuses(plan.bundle, wanted, plan.device, bar)
+    trusted = [status for status in found if status.state == "trusted"]
     if not trusted:
         raise refusal(found)
     with progress("open engines", len(trusted) + 1, "engines") as bar:
         entries = _eager_entry(plan)
         bar.advance(1, EAGER)
-        for standing in trusted:
-            entries += _entries(plan, standing)
-            bar.advance(1, str(standing.engine_id))
+        for status in trusted:
+            entries += _entries(plan, status)
+            bar.advance(1, str(status.engine_id))
     kinds = list(dict.fromkeys((entry.precision, entry.device) for entry in entries))
     peaks = {}
     with progress("find the peak", len(kinds), "precisions") as bar:
@@ -151,21 +153,21 @@ def _prepare(plan: BenchmarkPlan, progress: ProgressFactory) -> tuple[list[Stand
     return found, entries, peaks
 
 
-def _entries(plan: BenchmarkPlan, standing: Standing) -> list[_Entry]:
+def _entries(plan: BenchmarkPlan, status: EngineStatus) -> list[_Entry]:
     """The engine as open_engine opens it; where its runtime has streams also with one, and with one a CPU."""
-    engine_id = standing.engine_id
+    engine_id = status.engine_id
     several = RUNTIMES[engine_id.runtime].has_streams and usable_cpus() > 1
     entries = []
     for streams in (None, 1, usable_cpus()) if several else (None,):
         stored = plan.bundle.engines().get(engine_id, engine_id)
-        engine = load_engine(plan.bundle, stored, device=standing.device, spin=plan.spin, streams=streams)
+        engine = load_engine(plan.bundle, stored, device=status.device, spin=plan.spin, streams=streams)
         name = f"{engine_id}, {streams} streams" if streams else str(engine_id)
         entries.append(
             _Entry(
                 name=name,
                 engine=str(engine_id),
                 streams=streams or 0,
-                device=standing.device,
+                device=status.device,
                 precision=engine_id.precision,
                 images=_caller(engine),
             )
@@ -234,7 +236,7 @@ def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convol
     )
 
 
-def _note(plan: BenchmarkPlan, trusted: Sequence[Standing], rows: Sequence[SpeedRow]) -> tuple[str, list[str]]:
+def _note(plan: BenchmarkPlan, trusted: Sequence[EngineStatus], rows: Sequence[SpeedRow]) -> tuple[str, list[str]]:
     """What open_engine takes after this benchmark, and what is to be said of it."""
     if plan.engines:
         return "", ["only some engines were measured: what open_engine chooses stays as it was"]
@@ -242,8 +244,8 @@ def _note(plan: BenchmarkPlan, trusted: Sequence[Standing], rows: Sequence[Speed
     batch = min(plan.batches, key=lambda size: (abs(size - REFERENCE_IMAGES), size))
     medians = {row.engine: row.images_per_s.median for row in rows if row.batch == batch and not row.streams}
     stamp = datetime.now(UTC).isoformat(timespec="seconds")
-    speeds = {standing: medians[str(standing.engine_id)] for standing in trusted}
-    if not note_speeds(plan.bundle, speeds, stamp):
+    speeds = {status: medians[str(status.engine_id)] for status in trusted}
+    if not record_speeds(plan.bundle, speeds, stamp):
         return "", ["the user's cache cannot be written: what open_engine chooses stays as it was"]
     chosen = str(select_engine(plan.bundle, None, plan.device).engine_id)
     return chosen, [f"open_engine and every command now choose {chosen}, the fastest here at batch {batch}"]

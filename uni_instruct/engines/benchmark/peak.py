@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uni_instruct.engines.benchmark.measure import seconds_of
-from uni_instruct.engines.hardware.device import CPU, kind_of
+from uni_instruct.engines.hardware.device import CPU, device_type
 from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.runtime import RUNTIMES
 
@@ -40,7 +40,7 @@ def convolutions(precision: str, device: str) -> Convolutions | None:
         return None
     seconds = {name: seconds_of(call, _TRY_S) for name, call in calls.items()}
     fastest = min(seconds, key=lambda name: seconds[name])
-    images = PEAK_IMAGES[kind_of(device)]
+    images = PEAK_IMAGES[device_type(device)]
     flops = 2.0 * 9 * CHANNELS**2 * SIZE**2 * images * LAYERS
     what = f"{LAYERS} layers of {CHANNELS} channels, {SIZE}x{SIZE}, {images} images"
     by = f"{RUNTIMES[fastest].version()}: {what}"
@@ -61,7 +61,7 @@ def _by_torch(precision: str, device: str) -> Callable[[], object] | None:
 
     dtype = getattr(torch, _TORCH[precision])
     place = {"device": device, "dtype": dtype}
-    images = PEAK_IMAGES[kind_of(device)]
+    images = PEAK_IMAGES[device_type(device)]
     weight = torch.from_numpy(_weights()).to(**place).contiguous(memory_format=torch.channels_last)
     start = torch.randn(images, CHANNELS, SIZE, SIZE).to(**place).contiguous(memory_format=torch.channels_last)
 

@@ -19,14 +19,14 @@ from uni_instruct.engines.hardware.machine import machine
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.engines.record import EngineId
 from uni_instruct.engines.runtime import RUNTIMES
-from uni_instruct.engines.worker_process import completed
+from uni_instruct.engines.worker_process import run_worker
 from uni_instruct.errors import CompilationError, DiskError
 from uni_instruct.files import atomic_file, cache_folder, disk_errors, locked, make_folder
 
 _log = logging.getLogger(__name__)
 
 
-def keep_compiled(bundle: Bundle, engine_id: EngineId) -> Path | None:
+def ensure_compiled(bundle: Bundle, engine_id: EngineId) -> Path | None:
     """The compiled file in the user's cache, made now where it is not there; None where the cache cannot be written.
 
     Raises CompilationError where the compiler fails.
@@ -51,7 +51,7 @@ def keep_compiled(bundle: Bundle, engine_id: EngineId) -> Path | None:
 @contextmanager
 def compiled_file(bundle: Bundle, engine_id: EngineId) -> Iterator[Path]:
     """Within the block the compiled file is there: the cache's, or one of this block. Once loaded it is not read again."""
-    kept = keep_compiled(bundle, engine_id)
+    kept = ensure_compiled(bundle, engine_id)
     if kept is not None:
         yield kept
         return
@@ -87,7 +87,7 @@ def _compile(bundle: Bundle, engine_id: EngineId, path: Path) -> None:
     _log.info("compiling engine %s for this processor, once; it takes half a minute to several ...", engine_id)
     with tempfile.TemporaryDirectory(prefix="uni-instruct-compiling-") as scratch:
         made = Path(scratch) / "engine.so"
-        done = completed(
+        done = run_worker(
             "uni_instruct.engines.compiled.torch_worker",
             [str(bundle.path.resolve()), str(engine_id), str(made)],
             lambda past_s: _log.info("compiling engine %s: %.0f s", engine_id, past_s),

@@ -15,7 +15,7 @@ from uni_instruct.engines.record import EngineId
 from uni_instruct.engines.torch import load_generator
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.denoiser import MixedClasses
-from uni_instruct.processes import end_with_group
+from uni_instruct.processes import die_with_group
 
 # Any batch but one would do: of a batch of one the tracer takes the size for a constant.
 _EXAMPLES = 4
@@ -70,7 +70,7 @@ def _check_no_callbacks(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    end_with_group()  # the compiler is a process of its own
+    die_with_group()  # the compiler is a process of its own
     try:
         main(*sys.argv[1:])
     except UniInstructError as error:

@@ -29,11 +29,11 @@ def checked_device(text: str) -> str:
     return f"{CUDA}:{index}"
 
 
-def kind_of(device: str) -> str:
+def device_type(device: str) -> str:
     """'cpu' or 'cuda'."""
     return device.partition(":")[0]
 
 
-def index_of(device: str) -> int:
+def device_index(device: str) -> int:
     """The number of a CUDA device, as this process counts them."""
     return int(device.partition(":")[2] or 0)

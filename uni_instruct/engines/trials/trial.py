@@ -1,4 +1,4 @@
-"""An engine's trial on this machine: does it answer as torch does, and how fast? Once a machine, noted in the user's cache.
+"""An engine's trial on this machine: does it answer as torch does, and how fast? The user's cache keeps the result.
 
 Reduced precision is known to be silently wrong, or to crash, on some processors; what passed where it was built proves nothing
 here. So a process of its own, which may die, runs the engine on the bundle's reference.npz. None of this needs torch.
@@ -17,7 +17,7 @@ from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.hardware.machine import machine
 from uni_instruct.engines.record import EngineId
-from uni_instruct.engines.worker_process import completed
+from uni_instruct.engines.worker_process import run_worker
 from uni_instruct.errors import DiskError
 from uni_instruct.files import atomic_file, cache_folder, sha256
 from uni_instruct.reference import REFERENCE
@@ -92,8 +92,8 @@ def trial_key(bundle: Bundle, engine_id: EngineId, runtime: str, device: str) ->
     )
 
 
-def noted(key: TrialKey) -> Trial | None:
-    """The result that was noted; None where there is none, or it is damaged."""
+def recorded_trial(key: TrialKey) -> Trial | None:
+    """The result on record; None where there is none, or it is damaged."""
     try:
         values = json.loads(key.note().read_text())
         trial = Trial(**{field.name: values[field.name] for field in fields(Trial)})
@@ -105,12 +105,12 @@ def noted(key: TrialKey) -> Trial | None:
 
 
 def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
-    """The noted result, or that of a trial now, which is then noted where the cache can be written.
+    """The result on record, or else that of a trial now, which is put on record if the cache can be written.
 
     Raises BundleError where the engine's files or reference.npz are damaged: that is no matter of the machine.
     """
     with _one_at_a_time:
-        trial = noted(key)
+        trial = recorded_trial(key)
         if trial is not None:
             return trial
         if stored := bundle.engines().get(engine_id):
@@ -126,12 +126,12 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
         return trial
 
 
-def note_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchmark: str) -> bool:
+def record_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchmark: str) -> bool:
     """Notes what a benchmark measured in place of the trial's own speed; whether the cache could be written."""
     measured = replace(trial or Trial(), images_per_s=images_per_s, benchmark=benchmark)
     with _one_at_a_time:
         _note(key, measured)
-    return noted(key) == measured
+    return recorded_trial(key) == measured
 
 
 def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
@@ -139,7 +139,7 @@ def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
         _log.info("trying engine %s: %.0f s of at most %d", engine_id, past_s, TIMEOUT_S)
 
     arguments = [str(bundle.resolve()), str(engine_id), device]
-    done = completed("uni_instruct.engines.trials.worker", arguments, tell, timeout_s=TIMEOUT_S)
+    done = run_worker("uni_instruct.engines.trials.worker", arguments, tell, timeout_s=TIMEOUT_S)
     if done is None:
         return Trial(problem=f"it did not answer in {TIMEOUT_S} s", lasting=False)
     if done.returncode < 0:
@@ -156,7 +156,7 @@ def _note(key: TrialKey, trial: Trial) -> None:
         with atomic_file(key.note()) as partial:
             partial.write_text(json.dumps(asdict(key) | asdict(trial), indent=2) + "\n")
     except (DiskError, OSError, RuntimeError) as error:
-        _log.info("the trial of %s cannot be noted, the next process tries again: %s", key.engine_id, error)
+        _log.info("the trial of %s cannot be recorded, the next process tries again: %s", key.engine_id, error)
 
 
 def _is_plausible(trial: Trial) -> bool:

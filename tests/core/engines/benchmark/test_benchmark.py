@@ -15,7 +15,7 @@ from PIL import Image
 
 from builders.bundles import ONNX, random_bundle
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import TORCH, engine_standing, select_engine, wanted_engines
+from uni_instruct.engine import TORCH, engine_status, select_engine, wanted_engines
 from uni_instruct.engines.benchmark import comparison, peak
 from uni_instruct.engines.record import RECORD, EngineId, EngineRecord
 from uni_instruct.files import sha256
@@ -91,7 +91,7 @@ def test_afterwards_the_fastest_is_chosen_however_small_its_lead(bundle: Bundle,
 def test_the_speed_at_the_batch_next_to_a_trials_is_noted(bundle: Bundle, cli: Cli) -> None:
     found = json.loads(cli("benchmark", bundle.path, "--batches", "1,12,64", *QUICK, "--json")[1])
     (row,) = [row for row in found["rows"] if row["engine"] == "onnx-fp32" and row["batch"] == 12]
-    assert engine_standing(bundle, ONNX).facts()["images_per_s"] == row["images_per_s"]["median"]
+    assert engine_status(bundle, ONNX).facts()["images_per_s"] == row["images_per_s"]["median"]
 
 
 def test_a_part_of_the_engines_changes_nothing(bundle: Bundle, cli: Cli) -> None:

@@ -16,7 +16,7 @@ from uni_instruct.engine import (
     TORCH,
     TORCH_COMPILED,
     available_engines,
-    engine_standing,
+    engine_status,
     load_engine,
     open_engine,
     select_engine,
@@ -28,18 +28,18 @@ from uni_instruct.engines.hardware.cuda import Gpu
 from uni_instruct.engines.outputs import TOLERANCES, agreement
 from uni_instruct.engines.record import EngineId
 from uni_instruct.errors import CompilationError, RequestError, UniInstructError
-from uni_instruct.noise import class_ids_in_turn, noise
+from uni_instruct.noise import noise, round_robin_class_ids
 
 Cli = Callable[..., tuple[int, str, str]]
 SCRIPT = """
 import sys
 import numpy as np
 from uni_instruct.engine import open_engine
-from uni_instruct.noise import class_ids_in_turn, noise
+from uni_instruct.noise import round_robin_class_ids, noise
 from uni_instruct.progress import show_log
 show_log("uni_instruct.engines.compiled.cache")
 engine = open_engine(sys.argv[1], sys.argv[2])
-np.save(sys.argv[3], engine(noise(range(5), engine.spec.noise_shape), class_ids_in_turn(engine.spec, 5)))
+np.save(sys.argv[3], engine(noise(range(5), engine.spec.noise_shape), round_robin_class_ids(engine.spec, 5)))
 assert "torch._inductor" not in sys.modules and "torch._dynamo" not in sys.modules
 """
 
@@ -62,7 +62,7 @@ def test_nothing_is_compiled_where_it_was_not_asked_for(tiny_bundle: Bundle, tin
         assert available_engines(bundle) == [TORCH]
         for wanted in (None, "torch", TORCH):
             assert select_engine(bundle, wanted).engine_id == TORCH
-        assert engine_standing(bundle, TORCH_COMPILED).state == "untried"
+        assert engine_status(bundle, TORCH_COMPILED).state == "untried"
 
 
 @pytest.mark.usefixtures("cache", "never_compiles")
@@ -83,7 +83,7 @@ def test_without_a_compiler_that_is_said_before_anything_else(
     assert (code, output, errors.count("\n")) == (2, "", 1)
     assert "compiled engines need a C++ compiler, and there is no 'no-such-compiler' here; install it" in errors
     assert cli("benchmark", tiny_bundle.path, *wanted)[0] == 2
-    assert engine_standing(tiny_bundle, TORCH_COMPILED).state == "absent"
+    assert engine_status(tiny_bundle, TORCH_COMPILED).state == "absent"
     assert open_engine(tiny_bundle).id == TORCH  # nobody else is disturbed
 
 
@@ -161,7 +161,7 @@ def test_without_a_cache_it_is_compiled_for_this_process(
     with caplog.at_level(logging.INFO):
         engine = load_engine(tiny_bundle, TORCH_COMPILED)
     assert "cannot be kept, every process compiles it anew" in caplog.text
-    inputs = noise(range(5), tiny_bundle.spec.noise_shape), class_ids_in_turn(tiny_bundle.spec, 5)
+    inputs = noise(range(5), tiny_bundle.spec.noise_shape), round_robin_class_ids(tiny_bundle.spec, 5)
     truth = load_engine(tiny_bundle, TORCH).outputs(*inputs)
     assert not agreement([engine.outputs(*inputs)], truth.images).problem(TOLERANCES["fp32"])
 
@@ -169,12 +169,12 @@ def test_without_a_cache_it_is_compiled_for_this_process(
 @pytest.mark.slow
 def test_a_teacher_is_compiled_and_held_against_torch(tiny_teacher: Bundle, cache: Path) -> None:
     engine = open_engine(tiny_teacher, TORCH_COMPILED)
-    standing = engine_standing(tiny_teacher, TORCH_COMPILED)
-    assert (standing.state, standing.reason) == ("trusted", "")
-    assert standing.trial is not None
-    assert standing.trial.relative_l2 is not None
+    status = engine_status(tiny_teacher, TORCH_COMPILED)
+    assert (status.state, status.reason) == ("trusted", "")
+    assert status.trial is not None
+    assert status.trial.relative_l2 is not None
     for teacher in (tiny_teacher, tiny_teacher.with_steps(7)):
-        inputs = noise(range(5), teacher.spec.noise_shape), class_ids_in_turn(teacher.spec, 5)
+        inputs = noise(range(5), teacher.spec.noise_shape), round_robin_class_ids(teacher.spec, 5)
         found, truth = load_engine(teacher, TORCH_COMPILED).outputs(*inputs), load_engine(teacher, TORCH).outputs(*inputs)
         assert not agreement([found], truth.images).problem(TOLERANCES["fp32"])
     assert len(list(cache.glob("*.so"))) == 1

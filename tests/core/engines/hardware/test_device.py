@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import TORCH, EngineId, available_engines, engine_standing, open_engine
+from uni_instruct.engine import TORCH, EngineId, available_engines, engine_status, open_engine
 from uni_instruct.engines import runtime
 from uni_instruct.engines.hardware import cuda, device
 from uni_instruct.engines.hardware.cuda import Gpu
@@ -71,7 +71,7 @@ def test_every_engine_runs_on_the_cpu_where_it_was_asked_to(exported_bundle: Bun
     for engine_id in available_engines(exported_bundle):
         engine = open_engine(exported_bundle, engine_id, device="cpu")
         assert (engine.id, engine.device) == (engine_id, "cpu")
-        assert engine_standing(exported_bundle, engine_id).device == "cpu"
+        assert engine_status(exported_bundle, engine_id).device == "cpu"
 
 
 def test_a_build_without_cuda_is_told_from_a_machine_without_a_gpu(

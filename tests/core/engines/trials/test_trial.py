@@ -17,10 +17,10 @@ import pytest
 
 from builders.bundles import ONNX
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import RUNTIMES, TORCH, EngineId, engine_standing, open_engine, select_engine
+from uni_instruct.engine import RUNTIMES, TORCH, EngineId, engine_status, open_engine, select_engine
 from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.engines.trials import trial as trial_module
-from uni_instruct.engines.trials.trial import noted, trial_key
+from uni_instruct.engines.trials.trial import recorded_trial, trial_key
 from uni_instruct.errors import BundleError, EngineRefusedError, MissingExtraError
 from uni_instruct.files import sha256
 from uni_instruct.reference import REFERENCE
@@ -108,9 +108,9 @@ def test_an_engine_is_tried_once_and_what_it_did_is_noted(bundle: Bundle, cache:
     assert found["onnx-fp32"]["pixel_difference"] <= 1
     assert found["torch-fp32"]["relative_l2"] < 1e-5  # not 0: its last bit depends on the batch
     assert all(note["images_per_s"] > 0 and note["problem"] == "" for note in found.values())
-    standing = engine_standing(bundle, ONNX)
-    assert standing.state == "trusted"
-    assert standing.facts()["images_per_s"] == found["onnx-fp32"]["images_per_s"]
+    status = engine_status(bundle, ONNX)
+    assert status.state == "trusted"
+    assert status.facts()["images_per_s"] == found["onnx-fp32"]["images_per_s"]
     monkeypatch.setattr(trial_module, "_run", None)  # a second trial would be an error
     assert open_engine(bundle).id == ONNX
     # The same file in another place is the same engine.
@@ -154,7 +154,7 @@ def test_an_engine_that_cannot_be_trusted_here_is_refused_and_all_say_so(
         assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
     next(cache.glob("onnx-*")).unlink()
-    assert engine_standing(bundle, ONNX).state == "untried"
+    assert engine_status(bundle, ONNX).state == "untried"
 
 
 def test_the_fastest_is_chosen_and_not_the_first(bundle: Bundle) -> None:
@@ -166,7 +166,7 @@ def test_the_fastest_is_chosen_and_not_the_first(bundle: Bundle) -> None:
     selection = select_engine(bundle, "onnx")
     assert selection.engine_id == EngineId("onnx", "fp32", "bb")
     assert not selection.refused
-    speeds = [standing.trial.images_per_s for standing in selection.standings if standing.trial]
+    speeds = [status.trial.images_per_s for status in selection.statuses if status.trial]
     assert speeds[0] is not None
     assert speeds[1] is not None
     assert 2 * speeds[0] < speeds[1]
@@ -182,20 +182,20 @@ def test_another_processor_runtime_or_reference_is_another_trial(
     select_engine(bundle, ONNX)
     ((name, note),) = notes(cache).items()
     monkeypatch.setattr(trial_module, "machine", lambda: "another processor")
-    assert engine_standing(bundle, ONNX).state == "untried"
+    assert engine_status(bundle, ONNX).state == "untried"
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
-    assert noted(trial_key(bundle, ONNX, "onnxruntime 0.1", "cpu")) is None
-    assert noted(trial_key(bundle, ONNX, RUNTIMES["onnx"].version(), "cpu")) is not None
-    assert noted(trial_key(bundle, ONNX, RUNTIMES["onnx"].version(), "cuda:0")) is None
+    assert recorded_trial(trial_key(bundle, ONNX, "onnxruntime 0.1", "cpu")) is None
+    assert recorded_trial(trial_key(bundle, ONNX, RUNTIMES["onnx"].version(), "cpu")) is not None
+    assert recorded_trial(trial_key(bundle, ONNX, RUNTIMES["onnx"].version(), "cuda:0")) is None
     # A file that claims to be this machine's, from another.
     (path,) = cache.iterdir()
     path.write_text(json.dumps(note | {"machine": "another processor"}))
-    assert engine_standing(bundle, ONNX).state == "untried"
+    assert engine_status(bundle, ONNX).state == "untried"
     path.write_text(json.dumps(note))
-    assert engine_standing(bundle, ONNX).state == "trusted"
+    assert engine_status(bundle, ONNX).state == "trusted"
     (bundle.path / REFERENCE).unlink()
-    assert engine_standing(bundle, ONNX).state == "untried"
+    assert engine_status(bundle, ONNX).state == "untried"
     assert name == "onnx-fp32"
 
 
@@ -209,10 +209,10 @@ def test_a_damaged_note_is_written_anew(content: bytes | str, bundle: Bundle, ca
     (path,) = cache.iterdir()
     whole = json.loads(path.read_text())
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(whole | {content: ["?"]}).encode())
-    assert engine_standing(bundle, ONNX).state == "untried"
+    assert engine_status(bundle, ONNX).state == "untried"
     assert select_engine(bundle, ONNX).engine_id == ONNX
     assert json.loads(path.read_text()).keys() == whole.keys()
-    assert engine_standing(bundle, ONNX).state == "trusted"
+    assert engine_status(bundle, ONNX).state == "trusted"
 
 
 @pytest.mark.parametrize("kind", ["a file in its way", "no home"])
@@ -242,7 +242,7 @@ def test_two_processes_at_once_agree(bundle: Bundle, cache: Path) -> None:
     for process in running:
         assert process.communicate(timeout=120) == ("onnx-fp32\n", "")
     (path,) = cache.iterdir()  # one note, nothing half written
-    assert engine_standing(bundle, ONNX).state == "trusted"
+    assert engine_status(bundle, ONNX).state == "trusted"
     assert path.suffix == ".json"
 
 
@@ -254,7 +254,7 @@ import sys
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import select_engine
 selection = select_engine(Bundle.open(sys.argv[1]))
-print(selection.engine_id, [standing.state for standing in selection.standings])
+print(selection.engine_id, [status.state for status in selection.statuses])
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(bundle.path)], env=environment, capture_output=True, text=True, check=False
@@ -278,7 +278,7 @@ def test_a_process_that_dies_is_told_by_its_signal(
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         selection = select_engine(bundle)
         assert selection.engine_id == TORCH
-        assert [standing.reason for standing in selection.refused] == [f"it died of {name}"]
+        assert [status.reason for status in selection.refused] == [f"it died of {name}"]
         assert bool(notes(cache)) is lasting
         shutil.rmtree(cache, ignore_errors=True)
 
@@ -287,7 +287,7 @@ def test_a_runtime_that_is_not_installed_leaves_the_place_to_torch(bundle: Bundl
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert not RUNTIMES["onnx"].is_installed()
     assert select_engine(bundle).engine_id == TORCH
-    assert engine_standing(bundle, ONNX).reason == "package 'onnxruntime' is not installed"
+    assert engine_status(bundle, ONNX).reason == "package 'onnxruntime' is not installed"
     with pytest.raises(MissingExtraError, match=r"pip install 'uni-instruct\[serve\]'"):
         open_engine(bundle, ONNX)
 
@@ -306,7 +306,7 @@ def test_damage_is_no_matter_of_the_machine(bundle: Bundle, cache: Path) -> None
 
 def test_without_a_reference_an_engine_is_timed_and_taken_at_its_word(bundle: Bundle, cache: Path) -> None:
     (bundle.path / REFERENCE).unlink()
-    (standing,) = select_engine(bundle, ONNX).standings
-    assert (standing.state, standing.reason) == ("trusted", "no reference.npz to hold it against")
-    assert standing.trial is not None
-    assert asdict(standing.trial)["relative_l2"] is None
+    (status,) = select_engine(bundle, ONNX).statuses
+    assert (status.state, status.reason) == ("trusted", "no reference.npz to hold it against")
+    assert status.trial is not None
+    assert asdict(status.trial)["relative_l2"] is None

@@ -8,20 +8,20 @@ from uni_instruct.data import Dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.classifier import MIN_IMAGES
 from uni_instruct.evaluate.extractors import INCEPTION_DIM, INCEPTION_MIN_SIDE, inception_weights
-from uni_instruct.processes import is_later_process
+from uni_instruct.processes import is_nonzero_rank
 from uni_instruct.train.config import AUTO, LoopConfig
 
 log = logging.getLogger(__name__)
 
 
-class Judge(NamedTuple):
+class ScoringChoice(NamedTuple):
     """A loop's metric and extractor with nothing left to choose, and why, where `auto` was not the usual one."""
 
     loop: LoopConfig
     words: str
 
 
-def choose_judge(loop: LoopConfig, dataset: Dataset | None) -> Judge:
+def choose_scoring(loop: LoopConfig, dataset: Dataset | None) -> ScoringChoice:
     """What compares the generated images with these data. InceptionV3's weights are fetched where it is that.
 
     auto: for colour from 32 pixels on and at least as many images as InceptionV3 has features, InceptionV3; else, with classes,
@@ -29,7 +29,7 @@ def choose_judge(loop: LoopConfig, dataset: Dataset | None) -> Judge:
     are kept. Raises RequestError, with settings that train takes, where what is asked for cannot be had.
     """
     if loop.metric == "none" or dataset is None:
-        return Judge(loop, "nothing is scored: the last weights are kept")
+        return ScoringChoice(loop, "nothing is scored: the last weights are kept")
     dataset.require_images()
     can_classify = dataset.num_classes > 1 and len(dataset) >= MIN_IMAGES
     if loop.extractor == "classifier" and not can_classify:
@@ -44,22 +44,22 @@ def choose_judge(loop: LoopConfig, dataset: Dataset | None) -> Judge:
     if loop.extractor == "classifier" or (loop.extractor == AUTO and can_classify and not suits):
         words = f"the best weights are chosen by a classifier of '{dataset.name}' itself (loop.extractor=classifier)"
         few = f", as {len(dataset):,} images are fewer than InceptionV3's {INCEPTION_DIM:,} features" if small else ""
-        return Judge(dataclasses.replace(loop, extractor="classifier"), words + few)
+        return ScoringChoice(dataclasses.replace(loop, extractor="classifier"), words + few)
     return _inception(loop, dataset, can_classify, small)
 
 
-def announce(judge: Judge, asked: LoopConfig) -> None:
+def announce(scoring: ScoringChoice, asked: LoopConfig) -> None:
     """One line where `auto` was answered with anything but InceptionV3."""
-    changed = judge.loop.metric != asked.metric or (asked.extractor == AUTO and judge.loop.extractor == "classifier")
-    if changed and not is_later_process():
-        log.warning("%s", judge.words)
+    changed = scoring.loop.metric != asked.metric or (asked.extractor == AUTO and scoring.loop.extractor == "classifier")
+    if changed and not is_nonzero_rank():
+        log.warning("%s", scoring.words)
 
 
-def _inception(loop: LoopConfig, dataset: Dataset, can_classify: bool, small: bool) -> Judge:
+def _inception(loop: LoopConfig, dataset: Dataset, can_classify: bool, small: bool) -> ScoringChoice:
     chosen = dataclasses.replace(loop, extractor="inception")
     words = "the best weights are chosen by InceptionV3's features (loop.extractor=inception)"
-    if is_later_process():  # the first one fetches
-        return Judge(chosen, words)
+    if is_nonzero_rank():  # the first one fetches
+        return ScoringChoice(chosen, words)
     try:
         inception_weights(", or --set extractor=classifier" if can_classify else ", or --set metric=none")
     except RequestError as error:
@@ -70,5 +70,5 @@ def _inception(loop: LoopConfig, dataset: Dataset, can_classify: bool, small: bo
             f"{len(dataset):,} images of {dataset.num_classes} classes are scored by nothing that is at hand, so the last "
             f"weights are kept (loop.metric=none): {error.problem}; {otherwise} to choose by InceptionV3"
         )
-        return Judge(dataclasses.replace(loop, metric="none"), words)
-    return Judge(chosen, words)
+        return ScoringChoice(dataclasses.replace(loop, metric="none"), words)
+    return ScoringChoice(chosen, words)

@@ -26,7 +26,7 @@ TEACHER_BUDGET_S = 20.0  # for the teacher's grid; the student's has as many row
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Material:
+class ReportInputs:
     """A finished run. pictures is where the report's pictures are put; evaluator is None where the metric is none."""
 
     folder: Path
@@ -94,7 +94,7 @@ class Material:
         return draw_rows(self.student_engine, plan_grid(self.spec, QUERIES), TEACHER_BUDGET_S)
 
 
-def open_run(folder: Path, pictures: Path, plan: Plan | None, evaluator: Evaluator | None) -> Material:
+def open_run(folder: Path, pictures: Path, plan: Plan | None, evaluator: Evaluator | None) -> ReportInputs:
     """Opens what a run left behind; plan and evaluator where they are at hand already, as opening them takes time.
 
     Raises RequestError where the run is not finished, or what its recipe names is gone.
@@ -102,7 +102,7 @@ def open_run(folder: Path, pictures: Path, plan: Plan | None, evaluator: Evaluat
     plan = plan or make_plan(parse_recipe(read_yaml(folder / "recipe.yaml")))
     if evaluator is None and plan.dataset is not None and plan.recipe.loop.metric != "none":
         evaluator = Evaluator(plan.dataset, plan.recipe.loop.extractor)
-    return Material(
+    return ReportInputs(
         folder=folder,
         pictures=pictures,
         plan=plan,

@@ -6,26 +6,26 @@ from uni_instruct import __version__
 from uni_instruct.spec import evaluations
 from uni_instruct.train.dry_run.cost import phases
 from uni_instruct.train.dry_run.report import needs, phase_lines
+from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, table, text
-from uni_instruct.train.report.material import Material
 
 ACTIVITIES = {"steps": "steps", "evaluation": "evaluation", "saving": "writing states", "preparation": "preparation"}
 
 
-def subject_section(material: Material) -> list[str]:
+def subject_section(inputs: ReportInputs) -> list[str]:
     """Recipe, data, network, teacher and student in a table."""
-    recipe, spec = material.plan.recipe, material.spec
+    recipe, spec = inputs.plan.recipe, inputs.spec
     channels, height, width = spec.image_shape
     classes = f"{spec.num_classes} classes" if spec.num_classes else "no classes"
     args = ", ".join(f"{name} {value}" for name, value in spec.network_args.items())
-    steps = material.teacher.spec.steps
-    wanted = needs(material.plan)
+    steps = inputs.teacher.spec.steps
+    wanted = needs(inputs.plan)
     distillation = recipe.distillation
     facts = {
         "recipe": f"{recipe.name} (recipe.yaml has every key)",
         "real data": wanted["real_data"],
         "images": f"{width}x{height}x{channels}, {classes}",
-        "network": f"{spec.network}, {material.parameters:,} parameters: {args}",
+        "network": f"{spec.network}, {inputs.parameters:,} parameters: {args}",
         "teacher": f"{wanted['teacher']}; sampled in {steps} steps ({evaluations(steps)} evaluations of the network)",
         "student": f"one step from noise level {spec.sigma_init:g}; {distillation.duration_kimg:g} kimg "
         f"in steps of {distillation.batch} images, method {recipe.objective.method}",
@@ -36,7 +36,7 @@ def subject_section(material: Material) -> list[str]:
     }
     lines = table(("", ""), ((name, text(words)) for name, words in facts.items()), numbers_from=2)
     for stage in ("teacher", "generator"):
-        best = material.best(stage)
+        best = inputs.best(stage)
         if best is not None:
             lines += [
                 "",
@@ -46,28 +46,28 @@ def subject_section(material: Material) -> list[str]:
     return lines
 
 
-def objective_section(material: Material) -> list[str]:
+def objective_section(inputs: ReportInputs) -> list[str]:
     """What the generator minimised and the critic learned, phase by phase, in words."""
     lines = []
-    for phase in phases(material.plan.recipe):
+    for phase in phases(inputs.plan.recipe):
         alone = ", the critic alone" if phase.critic_alone else ""
         lines += ["", f"**{phase.from_kimg:g} to {phase.until_kimg:g} kimg{alone}**", ""]
-        lines += [f"- {text(line)}" for line in phase_lines(material.plan, phase)]
+        lines += [f"- {text(line)}" for line in phase_lines(inputs.plan, phase)]
     return lines[1:]
 
 
-def warning_section(material: Material) -> list[str]:
+def warning_section(inputs: ReportInputs) -> list[str]:
     """What the run said of itself while it trained; nothing where it had nothing to say."""
     return [
         f"- {stage}, step {step}: {text(warning)}"
-        for stage, history in material.history.items()
+        for stage, history in inputs.history.items()
         for step, warning in history.warnings
     ]
 
 
-def time_section(material: Material, report_s: float) -> list[str]:
+def time_section(inputs: ReportInputs, report_s: float) -> list[str]:
     """Seconds of every activity, over all calls of the run, and the sum."""
-    spent = [(stage, name, time_s) for stage, parts in material.times.items() for name, time_s in parts.items()]
+    spent = [(stage, name, time_s) for stage, parts in inputs.times.items() for name, time_s in parts.items()]
     spent += [("run", "this report", report_s)]
     # The report counts itself, as it is part of what the user waits for.
     total_s = sum(time_s for *_, time_s in spent)
@@ -77,8 +77,8 @@ def time_section(material: Material, report_s: float) -> list[str]:
     ]
     rows.append(("**in all**", "", f"**{duration(total_s)}**", ""))
     lines = table(("stage", "", "time", "share"), rows, numbers_from=2)
-    for stage, history in material.history.items():
-        steps_s = material.times.get(stage, {}).get("steps", 0.0)
+    for stage, history in inputs.history.items():
+        steps_s = inputs.times.get(stage, {}).get("steps", 0.0)
         kimg = max((record.kimg for record in history.records), default=0.0)
         # A stage that was given has neither.
         if steps_s and kimg:

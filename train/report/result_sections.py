@@ -6,10 +6,10 @@ import torch
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.files import atomic_file
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.train.monitoring.scores import MOST_REFERENCE_FOR_PR
+from uni_instruct.train.monitoring.scores import MAX_REFERENCE_FOR_PR
 from uni_instruct.train.report.curves import draw, panels, phase_edges
+from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
-from uni_instruct.train.report.material import Material
 from uni_instruct.train.report.neighbours import Closeness, by_features, by_pixels, searched_indices
 from uni_instruct.train.report.pictures import columns_of_neighbours
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_data, score_sets
@@ -19,24 +19,24 @@ NAMES = {"class_accuracy": "classified as asked"}
 _NO_PICTURES = "No pictures: this generator makes latents of a VAE, and has no decoder yet. The commands say how it gets one."
 
 
-def sample_section(material: Material) -> list[str]:
+def sample_section(inputs: ReportInputs) -> list[str]:
     """Teacher and student from the same noise and classes, one above the other."""
-    if not material.makes_pictures:
+    if not inputs.makes_pictures:
         return [_NO_PICTURES]
-    grid, teacher = material.grid, material.teacher_drawn
-    student = material.samples
+    grid, teacher = inputs.grid, inputs.teacher_drawn
+    student = inputs.samples
     # The teacher draws as many rows as the time allows; more of the student's would have nothing above them.
     count = min(len(teacher.images), len(student.images))
     for name, images in (("teacher", teacher.images[:count]), ("student", student.images[:count])):
-        with atomic_file(material.pictures / f"{name}.png") as partial:
+        with atomic_file(inputs.pictures / f"{name}.png") as partial:
             partial.write_bytes(encode(contact_sheet(images, grid.columns)))
-    names = ", ".join(material.spec.class_name(number) for number in range(grid.columns)) if grid.by_class else ""
+    names = ", ".join(inputs.spec.class_name(number) for number in range(grid.columns)) if grid.by_class else ""
     return [
         f"Seeds 0 to {count - 1}: at the same place, teacher and student start from the same noise"
-        + (" and class." if material.spec.num_classes else ".")
+        + (" and class." if inputs.spec.num_classes else ".")
         + (f" Columns: {text(names)}." if names else ""),
         "",
-        f"**Teacher**, {material.teacher.spec.steps} steps, {1000 * teacher.s_per_image:.3g} ms an image here",
+        f"**Teacher**, {inputs.teacher.spec.steps} steps, {1000 * teacher.s_per_image:.3g} ms an image here",
         "",
         picture("teacher.png", "samples of the teacher"),
         "",
@@ -46,24 +46,24 @@ def sample_section(material: Material) -> list[str]:
     ]
 
 
-def score_section(material: Material) -> list[str]:
+def score_section(inputs: ReportInputs) -> list[str]:
     """Scores of student and teacher on seeds that no weights were chosen by, with the data's own beside them."""
-    recipe, evaluator = material.plan.recipe, material.evaluator
+    recipe, evaluator = inputs.plan.recipe, inputs.evaluator
     if evaluator is None:
         return ["Nothing was scored: the recipe's metric is none. `uni-instruct evaluate` scores against any data set."]
     samples = samples_of_a_set(recipe.loop.samples)
-    student = material.student_scores
-    s_per_image = material.teacher_drawn.s_per_image
-    teacher = score_sets(evaluator, material.teacher_engine, recipe.loop.metric, samples, s_per_image)
+    student = inputs.student_scores
+    s_per_image = inputs.teacher_drawn.s_per_image
+    teacher = score_sets(evaluator, inputs.teacher_engine, recipe.loop.metric, samples, s_per_image)
     rows = {
         "student, one step": student,
-        f"teacher, {material.teacher.spec.steps} steps": teacher,
+        f"teacher, {inputs.teacher.spec.steps} steps": teacher,
         "training images drawn at random": score_data(evaluator, recipe.loop.metric, samples),
-        "student while training, the best": _best_while_training(material, "generator"),
-        "teacher while training, the best": _best_while_training(material, "teacher"),
+        "student while training, the best": _best_while_training(inputs, "generator"),
+        "teacher while training, the best": _best_while_training(inputs, "teacher"),
     }
     known = {name: scores for name, scores in rows.items() if scores is not None}
-    material.facts["scores"] = {name: {"samples": s.samples, **s.values} for name, s in known.items()}
+    inputs.facts["scores"] = {name: {"samples": s.samples, **s.values} for name, s in known.items()}
     lines = _score_table(known)
     sets = max(scores.sets for scores in (student, teacher) if scores is not None)
     lines += [
@@ -75,7 +75,7 @@ def score_section(material: Material) -> list[str]:
     # A missing row has to be explained, or it looks like a failure.
     if teacher is None:
         lines += ["", f"The teacher was not scored again: {samples:,} samples take {duration(s_per_image * samples)} here."]
-    if len(evaluator.reference) > MOST_REFERENCE_FOR_PR:
+    if len(evaluator.reference) > MAX_REFERENCE_FOR_PR:
         lines += [
             "",
             "Precision and recall were left to the evaluations while training: they compare all images of the reference.",
@@ -83,15 +83,15 @@ def score_section(material: Material) -> list[str]:
     return lines + [f"\nNote: {text(note)}." for note in dict.fromkeys(n for s in (student, teacher) if s for n in s.notes)]
 
 
-def neighbour_section(material: Material) -> list[str]:
+def neighbour_section(inputs: ReportInputs) -> list[str]:
     """Samples above their nearest training images, and how near they are, in numbers."""
-    if not material.makes_pictures:
+    if not inputs.makes_pictures:
         return [_NO_PICTURES]
-    dataset = material.plan.dataset
+    dataset = inputs.plan.dataset
     if dataset is None:
         return ["Nothing to compare with: the run was trained without data."]
-    samples = material.samples.images
-    found = [by_pixels(dataset, samples), _by_features(material.evaluator, samples)]
+    samples = inputs.samples.images
+    found = [by_pixels(dataset, samples), _by_features(inputs.evaluator, samples)]
     spaces = [space for space in found if space is not None]
     searched = len(searched_indices(dataset))
     among = f"{searched:,}" if searched == len(dataset) else f"{searched:,} of {len(dataset):,}, evenly spaced,"
@@ -101,7 +101,7 @@ def neighbour_section(material: Material) -> list[str]:
         "",
     ]
     lines += _closeness_table(spaces)
-    material.facts["nearest_training_images"] = {
+    inputs.facts["nearest_training_images"] = {
         space.space: {"medians": list(space.medians), "nearer": space.nearer_share, "copies": list(space.copied_share)}
         for space in spaces
     }
@@ -112,8 +112,8 @@ def neighbour_section(material: Material) -> list[str]:
     ]
     for number, space in enumerate(spaces):
         file = f"neighbours-{('pixels', 'features')[number]}.png"
-        with atomic_file(material.pictures / file) as partial:
-            partial.write_bytes(encode(_neighbour_sheet(material, space)))
+        with atomic_file(inputs.pictures / file) as partial:
+            partial.write_bytes(encode(_neighbour_sheet(inputs, space)))
         lines += [
             "",
             f"By {text(space.space)}. Top row: samples; below each, its nearest training images, the nearest first. Left: the "
@@ -124,25 +124,25 @@ def neighbour_section(material: Material) -> list[str]:
     return lines
 
 
-def curve_section(material: Material) -> list[str]:
+def curve_section(inputs: ReportInputs) -> list[str]:
     """A picture of curves for each stage."""
     lines = []
-    for stage, history in material.history.items():
-        teacher = material.best("teacher") if stage == "generator" else None
-        shown = panels(stage, history, material.plan.recipe, teacher)
-        edges = phase_edges(material.plan.recipe) if stage == "generator" else []
-        with atomic_file(material.pictures / f"curves-{stage}.png") as partial:
+    for stage, history in inputs.history.items():
+        teacher = inputs.best("teacher") if stage == "generator" else None
+        shown = panels(stage, history, inputs.plan.recipe, teacher)
+        edges = phase_edges(inputs.plan.recipe) if stage == "generator" else []
+        with atomic_file(inputs.pictures / f"curves-{stage}.png") as partial:
             draw(partial, stage.capitalize(), shown, edges)
         lines += ["", picture(f"curves-{stage}.png", f"curves of the {stage}")]
         lines += ["", "Dotted lines: the objective changes."] if edges else []
     return lines[1:]
 
 
-def _best_while_training(material: Material, stage: str) -> SetScores | None:
-    best = material.best(stage)
+def _best_while_training(inputs: ReportInputs, stage: str) -> SetScores | None:
+    best = inputs.best(stage)
     if best is None:
         return None
-    return SetScores(samples=material.plan.recipe.loop.samples, values={name: [value] for name, value in best.scores.items()})
+    return SetScores(samples=inputs.plan.recipe.loop.samples, values={name: [value] for name, value in best.scores.items()})
 
 
 def _score_table(rows: dict[str, SetScores]) -> list[str]:
@@ -180,8 +180,8 @@ def _by_features(evaluator: Evaluator | None, samples: np.ndarray) -> Closeness 
     return by_features(evaluator, samples) if evaluator is not None else None
 
 
-def _neighbour_sheet(material: Material, space: Closeness) -> np.ndarray:
-    dataset, samples = material.plan.dataset, material.samples.images
+def _neighbour_sheet(inputs: ReportInputs, space: Closeness) -> np.ndarray:
+    dataset, samples = inputs.plan.dataset, inputs.samples.images
     assert dataset is not None
     # The nearest of all are shown too: copies hide among samples that are none.
     order = space.samples.distances[:, 0].argsort()

@@ -12,12 +12,12 @@ from uni_instruct.evaluate.sample_source import reference_class_ids
 from uni_instruct.files import atomic_file
 from uni_instruct.generate import generate_images
 from uni_instruct.images import contact_sheet, encode
+from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import picture, table, text
-from uni_instruct.train.report.material import Material
 from uni_instruct.train.report.pictures import columns_of_two
 
 SAMPLES, SHOWN = 64, 8  # of each class: scored, and shown beside as many training images
-MOST_CLASSES = 20  # more would be a table that nobody reads
+MAX_SHOWN_CLASSES = 20  # more would be a table that nobody reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,27 +33,27 @@ class ClassScore:
     varied: float | None
 
 
-def class_section(material: Material) -> list[str]:
+def class_section(inputs: ReportInputs) -> list[str]:
     """A table and a strip for each class; nothing for a generator or data without classes."""
-    dataset, spec = material.plan.dataset, material.spec
-    if not spec.num_classes or dataset is None or dataset.labels is None or not material.makes_pictures:
+    dataset, spec = inputs.plan.dataset, inputs.spec
+    if not spec.num_classes or dataset is None or dataset.labels is None or not inputs.makes_pictures:
         return []
     names = tuple(spec.class_name(i) for i in range(spec.num_classes))
     ids, note = reference_class_ids(np.arange(spec.num_classes), names, dataset)
     if ids is None:
         return [f"Not compared: {text(note or 'the classes are not those of the data')}."]
-    shown = range(min(spec.num_classes, MOST_CLASSES))
+    shown = range(min(spec.num_classes, MAX_SHOWN_CLASSES))
     scores, left, right = [], [], []
     for class_id in shown:
-        samples = generate_images(material.student_engine, range(SAMPLES), [class_id] * SAMPLES)
+        samples = generate_images(inputs.student_engine, range(SAMPLES), [class_id] * SAMPLES)
         data = _training_images(dataset, int(ids[class_id]))
-        scores.append(_score(material.evaluator, names[class_id], int(ids[class_id]), samples, data))
+        scores.append(_score(inputs.evaluator, names[class_id], int(ids[class_id]), samples, data))
         left.append(data[:SHOWN])
         right.append(samples[:SHOWN])
     rows = [contact_sheet(_filled(images), SHOWN) for images in left], [contact_sheet(images, SHOWN) for images in right]
-    with atomic_file(material.pictures / "classes.png") as partial:
+    with atomic_file(inputs.pictures / "classes.png") as partial:
         partial.write_bytes(encode(columns_of_two(*rows)))
-    material.facts["classes"] = [vars(score) for score in scores]
+    inputs.facts["classes"] = [vars(score) for score in scores]
     more = f" The first {len(shown)} of {spec.num_classes} classes." if len(shown) < spec.num_classes else ""
     return [
         *_table(scores),

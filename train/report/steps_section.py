@@ -9,33 +9,33 @@ from uni_instruct.files import atomic_file
 from uni_instruct.generate import generate_batches
 from uni_instruct.spec import evaluations
 from uni_instruct.train.report.curves import draw_steps
+from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, picture, table, text
-from uni_instruct.train.report.material import Material
 from uni_instruct.train.report.scores import BATCH, samples_of_a_set
 
 STEP_COUNTS = (2, 3, 5, 9, 18, 40)  # 3, 5, 9, 17, 35 and 79 evaluations: each about twice the one before, EDM's own among them
 BUDGET_S = 60.0
 
 
-def step_section(material: Material) -> list[str]:
+def step_section(inputs: ReportInputs) -> list[str]:
     """The teacher's distances of as many step counts as the time allows, the fewest first; nothing where nothing is scored."""
-    evaluator, recipe = material.evaluator, material.plan.recipe
-    if evaluator is None or recipe.loop.metric != "FD" or not material.makes_pictures:
+    evaluator, recipe = inputs.evaluator, inputs.plan.recipe
+    if evaluator is None or recipe.loop.metric != "FD" or not inputs.makes_pictures:
         return []
     samples, name = samples_of_a_set(recipe.loop.samples), frechet_name(evaluator.extractor)
-    scores = material.student_scores
+    scores = inputs.student_scores
     student = scores.values[name][0] if scores is not None else None
-    s_per_evaluation = material.teacher_drawn.s_per_image / evaluations(material.teacher.spec.steps)
+    s_per_evaluation = inputs.teacher_drawn.s_per_image / evaluations(inputs.teacher.spec.steps)
     start, measured = time.monotonic(), dict[int, float]()
     for steps in STEP_COUNTS:
         if time.monotonic() - start + s_per_evaluation * evaluations(steps) * samples > BUDGET_S:
             break
-        measured[steps] = _distance(material, steps, samples)
+        measured[steps] = _distance(inputs, steps, samples)
     if not measured or student is None:
         return [f"The teacher was not scored by its steps: {STEP_COUNTS[0]} steps for {samples:,} samples take too long here."]
-    with atomic_file(material.pictures / "steps.png") as partial:
+    with atomic_file(inputs.pictures / "steps.png") as partial:
         draw_steps(partial, {evaluations(steps): value for steps, value in measured.items()}, student, name)
-    material.facts["teacher_by_steps"] = {str(steps): value for steps, value in measured.items()}
+    inputs.facts["teacher_by_steps"] = {str(steps): value for steps, value in measured.items()}
     rows = [("student, one step", "1", f"{student:.3g}")]
     rows += [(f"teacher, {steps} steps", str(evaluations(steps)), f"{value:.3g}") for steps, value in measured.items()]
     lines = [
@@ -52,11 +52,11 @@ def step_section(material: Material) -> list[str]:
     return lines
 
 
-def _distance(material: Material, steps: int, samples: int) -> float:
+def _distance(inputs: ReportInputs, steps: int, samples: int) -> float:
     """The teacher's, sampled in so many steps."""
-    evaluator = material.evaluator
+    evaluator = inputs.evaluator
     assert evaluator is not None
-    engine = open_engine(material.teacher.with_steps(steps), "torch")
+    engine = open_engine(inputs.teacher.with_steps(steps), "torch")
     seeds = range(samples)
     drawn = draw_classes(engine.spec, seeds, evaluator.reference)
     scores = evaluator.score_batches(generate_batches(engine, seeds, drawn.class_ids, BATCH), None, ["fd"])

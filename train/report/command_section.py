@@ -4,32 +4,32 @@ import shlex
 
 from uni_instruct.bundle import USUAL_VAE
 from uni_instruct.hub import is_on_hub
-from uni_instruct.train.report.material import Material
+from uni_instruct.train.report.inputs import ReportInputs
 
 
-def command_section(material: Material) -> list[str]:
+def command_section(inputs: ReportInputs) -> list[str]:
     """Each command as it can be pasted into a shell, in the folder where the run was started."""
     lines = ["```sh"]
-    for why, *words in _commands(material):
+    for why, *words in _commands(inputs):
         lines += [f"# {why}", f"uni-instruct {shlex.join(map(str, words))}"]
     lines.append("```")
     # A command that is sure to be refused helps nobody.
-    if not material.makes_pictures:
+    if not inputs.makes_pictures:
         lines += ["", "`export`, `evaluate` and `serve` take pictures; these are latents, of which a decoder makes them."]
-    elif material.plan.dataset is None:
+    elif inputs.plan.dataset is None:
         lines += ["", "`evaluate` compares with real images, which this run was trained without: `--reference DATA`."]
     return lines
 
 
-def command_words(material: Material) -> list[str]:
+def command_words(inputs: ReportInputs) -> list[str]:
     """The same commands, one line each."""
-    return [f"uni-instruct {shlex.join(map(str, words))}" for _, *words in _commands(material)]
+    return [f"uni-instruct {shlex.join(map(str, words))}" for _, *words in _commands(inputs)]
 
 
-def _commands(material: Material) -> list[tuple[object, ...]]:
+def _commands(inputs: ReportInputs) -> list[tuple[object, ...]]:
     """(why, words...) of each."""
-    folder, generator = material.folder, material.folder / "generator"
-    plan, pictures = material.plan, material.makes_pictures
+    folder, generator = inputs.folder, inputs.folder / "generator"
+    plan, pictures = inputs.plan, inputs.makes_pictures
     images = ("--out", folder / "images", "--grid", folder / "grid.png") if pictures else ("--out", folder / "latents.npz")
     commands: list[tuple[object, ...]] = [
         ("the same training once more", "train", folder / "recipe.yaml", "--out", f"{folder}-again"),
@@ -41,13 +41,13 @@ def _commands(material: Material) -> list[tuple[object, ...]]:
         attach = ("import", generator, "--decoder", USUAL_VAE, "--out", f"{generator}-pictures")
         commands.append(("the same with its VAE's decoder, which makes pictures", *attach))
     if pictures and plan.dataset is not None:
-        reference = ("--reference", plan.recipe.data, "--teacher", _source(material))
+        reference = ("--reference", plan.recipe.data, "--teacher", _source(inputs))
         commands.append(("scores of as many samples as the data has", "evaluate", generator, *reference))
     if pictures:
         commands.append(("HTTP, and a web page to play with", "serve", generator))
     return commands
 
 
-def _source(material: Material) -> str:
-    teacher = material.teacher
+def _source(inputs: ReportInputs) -> str:
+    teacher = inputs.teacher
     return teacher.origin if is_on_hub(teacher.origin) else str(teacher.path)
