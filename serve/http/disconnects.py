@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-# Where a request's scope has the connection that it came on (connections.py).
+# Where a request's scope has the connection that it came on (http/connections.py).
 CONNECTION = "uni_instruct.connection"
 
 _T = TypeVar("_T")

@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX: a plan for one kind of GPU. Their Python packages are alike, so that one class runs both.
 
-Needs no torch: memory and stream come from the driver (cuda.py).
+Needs no torch: memory and stream come from the driver (hardware/cuda.py).
 """
 
 import importlib

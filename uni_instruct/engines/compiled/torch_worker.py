@@ -1,6 +1,6 @@
 """Compiles one engine's network to a shared library, in a process of its own.
 
-`compiled.py` calls it as `python -m uni_instruct.engines.compiled.torch_worker BUNDLE ENGINE_ID FILE`.
+`cache.py` calls it as `python -m uni_instruct.engines.compiled.torch_worker BUNDLE ENGINE_ID FILE`.
 """
 
 import sys
