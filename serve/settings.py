@@ -84,11 +84,11 @@ class Settings:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             maximum = setting.metadata["maximum"]
             if number and not minimum < value <= maximum and not (value == 0 and setting.metadata["or_zero"]):
-                remedy = f"give a number above {minimum:g}, at maximum {maximum:g}"
+                remedy = f"give a number above {minimum:g}, at most {maximum:g}"
                 raise wrong_setting(setting.name, value, remedy)
         # A request that fits no empty queue would be told to come back later, for ever.
         if self.queue_images < self.request_images:
-            raise wrong_setting("queue_images", self.queue_images, f"give at minimum request_images, {self.request_images}")
+            raise wrong_setting("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
         if self.path_prefix is not None and not (self.path_prefix.startswith("/") and len(self.path_prefix.strip("/"))):
             raise wrong_setting("path_prefix", self.path_prefix, "give a path, such as /images")
         if self.prefix in _OWN_FOLDERS:

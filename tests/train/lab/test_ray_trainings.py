@@ -91,7 +91,7 @@ def test_what_is_written_on_a_node_comes_back(
 def follow(trainer: Trainer, training: Training, until: Callable[[], bool]) -> None:
     """Keeps the news until something is there, or the training has ended."""
     while not until():
-        news = trainer.news()
+        news = trainer.progress()
         keep(news, training)
         if news.exit_code is not None:
             assert news.exit_code == 0
