@@ -6,7 +6,7 @@ from uni_instruct.evaluate import frechet_distance
 
 # Of every colour a picture of so many squares each way.
 SQUARES = 4
-# What int8 may change of the feature distance (docs/engines.md).
+# What int8 may change of the feature distance (docs/export.md, "int8").
 MAX_SHIFT = 0.02
 
 
