@@ -1,1 +1,1 @@
-"""HTTP itself, whatever is asked for: keys, sizes, headers, connections."""
+"""What is common to all HTTP requests: keys, limits of size, headers, connections, the access log."""
