@@ -151,7 +151,7 @@ def route_path(scope: Scope) -> str:
 
 
 def _with_cors(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Wrap the app so that all of its answers have CORS headers. Outside the other checks, so pages can read their errors too."""
+    """Wrap the app so that all of its answers have CORS headers. It wraps the other checks: pages can read their errors."""
     if settings.cors_origins is None:
         return app
     return CORSMiddleware(

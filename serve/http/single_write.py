@@ -26,7 +26,7 @@ def single_write(send: Send) -> Send:
             return
         start, held = held, None
         if cycle.transport.is_closing():
-            # If several requests were pipelined, uvicorn marks only the last one as disconnected, and would write for the others.
+            # Of several pipelined requests uvicorn marks only the last one as disconnected, and would write for the others.
             cycle.disconnected = True
         if start is not None:
             if _written(cycle, start, message):
