@@ -106,7 +106,7 @@ class SideBySide:
         self._waiting += 1
         try:
             async with self._turn:
-                # The timeout does not cover opening: importing torch takes seconds once, and a retry would only wait for it too.
+                # The timeout does not cover opening: importing torch takes seconds, once, and a retry would wait for it too.
                 engine = await self._in_thread(self._opened, served.bundle, wanted.other)
                 own, other = await self._both_sides(served, engine, wanted.other, seeds, class_ids)
         finally:

@@ -122,7 +122,7 @@ def _gradio_app() -> "fastapi.FastAPI":
 
 
 def _with_own_head(app: ASGIApp) -> ASGIApp:
-    """Wrap the app so that its HTML pages have this project's meta tags, which previews of a shared link show."""
+    """Wrap the app so that its HTML pages have head.html in their head: tags for previews of shared links, styles, scripts."""
 
     head = _text("head.html")
 

@@ -50,7 +50,7 @@ class Models:
 
     @property
     def states(self) -> dict[str, State]:
-        """Name -> 'loading', 'ready' or 'failed'."""
+        """Name -> 'loading', 'ready', 'failed', or 'closed' once the server has stopped."""
         return {name: served.state for name, served in self._served.items()}
 
     @property
