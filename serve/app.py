@@ -160,7 +160,7 @@ async def _openapi(models: Models, request: Request) -> Response:
 
 
 async def _metrics(models: Models, request: Request) -> Response:
-    await asyncio.sleep(0)  # let pending callbacks run: earlier answers record their times in one (`record_stages`)
+    await asyncio.sleep(0)  # let pending callbacks run, in which earlier answers record their times (`record_stages`)
     # In a thread, because with several workers it reads files of all of them.
     text = await asyncio.to_thread(exposition, models.metrics, models.settings.workers)
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -28,10 +28,10 @@ def _setting(default: object, help: str, *, minimum: float = 0, maximum: float =
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of one server. Every field is also an environment variable (UNI_INSTRUCT_BUNDLE for `bundle`) and an option.
+    """The settings of one server. Every field is an environment variable (UNI_INSTRUCT_TIMEOUT_S for `timeout_s`).
 
-    Of these, `bundle` is an argument of the command and `api_key` no option at all. queue_images, max_batch and max_batch_ms
-    apply per worker and model. Raises RequestError for a value out of range.
+    Every field except `bundle` and `api_key` is also an option of `serve`. queue_images, max_batch and max_batch_ms apply per
+    worker and model, connections per worker. Raises RequestError for a bad value.
     """
 
     bundle: tuple[str, ...] = field(

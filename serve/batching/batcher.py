@@ -158,6 +158,7 @@ class Batcher:
         return request
 
     def _ask(self) -> None:
+        # One pending turn is enough: when it comes, `_turn` asks for another one if there is more to do.
         if not self._asking:
             self._asking = True
             self._device.ask(self._turn)

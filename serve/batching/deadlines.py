@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 _Deadline = TypeVar("_Deadline", bound=Hashable)
 
-# An event loop may call a timer this much early: its clock is only that precise.
+# Tolerance for deadlines: an event loop may call a timer early by as much as the resolution of its clock.
 _CLOCK_S = 0.001
 
 

@@ -153,6 +153,7 @@ class SideBySide:
             # Warm it up, as the served engine was. Otherwise the measured time would include a runtime's slow first call.
             engine(*draw_inputs(engine.spec, [0], np.zeros(1, dtype=np.int64) if engine.spec.num_classes else None))
             self._engines[key] = engine
+            # To limit memory, close the engines that were opened first.
             while len(self._engines) > _MAX_OPEN:
                 self._engines.pop(next(iter(self._engines))).close()
         return self._engines[key]

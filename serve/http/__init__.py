@@ -1,1 +1,1 @@
-"""What is common to all HTTP requests: keys, limits of size, headers, connections, the access log."""
+"""What all HTTP requests have in common: API key, size limit, headers, connections, access log."""

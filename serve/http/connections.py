@@ -41,7 +41,7 @@ def _allowed_connections(wanted: int) -> int:
     """Return how many connections to allow: `wanted`, or fewer if this process may not open that many files.
 
     The soft limit of open files is first raised as far as the hard limit allows. A process without a free file descriptor
-    cannot accept anyone, while a limit of our own lets idle connections be closed to make room.
+    cannot accept any client, while a limit of our own lets idle connections be closed to make room.
     """
     files = wanted + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -140,6 +140,7 @@ class _Bounds:
         cycle = self.cycle
         if cycle is not None:
             cycle.scope[CONNECTION] = self  # in time: the app's task was only just created and has not started yet
+        # True while a request is incomplete: its headers or its body are still arriving.
         if cycle is None or cycle.response_complete or cycle.more_body:
             self._expect()
         else:
@@ -148,6 +149,7 @@ class _Bounds:
 
     def on_response_complete(self) -> None:
         if self.pipeline or self.transport.is_closing():
+            # Uvicorn's method starts the next of several pipelined requests.
             super().on_response_complete()  # type: ignore[misc]
             if not self.transport.is_closing():
                 self.silent[self] = None
@@ -191,7 +193,7 @@ class _Bounds:
             self._deadline = None
 
     def end(self) -> None:
-        """Close an idle connection after its client has read the last answer, or as soon as the client stops reading it."""
+        """Close an idle connection once its client has read the last answer, or has read nothing of it for keep_alive_s."""
         self.transport.close()
         if self._stalled is None and self.transport.get_write_buffer_size():
             self._look_again()
@@ -221,6 +223,7 @@ class _Bounds:
     def _too_slow(self) -> None:
         self.silent.pop(self, None)
         if not self.transport.is_closing():
+            # Not in the middle of another answer, which may have started before all of its request's body arrived.
             if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
                 self.refused(408)
                 self.transport.write(self.too_slow)

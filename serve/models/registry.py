@@ -115,6 +115,7 @@ class Models:
         newer = self._new(name, older.source)
         await newer.load()
         self._tried[name] = newer.fingerprint
+        # If the older one failed as well, the newer one takes over, so that the current error is reported.
         if newer.failure is not None and older.failure is None:
             logger.error("the generator %s has changed and cannot be loaded; the older one is served on", name)
             self.metrics.reloads.labels(name, "failed").inc()

@@ -18,7 +18,7 @@ from uni_instruct.processes import die_with_parent
 from uni_instruct.serve.settings import Settings
 
 SERVICE = "uni_instruct.serve.service:UniInstruct"
-# Short: only open pages of the demo still have connections then. Running requests have had `grace_s` before (shutdown.py).
+# By then only open pages of the demo have connections, so this is short. Running requests had `grace_s` before (shutdown.py).
 GRACEFUL_SHUTDOWN_S = 1
 _KILL_AFTER_S = 5.0
 # A worker is recognised by this module name in its command line.

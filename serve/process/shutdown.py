@@ -67,6 +67,7 @@ class GracefulShutdown:
                 handle_exit(number, frame)  # a second signal stops the server without the grace period
             else:
                 self.begun = True
+                # A signal handler may interrupt any code, so the event loop does the rest.
                 loop.call_soon_threadsafe(start, number)
 
         def start(number: int) -> None:

@@ -162,7 +162,7 @@ def _positions(wanted: WalkRequest) -> list[float]:
     if wanted.frames is None:
         return [0.0] if wanted.positions is None else wanted.positions
     last = len(wanted.seeds) - 1
-    steps = max(1, wanted.frames - 1)
+    steps = max(1, wanted.frames - 1)  # a single frame is at the first stop
     return [last * index / steps for index in range(wanted.frames)]
 
 
@@ -223,7 +223,7 @@ def _check_animation(wanted: WalkRequest, spec: ModelSpec, frames: int) -> None:
     if wanted.format != "webp":
         raise RequestError(f"{wanted.format} does not move", remedy='give "format": "webp"', param="animated")
     _, height, width = spec.image_shape
-    columns = math.ceil(math.sqrt(wanted.count))
+    columns = math.ceil(math.sqrt(wanted.count))  # of one frame, as `grid` arranges its images
     side = columns * wanted.scale * max(height, width)
     if side > MAX_ANIMATED_SIDE:
         remedy = f"choose a scale of at most {max(1, MAX_ANIMATED_SIDE * wanted.scale // side)}, or a smaller count"
