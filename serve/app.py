@@ -45,7 +45,7 @@ Handler = Callable[[Models, Request], Awaitable[Response]]
 
 
 def create_app(settings: Settings) -> Starlette:
-    """Create the app. It answers requests at once, loads the generators in its lifespan, and is ready when /readyz says so.
+    """Create the app. It answers requests at once and loads the generators in its lifespan; /readyz says when it is ready.
 
     Raises RequestError if two of the settings' bundles have the same name. `app.state.models` and `app.state.guards` are for
     the BentoML service.

@@ -56,7 +56,7 @@ class ImagesRequest(BaseModel):
 
 @dataclass(frozen=True)
 class ImagesJob:
-    """A checked request. class_ids: int64 [N], None for an unconditional generator. class_given: by the prompt, not drawn."""
+    """A checked request. class_ids: int64 [N], None for an unconditional generator. class_given: if the prompt names one."""
 
     seeds: list[int]
     class_ids: np.ndarray | None
