@@ -34,7 +34,7 @@ class Models:
         self.stopping = GracefulShutdown(settings.grace_s)
         self._settled = False
         self._devices = DeviceThreads()
-        self._tried: dict[str, Fingerprint | None] = {}  # by name: the files of the latest attempt to load, successful or not
+        self._tried: dict[str, Fingerprint | None] = {}  # name -> files of the latest attempt to load it
         self._retired: set[ServedModel] = set()  # replaced by newer ones, but with requests that are still running
         self._served = {name: self._new(name, source) for name, source in sources_by_name(settings.bundle).items()}
 
