@@ -24,7 +24,7 @@ from machine import describe_machine
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import RUNTIMES, Engine, load_engine
 from uni_instruct.engines.hardware.cuda import gpus
-from uni_instruct.engines.hardware.device import CUDA, checked_device, device_type, device_index
+from uni_instruct.engines.hardware.device import CUDA, checked_device, device_index, device_type
 from uni_instruct.engines.onnxruntime import PROVIDERS, OnnxEngine
 from uni_instruct.engines.outputs import TOLERANCES, agreement
 from uni_instruct.engines.torch import TorchEngine

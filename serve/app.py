@@ -21,7 +21,7 @@ from uni_instruct.serve.demo.mount import DemoMount
 from uni_instruct.serve.demo.routes import DemoRoutes
 from uni_instruct.serve.errors import MethodError, NotFoundError, error_response
 from uni_instruct.serve.http.body import read_body
-from uni_instruct.serve.http.connections import bound_connections
+from uni_instruct.serve.http.connections import limit_connections
 from uni_instruct.serve.http.disconnects import cancel_on_disconnect
 from uni_instruct.serve.http.middleware import RequestMiddleware, route_path
 from uni_instruct.serve.metrics import CountedApp, exposition
@@ -103,7 +103,7 @@ def _lifespan(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> Calla
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if server := uvicorn_server():
-            bound_connections(server, models.settings, models.metrics)
+            limit_connections(server, models.settings, models.metrics)
             models.stopping.watch(server, models.fail_waiting)
         # Load in the background, so that the server answers /livez meanwhile. Otherwise an orchestrator would take it for dead.
         loading = asyncio.create_task(load())

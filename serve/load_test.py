@@ -35,7 +35,7 @@ class Answer:
     body: bytes
 
 
-class LoadedServer:
+class TargetServer:
     """The server under load: its URL, and an API key in bytes. Raises RequestError for a malformed URL."""
 
     def __init__(self, url: str, key: bytes | None = None):
@@ -93,7 +93,7 @@ class LoadedServer:
 
 
 def apply_load(
-    target: LoadedServer, model: str, rate: float, seconds: float, images: int, with_progress: ProgressFactory = silent
+    target: TargetServer, model: str, rate: float, seconds: float, images: int, with_progress: ProgressFactory = silent
 ) -> list[Answer]:
     """Send `rate` requests a second for `seconds` seconds, and return all answers in the order of the requests.
 

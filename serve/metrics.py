@@ -133,13 +133,13 @@ def exposition(metrics: ServerMetrics, workers: int) -> bytes:
     folder = os.environ.get(_FOLDER)
     if workers == 1 or not folder:
         return generate_latest(metrics.registry)
-    _forget_the_dead(Path(folder))
+    _drop_dead_workers(Path(folder))
     registry = CollectorRegistry()
     MultiProcessCollector(registry, folder)
     return generate_latest(registry)
 
 
-def use_own_folder() -> None:
+def use_private_folder() -> None:
     """Put this worker's metric files in a folder that only the workers of the same supervisor share.
 
     Must be called before any metric is created. BentoML has one folder for all servers of a BENTOML_HOME, and each server
@@ -151,7 +151,7 @@ def use_own_folder() -> None:
         return
     # The user id is part of the name, because another user's folder would not be writable.
     elsewhere = Path(tempfile.gettempdir()) / f"uni-instruct-metrics-{os.getuid()}"
-    servers = _first_with_room([Path(shared).parent / "uni-instruct-metrics", elsewhere])
+    servers = _first_writable([Path(shared).parent / "uni-instruct-metrics", elsewhere])
     os.environ[_FOLDER] = str(servers / _server_name(os.getppid()))
     # Matches only folders of exactly this host: on host `web` the folders of host `web-1` must not match.
     ours = re.compile(rf"{re.escape(socket.gethostname())}-([0-9]+)-[0-9]+")
@@ -161,12 +161,12 @@ def use_own_folder() -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _first_with_room(folders: list[Path]) -> Path:
+def _first_writable(folders: list[Path]) -> Path:
     reasons = []
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _claim_room(folder / _server_name(os.getppid()))
+            _preallocate(folder / _server_name(os.getppid()))
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror}")
         else:
@@ -177,7 +177,7 @@ def _first_with_room(folders: list[Path]) -> Path:
     )
 
 
-def _claim_room(folder: Path) -> None:
+def _preallocate(folder: Path) -> None:
     """Create this worker's metric files at their full size, before prometheus-client opens them.
 
     The files are mapped into memory, and those that prometheus-client creates are sparse: if the disk is full when a hole is
@@ -205,7 +205,7 @@ def _server_name(supervisor: int) -> str:
     return ""
 
 
-def _forget_the_dead(folder: Path) -> None:
+def _drop_dead_workers(folder: Path) -> None:
     """Remove killed workers from the gauges, which describe the present. What they added to counters stays counted."""
     living = {os.getpid()}
     with contextlib.suppress(psutil.NoSuchProcess):

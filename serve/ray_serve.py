@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "uni-instruct"
 # How many requests Ray may send to a replica at once. Its default of 5 would never fill a batch of 64 images.
-_ONGOING = 1000
+_MAX_ONGOING_REQUESTS = 1000
 _LOOK_S = 0.1
 _CHECK_EVERY_S = 5.0
 
@@ -54,7 +54,7 @@ def build(arguments: Mapping[str, str]) -> "Application":
         name=NAME,
         num_replicas=placement.replicas,
         ray_actor_options={"num_cpus": placement.cpus, "num_gpus": placement.gpus},
-        max_ongoing_requests=_ONGOING,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.grace_s,
         health_check_period_s=_CHECK_EVERY_S,
     )

@@ -22,7 +22,7 @@ from starlette.middleware import Middleware
 from uni_instruct.errors import UniInstructError
 from uni_instruct.processes import die_with_parent
 from uni_instruct.serve.app import create_app
-from uni_instruct.serve.metrics import use_own_folder
+from uni_instruct.serve.metrics import use_private_folder
 from uni_instruct.serve.models.registry import Models
 from uni_instruct.serve.process.supervision import check_workers_often
 from uni_instruct.serve.routes.bento_route import BentoRouteMiddleware, drop_refusals_from_log, note_error
@@ -31,7 +31,7 @@ from uni_instruct.serve.routes.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
 
 check_workers_often()
-use_own_folder()
+use_private_folder()
 drop_refusals_from_log()
 _settings = settings_from_environment()
 _app = create_app(_settings)

@@ -86,14 +86,14 @@ class Settings:
             maximum = setting.metadata["maximum"]
             if number and not minimum < value <= maximum and not (value == 0 and setting.metadata["or_zero"]):
                 remedy = f"give a number above {minimum:g}, at most {maximum:g}"
-                raise wrong_setting(setting.name, value, remedy)
+                raise setting_error(setting.name, value, remedy)
         # A request larger than the whole queue would get 429 "try again" forever.
         if self.queue_images < self.request_images:
-            raise wrong_setting("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
+            raise setting_error("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
         if self.path_prefix is not None and not (self.path_prefix.startswith("/") and len(self.path_prefix.strip("/"))):
-            raise wrong_setting("path_prefix", self.path_prefix, "give a path, such as /images")
+            raise setting_error("path_prefix", self.path_prefix, "give a path, such as /images")
         if self.prefix in _OWN_FOLDERS:
-            raise wrong_setting("path_prefix", self.path_prefix, "the server has paths below it; give another, such as /images")
+            raise setting_error("path_prefix", self.path_prefix, "the server has paths below it; give another, such as /images")
         # Read the keys now, so that a bad key is found before anything is started.
         _ = self.keys
 
@@ -146,7 +146,7 @@ def as_environment(settings: Settings) -> dict[str, str]:
     return {variable(setting.name): _text(getattr(settings, setting.name)) for setting in fields(settings)}
 
 
-def wrong_setting(name: str, value: object, remedy: str) -> RequestError:
+def setting_error(name: str, value: object, remedy: str) -> RequestError:
     """Return the error for a setting with a bad value. It names the setting by its environment variable."""
     return RequestError(f"{variable(name)} is {value}", remedy=remedy, param=name)
 
@@ -171,7 +171,7 @@ def _parsed(setting: "Field[Any]", text: str) -> object:
     try:
         return read(text)
     except (ValueError, KeyError):
-        raise wrong_setting(setting.name, text, remedy) from None
+        raise setting_error(setting.name, text, remedy) from None
 
 
 def _text(value: object) -> str:

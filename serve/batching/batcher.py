@@ -37,7 +37,7 @@ _MAX_RETRY_AFTER_S = 60
 # Noise of up to this many values (25 us) is drawn on the event loop when a request comes in. In the engine's thread NumPy
 # releases the GIL for every row that it draws, and may wait up to 5 ms to get it back from a busy event loop. That made a batch
 # of 64 late by half of its own time.
-_DRAWN_EARLY = 4096
+_MAX_EARLY_NOISE = 4096
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Batcher:
         self._queue_images = queue_images
         self._metrics = metrics
         self._requests: deque[QueuedRequest] = deque()  # requests with items that have not been given to the engine
-        self._again: deque[list[QueuedImage]] = deque()  # batches of one item each, from a batch that failed
+        self._retries: deque[list[QueuedImage]] = deque()  # batches of one item each, from a batch that failed
         self._queued = 0
-        self._mixing: set[QueuedRequest] = (
+        self._mixture_requests: set[QueuedRequest] = (
             set()
         )  # requests for mixtures of classes; they are rare, and while there are none, no item is checked for a mixture
         self._device = device
-        self._asking = False
+        self._turn_requested = False
         self._running = 0
         self._idle: asyncio.Future[None] | None = None
         self._deadlines: Deadlines[QueuedRequest] = Deadlines(self._expire)
@@ -111,7 +111,7 @@ class Batcher:
             del request
             raise
         self._deadlines.remove(request)
-        self._mixing.discard(request)
+        self._mixture_requests.discard(request)
         assert request.images is not None
         total_s = time.perf_counter() - start
         # The waiting time is the rest of the total: a large request waits between its batches too, not only before the first.
@@ -145,22 +145,22 @@ class Batcher:
     def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: ClassIds | None, timeout_s: float) -> QueuedRequest:
         loop = asyncio.get_running_loop()
         shape = self._engine.spec.noise_shape
-        drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _DRAWN_EARLY else None
+        drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _MAX_EARLY_NOISE else None
         mixture = class_ids if isinstance(class_ids, ClassMixture) else None
         first_ids = class_ids.class_ids if isinstance(class_ids, ClassMixture) else class_ids
         request = QueuedRequest(seeds, first_ids, mixture, drawn, loop.create_future(), timeout_s, left=len(seeds))
         if mixture is not None:
-            self._mixing.add(request)
+            self._mixture_requests.add(request)
         self._requests.append(request)
         self._deadlines.add(request, loop.time() + timeout_s)
         self._count(len(seeds))
-        self._ask()
+        self._request_turn()
         return request
 
-    def _ask(self) -> None:
+    def _request_turn(self) -> None:
         # One pending turn is enough: when it comes, `_turn` asks for another one if there is more to do.
-        if not self._asking:
-            self._asking = True
+        if not self._turn_requested:
+            self._turn_requested = True
             self._device.ask(self._turn)
 
     def _turn(self) -> EngineCall | None:
@@ -169,10 +169,10 @@ class Batcher:
         No timer delays a batch to make it fuller: while the engine runs, the next batch fills anyway, and with an idle engine a
         delay would only make the first request wait.
         """
-        self._asking = False
-        items = self._again.popleft() if self._again else self._gather()
-        if self._again or self._requests:
-            self._ask()
+        self._turn_requested = False
+        items = self._retries.popleft() if self._retries else self._gather()
+        if self._retries or self._requests:
+            self._request_turn()
         if not items:
             return None
         self._running += 1
@@ -193,7 +193,7 @@ class Batcher:
         return items
 
     def _run(self, items: list[QueuedImage]) -> Callable[[], None]:
-        """Make the images of a batch and return the callback for the event loop, `_made` or `_failed`.
+        """Make the images of a batch and return the callback for the event loop, `_on_images` or `_on_error`.
 
         Runs in the engine's thread, or on the event loop if the batch is quick (see DeviceThread).
         """
@@ -201,16 +201,16 @@ class Batcher:
         try:
             images = self._call(items)
         except Exception as error:  # the runtimes' errors have no common base class
-            return functools.partial(self._failed, items, error)
-        return functools.partial(self._made, items, images, time.perf_counter() - start)
+            return functools.partial(self._on_error, items, error)
+        return functools.partial(self._on_images, items, images, time.perf_counter() - start)
 
     def _call(self, items: list[QueuedImage]) -> np.ndarray:
         """Run the engine: images uint8 [size, H, W, C], of which the first len(items) are those of the items."""
         # Padded to a size that has run before: for a new shape, a runtime may plan its memory or compile code again.
         size = self._sizes.size_for(len(items))
-        inputs = batch_inputs(self._engine.spec, items, mixing=bool(self._mixing))
+        inputs = batch_inputs(self._engine.spec, items, mixing=bool(self._mixture_requests))
         images = self._engine(*(inputs if size == len(items) else inputs.padded(size)))
-        # `_made` assigns images to requests by their index, so with a wrong number a client would get another one's image.
+        # `_on_images` assigns images to requests by their index, so with a wrong number a client would get another one's image.
         expected = (size, *self._image_size)
         if images.shape != expected or images.dtype != np.uint8:
             raise EngineFailedError(
@@ -219,7 +219,7 @@ class Batcher:
             )
         return images
 
-    def _made(self, items: list[QueuedImage], images: np.ndarray, seconds: float) -> None:
+    def _on_images(self, items: list[QueuedImage], images: np.ndarray, seconds: float) -> None:
         """Give the images of a finished batch to their requests, and record its time."""
         self._metrics.batch.observe(len(items))
         self._sizes.note(len(items), seconds)
@@ -229,7 +229,7 @@ class Batcher:
         for (request, index), image in zip(items, images, strict=False):  # the remaining images are padding
             finished += self._deliver(request, index, image)
         self._metrics.images.inc(finished)
-        self._over()
+        self._batch_done()
 
     def _deliver(self, request: QueuedRequest, index: int, image: np.ndarray) -> int:
         """Give one image to its request. Return the request's number of images if this was its last one, else 0."""
@@ -245,7 +245,7 @@ class Batcher:
         request.done.set_result(None)
         return len(request.seeds)
 
-    def _failed(self, items: list[QueuedImage], error: Exception) -> None:
+    def _on_error(self, items: list[QueuedImage], error: Exception) -> None:
         """Run a batch that failed again, item by item, so that only the bad items fail. A single item fails for good."""
         if len(items) == 1:
             self._fail_item(items[0], error)
@@ -253,18 +253,18 @@ class Batcher:
             logger.warning("a batch of %d images failed (%s); running them one by one", len(items), error)
             with self._device.lock:
                 # Skip items of requests that are over, because another item failed, time ran out or the client left.
-                self._again.extend([item] for item in items if not item[0].done.done())
-                self._ask()
-        self._over()
+                self._retries.extend([item] for item in items if not item[0].done.done())
+                self._request_turn()
+        self._batch_done()
 
-    def _over(self) -> None:
+    def _batch_done(self) -> None:
         with self._device.lock:
             self._running -= 1
         self._note_idle()
 
     def _note_idle(self) -> None:
-        with self._device.lock:  # without it, an item that just moves from `_again` to running could be missed
-            idle = not self._running and not self._again
+        with self._device.lock:  # without it, an item that just moves from `_retries` to running could be missed
+            idle = not self._running and not self._retries
         if idle and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
@@ -294,8 +294,8 @@ class Batcher:
             if request in self._requests:
                 self._requests.remove(request)
                 self._count(request.next - len(request.seeds))
-            if self._again:
-                self._again = deque(items for items in self._again if items[0][0] is not request)
+            if self._retries:
+                self._retries = deque(items for items in self._retries if items[0][0] is not request)
         self._note_idle()
 
     def _count(self, images: int) -> None:

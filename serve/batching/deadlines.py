@@ -36,9 +36,9 @@ class Deadlines(Generic[_Deadline]):
         if self._timer is not None:
             self._timer.cancel()
         self._next = deadline
-        self._timer = asyncio.get_running_loop().call_at(deadline, self._look)
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._run_due)
 
-    def _look(self) -> None:
+    def _run_due(self) -> None:
         self._timer = None
         now = asyncio.get_running_loop().time() + _CLOCK_S
         for item in [item for item, deadline in self._deadlines.items() if deadline <= now]:

@@ -61,8 +61,8 @@ class DeviceThread:
             self._thread.start()
         with self.lock:
             self._turns.append(turn)
-            waits_for_nobody = not self._busy and len(self._turns) == 1
-        if waits_for_nobody:
+            is_next = not self._busy and len(self._turns) == 1
+        if is_next:
             # In the next iteration of the loop, so that all requests that were read in this one go into the same batch.
             self._loop.call_soon(self._start)
 

@@ -14,7 +14,7 @@ from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.progress import progress
 from uni_instruct.serve.api_keys import read_keys
-from uni_instruct.serve.load_test import LoadedServer, apply_load, count_wrong, summary
+from uni_instruct.serve.load_test import TargetServer, apply_load, count_wrong, summary
 from uni_instruct.serve.settings import variable
 
 
@@ -47,7 +47,7 @@ def loadtest(
     Example: uni-instruct loadtest http://127.0.0.1:3000 --rate 200 --seconds 30
     """
     keys = read_keys(os.environ.get(variable("api_key")) or None, os.environ.get(variable("api_key_file")) or None)
-    target = LoadedServer(url, keys[0] if keys else None)
+    target = TargetServer(url, keys[0] if keys else None)
     facts = target.facts(model)
     name = model or facts["name"]
     opened = _bundle_here(bundle, facts["name"])

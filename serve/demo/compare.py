@@ -107,7 +107,7 @@ class SideBySide:
         try:
             async with self._turn:
                 # The timeout does not cover opening: importing torch takes seconds, once, and a retry would wait for it too.
-                engine = await self._in_thread(self._opened, served.bundle, wanted.other)
+                engine = await self._in_thread(self._engine_for, served.bundle, wanted.other)
                 own, other = await self._both_sides(served, engine, wanted.other, seeds, class_ids)
         finally:
             self._waiting -= 1
@@ -139,7 +139,7 @@ class SideBySide:
             engine.close()
         self._engines.clear()
 
-    def _opened(self, bundle: Bundle, other: str) -> Engine:
+    def _engine_for(self, bundle: Bundle, other: str) -> Engine:
         """Return the other engine, opened and warmed up. Runs in the thread. Raises RequestError if there is no such engine."""
         # The key has the weights' hash, because a bundle that was replaced on disk needs new engines.
         key = (str(bundle.path), bundle.weights_sha256, other)

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # File descriptors that a worker needs besides its connections: sockets, logs, the bundle, those of the engine's runtime.
-_OTHER_FILES = 128
+_RESERVED_FILES = 128
 _MIN_FILES = 24
 
 
-def bound_connections(server: "uvicorn.Server", settings: Settings, metrics: ServerMetrics) -> None:
+def limit_connections(server: "uvicorn.Server", settings: Settings, metrics: ServerMetrics) -> None:
     """Set the limits of the settings on a server that does not listen yet. Refusals are counted under route 'connection'."""
     limit = _allowed_connections(settings.connections)
     server.config.timeout_keep_alive = settings.keep_alive_s  # type: ignore[assignment]
-    server.config.http_protocol_class = _bounded(server.config.http_protocol_class, settings, limit, metrics)
+    server.config.http_protocol_class = _limited_protocol(server.config.http_protocol_class, settings, limit, metrics)
 
 
 def _allowed_connections(wanted: int) -> int:
@@ -43,7 +43,7 @@ def _allowed_connections(wanted: int) -> int:
     The soft limit of open files is first raised as far as the hard limit allows. A process without a free file descriptor
     cannot accept any client, while a limit of our own lets idle connections be closed to make room.
     """
-    files = wanted + _OTHER_FILES
+    files = wanted + _RESERVED_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < files:
         soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
@@ -53,13 +53,13 @@ def _allowed_connections(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= files:
         return wanted
     # With a common limit such as 1024 only the reserve is lost. With a very small one, about half is left for connections.
-    allowed = max(soft - _OTHER_FILES, soft // 2 - _MIN_FILES, 3)
+    allowed = max(soft - _RESERVED_FILES, soft // 2 - _MIN_FILES, 3)
     if allowed < wanted:
         logger.warning("this process may have %d files open, so %d connections, not %d (ulimit -n)", soft, allowed, wanted)
     return min(allowed, wanted)
 
 
-def _bounded(protocol: type[Any], settings: Settings, limit: int, metrics: ServerMetrics) -> type[Any]:
+def _limited_protocol(protocol: type[Any], settings: Settings, limit: int, metrics: ServerMetrics) -> type[Any]:
     """Return uvicorn's protocol class with the limits added. Uvicorn creates one object of it for each connection.
 
     All connections of a server share the class attributes that are set here.
@@ -69,7 +69,7 @@ def _bounded(protocol: type[Any], settings: Settings, limit: int, metrics: Serve
     limits |= {"too_many": _refusal(TooManyConnectionsError(limit), settings)}
     limits |= {"refused": staticmethod(lambda status: metrics.count_answer("connection", status))}
     limits |= {"keep_alive_s": settings.keep_alive_s, "idle": Deadlines(lambda silent: silent.end())}
-    return type("Bounded", (_Bounds, protocol), limits)
+    return type("Bounded", (_LimitedProtocol, protocol), limits)
 
 
 def _refusal(error: UniInstructError, settings: Settings) -> bytes:
@@ -85,7 +85,7 @@ def _refusal(error: UniInstructError, settings: Settings) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
-class _Bounds:
+class _LimitedProtocol:
     """Base class placed before uvicorn's protocol class, whose methods it extends.
 
     silent: the connections that have no complete request in progress, oldest first (a dict as an ordered set). idle: closes
@@ -116,8 +116,8 @@ class _Bounds:
 
     # Called when the client disconnects while a request is in progress (http/disconnects.py).
     on_lost: Callable[[], None] | None = None
-    _deadline: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
+    _receive_timeout: asyncio.TimerHandle | None = None
+    _stall_timeout: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
@@ -129,22 +129,22 @@ class _Bounds:
             transport.close()
             return
         self.silent[self] = None
-        self._expect()
+        self._start_receive_timeout()
 
     def data_received(self, data: bytes) -> None:
         self.idle.remove(self)
         super().data_received(data)  # type: ignore[misc]
         if self.transport.get_protocol() is not self:
-            self._hand_over()
+            self._release_to_websocket()
             return
         cycle = self.cycle
         if cycle is not None:
             cycle.scope[CONNECTION] = self  # in time: the app's task was only just created and has not started yet
         # True while a request is incomplete: its headers or its body are still arriving.
         if cycle is None or cycle.response_complete or cycle.more_body:
-            self._expect()
+            self._start_receive_timeout()
         else:
-            self._unexpect()
+            self._cancel_receive_timeout()
             self.silent.pop(self, None)
 
     def on_response_complete(self) -> None:
@@ -162,16 +162,16 @@ class _Bounds:
 
     def pause_writing(self) -> None:
         super().pause_writing()  # type: ignore[misc]
-        self._look_again()
+        self._start_stall_timeout()
 
     def resume_writing(self) -> None:
         if not self.transport.is_closing():
-            self._forget_stall()
+            self._cancel_stall_timeout()
         super().resume_writing()  # type: ignore[misc]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unexpect()
-        self._forget_stall()
+        self._cancel_receive_timeout()
+        self._cancel_stall_timeout()
         self.idle.remove(self)
         self.silent.pop(self, None)
         super().connection_lost(exc)  # type: ignore[misc]
@@ -182,41 +182,41 @@ class _Bounds:
         if self.on_lost is not None:
             self.on_lost()
 
-    def _expect(self) -> None:
+    def _start_receive_timeout(self) -> None:
         # Timed from the first byte, not from the latest: otherwise a client that sends one byte a second could go on forever.
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(self.receive_s, self._too_slow)
+        if self._receive_timeout is None:
+            self._receive_timeout = self.loop.call_later(self.receive_s, self._too_slow)
 
-    def _unexpect(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _cancel_receive_timeout(self) -> None:
+        if self._receive_timeout is not None:
+            self._receive_timeout.cancel()
+            self._receive_timeout = None
 
     def end(self) -> None:
         """Close an idle connection once its client has read the last answer, or has read nothing of it for keep_alive_s."""
         self.transport.close()
-        if self._stalled is None and self.transport.get_write_buffer_size():
-            self._look_again()
+        if self._stall_timeout is None and self.transport.get_write_buffer_size():
+            self._start_stall_timeout()
 
-    def _look_again(self) -> None:
+    def _start_stall_timeout(self) -> None:
         left = self.transport.get_write_buffer_size()
-        self._stalled = self.loop.call_later(self.keep_alive_s, self._look_whether_less, left)
+        self._stall_timeout = self.loop.call_later(self.keep_alive_s, self._check_stall, left)
 
-    def _look_whether_less(self, than: int) -> None:
+    def _check_stall(self, than: int) -> None:
         if self.transport.get_write_buffer_size() < than:
-            self._look_again()
+            self._start_stall_timeout()
         else:
             # The client has read nothing for keep_alive_s. Waiting longer would keep its answer in memory without end.
             self.transport.abort()
 
-    def _forget_stall(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+    def _cancel_stall_timeout(self) -> None:
+        if self._stall_timeout is not None:
+            self._stall_timeout.cancel()
+            self._stall_timeout = None
 
-    def _hand_over(self) -> None:
+    def _release_to_websocket(self) -> None:
         """Release the connection to uvicorn's websocket protocol. No method of this object is called for it afterwards."""
-        self._unexpect()
+        self._cancel_receive_timeout()
         self.silent.pop(self, None)
         self.parser = self.scope = self.cycle = None
 

@@ -19,7 +19,7 @@ class Connection(Protocol):
     on_lost: Callable[[], None] | None
 
 
-class _Waiting:
+class _WaitingClient:
     """A client that waits for the result of a task. `left` is True once it has disconnected."""
 
     def __init__(self, task: "asyncio.Task[Any]"):
@@ -40,7 +40,7 @@ async def cancel_on_disconnect(scope: Scope, receive: Receive, work: Awaitable[_
     """Return the result of `work`. If the client disconnects first, cancel the work and raise ClientDisconnect."""
     task = asyncio.current_task()
     assert task is not None
-    waiting = _Waiting(task)
+    waiting = _WaitingClient(task)
     connection: Connection | None = scope.get(CONNECTION)
     watcher = None
     if connection is not None:

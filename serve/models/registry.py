@@ -32,9 +32,9 @@ class Models:
         self.metrics = ServerMetrics()
         self.encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
         self.stopping = GracefulShutdown(settings.grace_s)
-        self._settled = False
+        self._loading_finished = False
         self._devices = DeviceThreads()
-        self._tried: dict[str, Fingerprint | None] = {}  # name -> files of the latest attempt to load it
+        self._last_fingerprints: dict[str, Fingerprint | None] = {}  # name -> files of the latest attempt to load it
         self._retired: set[ServedModel] = set()  # replaced by newer ones, but with requests that are still running
         self._served = {name: self._new(name, source) for name, source in sources_by_name(settings.bundle).items()}
 
@@ -56,7 +56,7 @@ class Models:
     @property
     def ready(self) -> bool:
         """Whether loading is finished and at least one model is ready. False again once the server is stopping."""
-        return self._settled and "ready" in self.states.values()
+        return self._loading_finished and "ready" in self.states.values()
 
     @property
     def alive(self) -> bool:
@@ -82,13 +82,13 @@ class Models:
         """Load all models, the default first. One at a time, so that they do not disturb each other's timing of batch sizes."""
         for name, served in self._served.items():
             await served.load()
-            self._tried[name] = served.fingerprint
+            self._last_fingerprints[name] = served.fingerprint
             self._report(name)
 
     def mark_ready(self) -> None:
         """Mark the server as ready. Call it after everything that stays until the end (models, demo) has been loaded."""
         tune_garbage_collector()
-        self._settled = True
+        self._loading_finished = True
         self.metrics.ready.set(self.ready)
 
     async def watch(self) -> None:
@@ -104,17 +104,17 @@ class Models:
                 now = await asyncio.to_thread(fingerprint, served.source)
                 # Reload only after two equal looks: files that are still being copied would seem damaged.
                 settled, seen[name] = now == seen.get(name), now
-                if settled and now is not None and now != self._tried[name]:
+                if settled and now is not None and now != self._last_fingerprints[name]:
                     try:
-                        await self._exchange(name)
+                        await self._replace(name)
                     except Exception:  # closing a runtime may raise anything, and the other models must still be watched
                         logger.exception("the exchange of %s failed", name)
 
-    async def _exchange(self, name: str) -> None:
+    async def _replace(self, name: str) -> None:
         older = self._served[name]
         newer = self._new(name, older.source)
         await newer.load()
-        self._tried[name] = newer.fingerprint
+        self._last_fingerprints[name] = newer.fingerprint
         # If the older one failed as well, the newer one takes over, so that the current error is reported.
         if newer.failure is not None and older.failure is None:
             logger.error("the generator %s has changed and cannot be loaded; the older one is served on", name)
@@ -134,14 +134,14 @@ class Models:
     def fail_waiting(self) -> None:
         """End the requests that wait for an engine with 503, and stop being ready. Called when the server begins to stop."""
         self.metrics.ready.set(0)
-        self._settled = False
+        self._loading_finished = False
         for served in (*self._served.values(), *self._retired):
             served.fail_waiting()
 
     async def close(self) -> None:
         """Stop every engine after its running batch, and end the worker's threads."""
         self.metrics.ready.set(0)
-        self._settled = False
+        self._loading_finished = False
         for served in (*self._served.values(), *self._retired):
             await served.close()
         self._devices.close()

@@ -55,7 +55,7 @@ class ServedModel:
         self._bundle: Bundle | None = None
         self._engine: Engine | None = None
         self._selection: Selection | None = None
-        self._made_by: dict[str, str] | None = None
+        self._engine_headers: dict[str, str] | None = None
         self._batcher: Batcher | None = None
         self._closed = False
         self.lease = Lease(self)
@@ -80,14 +80,14 @@ class ServedModel:
         return self._engine
 
     @property
-    def made_by(self) -> dict[str, str]:
+    def engine_headers(self) -> dict[str, str]:
         """Headers of every answer: X-Model, X-Engine, X-Engines-Refused if there are any. Raises NotReadyError until loaded."""
-        if self._made_by is None:
+        if self._engine_headers is None:
             headers = {"X-Model": self.name, "X-Engine": str(self.engine.id)}
             if refused := self.selection.refused:
                 headers["X-Engines-Refused"] = ",".join(str(status.engine_id) for status in refused)
-            self._made_by = headers
-        return self._made_by
+            self._engine_headers = headers
+        return self._engine_headers
 
     @property
     def selection(self) -> Selection:

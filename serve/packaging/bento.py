@@ -132,7 +132,7 @@ def _engines(bundle: Bundle, wanted: str | None) -> list[StoredEngine]:
             remedy="package the generator that 'train' distilled from it",
             param="bundle",
         )
-    present = {str(engine_id): stored for engine_id, stored in bundle.engines().items() if _runs_there(stored)}
+    present = {str(engine_id): stored for engine_id, stored in bundle.engines().items() if _runs_in_bento(stored)}
     if not present:
         export = f"uni-instruct export {quote(str(bundle.path))} --to onnx"
         raise RequestError(f"{bundle.path} has no engine that runs without torch", remedy=export, param="bundle")
@@ -145,7 +145,7 @@ def _engines(bundle: Bundle, wanted: str | None) -> list[StoredEngine]:
     return kept
 
 
-def _runs_there(stored: StoredEngine) -> bool:
+def _runs_in_bento(stored: StoredEngine) -> bool:
     runtime = RUNTIMES.get(stored.engine_id.runtime)
     return runtime is not None and runtime.extra == EXTRA
 

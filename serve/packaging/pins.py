@@ -37,15 +37,15 @@ def needed(extras: set[str]) -> set[str]:
 
 
 def _follow(
-    requirement: Requirement, extras: set[str], names: set[str], seen: set[tuple[str, frozenset[str]]], blamed: str
+    requirement: Requirement, extras: set[str], names: set[str], seen: set[tuple[str, frozenset[str]]], extra_to_install: str
 ) -> None:
     """Add a requirement to `names`, and recursively what it requires, if its marker applies on this system.
 
-    extras: those of the package that has the requirement. blamed: the extra that an error tells the user to install.
+    extras: those of the package that has the requirement. extra_to_install: the extra that an error tells the user to install.
     """
     if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}):
         return
-    found = _installed(requirement.name, blamed)
+    found = _installed(requirement.name, extra_to_install)
     key = str(found.metadata["Name"])
     step = key, frozenset(requirement.extras)
     if key == OWN or step in seen:
@@ -53,7 +53,7 @@ def _follow(
     seen.add(step)
     names.add(key)
     for nested in found.requires or []:
-        _follow(Requirement(nested), set(requirement.extras), names, seen, blamed)
+        _follow(Requirement(nested), set(requirement.extras), names, seen, extra_to_install)
 
 
 def _installed(name: str, extra: str) -> Distribution:

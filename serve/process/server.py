@@ -36,7 +36,7 @@ class Server:
     def __init__(self, address: str, port: int, environment: dict[str, str], folder: str, settings: Settings):
         self.url = _url(address, port)
         self._settings = settings
-        self._family: set[psutil.Process] = set()
+        self._descendants: set[psutil.Process] = set()
         self._workers: set[int] = set()  # ids of all workers that were ever started, including those that have ended
         # This interpreter's BentoML, not whichever `bentoml` comes first on the PATH.
         command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", address, "--port", str(port)]
@@ -80,10 +80,10 @@ class Server:
         """End the supervisor and its workers: by SIGTERM, then by SIGKILL if they still run _KILL_AFTER_S after `grace_s`."""
         self._note_workers()
         # A living supervisor stops its workers itself. If it is dead, its workers are orphans that only we can still end.
-        for process in [self._supervisor] if self._supervisor.poll() is None else self._family:
+        for process in [self._supervisor] if self._supervisor.poll() is None else self._descendants:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        _, alive = psutil.wait_procs([self._supervisor, *self._family], timeout=self._settings.grace_s + _KILL_AFTER_S)
+        _, alive = psutil.wait_procs([self._supervisor, *self._descendants], timeout=self._settings.grace_s + _KILL_AFTER_S)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -99,7 +99,7 @@ class Server:
     def _note_workers(self) -> int:
         """Remember the supervisor's children, to be able to stop them after its death. Return how many workers are alive."""
         with suppress(psutil.NoSuchProcess):
-            self._family.update(self._supervisor.children(recursive=True))
+            self._descendants.update(self._supervisor.children(recursive=True))
             living = {child.pid for child in self._supervisor.children() if _is_worker(child)}
             self._workers |= living
             return len(living)

@@ -57,7 +57,7 @@ async def addressed_image(served: ServedModel, address: ImageAddress, headers: H
     """Return the image, or 304 without a body if the client has it already (If-None-Match). A 304 does not use the engine."""
     cache = cache_headers(served, address)
     # A header with a list may be repeated; its lines are then one list (RFC 9110, section 5.3).
-    if _has_it(",".join(headers.getlist("if-none-match")), cache["ETag"]):
+    if _etag_matches(",".join(headers.getlist("if-none-match")), cache["ETag"]):
         return Response(status_code=304, headers=cache)
     encoded = await generate_encoded(
         served,
@@ -84,7 +84,7 @@ def cache_headers(served: ServedModel, address: ImageAddress) -> Mapping[str, st
     }
 
 
-def _has_it(if_none_match: str, etag: str) -> bool:
+def _etag_matches(if_none_match: str, etag: str) -> bool:
     """Whether one of the listed tags is ours. If-None-Match ignores the prefix 'W/' (RFC 9110, section 13.1.2)."""
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return "*" in tags or etag in tags

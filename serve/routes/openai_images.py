@@ -129,12 +129,12 @@ async def images_response(served: ServedModel, job: ImagesJob, base_url: str) ->
     """
     if job.as_url:
         urls = [{"url": _url(served.name, job, index, base_url)} for index in range(len(job.seeds))]
-        return JSONResponse(_answer(served, job, urls), headers=served.made_by)
+        return JSONResponse(_answer(served, job, urls), headers=served.engine_headers)
     if job.stream:
         # Make the images before the answer starts, so that an error can still be answered with its own HTTP status.
         generated = await generate_images(served, job.seeds, job.class_ids)
         events = _events(served, job, generated.images)
-        return StreamingResponse(events, headers=served.made_by, media_type="text/event-stream")
+        return StreamingResponse(events, headers=served.engine_headers, media_type="text/event-stream")
     encoded = await generate_encoded(
         served,
         job.seeds,

@@ -49,7 +49,7 @@ async def image_response(served: ServedModel, job: Job) -> Response:
 def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str, str]:
     """Return the headers that say what made the images, and Server-Timing with the milliseconds by stage."""
     timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in stage_ms.items())
-    return {**served.made_by, "Server-Timing": timing}
+    return {**served.engine_headers, "Server-Timing": timing}
 
 
 async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: ClassIds | None) -> Generated:
