@@ -22,7 +22,7 @@ MAX_SHOWN_CLASSES = 20  # a longer table would not be readable
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
-    """The scores of one class. None: not measured.
+    """The scores of one class; None if not measured.
 
     recognised, recognised_data: share of samples and of training images that the classifier assigns to the class.
     varied: mean distance of two samples in the features / mean distance of two training images.

@@ -17,7 +17,7 @@ WHITE, GAP = 255, 14
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """Seeds and classes of a grid of images, row by row. class_ids: int64 [len(seeds)] or None. by_class: a column per class."""
+    """Seeds and classes of a grid of images, row by row. class_ids: int64 [len(seeds)] or None. by_class: a class a column."""
 
     seeds: Sequence[int]
     class_ids: np.ndarray | None
