@@ -63,7 +63,7 @@ class Preflight:
 
 
 def examine(preflight: Preflight) -> list[Finding]:
-    """The findings of all checks. A check fails by raising UniInstructError. If "recipe" fails, the later checks are left out."""
+    """The findings of all checks. A check fails by raising UniInstructError. If "recipe" fails, later checks are left out."""
     findings: list[Finding] = []
     for subject, check in CHECKS.items():
         try:

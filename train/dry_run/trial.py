@@ -183,6 +183,7 @@ class TimedSteps:
             timing = self._measure(build(images))
             now = time.monotonic()
             more = int(min(limits.images, room, GROWTH * images))
+            # A step on GROWTH times as many images is assumed to take GROWTH times as long.
             if more <= images or now - start + GROWTH * (now - before) > limits.budget_s:
                 return timing
             images = more

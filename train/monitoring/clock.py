@@ -36,7 +36,7 @@ class Clock:
             self._open.pop()
 
     def add(self, stage: str, activity: str, time_s: float) -> None:
-        """Count seconds of an activity. For time that passed before the clock existed."""
+        """Add seconds to an activity, for example those that passed before the clock existed."""
         activities = self._times.setdefault(stage, {})
         activities[activity] = activities.get(activity, 0.0) + time_s
 

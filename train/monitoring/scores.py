@@ -11,7 +11,7 @@ class SelectionMetric(NamedTuple):
     printed: tuple[str, str]
 
 
-# For precision and recall, torch-fidelity compares all pairs of reference images at every call. For more, it takes minutes.
+# For precision and recall, torch-fidelity compares all pairs of reference images at every call. With more it takes minutes.
 MAX_REFERENCE_FOR_PR = 10_000
 SELECTION_METRICS = {"FD": SelectionMetric("fd", ("FD(", "FID")), "KD": SelectionMetric("kd", ("KD(", "KID"))}
 

@@ -29,11 +29,11 @@ class Tracker(Protocol):
     """
 
     def scalars(self, values: Mapping[str, float], images: int) -> None:
-        """One point of each curve."""
+        """Send one point of each curve."""
         ...
 
     def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
-        """One picture, uint8 [H, W, 1 or 3]."""
+        """Send one picture, uint8 [H, W, 1 or 3]."""
         ...
 
     def close(self) -> None:
@@ -105,14 +105,14 @@ class TensorBoard:
         self._events: Any = None
 
     def scalars(self, values: Mapping[str, float], images: int) -> None:
-        """One point of each curve, on disk when this returns."""
+        """Write one point of each curve, on disk when this returns."""
         with disk_errors(self._folder):
             for name, value in values.items():
                 self._writer().add_scalar(name, value, images)
             self._writer().flush()  # a resumed run repeats no values from before its saved state, so they must be on disk
 
     def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
-        """One picture, on disk when this returns."""
+        """Write one picture, on disk when this returns."""
         with disk_errors(self._folder):
             self._writer().add_image(name, sheet, images, dataformats="HWC")
             self._writer().flush()

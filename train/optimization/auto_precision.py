@@ -62,7 +62,7 @@ def resolve_precision(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: 
         for choice in _choices()
         if loop.precision in (AUTO, choice.precision) and loop.channels_last in (AUTO, choice.channels_last)
     ]
-    if loop.precision not in (AUTO, *(choice.precision for choice in choices)):  # start_fabric says why
+    if loop.precision not in (AUTO, *(choice.precision for choice in choices)):  # on a CPU, start_fabric refuses 16-mixed
         choices = [PrecisionChoice(loop.precision, False)]
     best = _measured(choices, spec, images, progress if shown else silent) if len(choices) > 1 else choices[0]
     return replace(loop, precision=best.precision, channels_last=best.channels_last)

@@ -72,6 +72,7 @@ class CriticUpdate:
         sigma = draw.sigma[part].to(device)
         # Augmented like the data, so that augmentation does not give the student's images away to the discriminator.
         clean, labels = augmented(students.detached(part), draw.augmentation, part)
+        # x_s = x_0 + s eps, for the student's images here and for the data below, at the same levels s.
         noised = clean + sigma * draw.noise[part].to(device)
         output = guided_critic(
             critic,

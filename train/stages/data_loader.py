@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uni_instruct.data import Dataset
 
-# Decoding a PNG takes about as long as training on it takes a GPU. It releases Python's lock (GIL), so threads help.
+# Decoding a PNG takes about as long as a GPU needs to train on it. Decoding releases Python's global lock, so threads help.
 THREADS = 4
 # As many batches ahead as there are threads keeps all threads busy. For large images fewer are held, but at least one.
 AHEAD, AHEAD_BYTES = 4, 512 * 2**20

@@ -136,6 +136,7 @@ class StudentUpdate:
             terms["regression"] = config.regression_scale * self._regression(part, students, draw)
         if config.reward_scale:
             assert objective.reward is not None
+            # Minus, because the loss is minimised and the reward is to rise.
             terms["reward"] = -config.reward_scale * objective.reward(diffused.clean, students.classes(part))
         return terms
 

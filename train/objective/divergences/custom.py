@@ -29,7 +29,7 @@ _FUNCTIONS = {"log": torch.log, "exp": torch.exp, "sqrt": torch.sqrt, "tanh": to
 
 
 def is_custom(text: str) -> bool:
-    """Whether the text can be a user's f: an importable name, or an expression in r with at least one operator."""
+    """Whether the text can be a user's f: an importable name, or an expression in r with an operator or a call."""
     return is_importable_name(text) or (any(sign in text for sign in "+-*/(") and "r" in _names(text))
 
 
@@ -89,7 +89,7 @@ def _refused(text: str, problem: str, remedy: str) -> RequestError:
 
 def _derivative(f: Elementwise) -> Elementwise:
     def derivative(r: Tensor) -> Tensor:
-        # Training evaluates h under no_grad; the derivatives of f need gradients.
+        # The caller may have switched gradients off, but derivatives of f need them.
         with torch.enable_grad():
             r = r if r.requires_grad else r.detach().requires_grad_()
             value = f(r)
