@@ -1,4 +1,4 @@
-"""lab.md, lab.html, lab.json and their pictures: variants in one table, scores over time, quality beside diversity."""
+"""Writes lab.md, lab.html, lab.json and their pictures: a table of variants, scores over time, quality and diversity."""
 
 import shlex
 from collections.abc import Sequence
@@ -28,7 +28,10 @@ COLUMNS = {"precision": "precision", "recall": "recall", "class_accuracy": "clas
 
 
 def write_page(lab: Lab, failed: dict[Path, str], command: Sequence[str]) -> Path:
-    """Writes the lab's page from what its runs left behind; returns lab.html. command: the words that made it."""
+    """Write the lab's page from its finished runs. Returns the path of lab.html.
+
+    failed: folder -> last line of output of experiments that failed. command: the words of the lab's command line.
+    """
     outcomes = read_outcomes(lab, failed)
     with atomic_folder(lab.folder / "report") as pictures:
         with atomic_file(pictures / "distance.png") as partial:

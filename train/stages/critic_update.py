@@ -1,4 +1,4 @@
-"""The critic's update: denoising of the student's images, and telling them from data at the same noise levels."""
+"""The critic's update: the fake score learns to denoise the student's images, the discriminator to tell them from data."""
 
 from dataclasses import dataclass
 
@@ -21,10 +21,11 @@ from uni_instruct.train.stages.teacher import denoising_loss
 
 @dataclass(frozen=True, kw_only=True)
 class CriticUpdate:
-    """What every update of the critic works with. batches is None where no phase needs data.
+    """One update of the critic, with what all updates share. batches is None if no phase of the recipe needs data.
 
-    The discriminator learns in every phase of a recipe that needs it in one, so that the ratio is there when it is first read.
-    class_weights [num_classes] give data of each class the share that the student's images have: None without classes.
+    If any phase needs the discriminator, it is trained in every phase, so that it is ready when the ratio is first used.
+    class_weights [num_classes] give each class of the data the share that it has among the student's images; None without
+    classes.
     """
 
     fabric: Fabric
@@ -45,8 +46,11 @@ class CriticUpdate:
         rng: torch.Generator,
         log_details: bool,
     ) -> Metrics:
-        """One step on the student's images, against batch number data_index of the data."""
-        # The student's update froze it.
+        """Take one step on the student's images and on batch number data_index of the data. Returns metrics for the log.
+
+        index: the training step, for the learning rate. Without log_details the returned dict is empty.
+        """
+        # The previous step's student update froze the critic.
         self.optimizer_step.module.requires_grad_(True)
         draw = _Draw.of(objective, students, self.pipe, rng)
         nonfinite, tally = NonFiniteTracker(), Tally(self.fabric)
@@ -63,11 +67,12 @@ class CriticUpdate:
     def _losses(
         self, part: slice, data_index: int, objective: Objective, students: StudentBatch, draw: "_Draw"
     ) -> tuple[Metrics, tuple[Tensor | None, Tensor | None]]:
-        """Per image [b]: the fake score's loss and, where it is needed, the discriminator's; and its logits."""
+        """Losses per image [b]: the fake score's, and the discriminator's if there is data. Then the logits (real, fake)."""
         device, critic = self.fabric.device, self.optimizer_step.module
         sigma = draw.sigma[part].to(device)
-        # Augmented like the data, so that the discriminator cannot tell images by their augmentation.
+        # Augmented like the data, so that augmentation does not give the student's images away to the discriminator.
         clean, labels = augmented(students.detached(part), draw.augmentation, part)
+        # x_s = x_0 + s eps, for the student's images here and for the data below, at the same levels s.
         noised = clean + sigma * draw.noise[part].to(device)
         output = guided_critic(
             critic,
@@ -86,7 +91,7 @@ class CriticUpdate:
         images, class_ids = self.batches(data_index, part, device)
         real, labels = augmented(images, draw.real_augmentation, part)
         noised = real + sigma * draw.real_noise[part].to(device)
-        # A student without classes is compared with data without classes, whatever the data have.
+        # A student without classes is compared with data without classes, even if the data has labels.
         seen_ids = class_ids if students.class_ids is not None else None
         logits = critic(noised, sigma, seen_ids, labels, denoise=False).logits
         losses["discriminator"] = discriminator_loss(logits, output.logits, self._real_weight(seen_ids))
@@ -115,7 +120,7 @@ class _Draw:
         return cls(
             sigma=objective.critic_levels.draw(batch, rng),
             noise=torch.randn(shape, generator=rng),
-            # Other noise, the same levels: the ratio is one of densities at a level.
+            # Independent noise at the same levels: the density ratio compares two distributions at one noise level.
             real_noise=torch.randn(shape, generator=rng),
             class_ids=drop_classes(students.class_ids, objective.config.label_dropout, rng),
             augmentation=pipe.draw(batch, rng) if pipe else None,
@@ -127,7 +132,7 @@ class _Draw:
 
 
 def _total(losses: Metrics, objective: Objective) -> Tensor:
-    # One backward pass for both, as they share the encoder.
+    # loss = fake score's + discriminator_scale x discriminator's: one backward pass, because they share the encoder.
     total = losses["fake_score"].sum()
     return total + objective.config.discriminator_scale * losses["discriminator"].sum() if "discriminator" in losses else total
 
@@ -135,5 +140,5 @@ def _total(losses: Metrics, objective: Objective) -> Tensor:
 def _accuracy(real: Tensor | None, fake: Tensor | None) -> Metrics:
     if real is None or fake is None:
         return {}
-    # Half of it from real images, half from the student's: guessing gives 0.5.
+    # The mean of the accuracies on real images and on the student's, per image: guessing gives 0.5.
     return {"discriminator/accuracy": ((real > 0).float() + (fake < 0).float()) / 2}
