@@ -138,7 +138,7 @@ class Loop:
         return self.fabric.is_global_zero
 
     @property
-    def _judged_by(self) -> list[str | int]:
+    def _scoring_settings(self) -> list[str | int]:
         """Metric, extractor and number of samples. Only scores with equal values of these can be compared."""
         return [self.config.metric, self.evaluator.extractor.name if self.evaluator else "", self.config.samples]
 
@@ -156,13 +156,13 @@ class Loop:
         if state is not None:
             stage.load_state_dict(state["stage"])
             step = int(state["step"])
-            if state.get("judged_by", self._judged_by) == self._judged_by:
+            if state.get("judged_by", self._scoring_settings) == self._scoring_settings:
                 self.best = Best(**state["best"])  # otherwise the old best is forgotten, as its score cannot be compared
             self.health.load_state_dict(state["health"])
         self.fabric.barrier()  # every process has read the files that the first process changes next
         # A killed run may have logged steps after its last saved state. They will be trained and logged again.
         if self._first:
-            self.run.forget_log_after(stage.name, step if state is not None else -1)
+            self.run.remove_log_after(stage.name, step if state is not None else -1)
         return step
 
     def _save(self, stage: Stage, done: int) -> None:
@@ -170,7 +170,7 @@ class Loop:
             state = {
                 "step": done,
                 "best": dict(self.best.__dict__),
-                "judged_by": self._judged_by,
+                "judged_by": self._scoring_settings,
                 "health": self.health.state_dict(),
                 "stage": stage.state_dict(),
             }
@@ -196,11 +196,11 @@ class Loop:
 
     def _evaluate(self, stage: Stage, done: int) -> str:
         images, class_ids = self._draw(stage)
-        note = self._judge(stage, done, images, class_ids) if self._first else ""
+        note = self._score_images(stage, done, images, class_ids) if self._first else ""
         self.fabric.barrier()
         return note
 
-    def _judge(self, stage: Stage, done: int, images: np.ndarray, class_ids: np.ndarray | None) -> str:
+    def _score_images(self, stage: Stage, done: int, images: np.ndarray, class_ids: np.ndarray | None) -> str:
         kimg = done * stage.batch / 1000
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
         scores, value = {}, 0.0  # without a metric all values are equal, and the last weights are kept

@@ -33,7 +33,7 @@ from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.rng import initial_weights
-from uni_instruct.train.run import Run, claimed
+from uni_instruct.train.run import Run, lock_run_folder
 from uni_instruct.train.scoring_choice import announce, choose_scoring
 from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
@@ -71,7 +71,7 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
 
 def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float, teacher_only: bool) -> Bundle:
     recipe = plan.recipe
-    with claimed(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
+    with lock_run_folder(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
         lock.note(devices)
         if plan.dataset is not None:
             check_same_data(out, plan.dataset, write=fabric.is_global_zero)

@@ -55,7 +55,7 @@ def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
     else:
         assert dataset is not None, "Recipe checks this"
         spec = plan_teacher(recipe, dataset)
-    _without_storage(spec)  # raises RequestError for invalid network arguments
+    _build_on_meta(spec)  # raises RequestError for invalid network arguments
     _check_classes(recipe, spec)
     if recipe.distillation.augment and spec.network_args.get("augment_dim", 0) != AUGMENT_LABELS:
         raise RequestError(
@@ -107,7 +107,7 @@ def _open_start(source: str, teacher: ModelSpec) -> Bundle:
     for what in ("noise_shape", "num_classes", "network"):
         if getattr(mine, what) != getattr(theirs, what):
             raise _unlike(source, what, getattr(mine, what), getattr(theirs, what))
-    networks = [_without_storage(spec) for spec in (mine, theirs)]
+    networks = [_build_on_meta(spec) for spec in (mine, theirs)]
     patches = [network.patch for network in networks]
     if patches[0] != patches[1]:
         raise _unlike(source, "network.patch", *patches)
@@ -135,7 +135,7 @@ def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestErro
     )
 
 
-def _without_storage(spec: ModelSpec) -> Denoiser:
+def _build_on_meta(spec: ModelSpec) -> Denoiser:
     # On the meta device tensors have shapes but no storage, so that a network of any size is built fast.
     with torch.device("meta"):
         return build_denoiser(spec)

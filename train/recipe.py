@@ -15,7 +15,7 @@ from uni_instruct.bundle import is_bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.objective.methods import DEFINING, METHODS
+from uni_instruct.train.objective.methods import METHOD_DEFINING_KEYS, METHODS
 from uni_instruct.train.recipe_file import RECIPES, YAML_ERRORS, built_in_recipes, parse_yaml, read_yaml
 from uni_instruct.train.recipe_keys import one_of
 
@@ -62,7 +62,7 @@ def parse_recipe(values: Mapping[str, object]) -> Recipe:
 def _change_method(values: dict[str, Any], name: Any) -> None:
     """Change the method: keys that define a method are dropped, other keys stay, and the new method's settings win."""
     one_of(METHOD_KEY, name, METHODS)
-    tuning = {key: value for key, value in values.get("objective", {}).items() if key not in DEFINING}
+    tuning = {key: value for key, value in values.get("objective", {}).items() if key not in METHOD_DEFINING_KEYS}
     values["objective"] = tuning | METHODS[name].settings | {"method": name}
 
 

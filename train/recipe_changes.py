@@ -12,18 +12,18 @@ from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.recipe import all_keys
 
-DATA_NOTE = Path("state") / "data.json"  # the description of a run's data, read and written by data_fingerprint.py
+DATA_DESCRIPTION = Path("state") / "data.json"  # the description of a run's data, read and written by data_fingerprint.py
 Changes = dict[str, tuple[object, object]]  # key -> (before, now)
 
 # Keys that may always change: descriptions, logs, evaluation, micro-batches, and the precision of products.
-FREE = frozenset(
+ALWAYS_CHANGEABLE = frozenset(
     {"name", "measured", "published", "teacher.micro_batch", "distillation.micro_batch"}
     | {"teacher.evaluate_kimg", "distillation.evaluate_kimg"}
     | {key for key in all_keys() if key.startswith("loop.") and key != "loop.seed"}
 )
 _STAGE = ("duration_kimg", "warmup_kimg", "decay_kimg", "decay")
 # Keys that may change while a stage is not finished: its length, learning rates, clipping, and the scales of the terms.
-TUNING = {
+CHANGEABLE_WHILE_TRAINING = {
     "teacher": frozenset(f"teacher.{name}" for name in (*_STAGE, "learning_rate", "clip_norm")),
     "distillation": frozenset(
         {f"distillation.{name}" for name in (*_STAGE, "critic_warmup_kimg", "beta1", "beta2", "adam_eps")}
@@ -52,14 +52,14 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
     changes = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
     for key, (was, wanted) in changes.items():
         general = re.sub(r"^schedule\[\d+\]\.", "", key)
-        section = next((section for section, keys in TUNING.items() if general in keys), None)
+        section = next((section for section, keys in CHANGEABLE_WHILE_TRAINING.items() if general in keys), None)
         if section is not None and was is not None and wanted is not None:
             _check_can_be_tuned(folder, key, was, wanted, section, new)
         elif general == "data" and was and wanted:
             _check_same_data(folder, str(was), str(wanted))
         elif general == "teacher.bundle" and was and wanted:
             _check_same_teacher(folder, str(was), str(wanted))
-        elif general not in FREE:
+        elif general not in ALWAYS_CHANGEABLE:
             raise _refused(folder, key, was, wanted)
     for key in changes:
         if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
@@ -111,7 +111,7 @@ def _check_can_be_tuned(folder: Path, key: str, was: object, wanted: object, sec
 
 def _check_same_data(folder: Path, was: str, wanted: str) -> None:
     """Raise RequestError unless both paths lead to the same images and labels."""
-    if (folder / DATA_NOTE).exists():
+    if (folder / DATA_DESCRIPTION).exists():
         return  # check_same_data compares with this description, which works even if the old path no longer exists
     if Path(was).exists() and Path(wanted).exists() and Path(was).samefile(wanted):
         return

@@ -102,7 +102,7 @@ class Run:
         for tracker in self._trackers or ():
             tracker.close()
 
-    def forget_log_after(self, stage: str, step: int) -> None:
+    def remove_log_after(self, stage: str, step: int) -> None:
         """Remove the stage's lines after that step from log.jsonl, because a resumed run will write them again."""
         file = self.folder / "log.jsonl"
         if not file.exists():
@@ -141,7 +141,7 @@ class Run:
 
 
 @contextmanager
-def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
+def lock_run_folder(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
     """Lock the folder for the processes of fabric. Raises RequestError, in each process, if another run has the lock."""
     with RunLock(folder) as lock:
         # Rank 0 takes the lock and broadcasts the result, so that all ranks stop if it failed.

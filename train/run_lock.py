@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worker:
+class RunProcess:
     """The process that works on a run, or the last one that did. started: seconds since 1970.
 
     program: the command line without its arguments. ended: how the process ended. It is None while the process works, and stays
@@ -62,7 +62,7 @@ class RunLock:
     def __init__(self, folder: Path):
         self.folder = folder
         self._file: int | None = None
-        self._worker: Worker | None = None
+        self._worker: RunProcess | None = None
 
     def __enter__(self) -> "RunLock":
         return self
@@ -92,7 +92,7 @@ class RunLock:
 
     def note(self, devices: int) -> None:
         """Describe this process in the lock file. Does nothing in a process that has not acquired the lock."""
-        self._worker = Worker(
+        self._worker = RunProcess(
             pid=os.getpid(),
             host=platform.node(),
             started=time.time(),
@@ -103,7 +103,7 @@ class RunLock:
         )
         self._write(self._worker)
 
-    def _write(self, worker: Worker) -> None:
+    def _write(self, worker: RunProcess) -> None:
         if self._file is None:
             return
         text = json.dumps(dataclasses.asdict(worker)).encode() + b"\n"
@@ -128,12 +128,12 @@ def is_locked(folder: Path) -> bool | None:
     return None if free is None else not free
 
 
-def read_worker(folder: Path) -> Worker | None:
+def read_run_process(folder: Path) -> RunProcess | None:
     """The process that works on the run, or the last one that did; None if the lock file has no readable description."""
     try:
         values = json.loads((folder / LOCK).read_text())
         # An unreadable description is ignored, because it is only information for the user.
-        return Worker(**values | {"program": tuple(values["program"])})
+        return RunProcess(**values | {"program": tuple(values["program"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -146,7 +146,7 @@ def refuse_in_use(folder: Path) -> None:
 
 def in_use_error(folder: Path) -> RequestError:
     """The error for a second training in the same folder."""
-    worker = read_worker(folder)
+    worker = read_run_process(folder)
     who = "another process" if worker is None else str(worker)
     stop = f", or stop it with 'kill {worker.pid}'" if worker is not None and worker.is_local else ""
     return RequestError(

@@ -12,7 +12,7 @@ from torch import nn
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.spec import evaluations
 from uni_instruct.train.config import Recipe, StageConfig
-from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, Timing, TrialLimits, micro_batch_of
+from uni_instruct.train.dry_run.trial import StepCounter, StepTimer, Timing, TrialLimits, micro_batch_of
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.optimization.auto_precision import exact, resolve_precision
 from uni_instruct.train.plan import Plan
@@ -135,9 +135,9 @@ def resolve_auto(plan: Plan, *, measured: bool = True) -> Plan:
 def cost_of(plan: Plan, budget_s: float = MEASURE_S) -> Cost:
     """Count and time a step of each stage. Timing takes about budget_s seconds."""
     # Counting runs on the meta device without arithmetic and memory, so networks of full size are counted.
-    counted, models = CountedSteps(plan), models_without_storage(plan)
+    counted, models = StepCounter(plan), models_on_meta(plan)
     evaluation_flops = counted.evaluation()
-    timed = TimedSteps(plan, evaluation_flops, _bytes(models.teacher))
+    timed = StepTimer(plan, evaluation_flops, _bytes(models.teacher))
     given, recipe = plan.given_teacher is not None, plan.recipe
     pairs = max((o.regression_pairs for o in recipe.objectives if o.regression_scale), default=0)
     return Cost(
@@ -172,7 +172,7 @@ def phases(recipe: Recipe) -> tuple[Phase, ...]:
     )
 
 
-def models_without_storage(plan: Plan) -> DistillationModels:
+def models_on_meta(plan: Plan) -> DistillationModels:
     """The networks of the distillation in full size, on the meta device except for what a discriminator adds."""
     with torch.device("meta"):
         teacher = build_denoiser(plan.teacher_spec)
@@ -190,7 +190,7 @@ def count_parameters(models: DistillationModels) -> dict[str, int]:
     }
 
 
-def _teacher(plan: Plan, models: DistillationModels, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
+def _teacher(plan: Plan, models: DistillationModels, counted: StepCounter, timed: StepTimer, budget_s: float) -> StageCost:
     config, counts, networks = plan.recipe.teacher, counted.teacher(), [models.teacher]
     memory = _memory(networks, networks, models.teacher, config, counts.activations)
     return StageCost(
@@ -203,7 +203,7 @@ def _teacher(plan: Plan, models: DistillationModels, counted: CountedSteps, time
     )
 
 
-def _generator(plan: Plan, models: DistillationModels, counted: CountedSteps, timed: TimedSteps, budget_s: float) -> StageCost:
+def _generator(plan: Plan, models: DistillationModels, counted: StepCounter, timed: StepTimer, budget_s: float) -> StageCost:
     config, stretches = plan.recipe.distillation, phases(plan.recipe)
     counts = [counted.distillation(phase.objective, phase.critic_alone) for phase in stretches]
     trained, last = [models.student, models.critic], stretches[-1]

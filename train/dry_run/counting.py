@@ -76,7 +76,7 @@ _IN_16_BITS = (F.conv2d, F.conv_transpose2d, F.linear, F.scaled_dot_product_atte
 _IN_32_BITS = {"cuda": (F.group_norm, F.layer_norm, F.softmax), "cpu": ()}
 
 
-class OnMeta(TorchFunctionMode):
+class MetaAutocast(TorchFunctionMode):
     """Imitates autocast of that device type ('cuda' or 'cpu') for tensors on the meta device, which autocast itself ignores.
 
     Converted copies of weights count as weights. Resampling (grid_sample) without gradient only returns the right shape, since

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.flops import count_flops
 from uni_instruct.train.config import StageConfig
-from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors
+from uni_instruct.train.dry_run.counting import Counts, MetaAutocast, SavedTensors
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.optimization.distributed import single_process_fabric
@@ -36,7 +36,7 @@ GROWTH = 4  # factor of the number of images from one timed step to the next
 _MEMINFO = Path("/proc/meminfo")
 
 
-class CountedSteps:
+class StepCounter:
     """Counts a step of each stage, by running the training code's own step on the meta device."""
 
     def __init__(self, plan: Plan):
@@ -54,7 +54,7 @@ class CountedSteps:
     def teacher(self) -> Counts:
         """The counts of a step of the teacher's training."""
         stage = teacher_stage(self.plan, self.fabric, images=1)
-        stage.optimizer_step = _Unstepped(stage.optimizer_step)
+        stage.optimizer_step = _GradientsOnly(stage.optimizer_step)
         return self._count(stage, [stage.optimizer_step.module])
 
     def distillation(self, objective: ObjectiveConfig, critic_alone: bool) -> Counts:
@@ -88,7 +88,7 @@ class CountedSteps:
     def _count(self, stage: TeacherStage | DistillationStage, networks: Iterable[nn.Module]) -> Counts:
         saved = SavedTensors(networks)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        with saved, OnMeta(self.plan.recipe.loop.precision, device_type, saved):
+        with saved, MetaAutocast(self.plan.recipe.loop.precision, device_type, saved):
             flops = count_flops(lambda: stage.step(0, _rng(), False))
         return Counts(flops=flops / stage.batch, activations=saved.peak)  # the peak is per image: one image at once
 
@@ -98,7 +98,7 @@ class _NoDevice(CPUAccelerator):
         """Do nothing: the meta device needs no setup."""
 
 
-class _Unstepped(OptimizerStep):
+class _GradientsOnly(OptimizerStep):
     """An optimizer step without the update, which would read the values of gradients. On the meta device they have none."""
 
     def __init__(self, optimizer_step: OptimizerStep):
@@ -112,7 +112,7 @@ class _Unstepped(OptimizerStep):
 
 class _CountedDistillation(DistillationStage):
     def _optimizer_step(self, module: nn.Module, name: str) -> OptimizerStep:
-        return _Unstepped(super()._optimizer_step(module, name))
+        return _GradientsOnly(super()._optimizer_step(module, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class TrialLimits:
     budget_s: float
 
 
-class TimedSteps:
+class StepTimer:
     """Times a step of each stage with random weights, on one GPU or on the CPU."""
 
     def __init__(self, plan: Plan, evaluation_flops: float, weights_bytes: int):
@@ -229,7 +229,7 @@ def micro_batch_of(config: StageConfig) -> int:
 def teacher_stage(plan: Plan, fabric: Fabric, images: int) -> TeacherStage:
     """The teacher's training with random weights. A step computes `images` images at once."""
     assert plan.dataset is not None
-    config, loop = _taking(plan.recipe.teacher, images), dataclasses.replace(plan.recipe.loop, compile=False)
+    config, loop = _with_micro_batch(plan.recipe.teacher, images), dataclasses.replace(plan.recipe.loop, compile=False)
     recipe = dataclasses.replace(plan.recipe, teacher=config, loop=loop)
     with fabric.device:
         denoiser = initial_weights(lambda: build_denoiser(plan.teacher_spec), loop.seed)
@@ -251,7 +251,7 @@ def distillation_stage(
     # The longest possible duration, so that step 0 is within the warm-up whatever the batch.
     warmup_kimg = KIMG.high / 2 if critic_alone else 0.0
     config = dataclasses.replace(
-        _taking(plan.recipe.distillation, images), duration_kimg=KIMG.high, critic_warmup_kimg=warmup_kimg
+        _with_micro_batch(plan.recipe.distillation, images), duration_kimg=KIMG.high, critic_warmup_kimg=warmup_kimg
     )
     loop = dataclasses.replace(plan.recipe.loop, compile=False)
     recipe = dataclasses.replace(plan.recipe, objective=objective, schedule=(), distillation=config, loop=loop)
@@ -270,7 +270,7 @@ def distillation_stage(
 Config = TypeVar("Config", bound=StageConfig)
 
 
-def _taking(config: Config, images: int) -> Config:
+def _with_micro_batch(config: Config, images: int) -> Config:
     """The config with steps on that many images at once: in one micro-batch, or in two if the recipe uses several."""
     # Two, because summing gradients over micro-batches has a cost; more than two would not change the cost per image.
     passes = 2 if micro_batch_of(config) < config.batch else 1

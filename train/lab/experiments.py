@@ -137,11 +137,13 @@ def resolve_lab(lab: Lab) -> Lab:
             images = recipe.distillation.micro_batch or recipe.distillation.batch
             first = resolve_precision_for_run(scoring.loop, plan.teacher_spec, images, lab.folder)
     assert first is not None, "a lab has an experiment"
-    experiments = [dataclasses.replace(t, recipe=_as_answered(t.recipe, first)) for t in lab.experiments]
-    return dataclasses.replace(lab, experiments=tuple(experiments), teacher=lab.teacher and _as_answered(lab.teacher, first))
+    experiments = [dataclasses.replace(t, recipe=_with_resolved_auto(t.recipe, first)) for t in lab.experiments]
+    return dataclasses.replace(
+        lab, experiments=tuple(experiments), teacher=lab.teacher and _with_resolved_auto(lab.teacher, first)
+    )
 
 
-def _as_answered(recipe: Recipe, answers: LoopConfig) -> Recipe:
+def _with_resolved_auto(recipe: Recipe, answers: LoopConfig) -> Recipe:
     """The recipe with the keys that may be `auto` replaced by those in answers."""
     loop = dataclasses.replace(
         recipe.loop,

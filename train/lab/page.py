@@ -11,8 +11,8 @@ from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.train.lab.experiments import Lab
 from uni_instruct.train.lab.pictures import draw_distance, draw_paths
 from uni_instruct.train.lab.results import (
-    QUALITY,
-    SPREAD,
+    DIVERSITY_AXES,
+    QUALITY_AXES,
     Outcome,
     metric_name,
     ranked,
@@ -36,8 +36,8 @@ def write_page(lab: Lab, failed: dict[Path, str], command: Sequence[str]) -> Pat
     with atomic_folder(lab.folder / "report") as pictures:
         with atomic_file(pictures / "distance.png") as partial:
             draw_distance(partial, lab, outcomes, teacher_best(lab))
-        quality = next((axis for axis in QUALITY if axis.known(outcomes)), None)
-        diversity = next((axis for axis in SPREAD if axis.known(outcomes)), None)
+        quality = next((axis for axis in QUALITY_AXES if axis.known(outcomes)), None)
+        diversity = next((axis for axis in DIVERSITY_AXES if axis.known(outcomes)), None)
         if quality is not None and diversity is not None:
             with atomic_file(pictures / "quality-diversity.png") as partial:
                 draw_paths(partial, lab, outcomes, quality, diversity)

@@ -49,7 +49,7 @@ class Training:
         return 0
 
 
-class Started(Protocol):
+class StartedTraining(Protocol):
     """A training that was started: a `subprocess.Popen`, or an object with the same methods for a training elsewhere."""
 
     @property
@@ -71,7 +71,7 @@ class Started(Protocol):
 
 
 # A function (training, number of trainings at once) -> started training.
-Start = Callable[[Training, int], Started]
+Start = Callable[[Training, int], StartedTraining]
 
 
 def start_training(training: Training, jobs: int) -> "subprocess.Popen[bytes]":
@@ -109,8 +109,8 @@ def train_all(lab: Lab, jobs: int, nice: int, start: Start = start_training) -> 
 
 def _run(trainings: Sequence[Training], jobs: int, label: str, steps: int, start: Start) -> dict[Path, str]:
     """Run all trainings to their end, `jobs` at once. Returns folder -> last line of output, for those that failed."""
-    waiting, running, failed = list(trainings), dict[Training, Started](), dict[Path, str]()
-    with progress(label, steps, "steps", sum(t.steps_done for t in trainings)) as shown, _ended_with_us(running):
+    waiting, running, failed = list(trainings), dict[Training, StartedTraining](), dict[Path, str]()
+    with progress(label, steps, "steps", sum(t.steps_done for t in trainings)) as shown, _terminate_on_exit(running):
         bar = _Bar(shown, trainings)
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -142,7 +142,7 @@ class _Bar:
 
 
 @contextmanager
-def _ended_with_us(running: dict[Training, Started]) -> Iterator[None]:
+def _terminate_on_exit(running: dict[Training, StartedTraining]) -> Iterator[None]:
     """End the running trainings when the block ends, for example by Ctrl-C or SIGTERM. Each saves its state first."""
 
     def stop(number: int, frame: FrameType | None) -> None:

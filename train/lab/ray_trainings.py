@@ -26,7 +26,7 @@ from uni_instruct.train.run_lock import LOCK
 
 RECIPE = "recipe.yaml"
 # An actor reports new files at this interval, or when its training ends.
-_LOOK_S = 1.0
+_POLL_S = 1.0
 Files = dict[str, bytes]  # path relative to the training's folder -> content; the training's output has the name ''
 
 
@@ -55,7 +55,7 @@ class RayTrainings:
         largest = max(int(node["Resources"].get("CPU", 1)) for node in nodes)
         share = cpus / self.jobs if self.jobs > cpus else max(1, min(cpus // self.jobs, largest))
         options = {"num_cpus": share, "num_gpus": min(1.0, gpus / self.jobs), "max_restarts": 0}
-        self._trainer = self._ray.remote(Trainer).options(**options)
+        self._trainer = self._ray.remote(TrainingActor).options(**options)
         self._sends = address != LOCAL
         self._teachers: dict[str, Any] = {}
 
@@ -81,7 +81,7 @@ class RayTrainings:
 
 
 class RemoteTraining:
-    """One training in the cluster. Implements `processes.Started`."""
+    """One training in the cluster. Implements `processes.StartedTraining`."""
 
     def __init__(self, ray: Any, trainer: Any, training: Training, teacher: Any, sends: bool):
         self._ray, self._trainer, self._training, self._teacher = ray, trainer, training, teacher
@@ -136,7 +136,7 @@ class RemoteTraining:
                 output.write(f"{self._deaths} actors died over it, the last by {type(error).__name__}: {reason[0]}\n")
             self.returncode = -1
             return
-        keep(progress, self._training)
+        apply_progress(progress, self._training)
         self.returncode = progress.exit_code
         if progress.exit_code is None:
             self._answer = self._actor.progress.remote()
@@ -144,7 +144,7 @@ class RemoteTraining:
             self._ray.kill(self._actor)
 
 
-class Trainer:
+class TrainingActor:
     """The Ray actor: runs one call of `train` on its node."""
 
     def begin(self, training: Training, before: Files | None, teacher: Contents | None, version: str) -> None:
@@ -156,7 +156,7 @@ class Trainer:
         self._own = None if before is None else Path(tempfile.mkdtemp(prefix="uni-instruct-lab-"))
         if self._own is not None:
             training = dataclasses.replace(training, folder=self._own / "run")
-            keep(TrainingProgress(before or {}, [], None), training)
+            apply_progress(TrainingProgress(before or {}, [], None), training)
         if teacher is not None:
             training = dataclasses.replace(training, recipe=_with_teacher(training.recipe, str(place_contents(teacher))))
             _set_teacher(training)
@@ -164,9 +164,9 @@ class Trainer:
         self._process = start_training(training, jobs=1)  # Ray sets OMP_NUM_THREADS for an actor itself
 
     def progress(self) -> TrainingProgress:
-        """Wait up to _LOOK_S seconds for the training to end. Returns what is new since the last call."""
+        """Wait up to _POLL_S seconds for the training to end. Returns what is new since the last call."""
         try:
-            code: int | None = self._process.wait(timeout=_LOOK_S)
+            code: int | None = self._process.wait(timeout=_POLL_S)
         except subprocess.TimeoutExpired:
             code = None
         if self._own is None:
@@ -193,7 +193,7 @@ def read_files(training: Training, names: Iterable[str] | None = None) -> Files:
     return found
 
 
-def keep(progress: TrainingProgress, training: Training) -> None:
+def apply_progress(progress: TrainingProgress, training: Training) -> None:
     """Apply the progress to the training's folder. The recipe there gets this machine's path of the teacher."""
     for name in progress.removed:
         _place(training, name).unlink(missing_ok=True)

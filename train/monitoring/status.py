@@ -13,7 +13,7 @@ from pathlib import Path
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.train.monitoring.history import History, ScoreLine, WarningLine, read_history
 from uni_instruct.train.recipe_file import built_in_recipes, read_yaml, steps_in
-from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, Worker, is_locked, read_worker
+from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, RunProcess, is_locked, read_run_process
 
 RECIPE, LOG = "recipe.yaml", "log.jsonl"
 # Stage name in the log -> section of the recipe.
@@ -75,7 +75,7 @@ class Status:
     metric: str
     state: str
     known_by: str
-    worker: Worker | None
+    worker: RunProcess | None
     stages: tuple[StageStatus, ...]
     left_s: float | None
     warnings: tuple[WarningLine, ...]
@@ -102,7 +102,7 @@ def read_status(folder: Path) -> Status:
     histories = read_history(folder / LOG, {name: batch for name, (_, batch) in lengths.items()})
     metric = str(_section(recipe, "loop").get("metric", ""))
     stages = tuple(_stage(folder, name, *lengths[name], history, metric) for name, history in histories.items())
-    worker = read_worker(folder)
+    worker = read_run_process(folder)
     longest_s = max(history.longest_s for history in histories.values())
     state, known_by = _state(folder, worker, all(s.finished for s in stages), time.time() - written, longest_s)
     return Status(
@@ -120,7 +120,7 @@ def read_status(folder: Path) -> Status:
     )
 
 
-def resume_command(folder: Path, worker: Worker | None) -> str:
+def resume_command(folder: Path, worker: RunProcess | None) -> str:
     """The shell command that resumes a run. It names the run's own recipe.yaml, in case a built-in recipe has changed."""
     program, words, moved = ["uni-instruct"], [], False
     if worker is not None:
@@ -213,7 +213,7 @@ def _saved_step(folder: Path, stage: str) -> int | None:
         return None
 
 
-def _state(folder: Path, worker: Worker | None, done: bool, age_s: float, longest_s: float) -> tuple[str, str]:
+def _state(folder: Path, worker: RunProcess | None, done: bool, age_s: float, longest_s: float) -> tuple[str, str]:
     """The state of a run, and how it is known, as text.
 
     done: all stages are finished. age_s: seconds since the run last wrote. longest_s: longest gap between two log lines.

@@ -79,4 +79,4 @@ METHODS = {
 
 # The keys that define a method. A recipe that is switched to another method gets these from that method. critic_updates and
 # ratio_mean are tuning rather than definition, and are kept.
-DEFINING = frozenset(key for m in METHODS.values() for key in m.settings) - {"critic_updates", "ratio_mean"}
+METHOD_DEFINING_KEYS = frozenset(key for m in METHODS.values() for key in m.settings) - {"critic_updates", "ratio_mean"}

@@ -93,7 +93,7 @@ def resolve_precision_for_run(loop: LoopConfig, spec: ModelSpec, images: int, fo
     if recipe.exists():  # a resumed run keeps the precision that it was started with
         begun = parse_recipe(read_yaml(recipe)).loop
         if is_precision_resolved(begun):
-            return _filled(loop, begun.precision, begun.channels_last)
+            return _replace_auto(loop, begun.precision, begun.channels_last)
     # If each process measured for itself, they could choose different precisions, and their weights would diverge.
     first = not is_nonzero_rank()
     if first and not file.exists():
@@ -111,12 +111,12 @@ def resolve_precision_for_run(loop: LoopConfig, spec: ModelSpec, images: int, fo
         time.sleep(0.1)
     try:
         noted = json.loads(file.read_text())
-        return _filled(loop, noted["precision"], noted["channels_last"])
+        return _replace_auto(loop, noted["precision"], noted["channels_last"])
     except (ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{file} cannot be read", remedy="delete it, and run the same command again") from error
 
 
-def _filled(loop: LoopConfig, precision: str, channels_last: bool | str) -> LoopConfig:
+def _replace_auto(loop: LoopConfig, precision: str, channels_last: bool | str) -> LoopConfig:
     """loop with `auto` replaced by these values; keys that are not `auto` stay."""
     return replace(
         loop,

@@ -27,7 +27,7 @@ class Average(ABC, Generic[Averaged]):
         self.module: Averaged = copy.deepcopy(module).eval().requires_grad_(False)
 
     @abstractmethod
-    def keep(self, batch: int, seen_kimg: float) -> float:
+    def beta(self, batch: int, seen_kimg: float) -> float:
         """beta in 0..1, the share of the old average that a step of `batch` images keeps. seen_kimg includes this step."""
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ class Average(ABC, Generic[Averaged]):
 
         Buffers are copied, not averaged; pass the module's buffers if training changes them. Both are in the module's order.
         """
-        share = 1 - self.keep(batch, seen_kimg)
+        share = 1 - self.beta(batch, seen_kimg)
         # One kernel for all tensors, because on a GPU hundreds of launches would take longer than the arithmetic.
         torch._foreach_lerp_(list(self.module.parameters()), list(parameters), share)
         if changed := list(buffers):
@@ -56,7 +56,7 @@ class Ema(Average[Averaged]):
 
     # beta = 2^(-batch / H), H = min(halflife, rampup_ratio seen), as in EDM's training loop (arXiv 2206.00364).
     # After H images the old average counts half, whatever the batch.
-    def keep(self, batch: int, seen_kimg: float) -> float:
+    def beta(self, batch: int, seen_kimg: float) -> float:
         """beta of a step of `batch` images that ended at seen_kimg."""
         halflife_kimg = self.halflife_kimg
         if self.rampup_ratio is not None:
@@ -79,7 +79,7 @@ class PowerEma(Average[Averaged]):
 
     # beta_t = (1 - 1/t)^(gamma + 1), t in steps (arXiv 2312.02696, section 3.1). At t = 1 it is 0, so nothing of the random
     # initial weights is left, whatever the width.
-    def keep(self, batch: int, seen_kimg: float) -> float:
+    def beta(self, batch: int, seen_kimg: float) -> float:
         """beta of a step of `batch` images that ended at seen_kimg."""
         seen = max(1000 * seen_kimg, batch)  # because of rounding, seen could be below batch in the first step
         return float((1 - batch / seen) ** (self.gamma + 1))

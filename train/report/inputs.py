@@ -17,7 +17,7 @@ from uni_instruct.train.monitoring.clock import Times, read_times
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.report.neighbours import QUERIES
-from uni_instruct.train.report.pictures import Drawn, Grid, draw_rows, plan_grid
+from uni_instruct.train.report.pictures import DrawnImages, Grid, draw_rows, plan_grid
 from uni_instruct.train.report.records import Evaluation, StageHistory, read_history
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_sets
 
@@ -79,7 +79,7 @@ class ReportInputs:
         return plan_grid(self.spec)
 
     @cached_property
-    def teacher_drawn(self) -> Drawn:
+    def teacher_images(self) -> DrawnImages:
         """The teacher's images of as many rows of the grid as TEACHER_BUDGET_S allows."""
         return draw_rows(self.teacher_engine, self.grid, TEACHER_BUDGET_S)
 
@@ -92,7 +92,7 @@ class ReportInputs:
         return score_sets(self.evaluator, self.student_engine, loop.metric, samples_of_a_set(loop.samples), None)
 
     @cached_property
-    def samples(self) -> Drawn:
+    def samples(self) -> DrawnImages:
         """The student's images of seeds from 0 on, for the search of neighbours. The grid shows the first of them."""
         return draw_rows(self.student_engine, plan_grid(self.spec, QUERIES), TEACHER_BUDGET_S)
 

@@ -29,7 +29,7 @@ class Neighbours:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Closeness:
+class NeighbourDistances:
     """The nearest training images of samples and, for comparison, of other training images. space: pixels or features."""
 
     space: str
@@ -64,7 +64,7 @@ def searched_indices(dataset: Dataset) -> np.ndarray:
     return np.arange(count) * len(dataset) // count
 
 
-def by_pixels(dataset: Dataset, samples: np.ndarray) -> Closeness:
+def by_pixels(dataset: Dataset, samples: np.ndarray) -> NeighbourDistances:
     """Compare by the root-mean-square difference of pixels, in grey levels of 0..255. samples: uint8 [Q, H, W, C]."""
     searched = searched_indices(dataset)
     probes = _probes(len(searched))
@@ -74,10 +74,10 @@ def by_pixels(dataset: Dataset, samples: np.ndarray) -> Closeness:
             yield _pixels(dataset.images(searched[start : start + READ_BATCH]))
 
     queries = _pixels(samples), _pixels(dataset.images(searched[probes]))
-    return _closeness("pixels", "grey levels, RMS", *queries, probes, searched, parts())
+    return _neighbour_distances("pixels", "grey levels, RMS", *queries, probes, searched, parts())
 
 
-def by_features(evaluator: Evaluator, samples: np.ndarray) -> Closeness | None:
+def by_features(evaluator: Evaluator, samples: np.ndarray) -> NeighbourDistances | None:
     """Compare by distance in the features of the scores. None if the evaluator has no features of the reference images."""
     if evaluator.features is None or not isinstance(evaluator.reference, Dataset):
         return None
@@ -85,7 +85,9 @@ def by_features(evaluator: Evaluator, samples: np.ndarray) -> Closeness | None:
     probes = _probes(len(searched))
     features = evaluator.features.features[torch.from_numpy(searched)].float()
     queries = evaluator.extractor([samples]).features.float(), features[torch.from_numpy(probes)]
-    return _closeness(f"features of {evaluator.extractor.name}", "", *queries, probes, searched, features.split(READ_BATCH))
+    return _neighbour_distances(
+        f"features of {evaluator.extractor.name}", "", *queries, probes, searched, features.split(READ_BATCH)
+    )
 
 
 def nearest(queries: Tensor, parts: Iterable[Tensor], k: int, excluded: Tensor) -> Neighbours:
@@ -108,15 +110,15 @@ def nearest(queries: Tensor, parts: Iterable[Tensor], k: int, excluded: Tensor) 
     return Neighbours(best, indices)
 
 
-def _closeness(
+def _neighbour_distances(
     space: str, unit: str, samples: Tensor, training: Tensor, probes: np.ndarray, searched: np.ndarray, parts: Iterable[Tensor]
-) -> Closeness:
+) -> NeighbourDistances:
     """Search for samples and training images together, so that the data is read once. Returned indices are the data set's."""
     nobody = torch.full((len(samples),), -1, dtype=torch.int64)
     found = nearest(torch.cat([samples, training]), parts, K, torch.cat([nobody, torch.from_numpy(probes)]))
     indices = torch.from_numpy(searched)[found.indices]
     count = len(samples)
-    return Closeness(
+    return NeighbourDistances(
         space=space,
         unit=unit,
         samples=Neighbours(found.distances[:count], indices[:count]),

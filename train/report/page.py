@@ -53,7 +53,7 @@ def write_report(
         inputs = open_run(folder, pictures, plan, evaluator)
         blocks = [f"# {text(inputs.plan.recipe.name)}"]
         for title, section in SECTIONS.items():
-            lines = _made(section, inputs, title)
+            lines = _section_or_error(section, inputs, title)
             blocks += [f"## {title}", "\n".join(lines)] if lines else []
             shown.advance(1, title.lower())
         blocks += ["## Time", "\n".join(time_section(inputs, time.monotonic() - start))]
@@ -87,7 +87,7 @@ def _facts(inputs: ReportInputs) -> dict[str, Json]:
     }
 
 
-def _made(section: Section, inputs: ReportInputs, title: str) -> list[str]:
+def _section_or_error(section: Section, inputs: ReportInputs, title: str) -> list[str]:
     try:
         return section(inputs)
     except Exception as error:  # drawing and scoring may raise anything; a report without one section is better than none

@@ -26,7 +26,7 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Drawn:
+class DrawnImages:
     """The images of the grid's first rows, uint8 [N, H, W, C], and the seconds per image."""
 
     images: np.ndarray
@@ -45,7 +45,7 @@ def plan_grid(spec: ModelSpec, images: int = 0) -> Grid:
     return Grid(seeds=seeds, class_ids=ids, columns=columns, by_class=by_class)
 
 
-def draw_rows(engine: Engine, grid: Grid, budget_s: float) -> Drawn:
+def draw_rows(engine: Engine, grid: Grid, budget_s: float) -> DrawnImages:
     """Draw rows of the grid within budget_s seconds, but at least one row."""
     start, parts = time.monotonic(), list[np.ndarray]()
     for first in range(0, len(grid.seeds), grid.columns):
@@ -55,10 +55,10 @@ def draw_rows(engine: Engine, grid: Grid, budget_s: float) -> Drawn:
         row = slice(first, first + grid.columns)
         parts.append(generate_images(engine, grid.seeds[row], None if grid.class_ids is None else grid.class_ids[row]))
     images = np.concatenate(parts)
-    return Drawn(images=images, s_per_image=(time.monotonic() - start) / len(images))
+    return DrawnImages(images=images, s_per_image=(time.monotonic() - start) / len(images))
 
 
-def columns_of_neighbours(samples: np.ndarray, neighbours: np.ndarray, blocks: int = 2) -> np.ndarray:
+def neighbour_sheet(samples: np.ndarray, neighbours: np.ndarray, blocks: int = 2) -> np.ndarray:
     """A sheet of samples [N, H, W, C], each above its neighbours [N, k, H, W, C], in equal blocks with gaps between them."""
     count, k = neighbours.shape[:2]
     width = count // blocks

@@ -10,8 +10,8 @@ from uni_instruct.train.monitoring.scores import MAX_REFERENCE_FOR_PR
 from uni_instruct.train.report.curves import draw, panels, phase_edges
 from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
-from uni_instruct.train.report.neighbours import Closeness, by_features, by_pixels, searched_indices
-from uni_instruct.train.report.pictures import columns_of_neighbours
+from uni_instruct.train.report.neighbours import NeighbourDistances, by_features, by_pixels, searched_indices
+from uni_instruct.train.report.pictures import neighbour_sheet
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_data, score_sets
 
 SHOWN = 6  # samples shown above their neighbours: the first ones, and as many of those nearest to training images
@@ -23,7 +23,7 @@ def sample_section(inputs: ReportInputs) -> list[str]:
     """Grids of teacher and student from the same noise and classes."""
     if not inputs.makes_pictures:
         return [_NO_PICTURES]
-    grid, teacher = inputs.grid, inputs.teacher_drawn
+    grid, teacher = inputs.grid, inputs.teacher_images
     student = inputs.samples
     # The teacher draws as many rows as the time allows. Only as many of the student's are shown, so that both grids match.
     count = min(len(teacher.images), len(student.images))
@@ -53,7 +53,7 @@ def score_section(inputs: ReportInputs) -> list[str]:
         return ["Nothing was scored: the recipe's metric is none. `uni-instruct evaluate` scores against any data set."]
     samples = samples_of_a_set(recipe.loop.samples)
     student = inputs.student_scores
-    s_per_image = inputs.teacher_drawn.s_per_image
+    s_per_image = inputs.teacher_images.s_per_image
     teacher = score_sets(evaluator, inputs.teacher_engine, recipe.loop.metric, samples, s_per_image)
     rows = {
         "student, one step": student,
@@ -100,7 +100,7 @@ def neighbour_section(inputs: ReportInputs) -> list[str]:
         f"{len(spaces[0].training.distances)} training images.",
         "",
     ]
-    lines += _closeness_table(spaces)
+    lines += _neighbour_table(spaces)
     inputs.facts["nearest_training_images"] = {
         space.space: {"medians": list(space.medians), "nearer": space.nearer_share, "copies": list(space.copied_share)}
         for space in spaces
@@ -157,7 +157,7 @@ def _score_table(rows: dict[str, SetScores]) -> list[str]:
     return table(("", "samples", *(NAMES.get(name, text(name)) for name in names)), cells)
 
 
-def _closeness_table(spaces: list[Closeness]) -> list[str]:
+def _neighbour_table(spaces: list[NeighbourDistances]) -> list[str]:
     rows = []
     for space in spaces:
         (samples, data), (copies, twins) = space.medians, space.copied_share
@@ -176,11 +176,11 @@ def _closeness_table(spaces: list[Closeness]) -> list[str]:
     return table(header, rows)
 
 
-def _by_features(evaluator: Evaluator | None, samples: np.ndarray) -> Closeness | None:
+def _by_features(evaluator: Evaluator | None, samples: np.ndarray) -> NeighbourDistances | None:
     return by_features(evaluator, samples) if evaluator is not None else None
 
 
-def _neighbour_sheet(inputs: ReportInputs, space: Closeness) -> np.ndarray:
+def _neighbour_sheet(inputs: ReportInputs, space: NeighbourDistances) -> np.ndarray:
     dataset, samples = inputs.plan.dataset, inputs.samples.images
     assert dataset is not None
     # Those nearest to a training image are shown too, because the first samples may miss the few copies.
@@ -188,4 +188,4 @@ def _neighbour_sheet(inputs: ReportInputs, space: Closeness) -> np.ndarray:
     chosen = torch.cat([torch.arange(min(SHOWN, len(samples))), order[:SHOWN]])
     indices = space.samples.indices[chosen].numpy()
     neighbours = dataset.images(indices.flatten()).reshape(*indices.shape, *samples.shape[1:])
-    return columns_of_neighbours(samples[chosen.numpy()], neighbours)
+    return neighbour_sheet(samples[chosen.numpy()], neighbours)

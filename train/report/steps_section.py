@@ -29,7 +29,7 @@ def step_section(inputs: ReportInputs) -> list[str]:
     samples, name = samples_of_a_set(recipe.loop.samples), frechet_name(evaluator.extractor)
     scores = inputs.student_scores
     student = scores.values[name][0] if scores is not None else None
-    s_per_evaluation = inputs.teacher_drawn.s_per_image / evaluations(inputs.teacher.spec.steps)
+    s_per_evaluation = inputs.teacher_images.s_per_image / evaluations(inputs.teacher.spec.steps)
     start, measured = time.monotonic(), dict[int, float]()
     for steps in STEP_COUNTS:
         if time.monotonic() - start + s_per_evaluation * evaluations(steps) * samples > BUDGET_S:

@@ -42,7 +42,7 @@ class CriticUpdate:
         index: int,
         data_index: int,
         objective: Objective,
-        students: StudentBatch,
+        student_batch: StudentBatch,
         rng: torch.Generator,
         log_details: bool,
     ) -> Metrics:
@@ -52,12 +52,12 @@ class CriticUpdate:
         """
         # The previous step's student update froze the critic.
         self.optimizer_step.module.requires_grad_(True)
-        draw = _Draw.of(objective, students, self.pipe, rng)
+        draw = _RandomInputs.of(objective, student_batch, self.pipe, rng)
         nonfinite, tally = NonFiniteTracker(), Tally(self.fabric)
         for part in self.shard.micro_batches:
-            losses, logits = self._losses(part, data_index, objective, students, draw)
+            losses, logits = self._losses(part, data_index, objective, student_batch, draw)
             nonfinite.add(losses, draw.sigma[part])
-            self.optimizer_step.backward(_total(losses, objective) / len(students.noise))
+            self.optimizer_step.backward(_total(losses, objective) / len(student_batch.noise))
             if log_details:
                 tally.add({f"{name}/loss": loss for name, loss in losses.items()} | _accuracy(*logits))
         norm = self.optimizer_step.step(index)
@@ -65,13 +65,13 @@ class CriticUpdate:
         return tally.means() | {"critic/gradient_norm": norm} if log_details else {}
 
     def _losses(
-        self, part: slice, data_index: int, objective: Objective, students: StudentBatch, draw: "_Draw"
+        self, part: slice, data_index: int, objective: Objective, student_batch: StudentBatch, draw: "_RandomInputs"
     ) -> tuple[Metrics, tuple[Tensor | None, Tensor | None]]:
         """Losses per image [b]: the fake score's, and the discriminator's if there is data. Then the logits (real, fake)."""
         device, critic = self.fabric.device, self.optimizer_step.module
         sigma = draw.sigma[part].to(device)
         # Augmented like the data, so that augmentation does not give the student's images away to the discriminator.
-        clean, labels = augmented(students.detached(part), draw.augmentation, part)
+        clean, labels = augmented(student_batch.detached(part), draw.augmentation, part)
         # x_s = x_0 + s eps, for the student's images here and for the data below, at the same levels s.
         noised = clean + sigma * draw.noise[part].to(device)
         output = guided_critic(
@@ -92,7 +92,7 @@ class CriticUpdate:
         real, labels = augmented(images, draw.real_augmentation, part)
         noised = real + sigma * draw.real_noise[part].to(device)
         # A student without classes is compared with data without classes, even if the data has labels.
-        seen_ids = class_ids if students.class_ids is not None else None
+        seen_ids = class_ids if student_batch.class_ids is not None else None
         logits = critic(noised, sigma, seen_ids, labels, denoise=False).logits
         losses["discriminator"] = discriminator_loss(logits, output.logits, self._real_weight(seen_ids))
         return losses, (logits, output.logits)
@@ -104,7 +104,7 @@ class CriticUpdate:
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _RandomInputs:
     """Everything random in one update, for the whole global batch."""
 
     sigma: Tensor
@@ -115,14 +115,16 @@ class _Draw:
     real_augmentation: Augmentation | None
 
     @classmethod
-    def of(cls, objective: Objective, students: StudentBatch, pipe: AugmentPipe | None, rng: torch.Generator) -> "_Draw":
-        shape, batch = students.noise.shape, len(students.noise)
+    def of(
+        cls, objective: Objective, student_batch: StudentBatch, pipe: AugmentPipe | None, rng: torch.Generator
+    ) -> "_RandomInputs":
+        shape, batch = student_batch.noise.shape, len(student_batch.noise)
         return cls(
             sigma=objective.critic_levels.draw(batch, rng),
             noise=torch.randn(shape, generator=rng),
             # Independent noise at the same levels: the density ratio compares two distributions at one noise level.
             real_noise=torch.randn(shape, generator=rng),
-            class_ids=drop_classes(students.class_ids, objective.config.label_dropout, rng),
+            class_ids=drop_classes(student_batch.class_ids, objective.config.label_dropout, rng),
             augmentation=pipe.draw(batch, rng) if pipe else None,
             real_augmentation=pipe.draw(batch, rng) if pipe else None,
         )

@@ -97,13 +97,13 @@ class DistillationStage:
         for update in range(updates):
             last = update == updates - 1
             # Only the last update's images are kept with their gradient, and only if the student is updated through them.
-            students = self._draw_students(rng, keep=warmed_up and last and self._one_pass)
+            student_batch = self._draw_students(rng, keep=warmed_up and last and self._one_pass)
             # Every update reads a new batch. Its number follows from the step, so a resumed run continues in the right place.
             data_index = index * updates + update
-            metrics = self.update_critic(index, data_index, objective, students, rng, log_details and last)
+            metrics = self.update_critic(index, data_index, objective, student_batch, rng, log_details and last)
         if warmed_up:
             bad = self.student.bad
-            metrics |= self.update_student(index, objective, students, rng, log_details)
+            metrics |= self.update_student(index, objective, student_batch, rng, log_details)
             if self.student.bad == bad:
                 self.averages.update(self.student.module.parameters(), self.batch, self._student_kimg(index))
         return metrics

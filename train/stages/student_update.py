@@ -36,7 +36,7 @@ class StudentUpdate:
     bad_limit: int
 
     def __call__(
-        self, index: int, objective: Objective, students: StudentBatch, rng: torch.Generator, log_details: bool
+        self, index: int, objective: Objective, student_batch: StudentBatch, rng: torch.Generator, log_details: bool
     ) -> Metrics:
         """Take one step. With log_details, returns the terms, their gradients and statistics of the ratio; else nothing.
 
@@ -44,32 +44,34 @@ class StudentUpdate:
         """
         # The gradient passes through the critic to the student. Gradients of the critic's weights would only cost memory.
         self.critic.module.requires_grad_(False)
-        draw = _Draw.of(objective, students, self.pairs, rng)
-        ratios = self._ratios_beforehand(objective, students, draw)
+        draw = _RandomInputs.of(objective, student_batch, self.pairs, rng)
+        ratios = self._ratios_beforehand(objective, student_batch, draw)
         nonfinite, tally = NonFiniteTracker(), Tally(self.fabric)
         for part in self.shard.micro_batches:
             # `part` indexes the global batch, `ratios` only this process's shard.
             local = slice(part.start - self.shard.whole.start, part.stop - self.shard.whole.start)
-            diffused, output = self._diffuse(part, objective, students, draw)
+            diffused, output = self._diffuse(part, objective, student_batch, draw)
             ratio = self._ratio(output, diffused.sigma, objective) if ratios is None else ratios[local]
-            terms = self._terms(part, objective, students, draw, diffused, output, ratio)
+            terms = self._terms(part, objective, student_batch, draw, diffused, output, ratio)
             nonfinite.add(_sums(diffused) | terms, diffused.sigma)
             if log_details:
                 if not self.optimizer_step.scales_loss:
                     tally.add(_image_gradients(terms, diffused.clean))
-                tally.add(_state_of(diffused, output, ratio, objective))
+                tally.add(_batch_statistics(diffused, output, ratio, objective))
                 tally.add({f"generator/{name}": values for name, values in terms.items()})
-            self.optimizer_step.backward(torch.stack([values.sum() for values in terms.values()]).sum() / len(students.noise))
+            self.optimizer_step.backward(
+                torch.stack([values.sum() for values in terms.values()]).sum() / len(student_batch.noise)
+            )
         norm = self.optimizer_step.step(index)
         raise_if_diverged(self.fabric, self.optimizer_step, self.bad_limit, nonfinite, index + 1)
         return tally.means() | {"generator/gradient_norm": norm} if log_details else {}
 
     def _diffuse(
-        self, part: slice, objective: Objective, students: StudentBatch, draw: "_Draw"
+        self, part: slice, objective: Objective, student_batch: StudentBatch, draw: "_RandomInputs"
     ) -> tuple[DiffusedBatch, CriticOutput]:
         """Diffuse the student's images and denoise them with teacher and fake score. Also returns the critic's output."""
         config = objective.config
-        clean, class_ids = students.with_grad(part), students.classes(part)
+        clean, class_ids = student_batch.with_grad(part), student_batch.classes(part)
         sigma = draw.sigma[part].to(self.fabric.device)
         # x_s = G(z) + s eps, the path along which every term is differentiated.
         noised = clean + sigma * draw.noise[part].to(self.fabric.device)
@@ -91,7 +93,7 @@ class StudentUpdate:
         assert output.denoised is not None
         return DiffusedBatch(sigma=sigma, clean=clean, noised=noised, teacher=teacher, fake=output.denoised), output
 
-    def _ratios_beforehand(self, objective: Objective, students: StudentBatch, draw: "_Draw") -> Tensor | None:
+    def _ratios_beforehand(self, objective: Objective, student_batch: StudentBatch, draw: "_RandomInputs") -> Tensor | None:
         """Ratios [b] of this process's whole shard, from an extra forward pass; None if they are not needed or not in advance.
 
         With several micro-batches they are needed in advance, because scaling to mean 1 needs the ratios of all of them.
@@ -102,8 +104,8 @@ class StudentUpdate:
         with torch.no_grad():
             for part in self.shard.micro_batches:
                 sigma = draw.sigma[part].to(device)
-                noised = students.detached(part) + sigma * draw.noise[part].to(device)
-                logits.append(self.critic.module(noised, sigma, students.classes(part), denoise=False).logits)
+                noised = student_batch.detached(part) + sigma * draw.noise[part].to(device)
+                logits.append(self.critic.module(noised, sigma, student_batch.classes(part), denoise=False).logits)
         return self.ratio(torch.cat(logits), draw.sigma[self.shard.whole].to(device), objective.config)
 
     def _ratio(self, output: CriticOutput, sigma: Tensor, objective: Objective) -> Tensor:
@@ -116,8 +118,8 @@ class StudentUpdate:
         self,
         part: slice,
         objective: Objective,
-        students: StudentBatch,
-        draw: "_Draw",
+        student_batch: StudentBatch,
+        draw: "_RandomInputs",
         diffused: DiffusedBatch,
         output: CriticOutput,
         ratio: Tensor,
@@ -133,25 +135,25 @@ class StudentUpdate:
             pixels = diffused.clean[0].numel()
             terms["adversarial"] = config.adversarial_scale * pixels * adversarial_loss(output.logits)
         if config.regression_scale:
-            terms["regression"] = config.regression_scale * self._regression(part, students, draw)
+            terms["regression"] = config.regression_scale * self._regression(part, student_batch, draw)
         if config.reward_scale:
             assert objective.reward is not None
             # Minus, because the loss is minimised and the reward is to rise.
-            terms["reward"] = -config.reward_scale * objective.reward(diffused.clean, students.classes(part))
+            terms["reward"] = -config.reward_scale * objective.reward(diffused.clean, student_batch.classes(part))
         return terms
 
-    def _regression(self, part: slice, students: StudentBatch, draw: "_Draw") -> Tensor:
+    def _regression(self, part: slice, student_batch: StudentBatch, draw: "_RandomInputs") -> Tensor:
         """|G(z) - teacher's image of z|^2, summed over pixels: [b]."""
         assert self.pairs is not None
         assert draw.pair_index is not None
         device, chosen = self.fabric.device, draw.pair_index[part]
         class_ids = None if self.pairs.class_ids is None else self.pairs.class_ids[chosen].to(device)
-        images = one_step(students.network, self.pairs.noise[chosen].to(device), class_ids, students.sigma_init)
+        images = one_step(student_batch.network, self.pairs.noise[chosen].to(device), class_ids, student_batch.sigma_init)
         return (images - self.pairs.images[chosen].to(device)).square().flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _RandomInputs:
     """Everything random in one update, for the whole global batch."""
 
     sigma: Tensor
@@ -159,10 +161,12 @@ class _Draw:
     pair_index: Tensor | None
 
     @classmethod
-    def of(cls, objective: Objective, students: StudentBatch, pairs: Pairs | None, rng: torch.Generator) -> "_Draw":
-        batch = len(students.noise)
+    def of(
+        cls, objective: Objective, student_batch: StudentBatch, pairs: Pairs | None, rng: torch.Generator
+    ) -> "_RandomInputs":
+        batch = len(student_batch.noise)
         sigma = objective.levels.draw(batch, rng)
-        noise = torch.randn(students.noise.shape, generator=rng)
+        noise = torch.randn(student_batch.noise.shape, generator=rng)
         wanted = pairs is not None and objective.config.regression_scale
         index = torch.randint(len(pairs.noise), (batch,), generator=rng) if pairs is not None and wanted else None
         return cls(sigma, noise, index)
@@ -187,7 +191,7 @@ def _image_gradients(terms: Terms, clean: Tensor) -> Metrics:
     return norms
 
 
-def _state_of(diffused: DiffusedBatch, output: CriticOutput, ratio: Tensor, objective: Objective) -> Metrics:
+def _batch_statistics(diffused: DiffusedBatch, output: CriticOutput, ratio: Tensor, objective: Objective) -> Metrics:
     """Scalars as [1]: the distance of fake score and teacher, the diversity of the images, and statistics of the ratios."""
     clean, teacher, fake = diffused.clean.detach(), diffused.teacher.detach(), diffused.fake.detach()
     state = {

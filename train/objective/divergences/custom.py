@@ -65,21 +65,21 @@ def divergence_of(f: Elementwise, name: str) -> Divergence:
 def _check(text: str, f: Elementwise) -> None:
     try:
         value = float(f(torch.ones(1, dtype=torch.float64)))
-        bend = _derivative(_derivative(f))(_CHECKED.clone()).detach()
+        second_derivative = _derivative(_derivative(f))(_CHECKED.clone()).detach()
     except Exception as error:  # the user's own code may raise anything
         reason = " ".join(str(error).split())
         raise _refused(text, f"cannot be differentiated twice: {reason}", "write it with torch operations on r") from error
     # `not abs(value) < 1e-6` also refuses a NaN; `abs(value) >= 1e-6` would not.
     if not abs(value) < 1e-6:
         raise _refused(text, f"is {value:.4g} at r = 1", "subtract that, so that f(1) = 0")
-    if not torch.isfinite(bend).all():
-        where = float(_CHECKED[~torch.isfinite(bend)][0])
+    if not torch.isfinite(second_derivative).all():
+        where = float(_CHECKED[~torch.isfinite(second_derivative)][0])
         raise _refused(text, f"has a second derivative that is not finite at r = {where:.3g}", FINITE)
-    bad = bend < -1e-9
+    bad = second_derivative < -1e-9
     if bad.any():
-        where, second = float(_CHECKED[bad][0]), float(bend[bad][0])
+        where, second = float(_CHECKED[bad][0]), float(second_derivative[bad][0])
         raise _refused(text, f"is not convex: its second derivative at r = {where:.3g} is {second:.3g}", "give a convex f")
-    if not (bend > 0).any():
+    if not (second_derivative > 0).any():
         raise _refused(text, "has no curvature, so that its weight h = r^2 f'' is zero", "give a strictly convex f")
 
 
