@@ -5,12 +5,14 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from builders.machine import files_of_at_most
-from uni_instruct.errors import DiskError
+from uni_instruct.errors import DiskError, RequestError
 from uni_instruct.files import atomic_file, atomic_folder, folder_made_once, sha256
 
 
@@ -39,6 +41,31 @@ def test_a_folder_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> N
         (partial / "b").write_text("new")
     assert os.listdir(path) == ["b"]
     assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("writing", [atomic_file, atomic_folder])
+def test_a_pipe_is_not_replaced_and_not_waited_for(tmp_path: Path, writing: Callable[[Path], AbstractContextManager[Path]]) -> None:
+    """As root, /dev/null would become a folder for everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RequestError, match=r"pipe is no (file|folder), and is not replaced by one; write elsewhere"):
+        writing(tmp_path / "pipe").__enter__()
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_file_does_not_become_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(RequestError, match="notes is no folder, and is not replaced by one"):
+        atomic_folder(tmp_path / "notes").__enter__()
+    assert (tmp_path / "notes").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["notes"]
+
+
+@pytest.mark.parametrize("writing", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("path", ["", ".", "..", "/", "x/.."])
+def test_what_has_no_name_is_not_written(path: str, writing: Callable[[Path], AbstractContextManager[Path]]) -> None:
+    with pytest.raises(RequestError, match="has no name that can be written; name a file or folder in it"):
+        writing(Path(path)).__enter__()
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_fills_is_not(tmp_path: Path) -> None:
