@@ -44,7 +44,9 @@ def test_a_folder_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("writing", [atomic_file, atomic_folder])
-def test_a_pipe_is_not_replaced_and_not_waited_for(tmp_path: Path, writing: Callable[[Path], AbstractContextManager[Path]]) -> None:
+def test_a_pipe_is_not_replaced_and_not_waited_for(
+    tmp_path: Path, writing: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
     """As root, /dev/null would become a folder for everybody."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RequestError, match=r"pipe is no (file|folder), and is not replaced by one; write elsewhere"):

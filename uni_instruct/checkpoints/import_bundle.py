@@ -19,7 +19,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import ProgressFactory, silent
-from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec, check_name
 
 # Networks of a training state that denoise at every noise level, and so are teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
@@ -83,6 +83,8 @@ def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, shows:
     from uni_instruct.networks.reference import make_reference
 
     _check_place(out)
+    if request.name is not None:
+        check_name(request.name)
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
     translation = translate(stored, request.patch)
@@ -166,8 +168,7 @@ def _check_place(out: Path) -> None:
     """Raises RequestError where an import would replace what no import made: a training cannot be had again so."""
     check_place(out)
     if (out / CONFIG).is_file() and "imported" not in Bundle.open(out).spec.provenance:
-        problem = f"{out} holds a bundle that no import made"
-        raise RequestError(problem, remedy="name another folder", param="out")
+        raise RequestError(f"{out} holds a bundle that no import made", remedy="name another folder", param="out")
 
 
 def choose_network(checkpoint: Checkpoint, name: str | None) -> StoredNetwork:
