@@ -164,7 +164,7 @@ TRAINING = [
     Value(R, "--set key '{}' is unknown", lambda _: load_recipe("digits", ["sead=1"]),
           lambda remedy, _: load_recipe("digits", [f"{found(r' (loop.seed)', remedy)}=1"])),
     Value(R, "recipe key '{}{}' is unknown", lambda tmp: recipe(tmp, "name: x\ndata: digits\ndate: 3\n"),
-          lambda remedy, tmp: recipe(tmp, f"name: x\n{found(r'one of (\w+)$', remedy)}: digits\n")),
+          lambda remedy, tmp: recipe(tmp, f"name: x\n{found('one of (data)$', remedy)}: digits\n")),
     Value(R, "recipe key '{}{}' is unknown", lambda tmp: recipe(tmp, "name: x\ndata: digits\ntmin: 3\n"),
           lambda remedy, tmp: recipe(tmp, "name: x\ndata: digits\n{1}:\n  {0}: 3\n".format(*re.findall(r"'(\w+):?'", remedy)))),
     Value(R, "(_entry)", lambda tmp: recipe(tmp, "name: x\ndata: digits\nschedule: [{until_kimg: 1}]\n"),
