@@ -225,6 +225,8 @@ CALLS = [
     Call(COMPARE, "{} is no result", "compare {weights} {result}", written_by_evaluate),
     Call(COMPARE, "{} has no {}", "compare {result} {other} --metric beauty",
          lambda remedy, arguments: with_value(arguments, "--metric", first_choice(remedy))),
+    Call(COMPARE, "{} has {} {}, which compares", "compare {endless} {other} --metric fd",
+         lambda remedy, arguments: with_value(arguments, "--metric", "pr") if "choose another --metric" in remedy else arguments),
     Call(COMPARE, "{} has the same weights twice", "compare {result},{result} {other}",
          lambda remedy, arguments: [word.partition(",")[0] if "each training once" in remedy else word for word in arguments]),
     Call(COMPARE, "bundles are scored against", "compare {tiny} {copy} --samples 40", value("--reference", "digits", "give --reference DATA")),
