@@ -194,7 +194,7 @@ def _extractors(scores: Sequence[EvaluationResult]) -> str:
     """What turned images into features: numbers of another one do not compare."""
     found = {(facts.get("extractor") or {}).get("sha256"): facts for facts in scores}
     texts = [
-        f"Features: {facts['extractor']['name']}, sha256 {digest[:16]}. Numbers compare where that hash is the same. The "
+        f"Features: {facts['extractor'].get('name')}, sha256 {digest[:16]}. Numbers compare where that hash is the same. The "
         "classifiers for generators that ship come with the package; others are trained where they are needed."
         for digest, facts in found.items()
         if digest

@@ -13,7 +13,7 @@ from uni_instruct.bundle import CARD, CONFIG, SAMPLES, Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.evaluate.result import EvaluationResult
+from uni_instruct.evaluate.result import EvaluationResult, parse_result
 from uni_instruct.export.card import Rounding, published_card, teacher_weights
 from uni_instruct.export.checked_images import checked_classes, checked_images
 from uni_instruct.export.half_precision import half_precision_changes, rounding_of, too_large, without_half
@@ -194,9 +194,7 @@ def read_scores(path: Path) -> EvaluationResult:
     """What `evaluate --json` wrote of a generator. Raises FileFormatError for anything else."""
     remedy = "give what 'uni-instruct evaluate GENERATOR --json' printed"
     try:
-        facts: EvaluationResult = json.loads(path.read_text())
-        for score in facts["scores"].values():
-            {name: float(value) for name, value in score["values"].items()}
+        facts = parse_result(json.loads(path.read_text()))
         required = (facts["scores"]["generator"]["weights_sha256"], facts["reference"]["name"], facts["seeds"])
     except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} holds no scores of a generator", remedy=remedy, param="scores") from error

@@ -71,7 +71,7 @@ class Bundle:
         decoder: Mapping[str, np.ndarray] | None = None,
         reference: "MakeReference | None" = None,
     ) -> "Bundle":
-        """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
+        """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it, and nothing else is.
 
         samples: a PNG. precision: one of WEIGHT_PRECISIONS, of the network's file alone: whoever reads it computes in float32.
         decoder: the weights of the spec's decoder, given exactly where it has one. reference: makes the bundle's reference.npz
@@ -80,6 +80,7 @@ class Bundle:
         """
         assert (decoder is None) == (spec.decoder is None), "a decoder has weights"
         path = Path(path)
+        check_place(path)
         with atomic_folder(path) as partial:
             if decoder is not None and spec.decoder is not None:
                 write_weights(partial / DECODER, decoder)
@@ -218,6 +219,12 @@ def is_bundle(source: str | Path) -> bool:
 def is_run(source: str | Path) -> bool:
     """Whether the source is the folder of a training, whose bundles lie in it."""
     return (Path(source) / "recipe.yaml").is_file() and not (Path(source) / CONFIG).is_file()
+
+
+def check_place(path: Path) -> None:
+    """Raises RequestError where a folder holds something else than a bundle: photographs, a training, another's work."""
+    if path.is_dir() and not (path / CONFIG).is_file() and any(path.iterdir()):
+        raise RequestError(f"{path} holds something that is no bundle", remedy="name another folder", param="out")
 
 
 def find_bundle(source: str | Path) -> tuple[Path, str]:

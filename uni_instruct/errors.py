@@ -2,6 +2,8 @@
 
 from uni_instruct.printable import printable
 
+LONGEST = 1000  # characters of a problem
+
 
 class UniInstructError(Exception):
     """Something failed while running. `param` names the argument at fault, where there is one.
@@ -14,7 +16,7 @@ class UniInstructError(Exception):
 
     def __init__(self, problem: str, *, remedy: str, param: str | None = None):
         # A path may hold a newline, and bytes that are no text.
-        problem, remedy = printable(problem), printable(remedy)
+        problem, remedy = _cut(printable(problem)), printable(remedy)
         super().__init__(f"{problem}; {remedy}")
         self.problem = problem
         self.remedy = remedy
@@ -23,6 +25,11 @@ class UniInstructError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are pickled as their message alone, which no constructor here takes. Workers send theirs.
         return _rebuilt, (type(self), self.problem, self.remedy, self.param)
+
+
+def _cut(problem: str) -> str:
+    """Without its middle where it is longer than anybody reads: a value in it may be a megabyte of somebody's file."""
+    return problem if len(problem) <= LONGEST else f"{problem[: LONGEST // 2]} ... {problem[-LONGEST // 2 :]}"
 
 
 def _rebuilt(kind: type[UniInstructError], problem: str, remedy: str, param: str | None) -> UniInstructError:

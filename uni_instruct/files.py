@@ -52,7 +52,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A path to write to, beside the real one; moved onto it on success, removed on failure."""
     partial = _partial(path)
     with disk_errors(path):
-        _check_replaceable(path)
+        _refuse_other(path, path.is_file() or path.is_dir(), "file")  # of a folder the system says so itself
         make_folder(path.parent, path)
         try:
             yield partial
@@ -68,9 +68,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     What a process that was killed has left there is removed by the next one.
     """
-    partial, old = _partial(path), path.with_name(f".{path.name}.{os.getpid()}.old")
+    partial = _partial(path)
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     with disk_errors(path):
-        _check_replaceable(path)
+        _refuse_other(path, path.is_dir(), "folder")
         make_folder(path.parent, path)
         _remove_abandoned(path)
         try:
@@ -108,19 +109,19 @@ def folder_made_once(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _refuse_other(path: Path, may_go: bool, what: str) -> None:
+    """Raises RequestError where something else stands at `path` than what is to take its place."""
+    # A pipe or a device is somebody's, as a file in a folder's place is: /dev/null would be gone for the whole machine.
+    if path.exists() and not may_go:
+        raise RequestError(f"{path} is no {what}, and is not replaced by one", remedy="write elsewhere", param="out")
+
+
 def make_folder(folder: Path, wanted: Path) -> None:
     """Makes a folder and those above it, for what is going to be written. Raises DiskError that names `wanted`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # what the kernel says of /proc/x: nothing can be made there
         raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="write elsewhere") from error
-
-
-def _check_replaceable(path: Path) -> None:
-    """Raises DiskError if `path` is a device, a pipe or a socket."""
-    # Renaming onto it would remove it: as root, `--out /dev/null` would take /dev/null away from the whole machine.
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise DiskError(f"cannot write {path}: it is neither a file nor a folder", remedy="write elsewhere")
 
 
 @contextmanager
@@ -224,4 +225,7 @@ def cache_folder() -> Path:
 
 
 def _partial(path: Path) -> Path:
+    # What has no name of its own, as '.' and '/', can be no file, and '..' is what others stand in.
+    if path.name in ("", ".."):
+        raise RequestError(f"{path} has no name that can be written", remedy="name a file or folder in it", param="out")
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

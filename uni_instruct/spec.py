@@ -15,6 +15,7 @@ ImageShape = tuple[int, int, int]
 # The noise level that SiD starts one-step generators from (arXiv 2404.04057); EDM's number of steps for images of 32x32.
 DEFAULT_SIGMA_INIT, TEACHER_STEPS = 2.5, 18
 
+LONGEST_NAME = 100  # of a model, in characters
 # The one kind of decoder there is, by diffusers' name for it.
 AUTOENCODER_KL = "AutoencoderKL"
 # A decoder needs up to a kilobyte for each pixel that it makes: two pictures of 512x512 at once.
@@ -256,6 +257,14 @@ def _values(config: Mapping[str, object], types: Mapping[str, tuple[Any, Any]]) 
     for name, value in values.items():
         _check_type(name, value, *types[name])
     return values
+
+
+def check_name(name: str) -> None:
+    """Raises RequestError unless a new model's name is a line of text: it stands in cards, JSON and file names."""
+    if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+        shown = name if len(name) <= LONGEST_NAME else f"{name[:40]}..."
+        remedy = f"give a line of text of up to {LONGEST_NAME} characters, such as mine"
+        raise RequestError(f"name '{shown}' is none", remedy=remedy, param="name")
 
 
 def _check_type(name: str, value: Any, type_: Any, entries: Any) -> None:

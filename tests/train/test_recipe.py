@@ -113,7 +113,7 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"objective": {"metod": "sid"}}, "recipe key 'objective.metod' is unknown; choose one of method, family"),
+        ({"objective": {"metod": "sid"}}, "recipe key 'objective.metod' is unknown; choose one of method"),
         ({"objective": {"family": "forward"}}, "objective.family 'forward' is unknown; choose one of expanded, integral"),
         ({"objective": {"di": False, "fgm": False, "sim": False}}, "objective.di, fgm and sim are all off"),
         ({"objective": {"tmin": 800}}, "objective.tmin 800"),

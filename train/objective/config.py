@@ -73,7 +73,7 @@ class ObjectiveConfig:
             raise RequestError("every scale of the objective is 0", remedy="leave one term on", param="recipe")
         if self.reward_scale and not self.reward:
             raise RequestError(
-                f"method '{self.method}' needs a reward",
+                f"method '{self.method}' needs a reward, with objective.reward_scale {self.reward_scale:g}",
                 remedy="--set reward=file.py:function, images to rewards",
                 param="reward",
             )

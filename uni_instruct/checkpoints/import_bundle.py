@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct import __version__
-from uni_instruct.bundle import CARD, CONFIG, Bundle
+from uni_instruct.bundle import CARD, CONFIG, Bundle, check_place
 from uni_instruct.card_usage import usage
 from uni_instruct.checkpoints.autoencoder_kl import StoredDecoder, read_decoder
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
@@ -19,7 +19,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import ProgressFactory, silent
-from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec, check_name
 
 # Networks of a training state that denoise at every noise level, and so are teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
@@ -82,6 +82,9 @@ def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, shows:
     """
     from uni_instruct.networks.reference import make_reference
 
+    _check_place(out)
+    if request.name is not None:
+        check_name(request.name)
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
     translation = translate(stored, request.patch)
@@ -102,6 +105,8 @@ def attach_decoder(bundle: Bundle, decoder: str, out: Path, shows: ProgressFacto
     """
     if not bundle.spec.latents:
         raise RequestError(f"{bundle.origin} makes pictures by itself", remedy="leave --decoder out", param="decoder")
+    if out.resolve() != bundle.path.resolve():
+        _check_place(out)
     stored = read_decoder(decoder, stated_latent_map(bundle.spec.provenance))
     # A former decoder's section is the last of the card.
     card = (bundle.path / CARD).read_text().partition(f"\n{_DECODER_TITLE}")[0]
@@ -157,6 +162,13 @@ def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
             if not (folder / CONFIG).is_file():
                 bundle_from_checkpoint(path, folder, ImportRequest(role=role, origin=origin, latents=True))
     return Bundle.open(folder)
+
+
+def _check_place(out: Path) -> None:
+    """Raises RequestError where an import would replace what no import made: a training cannot be had again so."""
+    check_place(out)
+    if (out / CONFIG).is_file() and "imported" not in Bundle.open(out).spec.provenance:
+        raise RequestError(f"{out} holds a bundle that no import made", remedy="name another folder", param="out")
 
 
 def choose_network(checkpoint: Checkpoint, name: str | None) -> StoredNetwork:

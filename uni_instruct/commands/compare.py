@@ -1,6 +1,7 @@
 """`uni-instruct compare`: whether one generator, or one recipe, scores better than another."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from uni_instruct.evaluate.comparison import (
     compare_recipes,
     compare_weights,
 )
-from uni_instruct.evaluate.result import EvaluationResult, RoleScores
+from uni_instruct.evaluate.result import RoleScores, parse_result
 from uni_instruct.evaluate.scores import MIN_SAMPLES, metric_key
 from uni_instruct.files import JSON_ERRORS
 
@@ -83,25 +84,35 @@ class _Result:
     def __init__(self, source: str, facts: Any):
         self.source = source
         try:
-            self.facts: EvaluationResult = facts
-            self.generator: RoleScores = facts["scores"]["generator"]
-            self.sets: list[dict[str, float]] = self.generator.get("by_set", [self.generator["values"]])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _no_result(source) from error
+            self.facts = parse_result(facts)
+        except ValueError as error:
+            raise _no_result(source, error) from error
+        self.generator: RoleScores = self.facts["scores"]["generator"]
+        self.sets: list[dict[str, float]] = self.generator.get("by_set", [self.generator["values"]])
 
     def name_of(self, metric: str | None) -> str:
         """The metric as it is printed here: by its own name or its key; without either the first, the Frechet distance."""
         known = list(self.sets[0])
         if metric is None:
             return known[0]
-        return next((name for name in known if metric in METRICS and metric_key(name) == metric), metric)
+        if metric in METRICS:
+            return next((name for name in known if metric_key(name) == metric), metric)
+        wanted = metric.casefold()  # FD is enough for FD(digits-classifier)
+        return next((name for name in known if wanted in (name.casefold(), name.partition("(")[0].casefold())), metric)
 
     def values(self, name: str) -> Trained:
         """The metric's values by set. Raises RequestError where it was not measured."""
         if name not in self.sets[0]:
             known = ", ".join(self.sets[0])
             raise RequestError(f"{self.source} has no {name}", remedy=f"choose one of {known}", param="metric")
-        return Trained(tuple(values[name] for values in self.sets))
+        values = tuple(values[name] for values in self.sets)
+        if not all(map(math.isfinite, values)):
+            raise RequestError(
+                f"{self.source} has {name} {', '.join(map(str, values))}, which compares with nothing",
+                remedy="evaluate it with more --samples, or choose another --metric",
+                param="metric",
+            )
+        return Trained(values)
 
 
 def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> list[list[_Result]]:
@@ -134,9 +145,10 @@ def _bundle_at(name: str) -> str | Path | None:
 def _scored(bundles: Mapping[str, Bundle], metric: str | None, options: dict[str, Any]) -> dict[str, _Result]:
     if "reference" not in options:
         raise RequestError("bundles are scored against a reference", remedy="give --reference DATA", param="reference")
+    key = metric_key("fd" if metric is None else metric)  # an unknown metric is refused before anything is scored
     workers = worker_options_of(options.pop("workers", None), options.pop("ray_address", None), options.get("device"))
     scoring = Scoring(**{"sets": SETS} | options, workers=workers)
-    found = score_bundles(list(bundles.values()), scoring, [metric_key(metric or "fd")])
+    found = score_bundles(list(bundles.values()), scoring, [key])
     return {name: _Result(name, facts) for name, facts in zip(bundles, found, strict=True)}
 
 
@@ -146,14 +158,15 @@ def _read(name: str) -> _Result:
             f"there is no result or bundle {name}", remedy="write one: uni-instruct evaluate ... --json > FILE", param="a"
         )
     try:
-        return _Result(name, json.loads(Path(name).read_text()))
+        facts = json.loads(Path(name).read_text())
     except JSON_ERRORS as error:
-        raise _no_result(name) from error
+        raise _no_result(name, error) from error
+    return _Result(name, facts)
 
 
-def _no_result(name: str) -> FileFormatError:
+def _no_result(name: str, error: Exception) -> FileFormatError:
     return FileFormatError(
-        f"{name} is no result of a generator", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
+        f"{name} is no result of a generator ({error})", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
     )
 
 
