@@ -92,7 +92,7 @@ class BoundBatches:
         self._bound: dict[int, _Bound] = {}
 
     def run(self, part: Inputs, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Run a part of at most `most` images; feeds are its arrays by input name. Returns a fresh array for each of `outputs`."""
+        """Run a part of at most `most` images; feeds: its arrays by input name. Returns a fresh array per name in `outputs`."""
         count = len(part.noise)
         size = min(self.most, 1 << (count - 1).bit_length())
         rows = np.minimum(np.arange(size), count - 1)
