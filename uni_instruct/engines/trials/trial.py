@@ -1,7 +1,7 @@
 """The trial of an engine on this machine: does it agree with torch, and how fast is it? The user's cache keeps the result.
 
-On some processors, reduced precision silently returns wrong values or crashes, whatever a check on another machine has found. So
-the engine is run on the bundle's reference.npz here, in a process of its own, as it may crash. Needs no torch.
+On some processors, reduced precision silently returns wrong values or crashes, whatever a check on another machine has found.
+So the engine is run on the bundle's reference.npz here, in a process of its own, as it may crash. Needs no torch.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Runs one engine of a bundle on its reference images, in a process of its own, as it may crash. Only torch engines need torch.
 
-`trial.try_engine` calls it as `python -m uni_instruct.engines.trials.worker BUNDLE ENGINE_ID DEVICE`. Its last line of output is
-the `Trial` as JSON.
+`trial.try_engine` calls it as `python -m uni_instruct.engines.trials.worker BUNDLE ENGINE_ID DEVICE`. The last line of its
+output is the `Trial` as JSON.
 """
 
 import json
