@@ -89,9 +89,9 @@ def usable_cpus() -> int:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Within the block, torch computes in one thread. So results have the same bits everywhere, and no thread waits for another.
+    """Within the block, torch computes in one thread. Needs torch.
 
-    Needs torch.
+    So the bits of a result do not depend on the number of CPUs, and no thread waits for another on a busy core.
     """
     import torch
 
