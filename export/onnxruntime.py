@@ -17,7 +17,7 @@ def check_machine(precision: str) -> None:
 
 
 def build(bundle: Bundle, path: Path, precision: str) -> dict[str, str]:
-    """Write the engine's file. Returns the versions of the tools. Raises RequestError if the weights do not fit into one file."""
+    """Write the engine's file. Returns the tools' versions. Raises RequestError if the weights do not fit into one file."""
     return {
         **write_graph(bundle, path, copy.deepcopy, precision=precision, bytes_last=precision != "fp32", optional_mixture=True),
         "onnxruntime": onnxruntime.__version__,

@@ -23,7 +23,7 @@ KEPT = {
     "most convolutions in bf16": {},
     "convolutions in bf16, but the first and the last block's": {"last_block": True},
 }
-# int8's most exact way: the first quarter of its convolutions stay in bf16. They have few of the FLOPs (6 % of fashion-mnist's),
+# int8's most exact way: the first quarter of its convolutions stay in bf16. They do few of the FLOPs (6 % in fashion-mnist)
 # and gain about 1 dB of PSNR (docs/export.md, "int8").
 SPARING = "convolutions in bf16, and the first quarter of int8's"
 # NNCF imports these, if installed, to find out whether the graph is one of theirs. That takes 200 MB, so it is prevented.
