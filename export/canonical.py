@@ -156,7 +156,7 @@ def _replace_norms(model: Network, norm: NormFactory) -> None:
 
 
 def _fold_ends(model: Network, c_in: float, c_out: float, channels: int) -> None:
-    """Fold c_in into the layers that read the image, and c_out into those that write it. Keep only the first `channels` outputs.
+    """Fold c_in into the layers that read the image, c_out into those that write it. Keep the first `channels` outputs only.
 
     iDDPM's networks also predict a variance, in further output channels, which is not used.
     """

@@ -59,7 +59,7 @@ class FourDimensionalNorm(GroupNorm):
             square = square + added * (added + mean + mean)
             mean = mean + added
         mean, square = F.conv2d(mean, self.gather), F.conv2d(square, self.gather)
-        # No subtractions, no products with a single number: OpenVINO would replace these operators, and lose the marks that keep
+        # No subtraction, no product with a single number: OpenVINO would replace these operators, and lose the marks that keep
         # them in float32 (mixed_precision.py).
         rstd = (square + mean * mean * self.minus + self.eps).pow(-0.5)
         return F.conv2d(rstd, self.spread), F.conv2d(mean * rstd, -self.spread, self.bias)
