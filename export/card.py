@@ -162,7 +162,7 @@ def _scores(scores: Sequence[EvaluationResult], weights_sha256: str) -> str:
 
 
 def _columns(facts: EvaluationResult) -> list[tuple[str, dict[str, str]]]:
-    """The columns of one evaluation, each a heading and the values by metric: mean and spread of several sets, then each set."""
+    """The columns of one evaluation, each a heading and values by metric: mean and spread of several sets, then each set."""
     roles, seeds = facts["scores"], facts["seeds"]
     main = {}
     for role, score in roles.items():
