@@ -164,12 +164,14 @@ def _fold_ends(model: Network, c_in: float, c_out: float, channels: int) -> None
 
 
 def _fold_song_ends(model: SongUNet, c_in: float, c_out: float, channels: int) -> None:
+    # The first convolution reads the image, and with NCSN++'s encoders the skip inputs of every level or the first residual.
     first_residual = True
     for name, module in model.enc.items():
         residual = name.endswith("_aux_residual")
         if name.endswith(("_conv", "_aux_skip")) or (residual and first_residual):
             _scale_input(module, c_in)
         first_residual &= not residual  # later ones read a sum that is already scaled
+    # Every level may make a part of the image; the parts are summed.
     for name, module in model.dec.items():
         if name.endswith("_aux_conv"):
             _scale_output(module, c_out, channels)

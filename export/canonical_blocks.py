@@ -104,6 +104,7 @@ class FoldedBlock(UNetBlock):
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """The block's output; shapes as in the class docstring."""
         hidden = self._condition(self.conv0(self.norm0(x, silu=True)), rows)
+        # y = skip_scale (conv1(hidden) + x): the scale is in the weights of conv1 and skip, if there is a skip convolution.
         skip = x * self.skip_scale if self.skip is None and self.skip_scale != 1 else x
         x = self.conv1(hidden) + (skip if self.skip is None else self.skip(x))
         if self.norm2 is None or self.qkv is None or self.proj is None:
@@ -159,6 +160,7 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
 def _second_norm(block: UNetBlock, row: Tensor | None) -> GroupNorm:
     if not block.adaptive_scale:
         return block.norm1
+    # The norm's weights are part of the row (`row_map`): without classes the row is folded back, else the norm has none.
     norm = copy.deepcopy(block.norm1)
     weight, bias = (torch.ones_like(norm.weight), torch.zeros_like(norm.bias)) if row is None else row.chunk(2)
     norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)

@@ -180,6 +180,7 @@ def compare(
 
 
 def _has_margin(engine_id: EngineId, report: Report) -> bool:
+    # A way that depends on the batch size is not used either, if a more exact one is left.
     tight = replace(report, tolerance=report.tolerance.tightened(MARGIN))
     return report.batch_invariant and not _problem(engine_id, tight)
 

@@ -205,7 +205,7 @@ def read_scores(path: Path) -> EvaluationResult:
     try:
         facts: EvaluationResult = json.loads(path.read_text())
         for score in facts["scores"].values():
-            {name: float(value) for name, value in score["values"].items()}
+            {name: float(value) for name, value in score["values"].items()}  # raises if a value is not a number
         required = (facts["scores"]["generator"]["weights_sha256"], facts["reference"]["name"], facts["seeds"])
     except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} holds no scores of a generator", remedy=remedy, param="scores") from error

@@ -121,11 +121,11 @@ def load_engine(
     engine_id = stored if isinstance(stored, EngineId) else stored.engine_id
     runtime = RUNTIMES[engine_id.runtime]
     device = runtime.device_for(engine_id, checked_device(device) if device is not None else None)
-    Threads.here(spin).before_torch()
+    Threads.here(spin).before_torch()  # the class may import torch
     engine_class = runtime.load_class()
     if isinstance(stored, EngineId):
         return engine_class(bundle, device=device, precision=engine_id.precision, target=engine_id.target)
-    shared_out = {} if streams is None else {"streams": streams}
+    shared_out = {} if streams is None else {"streams": streams}  # only classes with streams take the argument
     return engine_class(bundle, stored, device=device, spin=spin, **shared_out)
 
 

@@ -94,8 +94,8 @@ class BoundBatches:
     def run(self, part: Inputs, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
         """Run a part of at most `most` images; feeds: its arrays by input name. Returns a fresh array per name in `outputs`."""
         count = len(part.noise)
-        size = min(self.most, 1 << (count - 1).bit_length())
-        rows = np.minimum(np.arange(size), count - 1)
+        size = min(self.most, 1 << (count - 1).bit_length())  # the next power of two
+        rows = np.minimum(np.arange(size), count - 1)  # pads by repeating the last row
         with self._lock:
             if size not in self._bound:
                 self._bound[size] = _Bound(self._session, size, self._place)
@@ -166,10 +166,10 @@ def _session(
 ) -> "onnxruntime.InferenceSession":
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads.count
-    options.inter_op_num_threads = 1
+    options.inter_op_num_threads = 1  # layers run one after the other, each on all threads
     for key, value in threads.for_onnxruntime().items():
         options.add_session_config_entry(key, value)
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only: it would warn of every input that has a default
     providers = None  # a plugin provider is added to the options instead
     if provider == TENSORRT_RTX:
         _add_plugin(runtime, options, index)

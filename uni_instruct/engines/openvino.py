@@ -182,7 +182,7 @@ def _cache() -> dict[str, str]:
     try:
         folder = cache_folder() / "openvino"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
+        (folder / ".writable").touch()  # raises in a folder that exists but is read-only
     except (OSError, RuntimeError):
         return {}
     return {"CACHE_DIR": str(folder)}

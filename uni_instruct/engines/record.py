@@ -13,15 +13,18 @@ from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import JSON_ERRORS, sha256
 
 RECORD = "engine.json"
+# The order in which engines of one runtime are listed and preferred.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 # The target of engines that are compiled on the machine that runs them.
 COMPILED = "compiled"
 _ID = re.compile(rf"(?P<runtime>[a-z][a-z0-9-]*?)-(?P<precision>{'|'.join(PRECISIONS)})(?:-(?P<target>[a-z0-9]+))?")
-# Bundles of format 1 kept one engine per runtime, in a folder with the runtime's name. Its report used other words (below).
+# Bundles of format 1 had one engine per runtime, in a folder with the runtime's name: folder -> engine id.
 _FORMER_FOLDERS = {"onnx": "onnx-fp32"}
 # A larger engine.json is not read, so that a damaged one cannot fill the memory. A real one has about two thousand bytes.
 _MAX_RECORD_BYTES = 1 << 20
+# The usual limit of file systems, in bytes.
 _MAX_NAME_LENGTH = 255
+# Keys in the reports of format 1 -> the keys that replaced them.
 _FORMER_WORDS = {"largest_level_difference": "largest_pixel_difference", "levels": "pixel_difference"}
 
 
@@ -208,6 +211,7 @@ def _is_report(parity: Any) -> bool:
         return isinstance(parity, dict)
     if not isinstance(parity, dict) or not isinstance(parity.get("latency_ms"), dict):
         return False
+    # Only what is read again is checked. `type(...) in`, as isinstance would take True for an int.
     numbers: list[Any] = [parity.get(key) for key in ("images", "relative_l2", "equal_pixels")] + [
         *parity["latency_ms"].values()
     ]

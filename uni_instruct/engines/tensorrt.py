@@ -111,11 +111,12 @@ class _Program:
     def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> list[np.ndarray]:
         """Run a part of at most `most` images; feeds: its arrays by input name. Returns a fresh array per name in `wanted`."""
         count = len(feeds[NOISE])
-        size = min(self.most, 1 << (count - 1).bit_length())
+        size = min(self.most, 1 << (count - 1).bit_length())  # the next power of two
         rows = np.minimum(np.arange(size), count - 1)  # pads by repeating the last row
         for name, values in feeds.items():
             self._hosts[name][:size] = values[rows]
             self._stream.upload(self._addresses[name], self._hosts[name][:size])
+        # A new size: making its _Call runs it once, so there is no call of run().
         if size not in self._calls:
             self._calls[size] = _Call(self._context(size), self._stream, captured=self._kernels is None)
             if self._kernels is not None:

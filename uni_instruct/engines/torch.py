@@ -61,6 +61,7 @@ class TorchEngine:
         """The pixels, and the images before rounding: float32 [B, C, H, W] in about [-1, 1], or latents in their own range."""
         inputs = checked_inputs(self.spec, noise, class_ids)
         parts = [self._images(part) for part in inputs.parts(self.spec.images_at_once)]
+        # Latents have no pixels: images[:0] makes an empty array of the right shape.
         pixels = [to_uint8(images if self.spec.makes_pictures else images[:0]).cpu().numpy() for images in parts]
         return Outputs(np.concatenate(pixels), np.concatenate([images.cpu().numpy() for images in parts]))
 

@@ -164,6 +164,7 @@ def _is_plausible(trial: Trial) -> bool:
     def is_number(value: object) -> bool:
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
+    # A trial has either failed, or measured a speed.
     numbers = (trial.relative_l2, trial.pixel_difference, trial.images_per_s)
     texts = isinstance(trial.problem, str) and isinstance(trial.benchmark, str)
     return texts and all(map(is_number, numbers)) and bool(trial.problem or trial.images_per_s)
