@@ -55,7 +55,7 @@ class OnnxEngine:
         self._batches = None if device_type(device) == CPU else BoundBatches(session, device, MAX_BATCH_SIZE)
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
-        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
+        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]."""
         (pixels,) = self._run([IMAGES], noise, class_ids)
         return pixels
 

@@ -84,7 +84,7 @@ def agreement(batches: Sequence[Outputs], truth: np.ndarray) -> Agreement:
 
 
 def relative_l2(images: np.ndarray, truth: np.ndarray) -> float:
-    """||images - truth|| / ||truth||."""
+    """The relative L2 distance, ||images - truth|| / ||truth||."""
     return float(np.linalg.norm(images.astype(np.float64) - truth) / max(float(np.linalg.norm(truth)), 1e-12))
 
 

@@ -136,7 +136,7 @@ class EngineRecord:
         return all(isinstance(text, str) for text in texts) and _is_report(self.parity) and _is_profile(self.batch_profile)
 
     def write(self, folder: Path) -> None:
-        """Writes engine.json into the engine's folder."""
+        """Write engine.json to the engine's folder."""
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
