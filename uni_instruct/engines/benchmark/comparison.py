@@ -52,7 +52,7 @@ class BenchmarkPlan:
                 remedy="give a one-step generator, such as digits",
                 param="bundle",
             )
-        if not math.isfinite(self.least_s):  # inf would measure for ever, nan passes any bound
+        if not math.isfinite(self.least_s):  # inf would measure forever, nan passes any bound
             raise RequestError(f"{self.least_s} seconds for a figure", remedy="give a number such as 0.2", param="seconds")
 
 
