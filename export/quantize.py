@@ -16,7 +16,7 @@ from uni_instruct.errors import MissingExtraError
 from uni_instruct.export.mixed_precision import convolutions, insert_neutral_clamp, rounded_convolutions
 from uni_instruct.noise import draw_inputs, round_robin_class_ids
 
-# Calibration uses CALIBRATED images in batches of BATCH. NNCF computes a scale from the mean of the batches' ranges of values.
+# Calibration uses CALIBRATED images in batches of BATCH. NNCF computes a scale from the mean of the batches' ranges.
 # PART images run at a time: the activations of 8 take more memory than the weights (docs/export.md, "int8" and "Memory").
 CALIBRATED, BATCH, PART = 128, 8, 2
 # Calibration must not use the seeds of later checks. Those of reference.npz are small. Those of the export's check start at a

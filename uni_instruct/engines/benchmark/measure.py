@@ -37,7 +37,7 @@ class Spread:
 
 
 def turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: int) -> int:
-    """How many steps `take_turns` reports to its bar: for each contender and batch size, a first call and one per round."""
+    """The number of steps of `take_turns`'s progress bar: per contender and batch size, a first call and one per round."""
     return len(contenders) * len(batches) * (rounds + 1)
 
 
