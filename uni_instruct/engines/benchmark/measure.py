@@ -37,7 +37,7 @@ class Spread:
 
 
 def turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: int) -> int:
-    """The number of steps of `take_turns`'s progress bar: per contender and batch size, a first call and one per round."""
+    """How many steps the bar of `take_turns` has: per contender and batch size, a first call and one per round."""
     return len(contenders) * len(batches) * (rounds + 1)
 
 
