@@ -33,7 +33,7 @@ types: $(INSTALLED) package-tree
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py --device $(or $(DEVICE),cuda) --out gpu.json
 
-# Half an hour at twice the capacity, in bad company: `make soak MINUTES=10`. Not part of `check`.
+# Half an hour at twice the capacity, with broken clients beside it: `make soak MINUTES=10`. Not part of `check`.
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),30)
 

@@ -24,7 +24,7 @@ from machine import describe_machine
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import RUNTIMES, Engine, load_engine
 from uni_instruct.engines.hardware.cuda import gpus
-from uni_instruct.engines.hardware.device import CUDA, checked_device, device_type, index_of
+from uni_instruct.engines.hardware.device import CUDA, checked_device, device_index, device_type
 from uni_instruct.engines.onnxruntime import PROVIDERS, OnnxEngine
 from uni_instruct.engines.outputs import TOLERANCES, agreement
 from uni_instruct.engines.torch import TorchEngine
@@ -155,7 +155,7 @@ def measure(figures: Figures, name: str, engines: dict[str, Engine], batches: tu
 
 def train(figures: Figures, out: Path, precision: str, settings: tuple[str, ...]) -> None:
     """A short run of the digits recipe, from a teacher of its own, on the device."""
-    visible = {"CUDA_VISIBLE_DEVICES": str(index_of(figures.device)) if device_type(figures.device) == "cuda" else ""}
+    visible = {"CUDA_VISIBLE_DEVICES": str(device_index(figures.device)) if device_type(figures.device) == "cuda" else ""}
     command = [
         sys.executable,
         "-m",

@@ -6,7 +6,7 @@ from uni_instruct.evaluate import frechet_distance
 
 # Each colour channel is divided into SQUARES x SQUARES squares.
 SQUARES = 4
-# The largest `feature_shift` that is allowed of an int8 engine (docs/engines.md).
+# The largest `feature_shift` that is allowed of an int8 engine (docs/export.md, "int8").
 MAX_SHIFT = 0.02
 
 

@@ -1,4 +1,4 @@
-"""API keys: read from the environment or a file, checked once, and compared as bytes. No message ever holds one."""
+"""API keys: read from the environment or a file, checked once, and compared as bytes. No message ever contains a key."""
 
 import base64
 import binascii
@@ -10,7 +10,7 @@ from uni_instruct.errors import RequestError
 
 
 def read_keys(text: str | None, file: str | None) -> tuple[bytes, ...]:
-    """The keys in `text`, separated by commas, and in the lines of `file`, as UTF-8. Empty where neither is given.
+    """Return the keys in `text` (separated by commas) and in `file` (one a line), encoded as UTF-8. Empty if both are None.
 
     Raises RequestError for a file that cannot be read, for a source without any key, and for a key with a space or a control
     character inside.
@@ -29,7 +29,7 @@ def read_keys(text: str | None, file: str | None) -> tuple[bytes, ...]:
 
 
 def given_key(header: bytes) -> bytes:
-    """The key in the bytes of an Authorization header, 'Bearer KEY' or the password of basic authentication; else empty."""
+    """Return the key in an Authorization header: that of 'Bearer KEY', or the password of 'Basic'. Empty if there is none."""
     scheme, _, credentials = header.strip().partition(b" ")
     if scheme.lower() == b"bearer":
         return credentials.strip()
@@ -42,16 +42,16 @@ def given_key(header: bytes) -> bytes:
 
 
 def is_one_of(key: bytes, keys: Sequence[bytes]) -> bool:
-    """Whether the key is among the keys, in a time that does not tell which, or how much of one was right."""
-    # A list, not a generator: `any` would stop at the first that fits.
+    """Whether the key is among `keys`. The time taken does not reveal which one matched, or how much of it was right."""
+    # A list, not a generator: with a generator `any` would stop at the first match, and the time would show which it was.
     return any([hmac.compare_digest(key, one) for one in keys])  # noqa: C419
 
 
 def _checked(texts: Iterable[str], source: str) -> list[bytes]:
-    # Files end in a newline, and what is pasted in a space: neither belongs to the key.
+    # Files end in a newline, and pasted text often has a space at its end. Neither belongs to the key.
     keys = [text.strip() for text in texts if text.strip()]
     if not keys:
-        # An empty key would leave the server open while its owner believes it shut.
+        # Accepting an empty list would leave the server open although its owner believes that it is protected.
         raise RequestError(f"{source} holds no key", remedy="give one, or leave the variable out for an open server")
     for key in keys:
         if any(character.isspace() or not character.isprintable() for character in key):

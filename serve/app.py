@@ -1,4 +1,4 @@
-"""The HTTP routes: a Starlette app that can be mounted in BentoML or run by any ASGI server."""
+"""The HTTP routes, as a Starlette app that can be mounted in BentoML or run by any ASGI server."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from uni_instruct.serve.demo.mount import DemoMount
 from uni_instruct.serve.demo.routes import DemoRoutes
 from uni_instruct.serve.errors import MethodError, NotFoundError, error_response
 from uni_instruct.serve.http.body import read_body
-from uni_instruct.serve.http.connections import bound_connections
+from uni_instruct.serve.http.connections import limit_connections
 from uni_instruct.serve.http.disconnects import cancel_on_disconnect
 from uni_instruct.serve.http.middleware import RequestMiddleware, route_path
 from uni_instruct.serve.metrics import CountedApp, exposition
@@ -38,14 +38,18 @@ from uni_instruct.serve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# nginx's status for a client that has left. Nobody reads the response; the metrics count it apart from failures.
+# nginx's status for a client that has disconnected. No client receives it; it separates these requests in the metrics.
 CLIENT_LEFT = 499
 
 Handler = Callable[[Models, Request], Awaitable[Response]]
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The whole server. It answers at once; loading starts with its lifespan, and /readyz says when it is done."""
+    """Create the app. It answers requests at once and loads the generators in its lifespan; /readyz says when it is ready.
+
+    Raises RequestError if two of the settings' bundles have the same name. `app.state.models` and `app.state.guards` are for
+    the BentoML service.
+    """
     models = Models(settings)
     demo, demo_routes = DemoMount(models), DemoRoutes()
     guards = request_middleware_of(models)
@@ -60,7 +64,7 @@ def create_app(settings: Settings) -> Starlette:
 
 
 def request_middleware_of(models: Models) -> Middleware:
-    """The guards, for this app and for what it is mounted in. They know the way to every route whose path is fixed."""
+    """Return the middleware for this app and for the app that it is mounted in, with direct access to routes of fixed path."""
     direct = {
         (method, path): _app_of(_endpoint(models, handler, path)) for method, path, handler in _HANDLERS if "{" not in path
     }
@@ -79,10 +83,10 @@ def _routes(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> list[Ba
         ]
         page = CountedApp(demo, "/ui", models.metrics)
         routes += [Route("/ui", page), Route("/ui/{path:path}", page)]
-    # The pages of Swagger that BentoML brings: nothing is loaded from elsewhere.
+    # Swagger UI's files as shipped with BentoML, so that /docs loads nothing from other hosts.
     swagger = StaticFiles(packages=[("bentoml", "_internal/server/static_content")])
     routes.append(Mount("/static_content", CountedApp(swagger, "/static_content", models.metrics)))
-    # Last, as routes are tried in order. All unknown paths share one label, or the metrics would grow with what is asked.
+    # Last, because routes are tried in order. All unknown paths share one label, or the metrics would grow with every new path.
     routes.append(Route("/{path:path}", _endpoint(models, _unknown, "unknown"), methods=_METHODS))
     return routes
 
@@ -90,7 +94,7 @@ def _routes(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> list[Ba
 def _lifespan(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> Callable[[Starlette], Any]:
     async def load() -> None:
         await models.load()
-        # The demo comes before readiness: importing Gradio takes seconds of Python, which the first requests would feel.
+        # Start the demo before the server is ready: importing Gradio takes seconds and would slow down the first requests.
         if models.alive and models.settings.serves_ui:
             await demo.start()
         models.mark_ready()
@@ -99,9 +103,9 @@ def _lifespan(models: Models, demo: DemoMount, demo_routes: DemoRoutes) -> Calla
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if server := uvicorn_server():
-            bound_connections(server, models.settings, models.metrics)
+            limit_connections(server, models.settings, models.metrics)
             models.stopping.watch(server, models.fail_waiting)
-        # In the background: the server answers /livez while it loads, or an orchestrator would take it for dead.
+        # Load in the background, so that the server answers /livez meanwhile. Otherwise an orchestrator would take it for dead.
         loading = asyncio.create_task(load())
         yield
         loading.cancel()
@@ -156,8 +160,8 @@ async def _openapi(models: Models, request: Request) -> Response:
 
 
 async def _metrics(models: Models, request: Request) -> Response:
-    await asyncio.sleep(0)  # what has been answered before is counted by then
-    # In a thread: with several workers it reads a file of each.
+    await asyncio.sleep(0)  # let pending callbacks run, in which earlier answers record their times (`record_stages`)
+    # In a thread, because with several workers it reads files of all of them.
     text = await asyncio.to_thread(exposition, models.metrics, models.settings.workers)
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -167,7 +171,7 @@ async def _livez(models: Models, request: Request) -> Response:
 
 
 async def _readyz(models: Models, request: Request) -> Response:
-    # Nothing but names and states: it is open without a key. /v1/spec says why one failed.
+    # Only names and states, because this route needs no key. /v1/spec says why a model could not be loaded.
     lines = ["ready" if models.ready else "not ready", *(f"{name}: {state}" for name, state in models.states.items())]
     return PlainTextResponse("\n".join(lines) + "\n", 200 if models.ready else 503)
 
@@ -213,9 +217,9 @@ _HANDLERS: list[tuple[str, str, Handler]] = [
 
 
 def _endpoint(models: Models, handler: Handler, route: str) -> Callable[[Request], Awaitable[Response]]:
-    """The handler, whose errors become responses, and whose responses are counted.
+    """Wrap a handler: its errors become error responses, and all responses are counted under `route`.
 
-    No error leaves it: BentoML would close the connection without a word.
+    No exception may leave it, because BentoML would close the connection without an answer.
     """
 
     async def endpoint(request: Request) -> Response:
@@ -227,7 +231,7 @@ def _endpoint(models: Models, handler: Handler, route: str) -> Callable[[Request
 
 
 def _app_of(endpoint: Callable[[Request], Awaitable[Response]]) -> ASGIApp:
-    """The endpoint as an app, without what Starlette puts round it for errors: `_endpoint` lets none out."""
+    """Make an ASGI app of an endpoint, without Starlette's error handling, which `_endpoint` makes unnecessary."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         response = await endpoint(Request(scope, receive, send))
@@ -251,7 +255,7 @@ async def _handled(models: Models, handler: Handler, request: Request) -> Respon
 
 
 def _counted_exception(models: Models) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """For what Starlette raises past the endpoints, as for a method that a route does not have."""
+    """Return a handler for errors that Starlette raises outside the endpoints, such as an unsupported method."""
 
     async def answer(request: Request, error: Exception) -> Response:
         response = await _http_exception(request, error)
@@ -262,7 +266,7 @@ def _counted_exception(models: Models) -> Callable[[Request, Exception], Awaitab
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own errors (no such path, no such method) in the shape of ours."""
+    """Turn Starlette's own errors (unknown path, unsupported method) into error responses of this project."""
     assert isinstance(error, HTTPException)
     headers = error.headers or {}
     if error.status_code == 405:

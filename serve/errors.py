@@ -1,4 +1,4 @@
-"""The errors of the server, beside those of the core: each with its HTTP status, and the body they all share."""
+"""The server's own errors, in addition to those of the core: each with its HTTP status, and the JSON body they all share."""
 
 from collections.abc import Sequence
 
@@ -51,13 +51,13 @@ class BodyTooLargeError(RequestError):
 
 
 class EncodingError(RequestError):
-    """The body comes in an encoding that the server does not read."""
+    """The body has a content type or encoding that the server does not read."""
 
     http_status = 415
 
 
 class QueueFullError(UniInstructError):
-    """The queue has no room for that many images. In retry_after_s seconds it is likely to have."""
+    """The queue has no room for that many images. It probably will in retry_after_s seconds."""
 
     http_status = 429
 
@@ -67,7 +67,7 @@ class QueueFullError(UniInstructError):
 
 
 class EngineFailedError(UniInstructError):
-    """The engine raised on one image, also when it ran alone."""
+    """The engine failed on one image even when it ran alone, or returned images of a wrong shape or type."""
 
 
 class NotReadyError(UniInstructError):
@@ -77,14 +77,14 @@ class NotReadyError(UniInstructError):
 
 
 class StoppingError(NotReadyError):
-    """The server is being stopped: another one, or the same a little later, will answer."""
+    """The server is stopping. Clients should retry: another server, or this one after its restart, will answer."""
 
     def __init__(self) -> None:
         super().__init__("the server is stopping", remedy="try again in a second, or another one")
 
 
 class TooManyConnectionsError(NotReadyError):
-    """Every connection that the server allows has a request under way."""
+    """Every connection that the server allows has a request in progress."""
 
     code = "too_many_connections"
 
@@ -93,15 +93,15 @@ class TooManyConnectionsError(NotReadyError):
 
 
 class TimedOutError(UniInstructError):
-    """The images were not made in time."""
+    """The images were not finished before the timeout."""
 
     http_status = 504
 
 
-# Of what a message repeats a client's own words may be the greater part; more than this helps nobody.
+# A message may quote a long value from the client. In a longer message the problem and its remedy would be hard to find.
 _MAX_MESSAGE_LENGTH = 400
 
-# HTTP status -> (type, code) as OpenAI's clients know them.
+# HTTP status -> (type, code) of the error body, in the form that OpenAI's clients expect.
 _OPENAI_ERRORS = {
     400: ("invalid_request_error", "invalid_value"),
     401: ("authentication_error", "invalid_api_key"),
@@ -118,15 +118,15 @@ _OPENAI_ERRORS = {
 
 
 def error_response(error: UniInstructError) -> JSONResponse:
-    """The project's error as JSON, with its status and headers."""
+    """Return the response for an error: its body as JSON, its HTTP status and its headers."""
     return JSONResponse(error_body(error), error.http_status, headers=error_headers(error))
 
 
 def error_body(error: UniInstructError) -> dict[str, dict[str, str | None]]:
-    """The body of an error: {"error": {message, type, param, code, remedy}}."""
+    """Return the body of an error: {"error": {message, type, param, code, remedy}}."""
     message = str(error)
     if len(message) > _MAX_MESSAGE_LENGTH:
-        # The remedy stands at the end, and is what helps.
+        # Shorten the problem first: the remedy comes last in a message and must not be cut off.
         message = f"{error.problem[: _MAX_MESSAGE_LENGTH - 100]}...; {error.remedy[:_MAX_MESSAGE_LENGTH]}"
     type_, code = _OPENAI_ERRORS.get(error.http_status, _OPENAI_ERRORS[500])
     return {
@@ -141,12 +141,12 @@ def error_body(error: UniInstructError) -> dict[str, dict[str, str | None]]:
 
 
 def error_headers(error: UniInstructError) -> dict[str, str]:
-    """Headers that belong to the error: when to try again, how to authenticate."""
+    """Return the headers that belong to an error: Retry-After or WWW-Authenticate, if any."""
     if isinstance(error, QueueFullError):
         return {"Retry-After": str(error.retry_after_s)}
     if isinstance(error, NotReadyError):
         return {"Retry-After": "1"}
     if isinstance(error, UnauthorizedError):
-        # Basic, not Bearer: it makes a browser ask for the key, which is how the demo is opened.
+        # Basic, not Bearer: browsers ask the user for a password only for Basic. The demo page gets its API key this way.
         return {"WWW-Authenticate": 'Basic realm="uni-instruct"'}
     return {}

@@ -1,4 +1,4 @@
-"""Load on a server, and what came of it: an open loop, in which requests leave at their time whether others are back or not."""
+"""An open-loop load test: requests are sent at fixed times, whether or not earlier ones have been answered."""
 
 import base64
 import http.client
@@ -20,14 +20,14 @@ from uni_instruct.errors import RequestError
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.progress import ProgressFactory, silent
 
-# More than these do not wait for an answer at once: beyond it the machine that asks is what is measured.
+# The most requests that wait for an answer at the same time. With more, the test would measure the client's machine.
 _MAX_IN_FLIGHT = 256
 _TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back of one request. status is 0 where nothing did; latency counts from when the request was due."""
+    """The answer to one request. status: HTTP status, 0 if there was none. latency_ms: from the time the request was due."""
 
     seeds: Sequence[int]
     status: int
@@ -35,14 +35,14 @@ class Answer:
     body: bytes
 
 
-class LoadedServer:
-    """A server: its URL, and the header with its key, of which the bytes count."""
+class TargetServer:
+    """The server under load: its URL, and an API key in bytes. Raises RequestError for a malformed URL."""
 
     def __init__(self, url: str, key: bytes | None = None):
         try:
             parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
             host, port = parts.hostname, parts.port
-        except ValueError:  # a port that is no number, half of an IPv6 address
+        except ValueError:  # a port that is not a number, or an incomplete IPv6 address
             host = port = None
         if not host or parts.scheme not in ("http", "https"):
             raise RequestError(
@@ -50,13 +50,16 @@ class LoadedServer:
             )
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host, self._port, self._prefix = host, port, parts.path.rstrip("/")
-        # Basic, as it carries any key: a header of its own may hold ASCII only.
+        # Basic, because its base64 can carry a key with any characters; a plain header value may only hold ASCII.
         basic = {"Authorization": f"Basic {base64.b64encode(b':' + key).decode()}"} if key else {}
         self._headers = {"Content-Type": "application/json", **basic}
         self._local = threading.local()
 
     def ask(self, method: str, path: str, fields: Mapping[str, object] | None = None) -> tuple[int, bytes]:
-        """Status and body, on a connection that this thread keeps. Raises OSError or HTTPException where there is no answer."""
+        """Send a request on this thread's own connection, and return status and body of the answer.
+
+        Raises OSError or HTTPException if there is no answer.
+        """
         connection = getattr(self._local, "connection", None)
         if connection is None:
             connection = self._local.connection = self._connect(self._host, self._port, timeout=_TIMEOUT_S)
@@ -69,9 +72,9 @@ class LoadedServer:
             raise
 
     def facts(self, model: str | None) -> dict[str, str]:
-        """Name, engine and weights_sha256 of what it serves under that name, None: its first.
+        """Return name, engine and weights_sha256 of the model with that name; None: the server's first model.
 
-        Raises RequestError where it does not say.
+        Raises RequestError if the server does not answer, or not as `uni-instruct serve` does.
         """
         query = f"?model={urllib.parse.quote(model)}" if model else ""
         try:
@@ -90,9 +93,12 @@ class LoadedServer:
 
 
 def apply_load(
-    target: LoadedServer, model: str, rate: float, seconds: float, images: int, with_progress: ProgressFactory = silent
+    target: TargetServer, model: str, rate: float, seconds: float, images: int, with_progress: ProgressFactory = silent
 ) -> list[Answer]:
-    """Asks for `images` images `rate` times a second, each with seeds of its own, and waits for all answers."""
+    """Send `rate` requests a second for `seconds` seconds, and return all answers in the order of the requests.
+
+    Each request asks for `images` images, of seeds that no other request has.
+    """
     start = time.perf_counter()
 
     def ask(index: int) -> Answer:
@@ -114,7 +120,10 @@ def apply_load(
 
 
 def count_wrong(answers: Sequence[Answer], engine: Engine, tolerance: int, with_progress: ProgressFactory = silent) -> int:
-    """How many of the images that came differ by more than `tolerance` of 255 levels from those that the engine makes here."""
+    """Count the received images in which a pixel differs by more than `tolerance` (of 255) from the one that `engine` makes.
+
+    An answer that cannot be read, or with other seeds or shapes than requested, counts with all of its images.
+    """
     made = [answer for answer in answers if answer.status == 200]
     wrong = 0
     with with_progress("check", len(made), "answers") as bar:
@@ -138,7 +147,7 @@ def _wrong(answer: Answer, engine: Engine, tolerance: int) -> int:
 
 
 def summary(answers: Sequence[Answer], seconds: float) -> dict[str, object]:
-    """Counts by status, and of the answers that are images their rate and the quantiles of their latency."""
+    """Return a report for JSON: answers by status, and the rate and latency quantiles of those with status 200."""
     made = [answer for answer in answers if answer.status == 200]
     statuses = Counter("no answer" if answer.status == 0 else str(answer.status) for answer in answers)
     latencies = np.array([answer.latency_ms for answer in made] or [np.nan])

@@ -1,4 +1,4 @@
-"""What the server measures, for Prometheus. Every label has few values: nothing grows with the requests."""
+"""The server's metrics, for Prometheus. Every label has only a few values, so that memory does not grow with the requests."""
 
 import asyncio
 import contextlib
@@ -17,30 +17,32 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uni_instruct.errors import UniInstructError
 
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-# A worker has a file of counts for each kind of metric, named as prometheus-client has it, and far larger than counts grow to.
+# Each worker has one file of values for each kind of metric. These are prometheus-client's names for the kinds. 1 MiB is far
+# more than the values need.
 _KINDS = ("counter", "gauge_livesum", "histogram")
 _ROOM_BYTES = 1 << 20
 
-# From one small image on a warm engine to the default timeout.
+# From the time of one small image on a warm engine to the default timeout.
 _STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-# What becomes of a bundle that has changed.
+# Values of the label `outcome`: what happened to a bundle that changed on disk.
 RELOAD_OUTCOMES = ("loaded", "failed")
-# Why images are not made, and what a request passes through.
+# Values of the label `reason` (why images were not made) and of the label `stage` (the parts of a request's time).
 DROP_REASONS = ("queue_full", "timeout", "cancelled", "stopping", "failed")
 REQUEST_STAGES = ("queue", "model", "encode")
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class ServerMetrics:
-    """One worker's counters, in a registry of their own."""
+    """The metrics of one worker, in a registry of their own."""
 
     def __init__(self) -> None:
-        # Of its own: the global one would refuse the same names to a second app in one process, as tests have it.
+        # Not the global registry: it would refuse the same names to a second app in one process, as in the tests.
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "uni_instruct_requests", "Answers by route and HTTP status.", ["route", "status"], registry=registry
         )
-        # Found once: finding a series by its labels takes a lock and a dictionary, for every answer. Few, as labels are.
+        # A cache: prometheus-client takes a lock and looks up a dictionary to find a series by its labels, here for every
+        # answer. It stays small, because routes and statuses are few.
         self._answers: dict[tuple[str, int], Counter] = {}
         self.images = Counter("uni_instruct_images", "Images made and answered.", ["model"], registry=registry)
         self.dropped = Counter(
@@ -71,26 +73,26 @@ class ServerMetrics:
         )
 
     def count_answer(self, route: str, status: int) -> None:
-        """One more answer of that route."""
+        """Count one answer of that route."""
         series = self._answers.get((route, status))
         if series is None:
             series = self._answers[route, status] = self.requests.labels(route, str(status))
         series.inc()
 
     def _workers(self, name: str, words: str, *labels: str) -> Gauge:
-        """A gauge that is added up over the workers that live."""
+        """Create a gauge whose value is the sum over all living workers."""
         return Gauge(name, words, labels, registry=self.registry, multiprocess_mode="livesum")
 
     def of_model(self, name: str) -> "ModelMetrics":
-        """What is counted for that model alone."""
+        """Return the metrics of one model."""
         return ModelMetrics(self, name)
 
 
 class ModelMetrics:
-    """One model's counters; every series of it is there from the start, at zero."""
+    """The metrics of one model. Every series exists from the start, with the value 0."""
 
     def __init__(self, server: ServerMetrics, name: str):
-        # Looked up once: finding a series by its labels takes a lock and a dictionary, for every image.
+        # Looked up once, because finding a series by its labels takes a lock and a dictionary, here for every image.
         self.images = server.images.labels(name)
         self.queue = server.queue.labels(name)
         self.batch = server.batch.labels(name)
@@ -100,7 +102,7 @@ class ModelMetrics:
         self._stage = {stage: server.stage.labels(stage, name) for stage in REQUEST_STAGES}
 
     def record_stages(self, stage_ms: dict[str, float]) -> None:
-        """Counts a request's milliseconds by stage, once its answer is on its way: nobody needs to wait for the counting."""
+        """Record a request's milliseconds by stage. Runs later on the event loop, so that the answer need not wait for it."""
         asyncio.get_running_loop().call_soon(self._observe, stage_ms)
 
     def _observe(self, stage_ms: dict[str, float]) -> None:
@@ -109,13 +111,13 @@ class ModelMetrics:
 
 
 class CountedApp:
-    """An app whose answers are counted under one route: one that is mounted whole, with routes of its own."""
+    """Wraps a mounted ASGI app that has routes of its own, and counts all of its answers under one route."""
 
     def __init__(self, app: ASGIApp, route: str, metrics: ServerMetrics):
         self._app, self._route, self._metrics = app, route, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI connection."""
+        """Handle one ASGI connection."""
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -126,31 +128,32 @@ class CountedApp:
 
 
 def exposition(metrics: ServerMetrics, workers: int) -> bytes:
-    """The text that Prometheus scrapes: of this worker, or summed over all where there are several."""
-    # prometheus-client's way to sum over processes: each writes its counts into a file of that folder, which BentoML sets.
+    """Return the text that Prometheus scrapes: this worker's metrics, or the sums over all workers if there are several."""
+    # To sum over processes, prometheus-client has each one write its values into files in one folder. BentoML sets that folder.
     folder = os.environ.get(_FOLDER)
     if workers == 1 or not folder:
         return generate_latest(metrics.registry)
-    _forget_the_dead(Path(folder))
+    _drop_dead_workers(Path(folder))
     registry = CollectorRegistry()
     MultiProcessCollector(registry, folder)
     return generate_latest(registry)
 
 
-def use_own_folder() -> None:
-    """Moves this worker's counts, before any is made, to a folder that only the workers of its own supervisor share.
+def use_private_folder() -> None:
+    """Put this worker's metric files in a folder that only the workers of the same supervisor share.
 
-    BentoML's is one for all servers of a BENTOML_HOME, and each empties it when it starts. Where that cannot be written, the
-    system's folder for temporary files is taken. Raises UniInstructError where that cannot be written either.
+    Must be called before any metric is created. BentoML has one folder for all servers of a BENTOML_HOME, and each server
+    empties it when it starts. The new folder is beside BentoML's, or in the system's temporary folder if that one cannot be
+    written. Folders of servers on this host that have ended are removed. Raises UniInstructError if neither can be written.
     """
     shared = os.environ.get(_FOLDER)
     if not shared:
         return
-    # Another user's would not be ours to write to.
+    # The user id is part of the name, because another user's folder would not be writable.
     elsewhere = Path(tempfile.gettempdir()) / f"uni-instruct-metrics-{os.getuid()}"
-    servers = _first_with_room([Path(shared).parent / "uni-instruct-metrics", elsewhere])
+    servers = _first_writable([Path(shared).parent / "uni-instruct-metrics", elsewhere])
     os.environ[_FOLDER] = str(servers / _server_name(os.getppid()))
-    # Of this very host: web-1's are not those of web.
+    # Matches only folders of exactly this host: on host `web` the folders of host `web-1` must not match.
     ours = re.compile(rf"{re.escape(socket.gethostname())}-([0-9]+)-[0-9]+")
     for other in servers.iterdir():
         found = ours.fullmatch(other.name)
@@ -158,12 +161,12 @@ def use_own_folder() -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _first_with_room(folders: list[Path]) -> Path:
+def _first_writable(folders: list[Path]) -> Path:
     reasons = []
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _claim_room(folder / _server_name(os.getppid()))
+            _preallocate(folder / _server_name(os.getppid()))
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror}")
         else:
@@ -174,11 +177,11 @@ def _first_with_room(folders: list[Path]) -> Path:
     )
 
 
-def _claim_room(folder: Path) -> None:
-    """Makes this worker's files of counts at their full size, for prometheus-client to find.
+def _preallocate(folder: Path) -> None:
+    """Create this worker's metric files at their full size, before prometheus-client opens them.
 
-    They are mapped into memory, and its own have holes: where the disk is full by the time that one is written to, the kernel
-    kills the process. Raises OSError, and leaves nothing, where there is no room now.
+    The files are mapped into memory, and those that prometheus-client creates are sparse: if the disk is full when a hole is
+    first written to, the kernel kills the process. Raises OSError, and leaves no file, if there is no room now.
     """
     folder.mkdir(exist_ok=True)
     files = [folder / f"{kind}_{os.getpid()}.db" for kind in _KINDS]
@@ -193,14 +196,17 @@ def _claim_room(folder: Path) -> None:
 
 
 def _server_name(supervisor: int) -> str:
-    """Of a server on this machine: its supervisor's id, and when that began, as ids are given again."""
+    """Return a unique name for a server on this machine: host, process id of its supervisor, and when that process started.
+
+    The start time is needed because the system reuses process ids. Empty if there is no such process.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
         return f"{socket.gethostname()}-{supervisor}-{int(psutil.Process(supervisor).create_time())}"
     return ""
 
 
-def _forget_the_dead(folder: Path) -> None:
-    """Takes workers that were killed out of the gauges of what is; what they have counted stays counted."""
+def _drop_dead_workers(folder: Path) -> None:
+    """Remove killed workers from the gauges, which describe the present. What they added to counters stays counted."""
     living = {os.getpid()}
     with contextlib.suppress(psutil.NoSuchProcess):
         living |= {process.pid for process in psutil.Process(os.getppid()).children()}

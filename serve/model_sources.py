@@ -1,4 +1,4 @@
-"""Which generators a server has, and what requests call them."""
+"""Which generators a server serves, and by which names requests call them."""
 
 import json
 import re
@@ -10,29 +10,30 @@ from uni_instruct.errors import RequestError
 from uni_instruct.files import JSON_ERRORS
 from uni_instruct.hub import is_on_hub
 
-# 'small=runs/small/generator': a name of one's own before the source.
+# 'small=runs/small/generator': the user's own name, then the source.
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
 
 
 def default_sources() -> tuple[str, ...]:
-    """Every generator that ships with this package; the one that is served where a request names none comes first."""
+    """Return the names of all generators that ship with this package, the default one first."""
     return tuple(dict.fromkeys([default_generator(), *shipped_generators()]))
 
 
 def split_sources(text: str) -> list[str]:
-    """The sources of UNI_INSTRUCT_BUNDLE: separated by commas, or a JSON list, where a path has a comma in it."""
+    """Split the text of UNI_INSTRUCT_BUNDLE into sources: a list separated by commas, or a JSON list if a path has a comma."""
     try:
         listed = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
     except ValueError:
-        listed = [text]  # a folder whose name begins with a bracket
+        listed = [text]  # not JSON after all: a folder whose name begins with a bracket
     return [part.strip() for part in map(str, listed) if part.strip()]
 
 
 def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
-    """Name -> source, in their order. A source is a folder, a shipped generator's name or a hub's address, or NAME=one of them.
+    """Return name -> source, in the given order.
 
-    Without a name of its own it is called what its config.json says, or as its folder where that cannot be read.
-    Raises RequestError where two have one name, or there is none.
+    sources: each a folder, the name of a shipped generator or an address on the hub, or NAME=one of these. Without NAME=, the
+    name is the one in the bundle's config.json, or that of the folder or repository if there is no readable config.json.
+    Raises RequestError if two have the same name, or the list is empty.
     """
     found: dict[str, str] = {}
     for text in sources:
@@ -51,7 +52,7 @@ def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
 
 def _named(text: str) -> tuple[str, str]:
     match = _NAMED.fullmatch(text)
-    # A folder may have an equals sign in its name.
+    # An existing path takes precedence, because a folder's name may contain an equals sign.
     if match and not Path(text).exists():
         return match[1], match[2]
     return _usable(_own_name(text)), text
@@ -63,10 +64,10 @@ def _own_name(source: str) -> str:
         try:
             return str(json.loads((path / CONFIG).read_text())["name"])
         except (OSError, *JSON_ERRORS, KeyError, TypeError):
-            pass  # loading it will say what is wrong; until then it needs something to be called
+            pass  # loading will report what is wrong with it; it needs a name until then
     return path.name.partition("@")[0]
 
 
 def _usable(name: str) -> str:
-    """The name as it can stand in a path of a URL and before an equals sign."""
+    """Return the name with other characters replaced, so that it can be part of a URL's path and precede an equals sign."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

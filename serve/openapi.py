@@ -1,4 +1,4 @@
-"""GET /openapi.json: every route with its parameters, types and statuses, which /docs shows and tools read."""
+"""GET /openapi.json: a description of every route with its parameters, types and statuses, for /docs and for tools."""
 
 from pydantic import BaseModel
 
@@ -13,9 +13,9 @@ _Json = dict[str, object]
 
 
 def openapi_document(*, demo: bool) -> _Json:
-    """The description; requests' fields come from the pydantic models that check them, so that they cannot drift apart.
+    """Return the OpenAPI document. Request bodies are described by the pydantic models that check them, so both always agree.
 
-    demo: whether the routes are there that the demo's page asks beyond the API.
+    demo: whether to include the routes that only the demo's page needs.
     """
     return {
         "openapi": "3.1.0",
@@ -25,7 +25,7 @@ def openapi_document(*, demo: bool) -> _Json:
             "schemas": {"Error": _ERROR, "Model": _MODEL, "Images": _IMAGES_ANSWER},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        # The empty entry says that the key is optional: whether one is needed is the server's setting.
+        # The empty entry makes the key optional, because it depends on the server's settings whether one is needed.
         "security": [{}, {"key": []}],
     }
 
@@ -115,7 +115,7 @@ _COMPARE_ANSWER = _object(
     difference=_object(largest_levels=_INTEGER, mean_levels=_NUMBER, equal_share=_NUMBER, gain=_INTEGER, b64_png=_TEXT),
 )
 
-# Status -> what it says; every one of them has the body of Error.
+# Error status -> its description. The bodies of all of them have the schema `Error`.
 _FAILURES = {
     400: "The request is wrong: problem, value and remedy.",
     401: "The API key is missing or wrong.",
@@ -136,7 +136,7 @@ def _failures(*statuses: int) -> _Json:
 
 
 def _answer(description: str, **content: object) -> _Json:
-    """A 200; content: media type, with '_' for '/', -> schema."""
+    """Describe a 200 answer. content: media type -> schema; the first '_' in a keyword stands for '/', as in image_png."""
     contents = {media.replace("_", "/", 1): {"schema": schema} for media, schema in content.items()}
     return {"200": {"description": description, "content": contents}}
 

@@ -1,7 +1,7 @@
-"""The same app on Ray Serve: `serve run uni_instruct.serve.ray_serve:build bundle=digits replicas=2`.
+"""Run the app on Ray Serve: `serve run uni_instruct.serve.ray_serve:build bundle=digits replicas=2`.
 
-Each replica is one server as `uni-instruct serve` runs it, behind Ray's proxy: its batcher gathers images of the requests that
-Ray hands it, which is why it is handed many at once, and Ray's own batching is not used.
+Each replica is a server as `uni-instruct serve` runs it, behind Ray's proxy. Its own batcher combines the requests that Ray
+sends it, so Ray may send many at once, and Ray's batching is not used.
 """
 
 import asyncio
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 NAME = "uni-instruct"
-# Ray hands a replica 5 requests at a time unless told otherwise: a batch of 64 images would never come together.
-_ONGOING = 1000
+# How many requests Ray may send to a replica at once. Its default of 5 would never fill a batch of 64 images.
+_MAX_ONGOING_REQUESTS = 1000
 _LOOK_S = 0.1
 _CHECK_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What Ray is asked for: how many replicas, and of each how many CPUs and GPUs."""
+    """The resources to request from Ray: the number of replicas, and the CPUs and GPUs of each."""
 
     replicas: int = 1
     cpus: float = 1.0
@@ -37,23 +37,24 @@ class Placement:
 
 
 def build(arguments: Mapping[str, str]) -> "Application":
-    """The application that `serve run` deploys.
+    """Build the application that `serve run` deploys.
 
-    arguments: any setting of docs/serving.md by its name in small letters (bundle, engine, timeout_s), which wins over its
-    variable in this process's environment; and replicas, cpus, gpus. Folders of bundles must be there on every node; generators
-    that ship and those on the hub are. Raises RequestError for a wrong one, MissingExtraError without Ray Serve.
+    arguments: replicas, cpus, gpus, and any setting of docs/serving.md by its name in lower case (bundle, engine, timeout_s),
+    except workers and api_key. An argument takes precedence over the setting's environment variable. The folders of bundles
+    must exist on every node; generators that ship with the package or are on the hub are available everywhere.
+    Raises RequestError for an unknown argument or a bad value, MissingExtraError if Ray Serve is not installed.
     """
     serve = import_ray_serve()
     placement, settings = parse(arguments)
     for source in sources_by_name(settings.bundle).values():
         Bundle.open(source).check_makes_pictures()
-    # As with several workers of one server: the demo's state is in one process.
+    # No demo with several replicas, because it keeps its state in one process.
     settings = replace(settings, ui=settings.ui and placement.replicas == 1)
     deployment = serve.deployment(
         name=NAME,
         num_replicas=placement.replicas,
         ray_actor_options={"num_cpus": placement.cpus, "num_gpus": placement.gpus},
-        max_ongoing_requests=_ONGOING,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.grace_s,
         health_check_period_s=_CHECK_EVERY_S,
     )
@@ -61,12 +62,12 @@ def build(arguments: Mapping[str, str]) -> "Application":
 
 
 class Generators:
-    """A replica. Ray makes the app in it, which loads in the background, and asks for its health before it sends requests."""
+    """A replica. Ray creates the app in it, which loads in the background, and checks its health before sending requests."""
 
     app: "Starlette"  # Ray Serve's own attribute
 
     async def check_health(self) -> None:
-        """Waits until the generators are warm: Ray sends nothing before. Raises RuntimeError where none can be loaded."""
+        """Wait until the server is ready; Ray sends no requests before. Raises RuntimeError if only a restart helps."""
         models = self.app.state.models
         while models.alive and not models.ready:
             await asyncio.sleep(_LOOK_S)
@@ -75,7 +76,7 @@ class Generators:
 
 
 def _app_of(settings: Settings) -> Any:
-    """A function that makes the app; Ray calls it in the replica, as an app with its threads cannot be sent."""
+    """Return a function that creates the app. Ray calls it in the replica, because an app with threads cannot be pickled."""
 
     def app() -> "Starlette":
         from uni_instruct.serve.app import create_app
@@ -86,7 +87,7 @@ def _app_of(settings: Settings) -> Any:
 
 
 def parse(arguments: Mapping[str, str]) -> tuple[Placement, Settings]:
-    """What `build` is asked for. Raises RequestError."""
+    """Parse the arguments of `build`. Raises RequestError."""
     return _placement(arguments), _settings(arguments)
 
 
@@ -98,7 +99,7 @@ def _settings(arguments: Mapping[str, str]) -> Settings:
             raise RequestError(f"'{name}' is no setting", remedy=f"choose from {', '.join(sorted(known))}", param=name)
     given = {variable(name): str(value) for name, value in arguments.items() if name in names}
     settings = settings_from_environment({**os.environ, variable("workers"): "", **given})
-    # Replicas may run elsewhere than where this folder's names mean something.
+    # Absolute paths, because replicas run in another working directory.
     sources = {name: os.path.abspath(s) if os.path.isdir(s) else s for name, s in sources_by_name(settings.bundle).items()}
     bundles = tuple(f"{name}={source}" for name, source in sources.items())
     key_file = settings.api_key_file and os.path.abspath(settings.api_key_file)

@@ -1,4 +1,4 @@
-"""The BentoML service: the app's routes, mounted at the root, and one method for BentoML's own client.
+"""The BentoML service: the app's routes, mounted at the root, and one API method for BentoML's own client.
 
 Settings come from the environment (settings.py): UNI_INSTRUCT_BUNDLE, UNI_INSTRUCT_ENGINE and so on. Importing this
 module loads no model.
@@ -7,11 +7,12 @@ module loads no model.
 import os
 from http import HTTPStatus
 
-# Before the imports: all of these packages read the environment when they are imported.
+# Before the imports: BentoML, Gradio and prometheus-client read these variables when they are imported.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 if os.environ.get("UNI_INSTRUCT_WORKERS", "1") in ("", "1"):
-    # A count in a file, which other workers can read, takes five times as long, and there are a dozen to a request.
+    # With this variable every counter is in a file that other workers can read. That takes five times as long, and a request
+    # updates a dozen counters; a single worker does not need it.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 import bentoml
@@ -21,7 +22,7 @@ from starlette.middleware import Middleware
 from uni_instruct.errors import UniInstructError
 from uni_instruct.processes import die_with_parent
 from uni_instruct.serve.app import create_app
-from uni_instruct.serve.metrics import use_own_folder
+from uni_instruct.serve.metrics import use_private_folder
 from uni_instruct.serve.models.registry import Models
 from uni_instruct.serve.process.supervision import check_workers_often
 from uni_instruct.serve.routes.bento_route import BentoRouteMiddleware, drop_refusals_from_log, note_error
@@ -30,12 +31,12 @@ from uni_instruct.serve.routes.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
 
 check_workers_often()
-use_own_folder()
+use_private_folder()
 drop_refusals_from_log()
 _settings = settings_from_environment()
 _app = create_app(_settings)
 
-# The package is installed from the bento's own sources, which is what finds its stages beside it.
+# An editable install from the Bento's own sources: train/, export/ and serve/ are found as folders beside uni_instruct/.
 _image = (
     bentoml.images.Image(python_version="3.11", lock_python_packages=False)
     .build_include("pyproject.toml", "README.md", "LICENSE", "uni_instruct", "serve", "export", "train")
@@ -48,19 +49,19 @@ _image = (
     name="uni-instruct",
     image=_image,
     workers=_settings.workers,
-    # Later than the server's own timeout, whose response (504) says more.
+    # 30 s longer than the server's own timeout, so that clients get the server's 504, which has more detail.
     traffic={"timeout": _settings.timeout_s + 30},
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
-    # A span costs as much as all of the rest of a request's Python.
+    # An OpenTelemetry span costs as much time as all the other Python code of a request.
     tracing={} if _settings.tracing else {"excluded_urls": ".*"},
 )
 @bentoml.asgi_app(_app, path="/")
 class UniInstruct:
-    """One-step image generators. POST /v1/generate answers files; this method answers arrays to BentoML's client."""
+    """One-step image generators. POST /v1/generate returns files; the method below returns arrays to BentoML's client."""
 
     def __init__(self) -> None:
-        # Only workers get here. Their supervisor may be killed, and would leave them running.
+        # Only workers create the service. If their supervisor is killed, they must end too, instead of running on.
         die_with_parent(os.getppid())()
         self._models: Models = _app.state.models
 
@@ -73,7 +74,7 @@ class UniInstruct:
         classes: list[str] | None = None,
         model: str | None = None,
     ) -> np.ndarray:
-        """Images uint8 [N, H, W, C]."""
+        """Return images uint8 [N, H, W, C]."""
         wanted = GenerateRequest(
             seeds=None if seeds is None else list(seeds),
             num_images=num_images,
@@ -99,7 +100,7 @@ class UniInstruct:
         return self._models.ready
 
 
-# Here as well as in the app: BentoML's own routes, such as that of `generate` above, do not pass through the app.
+# Added here as well as in the app: BentoML's own routes, such as /generate for the method above, do not pass through the app.
 _own_route = Middleware(BentoRouteMiddleware, limit_bytes=_settings.max_body_bytes, metrics=_app.state.models.metrics)
 for _middleware in (_app.state.guards, _own_route):
     UniInstruct.add_asgi_middleware(_middleware.cls, **_middleware.kwargs)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How the server runs: options of the command, else environment variables, else defaults; for every setting alike."""
+"""The server's settings. Each comes from an option of `serve`, else from an environment variable, else from its default."""
 
 import json
 import os
@@ -14,23 +14,24 @@ from uni_instruct.serve.model_sources import default_sources, split_sources
 PREFIX = "UNI_INSTRUCT_"
 
 
-# A day, and a million: what is larger is taken for a slip of the keys.
+# A day, and a million. Larger values are taken for typing errors.
 _MAX_SECONDS, _MAX_NUMBER = 86_400.0, 1_000_000
-# Where the server has paths below: as a proxy's prefix it could not be told whether the proxy has cut it off.
+# The server's own paths begin with these. If one were a proxy's prefix, a path would not show whether the proxy removed it.
 _OWN_FOLDERS = ("/v1", "/v1/about", "/v1/images", "/v1/models", "/ui", "/static_content")
 _NO_NUMBER = {"minimum": 0, "maximum": _MAX_NUMBER, "or_zero": False}
 
 
 def _setting(default: object, help: str, *, minimum: float = 0, maximum: float = _MAX_NUMBER, or_zero: bool = False) -> Any:
-    """A field and its help. Numbers must be above `minimum`, or zero if `or_zero`, and at most `maximum`."""
+    """Declare a field of Settings with its help text. Numbers must be > `minimum` (or 0 if `or_zero`) and <= `maximum`."""
     return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "or_zero": or_zero})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One server. Every field is an environment variable of the same name (UNI_INSTRUCT_BUNDLE and so on), and an option.
+    """The settings of one server. Every field is an environment variable (UNI_INSTRUCT_TIMEOUT_S for `timeout_s`).
 
-    The limits count images, per worker and model. Raises RequestError for a value that makes no sense.
+    Every field except `bundle` and `api_key` is also an option of `serve`. queue_images, max_batch and max_batch_ms apply per
+    worker and model, connections per worker. Raises RequestError for a bad value.
     """
 
     bundle: tuple[str, ...] = field(
@@ -46,7 +47,7 @@ class Settings:
     device: str | None = _setting(None, "cpu, cuda or cuda:1; without it a GPU where the engine can use one.")
     workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.", maximum=10_000)
     ui: bool = _setting(True, "The web demo under /ui.")
-    # Neither in `repr` nor an option: other users of a machine see a process's arguments.
+    # Secret: not in `repr`, and not an option, because other users of a machine can see a process's arguments.
     api_key: str | None = field(
         default=None,
         repr=False,
@@ -84,26 +85,26 @@ class Settings:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             maximum = setting.metadata["maximum"]
             if number and not minimum < value <= maximum and not (value == 0 and setting.metadata["or_zero"]):
-                remedy = f"give a number above {minimum:g}, at maximum {maximum:g}"
-                raise wrong_setting(setting.name, value, remedy)
-        # A request that fits no empty queue would be told to come back later, for ever.
+                remedy = f"give a number above {minimum:g}, at most {maximum:g}"
+                raise setting_error(setting.name, value, remedy)
+        # A request larger than the whole queue would get 429 "try again" forever.
         if self.queue_images < self.request_images:
-            raise wrong_setting("queue_images", self.queue_images, f"give at minimum request_images, {self.request_images}")
+            raise setting_error("queue_images", self.queue_images, f"give at least request_images, {self.request_images}")
         if self.path_prefix is not None and not (self.path_prefix.startswith("/") and len(self.path_prefix.strip("/"))):
-            raise wrong_setting("path_prefix", self.path_prefix, "give a path, such as /images")
+            raise setting_error("path_prefix", self.path_prefix, "give a path, such as /images")
         if self.prefix in _OWN_FOLDERS:
-            raise wrong_setting("path_prefix", self.path_prefix, "the server has paths below it; give another, such as /images")
-        # Read here, so that a bad key is found before anything is started.
+            raise setting_error("path_prefix", self.path_prefix, "the server has paths below it; give another, such as /images")
+        # Read the keys now, so that a bad key is found before anything is started.
         _ = self.keys
 
     @property
     def serves_ui(self) -> bool:
-        """Whether /ui exists: the demo keeps its state in one process, so it is off with several workers."""
+        """Whether /ui exists. It is off with several workers, because the demo keeps its state in one process."""
         return self.ui and self.workers == 1
 
     @cached_property
     def keys(self) -> tuple[bytes, ...]:
-        """The keys of which every request must bring one; empty for an open server."""
+        """The API keys, one of which every request must have; empty for a server without keys. Raises RequestError."""
         return read_keys(self.api_key, self.api_key_file)
 
     @property
@@ -113,14 +114,14 @@ class Settings:
 
     @property
     def prefix(self) -> str:
-        """The path before ours at a proxy, without a slash at its end; empty where there is none."""
+        """The path under which a proxy serves this server, without a slash at its end; empty if there is none."""
         return (self.path_prefix or "").rstrip("/")
 
 
 def settings_from_environment(
     environment: Mapping[str, str] = os.environ, options: Mapping[str, object] | None = None
 ) -> Settings:
-    """The settings: an option that was given (not None), else the variable, where not empty, else the default.
+    """Build the settings. Each is its option unless that is None, else its variable unless that is empty, else its default.
 
     options: by the names of the fields. Raises RequestError for a bad value.
     """
@@ -136,17 +137,17 @@ def settings_from_environment(
 
 
 def variable(name: str) -> str:
-    """The environment variable of a field."""
+    """Return the name of a field's environment variable."""
     return PREFIX + name.upper()
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
-    """The variables that give the same settings to another process; what is None is empty there."""
+    """Return environment variables that give another process the same settings. None becomes an empty string."""
     return {variable(setting.name): _text(getattr(settings, setting.name)) for setting in fields(settings)}
 
 
-def wrong_setting(name: str, value: object, remedy: str) -> RequestError:
-    """The error for a value that a setting cannot have, by the name of its variable."""
+def setting_error(name: str, value: object, remedy: str) -> RequestError:
+    """Return the error for a setting with a bad value. It names the setting by its environment variable."""
     return RequestError(f"{variable(name)} is {value}", remedy=remedy, param=name)
 
 
@@ -156,7 +157,7 @@ def _truth(text: str) -> bool:
     ]
 
 
-# A field's type -> how its text is read, and what to give where that fails.
+# Type of a field -> the function that parses its text, and the remedy if that fails. Other types are kept as text.
 _READERS: dict[object, tuple[Callable[[str], object], str]] = {
     int: (int, "give an integer"),
     float: (float, "give a number"),
@@ -170,7 +171,7 @@ def _parsed(setting: "Field[Any]", text: str) -> object:
     try:
         return read(text)
     except (ValueError, KeyError):
-        raise wrong_setting(setting.name, text, remedy) from None
+        raise setting_error(setting.name, text, remedy) from None
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""From a recipe's name or file, and the user's changes to it, to a Recipe."""
+"""Builds a Recipe from a name or file, with the user's changes."""
 
 import dataclasses
 import json
@@ -15,20 +15,20 @@ from uni_instruct.bundle import is_bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.objective.config import ObjectiveConfig
-from uni_instruct.train.objective.methods import DEFINING, METHODS
+from uni_instruct.train.objective.methods import METHOD_DEFINING_KEYS, METHODS
 from uni_instruct.train.recipe_file import RECIPES, YAML_ERRORS, built_in_recipes, parse_yaml, read_yaml
 from uni_instruct.train.recipe_keys import one_of
 
 METHOD_KEY = "objective.method"
-# What a section alone stands for in --set.
+# The key that a section's name alone stands for in --set: teacher=... is teacher.bundle=...
 SHORT = {"teacher": "teacher.bundle"}
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by built-in name or YAML file, with 'key=value' overrides. Raises RequestError for anything unknown.
+    """The recipe of a built-in name or YAML file, with 'key=value' overrides. Raises RequestError for unknown names and keys.
 
-    A key is written in full (objective.alpha), or by its last part where that is unique (alpha); teacher is short for
-    teacher.bundle. A method named here replaces what the recipe says about its own; the other overrides go on top.
+    A key is written in full (objective.alpha), or by its last part if that is unique (alpha); teacher is short for
+    teacher.bundle. An override of the method replaces the keys of the recipe that define a method; other overrides come after.
     """
     path = RECIPES / f"{source}.yaml" if source in built_in_recipes() else Path(source)
     if not path.is_file():
@@ -43,7 +43,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RequestError(f"recipe '{source}' is unknown", remedy=f"give a YAML file or one of {known}", param="recipe")
     values = _with_sections(Recipe, read_yaml(path))
     changes = [_read_override(override) for override in overrides]
-    # The method first, wherever it was written: the other changes are meant on top of it.
+    # The method is changed first, wherever it is on the command line, so that the other overrides apply on top of it.
     for key, value in sorted(changes, key=lambda change: change[0] != METHOD_KEY):
         if key == METHOD_KEY:
             _change_method(values, value)
@@ -54,15 +54,15 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(values: Mapping[str, object]) -> Recipe:
     """A recipe from plain values. Raises RequestError for unknown keys, wrong types and values out of range."""
-    # Without an objective, its method's own settings hold, as with an empty one.
+    # Without a section `objective`, the default method's settings apply, as with an empty section.
     recipe: Recipe = _build(Recipe, {"objective": None} | dict(values), prefix="")
     return recipe
 
 
 def _change_method(values: dict[str, Any], name: Any) -> None:
-    """The method's own settings win over the recipe's, what defined the recipe's method is dropped, its tuning stays."""
+    """Change the method: keys that define a method are dropped, other keys stay, and the new method's settings win."""
     one_of(METHOD_KEY, name, METHODS)
-    tuning = {key: value for key, value in values.get("objective", {}).items() if key not in DEFINING}
+    tuning = {key: value for key, value in values.get("objective", {}).items() if key not in METHOD_DEFINING_KEYS}
     values["objective"] = tuning | METHODS[name].settings | {"method": name}
 
 
@@ -71,13 +71,13 @@ def _read_override(override: str) -> tuple[str, Any]:
     if not equals:
         raise RequestError(f"--set {override} has no value", remedy="write --set key=value", param="set")
     full, text = _full_key(key.strip()), text.strip()
-    # On the command line text is text: 2024, yes, [x], 'photos #2' and 'a: b'. In a file YAML has quotes for that.
+    # The value of a key of type text is taken literally: 2024, yes, [x], photos #2, a: b. In a YAML file these need quotes.
     if not text or (recipe_fields(Recipe)[full].type is str and text[0] not in "\"'"):
         return full, text
     try:
         return full, parse_yaml(text)
     except YAML_ERRORS:
-        return full, text  # such as an expression that begins with a sign that YAML reserves
+        return full, text  # for example an expression that starts with a character that YAML reserves
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -101,19 +101,19 @@ def _full_key(key: str) -> str:
 
 
 def _near(key: str, keys: Sequence[str]) -> list[str]:
-    """Keys whose last part is written like this one's, the nearest first: all of them would fill a page."""
+    """Keys whose last part is spelled similarly, the nearest first. For errors, where all keys would fill a page."""
     ends = [each.rpartition(".")[2] for each in keys]
     close = get_close_matches(key.rpartition(".")[2], dict.fromkeys(ends))
     return [each for like in close for each, end in zip(keys, ends, strict=True) if end == like]
 
 
 def all_keys() -> list[str]:
-    """Every key of a recipe, in full."""
+    """The full names of all keys of a recipe."""
     return list(recipe_fields(Recipe))
 
 
 def recipe_fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
-    """The field behind every key of a section, by its full name, in their order."""
+    """The dataclass fields of all keys of a section, by full name, in their order."""
     hints = typing.get_type_hints(cls)
     found: dict[str, dataclasses.Field[Any]] = {}
     for f in dataclasses.fields(cls):
@@ -124,7 +124,7 @@ def recipe_fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[An
 
 
 def _with_sections(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with every section that they name as a mapping of its own, so that single keys can be set in it."""
+    """The values with a copy of each section as a dict, so that single keys can be set in it."""
     hints = typing.get_type_hints(cls)
     return {
         key: dict(_section(hints[key], value, f"{key}.")) if dataclasses.is_dataclass(hints.get(key)) else value
@@ -133,7 +133,7 @@ def _with_sections(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(cls: type, values: Any, prefix: str) -> Mapping[str, Any]:
-    """The keys of a section; one that is empty has none. Raises RequestError for what is no section."""
+    """The keys of a section; none if it is empty. Raises RequestError if the value is not a mapping."""
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -159,7 +159,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     missing = [f.name for f in dataclasses.fields(cls) if _required(f) and values.get(f.name) is None]
     if missing:
         raise RequestError(f"recipe has no '{prefix}{missing[0]}'", remedy="give it in a line of its own", param="recipe")
-    # A method's settings are defaults: the recipe's own keys go on top.
+    # The method's settings are defaults. Keys in the recipe override them.
     if cls is ObjectiveConfig:
         method = values.get("method", ObjectiveConfig.method)
         one_of(prefix + "method", method, METHODS)

@@ -1,4 +1,4 @@
-"""What can be known of a recipe without torch: where it is, what its file holds, how long its stages are."""
+"""The parts of recipes that need no torch: built-in recipes, reading YAML, the number of steps of a stage."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def built_in_recipes() -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, object]:
-    """The mapping in a YAML file. Raises RequestError where it is none, or a key of it is given twice."""
+    """The mapping in a YAML file. Raises RequestError if it cannot be read, is not a mapping, or has a key twice."""
     try:
         values = parse_yaml(path.read_text())
     except OSError as error:
@@ -55,6 +55,6 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def steps_in(kimg: float, batch: int) -> int:
-    """The whole number of batches that comes nearest to so many thousand images, at least one."""
-    # Never zero steps, however small the number: a stage that does nothing has no weights to publish.
+    """The number of steps nearest to kimg thousand images: round(1000 kimg / batch), at least one."""
+    # At least one, because a stage without a step has no weights to publish.
     return max(1, round(kimg * 1000 / batch))

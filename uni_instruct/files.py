@@ -52,6 +52,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A path to write to, beside the real one; moved onto it on success, removed on failure."""
     partial = _partial(path)
     with disk_errors(path):
+        _check_replaceable(path)
         make_folder(path.parent, path)
         try:
             yield partial
@@ -69,6 +70,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     partial, old = _partial(path), path.with_name(f".{path.name}.{os.getpid()}.old")
     with disk_errors(path):
+        _check_replaceable(path)
         make_folder(path.parent, path)
         _remove_abandoned(path)
         try:
@@ -112,6 +114,13 @@ def make_folder(folder: Path, wanted: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # what the kernel says of /proc/x: nothing can be made there
         raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="write elsewhere") from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises DiskError if `path` is a device, a pipe or a socket."""
+    # Renaming onto it would remove it: as root, `--out /dev/null` would take /dev/null away from the whole machine.
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DiskError(f"cannot write {path}: it is neither a file nor a folder", remedy="write elsewhere")
 
 
 @contextmanager

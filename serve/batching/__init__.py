@@ -1,1 +1,1 @@
-"""Requests in, batches to the engine, images back."""
+"""Dynamic batching: requests come in, batches go to the engine, and images go back to the requests."""

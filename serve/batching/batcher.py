@@ -1,10 +1,11 @@
-"""Requests to engine calls, image by image.
+"""The batcher: it combines requests into engine calls, image by image.
 
-A request becomes (seed, class) items. A batch leaves as soon as the engine is idle, and the next one gathers while the engine
-is busy. It takes one item of each waiting request in turn: a request of 64 cannot starve one of 1. Noise comes from seeds, so
-an image does not depend on the batch it runs in.
+A request is a list of items, one for each image. A batch starts as soon as the engine is idle, and the next one fills while the
+engine is busy. A batch takes one item of each waiting request in turn, so that a request of 64 images cannot starve one of 1.
+Noise depends only on the seed, so an image does not depend on the batch in which it is made.
 
-Requests come and go on the event loop. The thread of the device takes batches by itself, so what waits changes under its lock.
+Requests are added and removed on the event loop, while the device's thread takes batches. Both change the queue, so every
+change of it holds the lock of the DeviceThread.
 """
 
 import asyncio
@@ -33,14 +34,15 @@ from uni_instruct.serve.metrics import ModelMetrics
 logger = logging.getLogger(__name__)
 
 _MAX_RETRY_AFTER_S = 60
-# Up to so many numbers of a request's noise, 25 us, are drawn on the event loop. NumPy lets go of the interpreter for each row
-# that it draws, and a thread that wants it back from a busy loop may wait for 5 ms: a batch of 64 was late by half of its time.
-_DRAWN_EARLY = 4096
+# Noise of up to this many values (25 us) is drawn on the event loop when a request comes in. In the engine's thread NumPy
+# releases the GIL for every row that it draws, and may wait up to 5 ms to get it back from a busy event loop. That made a batch
+# of 64 late by half of its own time.
+_MAX_EARLY_NOISE = 4096
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Images uint8 [N, H, W, C] in the order of the request, and the times waited and run, which add up to the total."""
+    """Images uint8 [N, H, W, C] in the order of the request, and the milliseconds waited and run, which add up to the total."""
 
     images: np.ndarray
     queue_ms: float
@@ -48,9 +50,9 @@ class Generated:
 
 
 class Batcher:
-    """Runs an engine in the thread of its device, at most `batch_sizes[-1]` images at a time.
+    """Runs an engine in the thread of its device, with at most `batch_sizes[-1]` images in one call.
 
-    queue_images: how many images may wait, over all requests.
+    queue_images: how many images may wait, summed over all requests.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class Batcher:
         self._image_size = image_size(engine.spec)
         self._queue_images = queue_images
         self._metrics = metrics
-        self._requests: deque[QueuedRequest] = deque()  # with items that the engine has not been handed
-        self._again: deque[list[QueuedImage]] = deque()  # of a batch that failed, to be run one by one
+        self._requests: deque[QueuedRequest] = deque()  # requests with items that have not been given to the engine
+        self._retries: deque[list[QueuedImage]] = deque()  # batches of one item each, from a batch that failed
         self._queued = 0
-        self._mixing: set[QueuedRequest] = (
+        self._mixture_requests: set[QueuedRequest] = (
             set()
-        )  # the requests for mixtures of classes: rare, and nothing is looked at without any
+        )  # requests for mixtures of classes; they are rare, and while there are none, no item is checked for a mixture
         self._device = device
-        self._asking = False
+        self._turn_requested = False
         self._running = 0
         self._idle: asyncio.Future[None] | None = None
         self._deadlines: Deadlines[QueuedRequest] = Deadlines(self._expire)
@@ -82,16 +84,17 @@ class Batcher:
 
     @property
     def running(self) -> bool:
-        """Whether requests are still taken from the queue."""
+        """Whether requests in the queue are still processed."""
         return not self._closed and self._device.alive
 
     async def submit(self, seeds: Sequence[NoisePoint], class_ids: ClassIds | None, timeout_s: float) -> Generated:
-        """Images of the seeds, or of places between two.
+        """Queue a request and return its images. seeds: N seeds, or points between two seeds.
 
-        class_ids: int64 [N], mixtures where the engine has them, None for an unconditional generator.
+        class_ids: int64 [N]; or mixtures, if the engine mixes classes; None for an unconditional generator.
+        timeout_s: seconds until the request fails, waiting included.
 
-        Cancelling frees its place.
-        Raises QueueFullError, TimedOutError, EngineFailedError, or StoppingError once closed.
+        Cancelling this call removes the request from the queue.
+        Raises QueueFullError, TimedOutError, EngineFailedError, or StoppingError once the batcher is closed.
         """
         start = time.perf_counter()
         with self._device.lock:
@@ -100,21 +103,22 @@ class Batcher:
         try:
             await request.done
         except asyncio.CancelledError:
-            self._drop(request, "cancelled")  # the client has left: the engine's time goes to those who still wait
+            self._drop(request, "cancelled")  # the client has left, so spend the engine's time on those that still wait
             raise
         except UniInstructError:
-            # The error knows this frame by its traceback, and the frame the error by its request: it would outlive its answer.
+            # The error refers to this frame through its traceback, and the frame to the error through `request`. Break this
+            # reference cycle, or the request's memory would be kept until the next garbage collection.
             del request
             raise
         self._deadlines.remove(request)
-        self._mixing.discard(request)
+        self._mixture_requests.discard(request)
         assert request.images is not None
         total_s = time.perf_counter() - start
-        # Waiting is what remains: a large request waits between its batches too, not only before the first.
+        # The waiting time is the rest of the total: a large request waits between its batches too, not only before the first.
         return Generated(request.images, queue_ms=1e3 * max(0.0, total_s - request.model_s), model_ms=1e3 * request.model_s)
 
     async def close(self) -> None:
-        """Stops after the running batch, which is still answered; what waits ends in StoppingError."""
+        """Stop after the running batch, whose requests are still answered. Requests that wait end with StoppingError."""
         self._closed = True
         self.fail_waiting(begun=True)
         with self._device.lock:
@@ -124,7 +128,7 @@ class Batcher:
             await self._idle
 
     def fail_waiting(self, *, begun: bool = False) -> None:
-        """Ends what waits in StoppingError; requests of which the engine has made a part only where `begun` says so."""
+        """End waiting requests with StoppingError; those of which a part has been given to the engine only if `begun`."""
         with self._device.lock:
             for request in list(self._requests):
                 if begun or request.next == 0:
@@ -133,7 +137,7 @@ class Batcher:
     def _check_room(self, images: int) -> None:
         if self._closed:
             raise StoppingError
-        # Refused at once rather than late: whoever waits longer than the timeout would get nothing, and hold up the others.
+        # Backpressure: refuse at once. A request that waits longer than its timeout gets no images and delays the others.
         if self._queued + images > self._queue_images:
             self._metrics.dropped["queue_full"].inc(images)
             raise QueueFullError(self._queued, self._queue_images, self._retry_after_s())
@@ -141,44 +145,45 @@ class Batcher:
     def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: ClassIds | None, timeout_s: float) -> QueuedRequest:
         loop = asyncio.get_running_loop()
         shape = self._engine.spec.noise_shape
-        drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _DRAWN_EARLY else None
+        drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _MAX_EARLY_NOISE else None
         mixture = class_ids if isinstance(class_ids, ClassMixture) else None
         first_ids = class_ids.class_ids if isinstance(class_ids, ClassMixture) else class_ids
         request = QueuedRequest(seeds, first_ids, mixture, drawn, loop.create_future(), timeout_s, left=len(seeds))
         if mixture is not None:
-            self._mixing.add(request)
+            self._mixture_requests.add(request)
         self._requests.append(request)
         self._deadlines.add(request, loop.time() + timeout_s)
         self._count(len(seeds))
-        self._ask()
+        self._request_turn()
         return request
 
-    def _ask(self) -> None:
-        if not self._asking:
-            self._asking = True
+    def _request_turn(self) -> None:
+        # One pending turn is enough: when it comes, `_turn` asks for another one if there is more to do.
+        if not self._turn_requested:
+            self._turn_requested = True
             self._device.ask(self._turn)
 
     def _turn(self) -> EngineCall | None:
-        """The next batch, as a job for the device's thread. No timer collects requests into fuller batches.
+        """Return the next batch as a job for the device's thread, or None if nothing waits.
 
-        While the engine runs, the next batch gathers by itself, and an idle engine has nothing to gain from making the first
-        request wait.
+        No timer delays a batch to make it fuller: while the engine runs, the next batch fills anyway, and with an idle engine a
+        delay would only make the first request wait.
         """
-        self._asking = False
-        items = self._again.popleft() if self._again else self._gather()
-        if self._again or self._requests:
-            self._ask()
+        self._turn_requested = False
+        items = self._retries.popleft() if self._retries else self._gather()
+        if self._retries or self._requests:
+            self._request_turn()
         if not items:
             return None
         self._running += 1
         return EngineCall(functools.partial(self._run, items), self._sizes.expected_s(len(items)))
 
     def _gather(self) -> list[QueuedImage]:
-        """The next batch: one item of each request in turn, until it is full or nothing waits."""
+        """Take the next batch out of the queue: one item of each request in turn, until it is full or nothing waits."""
         items: list[QueuedImage] = []
         most = self._sizes.best_size_of(self._queued)
         while self._requests and len(items) < most:
-            # Round robin: from the front, and to the back as long as items are left, so that every request moves on.
+            # Round robin: a request is taken from the front, and put at the back if it has more items.
             request = self._requests.popleft()
             items.append((request, request.next))
             request.next += 1
@@ -188,21 +193,24 @@ class Batcher:
         return items
 
     def _run(self, items: list[QueuedImage]) -> Callable[[], None]:
-        """In the engine's thread: makes the images, or finds out why not."""
+        """Make the images of a batch and return the callback for the event loop, `_on_images` or `_on_error`.
+
+        Runs in the engine's thread, or on the event loop if the batch is quick (see DeviceThread).
+        """
         start = time.perf_counter()
         try:
             images = self._call(items)
-        except Exception as error:  # a runtime's errors share no class
-            return functools.partial(self._failed, items, error)
-        return functools.partial(self._made, items, images, time.perf_counter() - start)
+        except Exception as error:  # the runtimes' errors have no common base class
+            return functools.partial(self._on_error, items, error)
+        return functools.partial(self._on_images, items, images, time.perf_counter() - start)
 
     def _call(self, items: list[QueuedImage]) -> np.ndarray:
-        """Images uint8 [len(items), H, W, C]."""
-        # Padded to a size that ran before: a runtime may plan memory or compile anew for a shape that it sees first.
+        """Run the engine: images uint8 [size, H, W, C], of which the first len(items) are those of the items."""
+        # Padded to a size that has run before: for a new shape, a runtime may plan its memory or compile code again.
         size = self._sizes.size_for(len(items))
-        inputs = batch_inputs(self._engine.spec, items, mixing=bool(self._mixing))
+        inputs = batch_inputs(self._engine.spec, items, mixing=bool(self._mixture_requests))
         images = self._engine(*(inputs if size == len(items) else inputs.padded(size)))
-        # Images are dealt out by index below: one too few would go to the wrong client.
+        # `_on_images` assigns images to requests by their index, so with a wrong number a client would get another one's image.
         expected = (size, *self._image_size)
         if images.shape != expected or images.dtype != np.uint8:
             raise EngineFailedError(
@@ -211,20 +219,20 @@ class Batcher:
             )
         return images
 
-    def _made(self, items: list[QueuedImage], images: np.ndarray, seconds: float) -> None:
-        """Deals the images of a batch out."""
+    def _on_images(self, items: list[QueuedImage], images: np.ndarray, seconds: float) -> None:
+        """Give the images of a finished batch to their requests, and record its time."""
         self._metrics.batch.observe(len(items))
         self._sizes.note(len(items), seconds)
         for request in {request for request, _ in items}:
             request.model_s += seconds
         finished = 0
-        for (request, index), image in zip(items, images, strict=False):  # what is left of the images is padding
+        for (request, index), image in zip(items, images, strict=False):  # the remaining images are padding
             finished += self._deliver(request, index, image)
         self._metrics.images.inc(finished)
-        self._over()
+        self._batch_done()
 
     def _deliver(self, request: QueuedRequest, index: int, image: np.ndarray) -> int:
-        """Gives one image to its request, and says how many the request has got where it was the last."""
+        """Give one image to its request. Return the request's number of images if this was its last one, else 0."""
         if len(request.seeds) == 1:
             request.images = image[None]
         else:
@@ -237,26 +245,26 @@ class Batcher:
         request.done.set_result(None)
         return len(request.seeds)
 
-    def _failed(self, items: list[QueuedImage], error: Exception) -> None:
-        """A batch that failed is run again item by item, so that only the bad items fail."""
+    def _on_error(self, items: list[QueuedImage], error: Exception) -> None:
+        """Run a batch that failed again, item by item, so that only the bad items fail. A single item fails for good."""
         if len(items) == 1:
             self._fail_item(items[0], error)
         else:
             logger.warning("a batch of %d images failed (%s); running them one by one", len(items), error)
             with self._device.lock:
-                # Of a request that has failed meanwhile, or whose client has left, the others need not be tried.
-                self._again.extend([item] for item in items if not item[0].done.done())
-                self._ask()
-        self._over()
+                # Skip items of requests that are over, because another item failed, time ran out or the client left.
+                self._retries.extend([item] for item in items if not item[0].done.done())
+                self._request_turn()
+        self._batch_done()
 
-    def _over(self) -> None:
+    def _batch_done(self) -> None:
         with self._device.lock:
             self._running -= 1
         self._note_idle()
 
     def _note_idle(self) -> None:
-        with self._device.lock:  # between two batches of the thread neither would be there
-            idle = not self._running and not self._again
+        with self._device.lock:  # without it, an item that just moves from `_retries` to running could be missed
+            idle = not self._running and not self._retries
         if idle and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
@@ -278,24 +286,24 @@ class Batcher:
         self._drop(request, reason)
 
     def _drop(self, request: QueuedRequest, reason: str) -> None:
-        """Takes what is left of a request out of the queue."""
+        """Remove the rest of a request from the queue, and count its missing images as dropped for that reason."""
         self._deadlines.remove(request)
         self._metrics.dropped[reason].inc(request.left)
         with self._device.lock:
-            # It is not there where its last item is with the engine; that image is made and thrown away.
+            # A request whose last item is already at the engine is not in the queue; its image is made and discarded.
             if request in self._requests:
                 self._requests.remove(request)
                 self._count(request.next - len(request.seeds))
-            if self._again:
-                self._again = deque(items for items in self._again if items[0][0] is not request)
+            if self._retries:
+                self._retries = deque(items for items in self._retries if items[0][0] is not request)
         self._note_idle()
 
     def _count(self, images: int) -> None:
         self._queued += images
-        # Added, not set: while one model takes another's place, two batchers share the gauge.
+        # Added, not set: while a reload replaces a model, two batchers share this gauge.
         self._metrics.queue.inc(images)
 
     def _retry_after_s(self) -> int:
-        """When the queue is likely to be empty: the images in it, at the engine's present speed."""
+        """Return in how many seconds (1 to 60) the queue will probably be empty, at the engine's current speed."""
         expected_s = self._queued * self._sizes.image_s
         return 1 if not math.isfinite(expected_s) else min(_MAX_RETRY_AFTER_S, max(1, math.ceil(expected_s)))

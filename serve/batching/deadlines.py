@@ -1,4 +1,4 @@
-"""Something that happens to whoever is still there at a time of its own, with one timer for all of them."""
+"""Deadlines for many items with a single timer."""
 
 import asyncio
 from collections.abc import Callable, Hashable
@@ -6,14 +6,14 @@ from typing import Generic, TypeVar
 
 _Deadline = TypeVar("_Deadline", bound=Hashable)
 
-# Event loops know the time to a millisecond.
+# Tolerance for deadlines: an event loop may call a timer early by as much as the resolution of its clock.
 _CLOCK_S = 0.001
 
 
 class Deadlines(Generic[_Deadline]):
-    """Calls `due` with each item that has not been removed by its deadline, on the event loop that adds it.
+    """Calls `due` with each item that has not been removed by its deadline, on the event loop on which it was added.
 
-    A timer for each would be made and cancelled with every request, most of which are over in milliseconds.
+    With a timer for each item, every request would create and cancel one, although most are finished in milliseconds.
     """
 
     def __init__(self, due: Callable[[_Deadline], None]):
@@ -23,26 +23,26 @@ class Deadlines(Generic[_Deadline]):
         self._next = 0.0
 
     def add(self, item: _Deadline, deadline: float) -> None:
-        """deadline: in the event loop's time."""
+        """Add an item. deadline: in the event loop's time (`loop.time()`)."""
         self._deadlines[item] = deadline
         if self._timer is None or deadline < self._next:
             self._arm(deadline)
 
     def remove(self, item: _Deadline) -> None:
-        """Nothing happens to it any more; it may have happened already."""
+        """Remove an item, so that `due` is not called with it. Does nothing if it has been called already."""
         self._deadlines.pop(item, None)
 
     def _arm(self, deadline: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._next = deadline
-        self._timer = asyncio.get_running_loop().call_at(deadline, self._look)
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._run_due)
 
-    def _look(self) -> None:
+    def _run_due(self) -> None:
         self._timer = None
         now = asyncio.get_running_loop().time() + _CLOCK_S
         for item in [item for item, deadline in self._deadlines.items() if deadline <= now]:
-            if self._deadlines.pop(item, None) is not None:  # one that was due before it may have removed it
+            if self._deadlines.pop(item, None) is not None:  # `due` of an earlier item may have removed this one
                 self._due(item)
         if self._deadlines and self._timer is None:
             self._arm(min(self._deadlines.values()))

@@ -1,4 +1,4 @@
-"""Requests in the batcher's queue, and what the engine is fed for a batch of their images."""
+"""Requests in the batcher's queue, and the engine's inputs for a batch of their images."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from uni_instruct.spec import ModelSpec
 
 @dataclass(eq=False, slots=True)
 class QueuedRequest:
-    """A request in the queue: items from `next` on have not been handed to the engine, `left` items have no image yet.
+    """A request in the queue: items from index `next` on have not been given to the engine, and `left` items have no image yet.
 
-    mixture is there where classes are mixed, class_ids are then its first; noise where it was drawn when the request came;
-    images once the first is made. model_s adds up the engine calls that the request took part in.
+    mixture: set if classes are mixed; class_ids then holds the first class of each pair. noise: set if it was drawn when the
+    request came in. images: set with the first image. model_s: seconds of all engine calls with items of this request.
     """
 
     seeds: Sequence[NoisePoint]
@@ -31,14 +31,14 @@ class QueuedRequest:
     images: np.ndarray | None = None
 
 
-# One image of a request: its place there.
+# One image of a request: the request, and the image's index in it.
 QueuedImage = tuple[QueuedRequest, int]
 
 
 def batch_inputs(spec: ModelSpec, items: Sequence[QueuedImage], mixing: bool) -> Inputs:
-    """What the engine is fed. What a request may ask for was checked when it came in.
+    """Return the engine's inputs for these items. Seeds and classes were checked when the requests came in.
 
-    mixing: whether any request is for a mixture of classes; without one no image is asked about it.
+    mixing: whether any queued request has mixtures of classes. If not, the items are not checked for one.
     """
     class_ids: ClassIds | None = None
     if spec.num_classes:
@@ -52,7 +52,7 @@ def batch_inputs(spec: ModelSpec, items: Sequence[QueuedImage], mixing: bool) ->
 
 
 def _mixed(ids: np.ndarray, items: Sequence[QueuedImage]) -> ClassIds:
-    """The classes of a batch in which some may be mixtures; the others keep theirs, to the byte."""
+    """Return the classes of a batch in which some may be mixtures. Images without a mixture get share 0, the plain class."""
     mixture = ClassMixture(ids, ids.copy(), np.zeros(len(ids), np.float32))
     for row, (request, index) in enumerate(items):
         if request.mixture is not None:

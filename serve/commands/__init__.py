@@ -1,1 +1,1 @@
-"""The sub-commands of this stage."""
+"""The sub-commands of this stage: serve, loadtest and package."""

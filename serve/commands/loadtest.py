@@ -1,4 +1,4 @@
-"""`uni-instruct loadtest`: requests at a steady rate, and every image of the answers held against the one made here."""
+"""`uni-instruct loadtest`: send requests at a steady rate, and compare every image with the one that is made here."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.progress import progress
 from uni_instruct.serve.api_keys import read_keys
-from uni_instruct.serve.load_test import LoadedServer, apply_load, count_wrong, summary
+from uni_instruct.serve.load_test import TargetServer, apply_load, count_wrong, summary
 from uni_instruct.serve.settings import variable
 
 
@@ -37,16 +37,17 @@ def loadtest(
     tolerance: int,
     as_json: bool,
 ) -> None:
-    """Load the server at URL, and check every image that it answers against the one made here from its seed.
+    """Load the server at URL, and compare every image that it returns with the one made here from the same seed.
 
-    Requests leave at their time whether others are back or not, and latencies count from that time: a server that cannot
-    keep up shows it. A key is taken from where 'serve' has it, UNI_INSTRUCT_API_KEY or the file that
-    UNI_INSTRUCT_API_KEY_FILE names. Exit code 1 where an image is wrong, or nothing was answered.
+    Requests are sent at fixed times, even if earlier ones are not answered yet, and latencies are measured from those
+    times: if the server cannot keep up, the latencies show it. The API key is read as 'serve' reads it, from
+    UNI_INSTRUCT_API_KEY or the file named by UNI_INSTRUCT_API_KEY_FILE; of several keys the first is used. The exit code is
+    1 if an image is wrong, or if no image came back.
 
     Example: uni-instruct loadtest http://127.0.0.1:3000 --rate 200 --seconds 30
     """
     keys = read_keys(os.environ.get(variable("api_key")) or None, os.environ.get(variable("api_key_file")) or None)
-    target = LoadedServer(url, keys[0] if keys else None)
+    target = TargetServer(url, keys[0] if keys else None)
     facts = target.facts(model)
     name = model or facts["name"]
     opened = _bundle_here(bundle, facts["name"])
@@ -73,7 +74,8 @@ def loadtest(
 
 
 def _bundle_here(bundle: str | None, name: str) -> Bundle:
-    # A name from the network is looked up among what ships, and nowhere else: it might name a folder, or a download.
+    # A name that the server sent is only looked up among the shipped generators. Elsewhere it might open a folder or start a
+    # download.
     if bundle is None and name not in shipped_generators():
         raise RequestError(
             f"{name[:80]} does not ship, so there is nothing to check its images with",

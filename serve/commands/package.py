@@ -1,4 +1,4 @@
-"""`uni-instruct package`: generators as a Bento, which runs and becomes a container without torch."""
+"""`uni-instruct package`: pack generators as a Bento, which runs, also in a container, without torch."""
 
 import json
 from dataclasses import asdict
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 @click.option("--engine", default=None, help="Keep this engine alone, as onnx-fp32.  [default: every one without torch]")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def package(names: tuple[str, ...], out: Path | None, engine: str | None, as_json: bool) -> None:
-    """Pack generators as a Bento: bundles with their engines, this package's wheel, pinned requirements, no torch.
+    """Pack generators as a Bento: their bundles and engines, this package's wheel and pinned requirements, without torch.
 
     NAMES are as in 'serve': a shipped generator, a folder, hf://owner/name, or other=FOLDER. 'bentoml serve' runs the Bento,
-    'bentoml containerize' makes an image of it (docs/serving.md, "Packaging").
+    'bentoml containerize' builds a container image from it (docs/serving.md, "Packaging").
 
     Example: uni-instruct package digits mine=runs/mine/generator --out images.bento
     """
@@ -35,7 +35,7 @@ def package(names: tuple[str, ...], out: Path | None, engine: str | None, as_jso
         if find_spec(needed) is None:
             raise MissingExtraError(needed, extra="serve")
     with progress("packaging", STEPS, "steps") as bar:
-        # Imported under the bar: it takes a second.
+        # Imported here, because it takes a second, in which the progress bar is shown already.
         from uni_instruct.serve.packaging.bento import package as package_generators
 
         made = package_generators(sources_by_name(names), out, engine, bar)

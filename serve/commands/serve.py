@@ -1,4 +1,4 @@
-"""`uni-instruct serve`: checks the request, runs BentoML as a child process, and stops everything that it has started."""
+"""`uni-instruct serve`: check the request, run BentoML as a child process, and stop all processes when it ends."""
 
 import json
 import os
@@ -22,15 +22,15 @@ from uni_instruct.serve.settings import Settings, as_environment, settings_from_
 
 
 class _StopRequested(Exception):
-    """Ctrl-C, or SIGTERM."""
+    """Raised on Ctrl-C, SIGTERM or SIGHUP."""
 
 
-# The bundle is the command's argument, and a key among the arguments would be seen by every user of the machine.
+# No options: bundles are the command's arguments, and every user of a machine can see the API key if it is an argument.
 _NO_OPTIONS = ("bundle", "api_key")
 
 
 def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds an option for every setting: given, it wins over the environment variable, which wins over the default."""
+    """Add an option for every setting. An option takes precedence over the environment variable, and that over the default."""
     for setting in reversed(fields(Settings)):
         if setting.name not in _NO_OPTIONS:
             command = _option(setting)(command)
@@ -49,7 +49,7 @@ def _option(setting: "Field[Any]") -> Callable[[Callable[..., None]], Callable[.
         f"{flag}/--no-{flag[2:]}" if setting.type is bool else flag,
         setting.name,
         type=numbers.get(setting.type),
-        # None where it is not given: a default here would overwrite the environment's value.
+        # None, so that an option that is not given does not override the environment variable.
         default=None,
         show_default=False,
         help=setting.metadata["help"] + default,
@@ -68,10 +68,10 @@ def _shown(value: object) -> str:
 def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> None:
     """Serve generators over HTTP, with a web demo under /ui.
 
-    Each of NAMES is a shipped generator, a folder or hf://owner/name; other=FOLDER gives it a name of your own, by which
-    requests choose it ("model"). Without names UNI_INSTRUCT_BUNDLE, else every generator that ships. Every option has an
-    environment variable, UNI_INSTRUCT_PORT for --port, which holds where the option is not given. Ctrl-C stops the server.
-    docs/serving.md has the API, the metrics and the settings.
+    Each of NAMES is a shipped generator, a folder or hf://owner/name. With other=FOLDER you choose the name by which
+    requests select it ("model"). Without NAMES, UNI_INSTRUCT_BUNDLE is used if it is set, otherwise every generator that
+    ships with the package. Every option has an environment variable, such as UNI_INSTRUCT_PORT for --port, which is used if
+    the option is not given. Ctrl-C stops the server. docs/serving.md describes the API, the metrics and the settings.
 
     Example: uni-instruct serve digits runs/mine/generator --port 3000
     """
@@ -81,7 +81,7 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
     from uni_instruct.serve.model_sources import sources_by_name
     from uni_instruct.serve.process.server import Server
 
-    # Everything that can be wrong is found here, in a second; a worker would say it in the middle of its own log.
+    # Check everything before the server starts: a worker would report the same errors later, in the middle of its log.
     settings = settings_from_environment(options={"bundle": names or None, **options})
     bundles = {name: Bundle.open(source) for name, source in sources_by_name(settings.bundle).items()}
     for bundle in bundles.values():
@@ -89,11 +89,11 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
     address = free_address(host, port)
     environment = _environment(settings, bundles)
     with tempfile.TemporaryDirectory(prefix="uni-instruct-serve-") as folder, _signals(_request_stop):
-        # BentoML keeps its files in that folder, and imports nothing that happens to lie in the user's.
+        # BentoML keeps its files in that folder. It is also the working directory, so that nothing from the user's is imported.
         environment.setdefault("BENTOML_HOME", folder)
         server: Server | None = None
         try:
-            # Within the block: a signal may come while the process is being made, which then ends with this one.
+            # Inside `try`: if a signal arrives while the process is being created, it ends together with this one.
             server = Server(address, port, environment, folder, settings)
             server.wait_until_ready()
             _announce(bundles, server.url, settings)
@@ -101,27 +101,31 @@ def serve(names: tuple[str, ...], host: str, port: int, **options: object) -> No
         except _StopRequested:
             click.echo("\nstopping", err=True)
         finally:
-            # A second Ctrl-C would end this process and leave the server running.
+            # Ignore further signals: a second Ctrl-C would end this process and leave the server running.
             with _signals(signal.SIG_IGN):
                 if server is not None:
                     server.stop()
 
 
 def _environment(settings: Settings, bundles: Mapping[str, Bundle]) -> dict[str, str]:
-    """Of the server's processes: this one's, with every setting said."""
+    """Return the environment of the server's processes: this process's own, with a variable for every setting."""
     return {
         **os.environ,
         "BENTOML_DO_NOT_TRACK": "true",
         "GRADIO_ANALYTICS_ENABLED": "False",
         **as_environment(settings),
-        # Absolute, as the server runs in a folder of its own.
+        # Absolute paths, because the server runs in another working directory.
         variable("bundle"): json.dumps([f"{name}={bundle.path.resolve()}" for name, bundle in bundles.items()]),
         variable("api_key_file"): os.path.abspath(settings.api_key_file) if settings.api_key_file else "",
     }
 
 
 def _check(bundle: Bundle, engine: str | None, device: str | None) -> None:
-    """Raises RequestError for latents, and for an engine or device that cannot be had, BundleError for damaged files."""
+    """Check that the bundle can be served with this engine and device, without loading it.
+
+    Raises RequestError if it makes latents or the engine or device is not available, BundleError for damaged files, and the
+    other errors of `select_engine`.
+    """
     bundle.check_makes_pictures()
     if stored := bundle.engines().get(select_engine(bundle, engine, device).engine_id):
         stored.file()
@@ -142,7 +146,7 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """Within the block, the handler takes Ctrl-C, SIGTERM, and the end of the terminal (SIGHUP)."""
+    """Handle Ctrl-C (SIGINT), SIGTERM and the end of the terminal (SIGHUP) with `handler` within the block."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it on purpose
         numbers.append(signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""GET /v1/about: what the demo's page has to know of a model beyond /v1/spec, its card above all."""
+"""GET /v1/about: what the demo's page shows of a model in addition to /v1/spec, mainly its model card."""
 
 import re
 
@@ -8,7 +8,7 @@ from uni_instruct.serve.models.served_model import ServedModel
 from uni_instruct.serve.routes.model_info import model_info
 from uni_instruct.spec import evaluations
 
-# A bundle may hold it: samples in a row, each above its nearest training images.
+# An optional file of a bundle: samples in a row, each above its nearest training images.
 NEIGHBOURS = "neighbours.png"
 PICTURES = (SAMPLES, NEIGHBOURS)
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
@@ -16,9 +16,9 @@ _MAX_CARD_LENGTH = 100_000
 
 
 def about(served: ServedModel) -> dict[str, object]:
-    """model_info, and: the card's Markdown, its pictures, what to compare with, the teacher's steps, whether a key is needed.
+    """Return model_info plus the card's Markdown, its pictures, the choices of /v1/compare, the teacher and `needs_key`.
 
-    Reads files. Raises NotReadyError until the generator is loaded.
+    Reads files, so call it in a thread. Raises NotReadyError until the generator is loaded.
     """
     bundle = served.bundle
     return {
@@ -32,7 +32,7 @@ def about(served: ServedModel) -> dict[str, object]:
 
 
 def card(bundle: Bundle) -> str:
-    """The model card's Markdown without its front matter; empty where the bundle has none."""
+    """Return the model card's Markdown without its YAML front matter; empty if the bundle has no card."""
     path = bundle.path / CARD
     if not path.is_file():
         return ""
@@ -40,7 +40,10 @@ def card(bundle: Bundle) -> str:
 
 
 def teacher_facts(bundle: Bundle) -> dict[str, object] | None:
-    """Steps and network evaluations of the teacher: from its bundle where it is at hand, else from the recipe in the spec."""
+    """Return the teacher's steps, its network evaluations per image, and whether its bundle is available (`at_hand`).
+
+    The steps come from that bundle, otherwise from the training recipe in the spec. None if neither has them.
+    """
     at_hand = find_teacher(bundle)
     recipe = bundle.spec.provenance.get("recipe")
     stage = recipe.get("teacher") if isinstance(recipe, dict) else None

@@ -1,6 +1,6 @@
-"""POST /v1/compare: the same noise through the served engine and another: an engine of the bundle, or the teacher.
+"""POST /v1/compare: the same noise through the served engine and through another engine of the bundle, or the teacher.
 
-For the demo: the other one is opened when it is first asked for, and runs in a thread of its own, one call at a time.
+For the demo. The other engine is opened when it is first requested, and runs in a separate thread, one call at a time.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class CompareRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Side:
-    """What one side made, uint8 [N, H, W, C], in how many milliseconds."""
+    """The result of one side: its images uint8 [N, H, W, C], and the milliseconds of its engine's time."""
 
     id: str
     spec: ModelSpec
@@ -70,7 +70,7 @@ class Side:
     model_ms: float
 
     def facts(self) -> dict[str, object]:
-        """For JSON, with the images as one sheet."""
+        """Return this side for JSON, with its images as one PNG sheet."""
         return {
             "id": self.id,
             "steps": self.spec.steps,
@@ -82,7 +82,7 @@ class Side:
 
 
 class SideBySide:
-    """The engines that the served one is compared with. They are opened when they are first asked for, and kept."""
+    """Runs comparisons. Other engines are opened on first use and kept open, at most _MAX_OPEN of them."""
 
     def __init__(self) -> None:
         self._engines: dict[tuple[str, str, str], Engine] = {}
@@ -91,7 +91,11 @@ class SideBySide:
         self._waiting = 0
 
     async def run(self, served: ServedModel, wanted: CompareRequest) -> dict[str, object]:
-        """Both sides and their difference, for JSON. Raises RequestError, QueueFullError, TimedOutError."""
+        """Return both sides and their difference, for JSON.
+
+        Raises RequestError for a bad request, QueueFullError if _MAX_WAITING comparisons wait already, TimedOutError, and what
+        `Batcher.submit` and opening an engine raise.
+        """
         if not 1 <= len(wanted.seeds) <= MAX_COMPARED:
             remedy = f"compare 1 to {MAX_COMPARED}"
             raise RequestError(f"{len(wanted.seeds)} images were asked for", remedy=remedy, param="seeds")
@@ -102,8 +106,8 @@ class SideBySide:
         self._waiting += 1
         try:
             async with self._turn:
-                # Opening is not counted: torch alone takes seconds, once, and a second attempt would wait for the same.
-                engine = await self._in_thread(self._opened, served.bundle, wanted.other)
+                # The timeout does not cover opening: importing torch takes seconds, once, and a retry would wait for it too.
+                engine = await self._in_thread(self._engine_for, served.bundle, wanted.other)
                 own, other = await self._both_sides(served, engine, wanted.other, seeds, class_ids)
         finally:
             self._waiting -= 1
@@ -112,7 +116,7 @@ class SideBySide:
     async def _both_sides(
         self, served: ServedModel, engine: Engine, other: str, seeds: list[int], class_ids: np.ndarray | None
     ) -> tuple[Side, Side]:
-        """One after the other, each with the machine to itself."""
+        """Run both sides one after the other, so that they do not slow each other down."""
         timeout_s = served.settings.timeout_s
         generated = await served.batcher.submit(seeds, class_ids, timeout_s)
         own = Side(str(served.engine.id), served.spec, served.engine.device, generated.images, generated.model_ms)
@@ -129,15 +133,15 @@ class SideBySide:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def close(self) -> None:
-        """Closes every engine, after the call that runs."""
+        """Close all engines, after the running call."""
         self._thread.shutdown()
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
 
-    def _opened(self, bundle: Bundle, other: str) -> Engine:
-        """In the thread. Raises RequestError where there is no such other."""
-        # With the weights' hash: a bundle that was exchanged is another one.
+    def _engine_for(self, bundle: Bundle, other: str) -> Engine:
+        """Return the other engine, opened and warmed up. Runs in the thread. Raises RequestError if there is no such engine."""
+        # The key has the weights' hash, because a bundle that was replaced on disk needs new engines.
         key = (str(bundle.path), bundle.weights_sha256, other)
         if key not in self._engines:
             if other not in (names := [choice["id"] for choice in choices(bundle, "")]):
@@ -146,9 +150,10 @@ class SideBySide:
                 )
             teacher = find_teacher(bundle) if other == TEACHER else None
             engine = open_engine(teacher or bundle, None if teacher else other, spin=False)
-            # Warmed up like the served engine, or its first images would be compared with a runtime's preparations.
+            # Warm it up, as the served engine was. Otherwise the measured time would include a runtime's slow first call.
             engine(*draw_inputs(engine.spec, [0], np.zeros(1, dtype=np.int64) if engine.spec.num_classes else None))
             self._engines[key] = engine
+            # To limit memory, close the engines that were opened first.
             while len(self._engines) > _MAX_OPEN:
                 self._engines.pop(next(iter(self._engines))).close()
         return self._engines[key]
@@ -161,7 +166,7 @@ def _timed(engine: Engine, inputs: Inputs) -> tuple[np.ndarray, float]:
 
 
 def choices(bundle: Bundle, served: str) -> list[dict[str, str]]:
-    """What the served engine can be compared with here: [{id, label}], the teacher first."""
+    """List what the served engine can be compared with on this machine: [{id, label}], the teacher first."""
     found = []
     if teacher := find_teacher(bundle):
         found.append({"id": TEACHER, "label": f"teacher, {teacher.spec.steps} steps"})
@@ -173,9 +178,9 @@ def choices(bundle: Bundle, served: str) -> list[dict[str, str]]:
 
 
 def find_teacher(bundle: Bundle) -> Bundle | None:
-    """The many-step model that the generator was distilled from, in the bundle's folder `teacher` or beside it, as in a run.
+    """Find the many-step teacher of a generator: in the folder `teacher` in the bundle or beside it, where a run puts it.
 
-    None where there is none that can run here on the same noise.
+    Return None if there is none, or it cannot run here, or it takes other noise or classes.
     """
     for folder in (bundle.path / TEACHER, bundle.path.resolve().parent / TEACHER):
         if not is_bundle(folder):
@@ -183,7 +188,7 @@ def find_teacher(bundle: Bundle) -> Bundle | None:
         try:
             return _fitting(Bundle.open(Path(folder)), bundle.spec)
         except UniInstructError:
-            continue  # damaged: the demo does without it
+            continue  # a damaged teacher must not break the demo
     return None
 
 
@@ -194,7 +199,10 @@ def _fitting(teacher: Bundle, spec: ModelSpec) -> Bundle | None:
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> dict[str, object]:
-    """|first - second| of images uint8 [N, H, W, C], as numbers and as a sheet whose largest difference is white."""
+    """Return |first - second| of images uint8 [N, H, W, C] for JSON: as numbers, and as a sheet amplified by `gain`.
+
+    gain is the largest whole factor by which the largest difference still fits into 255.
+    """
     levels = np.abs(first.astype(np.int16) - second)
     largest = int(levels.max())
     gain = 255 // largest if largest else 1

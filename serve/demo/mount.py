@@ -1,4 +1,4 @@
-"""The web demo under /ui: Gradio carries the page, whose own script (pages/demo.js) asks the HTTP API for its pictures."""
+"""Mount the web demo under /ui. Gradio serves the page; its own script (pages/demo.js) requests images from the HTTP API."""
 
 import asyncio
 import logging
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TITLE = "Uni-Instruct: images in one step"
-# What the page asks of Gradio. The rest of it (uploads, a function API, a proxy, files) is for other pages: it stays shut.
+# The paths that the page needs of Gradio. Its others (uploads, a function API, a proxy, files) are not needed and are blocked.
 _GRADIO_GETS = re.compile(r"(|assets/.*|static/.*|theme\.css|config|gradio_api/(heartbeat|startup-events|info).*)")
-# Gradio's template describes Gradio, with pictures from elsewhere, and names a manifest at the root of the host.
+# Tags to remove from Gradio's template: they describe Gradio with pictures from other hosts, and link a manifest at the root.
 _GRADIO_HEAD = re.compile(r'\s*<meta\s+(?:property|name)="(?:og|twitter):[^>]*>|\s*<link rel="manifest"[^>]*>')
 
 
 class DemoMount:
-    """The ASGI app under /ui: the page once Gradio is built, and until then one that waits for it."""
+    """The ASGI app under /ui: the demo once it is built, a page that waits for it before, or the error if building failed."""
 
     def __init__(self, models: Models):
         self._models = models
@@ -40,31 +40,32 @@ class DemoMount:
         self._pages = _Pages(directory=str(files("uni_instruct.serve") / "pages"))
 
     async def start(self) -> None:
-        """Builds the page in a thread, for importing Gradio takes seconds. Where that fails, /ui says why."""
+        """Build the page in a thread, because importing Gradio takes seconds. If that fails, /ui answers with the error."""
         try:
             app = await asyncio.to_thread(_gradio_app)
             await self._stack.enter_async_context(app.router.lifespan_context(app))
         except MissingExtraError as error:
             self._failure = error
             logger.warning("no web demo: %s", error)
-        except Exception as error:  # whatever Gradio raises: the API must not fall with its demo
+        except Exception as error:  # Gradio may raise anything, and the API must go on without the demo
             self._failure = UniInstructError(f"the web demo could not be built: {error}", remedy="the server's log says more")
             logger.exception("no web demo")
         else:
             self._app = _with_own_head(app)
 
     async def stop(self) -> None:
-        """Ends what the page runs in the background."""
+        """End Gradio's background tasks."""
         await self._stack.aclose()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI connection."""
+        """Handle one ASGI connection."""
         await self._answer_of(scope)(scope, receive, send)
 
     def _answer_of(self, scope: Scope) -> ASGIApp:
         path = scope["path"].partition("/ui/")[2]
         if scope["path"].endswith("/ui"):
-            # To the address with a slash, from which the page's files are named; relative, as a proxy may add a prefix.
+            # Redirect to /ui/, because the page's links are relative to it. The redirect is relative too, as a proxy may add a
+            # prefix.
             query = scope["query_string"].decode("ascii", "replace")
             return RedirectResponse("ui/" + (f"?{query}" if query else ""))
         if path.startswith("pages/"):
@@ -79,7 +80,7 @@ class DemoMount:
 
 
 class _Pages(StaticFiles):
-    """The page's own files, under /ui/pages/. Browsers ask each time whether they have changed, by their tag."""
+    """The page's own files, under /ui/pages/. With `no-cache` browsers revalidate them each time, by their ETag."""
 
     def get_path(self, scope: Scope) -> str:
         return str(scope["path"].partition("/ui/pages/")[2])
@@ -91,18 +92,18 @@ class _Pages(StaticFiles):
 
 
 def build_page() -> "gr.Blocks":
-    """The page's markup in Gradio's frame. It has no events: what moves is the script's, and the queue has nothing to do."""
+    """Build the Gradio page from demo.html. It has no Gradio events, because the page's own script does everything."""
     import gradio as gr
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.HTML(_text("demo.html"), apply_default_css=False, elem_id="demo", js_on_load=None)
-    # Gradio's queue looks for work a thousand times a second, and there is none.
+    # Do not start Gradio's queue: it would poll for events a thousand times a second, and there are none.
     page._queue.start = lambda: None
     return page
 
 
 def _gradio_app() -> "fastapi.FastAPI":
-    """A FastAPI app with the page under /ui. Raises MissingExtraError without Gradio."""
+    """Return a FastAPI app with the page under /ui. Raises MissingExtraError if Gradio is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio as gr
@@ -115,13 +116,13 @@ def _gradio_app() -> "fastapi.FastAPI":
         path="/ui",
         footer_links=[],
         run_history=False,
-        ssr_mode=False,  # would start Node.js where it is installed
+        ssr_mode=False,  # server-side rendering would start Node.js if it is installed
     )
     return app
 
 
 def _with_own_head(app: ASGIApp) -> ASGIApp:
-    """The app, whose pages in HTML describe this project: what is shown where a link to them is sent round."""
+    """Wrap the app so that its HTML pages have head.html in their head: tags for previews of shared links, styles, scripts."""
 
     head = _text("head.html")
 
@@ -137,7 +138,7 @@ def _with_own_head(app: ASGIApp) -> ASGIApp:
             parts.append(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 body = b"".join(part.get("body", b"") for part in parts)
-                # Ours stands in the page itself: what Gradio is given, it adds by script, seconds later.
+                # Written into the HTML itself: tags that are given to Gradio are added only by script, seconds later.
                 text = _GRADIO_HEAD.sub("", body.decode()).replace("</head>", f"{head}</head>", 1)
                 await HTMLResponse(text, parts[0]["status"])(scope, receive, send)
 

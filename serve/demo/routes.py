@@ -1,4 +1,4 @@
-"""What the demo's page asks beyond the API: the model's card and pictures, and comparisons."""
+"""Routes that only the demo's page needs: the model card, its pictures, and comparisons."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,7 +15,7 @@ from uni_instruct.serve.routes.schema import field_remedies, parse_model
 
 
 class DemoRoutes:
-    """The handlers, and the engines that comparisons have opened."""
+    """The handlers of these routes, with the engines that comparisons have opened."""
 
     def __init__(self) -> None:
         self._side_by_side = SideBySide()
@@ -26,7 +26,7 @@ class DemoRoutes:
         ]
 
     async def close(self) -> None:
-        """Closes the engines that were compared with, after the call that runs."""
+        """Close the engines of comparisons, after the running call."""
         await asyncio.to_thread(self._side_by_side.close)
 
     async def _about(self, models: Models, request: Request) -> Response:

@@ -1,1 +1,1 @@
-"""HTTP itself, whatever is asked for: keys, sizes, headers, connections."""
+"""What all HTTP requests have in common: API key, size limit, headers, connections, access log."""

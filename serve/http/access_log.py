@@ -13,7 +13,7 @@ from uni_instruct.serve.http.request_id import SCOPE_KEY
 
 
 def logged(scope: Scope, send: Send) -> Send:
-    """The same `send`, which writes the line once the answer is out."""
+    """Return a `send` that passes messages on and writes the log line after the last message of the answer."""
     start = time.perf_counter()
     status, size = 0, 0
     answer = Headers()
@@ -46,8 +46,8 @@ def _write(scope: Scope, status: int, size: int, total_ms: float, answer: Header
         "engine": answer.get("x-engine"),
         "user_agent": asked.get("user-agent"),
     }
-    # One write a line: lines of several workers do not mix. JSON escapes what a client puts into a path.
-    # Who reads the log may be gone, or its disk full: nobody's answer is worse for that.
+    # A single write per line, so that the lines of several workers do not mix. JSON escapes line breaks in a client's path.
+    # The log's reader may have closed the pipe, or the disk may be full. That must not make a request fail.
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The body of a request as it was meant: inflated where it came gzipped, and without a byte-order mark."""
+"""Read the body of a request: decompress it if it is gzipped, and remove a byte-order mark."""
 
 import zlib
 
@@ -9,13 +9,15 @@ from uni_instruct.serve.errors import BodyTooLargeError, EncodingError
 from uni_instruct.serve.http.headers import header_of
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows' editors and PowerShell put it before UTF-8
-_GZIP_WINDOW = 16 + zlib.MAX_WBITS
+_GZIP_WINDOW = 16 + zlib.MAX_WBITS  # zlib's `wbits` for the gzip format: 16 is added to the window size
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The body, at most limit_bytes of it once inflated.
+    """Return the body of a request, decompressed.
 
-    Raises BodyTooLargeError above that, EncodingError for an encoding other than gzip, RequestError for a broken gzip.
+    Raises BodyTooLargeError if a gzipped body is larger than limit_bytes once decompressed, EncodingError for an encoding other
+    than gzip, RequestError for a damaged gzip, and ClientDisconnect if the client leaves first. The middleware has already
+    limited the bytes that are received.
     """
     body = await _received(request)
     encodings = (header_of(request.scope, b"content-encoding") or b"").decode("latin-1").lower()
@@ -27,7 +29,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 
 
 async def _received(request: Request) -> bytes:
-    """The body as it came. Most come in one piece, for which Starlette's own way is a long one."""
+    """Return the body as received. Most bodies arrive in one message, for which this is faster than Starlette's `body()`."""
     message = await request.receive()
     if message["type"] == "http.request" and not message.get("more_body"):
         return bytes(message.get("body", b""))
@@ -41,11 +43,11 @@ async def _received(request: Request) -> bytes:
 
 
 def _inflate(body: bytes, limit_bytes: int) -> bytes:
-    """What was gzipped. No more than limit_bytes + 1 are ever inflated: a kilobyte may hold a megabyte of zeros."""
+    """Decompress a gzip, but never more than limit_bytes + 1 bytes: a kilobyte of gzip can hold a megabyte of zeros."""
     parts: list[bytes] = []
     left = limit_bytes + 1
     try:
-        while body:  # several gzip streams in a row are one, by RFC 1952
+        while body:  # RFC 1952: a gzip file may consist of several streams, one after the other
             stream = zlib.decompressobj(_GZIP_WINDOW)
             parts.append(stream.decompress(body, left))
             left -= len(parts[-1])

@@ -1,4 +1,4 @@
-"""Clients that leave: what they have asked for is cancelled, so that the engine's time goes to those who still wait."""
+"""Cancel the work for clients that disconnect, so that the engine's time goes to clients that still wait."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,20 +7,20 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-# Where a request's scope has the connection that it came on (http/connections.py).
+# The key in a request's ASGI scope for the connection that it came on (set in http/connections.py).
 CONNECTION = "uni_instruct.connection"
 
 _T = TypeVar("_T")
 
 
 class Connection(Protocol):
-    """What tells when a client has left, by calling `on_lost`."""
+    """A connection that calls `on_lost`, if set, when the client disconnects."""
 
     on_lost: Callable[[], None] | None
 
 
-class _Waiting:
-    """A client that waits for a task."""
+class _WaitingClient:
+    """A client that waits for the result of a task. `left` is True once it has disconnected."""
 
     def __init__(self, task: "asyncio.Task[Any]"):
         self.left = False
@@ -37,21 +37,21 @@ class _Waiting:
 
 
 async def cancel_on_disconnect(scope: Scope, receive: Receive, work: Awaitable[_T]) -> _T:
-    """What the work gives. When the client goes away the work is cancelled, and ClientDisconnect is raised."""
+    """Return the result of `work`. If the client disconnects first, cancel the work and raise ClientDisconnect."""
     task = asyncio.current_task()
     assert task is not None
-    waiting = _Waiting(task)
+    waiting = _WaitingClient(task)
     connection: Connection | None = scope.get(CONNECTION)
     watcher = None
     if connection is not None:
         connection.on_lost = waiting.leave
     else:
-        # ASGI itself tells nobody that a client has left: its message has to be waited for beside the work.
+        # Under other servers only ASGI's http.disconnect message reports it, so a second task has to wait for that message.
         watcher = asyncio.create_task(waiting.watch(receive))
     try:
         return await work
     except asyncio.CancelledError:
-        # Cancelled by the client, or from outside, as when the server stops.
+        # Only a cancellation by the client becomes ClientDisconnect; one from outside, as at shutdown, is passed on.
         if waiting.left:
             task.uncancel()
             raise ClientDisconnect from None

@@ -1,4 +1,4 @@
-"""Headers as ASGI hands them over: bytes, names in lower case."""
+"""Read single headers from ASGI's list of them, in which names and values are bytes and the names are in lower case."""
 
 from collections.abc import Iterable
 
@@ -6,12 +6,12 @@ from starlette.types import Scope
 
 
 def header_of(scope: Scope, name: bytes) -> bytes | None:
-    """A request's first header of that name, None where there is none."""
+    """Return the value of a request's first header of that name, or None."""
     return value_of(scope["headers"], name)
 
 
 def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
-    """The first of that name, None where there is none. Starlette's Headers decode all of them for each look."""
+    """Return the value of the first header of that name, or None. Starlette's `Headers` would decode all of them each time."""
     for given, value in headers:
         if given == name:
             return bytes(value)

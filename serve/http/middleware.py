@@ -1,4 +1,4 @@
-"""What every request passes before it reaches a route, BentoML's own included: CORS, the API key, the limit of the body."""
+"""Middleware for every request, those to BentoML's own routes included: CORS, the API key, the limit of the body's size."""
 
 from collections.abc import Mapping
 
@@ -17,23 +17,24 @@ from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.process.shutdown import GracefulShutdown
 from uni_instruct.serve.settings import Settings
 
-# Open without a key: orchestrators probe them without one, and they say nothing but yes or no.
+# Open without a key: orchestrators probe them without one, and the answers hold only states and names of models.
 HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
-# Answered until the end: who watches a server that stops must not take it for dead.
+# Answered until the process ends, so that monitoring can tell a server that is stopping from a dead one.
 _ALWAYS_ANSWERED = (*HEALTH_PATHS, "/metrics")
-# What a page of another origin may read of an answer.
+# Headers of an answer that a page of another origin may read (Access-Control-Expose-Headers).
 _EXPOSED = (
     *("X-Seeds", "X-Class-Ids", "X-Model", "X-Engine", "X-Engines-Refused"),
     *("X-Request-ID", "Server-Timing", "Retry-After", "ETag"),
 )
+# The key in a request's ASGI scope that marks it as checked.
 _PASSED = "uni_instruct.passed"
 
 
 class RequestMiddleware:
-    """One pass for all of them, before BentoML's routes and ours; a request that has passed is not asked again.
+    """Checks every request once, before BentoML's routes and ours. A request that has been checked is not checked again.
 
-    direct: (method, path) -> the app that answers it. Routers and middlewares of two frameworks stand between here and there,
-    and would take longer than the rest of a request.
+    direct: (method, path) -> the ASGI app that answers it. Requests to these paths skip the routers and middlewares of two
+    frameworks, which would take longer than the rest of the request.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class RequestMiddleware:
         self._settings, self._metrics, self._stopping = settings, metrics, stopping
         self._open = (*HEALTH_PATHS, "/metrics") if settings.metrics_open else HEALTH_PATHS
         self._app = app
-        # A span is made by a middleware of BentoML's, further in.
+        # With tracing, every request must pass BentoML's middleware further in, because that one creates the span.
         self._direct = {} if settings.tracing or direct is None else direct
         self._guarded = with_request_id(_with_cors(self._guard, settings))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI connection."""
+        """Handle one ASGI connection."""
         if scope["type"] == "lifespan":
             put_request_middleware_first(scope["app"], tracing=self._settings.tracing)
         if scope["type"] == "lifespan" or _PASSED in scope:
@@ -76,19 +77,19 @@ class RequestMiddleware:
             return
         app = self._direct.get((scope["method"], path), self._app)
         if path.startswith("/ui") or path in _ALWAYS_ANSWERED:
-            # An open page holds a connection for as long as it is open: stopping does not wait for it.
+            # Not counted as in flight: a page of the demo keeps a connection open as long as it is open itself.
             await self._limited(app, scope, receive, send)
         else:
             with self._stopping.request:
                 await self._limited(app, scope, receive, send)
 
     def _refusal(self, scope: Scope, path: str) -> UniInstructError | None:
-        """Why the request goes no further, None where it does. The cheapest reasons come first."""
+        """Return the error that refuses the request, or None if it may pass. The cheapest checks come first."""
         if self._stopping.begun and path not in _ALWAYS_ANSWERED:
             return StoppingError()
         # A browser's preflight request (OPTIONS) never carries the key.
         needs_key = self._settings.keys and scope.get("method") != "OPTIONS" and path not in self._open
-        # As bytes: which characters they stand for is not the header's to say.
+        # Compared as bytes, because a header does not say which text encoding it uses.
         if needs_key and not is_one_of(given_key(header_of(scope, b"authorization") or b""), self._settings.keys):
             return UnauthorizedError("the API key is missing or wrong", remedy="send the header 'Authorization: Bearer KEY'")
         announced = header_of(scope, b"content-length") or b"0"
@@ -98,7 +99,7 @@ class RequestMiddleware:
 
     async def _limited(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         if header_of(scope, b"transfer-encoding") is None and header_of(scope, b"content-length") is not None:
-            # HTTP ends the body where it was announced to end.
+            # Nothing to count: the server reads no more than Content-Length bytes, and `_refusal` has checked that number.
             await app(scope, receive, send)
             return
         body = _CountedBody(self._settings.max_body_bytes, receive, send)
@@ -113,30 +114,31 @@ class RequestMiddleware:
     async def _refuse(self, error: UniInstructError, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics.count_answer("guard", error.http_status)
         response = error_response(error)
-        # The rest of the body is not read: what follows on this connection would be taken for the next request.
-        # And a client whose server stops should open its next connection to another one.
+        # The rest of the body is not read, so on an open connection it would be taken for the next request. Besides, a client
+        # of a server that is stopping should open its next connection to another server.
         if error.http_status != UnauthorizedError.http_status:
             response.headers["Connection"] = "close"
         await response(scope, receive, send)
 
 
 def put_request_middleware_first(app: Starlette, *, tracing: bool) -> None:
-    """Rearranges the middleware of BentoML's app, in which ours stands: the guards come first of all, and two go.
+    """Rebuild the middleware stack of BentoML's app with RequestMiddleware outermost, and without two of BentoML's own.
 
-    Its timeout keeps a timer for every request until that would have ended, and answers without CORS headers, while the server
-    has a timeout of its own. A span costs as much as the rest of a request's Python, also where it is sent nowhere.
+    TimeoutMiddleware is removed: it keeps a timer for every request until the timeout, even for one that is finished, and
+    answers without CORS headers, and the server has a timeout of its own. OpenTelemetryMiddleware is removed unless `tracing`:
+    a span costs as much as all other Python code of a request, even if it is not exported.
     """
     unwanted = {"TimeoutMiddleware"} if tracing else {"TimeoutMiddleware", "OpenTelemetryMiddleware"}
     kept = [middleware for middleware in app.user_middleware if getattr(middleware.cls, "__name__", "") not in unwanted]
     guards = next((middleware for middleware in kept if middleware.cls is RequestMiddleware), None)
     app.user_middleware = [middleware for middleware in kept if middleware.cls is not RequestMiddleware]
-    # What runs now, the lifespan, goes on in the stack as it was.
+    # This runs during the lifespan call, which finishes in the old stack. Requests that come later use the new one.
     inner = app.build_middleware_stack()
     app.middleware_stack = inner if guards is None else guards.cls(inner, *guards.args, **guards.kwargs)
 
 
 def add_prefix(scope: Scope, prefix: str) -> None:
-    """Makes the path what ASGI wants it to be behind a proxy: with the prefix, which the proxy may have cut off."""
+    """Set root_path and path as ASGI requires behind a proxy: path includes the prefix, which the proxy may have removed."""
     if prefix:
         scope["root_path"] = prefix
         if scope["path"] != prefix and not scope["path"].startswith(f"{prefix}/"):
@@ -144,28 +146,29 @@ def add_prefix(scope: Scope, prefix: str) -> None:
 
 
 def route_path(scope: Scope) -> str:
-    """The path as the routes name it, without a proxy's prefix."""
+    """Return the path of a request as the routes name it, without a proxy's prefix."""
     return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
 
 
 def _with_cors(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """The app, with CORS headers on all of its answers. Outside of the other guards: a page may read their errors too."""
+    """Wrap the app so that all of its answers have CORS headers. It wraps the other checks: pages can read their errors."""
     if settings.cors_origins is None:
         return app
     return CORSMiddleware(
         app,
         allow_origins=settings.origins,
         allow_methods=["GET", "POST"],
-        # Any: OpenAI's client in a browser sends ten of its own. None of them opens anything here, and there are no cookies.
+        # Any header: OpenAI's client in a browser sends ten of its own. No header gives access without the key, and the server
+        # uses no cookies.
         allow_headers=["*"],
         expose_headers=_EXPOSED,
     )
 
 
 class _CountedBody:
-    """Passes messages on until the body is too long; from then on the app sees a client that has left.
+    """Passes ASGI messages on and counts the bytes of the body. After limit_bytes the app gets http.disconnect instead.
 
-    Once the app has begun to respond, its response is passed on to the end.
+    If the app has already started its response by then, the response is still passed on to the end.
     """
 
     def __init__(self, limit_bytes: int, receive: Receive, send: Send):

@@ -1,4 +1,4 @@
-"""X-Request-ID: taken from the client where it is a sensible one, made where it is not, and given back with every answer."""
+"""X-Request-ID: taken from the request if it is well-formed, otherwise generated, and returned with every answer."""
 
 import random
 import re
@@ -8,14 +8,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uni_instruct.serve.http.headers import header_of
 
 _NAME = b"x-request-id"
-# Where handlers and logs find it.
+# The key of the id in a request's ASGI scope, for handlers and the access log.
 SCOPE_KEY = "uni_instruct.request_id"
-# What proxies and clients make: UUIDs, ULIDs, trace ids. Anything else might write lines of its own into a log.
+# Fits the ids of proxies and clients: UUIDs, ULIDs, trace ids. Other text might add forged lines to a log.
 _SENSIBLE = re.compile(rb"[A-Za-z0-9._:+/=-]{1,128}")
 
 
 def with_request_id(app: ASGIApp) -> ASGIApp:
-    """The app, with the id in the scope of every request and in its answer."""
+    """Wrap the app so that every request has the id in its scope, and every answer in its X-Request-ID header."""
 
     async def with_id(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,4 +1,4 @@
-"""Answers that come in one piece, written at once: uvicorn's own way goes through every header twice and writes twice."""
+"""Send a complete answer in a single write. Uvicorn's own code goes through every header twice and writes twice."""
 
 from starlette.types import Message, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
@@ -9,7 +9,10 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def single_write(send: Send) -> Send:
-    """The same `send`. Where it is uvicorn's, an answer whose body is complete goes out in one write; others go its way."""
+    """Wrap uvicorn's `send`: an answer whose body is complete goes out in one write, others as before.
+
+    A `send` of another server is returned unchanged.
+    """
     cycle = getattr(send, "__self__", None)
     if not isinstance(cycle, RequestResponseCycle):
         return send
@@ -17,13 +20,13 @@ def single_write(send: Send) -> Send:
 
     async def send_whole(message: Message) -> None:
         nonlocal held
-        # Streams announce no length; their headers must not wait for what comes next.
+        # Hold the start back only if there is a Content-Length. Streams have none, and their headers must go out at once.
         if message["type"] == "http.response.start" and value_of(message["headers"], b"content-length") is not None:
             held = message
             return
         start, held = held, None
         if cycle.transport.is_closing():
-            # Uvicorn notes it for the last of several requests that came together, and would write for the others.
+            # Of several pipelined requests uvicorn marks only the last one as disconnected, and would write for the others.
             cycle.disconnected = True
         if start is not None:
             if _written(cycle, start, message):
@@ -35,7 +38,7 @@ def single_write(send: Send) -> Send:
 
 
 def _written(cycle: RequestResponseCycle, start: Message, message: Message) -> bool:
-    """Writes the answer, where nothing about it is out of the common; False where it is left to uvicorn."""
+    """Write the answer and return True if it is an ordinary one. Return False, without writing, to leave it to uvicorn."""
     body: bytes = message.get("body", b"")
     headers: Headers = cycle.default_headers + list(start["headers"])
     usual = cycle.keep_alive and cycle.scope["method"] != "HEAD" and not cycle.access_log
@@ -44,7 +47,7 @@ def _written(cycle: RequestResponseCycle, start: Message, message: Message) -> b
     if not (usual and free and whole) or value_of(headers, b"connection") is not None:
         return False
     head = b"".join([STATUS_LINE[start["status"]], *[b"%b: %b\r\n" % header for header in headers], b"\r\n"])
-    # A value with a line of its own is for uvicorn to refuse.
+    # A header value with a line break in it (header injection): uvicorn refuses it.
     if not head.count(b"\r") == head.count(b"\n") == len(headers) + 2 or b"\0" in head:
         return False
     cycle.response_started = cycle.response_complete = True

@@ -1,1 +1,1 @@
-"""The generators in memory, by name."""
+"""The generators that a worker has loaded, by name."""

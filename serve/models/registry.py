@@ -1,4 +1,4 @@
-"""The generators of one worker, by name: loaded one after the other while the server already answers."""
+"""The generators of one worker, by name. They are loaded one after the other while the server already answers requests."""
 
 import asyncio
 import gc
@@ -16,15 +16,15 @@ from uni_instruct.serve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Few: encoders compete with the engine for the cores, and the engine is what requests wait for.
+# Only a few threads: they compete with the engine for the CPU's cores, and the engine is the bottleneck.
 _ENCODER_THREADS = 2
 
 
 class Models:
-    """Every generator that this worker serves. Requests name one; without a name they get the first.
+    """All generators that this worker serves. A request names one; without a name it gets the first.
 
-    One that cannot be loaded is reported (`states`, /readyz, /v1/models) and leaves the others alone.
-    Raises RequestError where two of the settings' bundles have one name.
+    A generator that cannot be loaded is reported (`states`, /readyz, /v1/models) and does not affect the others.
+    Raises RequestError if two of the settings' bundles have the same name.
     """
 
     def __init__(self, settings: Settings):
@@ -32,15 +32,15 @@ class Models:
         self.metrics = ServerMetrics()
         self.encoders = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="encode")
         self.stopping = GracefulShutdown(settings.grace_s)
-        self._settled = False
+        self._loading_finished = False
         self._devices = DeviceThreads()
-        self._tried: dict[str, Fingerprint | None] = {}  # the newest files of each model that loading was tried with
-        self._retired: set[ServedModel] = set()  # exchanged for newer ones, but still with requests to answer
+        self._last_fingerprints: dict[str, Fingerprint | None] = {}  # name -> files of the latest attempt to load it
+        self._retired: set[ServedModel] = set()  # replaced by newer ones, but with requests that are still running
         self._served = {name: self._new(name, source) for name, source in sources_by_name(settings.bundle).items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What requests may name, loaded or not; the default comes first."""
+        """The names of all models, loaded or not; the default comes first."""
         return tuple(self._served)
 
     @property
@@ -50,73 +50,78 @@ class Models:
 
     @property
     def states(self) -> dict[str, State]:
-        """Name -> 'loading', 'ready' or 'failed'."""
+        """Name -> 'loading', 'ready', 'failed', or 'closed' once the server has stopped."""
         return {name: served.state for name, served in self._served.items()}
 
     @property
     def ready(self) -> bool:
-        """Whether loading is over and at least one model can be asked."""
-        return self._settled and "ready" in self.states.values()
+        """Whether loading is finished and at least one model is ready. False again once the server is stopping."""
+        return self._loading_finished and "ready" in self.states.values()
 
     @property
     def alive(self) -> bool:
-        """False where only a restart helps: no model could be loaded, or a loaded one's queue is no longer served."""
+        """False if only a restart helps: no model could be loaded, or the queue of a loaded one is no longer processed."""
         loaded = [served for served in self._served.values() if served.failure is None]
         return bool(loaded) and all(served.alive for served in loaded)
 
     def get(self, name: str | None = None) -> ServedModel:
-        """The model of that name as it stands now, for its facts; None: the default. Raises UnknownModelError."""
+        """Return the current model of that name (None: the default), to read its properties. Raises UnknownModelError.
+
+        To make images use `using`: a reload may close the model that this returns.
+        """
         chosen = self.default_name if name is None else name
         if chosen not in self._served:
             raise UnknownModelError(chosen, self.names)
         return self._served[chosen]
 
     def using(self, name: str | None = None) -> Lease:
-        """The same, for making images: within `with` it is not closed, even if a newer one takes its place."""
+        """Return a context manager that yields the same model and keeps it open, even if a reload replaces it meanwhile."""
         return self.get(name).lease
 
     async def load(self) -> None:
-        """Loads all, the default first; one at a time, as each measures which batch sizes are fast enough."""
+        """Load all models, the default first. One at a time, so that they do not disturb each other's timing of batch sizes."""
         for name, served in self._served.items():
             await served.load()
-            self._tried[name] = served.fingerprint
+            self._last_fingerprints[name] = served.fingerprint
             self._report(name)
 
     def mark_ready(self) -> None:
-        """To be called once everything that lives as long as the server has been loaded."""
+        """Mark the server as ready. Call it after everything that stays until the end (models, demo) has been loaded."""
         tune_garbage_collector()
-        self._settled = True
+        self._loading_finished = True
         self.metrics.ready.set(self.ready)
 
     async def watch(self) -> None:
-        """Looks for bundles that have changed, for ever: each takes the place of the one that is served. 0: never looks.
+        """Look every `reload_s` seconds for bundles that changed on disk, and reload them. Runs until cancelled; 0: returns.
 
-        The newer one is loaded and warmed beside the older, which answers until then, finishes what it has, and is closed.
+        The new model is loaded and warmed up while the old one still answers. Then it takes over, and the old one is closed
+        after its running requests.
         """
         seen: dict[str, Fingerprint | None] = {}
         while self.settings.reload_s:
             await asyncio.sleep(self.settings.reload_s)
             for name, served in list(self._served.items()):
                 now = await asyncio.to_thread(fingerprint, served.source)
-                # Twice the same: files that are still being copied would be taken for damaged.
+                # Reload only after two equal looks: files that are still being copied would seem damaged.
                 settled, seen[name] = now == seen.get(name), now
-                if settled and now is not None and now != self._tried[name]:
+                if settled and now is not None and now != self._last_fingerprints[name]:
                     try:
-                        await self._exchange(name)
-                    except Exception:  # whatever a runtime raises when it is closed: the others must still be watched
+                        await self._replace(name)
+                    except Exception:  # closing a runtime may raise anything, and the other models must still be watched
                         logger.exception("the exchange of %s failed", name)
 
-    async def _exchange(self, name: str) -> None:
+    async def _replace(self, name: str) -> None:
         older = self._served[name]
         newer = self._new(name, older.source)
         await newer.load()
-        self._tried[name] = newer.fingerprint
+        self._last_fingerprints[name] = newer.fingerprint
+        # If the older one failed as well, the newer one takes over, so that the current error is reported.
         if newer.failure is not None and older.failure is None:
             logger.error("the generator %s has changed and cannot be loaded; the older one is served on", name)
             self.metrics.reloads.labels(name, "failed").inc()
             return
         self._retired.add(older)
-        self._served[name] = newer  # from here on requests get the newer one
+        self._served[name] = newer  # from now on requests get the newer model
         self.metrics.reloads.labels(name, "failed" if newer.failure else "loaded").inc()
         if older.state == "ready":
             self.metrics.engine.labels(str(older.engine.id), name).set(0)
@@ -127,16 +132,16 @@ class Models:
         self.metrics.ready.set(self.ready)
 
     def fail_waiting(self) -> None:
-        """Answers what waits for an engine with 503, and stops being ready: the server is about to stop."""
+        """End the requests that wait for an engine with 503, and stop being ready. Called when the server begins to stop."""
         self.metrics.ready.set(0)
-        self._settled = False
+        self._loading_finished = False
         for served in (*self._served.values(), *self._retired):
             served.fail_waiting()
 
     async def close(self) -> None:
-        """Stops every engine after its running batch."""
+        """Stop every engine after its running batch, and end the worker's threads."""
         self.metrics.ready.set(0)
-        self._settled = False
+        self._loading_finished = False
         for served in (*self._served.values(), *self._retired):
             await served.close()
         self._devices.close()
@@ -154,14 +159,16 @@ class Models:
 
 
 def tune_garbage_collector() -> None:
-    """Exempts everything that is loaded by now from garbage collection, and has the rest collected a little at a time.
+    """Exempt all objects that exist now from garbage collection, and let later ones be collected in small steps.
 
-    What is loaded stays until the end, so walking it finds nothing; the pauses for it were the slowest answers.
+    What is loaded by now stays until the end, so scanning it finds no garbage. Those scans caused the slowest answers.
     """
-    gc.unfreeze()  # a model that has been exchanged for a newer one is garbage by now
+    gc.unfreeze()  # so that a model that a reload has replaced can be collected
     gc.collect()
     gc.freeze()
-    # Once more, of nothing: a full collection waits until there is a quarter of what the last one has left.
+    # Collect again, with nothing left to scan: CPython delays its next full collection until the new objects exceed a quarter
+    # of those that survived the last one, and this sets that number to about zero.
     gc.collect()
-    # To free 5,000 objects stops the event loop for a millisecond, 50,000 for 60. There are few: no request leaves any of ours.
+    # Freeing 5,000 objects stops the event loop for 1 ms, 50,000 for 60 ms. Collections are rare: requests leave no cycles of
+    # our objects.
     gc.set_threshold(5_000, 10, 10)

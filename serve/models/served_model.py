@@ -1,4 +1,4 @@
-"""One generator that is served: its bundle, the engine that runs it, and the batcher that takes requests for it."""
+"""One generator that is served: its bundle, the engine that runs it, and the batcher that queues requests for it."""
 
 import asyncio
 import logging
@@ -27,10 +27,10 @@ State = Literal["loading", "ready", "failed", "closed"]
 
 
 class ServedModel:
-    """A generator in one worker. Nothing is loaded before `load`; then it is ready, or `failure` says what went wrong.
+    """A generator in one worker. `load` loads it; after that it is ready, or `failure` holds the error.
 
-    name is what requests call it; source is a folder, a shipped generator's name, or an address on the hub. devices and
-    encoders are shared by all models of the worker.
+    name: what requests call it. source: a folder, the name of a shipped generator, or an address on the hub. devices (engine
+    threads) and encoders (threads that encode images) are shared by all models of the worker.
     """
 
     def __init__(
@@ -49,56 +49,56 @@ class ServedModel:
         self.metrics = metrics
         self.encoders = encoders
         self.failure: UniInstructError | None = None
-        # Of the files that were loaded, or tried; None before that.
+        # Of the files at the time of `load`, whether it succeeded or not; None before.
         self.fingerprint: Fingerprint | None = None
         self._devices = devices
         self._bundle: Bundle | None = None
         self._engine: Engine | None = None
         self._selection: Selection | None = None
-        self._made_by: dict[str, str] | None = None
+        self._engine_headers: dict[str, str] | None = None
         self._batcher: Batcher | None = None
         self._closed = False
         self.lease = Lease(self)
 
     @property
     def bundle(self) -> Bundle:
-        """What is served. Raises NotReadyError until it is loaded."""
+        """The bundle that is served. Raises NotReadyError until it is loaded."""
         if self._bundle is None:
             raise self._not_ready()
         return self._bundle
 
     @property
     def spec(self) -> ModelSpec:
-        """What it makes of which classes. Raises NotReadyError until it is loaded."""
+        """The bundle's spec: image shape, classes, provenance. Raises NotReadyError until it is loaded."""
         return self.bundle.spec
 
     @property
     def engine(self) -> Engine:
-        """What runs it. Raises NotReadyError until it is loaded."""
+        """The engine that runs it. Raises NotReadyError until it is loaded."""
         if self._engine is None:
             raise self._not_ready()
         return self._engine
 
     @property
-    def made_by(self) -> dict[str, str]:
-        """The headers of every answer that say what made it. Raises NotReadyError until it is loaded."""
-        if self._made_by is None:
+    def engine_headers(self) -> dict[str, str]:
+        """Headers of every answer: X-Model, X-Engine, X-Engines-Refused if there are any. Raises NotReadyError until loaded."""
+        if self._engine_headers is None:
             headers = {"X-Model": self.name, "X-Engine": str(self.engine.id)}
             if refused := self.selection.refused:
                 headers["X-Engines-Refused"] = ",".join(str(status.engine_id) for status in refused)
-            self._made_by = headers
-        return self._made_by
+            self._engine_headers = headers
+        return self._engine_headers
 
     @property
     def selection(self) -> Selection:
-        """Why this engine runs it. Raises NotReadyError until it is loaded."""
+        """Why this engine was chosen, and the status of the bundle's others. Raises NotReadyError until it is loaded."""
         if self._selection is None:
             raise self._not_ready()
         return self._selection
 
     @property
     def batcher(self) -> Batcher:
-        """What takes requests. Raises NotReadyError until it is loaded, and once it is closed."""
+        """The batcher that takes requests. Raises NotReadyError until it is loaded, and after it is closed."""
         if self._batcher is None or self._closed:
             raise self._not_ready()
         return self._batcher
@@ -112,7 +112,7 @@ class ServedModel:
 
     @property
     def state(self) -> State:
-        """Where it stands, in a word."""
+        """'loading', 'ready', 'failed' or 'closed'."""
         if self._closed:
             return "closed"
         if self.failure is not None:
@@ -121,12 +121,12 @@ class ServedModel:
 
     @property
     def alive(self) -> bool:
-        """False where only a restart helps: loading failed, or the queue is no longer served."""
+        """False if only a restart helps: loading failed, or the queue is no longer processed."""
         return self.failure is None and (self._batcher is None or self._batcher.running)
 
     async def load(self) -> None:
-        """Opens the bundle and its engine and warms it up, in a thread. What goes wrong is kept in `failure`."""
-        # Before anything is read: files that change while they are read are then seen to have changed.
+        """Open the bundle and its engine and warm both up, in a thread. An error is not raised but stored in `failure`."""
+        # Taken before the files are read, so that a change during the reading is noticed and leads to a reload.
         self.fingerprint = await asyncio.to_thread(fingerprint, self.source)
         try:
             bundle, selection, engine = await asyncio.to_thread(self._open)
@@ -140,7 +140,7 @@ class ServedModel:
         except UniInstructError as error:
             self.failure = error
             logger.error("the generator %s could not be loaded: %s", self.name, error)
-        # Whatever else a runtime raises must not end the process: /readyz then names the model, and the others are served.
+        # Other errors of a runtime must not end the process either: /readyz reports this model, and the others are served.
         except Exception as error:
             self.failure = UniInstructError(
                 f"{type(error).__name__} while loading: {error}", remedy="the server's log says more"
@@ -148,17 +148,17 @@ class ServedModel:
             logger.exception("the generator %s could not be loaded", self.name)
 
     async def drain(self) -> None:
-        """Waits until nobody holds a lease, then closes. Who takes requests must by then know of another."""
+        """Wait until no request holds a lease, then close. New requests must go to another model before this is called."""
         await self.lease.unused.wait()
         await self.close()
 
     def fail_waiting(self) -> None:
-        """Answers what waits for the engine with 503: the server is about to stop."""
+        """End the requests that wait for the engine with 503. Called when the server begins to stop."""
         if self._batcher is not None:
             self._batcher.fail_waiting()
 
     async def close(self) -> None:
-        """Stops the engine after its running batch; what waits is answered by NotReadyError."""
+        """Stop the engine after its running batch. Requests that still wait get StoppingError."""
         if self._batcher is not None and not self._closed:
             await self._batcher.close()
             self.engine.close()
@@ -168,7 +168,8 @@ class ServedModel:
         bundle = Bundle.open(self.source)
         bundle.check_makes_pictures()
         selection = select_engine(bundle, self.settings.engine, self.settings.device)
-        # Spinning threads would take the cores from the event loop and the encoders (docs/engines.md, "Threads").
+        # spin=False: threads that spin while they wait would take cores from the event loop and the encoders
+        # (docs/engines.md, "Threads").
         stored = bundle.engines().get(selection.engine_id, selection.engine_id)
         return bundle, selection, load_engine(bundle, stored, device=selection.device, spin=False)
 
@@ -182,7 +183,7 @@ class ServedModel:
 
 
 class Lease:
-    """`with served.lease:` while anybody is in such a block, the model is not closed by an exchange for a newer one."""
+    """A counted lease: `with served.lease:` keeps a model open until the block ends, even if a reload replaces the model."""
 
     def __init__(self, served: ServedModel):
         self.unused = asyncio.Event()
@@ -201,6 +202,6 @@ class Lease:
 
 
 def warm_encoders(spec: ModelSpec) -> None:
-    """Encodes a black image in every format: Pillow imports a format's code when it is first used."""
+    """Encode a black image in every format, because Pillow imports a format's code only when it is first used."""
     for name in IMAGE_FORMATS:
         encode(np.zeros(image_size(spec), dtype=np.uint8), name)

@@ -1,1 +1,1 @@
-"""A Bento: bundles, this package and exact requirements in one folder."""
+"""Package generators as a Bento: bundles, this package's wheel and pinned requirements in one folder."""

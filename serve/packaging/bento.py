@@ -1,4 +1,4 @@
-"""A Bento of generators: their bundles and engines, this package's wheel and pinned requirements, without torch."""
+"""Build a Bento of generators: their bundles and engines, this package's wheel and pinned requirements, without torch."""
 
 import json
 import logging
@@ -31,11 +31,12 @@ from uni_instruct.serve.packaging.pins import pins
 from uni_instruct.serve.packaging.wheel import make_wheel
 from uni_instruct.serve.settings import PREFIX
 
-# The extra that a Bento's image has: engines of other runtimes need packages that are not in it.
+# The extra of this package that is installed in a Bento's image. Engines whose runtime needs another extra cannot run there.
 EXTRA = "serve"
+# Files of a bundle that are copied into the Bento, if the bundle has them.
 _PARTS = (CONFIG, WEIGHTS, DECODER, REFERENCE, CARD, SAMPLES, NEIGHBOURS)
-# `bentoml import` reads xz alone. Weights and a wheel do not compress, so that searching them well is time for nothing:
-# preset 0 takes three times as long as this, for the same size to four digits.
+# `bentoml import` reads only xz. Weights and a wheel hardly compress, so a thorough search for matches gains nothing:
+# preset 0 takes three times as long as these settings, and the sizes agree to four digits.
 _XZ_FILTER: dict[str, int] = {
     "id": lzma.FILTER_LZMA2,
     "preset": 0,
@@ -53,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedBundle:
-    """A generator in a Bento: the hash that tells its images from another's, and the ids of its engines."""
+    """One generator in a Bento: `Bundle.weights_sha256`, which identifies its images, and the ids of its engines."""
 
     weights_sha256: str
     engines: tuple[str, ...]
@@ -61,9 +62,9 @@ class PackagedBundle:
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedBento:
-    """What was made: its tag, the archive or its folder in BentoML's store, and what is in it.
+    """A finished Bento: its tag, its path (an archive or a folder in BentoML's store), its size and its contents.
 
-    bundles: by name, the first of which is served where a request names none. requirements: pinned, the wheel among them.
+    bundles: by name. The first one serves requests that name no model. requirements: pinned, and the wheel as the last one.
     """
 
     tag: str
@@ -75,11 +76,11 @@ class PackagedBento:
 
 
 def package(sources: Mapping[str, str], out: Path | None, engine: str | None, bar: Progress) -> PackagedBento:
-    """Makes the Bento of these generators (name -> source): the archive `out`, or without one an entry of BentoML's store.
+    """Build a Bento of these generators (name -> source) and write the archive `out`, or an entry in BentoML's store if None.
 
-    engine: an engine id; other engines are left out. bar advances by packed_service.STEPS in all. Raises RequestError for what
-    cannot be served without torch, and for an `out` that exists, BundleError for damaged files, DiskError, and
-    UniInstructError where a tool fails.
+    engine: an engine id; all other engines are left out. bar advances by packed_service.STEPS in total.
+    Raises RequestError if a generator cannot be served without torch or `out` exists, BundleError for damaged files,
+    DiskError if writing fails, and UniInstructError if a tool (pip, bentoml) fails.
     """
     if out is not None:
         _check_out(out)
@@ -120,7 +121,10 @@ def _check_out(out: Path) -> None:
 
 
 def _engines(bundle: Bundle, wanted: str | None) -> list[StoredEngine]:
-    """The engines to keep, all of them undamaged."""
+    """Return the bundle's engines that go into the Bento, after checking that each file matches its hash.
+
+    Raises RequestError if no engine can run without torch or `wanted` is not among those that can.
+    """
     bundle.check_makes_pictures()
     if bundle.spec.steps != 1:
         raise RequestError(
@@ -128,7 +132,7 @@ def _engines(bundle: Bundle, wanted: str | None) -> list[StoredEngine]:
             remedy="package the generator that 'train' distilled from it",
             param="bundle",
         )
-    present = {str(engine_id): stored for engine_id, stored in bundle.engines().items() if _runs_there(stored)}
+    present = {str(engine_id): stored for engine_id, stored in bundle.engines().items() if _runs_in_bento(stored)}
     if not present:
         export = f"uni-instruct export {quote(str(bundle.path))} --to onnx"
         raise RequestError(f"{bundle.path} has no engine that runs without torch", remedy=export, param="bundle")
@@ -141,20 +145,20 @@ def _engines(bundle: Bundle, wanted: str | None) -> list[StoredEngine]:
     return kept
 
 
-def _runs_there(stored: StoredEngine) -> bool:
+def _runs_in_bento(stored: StoredEngine) -> bool:
     runtime = RUNTIMES.get(stored.engine_id.runtime)
     return runtime is not None and runtime.extra == EXTRA
 
 
 def _copy(bundle: Bundle, engines: list[StoredEngine], target: Path) -> None:
-    """The bundle with these engines alone; a teacher beside it, or whatever else lies there, stays."""
+    """Copy the bundle with only these engines. Other files in its folder, such as a teacher, are not copied."""
     target.mkdir(parents=True)
     for part in _PARTS:
         if (bundle.path / part).is_file():
             shutil.copyfile(bundle.path / part, target / part)
     for stored in engines:
         shutil.copytree(stored.folder, target / ENGINES / stored.folder.name, copy_function=shutil.copyfile)
-    # Read again where it is going to be read: a copy that is not whole would be found in production.
+    # Opening checks the hash of the weights: an incomplete copy is found now, not in production.
     Bundle.open(target)
 
 
@@ -164,7 +168,7 @@ def _contents(bundle: Bundle, engines: list[StoredEngine]) -> PackagedBundle:
 
 
 def _write_context(context: Path, requirements: tuple[str, ...], held: Mapping[str, PackagedBundle]) -> None:
-    """Everything else of the folder that BentoML packs."""
+    """Write the other files that BentoML packs: contents.json, requirements.txt, service.py, bentofile.yaml and README.md."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     contents = {
         "uni_instruct": __version__,
@@ -178,7 +182,7 @@ def _write_context(context: Path, requirements: tuple[str, ...], held: Mapping[s
         "service": "service:UniInstruct",
         "name": "uni-instruct",
         "include": ["service.py", CONTENTS, REQUIREMENTS, f"{WHEELS}/**", f"{BUNDLES}/**"],
-        # In the container nothing is told to anybody.
+        # The container sends no usage statistics to BentoML or Gradio.
         "envs": [
             {"name": "BENTOML_DO_NOT_TRACK", "value": "true"},
             {"name": "GRADIO_ANALYTICS_ENABLED", "value": "False"},
@@ -191,10 +195,13 @@ def _write_context(context: Path, requirements: tuple[str, ...], held: Mapping[s
 
 
 def _build(context: Path, home: Path) -> str:
-    """BentoML's tag, name:version. In a process of its own, as building imports the service and moves to its folder."""
-    # Settings of this shell belong to a server, and would be read when the service is imported.
+    """Run `bentoml build` and return the Bento's tag, name:version.
+
+    It runs in a process of its own, because a build imports the service and changes the working directory.
+    """
+    # UNI_INSTRUCT_* variables of this shell configure a server. The build would read them when it imports the service.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    # Without a local address, by which nobody else could install BentoML.
+    # BENTOML_NO_LOCAL_URL: otherwise the requirements could name BentoML by a path that exists only on this machine.
     environment |= {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "true", "BENTOML_NO_LOCAL_URL": "true"}
     done = subprocess.run(
         [sys.executable, "-P", "-m", "bentoml", "build", "--output", "tag"],
@@ -214,7 +221,7 @@ def _build(context: Path, home: Path) -> str:
 
 
 def _archive(bento: Path, out: Path) -> None:
-    """What `bentoml export` writes, and `bentoml import` reads."""
+    """Write the archive that `bentoml import` reads, in the format of `bentoml export`."""
     with (
         atomic_file(out) as partial,
         lzma.open(partial, "wb", filters=[_XZ_FILTER]) as file,

@@ -1,4 +1,4 @@
-"""Exact versions of what an extra of this package needs, taken from what is installed here."""
+"""Exact versions of the packages that an extra of this package needs, as installed here."""
 
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 
@@ -10,21 +10,24 @@ OWN = "uni-instruct"
 
 
 def pins(extra: str) -> list[str]:
-    """'name==version' of all that this package with that extra needs on a system like this, itself left out, by name.
+    """Return 'name==version', sorted by name, for every package that this package with that extra needs on this system.
 
-    Raises MissingExtraError where something of it is not installed.
+    This package itself is left out. Raises MissingExtraError if one of them is not installed.
     """
     return [pin(name) for name in sorted(needed({extra}), key=str.lower)]
 
 
 def pin(name: str) -> str:
-    """'name==version' as installed here."""
-    # A local version, such as +cpu, names one index's build; the pin admits any build of that version.
+    """Return 'name==version' as installed here, without a local version label. Raises MissingExtraError if not installed."""
+    # A local label such as +cpu exists only on one package index. Without it the pin accepts any build of that version.
     return f"{name}=={_installed(name, '').version.partition('+')[0]}"
 
 
 def needed(extras: set[str]) -> set[str]:
-    """Names of all that this package with those extras needs, itself left out. Raises MissingExtraError as `pins` does."""
+    """Return the names of all packages that this package with those extras needs, including indirect requirements.
+
+    This package itself is left out. Raises MissingExtraError as `pins` does.
+    """
     names: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
     first = (sorted(extras) or [""])[0]
@@ -34,12 +37,15 @@ def needed(extras: set[str]) -> set[str]:
 
 
 def _follow(
-    requirement: Requirement, extras: set[str], names: set[str], seen: set[tuple[str, frozenset[str]]], blamed: str
+    requirement: Requirement, extras: set[str], names: set[str], seen: set[tuple[str, frozenset[str]]], extra_to_install: str
 ) -> None:
-    """Adds the requirement of something with these extras, if it applies here, and all that it requires itself."""
+    """Add a requirement to `names`, and recursively what it requires, if its marker applies on this system.
+
+    extras: those of the package that has the requirement. extra_to_install: the extra that an error tells the user to install.
+    """
     if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}):
         return
-    found = _installed(requirement.name, blamed)
+    found = _installed(requirement.name, extra_to_install)
     key = str(found.metadata["Name"])
     step = key, frozenset(requirement.extras)
     if key == OWN or step in seen:
@@ -47,7 +53,7 @@ def _follow(
     seen.add(step)
     names.add(key)
     for nested in found.requires or []:
-        _follow(Requirement(nested), set(requirement.extras), names, seen, blamed)
+        _follow(Requirement(nested), set(requirement.extras), names, seen, extra_to_install)
 
 
 def _installed(name: str, extra: str) -> Distribution:

@@ -1,4 +1,4 @@
-"""This package as a wheel: built from the checkout that it runs from, or put together again from where pip installed it."""
+"""This package as a wheel: built from the checkout that it runs from, or repacked from the files that pip installed."""
 
 import base64
 import hashlib
@@ -15,15 +15,15 @@ from pathlib import Path
 from uni_instruct.errors import RequestError, UniInstructError
 
 _SOURCES = ("uni_instruct", "train", "export", "serve", "pyproject.toml", "README.md", "LICENSE")
-# What pip notes about an installation, and what a new wheel says of itself anew.
+# Files in .dist-info that pip writes about one installation. RECORD is written again for the new wheel.
 _NOT_PACKED = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
 _log = logging.getLogger(__name__)
 
 
 def make_wheel(folder: Path) -> Path:
-    """Writes the wheel of this package, with the generators that ship in it, into that folder; no network is needed.
+    """Write the wheel of this package, including the generators that ship with it, into `folder`. Needs no network.
 
-    Raises RequestError where it can neither be built nor put together, UniInstructError where building fails.
+    Raises RequestError if it can be neither built nor repacked, UniInstructError if the build fails.
     """
     checkout = Path(__file__).resolve().parents[2]
     if all((checkout / name).exists() for name in _SOURCES):
@@ -38,7 +38,7 @@ def _built(checkout: Path, folder: Path) -> Path:
         raise RequestError(
             f"the wheel cannot be built: {names} cannot be imported", remedy=f"install {names} beside uni-instruct"
         )
-    # A copy, as building leaves its own folders in the sources.
+    # Build in a copy, because setuptools leaves its own folders (build/, *.egg-info) in the sources.
     with tempfile.TemporaryDirectory(prefix="uni-instruct-wheel-") as copy:
         for name in _SOURCES:
             source = checkout / name
@@ -57,7 +57,7 @@ def _built(checkout: Path, folder: Path) -> Path:
 
 
 def _repacked(installed: Distribution, folder: Path) -> Path:
-    """A wheel is a zip of what is installed, with a list of hashes: pip's own record says which files these are."""
+    """Zip the installed files into a wheel, with a new RECORD of their hashes. Pip's RECORD says which files these are."""
     files = [file for file in installed.files or [] if _is_packed(file)]
     info = next((file.parts[0] for file in files if file.name == "WHEEL" and file.parts[0].endswith(".dist-info")), None)
     if info is None:
@@ -78,7 +78,7 @@ def _repacked(installed: Distribution, folder: Path) -> Path:
 
 
 def _is_packed(file: PackagePath) -> bool:
-    # Scripts lie above the packages; pip makes them again from entry_points.txt.
+    # Console scripts are outside site-packages ('..' in their paths). Pip generates them again from entry_points.txt.
     return (
         ".." not in file.parts
         and file.suffix != ".pyc"

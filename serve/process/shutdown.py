@@ -1,4 +1,4 @@
-"""How a worker stops: what waits is answered 503 at once, what runs is finished within a grace, new requests get 503."""
+"""Graceful shutdown of a worker: waiting and new requests get 503 at once, running ones have a grace period to finish."""
 
 import asyncio
 import logging
@@ -14,19 +14,22 @@ logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_EVERY_S = 0.02
-# Open pages of the demo hold a connection each, which the server would wait for.
+# Every open page of the demo holds a connection, and uvicorn would wait for it without end.
 _OPEN_PAGES_S = 1
 
 
 def uvicorn_server() -> "uvicorn.Server | None":
-    """The server that runs this app, None under another one. To be called before anybody else takes its signals."""
-    # Uvicorn handles signals by a method of its server, which is the only way to it from inside an app.
+    """Return the uvicorn server that runs this app, or None under another ASGI server.
+
+    Must be called before other code replaces uvicorn's signal handlers.
+    """
+    # Uvicorn's SIGTERM handler is a bound method of its server. An app has no other way to reach the server object.
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if hasattr(server, "handle_exit") and hasattr(server, "config") else None
 
 
 class InFlightCount:
-    """Counts the blocks that are entered and not yet left."""
+    """A context manager that counts the blocks that are entered and not yet left."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -39,21 +42,21 @@ class InFlightCount:
 
 
 class GracefulShutdown:
-    """Counts the requests that run, and holds uvicorn's own shutdown back until they are done.
+    """Counts running requests and delays uvicorn's own shutdown until they are done.
 
-    grace_s: how long they may take.
+    grace_s: how many seconds they may take. `begun` is True once a signal to stop has arrived.
     """
 
     def __init__(self, grace_s: float):
         self.begun = False
-        self.request = InFlightCount()  # `with shutdown.request:` around a request that is to be finished
+        self.request = InFlightCount()  # use `with shutdown.request:` around a request that the shutdown should wait for
         self._grace_s = grace_s
         self._task: asyncio.Task[None] | None = None
 
     def watch(self, server: "uvicorn.Server", fail_waiting: Callable[[], None]) -> None:
-        """Takes the signals that stop the server, in whose event loop this is called.
+        """Take over the signals that stop the server. Call it in the server's event loop.
 
-        fail_waiting: to be called once stopping has begun, for the requests that wait.
+        fail_waiting: called when the shutdown begins, to end the requests that are still in a queue.
         """
         handle_exit = server.handle_exit
         server.config.timeout_graceful_shutdown = server.config.timeout_graceful_shutdown or _OPEN_PAGES_S
@@ -61,9 +64,10 @@ class GracefulShutdown:
 
         def begin(number: int, frame: FrameType | None) -> None:
             if self.begun:
-                handle_exit(number, frame)  # asked twice: at once
+                handle_exit(number, frame)  # a second signal stops the server without the grace period
             else:
                 self.begun = True
+                # A signal handler may interrupt any code, so the event loop does the rest.
                 loop.call_soon_threadsafe(start, number)
 
         def start(number: int) -> None:

@@ -1,21 +1,22 @@
-"""BentoML's supervisor, which starts a worker again that has died."""
+"""How often BentoML's supervisor looks for dead workers, which it then restarts."""
 
 import importlib
 import sys
 from typing import Any
 
-# BentoML has it look every 10 s; circus, which does it, by itself every second.
+# BentoML sets 10 s. The default of circus, the library that its supervisor is built on, is 1 s.
 CHECK_EVERY_S = 1.0
 
 
 def check_workers_often() -> None:
-    """To be called where BentoML loads the service: in the supervisor it looks for dead workers every CHECK_EVERY_S.
+    """Make BentoML's supervisor look for dead workers every CHECK_EVERY_S seconds.
 
-    BentoML has no setting for it. In a worker nothing happens: there is no supervisor to be made.
+    Call it in the module that BentoML loads as the service. BentoML has no setting for the interval, so this replaces the class
+    of its supervisor. In a worker it does nothing, because no supervisor is created there.
     """
     if "bentoml_cli.serve" not in sys.modules:
         return
-    # Imported here: BentoML loads the service first, and this module when it makes the supervisor.
+    # BentoML loads the service first and takes `Arbiter` from this module afterwards, so replacing it here is early enough.
     circus: Any = importlib.import_module("bentoml._internal.utils.circus")
 
     class Arbiter(circus.Arbiter):

@@ -1,1 +1,1 @@
-"""What each address takes and gives."""
+"""The request and the answer of each API route."""

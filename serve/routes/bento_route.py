@@ -1,4 +1,4 @@
-"""POST /generate, BentoML's own route, held to what the others are held to: the same fields, errors and metrics."""
+"""POST /generate, BentoML's own route, made to behave as the other routes do: the same fields, errors and metrics."""
 
 import logging
 from contextvars import ContextVar
@@ -17,9 +17,9 @@ from uni_instruct.serve.routes.schema import REMEDIES, Seed, ShortErrors, parse_
 
 PATH = "/generate"
 _REPLACED_HEADERS = (b"content-length", b"content-encoding", b"content-type", b"transfer-encoding")
-# Where BentoML writes the traceback of whatever a method raises.
+# The logger to which BentoML writes the traceback of everything that an API method raises.
 _BENTOML_LOG = "bentoml._internal.server.http_app"
-# What the method raised, for the middleware around it: BentoML keeps of an error no more than a text.
+# The error that the method raised, for the middleware around it. BentoML itself passes on only the error's text.
 _raised: ContextVar[list[UniInstructError]] = ContextVar("raised")
 
 
@@ -36,12 +36,12 @@ class BentoRequest(BaseModel):
 
 
 def note_error(error: UniInstructError) -> None:
-    """To be called by the method before it raises: the answer will be this error, in the shape that all errors have."""
+    """Make this error the answer, in the JSON shape of all errors. The API method calls this before it raises."""
     _raised.get([]).append(error)
 
 
 def drop_refusals_from_log() -> None:
-    """No traceback for a request that was refused: its answer says what is wrong with it, and the access log has its line."""
+    """Keep BentoML from logging a traceback for a refused request (status below 500), whose answer says what is wrong."""
     logging.getLogger(_BENTOML_LOG).addFilter(_is_no_refusal)
 
 
@@ -52,7 +52,7 @@ def _is_no_refusal(record: logging.LogRecord) -> bool:
 
 
 class BentoRouteMiddleware:
-    """Reads and checks the body before BentoML does, and answers errors in the project's shape."""
+    """Checks the body of POST /generate before BentoML reads it, and answers errors in the JSON shape of all routes."""
 
     def __init__(self, app: ASGIApp, limit_bytes: int, metrics: ServerMetrics):
         self.app = app
@@ -60,7 +60,7 @@ class BentoRouteMiddleware:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI connection."""
+        """Handle one ASGI connection."""
         if scope["type"] != "http" or route_path(scope) != PATH or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
@@ -82,12 +82,12 @@ class BentoRouteMiddleware:
         body = await read_body(request, self._limit_bytes)
         wanted = parse_model(BentoRequest, body, _REMEDIES, example='{"seeds": [7]}')
         values = wanted.model_dump(exclude_none=True)
-        if wanted.seeds is not None:  # BentoML's own check takes integers only
+        if wanted.seeds is not None:  # BentoML's own check accepts only integers, no strings of digits
             values["seeds"] = [int(seed) for seed in wanted.seeds]
         return BentoRequest(**values).model_dump_json(exclude_none=True).encode()
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """BentoML's answer to the checked body, or the error that its method noted."""
+        """Send BentoML's answer to the checked body, or the error that the API method noted."""
         raised: list[UniInstructError] = []
         token = _raised.set(raised)
         given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]

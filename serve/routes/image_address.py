@@ -1,4 +1,4 @@
-"""GET /v1/images/{model}/{seed}.png: one image by its address, for <img> and caches. The same address is the same image."""
+"""GET /v1/images/{model}/{seed}.png: one image by its address, for <img> tags and caches."""
 
 import re
 from collections.abc import Mapping
@@ -17,17 +17,18 @@ from uni_instruct.serve.routes.picture import PICTURE_FORMATS, Picture, size_fac
 from uni_instruct.serve.routes.responses import generate_encoded, timing_headers
 from uni_instruct.spec import ModelSpec
 
-# Digits of ASCII: others would be more addresses of the same image.
+# Only ASCII digits without leading zeros: other spellings of a seed would be more addresses of the same image.
 _FILE = re.compile(rf"(0|[1-9][0-9]{{0,18}})\.({'|'.join(PICTURE_FORMATS)})")
 _QUERY = {"class": "a class by name or id", "size": "such as 256x256", "weights": "the beginning of the weights' sha256"}
-# Without the weights in the address a bundle that is exchanged gives other images under it: a day is how long they may mix.
+# max-age of an answer. If a bundle is replaced, an address without `weights` gets other images, and caches may serve old ones
+# beside new ones for up to a day. An address with `weights` always means the same image.
 _DAY_S, _YEAR_S = 86_400, 31_536_000
-_MIN_DIGITS = 8
+_MIN_DIGITS = 8  # of the weights' sha256
 
 
 @dataclass(frozen=True)
 class ImageAddress:
-    """An address that has been checked. class_ids: int64 [1], None for an unconditional generator."""
+    """A checked address. class_ids: int64 [1], None for an unconditional generator. pinned: whether it names the weights."""
 
     seed: int
     class_ids: np.ndarray | None
@@ -36,7 +37,7 @@ class ImageAddress:
 
 
 def resolve_address(file: str, query: QueryParams, served: ServedModel) -> ImageAddress:
-    """What 'SEED.FORMAT' and the query ask for. Raises NotFoundError for no such file, RequestError for a wrong query."""
+    """Parse 'SEED.FORMAT' and the query. Raises NotFoundError for an unknown file or weights, RequestError for a bad query."""
     match = _FILE.fullmatch(file)
     if not match or int(match[1]) >= SEED_LIMIT:
         raise NotFoundError(
@@ -53,10 +54,10 @@ def resolve_address(file: str, query: QueryParams, served: ServedModel) -> Image
 
 
 async def addressed_image(served: ServedModel, address: ImageAddress, headers: Headers) -> Response:
-    """The image; 304 without a body where the client has it already (If-None-Match), which costs the engine nothing."""
+    """Return the image, or 304 without a body if the client has it already (If-None-Match). A 304 does not use the engine."""
     cache = cache_headers(served, address)
-    # A list may come in several lines (RFC 9110, section 5.3).
-    if _has_it(",".join(headers.getlist("if-none-match")), cache["ETag"]):
+    # A header with a list may be repeated; its lines are then one list (RFC 9110, section 5.3).
+    if _etag_matches(",".join(headers.getlist("if-none-match")), cache["ETag"]):
         return Response(status_code=304, headers=cache)
     encoded = await generate_encoded(
         served,
@@ -73,8 +74,8 @@ async def addressed_image(served: ServedModel, address: ImageAddress, headers: H
 
 
 def cache_headers(served: ServedModel, address: ImageAddress) -> Mapping[str, str]:
-    """ETag from the weights' hash and the engine, and for how long the image may be kept: a year where the address pins it."""
-    # What needs a key must not come out of a cache that others share.
+    """Return ETag (weights' hash and engine) and Cache-Control: a year if the address pins the weights, otherwise a day."""
+    # With API keys, shared caches must not store images, because they would serve them to clients without a key.
     who = "private" if served.settings.keys else "public"
     age = _YEAR_S if address.pinned else _DAY_S
     return {
@@ -83,8 +84,8 @@ def cache_headers(served: ServedModel, address: ImageAddress) -> Mapping[str, st
     }
 
 
-def _has_it(if_none_match: str, etag: str) -> bool:
-    """Whether one of the listed tags is ours; 'W/' before it makes no difference here (RFC 9110, section 13.1.2)."""
+def _etag_matches(if_none_match: str, etag: str) -> bool:
+    """Whether one of the listed tags is ours. If-None-Match ignores the prefix 'W/' (RFC 9110, section 13.1.2)."""
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return "*" in tags or etag in tags
 
@@ -93,7 +94,7 @@ def _class_ids(spec: ModelSpec, seed: int, label: str | None) -> np.ndarray | No
     try:
         return resolve_class_ids(spec, [seed], None if label is None else [label])
     except RequestError as error:
-        error.param = "class"  # as it is called here
+        error.param = "class"  # the name of this route's parameter
         raise
 
 

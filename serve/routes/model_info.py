@@ -1,4 +1,4 @@
-"""What is served, in JSON: GET /v1/models and GET /v1/spec."""
+"""GET /v1/models and GET /v1/spec: the models that are served, and the facts about one of them, for JSON."""
 
 import functools
 import platform
@@ -12,17 +12,17 @@ _REPORTED_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "te
 
 
 def model_list(models: Models) -> dict[str, object]:
-    """Every model, loaded or not, in the shape of OpenAI's list, which clients of other servers ask for."""
+    """Return all models, loaded or not, in the shape of OpenAI's model list, which generic clients request."""
     return {"object": "list", "data": [model_entry(models.get(name)) for name in models.names]}
 
 
 def model_entry(served: ServedModel) -> dict[str, object]:
-    """One model as OpenAI's clients know it, and its state: 'loading', 'ready' or 'failed'."""
+    """Return one model in the shape of OpenAI's models, plus its state: 'loading', 'ready', 'failed' or 'closed'."""
     return {"id": served.name, "object": "model", "created": 0, "owned_by": "uni-instruct", "state": served.state}
 
 
 def model_info(served: ServedModel) -> dict[str, object]:
-    """Shape, classes, engine, precision, limits and versions. Raises NotReadyError until the generator is loaded."""
+    """Return a model's shape, classes, provenance, engines, limits and versions. Raises NotReadyError until it is loaded."""
     bundle, engine, settings = served.bundle, served.engine, served.settings
     spec = bundle.spec
     return {
@@ -49,12 +49,12 @@ def model_info(served: ServedModel) -> dict[str, object]:
     }
 
 
-@functools.cache  # they are read from files, and stay what they are while this process lives
+@functools.cache  # reading them from files takes time, and they do not change while this process lives
 def _versions() -> dict[str, str]:
     found = {}
     for package in _REPORTED_PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            continue  # only one engine's runtime has to be there
+            continue  # not every runtime has to be installed
     return found

@@ -1,4 +1,4 @@
-"""POST /v1/images/generations in OpenAI's shape, for their clients. The prompt is a class: this is no text-to-image model."""
+"""POST /v1/images/generations in OpenAI's shape, for its clients. The prompt is a class: this is no text-to-image model."""
 
 import asyncio
 import base64
@@ -22,16 +22,16 @@ from uni_instruct.serve.routes.responses import generate_encoded, generate_image
 from uni_instruct.serve.routes.schema import Seed, SeedFormat, draw_seeds, parse_model, seed_format_of, shown_seed
 from uni_instruct.spec import ModelSpec
 
-# Enlarged pixels of one request: 16 images of 1024 x 1024. More would hold the encoders for seconds.
+# The most enlarged pixels of one request: 16 images of 1024 x 1024. More would keep the encoders busy for seconds.
 MAX_OPENAI_PIXELS = 16 * 1024 * 1024
-_NAMED_CLASSES = 12
+_NAMED_CLASSES = 12  # the most class names that an error message lists
 
 
 class ImagesRequest(BaseModel):
-    """The body of POST /v1/images/generations: OpenAI's fields, and seed and seed_format of our own.
+    """The body of POST /v1/images/generations: OpenAI's fields, and two of our own, seed and seed_format.
 
-    quality, style, moderation, partial_images and user are taken, as OpenAI's clients send them, and change nothing: one step
-    has no intermediate image and no quality to choose.
+    quality, style, moderation, partial_images and user are accepted, because OpenAI's clients send them, but have no effect: a
+    one-step generator has no intermediate images and no quality setting.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -56,7 +56,7 @@ class ImagesRequest(BaseModel):
 
 @dataclass(frozen=True)
 class ImagesJob:
-    """A request that has been checked. class_ids: int64 [N], None for an unconditional generator."""
+    """A checked request. class_ids: int64 [N], None for an unconditional generator. class_given: if the prompt names one."""
 
     seeds: list[int]
     class_ids: np.ndarray | None
@@ -69,12 +69,12 @@ class ImagesJob:
 
 
 def parse_images_request(body: bytes) -> ImagesRequest:
-    """The request in a JSON body. Raises RequestError."""
+    """Parse a JSON body. Raises RequestError."""
     return parse_model(ImagesRequest, body, _REMEDIES, example='{"prompt": ""}')
 
 
 def resolve_images(request: ImagesRequest, spec: ModelSpec, limit: int) -> ImagesJob:
-    """Seeds, class and files of a request of at most `limit` images. Raises RequestError."""
+    """Check a request of at most `limit` images and resolve its seeds, class, size and format. Raises RequestError."""
     seeds = _seeds(request, limit)
     class_id = class_of_prompt(request.prompt, spec)
     class_ids = resolve_class_ids(spec, seeds, class_id)
@@ -96,7 +96,10 @@ def resolve_images(request: ImagesRequest, spec: ModelSpec, limit: int) -> Image
 
 
 def class_of_prompt(prompt: str, spec: ModelSpec) -> int | None:
-    """The class that a prompt names, in any case or by id; None where it is empty. Raises RequestError that names classes."""
+    """Return the id of the class that a prompt names, by name in any letter case or by id; None for an empty prompt.
+
+    Raises RequestError for another prompt; it lists classes.
+    """
     text = prompt.strip()
     if not text:
         return None
@@ -120,15 +123,18 @@ def class_of_prompt(prompt: str, spec: ModelSpec) -> int | None:
 
 
 async def images_response(served: ServedModel, job: ImagesJob, base_url: str) -> Response:
-    """The images as OpenAI's clients expect them. base_url: of this server, with a slash at its end, for the URLs of images."""
+    """Return the images as OpenAI's clients expect them: as JSON with base64 or URLs, or as server-sent events.
+
+    base_url: of this server, with a slash at its end; image URLs begin with it.
+    """
     if job.as_url:
         urls = [{"url": _url(served.name, job, index, base_url)} for index in range(len(job.seeds))]
-        return JSONResponse(_answer(served, job, urls), headers=served.made_by)
+        return JSONResponse(_answer(served, job, urls), headers=served.engine_headers)
     if job.stream:
-        # Made before the answer begins, so that what goes wrong still has a status of its own.
+        # Make the images before the answer starts, so that an error can still be answered with its own HTTP status.
         generated = await generate_images(served, job.seeds, job.class_ids)
         events = _events(served, job, generated.images)
-        return StreamingResponse(events, headers=served.made_by, media_type="text/event-stream")
+        return StreamingResponse(events, headers=served.engine_headers, media_type="text/event-stream")
     encoded = await generate_encoded(
         served,
         job.seeds,
@@ -147,7 +153,7 @@ def _answer(served: ServedModel, job: ImagesJob, entries: list[dict[str, str]]) 
 
 
 async def _events(served: ServedModel, job: ImagesJob, images: np.ndarray) -> AsyncIterator[str]:
-    """Server-sent events, one for each image as it is encoded."""
+    """Yield a server-sent event for each image as soon as it is encoded."""
     name = "image_generation.completed"
     for index, image in enumerate(images):
         file = await asyncio.get_running_loop().run_in_executor(served.encoders, job.picture.encode, image)
@@ -158,7 +164,7 @@ async def _events(served: ServedModel, job: ImagesJob, images: np.ndarray) -> As
             "model": served.name,
             **_form(job),
             **_facts(served.spec, job, index),
-            # OpenAI's clients expect it. Nothing here is counted in tokens.
+            # OpenAI's clients expect this field. There are no tokens to count here.
             "usage": {
                 "input_tokens": 0,
                 "output_tokens": 0,
@@ -174,7 +180,7 @@ def _form(job: ImagesJob) -> dict[str, object]:
 
 
 def _facts(spec: ModelSpec, job: ImagesJob, index: int) -> dict[str, object]:
-    """Which image it is. revised_prompt, which OpenAI's clients know, names the class that was drawn."""
+    """Return what identifies an image. revised_prompt is OpenAI's field; here it has the name of the image's class."""
     class_id = None if job.class_ids is None else int(job.class_ids[index])
     name = None if class_id is None else spec.class_name(class_id)
     seed = shown_seed(job.seeds[index], job.seed_format)
@@ -182,7 +188,7 @@ def _facts(spec: ModelSpec, job: ImagesJob, index: int) -> dict[str, object]:
 
 
 def _url(model: str, job: ImagesJob, index: int, base_url: str) -> str:
-    """Where the image route has the image: whoever opens it gets the same one, whenever."""
+    """Return the URL of the image at GET /v1/images, which makes the same image again from its seed and class."""
     query = []
     if job.class_given and job.class_ids is not None:
         query.append(f"class={int(job.class_ids[index])}")
@@ -218,7 +224,7 @@ def _check_pixels(count: int, picture: Picture, spec: ModelSpec) -> None:
         )
 
 
-# Field -> what it must look like.
+# Field -> the remedy of an error for a bad value of it.
 _REMEDIES = {
     "prompt": "give a string: a class, or nothing for random ones",
     "model": "give the name of a model, as GET /v1/models lists them",

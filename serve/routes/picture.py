@@ -1,4 +1,4 @@
-"""One image as a file of a size and format: what OpenAI's route and the image route share."""
+"""One image as a file of a given size and format. OpenAI's route and the image route share this."""
 
 import re
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from uni_instruct.errors import RequestError
 from uni_instruct.images import encode
 from uni_instruct.spec import ModelSpec
 
-# How a format is written in a path or a request -> the encoder's name.
+# A format as written in a path or request -> the encoder's name for it.
 PICTURE_FORMATS = {"png": "png", "jpeg": "jpeg", "jpg": "jpeg", "webp": "webp"}
-# Of one side: what OpenAI's clients ask for at most, with some room.
+# The longest side of an enlarged image, in pixels: more than the sizes that OpenAI's clients request.
 MAX_PICTURE_SIDE = 2048
 _SIZE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """How an image becomes a file: its format, the whole factor that it is enlarged by, and 0..100 for lossy quality."""
+    """How to write an image to a file: format, whole factor to enlarge it by, quality 0..100 of lossy formats (or None)."""
 
     format: str = "png"
     factor: int = 1
     quality: int | None = None
 
     def encode(self, image: np.ndarray) -> bytes:
-        """The file of one image uint8 [H, W, C]. Pixels are repeated, not smoothed, so that none is invented."""
+        """Encode one image uint8 [H, W, C]. To enlarge it, pixels are repeated, not interpolated, so no new values appear."""
         if self.factor > 1:
             image = image.repeat(self.factor, axis=0).repeat(self.factor, axis=1)
         return encode(image, self.format, self.quality)
 
 
 def size_factor(size: str | None, spec: ModelSpec) -> int:
-    """How many times the image is to be enlarged; once where size is None or 'auto'. Raises RequestError where none fits."""
+    """Return the whole factor that enlarges an image to 'WxH'; 1 for None or 'auto'. Raises RequestError if there is none."""
     if size is None or size == "auto":
         return 1
     _, height, width = spec.image_shape
@@ -49,13 +49,13 @@ def size_factor(size: str | None, spec: ModelSpec) -> int:
 
 
 def size_text(spec: ModelSpec, factor: int) -> str:
-    """'64x64': width and height of an image enlarged by that factor."""
+    """Return width and height of an image enlarged by that factor, as '64x64'."""
     _, height, width = spec.image_shape
     return f"{factor * width}x{factor * height}"
 
 
 def quality_of(compression: int | None, format: str) -> int | None:
-    """output_compression as the encoder's quality. Raises RequestError where the format has none, or outside 0..100."""
+    """Return the encoder's quality for output_compression. Raises RequestError if png is given one, or outside 0..100."""
     if compression is None:
         return None
     if not 0 <= compression <= 100:
@@ -63,7 +63,7 @@ def quality_of(compression: int | None, format: str) -> int | None:
             f"output_compression is {str(compression)[:40]}", remedy="give an integer from 0 to 100", param="output_compression"
         )
     if format == "png":
-        if compression == 100:  # OpenAI's default, which its clients may write out
+        if compression == 100:  # OpenAI's default value, which its clients may send explicitly
             return None
         raise RequestError(
             "png is lossless and has no output_compression",

@@ -1,4 +1,4 @@
-"""What goes back to the client: the images of a job as one picture, a grid or a container of several; or an error."""
+"""Answers with images: one picture, a grid, or a container of several (JSON, npz, zip), with their headers."""
 
 import asyncio
 import base64
@@ -21,23 +21,23 @@ from uni_instruct.serve.models.served_model import ServedModel
 from uni_instruct.serve.routes.schema import Job, shown_seed
 from uni_instruct.spec import ModelSpec
 
-# Proxies commonly refuse more than 8 kB of headers.
+# The longest header value that is sent, in characters: proxies commonly refuse more than 8 kB of headers.
 _MAX_HEADER_LENGTH = 2048
-# What is encoded in a fraction of a millisecond: formats, images, and bytes of pixels (one picture of 64x64 in colour).
+# Limits for encoding on the event loop, in a fraction of a millisecond: formats, images, bytes of pixels (64x64 in colour).
 _QUICK = ("png", "jpeg", "json", "npz")
 _QUICK_IMAGES, _QUICK_BYTES = 8, 64 * 64 * 3
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """The files that were made of a request's images, and the milliseconds in queue, model and encoding."""
+    """The encoded files of a request, and its milliseconds by stage: queue, model and encode."""
 
     files: list[bytes]
     stage_ms: dict[str, float]
 
 
 async def image_response(served: ServedModel, job: Job) -> Response:
-    """The images of a job, with headers that name seeds, classes, model, engine and milliseconds by stage."""
+    """Return the images of a job, with headers for seeds, classes, model, engine and the milliseconds by stage."""
     spec = served.spec
     encoded = await generate_encoded(
         served, job.seeds, job.class_ids, lambda images: [encode_job(job, images, spec)], job.format
@@ -47,13 +47,13 @@ async def image_response(served: ServedModel, job: Job) -> Response:
 
 
 def timing_headers(served: ServedModel, stage_ms: dict[str, float]) -> dict[str, str]:
-    """What made the images, and the milliseconds by stage."""
+    """Return the headers that say what made the images, and Server-Timing with the milliseconds by stage."""
     timing = ", ".join(f"{stage};dur={milliseconds:.2f}" for stage, milliseconds in stage_ms.items())
-    return {**served.made_by, "Server-Timing": timing}
+    return {**served.engine_headers, "Server-Timing": timing}
 
 
 async def generate_images(served: ServedModel, seeds: Sequence[NoisePoint], class_ids: ClassIds | None) -> Generated:
-    """The images themselves. Raises NotReadyError, and what Batcher.submit raises."""
+    """Make images without encoding them. Raises NotReadyError, and what Batcher.submit raises."""
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     served.metrics.record_stages({"queue": generated.queue_ms, "model": generated.model_ms})
     return generated
@@ -67,19 +67,21 @@ async def generate_encoded(
     format: str,
     factor: int = 1,
 ) -> EncodedImages:
-    """The files that `encoder` makes of the seeds' images uint8 [N, H, W, C], enlarged by a factor, in that format.
+    """Make the images of the seeds and encode them with `encoder`, which takes uint8 [N, H, W, C] and returns files.
 
-    class_ids: int64 [N] or mixtures, None for an unconditional generator. Raises NotReadyError, and what Batcher.submit raises.
+    class_ids: int64 [N] or mixtures, None for an unconditional generator. format, factor: what the encoder writes and by how
+    much it enlarges the images; they decide whether it runs on the event loop or in a thread.
+    Raises NotReadyError, TimedOutError, and what Batcher.submit raises.
     """
     ends = asyncio.get_running_loop().time() + served.settings.timeout_s
     generated = await served.batcher.submit(seeds, class_ids, served.settings.timeout_s)
     start = time.perf_counter()
     images = generated.images
     if format in _QUICK and len(images) <= _QUICK_IMAGES and images.nbytes * factor**2 <= _QUICK_BYTES:
-        # Here: to hand a small picture to a thread takes longer than to encode it.
+        # On the event loop: passing a small picture to a thread takes longer than encoding it.
         files = encoder(images)
     else:
-        # In a thread: compressing a grid takes milliseconds, in which the event loop would answer nobody.
+        # In a thread: compressing a grid takes milliseconds, during which the event loop could not serve other requests.
         files = await _encoded_in_thread(served, encoder, images, ends)
     encode_ms = 1e3 * (time.perf_counter() - start)
     stage_ms = {"queue": generated.queue_ms, "model": generated.model_ms, "encode": encode_ms}
@@ -90,7 +92,7 @@ async def generate_encoded(
 async def _encoded_in_thread(
     served: ServedModel, encoder: Callable[[np.ndarray], list[bytes]], images: np.ndarray, ends: float
 ) -> list[bytes]:
-    """Raises TimedOutError where it is not done by then, in the event loop's time: others may be before it."""
+    """Encode in a thread. Raises TimedOutError if this is not done at time `ends` of the event loop: others may be in line."""
     try:
         async with asyncio.timeout_at(ends):
             return await asyncio.get_running_loop().run_in_executor(served.encoders, encoder, images)
@@ -101,12 +103,12 @@ async def _encoded_in_thread(
 
 
 def media_type(job: Job) -> str:
-    """The media type of the file that `encode_job` makes."""
+    """Return the media type of the file that `encode_job` makes."""
     return _CONTAINERS[job.format][0] if job.format in _CONTAINERS else f"image/{job.format}"
 
 
 def encode_job(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
-    """The file that the job asks for. images: uint8 [N, H, W, C]."""
+    """Encode the images of a job, uint8 [N, H, W, C], as the file that it asks for."""
     if job.format in _CONTAINERS:
         _, pack = _CONTAINERS[job.format]
         return pack(job, images, spec)
@@ -114,9 +116,10 @@ def encode_job(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
 
 
 def job_headers(job: Job) -> dict[str, str]:
-    """Which images these are: X-Seeds in the notation of --seeds, and X-Class-Ids.
+    """Return the headers that identify the images: X-Seeds in the notation of --seeds, and X-Class-Ids.
 
-    A list too long for a header is left out: drawn seeds are one short range, and others the client sent itself.
+    A list that is too long for a header is left out. The client still knows the seeds: those that the server draws are one
+    short range, and others are in its request.
     """
     headers = {"X-Seeds": seed_ranges(job.seeds)}
     if job.class_ids is not None:
@@ -127,7 +130,7 @@ def job_headers(job: Job) -> dict[str, str]:
 
 
 def seed_ranges(seeds: list[int]) -> str:
-    """Seeds as '0-63,70', which parse_seeds reads back in the same order."""
+    """Return seeds as '0-63,70', which `parse_seeds` reads back in the same order."""
     parts: list[list[int]] = []
     for seed in seeds:
         if parts and seed == parts[-1][1] + 1:
@@ -138,7 +141,7 @@ def seed_ranges(seeds: list[int]) -> str:
 
 
 def _json(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
-    """{"images": [{seed, class_id, class_name, b64_png}]}; the class is null where there is none."""
+    """Encode as {"images": [{seed, class_id, class_name, b64_png}]}. The class is null for an unconditional generator."""
     entries = []
     for index, (seed, image) in enumerate(zip(job.seeds, images, strict=True)):
         class_id = None if job.class_ids is None else int(job.class_ids[index])
@@ -154,7 +157,7 @@ def _json(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
 
 
 def _npz(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
-    """arr_0 (uint8 [N, H, W, C]), seeds, and class_ids where there are classes."""
+    """Encode as npz: arr_0 (uint8 [N, H, W, C]), seeds, and class_ids if the generator has classes."""
     arrays = {"arr_0": images, "seeds": np.array(job.seeds, dtype=np.int64)}
     if job.class_ids is not None:
         arrays["class_ids"] = job.class_ids
@@ -164,12 +167,12 @@ def _npz(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
 
 
 def _zip(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
-    """PNGs in the order of the request, named by place and seed, and EDM's dataset.json with the classes."""
-    # The place comes first: a seed may occur twice, and names in order keep the order of the request.
+    """Encode as zip: PNGs named by index and seed, and EDM's dataset.json with the classes."""
+    # The index comes first in the names, because a seed may occur twice, and sorted names then keep the request's order.
     names = [f"{index:05d}-seed{seed}.png" for index, seed in enumerate(job.seeds)]
     labels = None if job.class_ids is None else [[n, int(c)] for n, c in zip(names, job.class_ids, strict=True)]
     buffer = io.BytesIO()
-    # Stored, as PNGs do not become smaller; it is also what EDM's tools expect.
+    # Not compressed, because PNGs do not become smaller. EDM's tools expect it, too.
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, image in zip(names, images, strict=True):
             archive.writestr(name, encode(image))
@@ -179,7 +182,7 @@ def _zip(job: Job, images: np.ndarray, spec: ModelSpec) -> bytes:
 
 _Pack = Callable[[Job, np.ndarray, ModelSpec], bytes]
 
-# Formats that hold several images -> their media type, and what makes the file.
+# Format for several images -> its media type and the function that encodes it.
 _CONTAINERS: dict[str, tuple[str, _Pack]] = {
     "json": ("application/json", _json),
     "npz": ("application/octet-stream", _npz),

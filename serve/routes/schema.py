@@ -1,4 +1,4 @@
-"""The body of POST /v1/generate as a pydantic model, and how it becomes seeds and classes."""
+"""The body of POST /v1/generate as a pydantic model, its checks, and its conversion to seeds and class ids."""
 
 import reprlib
 import secrets
@@ -15,26 +15,26 @@ from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import IMAGE_FORMATS
 from uni_instruct.spec import ModelSpec
 
-# JavaScript has no odd integers above 2**53: its clients send and read seeds as strings of digits.
+# JavaScript's numbers are exact only up to 2**53, so its clients send and receive larger seeds as strings of digits.
 Seed = int | Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,18})$")]
 SeedFormat = Literal["integer", "string"]
 ResponseFormat = Literal["png", "jpeg", "webp", "npz", "zip", "json"]
 
-# Drawn seeds stay below what JavaScript's numbers hold exactly.
+# Seeds that the server draws stay below 2**53, so that JavaScript's numbers hold them exactly.
 _DRAWN_SEED_LIMIT = 2**53
-# Characters of a client's value that are repeated to it.
+# The most characters of a client's value that an error message repeats.
 _MAX_VALUE_LENGTH = 80
 
 
 _Item = TypeVar("_Item")
-# One error of a list is enough: to describe every item of a long one takes longer than all the rest of a request.
+# A list whose check stops at the first bad item. Describing all bad items of a long list takes longer than a whole request.
 ShortErrors = Annotated[list[_Item], Field(fail_fast=True)]
 
 
 class GenerateRequest(BaseModel):
     """The body of POST /v1/generate. All fields are optional: an empty object makes one image."""
 
-    # Strict: a misspelled field or a seed of 7.0 is refused, where a lenient reader would make images nobody asked for.
+    # Strict: a misspelled field or a seed of 7.0 is an error. Ignoring it would return images that were not asked for.
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = Field(None, description="Which of the generators that are served; without it the first.")
@@ -53,7 +53,7 @@ class GenerateRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """A request that has been checked and can be run. class_ids: int64 [N], None for an unconditional generator."""
+    """A checked request that can be run. class_ids: int64 [N], None for an unconditional generator."""
 
     seeds: list[int]
     class_ids: np.ndarray | None
@@ -63,7 +63,7 @@ class Job:
 
 
 def parse_request(body: bytes) -> GenerateRequest:
-    """The request in a JSON body; an empty body is the default request. Raises RequestError for any other body."""
+    """Parse a JSON body; an empty body is the default request. Raises RequestError for a body that does not fit."""
     return parse_model(GenerateRequest, body, REMEDIES, example='{"seeds": [7]}')
 
 
@@ -71,16 +71,19 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def parse_model(model: type[_Model], body: bytes, remedies: Mapping[str, str], example: str) -> _Model:
-    """The model in a JSON body; an empty body is an empty object. remedies: of each field. Raises RequestError."""
+    """Parse a JSON body into a pydantic model; an empty body counts as an empty object.
+
+    remedies: field -> remedy of the error for a bad value; example: a body, for errors. Raises RequestError.
+    """
     try:
         fields = from_json(body or b"{}")
     except ValueError:
         raise RequestError("the body is not JSON", remedy=f"send an object, such as {example}") from None
     if not isinstance(fields, dict):
         raise RequestError(f"the body is {_short(fields)}, not an object", remedy=f"send one, such as {example}")
-    # Before pydantic, which would list all of a hundred thousand unknown fields.
+    # Checked before pydantic, which would describe every unknown field, even a hundred thousand of them.
     unknown = next((name for name in fields if name not in model.model_fields), None)
-    if unknown is not None:  # it may be empty
+    if unknown is not None:  # not `if unknown`: a field's name may be empty
         name = unknown[:_MAX_VALUE_LENGTH]
         raise RequestError(f"field '{name}' is unknown", remedy=f"the fields are {', '.join(remedies)}", param=name)
     try:
@@ -90,12 +93,12 @@ def parse_model(model: type[_Model], body: bytes, remedies: Mapping[str, str], e
 
 
 def field_remedies(model: type[BaseModel]) -> dict[str, str]:
-    """What each field must look like: its first example."""
+    """Return a remedy for each field of a model, made from the field's first example."""
     return {name: f"give {(field.examples or ['another value'])[0]}" for name, field in model.model_fields.items()}
 
 
 def resolve(request: GenerateRequest, spec: ModelSpec, limit: int) -> Job:
-    """Seeds and classes of a request, of at most `limit` images. Raises RequestError."""
+    """Check a request of at most `limit` images and resolve its seeds, class ids and format. Raises RequestError."""
     seeds = _seeds(request, limit)
     if request.class_ids is not None and request.classes is not None:
         raise RequestError("both class_ids and classes are given", remedy="give one of them", param="classes")
@@ -108,17 +111,17 @@ def resolve(request: GenerateRequest, spec: ModelSpec, limit: int) -> Job:
 
 
 def seed_format_of(wanted: SeedFormat | None, given: Iterable[Seed | None]) -> SeedFormat:
-    """How seeds are to be answered: as is wanted, else as strings where one of those given is a string."""
+    """Return how to write seeds in the answer: as wanted, otherwise as strings if one of the given seeds is a string."""
     return wanted or ("string" if any(isinstance(seed, str) for seed in given) else "integer")
 
 
 def shown_seed(seed: int, seed_format: SeedFormat) -> int | str:
-    """The seed as JSON answers it."""
+    """Return the seed as it is written in a JSON answer."""
     return str(seed) if seed_format == "string" else seed
 
 
 def draw_seeds(count: int) -> list[int]:
-    """Consecutive seeds from a random first one, so that X-Seeds can name them all as one short range."""
+    """Draw a random first seed and return `count` consecutive ones, so that X-Seeds can name them as one short range."""
     first = secrets.randbelow(_DRAWN_SEED_LIMIT - count)
     return list(range(first, first + count))
 
@@ -126,7 +129,7 @@ def draw_seeds(count: int) -> list[int]:
 def _seeds(request: GenerateRequest, limit: int) -> list[int]:
     if request.seeds is not None and request.num_images is not None:
         raise RequestError("both seeds and num_images are given", remedy="give one of them", param="num_images")
-    # The error names the field that the client wrote.
+    # Errors name the field that the client used.
     param = "num_images" if request.seeds is None else "seeds"
     count = len(request.seeds) if request.seeds is not None else request.num_images
     count = 1 if count is None else count
@@ -153,7 +156,7 @@ def _format(request: GenerateRequest, count: int) -> str:
     return chosen
 
 
-# Field -> what it must look like.
+# Field -> the remedy of an error for a bad value of it.
 REMEDIES = {
     "model": "give the name of a model, as GET /v1/models lists them",
     "seeds": "give a list of integers in [0, 2**63), such as [7, 8]",
@@ -167,10 +170,10 @@ REMEDIES = {
 
 
 def _request_error(error: ValidationError, remedies: Mapping[str, str]) -> RequestError:
-    """The first thing that pydantic found, in the project's words."""
+    """Turn the first error that pydantic found into a RequestError with the field's remedy."""
     first = error.errors(include_url=False, include_context=False)[0]
     param = str(first["loc"][0])
-    # What follows a place in a list is pydantic's name for the type that it tried.
+    # Keep only list indices: the strings in `loc` after the field are pydantic's names for the types that it tried.
     place = param + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
     value = "missing" if first["type"] == "missing" else _short(first["input"])
     return RequestError(f"{place} is {value}", remedy=remedies[param], param=param)
@@ -181,6 +184,6 @@ _brief.maxstring = _brief.maxother = _brief.maxlong = _MAX_VALUE_LENGTH
 
 
 def _short(value: object) -> str:
-    """A value from a client, which may be megabytes long, in a line. Only its ends are looked at."""
+    """Return a client's value as one short line. The value may be megabytes long, so only its ends are formatted."""
     text = _brief.repr(value)
     return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[: _MAX_VALUE_LENGTH - 3]}..."

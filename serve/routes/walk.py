@@ -1,6 +1,7 @@
-"""POST /v1/walk: pictures on the way through noise from seed to seed, one by one for a page that is dragged, or animated.
+"""POST /v1/walk: images along a path through noise from seed to seed, at single positions or as an animation.
 
-Where stops differ in class, the class is interpolated as the noise is.
+The path has one stop for each seed; noise is interpolated between stops. If two stops have different classes, the classes'
+embeddings are interpolated too, provided that the engine can do so.
 """
 
 import io
@@ -25,9 +26,9 @@ from uni_instruct.serve.routes.schema import Seed, ShortErrors, field_remedies, 
 from uni_instruct.spec import ModelSpec
 
 MAX_STOPS = 64
-# Of one side of an animation: what browsers and viewers open without complaint.
+# The longest side of an animation, in pixels: browsers and image viewers open this without problems.
 MAX_ANIMATED_SIDE = 1024
-# Of all frames together: 256 of 512x512, which hold an encoder for seconds. Four times as many took 48 s and 1 GB.
+# Pixels of all frames together: 256 frames of 512x512, which take seconds to encode. Four times as many took 48 s and 1 GB.
 MAX_ANIMATED_PIXELS = 256 * 512 * 512
 _MAX_HEADER_LENGTH = 2048
 
@@ -86,7 +87,7 @@ class WalkRequest(BaseModel):
 
 @dataclass(frozen=True)
 class WalkJob:
-    """A walk that has been checked: its points and classes (as engines take them), position by position."""
+    """A checked walk. points, class_ids: what the engine gets, ordered by position, and by path within a position."""
 
     wanted: WalkRequest
     points: list[NoisePoint]
@@ -94,17 +95,17 @@ class WalkJob:
 
     @property
     def frames(self) -> int:
-        """How many positions there are, each with `count` points."""
+        """The number of positions. Each has `count` points."""
         return len(self.points) // self.wanted.count
 
 
 def parse_walk(body: bytes) -> WalkRequest:
-    """The request in a JSON body. Raises RequestError."""
+    """Parse a JSON body. Raises RequestError."""
     return parse_model(WalkRequest, body, field_remedies(WalkRequest), example='{"seeds": [7, 8]}')
 
 
 async def walk_response(served: ServedModel, job: WalkJob) -> Response:
-    """The pictures of a job, with the headers of /v1/generate."""
+    """Return the images of a job, with the headers of /v1/generate except X-Seeds. Not to be cached."""
     wanted = job.wanted
     encoded = await generate_encoded(
         served, job.points, job.class_ids, lambda images: [encode_walk(job, images)], job.wanted.format
@@ -117,9 +118,9 @@ async def walk_response(served: ServedModel, job: WalkJob) -> Response:
 
 
 def resolve_walk(wanted: WalkRequest, spec: ModelSpec, limit: int, mixes_classes: bool) -> WalkJob:
-    """The points and classes of a walk of at most `limit` images, for an engine that mixes classes or not.
+    """Check a walk of at most `limit` images and resolve its points and classes.
 
-    Raises RequestError.
+    mixes_classes: whether the engine can mix classes. Raises RequestError.
     """
     _check_numbers(wanted, spec, limit)
     positions = _positions(wanted)
@@ -130,14 +131,14 @@ def resolve_walk(wanted: WalkRequest, spec: ModelSpec, limit: int, mixes_classes
 
 
 def encode_walk(job: WalkJob, images: np.ndarray) -> bytes:
-    """The file that the job asks for. images: uint8 [N, H, W, C], position by position."""
+    """Encode the images of a job, uint8 [N, H, W, C] in the order of its points, as the file that it asks for."""
     if job.wanted.format == "zip":
         return _zip(job.points, images)
     if not job.wanted.animated:
         return encode(grid(images), job.wanted.format)
     scale = job.wanted.scale
     sheets = [grid(frame) for frame in np.split(images, job.frames)]
-    # Whole factors keep pixels square and sharp; lossless, or their edges would blur.
+    # Pixels are repeated a whole number of times, which keeps them square and sharp. Lossy compression would blur their edges.
     pictures = [to_pil(sheet.repeat(scale, axis=0).repeat(scale, axis=1)) for sheet in sheets]
     buffer = io.BytesIO()
     options = {"duration": round(1000 / job.wanted.fps), "loop": 0, "lossless": True, "quality": 30, "method": 0}
@@ -161,14 +162,18 @@ def _positions(wanted: WalkRequest) -> list[float]:
     if wanted.frames is None:
         return [0.0] if wanted.positions is None else wanted.positions
     last = len(wanted.seeds) - 1
-    steps = max(1, wanted.frames - 1)
+    steps = max(1, wanted.frames - 1)  # a single frame is at the first stop
     return [last * index / steps for index in range(wanted.frames)]
 
 
 def _class_ids(
     wanted: WalkRequest, spec: ModelSpec, ways: list[list[int]], positions: list[float], mixes_classes: bool
 ) -> ClassIds | None:
-    """The class of each picture, [positions x ways]: between those of the stops around it, or that of the nearer one."""
+    """Return the classes of all images, [positions x paths] in one dimension; None for an unconditional generator.
+
+    With `morph` and an engine that mixes classes, a mixture of the classes of the two stops around the position; otherwise the
+    class of the nearer stop.
+    """
     labels: Sequence[int | str] | None = wanted.class_ids if wanted.class_ids is not None else wanted.classes
     if labels is not None and not labels:
         raise RequestError("the list of classes is empty", remedy="name one, or leave it out", param="classes")
@@ -180,13 +185,13 @@ def _class_ids(
         return ids[np.floor(places + 0.5).astype(np.int64)].ravel()
     before = np.floor(places).astype(np.int64)
     first, second = ids[before], ids[np.minimum(before + 1, len(ids) - 1)]
-    # A class mixed with itself is that class, but for the last bit: there nothing is mixed.
+    # A class mixed with itself could differ from the plain class in the last bit, so equal classes get share 0.
     share = np.where(first == second, 0.0, (places - before)[:, None]).astype(np.float32)
     return ClassMixture(first.ravel(), second.ravel(), share.ravel()).simplified()
 
 
 def _class_names(class_ids: ClassIds) -> list[str]:
-    """A class as 3; three quarters of the way from class 3 to class 5 as 3-to-5-at-0.750."""
+    """Return each image's class for X-Class-Ids: '3', or '3-to-5-at-0.750' for three quarters of the way from 3 to 5."""
     if not isinstance(class_ids, ClassMixture):
         return list(map(str, class_ids))
     rows = zip(class_ids.class_ids, class_ids.other_ids, class_ids.share, strict=True)
@@ -194,7 +199,7 @@ def _class_names(class_ids: ClassIds) -> list[str]:
 
 
 def _check_numbers(wanted: WalkRequest, spec: ModelSpec, limit: int) -> None:
-    """Raises RequestError for fields that do not fit each other, and for more than may be asked for at once."""
+    """Raise RequestError for fields that exclude each other, numbers out of range, or more than `limit` images."""
     if not 1 <= len(wanted.seeds) <= MAX_STOPS:
         raise RequestError(f"the way has {len(wanted.seeds)} stops", remedy=f"give 1 to {MAX_STOPS} seeds", param="seeds")
     for first, second in (("positions", "frames"), ("class_ids", "classes")):
@@ -218,7 +223,7 @@ def _check_animation(wanted: WalkRequest, spec: ModelSpec, frames: int) -> None:
     if wanted.format != "webp":
         raise RequestError(f"{wanted.format} does not move", remedy='give "format": "webp"', param="animated")
     _, height, width = spec.image_shape
-    columns = math.ceil(math.sqrt(wanted.count))
+    columns = math.ceil(math.sqrt(wanted.count))  # of one frame, as `grid` arranges its images
     side = columns * wanted.scale * max(height, width)
     if side > MAX_ANIMATED_SIDE:
         remedy = f"choose a scale of at most {max(1, MAX_ANIMATED_SIDE * wanted.scale // side)}, or a smaller count"

@@ -65,12 +65,12 @@ RULES = (
     ),
     Rule(
         "followed by tests/serve/routes/test_walk.py: the server here makes fewer frames",
-        path=r"^serve/walk\.py",
+        path=r"^serve/routes/walk\.py",
         problem="pixels a side",
     ),
     Rule("followed by tests/train/test_recipe.py", path=r"^train/recipe\.py", problem="is a folder, not a recipe"),
     Rule("followed for every key by tests/train/test_recipe_faults.py", path=r"^train/(config|recipe_keys|recipe_file)\.py"),
-    Rule("followed by tests/train/test_recipe_changes.py", path=r"^train/(recipe_changes|same_data)\.py"),
+    Rule("followed by tests/train/test_recipe_changes.py", path=r"^train/(recipe_changes|data_fingerprint)\.py"),
     Rule("each advice is followed by tests/train/test_recipe_changes.py", path=r"monitoring/nonfinite\.py"),
     Rule(
         "followed by tests/core/engines, where each damage is made and the engine exported again",
@@ -85,7 +85,7 @@ RULES = (
     Rule("asks for a disk with room: tests/serve/test_operation.py has none", path=r"^serve/metrics\.py"),
     Rule("asks for a disk with room: tests/export/test_export.py has none", path=r"^export/parity\.py", error="DiskError"),
     Rule("a load on a real server; followed by tests/serve/test_operation.py", path=r"commands/loadtest\.py"),
-    Rule("a comparison's states: full, late", path=r"^serve/compare\.py", error="QueueFullError|TimedOutError"),
+    Rule("a comparison's states: full, late", path=r"^serve/demo/compare\.py", error="QueueFullError|TimedOutError"),
     Rule("BentoML's own route, which runs in BentoML's process: tests/serve/process/test_process.py", path=r"bento_route\.py"),
     Rule("an engine that was just built and is discarded; export's own tests build such", error="ParityError"),
     Rule("an engine that is refused: tests/core/engines/trials/test_trial.py makes and follows it", error="EngineRefusedError"),

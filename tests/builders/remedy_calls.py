@@ -170,6 +170,8 @@ CALLS = [
          value("--out", "{out}", "choose another --out")),
     Call("uni_instruct/files.py", "cannot write {}: no folder", "generate {tiny} --seeds 0 --out /proc/x/y",
          value("--out", "{out}", "write elsewhere")),
+    Call("uni_instruct/files.py", "cannot write {}: it is neither", "generate {tiny} --seeds 0 --grid {pipe}",
+         value("--grid", "{tmp}/grid.png", "write elsewhere")),
     Call("uni_instruct/files.py", "{} cannot be used: {}", f"inspect {'a' * 300}",
          lambda remedy, arguments: [word.replace("a" * 300, "digits") for word in arguments if remedy == "give a shorter name"]),
     Call("uni_instruct/bundle.py", "{} is the folder of a training", "generate {run} --seeds 0 --out {out}",

@@ -49,7 +49,7 @@ from uni_instruct.networks import autoencoder
 from uni_instruct.noise import noise
 from uni_instruct.progress import silent
 from uni_instruct.reference import REFERENCE
-from uni_instruct.serve.load_test import LoadedServer
+from uni_instruct.serve.load_test import TargetServer
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
 
@@ -222,14 +222,14 @@ def answering(status: int, body: str) -> Iterator[str]:
 
 def asked(key: bytes | None, status: int) -> object:
     with answering(status, "no key") as url:
-        return LoadedServer(url, key).facts(None) is not None
+        return TargetServer(url, key).facts(None) is not None
 
 
 def nobody() -> object:
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return LoadedServer(f"http://127.0.0.1:{port}").facts(None)
+    return TargetServer(f"http://127.0.0.1:{port}").facts(None)
 
 
 def checked(tmp: Path) -> bool:

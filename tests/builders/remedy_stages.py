@@ -29,7 +29,7 @@ from uni_instruct.networks.unet import levels
 from uni_instruct.sampling.forms import read_samples
 from uni_instruct.sampling.workers import WorkerOptions
 from uni_instruct.serve.api_keys import read_keys
-from uni_instruct.serve.load_test import LoadedServer
+from uni_instruct.serve.load_test import TargetServer
 from uni_instruct.serve.model_sources import sources_by_name
 from uni_instruct.serve.ray_serve import parse
 from uni_instruct.serve.settings import Settings, settings_from_environment
@@ -109,13 +109,13 @@ def said(remedy: str, words: str, then: object) -> Any:
 
 D, R, E, B = ("uni_instruct/data/dataset.py", "train/recipe.py", "train/lab/experiments.py", "uni_instruct/networks/build.py")
 SERVING = [
-    Value("serve/settings.py", "(wrong_setting)", lambda _: Settings(workers=0),
+    Value("serve/settings.py", "(setting_error)", lambda _: Settings(workers=0),
           lambda remedy, _: Settings(workers=said(remedy, "a number above 0", 1))),
-    Value("serve/settings.py", "(wrong_setting)", lambda _: Settings(queue_images=1),
+    Value("serve/settings.py", "(setting_error)", lambda _: Settings(queue_images=1),
           lambda remedy, _: Settings(queue_images=int(found(r"request_images, (\d+)", remedy)))),
-    Value("serve/settings.py", "(wrong_setting)", lambda _: Settings(path_prefix="images"),
+    Value("serve/settings.py", "(setting_error)", lambda _: Settings(path_prefix="images"),
           lambda remedy, _: Settings(path_prefix=found(r"such as (\S+)", remedy))),
-    Value("serve/settings.py", "(wrong_setting)", lambda _: settings_from_environment({"UNI_INSTRUCT_UI": "perhaps"}),
+    Value("serve/settings.py", "(setting_error)", lambda _: settings_from_environment({"UNI_INSTRUCT_UI": "perhaps"}),
           lambda remedy, _: settings_from_environment({"UNI_INSTRUCT_UI": found(r"give (\w+) or", remedy)})),
     Value("serve/api_keys.py", "(read_keys)", lambda tmp: read_keys(None, str(tmp / "none")),
           lambda remedy, tmp: (tmp / "none").write_text(said(remedy, "one key a line", "a\nb\n")) and read_keys(None, str(tmp / "none"))),
@@ -130,7 +130,7 @@ SERVING = [
           lambda remedy, _: parse({first_choice(remedy): "true"})),
     Value("serve/ray_serve.py", "{}={} cannot be", lambda _: parse({"replicas": "0"}),
           lambda remedy, _: parse({"replicas": found(r"from (\d) on", remedy)})),
-    Value("serve/load_test.py", "{} is no address", lambda _: LoadedServer("ftp://x"), lambda remedy, _: LoadedServer(found(r"such as (\S+)", remedy))),
+    Value("serve/load_test.py", "{} is no address", lambda _: TargetServer("ftp://x"), lambda remedy, _: TargetServer(found(r"such as (\S+)", remedy))),
 ]  # fmt: skip
 TRAINING = [
     Value(E, "--methods names none", lambda _: parse_variants([" , "]), lambda remedy, _: parse_variants([found(r"some of (.*)", remedy)])),

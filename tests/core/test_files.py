@@ -115,6 +115,20 @@ def test_a_parent_that_is_a_file_is_one_error(tmp_path: Path) -> None:
             pytest.fail("nothing can be written there")
 
 
+def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
+    """A pipe stands for /dev/null, which a rename by root would remove from the machine."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for kind in (atomic_file, atomic_folder):
+        for path in (pipe, link):
+            with pytest.raises(DiskError, match="it is neither a file nor a folder; write elsewhere"), kind(path):
+                pytest.fail("nothing may be written")
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "x"):
         (tmp_path / "missing").read_bytes()

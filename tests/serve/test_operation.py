@@ -28,8 +28,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.serve.load_test import Answer, LoadedServer, count_wrong, summary
-from uni_instruct.serve.metrics import use_own_folder
+from uni_instruct.serve.load_test import Answer, TargetServer, count_wrong, summary
+from uni_instruct.serve.metrics import use_private_folder
 from uni_instruct.serve.process.supervision import CHECK_EVERY_S
 
 CONNECTIONS = 20
@@ -126,13 +126,13 @@ def test_a_load_test_checks_every_image(bounded: Running, exported_bundle: Bundl
 )
 def test_another_server_is_told_from_ours(body: str) -> None:
     with answering(200, body) as url, pytest.raises(RequestError, match="what answers there is another server"):
-        LoadedServer(url).facts(None)
+        TargetServer(url).facts(None)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:web", "http://[::1", "http://", "", "ftp://x"])
 def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
     with pytest.raises(RequestError, match=r"is no address of a server; give one, such as http://127\.0\.0\.1:3000"):
-        LoadedServer(url)
+        TargetServer(url)
 
 
 def test_a_wrong_pixel_a_wrong_seed_and_a_torn_file_are_counted(exported_bundle: Bundle) -> None:
@@ -310,21 +310,21 @@ def test_metrics_have_a_folder_of_their_own_also_where_bentomls_cannot_be_writte
         other.mkdir(parents=True)
     for shared, place in ((home, home), (Path("/proc/nowhere"), elsewhere)):
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(shared / "prometheus_multiproc_dir"))
-        use_own_folder()
+        use_private_folder()
         assert Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).is_relative_to(place)
     assert [other.exists() for other in others] == [True, True, False]
     monkeypatch.setattr(tempfile, "tempdir", "/proc")
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/proc/nowhere/prometheus_multiproc_dir")
     with pytest.raises(UniInstructError, match="several workers cannot add up their metrics: /proc/nowhere/"):
-        use_own_folder()
+        use_private_folder()
 
 
 def test_a_disk_that_gets_full_later_kills_no_worker(tmp_path: Path) -> None:
     """Counts are written into files mapped into memory, where a hole on a full disk is a SIGBUS. No file has any."""
     script = """
 import os, pathlib
-from uni_instruct.serve.metrics import ServerMetrics, use_own_folder
-use_own_folder()
+from uni_instruct.serve.metrics import ServerMetrics, use_private_folder
+use_private_folder()
 metrics = ServerMetrics()
 metrics.of_model("digits").images.inc()
 metrics.count_answer("/v1/generate", 200)

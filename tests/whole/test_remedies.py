@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,8 @@ def places(tmp_path: Path, shared: dict[str, Path]) -> dict[str, Path]:
     (own["run"] / "log.jsonl").write_text("")
     own["bento"] = tmp_path / "there.bento"
     own["bento"].write_text("mine")
+    own["pipe"] = tmp_path / "pipe.png"
+    os.mkfifo(own["pipe"])
     shutil.copytree(shared["tiny"], own["run"] / "generator")
     shutil.copytree(shared["tiny"], own["copy"])
     partial = tmp_path / ".begun.partial"

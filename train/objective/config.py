@@ -1,4 +1,4 @@
-"""The objective of a recipe: its family, divergence, noise levels, ratio and further terms. Frozen, checked when built."""
+"""The objective of a recipe: family, divergence, noise levels, density ratio, further terms. Frozen; validated when built."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,8 +64,9 @@ class ObjectiveConfig:
         one_of("objective.ratio_mean", self.ratio_mean, ("batch", "running", "none"))
         check_ranges("objective", self)
         in_range("objective.tmin", self.tmin, 0, self.tmax - 1)
-        _ = self.found_divergence  # refused now rather than in the first step
-        # Each of these would train without an error, and without a gradient.
+        _ = self.found_divergence  # raises here, when the recipe is read, rather than in the first step
+        # Checked here, because training would notice late (the student's first update has no terms to add) or never (a
+        # divergence whose terms are all off, beside other terms).
         if self.family == "expanded" and not (self.di or self.fgm or self.sim):
             raise RequestError("objective.di, fgm and sim are all off", remedy="leave one of them on", param="recipe")
         if not (self.divergence_scale or self.adversarial_scale or self.regression_scale or self.reward_scale):
@@ -77,10 +78,10 @@ class ObjectiveConfig:
                 param="reward",
             )
 
-    # Cached, as it is asked for whenever somebody wants to know whether a ratio is needed.
+    # Cached: `needs_ratio` reads it often, and a user's own f is differentiated at 241 ratios each time.
     @cached_property
     def found_divergence(self) -> Divergence:
-        """What `divergence` names."""
+        """The divergence that the key `divergence` names, with `order` and `mix` applied."""
         return find_divergence(self.divergence, order=self.order, mix=self.mix)
 
     @property
@@ -96,12 +97,12 @@ class ObjectiveConfig:
     @property
     def needs_ratio(self) -> bool:
         """Whether the divergence reads a density ratio."""
-        # A divergence that is scaled away needs no ratio either.
+        # With scale 0 the divergence is left out, and its ratio with it.
         return self.found_divergence.needs_ratio and self.divergence_scale != 0
 
     @property
     def needs_discriminator(self) -> bool:
-        """Whether real images are told from the generator's, and so real data are needed."""
+        """Whether a discriminator learns to tell real images from the generator's. It needs real data."""
         return self.needs_ratio or self.adversarial_scale != 0
 
     def _levels(self, noise: str) -> NoiseLevels:

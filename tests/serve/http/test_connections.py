@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from uni_instruct.serve.http.connections import bound_connections
+from uni_instruct.serve.http.connections import limit_connections
 from uni_instruct.serve.metrics import ServerMetrics
 from uni_instruct.serve.settings import Settings
 
@@ -45,7 +45,7 @@ async def answer_at_length(scope: Scope, receive: Receive, send: Send) -> None:
 def server_with(app: Any = answer, **settings: Any) -> uvicorn.Server:
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, http=HttpToolsProtocol))
     server.config.load()
-    bound_connections(server, Settings(bundle=("digits",), **settings), ServerMetrics())
+    limit_connections(server, Settings(bundle=("digits",), **settings), ServerMetrics())
     return server
 
 

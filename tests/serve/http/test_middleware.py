@@ -14,7 +14,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.serve.http.middleware import RequestMiddleware, put_request_middleware_first
 from uni_instruct.serve.metrics import ServerMetrics
-from uni_instruct.serve.process.shutdown import Stopping
+from uni_instruct.serve.process.shutdown import GracefulShutdown
 from uni_instruct.serve.settings import Settings
 
 PAGE = "https://page.example"
@@ -164,7 +164,7 @@ def test_bentomls_timers_are_gone_and_the_guards_come_first() -> None:
     from starlette.middleware.gzip import GZipMiddleware
 
     settings = Settings(bundle=("digits",))
-    guards = Middleware(RequestMiddleware, settings=settings, metrics=ServerMetrics(), stopping=Stopping(1.0))
+    guards = Middleware(RequestMiddleware, settings=settings, metrics=ServerMetrics(), stopping=GracefulShutdown(1.0))
     order: list[Any] = [Middleware(TimeoutMiddleware, timeout=60), Middleware(GZipMiddleware), guards]
     app = Starlette(middleware=order)
     put_request_middleware_first(app, tracing=False)

@@ -27,7 +27,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[PrecisionChoice, float]) 
         return times[way]
 
     monkeypatch.setattr(precision, "_step_s", step_s)
-    monkeypatch.setattr(precision, "_ways", lambda: list(times))
+    monkeypatch.setattr(precision, "_choices", lambda: list(times))
     return tried
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_note_is_told_and_mended_by_its_remedy(tmp_path: Path, monkeyp
 def test_a_later_process_takes_what_the_first_has_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, {})
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(precision, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(precision, "TIMEOUT_S", 0.2)
     with pytest.raises(RequestError, match=r"fastest\.json was not written by the first process; give --out a folder"):
         resolve_precision_for_run(LoopConfig(), SPEC, 8, tmp_path)
     (tmp_path / "state").mkdir()

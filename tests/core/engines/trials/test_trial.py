@@ -273,7 +273,7 @@ def test_a_process_that_dies_is_told_by_its_signal(
 ) -> None:
     """As a runtime does on a processor that it does not know. Whoever kills the process says nothing about the engine."""
     for name, lasting in (("SIGFPE", True), ("SIGKILL", False)):
-        text = f"import os, signal, sys\nif 'trial_worker' in ' '.join(sys.orig_argv): os.kill(os.getpid(), signal.{name})\n"
+        text = f"import os, signal, sys\nif 'trials.worker' in ' '.join(sys.orig_argv): os.kill(os.getpid(), signal.{name})\n"
         (tmp_path / "sitecustomize.py").write_text(text)
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         selection = select_engine(bundle)
