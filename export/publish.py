@@ -1,4 +1,4 @@
-"""A trained generator made ready to ship: weights in half precision where nobody sees it, engine, samples and model card."""
+"""Publish a trained generator: weights in half precision if that changes no image visibly, an engine, samples, a model card."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,19 +24,19 @@ from uni_instruct.images import contact_sheet, encode
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import ModelSpec
 
-# The engine that ships: the one that runs everywhere.
+# The engine that ships, as it runs on every machine.
 ENGINE = "onnx-fp32"
-# Images of a teacher at most, which takes dozens of network evaluations for each.
+# The most images to compare of a teacher: each takes dozens of network evaluations.
 TEACHER_IMAGES = 64
-# The sheet: so many images of each class, of so many classes.
+# The sample sheet has SHEET_COLUMNS images of each class, if there are at most SHEET_ROWS classes.
 SHEET_COLUMNS, SHEET_ROWS = 16, 16
-# A line of progress for so many.
+# Images per batch. The progress bar advances after each batch.
 _IMAGES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What was published where, and how large all of it is. A teacher has no engine."""
+    """What was published. path: its folder. file_bytes: file -> size in bytes. engine: None for a teacher."""
 
     path: str
     name: str
@@ -46,12 +46,14 @@ class Publication:
 
 
 def publish(source: str | Path, out: Path, scores: Sequence[Path] = (), shows: ProgressFactory = silent) -> Publication:
-    """Publishes the generator of a run, or a bundle, to the folder `out`, whole or not at all.
+    """Publish a bundle, or the generator of a run, to the folder `out`, completely or not at all.
 
-    Of a teacher, to distil from, it stores half precision whatever that changes, where that holds its weights, keeps its card
-    and says there what changed. scores: what `evaluate --json` printed, for a generator's card. shows: told of each part that
-    takes long. Raises RequestError for a generator of latents, for an `out` that holds anything but an earlier publication of
-    the same weights, and for scores of other weights; MissingExtraError, ParityError and DiskError as `export_engine` does.
+    A teacher is published to be distilled from. It is stored in half precision whatever that changes, unless its weights are
+    too large for that; its card is kept, and says what changed. scores: files that `evaluate --json` wrote, for the card of a
+    generator. shows: makes the progress bars.
+
+    Raises RequestError for a generator of latents, for scores of other weights or of a teacher, and if `out` holds anything but
+    an earlier publication of the same weights; MissingExtraError, ParityError and DiskError as `export_engine` does.
     """
     original = open_generator(source)
     if original.spec.steps > 1:
@@ -110,23 +112,24 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _published_spec(original: Bundle, facts: Mapping[str, object]) -> ModelSpec:
-    """The spec without folders of this machine, and with the hash of the weights that it was made of."""
+    """The spec without paths of this machine, with the hash of the original weights and `facts` as provenance['published']."""
     published = {"weights_sha256": original.weights_sha256, **facts}
     kept = {key: without_folders(value) for key, value in original.spec.provenance.items()}
     return replace(original.spec, provenance={**kept, "published": published})
 
 
 def renew_card(path: Path, scores: Sequence[EvaluationResult]) -> Path:
-    """Writes the card and the sheet of a published bundle anew, from what it says of itself and from scores of its weights.
+    """Rewrite the card and the sample sheet of a published bundle, from its own records and from scores of its weights.
 
-    Returns the card's path. Raises RequestError for a teacher, for scores of other weights, and for what was not published to
-    a folder of the user's.
+    Returns the card's path. Raises RequestError for a teacher, for scores of other weights, and if `path` is not a folder to
+    which a generator was published.
     """
     bundle = Bundle.open(path)
     check_exportable(bundle)
     check_scores(scores, bundle, bundle)
     engine = bundle.engine_folder(EngineId.parse(ENGINE))
-    # The folder behind a name belongs to the package; one without the engine is a run's, or somebody else's.
+    # A name of a shipped generator is no folder: that generator belongs to the installed package, and must not be changed. A
+    # bundle without the engine was not published.
     if not (path / CONFIG).is_file() or not engine.is_dir():
         remedy = f"publish it first: uni-instruct publish {quote(str(path))} --out FOLDER"
         raise RequestError(f"{path} is not the folder of a published generator", remedy=remedy, param="folder")
@@ -140,7 +143,7 @@ def renew_card(path: Path, scores: Sequence[EvaluationResult]) -> Path:
 
 
 def _noted_rounding(bundle: Bundle) -> Rounding | None:
-    """What publishing noted of it; None where nothing was rounded."""
+    """The rounding that publishing recorded in the bundle; None if there is no such record."""
     noted = bundle.spec.provenance.get("published")
     if not isinstance(noted, dict):
         return None
@@ -149,13 +152,16 @@ def _noted_rounding(bundle: Bundle) -> Rounding | None:
 
 
 def open_generator(source: str | Path) -> Bundle:
-    """The generator of a run's folder, or whatever `Bundle.open` takes."""
+    """Open the generator in a run's folder, or whatever `Bundle.open` accepts."""
     of_run = Path(source) / "generator"
     return Bundle.open(of_run if not (Path(source) / CONFIG).is_file() and (of_run / CONFIG).is_file() else source)
 
 
 def store(original: Bundle, folder: Path, shows: ProgressFactory = silent) -> tuple[Bundle, Rounding]:
-    """The bundle's weights in `folder`: in half precision where that holds them and moves no pixel by more than a level."""
+    """Write the bundle to `folder`, in half precision if that can hold its weights and changes no pixel by more than one level.
+
+    Returns the new bundle, and what half precision changes.
+    """
     from uni_instruct.networks.reference import make_reference
 
     spec, weights, decoder = original.spec, original.weights(), original.decoder_weights()
@@ -171,7 +177,7 @@ def store(original: Bundle, folder: Path, shows: ProgressFactory = silent) -> tu
 
 
 def without_folders(value: object) -> object:
-    """The value with each absolute path in it cut down to its last part: folders of this machine are nobody's business."""
+    """The value with each absolute path in it reduced to its last part, so that no folder of this machine is published."""
     if isinstance(value, Mapping):
         return {key: without_folders(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -180,7 +186,10 @@ def without_folders(value: object) -> object:
 
 
 def sample_sheet(bundle: Bundle, shows: ProgressFactory = silent) -> tuple[str, np.ndarray]:
-    """The command that makes the sheet, and the sheet: a row for each class, or a square without classes or of many."""
+    """The command that makes the sample sheet, and the sheet as pixels uint8 [H, W, C].
+
+    One row per class; without classes, or with more than SHEET_ROWS, a square of the first seeds.
+    """
     spec = bundle.spec
     rows = spec.num_classes if 0 < spec.num_classes <= SHEET_ROWS else 0
     seeds = range((rows or SHEET_COLUMNS) * SHEET_COLUMNS)
@@ -191,7 +200,7 @@ def sample_sheet(bundle: Bundle, shows: ProgressFactory = silent) -> tuple[str, 
 
 
 def read_scores(path: Path) -> EvaluationResult:
-    """What `evaluate --json` wrote of a generator. Raises FileFormatError for anything else."""
+    """Read scores of a generator, as `evaluate --json` writes them. Raises FileFormatError for anything else."""
     remedy = "give what 'uni-instruct evaluate GENERATOR --json' printed"
     try:
         facts = parse_result(json.loads(path.read_text()))
@@ -204,7 +213,7 @@ def read_scores(path: Path) -> EvaluationResult:
 
 
 def check_scores(scores: Sequence[EvaluationResult], original: Bundle, published: Bundle) -> None:
-    """Raises RequestError where one was measured on weights that are neither the original's nor the published ones."""
+    """Raises RequestError if any scores are of weights that are neither the original nor the published ones."""
     for facts in scores:
         found = facts["scores"]["generator"]["weights_sha256"]
         if found not in (original.weights_sha256, published.weights_sha256):

@@ -1,4 +1,4 @@
-"""uni-instruct card: the model card of a published generator made again, with its numbers."""
+"""uni-instruct card: rewrite the model card of a published generator, with new scores."""
 
 from pathlib import Path
 
@@ -42,9 +42,9 @@ def card(
     workers: int | None,
     ray_address: str | None,
 ) -> None:
-    """Write the model card of a published BUNDLE anew: score it, and put every number beside the command that gives it.
+    """Rewrite the model card of a published BUNDLE: score it, and list every score with the command that measures it.
 
-    The bundle is scored by the engine that ships with it. Its weights and its engine stay as they are.
+    The bundle is scored with the engine that ships with it. Its weights and its engine do not change.
 
     Example: uni-instruct card published/emoji --reference emoji --extractor classifier --samples 5000
     """

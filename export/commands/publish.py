@@ -1,4 +1,4 @@
-"""uni-instruct publish: a trained generator made ready to ship."""
+"""uni-instruct publish: make a trained generator ready to ship."""
 
 import json
 from dataclasses import asdict
@@ -27,10 +27,10 @@ from uni_instruct.progress import progress, silent
 def publish(source: str, out: Path, scores: tuple[Path, ...], as_json: bool) -> None:
     """Make a generator ready to ship: weights in half precision, engine, samples and model card.
 
-    Half precision is taken where it changes no pixel of 512 images by more than one level, else the weights stay as they are.
-    Every class is among them. Of networks that take a CPU seconds an image, 16 are made, or one of each of 32 classes.
-    A teacher (RUN/teacher) is stored in half precision, to be distilled from.
-    The same command with --scores writes the card anew, with the scores in it.
+    Weights are stored in half precision if that changes no pixel of 512 images by more than one level; else they stay float32.
+    The images cover every class. For networks that take a CPU seconds per image, 16 images are compared, or one of each of 32
+    classes. A teacher (RUN/teacher) is always stored in half precision, unless its weights are too large for that.
+    Run the same command again with --scores to add scores to the card.
 
     Example: uni-instruct publish runs/digits --out digits --scores scores.json
     """

@@ -1,4 +1,4 @@
-"""Processes that do one thing for an engine, try it or compile it, while whoever waits is told that they run."""
+"""Run a step of an engine's preparation (a trial, a compilation, a build) in a process of its own, with progress calls."""
 
 import os
 import signal
@@ -21,16 +21,16 @@ def run_worker(
     timeout_s: float | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str] | None:
-    """`python -m module arguments` when it has ended, None where it was stopped after timeout_s.
+    """Run `python -m module arguments` to its end; returns None if it was stopped after timeout_s.
 
-    tell is called with the seconds so far, every ten of them. environment: variables beside those of this process.
-    However this process ends, the other one ends with it; one that starts processes itself calls `die_with_group`.
+    tell is called every ten seconds with the seconds so far. environment: variables to add to those of this process.
+    The child is killed however this process ends. A module that starts processes itself must call `die_with_group`.
     """
-    # -P: not what lies in the current folder.
+    # -P: a file in the current folder must not shadow a module.
     command = [sys.executable, "-P", "-m", module, *arguments]
     variables, start = {**os.environ, **(environment or {})}, time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # A group of its own: what it has started goes with it.
+    # A process group of its own, so that processes that the child has started are killed with it.
     ends = {"process_group": 0, "preexec_fn": die_with_parent(os.getpid())}
     with subprocess.Popen(command, env=variables, text=True, **pipes, **ends) as process:  # type: ignore[call-overload]
         try:
@@ -42,6 +42,6 @@ def run_worker(
                 tell(time.monotonic() - start)
         finally:
             if process.returncode is None:
-                with suppress(OSError):  # it has ended meanwhile
+                with suppress(OSError):  # it has just ended by itself
                     os.killpg(process.pid, signal.SIGKILL)
     return None
