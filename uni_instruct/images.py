@@ -28,7 +28,7 @@ SHEET_GREY, SHEET_LINE, SHEET_PIXELS = 72, 2, 64
 
 
 def checked_images(images: ArrayLike) -> np.ndarray:
-    """The images as uint8 [N, H, W, C]. Raises RequestError for anything else, since a cast of floats would make wrong pixels."""
+    """The images as uint8 [N, H, W, C]. Raises RequestError for anything else: casting floats would make wrong pixels."""
     array = np.asarray(images)
     if array.dtype == np.uint8 and array.ndim == 4:
         return array

@@ -71,7 +71,7 @@ def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
 
 
 def noise_of_points(points: Sequence[NoisePoint], shape: ImageShape) -> np.ndarray:
-    """The noise of each point: float32 [len(points), *shape]. For a seed, and at position 0 and 1, it equals `noise` exactly."""
+    """The noise of each point: float32 [len(points), *shape]. For seeds, and at positions 0 and 1, it equals `noise`."""
     out = np.empty((len(points), *shape), dtype=np.float32)
     for row, point in zip(out, points, strict=True):
         if isinstance(point, Between):
@@ -296,5 +296,5 @@ _philox = _Philox()
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:
-    """The counter-based generator with key (seed, stream), at its start. It is valid until the thread's next call, which resets it."""
+    """The counter-based generator with key (seed, stream), at its start. The thread's next call resets the same object."""
     return _philox.at(seed, stream)
