@@ -184,7 +184,7 @@ class ModelSpec:
         return None if self.decoder is None else max(1, _PIXELS_AT_ONCE // (height * width))
 
     def affordable_images(self, wanted: int) -> int:
-        """The number of images for a check: `wanted`, or fewer with a decoder (8 of 512x512), since a CPU needs seconds each."""
+        """The number of images for a check: `wanted`, or fewer with a decoder (8 of 512x512), whose images take seconds."""
         return wanted if self.images_at_once is None else min(wanted, 4 * self.images_at_once)
 
     def class_id(self, label: int | str) -> int:
