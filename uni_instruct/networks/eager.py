@@ -14,7 +14,7 @@ from uni_instruct.noise import Inputs
 
 
 def eager(bundle: Bundle, device: str) -> Callable[[Inputs], np.ndarray]:
-    """A function from noise and class ids to images uint8 [B, H, W, C], or to float32 [B, C, H, W] if the model makes latents."""
+    """A function from noise and class ids to images uint8 [B, H, W, C], or to latents float32 [B, C, H, W]."""
     generator = load_one_step(bundle).to(device)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from uni_instruct.noise import Inputs, noise
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.reference import Reference, reference_inputs
 
-# Images at once. In a heavy network the activations of 16 images need more memory than the weights, and 16 are no faster than 4.
+# Images at once. In a heavy network the activations of 16 images take more memory than the weights, and 4 are as fast.
 _BATCH, _HEAVY_BATCH = 16, 4
 
 
@@ -25,7 +25,7 @@ def reference_outputs(
     """
     parts = []
     with torch.inference_mode(), shows(label, len(z), "images") as shown:
-        # Building a network may draw random initial weights. The fork keeps the random state of a training that writes a bundle.
+        # Building a network may draw random numbers. The fork preserves the random state of a training that writes a bundle.
         with torch.random.fork_rng(devices=[]):
             generator = load_one_step(bundle)
         batch = _HEAVY_BATCH if is_heavy(bundle.spec) else _BATCH
