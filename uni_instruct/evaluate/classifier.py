@@ -164,7 +164,7 @@ def _train_into(path: Path, dataset: Dataset, fingerprint: str, with_progress: P
 
 
 def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
-    """The classifier in evaluation mode, and its metadata. Raises FileFormatError if the file is corrupt or not a classifier."""
+    """The classifier in evaluation mode, and its metadata. Raises FileFormatError if the file is invalid."""
     weights, info = read_classifier(path)
     try:
         model = _blank(info.image_shape, info.num_classes)
