@@ -104,7 +104,7 @@ def to_pil(image: np.ndarray) -> Image.Image:
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np.ndarray:
     """Arrange images uint8 [N, H, W, C] row by row in one picture uint8 [H', W', C]. Empty cells are black.
 
-    columns: by default so many that the grid is nearly square. padding: black pixels right of and below each image.
+    columns: by default chosen so that the grid is nearly square. padding: black pixels right of and below each image.
 
     Raises RequestError for floats.
     """

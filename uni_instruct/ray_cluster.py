@@ -26,7 +26,7 @@ Contents = tuple[str, dict[str, bytes]]
 def import_ray() -> ModuleType:
     """Import Ray, with its usage statistics off. Raises MissingExtraError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns otherwise where an actor has no GPU
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray 2.60 warns for actors without a GPU
     try:
         return importlib.import_module("ray")
     except ModuleNotFoundError as error:

@@ -112,8 +112,7 @@ def evaluate(
     """Score a generator, or existing images (a folder, zip or npz), against a reference.
 
     Colour images of at least 32 pixels are compared with InceptionV3 (FID, KID, IS, precision, recall). Others are compared
-    with a small classifier of the reference data, whose distances are named after it and not FID. For the data of shipped
-    generators it ships with the package; for other data it is trained once.
+    with a small classifier, which ships with the package or is trained once: its distances are named after it and not FID.
 
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
