@@ -135,7 +135,10 @@ class Bundle:
         return stored_precision(self.path / WEIGHTS)
 
     def reference(self) -> Reference | None:
-        """Torch's images, to compare engines with; None for teachers and format 1. Raises BundleError for a damaged file."""
+        """Torch's images, to compare engines with; None if the bundle has none: teachers, latents, format 1.
+
+        Raises BundleError for a damaged file.
+        """
         path = self.path / REFERENCE
         return Reference.read(path, self.spec, self.weights_sha256) if path.is_file() else None
 

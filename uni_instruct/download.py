@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 def download(url: str, path: Path, is_right: Callable[[bytes], bool], what: str, remedy: str) -> None:
     """Download the URL to `path`, atomically.
 
-    is_right: takes the content and compares it with a known checksum. what: names the file in errors. remedy: for those errors.
+    is_right: takes the content and compares it with a known checksum. what: the file's name in errors. remedy: of the errors.
 
     Raises RequestError if the download fails or `is_right` returns False, DiskError if the file cannot be written.
     """

@@ -209,7 +209,7 @@ def checked_ids(spec: ModelSpec, class_ids: ArrayLike, count: int) -> np.ndarray
         )
     outside = (ids < 0) | (ids >= spec.num_classes)
     if outside.any():
-        spec.class_id(int(ids[outside][0]))  # raises
+        spec.class_id(int(ids[outside][0]))  # raises the error for an unknown class
     return _own(ids.astype(np.int64, copy=False))
 
 
@@ -239,7 +239,7 @@ def checked_share(share: ArrayLike, count: int | None = None) -> np.ndarray:
 
 
 def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | ClassMixture | None) -> Inputs:
-    """The check that every engine's call begins with. Raises RequestError unless the inputs fit the spec and B >= 1 images.
+    """Check an engine's inputs. Raises RequestError unless they are the noise and class ids of B >= 1 images of the spec.
 
     Class ids may be a list or an array of any integer type, or mixtures of two classes. Noise must be float32: a silent cast
     could hide that the array is not noise.
@@ -257,7 +257,7 @@ def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | Cla
 
 
 def round_robin_class_ids(spec: ModelSpec, count: int) -> np.ndarray | None:
-    """Class ids 0, 1, ..., repeated to `count` images, so that all classes occur if there is room: int64 [count], or None."""
+    """Class ids 0, 1, ..., repeated cyclically to `count`, so that all classes occur if possible: int64 [count], or None."""
     return np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
 
 

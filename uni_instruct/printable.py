@@ -8,7 +8,7 @@ _ESCAPED = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def printable(text: str) -> str:
-    """The text with control characters, surrogates and line separators escaped as in Python. All else (emoji) is kept."""
+    """The text with control characters, surrogates and line separators escaped as in Python. Emoji and all else are kept."""
     if text.isprintable():
         return text
     return "".join(_escape(character) if unicodedata.category(character) in _ESCAPED else character for character in text)

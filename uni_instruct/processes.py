@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, _TOP_PAD)
-    mallopt(_M_ARENA_MAX, 1)  # other arenas end at 64 MB and would map again
+    mallopt(_M_ARENA_MAX, 1)  # other arenas have at most 64 MB, beyond which memory is mapped again
 
 
 def release_large_blocks() -> None:

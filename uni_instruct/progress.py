@@ -13,7 +13,7 @@ LINE_EVERY_S = 10.0
 
 
 class Progress(Protocol):
-    """A display of progress, which the work calls as it goes on."""
+    """A display of progress. Code that does long work calls it as the work advances."""
 
     def advance(self, amount: int, note: str | None = None) -> None:
         """Add `amount` units of finished work. note: a short state to show, such as a loss; None keeps the previous one."""

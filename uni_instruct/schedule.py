@@ -1,4 +1,4 @@
-"""Noise levels (Karras et al. 2022, arXiv 2206.00364, table 1)."""
+"""Noise levels for sampling, and their distributions for training (Karras et al. 2022, arXiv 2206.00364, table 1)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any

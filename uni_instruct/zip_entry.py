@@ -1,4 +1,4 @@
-"""Find where the bytes of a zip's entry begin. `zipfile` does not tell, and loads the whole directory to read one entry."""
+"""Find where the bytes of a zip's entry begin. `zipfile` hides it, and loads the whole directory to read one entry."""
 
 import struct
 import zipfile

@@ -51,10 +51,11 @@ def benchmark(
     plot_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure every engine of BUNDLE that runs on this machine, and compare them with eager torch and the convolution peak.
+    """Measure every engine of BUNDLE that runs on this machine.
 
-    The engines take turns. Figures are medians over the rounds, with quartiles; ratios are computed within a round. Afterwards
-    all commands use the fastest engine by default, unless --engine left some out.
+    Their speed is compared with eager torch and with this machine's peak in convolutions. The engines take turns. Figures are
+    medians over the rounds, with quartiles; ratios are computed within a round. Afterwards all commands use the fastest engine
+    by default, unless --engine left some out.
 
     Example: uni-instruct benchmark fashion-mnist --batches 1,16,64 --plot speed.png
     """

@@ -116,7 +116,7 @@ def evaluate(
 
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
-    # All checks come first, because opening the reference is slow: all of it is read, and a classifier may be trained on it.
+    # Checks come as early as possible, because the rest is slow: all of the reference is read, and it may train a classifier.
     names, worker_options, bundle = _names(metrics), worker_options_of(workers, ray_address, device), _bundle(images)
     _check_statistics_path(save_statistics)
     given = {"--teacher": teacher, "--steps": steps, "--seed": seed, "--seeds": seeds_text, "--classes": classes}

@@ -188,7 +188,8 @@ def evaluate_images(
     class_ids: the true class of each image, in the reference's numbering.
     metrics, extractor: as `evaluate --help` lists them; by default all metrics that apply.
 
-    Each call opens the reference and its features again. To score several sets, keep an `uni_instruct.evaluate.Evaluator`.
+    Each call loads or computes the reference's features again. To score several sets, keep an
+    `uni_instruct.evaluate.Evaluator`.
     Raises RequestError for floats in place of pixels, and for images that do not fit the reference.
     """
     pixels = checked_images(images)

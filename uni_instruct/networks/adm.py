@@ -24,7 +24,7 @@ EPS = 1e-5
 
 
 class ADM(Network):
-    """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i].
+    """The U-Net F(x; noise label, class, augmentation). Level i: resolution >> i, model_channels * channel_mult[i] channels.
 
     The embedding scales and shifts normalised features (adaptive group normalisation). Attention has one head for every
     channels_per_head channels; levels with fewer channels have no attention. out_channels: by default the image's.

@@ -35,7 +35,7 @@ STYLE = BlockStyle(
 
 
 class SongUNet(Network):
-    """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i].
+    """The U-Net F(x; noise label, class, augmentation). Level i: resolution >> i, model_channels * channel_mult[i] channels.
 
     The defaults are DDPM++; `NCSNPP` holds those of NCSN++.
 

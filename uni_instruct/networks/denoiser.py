@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """The expected clean image of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1].
 
-        class_ids: int64 [B], or mixtures of two classes. -1 (no class) and None (no class for any image) give a zero label.
+        class_ids: int64 [B], or mixtures of two classes. -1 is no class, None is no class for all images: the label is zero.
         """
         return self.decode(self.encode(x, sigma, class_ids, augment_labels), x, sigma)
 

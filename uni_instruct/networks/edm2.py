@@ -25,7 +25,7 @@ UNIT_TOLERANCE = 1e-5  # weights whose magnitude is this close to 1 are not chan
 
 
 class EDM2(Network):
-    """The U-Net F(x; noise label, class). Level i works at resolution >> i with model_channels * channel_mult[i].
+    """The U-Net F(x; noise label, class). Level i: resolution >> i, model_channels * channel_mult[i] channels.
 
     channel_mult_noise: sets the channels of the noise label's features; None uses the first level's.
     channel_mult_emb: sets the channels of the embedding; None uses the widest level's.
@@ -83,7 +83,7 @@ class EDM2(Network):
         """
         # Inside functorch's transforms, tensors from outside must not be changed in place.
         if self.training and not torch._C._are_functorch_transforms_active():
-            # Not as a decorator, which would import torch's compiler, a second, whenever any network is built.
+            # Not as a decorator: that would import torch's compiler, which takes a second, whenever any network is built.
             torch.compiler.disable(self._normalise_weights)()
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
@@ -265,7 +265,7 @@ def mp_silu(x: Tensor) -> Tensor:
 
 # ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2), t the balance (equation 88).
 def mp_sum(a: Tensor, b: Tensor, balance: float) -> Tensor:
-    """Weighted sum of a and b, with weights 1 - balance and balance. Independent inputs of magnitude 1 keep magnitude 1."""
+    """Sum of a and b with weights 1 - balance and balance. If both are independent with magnitude 1, so has their sum."""
     return a.lerp(b, balance) / math.hypot(1 - balance, balance)
 
 

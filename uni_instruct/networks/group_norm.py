@@ -68,8 +68,8 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
             grad = torch.ops.aten.silu_backward(grad, normed)
         groups, count = mean.shape[1], pixels[0].numel() // mean.shape[1]
         weight = weight.view(groups, -1)
-        # first and second are the sums of g and g y over the pixels. They are the gradients of bias and weight, and with them
-        # the formula above becomes slope x + offset + scale g for each pixel.
+        # first and second are the sums of g and g y over the pixels. Summed over the batch they are the gradients of bias and
+        # weight. With them the formula above becomes slope x + offset + scale g for each pixel.
         first = _by_group(grad.sum(1, dtype=torch.float32), groups)
         second = (_by_group((grad * pixels).sum(1, dtype=torch.float32), groups) - mean * first) * rstd
         slope = -(rstd**2) * (weight * second).sum(2, keepdim=True) / count

@@ -46,7 +46,7 @@ class Form:
 
 
 def form_of(out: Path) -> Form:
-    """The form for the suffix of `out`; a folder for no or an unknown suffix. Raises RequestError for other file types'."""
+    """The form for the suffix of `out`; a folder for no or an unknown suffix. Raises RequestError for other file types."""
     suffix = out.suffix.lower()
     if suffix in _FILE_SUFFIXES:
         tars = ", or for tar shards a folder that ends in .wds" if suffix == ".tar" else ""
