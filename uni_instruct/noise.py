@@ -1,6 +1,6 @@
 """A generator's inputs: the noise and classes of seeds, and the checks that all engines share. NumPy only.
 
-A seed always makes the same image, with any engine, batch, order or machine.
+A seed makes the same image with any engine, batch, order or machine, up to rounding.
 """
 
 import threading

@@ -86,7 +86,7 @@ def generate(
     part_text: str | None,
     as_json: bool,
 ) -> None:
-    """Make the images of seeds. A seed always makes the same image, with any engine, batch size or machine.
+    """Make the images of seeds. A seed makes the same image with any engine, batch size or machine, up to rounding.
 
     If it is interrupted, run the same command again to continue. An --out with other content is never overwritten.
 
