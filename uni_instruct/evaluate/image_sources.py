@@ -66,5 +66,5 @@ class DatasetImages:
         return []
 
     def moved(self, places: Mapping[Path, Path]) -> "DatasetImages":
-        """Itself: no path of a data set is ever moved."""
+        """Itself, since `paths` is empty."""
         return self
