@@ -20,6 +20,7 @@ from uni_instruct.reference import REFERENCE, Reference
 from uni_instruct.spec import ModelSpec
 from uni_instruct.weights_file import read_weights, stored_precision, write_weights
 
+# Format 2 has noise_shape, latents and decoder in config.json, and reference.npz. Format 1 can still be read.
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
 DECODER, ENGINES = "decoder.safetensors", "engines"

@@ -75,12 +75,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             with _filling(partial, path):
                 yield partial
-                if path.exists():
+                if path.exists():  # moved away first, because a rename cannot replace a folder that is not empty
                     os.replace(path, old)
                 os.replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if old.exists() and not path.exists():
+            if old.exists() and not path.exists():  # interrupted between both renames: put the old folder back
                 os.replace(old, path)
             shutil.rmtree(old, ignore_errors=True)
 

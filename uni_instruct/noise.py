@@ -14,8 +14,8 @@ from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.errors import RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
 
-SEED_LIMIT = 2**63
-MAX_SEEDS = 10_000_000
+SEED_LIMIT = 2**63  # seeds fit into int64
+MAX_SEEDS = 10_000_000  # of one text of seeds, whose list must fit into memory
 MAX_DIGITS = 40  # of one number in a list of seeds; `int` raises ValueError for thousands of digits
 # Noise and class of a seed are drawn from separate streams, so that they are independent.
 _NOISE_STREAM, _CLASS_STREAM = 0, 1

@@ -81,6 +81,7 @@ class Evaluator:
             found = ReferenceFeatures(joined(parts), *summary.moments())
             known.write(found)
         self._all = found.features if len(found.features) == len(reference) else None
+        # Evenly spaced features, at most KEPT_IMAGES, for the metrics that compare single images.
         self.kept, self.mu, self.sigma = found.features[:: -(-len(found.features) // KEPT_IMAGES)], found.mu, found.sigma
 
     def check(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> None:

@@ -30,7 +30,7 @@ PRETRAINED = (
     *("dinov2-vit-s-14", "dinov2-vit-b-14", "dinov2-vit-l-14"),
 )
 INCEPTION = "inception-v3"
-INCEPTION_REGISTERED = "inception-v3-compat"
+INCEPTION_REGISTERED = "inception-v3-compat"  # its name in torch-fidelity
 INCEPTION_DIM = 2048
 INCEPTION_MIN_SIDE = 32
 _BATCH = 64

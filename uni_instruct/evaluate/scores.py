@@ -17,13 +17,14 @@ from uni_instruct.evaluate.summary import KEPT_IMAGES, SPLITS, Summary
 if TYPE_CHECKING:
     import torch
 
+# The defaults of torch-fidelity: subsets of KID, and k of precision and recall.
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
-MIN_SAMPLES = NEIGHBOURS + 1
-POOR_ACCURACY = 0.8
+MIN_SAMPLES = NEIGHBOURS + 1  # an image has k neighbours only among k + 1
+POOR_ACCURACY = 0.8  # below this accuracy of the classifier, a note warns
 # Rows of a distance matrix that are in memory at once, and the most values in them: torch-fidelity holds several copies.
 _NEIGHBOUR_BATCH, _NEIGHBOUR_VALUES = 2000, 2**24
-PUBLISHED_SAMPLES = 50_000
+PUBLISHED_SAMPLES = 50_000  # the number of images in published FIDs
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class LatentDecoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.vae = AutoencoderDecoder(spec)
+        # Not persistent, because they come from the spec: the weights file has the VAE's parameters only.
         for name in ("latent_scale", "latent_shift"):
             values = torch.tensor(getattr(spec, name), dtype=torch.float32, device="cpu").reshape(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)

@@ -58,6 +58,7 @@ class CapturedBatches:
     def _capture(self, size: int, noise: Tensor, class_ids: ClassLabels | None) -> _Captured:
         z = noise.new_zeros(size, *noise.shape[1:])
         labels = _like(class_ids, [part.new_zeros(size) for part in _tensors(class_ids)])
+        # The warm-up must run on a side stream, as torch asks before a capture.
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):

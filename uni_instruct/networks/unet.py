@@ -91,7 +91,7 @@ class UNetLayout:
         skips = skip_channels(encoder)
         dec, channels = nn.ModuleDict(), skips[-1]
         for level in reversed(self.levels):
-            if level is self.levels[-1]:
+            if level is self.levels[-1]:  # as in EDM, the decoder starts with two blocks, the first always with attention
                 dec[f"{level.name}_in0"] = self.block(channels, channels, attention=True)
                 dec[f"{level.name}_in1"] = self.block(channels, channels)
             else:

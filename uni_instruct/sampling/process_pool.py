@@ -113,7 +113,7 @@ class _Worker:
 
     def end(self) -> str:
         """End the process, by force if need be; return how it ended, for messages."""
-        self.pipe.close()
+        self.pipe.close()  # an idle worker ends when its pipe closes; a busy one is killed
         self.process.join(0.2)
         if self.process.is_alive():
             self.process.kill()

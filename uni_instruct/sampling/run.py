@@ -126,6 +126,7 @@ class SampleRun:
                     if not pool.idle:
                         break
                     shard = left.popleft()
+                    # A claim is held until its shard is written. `held` releases all claims if an error ends this loop.
                     claim = held.enter_context(ExitStack())
                     if claim.enter_context(self.shards.claimed(shard)):
                         claims[shard] = claim
@@ -253,6 +254,7 @@ def _enter(folder: Path, out: Path, shared: bool) -> int:
         if held is None:
             log.warning("%s is on a file system without locks: processes may make the same images twice", folder)
         with suppress(FileNotFoundError):
+            # Before the lock was taken, another process may have removed the folder, and the locked file with it.
             if os.path.samestat(os.fstat(file), path.stat()):
                 return file
         os.close(file)
