@@ -1,4 +1,4 @@
-"""Downloads that are checked before they are kept."""
+"""Downloads whose checksum is verified before the file is kept."""
 
 import logging
 import urllib.request
@@ -13,10 +13,11 @@ _log = logging.getLogger(__name__)
 
 
 def download(url: str, path: Path, is_right: Callable[[bytes], bool], what: str, remedy: str) -> None:
-    """The URL's content in `path`, whole and right or not at all.
+    """Download the URL to `path`, atomically.
 
-    is_right is told the content and compares it with a known checksum. what names the thing in the errors: RequestError, with
-    that remedy, where it cannot be had or is not right; DiskError where it cannot be written.
+    is_right: takes the content and compares it with a known checksum. what: the file's name in errors. remedy: of the errors.
+
+    Raises RequestError if the download fails or `is_right` returns False, DiskError if the file cannot be written.
     """
     _log.info("downloading %s to %s", url, path)
     try:

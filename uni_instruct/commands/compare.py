@@ -1,4 +1,4 @@
-"""`uni-instruct compare`: whether one generator, or one recipe, scores better than another."""
+"""`uni-instruct compare`: decide whether one generator, or one recipe, scores better than another."""
 
 import json
 import math
@@ -27,10 +27,10 @@ from uni_instruct.evaluate.result import RoleScores, parse_result
 from uni_instruct.evaluate.scores import MIN_SAMPLES, metric_key
 from uni_instruct.files import JSON_ERRORS
 
-# Sets of seeds of a bundle: the least that have a spread worth the name.
+# Sets of seeds for each bundle: the fewest that give a useful estimate of the spread.
 SETS = 3
 
-# What must be alike, or two numbers have nothing to do with each other: where it stands in a result, and its name.
+# What must be equal in two results, or their scores are not comparable: its place in a result, and its name for the error.
 _ALIKE = (
     (("reference", "name"), "reference"),
     (("reference", "samples"), "number of reference images"),
@@ -59,10 +59,10 @@ _ALIKE = (
 @ray_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -> None:
-    """Say whether A is better or worse than B, or that it cannot be said.
+    """Decide whether A is better or worse than B, or that the difference is inconclusive.
 
-    A and B are bundles or runs, which are scored here against --reference, or results of 'evaluate --json'; or several of them
-    with commas between: one for each training of the same recipe.
+    A and B are bundles or runs, which are scored here against --reference, or result files of 'evaluate --json'. To compare
+    recipes, give several of them separated by commas, one for each training of the recipe.
 
     Example: uni-instruct compare runs/a1,runs/a2,runs/a3 runs/b1,runs/b2,runs/b3 --reference digits
     """
@@ -79,7 +79,7 @@ def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -
 
 
 class _Result:
-    """A result as `evaluate --json` prints it; source: its file, or the bundle that was scored."""
+    """A result of `evaluate --json`. source: its file, or the bundle that was scored."""
 
     def __init__(self, source: str, facts: Any):
         self.source = source
@@ -91,7 +91,7 @@ class _Result:
         self.sets: list[dict[str, float]] = self.generator.get("by_set", [self.generator["values"]])
 
     def name_of(self, metric: str | None) -> str:
-        """The metric as it is printed here: by its own name or its key; without either the first, the Frechet distance."""
+        """The full name in this result of a metric that is given by full name or key; by default the first, the distance."""
         known = list(self.sets[0])
         if metric is None:
             return known[0]
@@ -101,7 +101,7 @@ class _Result:
         return next((name for name in known if wanted in (name.casefold(), name.partition("(")[0].casefold())), metric)
 
     def values(self, name: str) -> Trained:
-        """The metric's values by set. Raises RequestError where it was not measured."""
+        """The metric's values, one for each set of seeds. Raises RequestError if it was not measured."""
         if name not in self.sets[0]:
             known = ", ".join(self.sets[0])
             raise RequestError(f"{self.source} has no {name}", remedy=f"choose one of {known}", param="metric")
@@ -116,7 +116,7 @@ class _Result:
 
 
 def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> list[list[_Result]]:
-    """The results of either side: read, or of bundles measured, all of them by one evaluator."""
+    """The results of both sides: read from files, or measured for bundles, all with the same evaluator."""
     names = [[text] if Path(text).exists() else text.split(",") for text in (a, b)]
     bundles = {name: Bundle.open(found) for name in names[0] + names[1] if (found := _bundle_at(name)) is not None}
     results = {name: _read(name) for name in names[0] + names[1] if name not in bundles}
@@ -135,7 +135,7 @@ def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> l
 
 
 def _bundle_at(name: str) -> str | Path | None:
-    """The bundle that is meant: of a run its generator; None where it is a result's file."""
+    """The bundle at this name; for the folder of a run, its generator; None if it is not a bundle or a folder."""
     of_run = Path(name) / "generator"
     if is_bundle(of_run) and not is_bundle(name):
         return of_run
@@ -178,7 +178,7 @@ def _check_trainings(text: str, weights: Sequence[str]) -> None:
 
 
 def _note(trained: Sequence[Sequence[Trained]]) -> str | None:
-    """Of what one training says, None where there are several of either side."""
+    """A note on what a single training can tell; None if both sides have several trainings."""
     if all(len(side) > 1 for side in trained):
         return None
     return (

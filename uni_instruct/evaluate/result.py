@@ -1,18 +1,18 @@
-"""What `evaluate --json` writes, and `compare` and `publish` read."""
+"""The structure of the JSON file that `evaluate --json` writes, and `compare` and `publish` read."""
 
 from collections.abc import Mapping
 from typing import NotRequired, TypedDict, cast
 
 
 class ReferenceFacts(TypedDict):
-    """The data set that was scored against; samples is how many images it has."""
+    """The reference data set. samples: its number of images."""
 
     name: str
     samples: int
 
 
 class ExtractorFacts(TypedDict):
-    """What made the features; heldout_accuracy is a classifier's, None for InceptionV3."""
+    """The extractor of the features. heldout_accuracy: of a trained classifier, None for other extractors."""
 
     name: str
     sha256: str
@@ -21,10 +21,11 @@ class ExtractorFacts(TypedDict):
 
 
 class RoleScores(TypedDict):
-    """One role's scores by metric: values are means over the sets of seeds. The last three are there for several sets alone.
+    """One role's scores by metric.
 
-    engine, weights_sha256 and steps (of a teacher's sampler, else 1) are None for images that were made elsewhere; results of
-    earlier versions have no steps. samples is the size of a set.
+    engine, weights_sha256, steps (of a teacher's sampler, else 1): None for images that were made elsewhere. Results of earlier
+    versions have no steps. samples: the number of images in a set.
+    values: means over the sets of seeds. spread, by_set, least: only present if there are several sets.
     """
 
     source: str
@@ -39,7 +40,7 @@ class RoleScores(TypedDict):
 
 
 class EvaluationResult(TypedDict):
-    """The whole result. scores has the roles generator and teacher, or images; seeds and classes are None for the last."""
+    """The whole result. The roles in `scores` are generator and teacher, or images; for images, seeds and classes are None."""
 
     reference: ReferenceFacts
     extractor: ExtractorFacts

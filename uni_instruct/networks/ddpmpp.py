@@ -1,4 +1,4 @@
-"""DDPM++ and NCSN++ (Song et al. 2021, arXiv 2011.13456) in EDM's form."""
+"""DDPM++ and NCSN++ (Song et al. 2021, arXiv 2011.13456) as EDM implements them."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -25,7 +25,7 @@ from uni_instruct.spec import ImageShape
 STYLE = BlockStyle(
     adaptive_scale=False,
     channels_per_head=None,
-    skip_scale=math.sqrt(0.5),  # the sum of two independent branches keeps their variance
+    skip_scale=math.sqrt(0.5),  # keeps the variance: the sum of two independent branches has twice theirs
     eps=1e-6,
     project_resampled=True,
     init=xavier_,
@@ -35,11 +35,13 @@ STYLE = BlockStyle(
 
 
 class SongUNet(Network):
-    """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i].
+    """The U-Net F(x; noise label, class, augmentation). Level i: resolution >> i, model_channels * channel_mult[i] channels.
 
-    The defaults are DDPM++; `NCSNPP` holds those of NCSN++. encoder_type 'skip' adds the image, made smaller, to the input of
-    every level; 'residual' adds a path of strided convolutions beside the whole encoder. decoder_type 'skip' sums an image from
-    every level. resample_filter is of even length. out_channels is the image's where not given.
+    The defaults are DDPM++; `NCSNPP` holds those of NCSN++.
+
+    encoder_type: 'skip' adds the downsampled image to the input of every level; 'residual' adds a path of strided convolutions
+    parallel to the encoder. decoder_type: 'skip' sums an image from every level. resample_filter: an even number of taps.
+    out_channels: by default the image's.
     """
 
     def __init__(
@@ -88,14 +90,14 @@ class SongUNet(Network):
         """The embedding that every block reads: [B, emb_channels]."""
         emb = self.map_noise(noise_labels)
         if self.map_label is not None and class_labels is not None:
-            # A one-hot vector of K classes times sqrt(K) has a mean square of 1, as the layer's initial weights expect.
+            # Times sqrt(K), a one-hot vector of K classes has a mean square of 1, as the layer's initial weights expect.
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Every encoder output that the decoder reads, the bottleneck's last."""
+        """All encoder outputs that the decoder reads; the last is the bottleneck's."""
         features: list[Tensor] = []
         aux = x
         for name, block in self.enc.items():
@@ -108,7 +110,7 @@ class SongUNet(Network):
         return features
 
     def decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
-        """The encoder's outputs to F(x): [B, C, H, W]."""
+        """F(x) from the encoder's outputs: [B, C, H, W]."""
         skips, x = list(features), features[-1]
         image = normed = None
         for name, block in self.dec.items():
@@ -158,7 +160,7 @@ def _outputs(resample: _Resample, out_channels: int, plan: list[Level], level: L
 
 
 EMBEDDINGS: dict[str, Callable[[int], nn.Module]] = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
-# What makes the modules that stand beside a level's blocks: on the way down, and on the way up.
+# Functions that make a level's additional modules, for the encoder and for the decoder.
 ENCODERS: dict[str, Callable[..., _Modules]] = {"standard": no_modules, "skip": _skip_path, "residual": _residual_path}
 DECODERS: dict[str, Callable[..., _Modules]] = {"standard": _output, "skip": _outputs}
 
@@ -168,7 +170,7 @@ def _join_residual(block: nn.Module, x: Tensor, aux: Tensor) -> tuple[Tensor, Te
     return total, total
 
 
-# Layer beside the encoder -> what becomes of the encoder's last feature x and of the path beside it, aux.
+# Kind of additional encoder layer -> the new values of the encoder's last feature x and of the parallel path aux.
 _AUX_STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "down": lambda block, x, aux: (x, block(aux)),
     "skip": lambda block, x, aux: (x + block(aux), aux),

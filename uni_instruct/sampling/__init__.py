@@ -1,4 +1,7 @@
-"""Many images on disk: shards (who has done which), run (a request on its way), forms (folder, npz, zip)."""
+"""Generate many images to disk, resumably and with several processes.
+
+shards: the parts of a request and their locks. run: a request in progress. forms: output as folder, npz, zip or tars.
+"""
 
 from uni_instruct.sampling.forms import Samples, read_samples
 from uni_instruct.sampling.run import SampleRequest, SampleRun, is_finished, noted_engine, open_run, remove_leftovers
