@@ -36,16 +36,16 @@ class FoldedEDM2Block(Block):
 
     def __init__(self, block: Block, row: Tensor | None):
         nn.Module.__init__(self)
-        for name in ("in_channels", "out_channels", "decodes", "up", "down", "clip_act", "resample_filter", "heads"):
+        for name in ("in_channels", "out_channels", "is_decoder", "up", "down", "clip_act", "resample_filter", "heads"):
             setattr(self, name, getattr(block, name))
-        (self.keep_res, res), (self.keep_attn, attn) = shares(block.res_balance), shares(block.attn_balance)
+        (self.keep_res, res), (self.keep_attn, attn) = mp_sum_factors(block.res_balance), mp_sum_factors(block.attn_balance)
         self.conv_res0 = PlainConv(block.conv_res0, SILU_GAIN)
         if row is not None:
             self.conv_res0.weight.mul_(row[:, None, None, None])
         self.conv_res1 = PlainConv(block.conv_res1, SILU_GAIN * res)
         self.conv_skip = self.attn_qkv = self.attn_proj = None
         if block.conv_skip is not None:
-            self.conv_skip = PlainConv(block.conv_skip, self.keep_res if self.decodes else 1.0)
+            self.conv_skip = PlainConv(block.conv_skip, self.keep_res if self.is_decoder else 1.0)
         if block.attn_qkv is not None and block.attn_proj is not None:
             self.attn_qkv, self.attn_proj = PlainConv(block.attn_qkv), PlainConv(block.attn_proj, attn)
             self.attn_qkv.weight.copy_(sorted_qkv(self.attn_qkv.weight, self.heads))
@@ -54,13 +54,13 @@ class FoldedEDM2Block(Block):
         """The block's output; shapes as in the class docstring."""
         if self.up or self.down:
             x = resample(x, self.resample_filter, up=self.up)
-        if not self.decodes:
+        if not self.is_decoder:
             x = normalised(x if self.conv_skip is None else self.conv_skip(x), (1,))
         hidden = self.conv_res0(F.silu(x))
         if self.place is not None:
             hidden = hidden * rows[:, self.place, None, None]
         hidden = self.conv_res1(F.silu(hidden))
-        x = (self.conv_skip(x) if self.decodes and self.conv_skip is not None else x * self.keep_res) + hidden
+        x = (self.conv_skip(x) if self.is_decoder and self.conv_skip is not None else x * self.keep_res) + hidden
         if self.attn_qkv is not None and self.attn_proj is not None:
             x = x * self.keep_attn + self.attn_proj(attend(self._unit_qkv(self.attn_qkv(x)), self.heads))
         return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
@@ -77,7 +77,7 @@ def row_map(block: Block) -> tuple[Tensor, Tensor]:
     return weight, torch.ones(len(weight), dtype=weight.dtype)
 
 
-def shares(balance: float) -> tuple[float, float]:
+def mp_sum_factors(balance: float) -> tuple[float, float]:
     """The factors of a and b in mp_sum(a, b, t) = ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2) (equation 88)."""
     return (1 - balance) / math.hypot(1 - balance, balance), balance / math.hypot(1 - balance, balance)
 

@@ -11,4 +11,4 @@ CAPABILITIES = {
     "tensorrt-rtx": {"fp32": _RTX_SINCE_AMPERE, "fp16": _RTX_SINCE_TURING, "bf16": _RTX_SINCE_AMPERE},
 }
 # Runtimes whose engines can be built on a machine without the GPU they are for.
-ANYWHERE = ("tensorrt-rtx",)
+BUILDABLE_WITHOUT_GPU = ("tensorrt-rtx",)

@@ -13,15 +13,15 @@ def checked_images(spec: ModelSpec, wanted: int) -> int:
     """How many images to check: `wanted`, but at least one per class.
 
     For a heavy network (`flops.is_heavy`): HEAVY_IMAGES, but at least one for each of at most HEAVY_CLASSES classes. Fewer if
-    the decoder makes large pictures (`ModelSpec.affordable_images`).
+    the decoder makes large pictures (`ModelSpec.images_for_check`).
     """
     from uni_instruct.networks.flops import is_heavy
 
     images, classes = (HEAVY_IMAGES, min(spec.num_classes, HEAVY_CLASSES)) if is_heavy(spec) else (wanted, spec.num_classes)
-    return spec.affordable_images(max(images, classes))
+    return spec.images_for_check(max(images, classes))
 
 
-def checked_classes(spec: ModelSpec, count: int) -> np.ndarray | None:
+def check_class_ids(spec: ModelSpec, count: int) -> np.ndarray | None:
     """A class for each image: all classes in turn; evenly spaced ones if there are fewer images than classes.
 
     int64 [count]; None without classes.

@@ -30,18 +30,18 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The largest protobuf message, and so the largest ONNX file that contains its weights.
 MAX_FILE_BYTES = 2**31 - 1
 # Smaller tensors stay in the graph's message, and are not stored as float16: it would save too little for a Cast node each.
-MIN_HALVED_SIZE = 1024
+MIN_FLOAT16_SIZE = 1024
 
 
 class WithPixels(nn.Module):
     """Adds the conversion to pixels: z -> (uint8 pixels [B, H, W, C], images before rounding float32 [B, C, H, W]).
 
-    bytes_last: transpose first and convert to uint8 last, as TensorRT needs it. By default the uint8 values are transposed.
+    cast_last: transpose first and convert to uint8 last, as TensorRT needs it. By default the uint8 values are transposed.
     """
 
-    def __init__(self, generator: nn.Module, bytes_last: bool = False):
+    def __init__(self, generator: nn.Module, cast_last: bool = False):
         super().__init__()
-        self.generator, self.bytes_last = generator, bytes_last
+        self.generator, self.cast_last = generator, cast_last
 
     def forward(
         self, noise: Tensor, class_ids: Tensor | None = None, other_ids: Tensor | None = None, share: Tensor | None = None
@@ -51,7 +51,7 @@ class WithPixels(nn.Module):
             images = self.generator(noise, class_ids)
         else:
             images = self.generator(noise, MixedClasses(class_ids, other_ids, share))
-        if self.bytes_last:
+        if self.cast_last:
             # `to_uint8` in another order: floats are transposed, not bytes.
             return (images * 127.5 + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8), images
         return to_uint8(images), images
@@ -65,14 +65,14 @@ def write_graph(
     weights: str = "exact",
     precision: str = "fp32",
     opset: int = OPSET,
-    bytes_last: bool = False,
+    cast_last: bool = False,
     optional_mixture: bool = False,
 ) -> dict[str, str]:
     """Write the bundle's graph to `path`, with its weights in the same file. Returns the versions of the tools.
 
     norm: converts group normalisation to the form for which the runtime is fast. weights: which are stored as float16: those
     that float16 holds exactly ('exact'), all, rounded if need be ('rounded', for engines that round to 16 bits anyway), or none
-    ('wide'). precision: the type that the network computes in, according to the graph. bytes_last: as in `WithPixels`.
+    ('wide'). precision: the type that the network computes in, according to the graph. cast_last: as in `WithPixels`.
     optional_mixture: give the inputs for mixtures a default, so that a caller may feed noise and class ids only.
     Raises RequestError if the weights do not fit into one file.
     """
@@ -84,7 +84,7 @@ def write_graph(
             f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {MAX_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
-    model, arrays = _export(bundle, norm, DTYPES[precision], opset, bytes_last)
+    model, arrays = _export(bundle, norm, DTYPES[precision], opset, cast_last)
     gc.collect()  # objects of the exporter that refer to each other
     _strip(model)
     if weights != "wide":
@@ -98,7 +98,7 @@ def write_graph(
 
 
 def _export(
-    bundle: Bundle, norm: NormFactory, dtype: torch.dtype, opset: int, bytes_last: bool
+    bundle: Bundle, norm: NormFactory, dtype: torch.dtype, opset: int, cast_last: bool
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The graph without its large weights, and these weights by name. They share torch's memory, to avoid a second copy."""
     generator = CanonicalOneStep(load_one_step(bundle), norm).in_precision(dtype)
@@ -113,7 +113,7 @@ def _export(
         # The exporter warns of deprecated calls within itself, and that all inputs have the same name for the batch axis.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            WithPixels(generator, bytes_last).eval(),
+            WithPixels(generator, cast_last).eval(),
             tuple(example),
             dynamo=True,
             opset_version=opset,
@@ -152,7 +152,7 @@ def _take_weights(program: torch.onnx.ONNXProgram) -> dict[str, np.ndarray]:
     """Remove the large weights from the graph, and return them by name."""
     graph, found = program.model.graph, dict[str, np.ndarray]()
     for name, value in list(graph.initializers.items()):
-        if value.const_value is not None and value.const_value.size >= MIN_HALVED_SIZE:
+        if value.const_value is not None and value.const_value.size >= MIN_FLOAT16_SIZE:
             found[name] = value.const_value.numpy()
             del graph.initializers[name]
             value.const_value = None  # the exporter keeps a reference to the graph after the export

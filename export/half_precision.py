@@ -6,7 +6,7 @@ import numpy as np
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.export.card import Rounding
-from uni_instruct.export.checked_images import checked_classes, checked_images
+from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.noise import draw_inputs
 from uni_instruct.progress import ProgressFactory, silent
 
@@ -16,15 +16,15 @@ CHECKED_IMAGES = 512
 ALLOWED_LEVELS = 1
 
 
-def half_precision_changes(original: Bundle, half: Bundle, shows: ProgressFactory = silent) -> Rounding:
+def half_precision_changes(original: Bundle, half: Bundle, with_progress: ProgressFactory = silent) -> Rounding:
     """Compare the images of a bundle with those of `half`, which stores the same weights in half precision."""
     from uni_instruct.networks.reference import reference_outputs
 
     spec = original.spec
     count = checked_images(spec, CHECKED_IMAGES)
-    inputs = draw_inputs(spec, range(count), checked_classes(spec, count))
+    inputs = draw_inputs(spec, range(count), check_class_ids(spec, count))
     labels = {"float32": original, "half precision": half}
-    before, after = (reference_outputs(bundle, *inputs, shows, label).pixels for label, bundle in labels.items())
+    before, after = (reference_outputs(bundle, *inputs, with_progress, label).pixels for label, bundle in labels.items())
     return rounding_of(before, after)
 
 

@@ -71,7 +71,7 @@ def prepare(model: openvino.Model, rounded: Collection[str]) -> None:
         if layer.get_type_name() == "Interpolate":
             _replace(layer, _nearest(layer))
         elif layer.get_type_name() == "Convolution" and layer.get_friendly_name() in rounded:
-            _give_32_bits(layer)
+            _keep_output_float32(layer)
         elif layer.get_type_name() == "Swish" and not _readers(layer) & rounded:
             insert_neutral_clamp(layer)
     model.validate_nodes_and_infer_types()
@@ -105,7 +105,7 @@ def _readers(layer: openvino.Node) -> set[str]:
     return {port.get_node().get_friendly_name() for port in layer.output(0).get_target_inputs()}
 
 
-def _give_32_bits(convolution: openvino.Node) -> None:
+def _keep_output_float32(convolution: openvino.Node) -> None:
     """Make the output of a convolution in bf16 float32, by a neutral clamp behind its bias.
 
     OpenVINO fuses the bias into the convolution, and the bias's mark is lost. The clamp's mark takes its place.

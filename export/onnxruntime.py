@@ -19,6 +19,6 @@ def check_machine(precision: str) -> None:
 def build(bundle: Bundle, path: Path, precision: str) -> dict[str, str]:
     """Write the engine's file. Returns the tools' versions. Raises RequestError if the weights do not fit into one file."""
     return {
-        **write_graph(bundle, path, copy.deepcopy, precision=precision, bytes_last=precision != "fp32", optional_mixture=True),
+        **write_graph(bundle, path, copy.deepcopy, precision=precision, cast_last=precision != "fp32", optional_mixture=True),
         "onnxruntime": onnxruntime.__version__,
     }

@@ -21,12 +21,12 @@ from uni_instruct.engines.worker_process import run_worker
 from uni_instruct.errors import CompilationError
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm
 from uni_instruct.export.graph import write_graph
-from uni_instruct.export.openvino_worker import EVERYTHING, KEPT, SPARING
+from uni_instruct.export.openvino_worker import ALL_BF16, FIRST_QUARTER_BF16, FLOAT32_CONVOLUTIONS
 from uni_instruct.export.quantize import check_installed, versions
 from uni_instruct.processes import release_freed_memory
 
 # Precision -> the ways to build it, from the fastest engine to the most exact.
-WAYS = {"bf16": (EVERYTHING, *KEPT), "int8": (EVERYTHING, "convolutions in bf16", SPARING)}
+WAYS = {"bf16": (ALL_BF16, *FLOAT32_CONVOLUTIONS), "int8": (ALL_BF16, "convolutions in bf16", FIRST_QUARTER_BF16)}
 # Precision -> how the ONNX graph stores weights (`write_graph`). int8 needs them as plain float32: NNCF finds a convolution's
 # weights only if no other node, such as the cast of float16 weights, is between them.
 _WEIGHTS = {"bf16": "rounded", "int8": "wide"}

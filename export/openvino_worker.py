@@ -16,16 +16,16 @@ from uni_instruct.export.mixed_precision import prepare, rounded_convolutions, w
 from uni_instruct.export.quantize import quantized
 from uni_instruct.processes import release_freed_memory, release_large_blocks
 
-EVERYTHING = "all of it in bf16"
+ALL_BF16 = "all of it in bf16"
 # Way -> arguments of `sensitive_layers`: which convolutions keep float32. In these ways, sums and norms keep it too.
-KEPT = {
+FLOAT32_CONVOLUTIONS = {
     "convolutions in bf16": {"first_block": False},
     "most convolutions in bf16": {},
     "convolutions in bf16, but the first and the last block's": {"last_block": True},
 }
 # int8's most exact way: the first quarter of its convolutions stay in bf16. They do few of the FLOPs (6 % in fashion-mnist)
 # and gain about 1 dB of PSNR (docs/export.md, "int8").
-SPARING = "convolutions in bf16, and the first quarter of int8's"
+FIRST_QUARTER_BF16 = "convolutions in bf16, and the first quarter of int8's"
 # NNCF imports these, if installed, to find out whether the graph is one of theirs. That takes 200 MB, so it is prevented.
 _NOT_NEEDED = ("torch", "onnx")
 
@@ -38,10 +38,10 @@ def main(bundle_path: str, precision: str, way: str, graph: str, path: str) -> N
     bundle = Bundle.open(bundle_path)
     model = openvino.Core().read_model(graph)
     release_freed_memory()  # what reading the file took
-    kept = KEPT["convolutions in bf16" if way == SPARING else way] if way != EVERYTHING else None
+    kept = FLOAT32_CONVOLUTIONS["convolutions in bf16" if way == FIRST_QUARTER_BF16 else way] if way != ALL_BF16 else None
     rounded = None if kept is None else rounded_convolutions(model, bundle, **kept)
     if precision == "int8":
-        model = quantized(model, bundle, spared=0.25 if way == SPARING else 0.0)
+        model = quantized(model, bundle, skip_share=0.25 if way == FIRST_QUARTER_BF16 else 0.0)
         release_freed_memory()  # the weights in float32
     write_engine(model, rounded, Path(path))
 

@@ -16,7 +16,7 @@ from uni_instruct.class_mixture import ClassMixture
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, min_psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import DiskError, ParityError
-from uni_instruct.export.checked_images import checked_classes, checked_images
+from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.export.feature_shift import MAX_SHIFT, feature_shift
 from uni_instruct.files import disk_errors
 from uni_instruct.noise import Inputs, draw_inputs
@@ -98,12 +98,12 @@ def verify(
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], ClassMixture | None]:
     """Seeds and classes for the check. The seeds follow from the engine's hash, so nothing can have been tuned on them.
 
-    All classes are used if that many images are affordable (`checked_classes`). Every third image mixes its class with the next
+    All classes are used if that many images are affordable (`check_class_ids`). Every third image mixes its class with the next
     one, in shares of a quarter, half or three quarters; the others have one class.
     """
     first, count = int(file_sha256[:15], 16), checked_images(spec, max(BATCHES))
     seeds, places = list(range(first, first + count)), np.arange(count)
-    class_ids = checked_classes(spec, count)
+    class_ids = check_class_ids(spec, count)
     if class_ids is None:
         return seeds, None
     share = np.where(places % MIXED_EVERY == 1, (places // MIXED_EVERY % 3 + 1) / 4, 0)
@@ -115,7 +115,7 @@ def batches(spec: ModelSpec) -> tuple[int, ...]:
     from uni_instruct.networks.flops import is_heavy
 
     largest = HEAVY_BATCH if is_heavy(spec) else max(BATCHES)
-    affordable = spec.affordable_images(max(BATCHES))
+    affordable = spec.images_for_check(max(BATCHES))
     return tuple(dict.fromkeys(min(batch, largest) for batch in BATCHES if batch <= affordable))
 
 

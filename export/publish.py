@@ -15,7 +15,7 @@ from uni_instruct.engines.record import EngineId, EngineRecord
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.result import EvaluationResult, parse_result
 from uni_instruct.export.card import Rounding, published_card, teacher_weights
-from uni_instruct.export.checked_images import checked_classes, checked_images
+from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.export.half_precision import half_precision_changes, rounding_of, too_large, without_half
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
 from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder
@@ -45,35 +45,35 @@ class Publication:
     file_bytes: Mapping[str, int]
 
 
-def publish(source: str | Path, out: Path, scores: Sequence[Path] = (), shows: ProgressFactory = silent) -> Publication:
+def publish(source: str | Path, out: Path, scores: Sequence[Path] = (), with_progress: ProgressFactory = silent) -> Publication:
     """Publish a bundle, or the generator of a run, to the folder `out`, completely or not at all.
 
     A teacher is published to be distilled from. It is stored in half precision whatever that changes, unless its weights are
     too large for that; its card is kept, and says what changed. scores: files that `evaluate --json` wrote, for the card of a
-    generator. shows: makes the progress bars.
+    generator. with_progress: makes the progress bars.
 
     Raises RequestError for a generator of latents, for scores of other weights or of a teacher, and if `out` holds anything but
     an earlier publication of the same weights; MissingExtraError, ParityError and DiskError as `export_engine` does.
     """
     original = open_generator(source)
     if original.spec.steps > 1:
-        return _publish_teacher(original, out, scores, shows)
+        return _publish_teacher(original, out, scores, with_progress)
     check_exportable(original)
     TARGETS[ENGINE].check_packages()
     _check_replaceable(out, original)
     read = [read_scores(path) for path in scores]
     with atomic_folder(out) as folder:
-        bundle, rounding = store(original, folder, shows)
+        bundle, rounding = store(original, folder, with_progress)
         check_scores(read, original, bundle)
-        record = export_engine(bundle, ENGINE, shows=shows)
-        command, sheet = sample_sheet(bundle, shows)
+        record = export_engine(bundle, ENGINE, with_progress=with_progress)
+        command, sheet = sample_sheet(bundle, with_progress)
         (folder / SAMPLES).write_bytes(encode(sheet))
         card = published_card(bundle, rounding, record, read, command)
         (folder / CARD).write_text(card)
     return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=record, file_bytes=_sizes(out))
 
 
-def _publish_teacher(original: Bundle, out: Path, scores: Sequence[Path], shows: ProgressFactory) -> Publication:
+def _publish_teacher(original: Bundle, out: Path, scores: Sequence[Path], with_progress: ProgressFactory) -> Publication:
     if scores:
         problem = f"{original.path} is a teacher: its card keeps the scores that its training measured"
         raise RequestError(problem, remedy="leave --scores out", param="scores")
@@ -83,27 +83,29 @@ def _publish_teacher(original: Bundle, out: Path, scores: Sequence[Path], shows:
         sheet = samples.read_bytes() if samples.exists() else None
         name = too_large(weights)
         stored = Bundle.write(folder, _published_spec(original, {}), weights, "", sheet, precision="fp32" if name else "fp16")
-        rounding = without_half(name) if name else _teacher_rounding(original, stored, shows)
+        rounding = without_half(name) if name else _teacher_rounding(original, stored, with_progress)
         (folder / CARD).write_text((original.path / CARD).read_text() + "\n" + teacher_weights(rounding))
     return Publication(path=str(out), name=original.spec.name, rounding=rounding, engine=None, file_bytes=_sizes(out))
 
 
-def _teacher_rounding(original: Bundle, half: Bundle, shows: ProgressFactory) -> Rounding:
+def _teacher_rounding(original: Bundle, half: Bundle, with_progress: ProgressFactory) -> Rounding:
     seeds = range(min(TEACHER_IMAGES, checked_images(original.spec, TEACHER_IMAGES)))
-    class_ids = checked_classes(original.spec, len(seeds))
+    class_ids = check_class_ids(original.spec, len(seeds))
     labels = {"float32": original, "half precision": half}
-    before, after = (_images(open_engine(bundle, "torch"), seeds, class_ids, shows, label) for label, bundle in labels.items())
+    before, after = (
+        _images(open_engine(bundle, "torch"), seeds, class_ids, with_progress, label) for label, bundle in labels.items()
+    )
     return rounding_of(before, after, "fp16")
 
 
 def _images(
-    engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, shows: ProgressFactory, label: str
+    engine: Engine, seeds: Sequence[int], class_ids: np.ndarray | None, with_progress: ProgressFactory, label: str
 ) -> np.ndarray:
-    with shows(label, len(seeds), "images") as shown:
+    with with_progress(label, len(seeds), "images") as bar:
         parts = []
         for part in generate_batches(engine, seeds, class_ids, _IMAGES_AT_ONCE):
             parts.append(part)
-            shown.advance(len(part))
+            bar.advance(len(part))
     return np.concatenate(parts)
 
 
@@ -118,7 +120,7 @@ def _published_spec(original: Bundle, facts: Mapping[str, object]) -> ModelSpec:
     return replace(original.spec, provenance={**kept, "published": published})
 
 
-def renew_card(path: Path, scores: Sequence[EvaluationResult]) -> Path:
+def rewrite_card(path: Path, scores: Sequence[EvaluationResult]) -> Path:
     """Rewrite the card and the sample sheet of a published bundle, from its own records and from scores of its weights.
 
     Returns the card's path. Raises RequestError for a teacher, for scores of other weights, and if `path` is not a folder to
@@ -157,7 +159,7 @@ def open_generator(source: str | Path) -> Bundle:
     return Bundle.open(of_run if not (Path(source) / CONFIG).is_file() and (of_run / CONFIG).is_file() else source)
 
 
-def store(original: Bundle, folder: Path, shows: ProgressFactory = silent) -> tuple[Bundle, Rounding]:
+def store(original: Bundle, folder: Path, with_progress: ProgressFactory = silent) -> tuple[Bundle, Rounding]:
     """Write the bundle to `folder`, in half precision if that can hold its weights and changes no pixel by more than one level.
 
     Returns the new bundle, and what half precision changes.
@@ -169,9 +171,9 @@ def store(original: Bundle, folder: Path, shows: ProgressFactory = silent) -> tu
         rounding = without_half(name)
     else:
         half = Bundle.write(folder, spec, weights, "", precision="fp16", decoder=decoder)
-        rounding = half_precision_changes(original, half, shows)
+        rounding = half_precision_changes(original, half, with_progress)
     spec = _published_spec(original, asdict(rounding))
-    reference = partial(make_reference, shows=shows)
+    reference = partial(make_reference, with_progress=with_progress)
     bundle = Bundle.write(folder, spec, weights, "", precision=rounding.precision, decoder=decoder, reference=reference)
     return bundle, rounding
 
@@ -185,7 +187,7 @@ def without_folders(value: object) -> object:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def sample_sheet(bundle: Bundle, shows: ProgressFactory = silent) -> tuple[str, np.ndarray]:
+def sample_sheet(bundle: Bundle, with_progress: ProgressFactory = silent) -> tuple[str, np.ndarray]:
     """The command that makes the sample sheet, and the sheet as pixels uint8 [H, W, C].
 
     One row per class; without classes, or with more than SHEET_ROWS, a square of the first seeds.
@@ -194,7 +196,7 @@ def sample_sheet(bundle: Bundle, shows: ProgressFactory = silent) -> tuple[str, 
     rows = spec.num_classes if 0 < spec.num_classes <= SHEET_ROWS else 0
     seeds = range((rows or SHEET_COLUMNS) * SHEET_COLUMNS)
     class_ids = resolve_class_ids(spec, seeds, by_class(spec, seeds) if rows else None)
-    images = _images(open_engine(bundle, ENGINE), seeds, class_ids, shows, SAMPLES)
+    images = _images(open_engine(bundle, ENGINE), seeds, class_ids, with_progress, SAMPLES)
     command = f"uni-instruct generate . --seeds 0-{len(seeds) - 1}{' --by-class' if rows else ''} --grid samples.png"
     return command, contact_sheet(images, SHEET_COLUMNS)
 

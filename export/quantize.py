@@ -16,9 +16,9 @@ from uni_instruct.errors import MissingExtraError
 from uni_instruct.export.mixed_precision import convolutions, insert_neutral_clamp, rounded_convolutions
 from uni_instruct.noise import draw_inputs, round_robin_class_ids
 
-# Calibration uses CALIBRATED images in batches of BATCH. NNCF computes a scale from the mean of the batches' ranges.
+# Calibration uses CALIBRATION_IMAGES images in batches of BATCH. NNCF computes a scale from the mean of the batches' ranges.
 # PART images run at a time: the activations of 8 take more memory than the weights (docs/export.md, "int8" and "Memory").
-CALIBRATED, BATCH, PART = 128, 8, 2
+CALIBRATION_IMAGES, BATCH, PART = 128, 8, 2
 # Calibration must not use the seeds of later checks. Those of reference.npz are small. Those of the export's check start at a
 # number below 2^60 (`parity.fresh_inputs`).
 FIRST_SEED = 1 << 61
@@ -36,10 +36,10 @@ def versions() -> dict[str, str]:
     return {PACKAGE: version(PACKAGE)}
 
 
-def quantized(model: openvino.Model, bundle: Bundle, spared: float = 0.0) -> openvino.Model:
+def quantized(model: openvino.Model, bundle: Bundle, skip_share: float = 0.0) -> openvino.Model:
     """Quantize the graph's large 3x3 convolutions to int8, with NNCF's mixed preset. Raises MissingExtraError without NNCF.
 
-    spared: the share of these convolutions, in the order in which they run, that is not quantized.
+    skip_share: the share of these convolutions, in the order in which they run, that is not quantized.
     """
     check_installed()
     import nncf
@@ -55,8 +55,8 @@ def quantized(model: openvino.Model, bundle: Bundle, spared: float = 0.0) -> ope
             nncf.Dataset(list(_calibration(bundle))),
             preset=nncf.QuantizationPreset.MIXED,
             target_device=nncf.TargetDevice.CPU,
-            subset_size=CALIBRATED // BATCH,
-            ignored_scope=nncf.IgnoredScope(names=sorted(_left_out(model, bundle, spared))),
+            subset_size=CALIBRATION_IMAGES // BATCH,
+            ignored_scope=nncf.IgnoredScope(names=sorted(_ignored_layers(model, bundle, skip_share))),
             advanced_parameters=more,
         )
     _keep_scales(made)
@@ -92,14 +92,14 @@ def _calibrating_in_parts() -> Iterator[None]:
     from nncf.common.factory import EngineFactory
 
     create: Callable[[openvino.Model], Any] = EngineFactory.create
-    EngineFactory.create = staticmethod(lambda model: _InParts(create(model), model))
+    EngineFactory.create = staticmethod(lambda model: _PartwiseEngine(create(model), model))
     try:
         yield
     finally:
         EngineFactory.create = staticmethod(create)
 
 
-class _InParts:
+class _PartwiseEngine:
     """An engine of NNCF that runs a batch in parts. A batch's minimum is the minimum of its parts' minima; so with maxima."""
 
     _joined: Mapping[str, Callable[..., np.ndarray]] = {"ReduceMin": np.minimum, "ReduceMax": np.maximum}
@@ -125,18 +125,18 @@ class _InParts:
 
 
 def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:
-    count = bundle.spec.affordable_images(CALIBRATED)
+    count = bundle.spec.images_for_check(CALIBRATION_IMAGES)
     class_ids = round_robin_class_ids(bundle.spec, count)
     inputs = draw_inputs(bundle.spec, list(range(FIRST_SEED, FIRST_SEED + count)), class_ids)
     yield from map(graph_feeds, inputs.parts(BATCH))
 
 
-def _left_out(model: openvino.Model, bundle: Bundle, spared: float) -> set[str]:
-    """Names of the layers that NNCF must ignore: all but the large 3x3 convolutions, and the first `spared` of these."""
+def _ignored_layers(model: openvino.Model, bundle: Bundle, skip_share: float) -> set[str]:
+    """Names of the layers that NNCF must ignore: all but the large 3x3 convolutions, and the first `skip_share` of these."""
     rounded = rounded_convolutions(model, bundle, last_block=True)
     names = [layer.get_friendly_name() for layer in convolutions(model) if _is_3x3(layer)]
     chosen = [name for name in names if name in rounded]
-    chosen = chosen[round(spared * len(chosen)) :]
+    chosen = chosen[round(skip_share * len(chosen)) :]
     passive = ("Constant", "Parameter", "Result")
     layers = (layer for layer in model.get_ordered_ops() if layer.get_type_name() not in passive)
     return {layer.get_friendly_name() for layer in layers} - set(chosen)

@@ -13,7 +13,7 @@ from pathlib import Path
 import uni_instruct
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.hardware.cuda import gpus
-from uni_instruct.engines.record import EngineId, EngineRecord, former_folder
+from uni_instruct.engines.record import EngineId, EngineRecord, format_1_folder
 from uni_instruct.engines.tensorrt import PACKAGES
 from uni_instruct.errors import MissingExtraError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.capabilities import BATCH_PROFILE, CAPABILITIES
@@ -236,7 +236,9 @@ def find_target(engine_id: str) -> Target:
     return row.for_gpu(int(parsed.target[2:])) if row.sms else row
 
 
-def export_engine(bundle: Bundle, engine_id: str, device: str | None = None, shows: ProgressFactory = silent) -> EngineRecord:
+def export_engine(
+    bundle: Bundle, engine_id: str, device: str | None = None, with_progress: ProgressFactory = silent
+) -> EngineRecord:
     """Build an engine in a temporary folder, check it there, and only then put it into the bundle, in place of an older one.
 
     If there are several ways to build it, the first that agrees with torch with a margin is used, or else the most exact one.
@@ -255,14 +257,14 @@ def export_engine(bundle: Bundle, engine_id: str, device: str | None = None, sho
         for left, (way, build) in zip(reversed(range(len(builders))), builders.items(), strict=True):
             label = f"export {engine_id}{f', {way}' if way else ''}"
             try:
-                with shows(label, 2, "steps (build, check)") as shown, atomic_folder(place) as folder:
+                with with_progress(label, 2, "steps (build, check)") as bar, atomic_folder(place) as folder:
                     record = _build(bundle, target, build, folder, way)
-                    shown.advance(1)
+                    bar.advance(1)
                     # Without its GPU it cannot be checked here: the machine that runs it then tries it first, on reference.npz.
                     if device is not None or target.can_be_tried():
                         record = replace(record, parity=verify(bundle, record, folder, device, with_margin=left > 0))
                     record.write(folder)
-                    shown.advance(1)
+                    bar.advance(1)
                 break
             except ParityError:
                 if not left:
@@ -270,14 +272,14 @@ def export_engine(bundle: Bundle, engine_id: str, device: str | None = None, sho
     finally:
         with suppress(OSError):  # remove the engines folder if it is empty, as no engine passed
             place.parent.rmdir()
-    bundle.bring_up_to_date(make_reference)
-    _remove_former(bundle, target.engine_id)
+    bundle.upgrade_format(make_reference)
+    _remove_format_1_engine(bundle, target.engine_id)
     return EngineRecord.read(place)
 
 
-def _remove_former(bundle: Bundle, engine_id: EngineId) -> None:
+def _remove_format_1_engine(bundle: Bundle, engine_id: EngineId) -> None:
     """Remove the engine that format 1 kept in another folder, as the new one replaces it."""
-    name = former_folder(engine_id)
+    name = format_1_folder(engine_id)
     if name:
         shutil.rmtree(bundle.engine_folder(engine_id).with_name(name), ignore_errors=True)
 

@@ -15,7 +15,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.hardware.cuda import gpus
 from uni_instruct.engines.tensorrt import PACKAGES, last_error, logger
 from uni_instruct.errors import RequestError, UniInstructError
-from uni_instruct.export.capabilities import ANYWHERE, BATCH_PROFILE
+from uni_instruct.export.capabilities import BATCH_PROFILE, BUILDABLE_WITHOUT_GPU
 from uni_instruct.export.graph import write_graph
 from uni_instruct.files import disk_errors
 
@@ -29,7 +29,7 @@ OPSET = 22
 def check_machine(runtime: str, sm: int) -> None:
     """Raises RequestError if this machine cannot build for the compute capability `sm` (89 for 8.9)."""
     here = sorted({gpu.sm for gpu in gpus()})
-    if runtime in ANYWHERE or sm in here:
+    if runtime in BUILDABLE_WITHOUT_GPU or sm in here:
         return
     found = f"has {', '.join(f'sm{one}' for one in here)}" if here else "has no GPU"
     raise RequestError(
@@ -54,7 +54,7 @@ def _graph(bundle: Path, weights_sha256: str, precision: str) -> tuple[bytes, tu
     """The bundle's ONNX graph, and the versions of the tools. weights_sha256 only serves as part of the cache's key."""
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         file = Path(scratch, "graph.onnx")
-        versions = write_graph(Bundle.open(bundle), file, copy.deepcopy, precision=precision, opset=OPSET, bytes_last=True)
+        versions = write_graph(Bundle.open(bundle), file, copy.deepcopy, precision=precision, opset=OPSET, cast_last=True)
         return file.read_bytes(), tuple(versions.items())
 
 
@@ -69,7 +69,7 @@ def _plan(trt: "types.ModuleType", graph: bytes, runtime: str, sm: int) -> Any:
         reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise _refused(runtime, sm, reasons)
     config = builder.create_builder_config()
-    if runtime in ANYWHERE:
+    if runtime in BUILDABLE_WITHOUT_GPU:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
     # TF32 keeps only 11 bits of each factor, so an engine called fp32 must not use it.

@@ -144,7 +144,7 @@ class Bundle:
         path = self.path / REFERENCE
         return Reference.read(path, self.spec, self.weights_sha256) if path.is_file() else None
 
-    def bring_up_to_date(self, reference: "MakeReference") -> None:
+    def upgrade_format(self, reference: "MakeReference") -> None:
         """Write a missing or damaged reference.npz, and convert a config.json of format 1 to this version's format.
 
         A current bundle is left as it is. The bundle can be opened at any moment meanwhile. Raises DiskError if a file cannot

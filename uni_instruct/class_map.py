@@ -19,8 +19,8 @@ def has_names(names: Sequence[str]) -> bool:
 
 def ids_by_name(names: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
     """The index in `others` of each name: int64 [len(names)]; None if one is missing. Names are compared in Unicode's NFC."""
-    known = {_composed(other): number for number, other in enumerate(others)}
-    ids = [known.get(_composed(name), -1) for name in names]
+    known = {_nfc(other): number for number, other in enumerate(others)}
+    ids = [known.get(_nfc(name), -1) for name in names]
     return None if -1 in ids else np.array(ids, dtype=np.int64)
 
 
@@ -35,14 +35,14 @@ def match_classes(names: Sequence[str], others: Sequence[str], whose: str, other
     ids = ids_by_name(names, others)
     if ids is None or len(names) != len(others):
         raise RequestError(
-            f"{whose} has the classes {shown_classes(names)}, {others_whose} {shown_classes(others)}",
+            f"{whose} has the classes {format_class_names(names)}, {others_whose} {format_class_names(others)}",
             remedy="give both the same classes, in any order",
             param="classes",
         )
     return ids
 
 
-def numbered_as(dataset: Dataset, names: Sequence[str], whose: str) -> Dataset:
+def renumber_labels(dataset: Dataset, names: Sequence[str], whose: str) -> Dataset:
     """The data set with its labels renumbered to the order of `names`.
 
     The data set itself is returned if its order is the same already, or if either side has numbers only. Raises RequestError,
@@ -54,12 +54,12 @@ def numbered_as(dataset: Dataset, names: Sequence[str], whose: str) -> Dataset:
     return replace(dataset, labels=ids[dataset.labels], class_names=tuple(names))
 
 
-def shown_classes(names: Sequence[str]) -> str:
+def format_class_names(names: Sequence[str]) -> str:
     """The class names for a message, shortened if there are many."""
     more = f", ... ({len(names):,} in all)" if len(names) > _SHOWN else ""
     return f"({', '.join(names[:_SHOWN])}{more})"
 
 
-def _composed(name: str) -> str:
+def _nfc(name: str) -> str:
     """The name in Unicode's NFC. macOS stores accents in file names as separate characters (NFD)."""
     return unicodedata.normalize("NFC", name)

@@ -10,9 +10,9 @@ from click.exceptions import Exit
 
 from uni_instruct import __version__
 from uni_instruct.errors import UniInstructError
-from uni_instruct.files import unusable
+from uni_instruct.files import as_path_error
 from uni_instruct.processes import is_nonzero_rank, sleep_while_waiting
-from uni_instruct.progress import show_log
+from uni_instruct.progress import log_to_stderr
 
 # Name -> (import path, summary), in the order in which a new user needs them.
 COMMANDS = {
@@ -112,9 +112,9 @@ def main() -> None:
     sleep_while_waiting()
     _print_any_name()
     if not is_nonzero_rank():
-        show_log("uni_instruct.engines.trials.trial")
-        show_log("uni_instruct.engines.compiled.cache")
-        show_log("uni_instruct.export.openvino")
+        log_to_stderr("uni_instruct.engines.trials.trial")
+        log_to_stderr("uni_instruct.engines.compiled.cache")
+        log_to_stderr("uni_instruct.export.openvino")
     try:
         cli.main(standalone_mode=False)
     except Exit as error:
@@ -126,7 +126,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; run the same command again to go on", 130)
     except OSError as error:
-        if (refused := unusable(error)) is None:
+        if (refused := as_path_error(error)) is None:
             raise
         _fail(str(refused), refused.exit_code)
     except ModuleNotFoundError as error:

@@ -125,8 +125,8 @@ def load_engine(
     engine_class = runtime.load_class()
     if isinstance(stored, EngineId):
         return engine_class(bundle, device=device, precision=engine_id.precision, target=engine_id.target)
-    shared_out = {} if streams is None else {"streams": streams}  # only classes with streams take the argument
-    return engine_class(bundle, stored, device=device, spin=spin, **shared_out)
+    stream_options = {} if streams is None else {"streams": streams}  # only classes with streams take the argument
+    return engine_class(bundle, stored, device=device, spin=spin, **stream_options)
 
 
 def available_engines(bundle: Bundle) -> list[EngineId]:
@@ -182,7 +182,7 @@ def engine_status(bundle: Bundle, engine_id: EngineId) -> EngineStatus:
     )
 
 
-def wanted_engines(bundle: Bundle, wanted: Sequence[str], device: str | None) -> list[EngineId]:
+def resolve_engines(bundle: Bundle, wanted: Sequence[str], device: str | None) -> list[EngineId]:
     """The engines of the bundle that these ids or runtimes name, in the bundle's order; by default all `available_engines`.
 
     Raises RequestError for an unknown engine or a missing device.
@@ -191,7 +191,7 @@ def wanted_engines(bundle: Bundle, wanted: Sequence[str], device: str | None) ->
     if not wanted:
         return available_engines(bundle)
     chosen = {engine_id for word in wanted for engine_id in _candidates(bundle, word, device)}
-    return [engine_id for engine_id in (*available_engines(bundle), *_only_asked_for(bundle)) if engine_id in chosen]
+    return [engine_id for engine_id in (*available_engines(bundle), *_opt_in_engines(bundle)) if engine_id in chosen]
 
 
 def statuses(bundle: Bundle, engines: Sequence[EngineId], device: str | None, bar: Progress) -> list[EngineStatus]:
@@ -221,17 +221,17 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | Non
     present = available_engines(bundle)
     if wanted is None:
         return [engine_id for engine_id in present if _runs_on(engine_id, device)]
-    known = f"choose one of {', '.join([*RUNTIMES, *map(str, present), *map(str, _only_asked_for(bundle))])}"
+    known = f"choose one of {', '.join([*RUNTIMES, *map(str, present), *map(str, _opt_in_engines(bundle))])}"
     if str(wanted) in RUNTIMES:
         runtime = str(wanted)
         fitting = [engine_id for engine_id in present if engine_id.runtime == runtime]
     else:
         engine_id = _parse(str(wanted), known)
-        runtime, fitting = engine_id.runtime, [engine_id] if engine_id in (*present, *_only_asked_for(bundle)) else []
+        runtime, fitting = engine_id.runtime, [engine_id] if engine_id in (*present, *_opt_in_engines(bundle)) else []
     if not fitting:
         others = any(engine_id.runtime == runtime for engine_id in present)
         # A teacher cannot be exported: no command could add the engine, so the remedy lists those that exist.
-        there = f"choose one of {', '.join(map(str, (*present, *_only_asked_for(bundle))))}"
+        there = f"choose one of {', '.join(map(str, (*present, *_opt_in_engines(bundle))))}"
         alone = others or bundle.spec.steps > 1
         wish = f"--to {runtime}" if str(wanted) in RUNTIMES else engine_id.export_options()
         remedy = there if alone else f"uni-instruct export {quote(str(bundle.path))} {wish}"
@@ -239,7 +239,7 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | Non
     return fitting
 
 
-def _only_asked_for(bundle: Bundle) -> list[EngineId]:
+def _opt_in_engines(bundle: Bundle) -> list[EngineId]:
     """Engines that need no export but are used only by name. A one-step generator of latents has no images to check them on."""
     if bundle.spec.steps > 1:
         return [TORCH_COMPILED]
@@ -289,7 +289,7 @@ def _status(
     if trial is None:
         return EngineStatus(engine_id, "untried", device=device)
     if trial.problem:
-        return EngineStatus(engine_id, "refused", trial.problem, trial, key.existing_note(), device)
+        return EngineStatus(engine_id, "refused", trial.problem, trial, key.existing_path(), device)
     compared = key.reference_sha256 or trial.relative_l2 is not None
     stored, reason = bundle.engines().get(engine_id), "" if compared else "no reference.npz to hold it against"
     if reason and stored and not stored.record().parity:  # exported without its GPU, so it was never compared with torch

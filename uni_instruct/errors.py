@@ -31,7 +31,11 @@ class UniInstructError(Exception):
 
 def _cut(problem: str) -> str:
     """Without its middle where it is longer than anybody reads: a value in it may be a megabyte of somebody's file."""
-    return problem if len(problem) <= MAX_PROBLEM_LENGTH else f"{problem[: MAX_PROBLEM_LENGTH // 2]} ... {problem[-MAX_PROBLEM_LENGTH // 2 :]}"
+    return (
+        problem
+        if len(problem) <= MAX_PROBLEM_LENGTH
+        else f"{problem[: MAX_PROBLEM_LENGTH // 2]} ... {problem[-MAX_PROBLEM_LENGTH // 2 :]}"
+    )
 
 
 def _rebuilt(kind: type[UniInstructError], problem: str, remedy: str, param: str | None) -> UniInstructError:

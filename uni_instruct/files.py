@@ -89,7 +89,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_made_once(path: Path) -> Iterator[Path]:
+def atomic_folder_if_absent(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`. On success it is moved to `path`, unless `path` exists by then.
 
     For content that is the same whichever process writes it. An existing `path` is never moved, because other processes may
@@ -175,7 +175,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DiskError(f"cannot write {path}: {os.strerror(error.errno or 0)}", remedy=remedy) from error
 
 
-def unusable(error: OSError) -> RequestError | None:
+def as_path_error(error: OSError) -> RequestError | None:
     """A RequestError for a path that the system refuses for its name or permissions; None for any other error.
 
     Called once, at the top of the command line: many arguments may be a path or something else, and all of them try the path.

@@ -85,7 +85,7 @@ def resolve_class_ids(
     Raises RequestError for seeds out of range, unknown classes, or a number of classes that is neither 1 nor N.
     """
     seeds = checked_seeds(seeds)
-    given = _listed(classes)
+    given = _as_sequence(classes)
     if not len(given):
         return random_class_ids(seeds, spec.num_classes, shares) if spec.num_classes else None
     if not spec.num_classes:
@@ -152,7 +152,7 @@ def _check_number(classes: int, seeds: int) -> None:
         )
 
 
-def _listed(classes: Classes) -> Sequence[int | str] | np.ndarray:
+def _as_sequence(classes: Classes) -> Sequence[int | str] | np.ndarray:
     """The classes as a sequence; empty for None."""
     if classes is None:
         return []

@@ -59,7 +59,7 @@ def draw_inputs(spec: ModelSpec, points: Sequence[NoisePoint], class_ids: ClassI
 
     Nothing is checked here: `generate.input_batches` and `walk_points` have done it.
     """
-    return Inputs(noise_of_points(points, spec.noise_shape), class_ids)
+    return Inputs(noise_at_points(points, spec.noise_shape), class_ids)
 
 
 def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
@@ -70,7 +70,7 @@ def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
     return out
 
 
-def noise_of_points(points: Sequence[NoisePoint], shape: ImageShape) -> np.ndarray:
+def noise_at_points(points: Sequence[NoisePoint], shape: ImageShape) -> np.ndarray:
     """The noise of each point: float32 [len(points), *shape]. For seeds, and at positions 0 and 1, it equals `noise`."""
     out = np.empty((len(points), *shape), dtype=np.float32)
     for row, point in zip(out, points, strict=True):
@@ -210,7 +210,7 @@ def checked_ids(spec: ModelSpec, class_ids: ArrayLike, count: int) -> np.ndarray
     outside = (ids < 0) | (ids >= spec.num_classes)
     if outside.any():
         spec.class_id(int(ids[outside][0]))  # raises the error for an unknown class
-    return _own(ids.astype(np.int64, copy=False))
+    return _contiguous(ids.astype(np.int64, copy=False))
 
 
 def checked_share(share: ArrayLike, count: int | None = None) -> np.ndarray:
@@ -235,7 +235,7 @@ def checked_share(share: ArrayLike, count: int | None = None) -> np.ndarray:
             remedy="0 is the one class, 1 the other, 0.5 half of each",
             param="share",
         )
-    return _own(shares.astype(np.float32, copy=False))
+    return _contiguous(shares.astype(np.float32, copy=False))
 
 
 def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | ClassMixture | None) -> Inputs:
@@ -253,7 +253,7 @@ def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | Cla
             remedy="make it with uni_instruct.noise.noise(seeds, spec.noise_shape)",
             param="noise",
         )
-    return Inputs(_own(z), checked_class_ids(spec, class_ids, len(z)))
+    return Inputs(_contiguous(z), checked_class_ids(spec, class_ids, len(z)))
 
 
 def round_robin_class_ids(spec: ModelSpec, count: int) -> np.ndarray | None:
@@ -269,7 +269,7 @@ def _array(values: ArrayLike, name: str) -> np.ndarray:
         raise RequestError(f"{name} cannot be read as an array: {reason}", remedy="give a NumPy array", param=name) from error
 
 
-def _own(array: np.ndarray) -> np.ndarray:
+def _contiguous(array: np.ndarray) -> np.ndarray:
     """The array itself if it is C-contiguous and writable, else a copy.
 
     Runtimes share its memory: torch warns about read-only arrays and refuses negative strides.

@@ -72,7 +72,7 @@ def release_freed_memory() -> None:
 
 
 @contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """Turn SIGTERM, which schedulers send, into KeyboardInterrupt within the block, so that partly written files are removed.
 
     Does nothing outside the main thread, the only one in which Python handles signals.

@@ -48,7 +48,7 @@ class _OnStandardError(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def show_log(name: str) -> None:
+def log_to_stderr(name: str) -> None:
     """Print this logger's messages of level INFO and above as lines on standard error, for the command line."""
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)

@@ -11,16 +11,16 @@ from types import ModuleType
 from uni_instruct import __version__
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
-from uni_instruct.files import cache_folder, folder_made_once, sha256
+from uni_instruct.files import atomic_folder_if_absent, cache_folder, sha256
 
 # The address that means: start a new Ray on this machine.
 LOCAL = "local"
 _CONNECT_S = 10.0
 # Attempts to start Ray. Its own timeout is 30 s, which a busy machine may exceed once.
-_STARTS = 3
+_START_ATTEMPTS = 3
 _QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 # A copy of a file or folder: a name with the hash of its content, and the files' bytes by relative path ('' for a single file).
-Contents = tuple[str, dict[str, bytes]]
+PackedFiles = tuple[str, dict[str, bytes]]
 
 
 def import_ray() -> ModuleType:
@@ -70,7 +70,7 @@ def connect(ray: ModuleType, address: str, count: int | None) -> bool:
 
 
 def _start_local(ray: ModuleType, cpus: int) -> None:
-    for left in reversed(range(_STARTS)):
+    for left in reversed(range(_START_ATTEMPTS)):
         try:
             ray.init(address="local", include_dashboard=False, num_cpus=cpus, **_QUIET)
             return
@@ -111,8 +111,8 @@ def check_version(version: str) -> None:
         )
 
 
-def contents(path: Path) -> Contents:
-    """The file or folder at `path` as Contents: '<first 32 digits of its hash>/<its name>', and its files' bytes."""
+def contents(path: Path) -> PackedFiles:
+    """The file or folder at `path` as PackedFiles: '<first 32 digits of its hash>/<its name>', and its files' bytes."""
     files = {"": path} if path.is_file() else {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
     digest = hashlib.sha256()
     for name, file in files.items():
@@ -120,14 +120,14 @@ def contents(path: Path) -> Contents:
     return f"{digest.hexdigest()[:32]}/{path.name}", {name: file.read_bytes() for name, file in files.items()}
 
 
-def place_contents(sent: Contents) -> Path:
+def unpack_files(sent: PackedFiles) -> Path:
     """The path of the files on this node. The first actor that needs them writes them to the cache; others reuse them."""
     name, files = sent
     place = cache_folder() / "ray" / name
     if not place.exists():
         # Several actors of a node may write at once. When the second is done, the first may be reading its files already, so
         # an existing folder is never replaced.
-        with folder_made_once(place.parent) as partial:
+        with atomic_folder_if_absent(place.parent) as partial:
             for part, content in files.items():
                 file = partial / place.name / part if part else partial / place.name
                 file.parent.mkdir(parents=True, exist_ok=True)

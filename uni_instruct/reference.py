@@ -82,7 +82,7 @@ def reference_inputs(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray | None]:
     The images cover all classes, or classes at equal distances if there are more classes than images. For the large pictures
     of a decoder N is smaller: four of 512x512 are 12 MB and take a CPU minutes.
     """
-    count = spec.affordable_images(2 * REFERENCE_IMAGES) // 2
+    count = spec.images_for_check(2 * REFERENCE_IMAGES) // 2
     seeds = np.arange(count, dtype=np.int64)
     if not spec.num_classes:
         return seeds, None

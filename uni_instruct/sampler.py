@@ -32,7 +32,7 @@ def heun_sample(denoiser: SampledDenoiser, noise: Tensor, class_ids: ClassLabels
     From sigma to s: d = (x - D(x; sigma)) / sigma; the Euler step x' = x + (s - sigma) d; then Heun's correction
     x + (s - sigma) (d + (x' - D(x'; s)) / s) / 2, unless s = 0. The state x is float64, as in EDM.
     """
-    sigmas = known_sigmas(denoiser.preconditioning, steps)
+    sigmas = supported_sigmas(denoiser.preconditioning, steps)
     x = noise.double() * sigmas[0]
 
     def slope(x: Tensor, sigma: float) -> Tensor:
@@ -46,7 +46,7 @@ def heun_sample(denoiser: SampledDenoiser, noise: Tensor, class_ids: ClassLabels
     return x.float()
 
 
-def known_sigmas(preconditioning: Preconditioning, steps: int) -> list[float]:
+def supported_sigmas(preconditioning: Preconditioning, steps: int) -> list[float]:
     """The sampler's noise levels, decreasing to 0: [steps + 1]. All but the 0 are in the network's range or table of levels."""
     low, high = max(SIGMA_MIN, preconditioning.sigma_min), min(SIGMA_MAX, preconditioning.sigma_max)
     sigmas = torch.from_numpy(sampling_sigmas(steps, low, high)[:-1])

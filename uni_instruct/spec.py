@@ -179,14 +179,14 @@ class ModelSpec:
         return self.noise_shape if self.decoder is None else self.decoder.image_shape(self.noise_shape)
 
     @property
-    def images_at_once(self) -> int | None:
+    def max_decoder_batch(self) -> int | None:
         """The most images that an engine may decode at once, to bound the decoder's memory; None without a decoder."""
         _, height, width = self.image_shape
         return None if self.decoder is None else max(1, _PIXELS_AT_ONCE // (height * width))
 
-    def affordable_images(self, wanted: int) -> int:
+    def images_for_check(self, wanted: int) -> int:
         """The number of images for a check: `wanted`, or fewer with a decoder (8 of 512x512), whose images take seconds."""
-        return wanted if self.images_at_once is None else min(wanted, 4 * self.images_at_once)
+        return wanted if self.max_decoder_batch is None else min(wanted, 4 * self.max_decoder_batch)
 
     def class_id(self, label: int | str) -> int:
         """The id of a class that is given by its name, its id, or its id in digits.

@@ -11,7 +11,7 @@ from uni_instruct.commands.worker_options import ray_option, worker_options_of, 
 from uni_instruct.evaluate import EXTRACTORS, PRETRAINED
 from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.scores import MIN_SAMPLES
-from uni_instruct.export.publish import ENGINE, read_scores, renew_card
+from uni_instruct.export.publish import ENGINE, read_scores, rewrite_card
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -55,4 +55,4 @@ def card(
             reference=reference, sets=sets, samples=samples, extractor=extractor, engine=ENGINE, workers=options, device="cpu"
         )
         measured = score_bundles([Bundle.open(folder)], scoring, None)
-    click.echo(f"card: {renew_card(folder, [*measured, *read])}")
+    click.echo(f"card: {rewrite_card(folder, [*measured, *read])}")

@@ -12,7 +12,7 @@ from uni_instruct.engines.hardware.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import CompilationError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
-from uni_instruct.processes import release_large_blocks, terminated_as_interrupted
+from uni_instruct.processes import release_large_blocks, sigterm_as_interrupt
 from uni_instruct.progress import progress, silent
 
 
@@ -86,7 +86,7 @@ def _build(
     failures: list[UniInstructError] = []
     for target in targets:
         try:
-            with terminated_as_interrupted():
+            with sigterm_as_interrupt():
                 records.append(export_engine(opened, str(target.engine_id), device, silent if as_json else progress))
         # Go on with the others: another precision may pass, and needs other tools.
         except (CompilationError, ParityError) as error:

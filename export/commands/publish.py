@@ -10,7 +10,7 @@ import rich_click as click
 from uni_instruct.bundle import WEIGHTS
 from uni_instruct.export.publish import Publication
 from uni_instruct.export.publish import publish as publish_generator
-from uni_instruct.processes import terminated_as_interrupted
+from uni_instruct.processes import sigterm_as_interrupt
 from uni_instruct.progress import progress, silent
 
 
@@ -36,7 +36,7 @@ def publish(source: str, out: Path, scores: tuple[Path, ...], as_json: bool) -> 
     """
     if not as_json:
         click.echo("comparing half precision with float32, then building the engine and checking it ...", err=True)
-    with terminated_as_interrupted():
+    with sigterm_as_interrupt():
         published = publish_generator(source, out, scores, silent if as_json else progress)
     print(json.dumps(asdict(published), indent=2) if as_json else _summary(published, bool(scores)))
 

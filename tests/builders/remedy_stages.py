@@ -80,8 +80,8 @@ def recipe(tmp: Path, text: str) -> object:
     return load_recipe(str(tmp / "r.yaml"), ())
 
 
-def plan(tmp: Path, least_s: float = 0.2, steps: int = 1) -> BenchmarkPlan:
-    return BenchmarkPlan(bundle=random_bundle(tmp / f"b{steps}", 1, steps), batches=(1,), least_s=least_s)
+def plan(tmp: Path, min_s: float = 0.2, steps: int = 1) -> BenchmarkPlan:
+    return BenchmarkPlan(bundle=random_bundle(tmp / f"b{steps}", 1, steps), batches=(1,), min_s=min_s)
 
 
 # Of two shards.

@@ -13,7 +13,7 @@ import pytest
 
 from builders.machine import files_of_at_most
 from uni_instruct.errors import DiskError, RequestError
-from uni_instruct.files import atomic_file, atomic_folder, folder_made_once, sha256
+from uni_instruct.files import atomic_file, atomic_folder, atomic_folder_if_absent, sha256
 
 
 def test_a_file_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> None:
@@ -96,21 +96,21 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_fill
 
 def test_of_two_that_make_a_folder_once_the_first_s_stays(tmp_path: Path) -> None:
     path = tmp_path / "folder"
-    with folder_made_once(path) as late:
+    with atomic_folder_if_absent(path) as late:
         (late / "a").write_text("late")
-        with folder_made_once(path) as early:
+        with atomic_folder_if_absent(path) as early:
             (early / "a").write_text("early")
         before = path.stat().st_ino
     assert path.stat().st_ino == before
     assert (path / "a").read_text() == "early"
     assert os.listdir(tmp_path) == ["folder"]
-    with pytest.raises(KeyError), folder_made_once(tmp_path / "other") as partial:
+    with pytest.raises(KeyError), atomic_folder_if_absent(tmp_path / "other") as partial:
         _break_off(partial / "b", KeyError)
     assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(small_disk: Path) -> None:
-    for kind in (atomic_file, atomic_folder, folder_made_once):
+    for kind in (atomic_file, atomic_folder, atomic_folder_if_absent):
         with pytest.raises(DiskError, match="No space left on device; free space") as caught, kind(small_disk / "x") as p:
             (p / "y" if p.is_dir() else p).write_bytes(b"1" * 200_000)
         assert caught.value.exit_code == 2
@@ -127,7 +127,7 @@ def test_the_remedy_names_no_option_and_fits_the_fault(tmp_path: Path) -> None:
 
 
 def test_a_limit_on_file_size_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
-    for kind in (atomic_file, atomic_folder, folder_made_once):
+    for kind in (atomic_file, atomic_folder, atomic_folder_if_absent):
         with (
             files_of_at_most(10_000),
             pytest.raises(DiskError, match=os.strerror(errno.EFBIG)),
@@ -139,7 +139,7 @@ def test_a_limit_on_file_size_is_one_error_and_leaves_nothing(tmp_path: Path) ->
 
 def test_a_parent_that_is_a_file_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for kind in (atomic_file, atomic_folder, folder_made_once):
+    for kind in (atomic_file, atomic_folder, atomic_folder_if_absent):
         with pytest.raises(DiskError, match="cannot write"), kind(tmp_path / "file" / "x"):
             pytest.fail("nothing can be written there")
 

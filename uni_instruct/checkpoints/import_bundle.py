@@ -75,8 +75,8 @@ class ImportRequest:
     decoder: str | None = None
 
 
-def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, shows: ProgressFactory = silent) -> Bundle:
-    """Writes the file's network as a bundle into `out`. shows: progress of a decoder's reference images.
+def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, with_progress: ProgressFactory = silent) -> Bundle:
+    """Writes the file's network as a bundle into `out`. with_progress: progress of a decoder's reference images.
 
     Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
     """
@@ -95,10 +95,10 @@ def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, shows:
     if latents is None or request.decoder is None:
         return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
     decoder = read_decoder(request.decoder, latents)
-    return _write_decoded(out, spec, translation.weights, _card(spec), decoder, shows)
+    return _write_decoded(out, spec, translation.weights, _card(spec), decoder, with_progress)
 
 
-def attach_decoder(bundle: Bundle, decoder: str, out: Path, shows: ProgressFactory = silent) -> Bundle:
+def attach_decoder(bundle: Bundle, decoder: str, out: Path, with_progress: ProgressFactory = silent) -> Bundle:
     """The bundle with that decoder, in `out`, which may be its own folder; engines are left behind.
 
     decoder: what `read_decoder` takes. Raises RequestError where the bundle makes pictures by itself, and as `read_decoder`.
@@ -110,7 +110,7 @@ def attach_decoder(bundle: Bundle, decoder: str, out: Path, shows: ProgressFacto
     stored = read_decoder(decoder, stated_latent_map(bundle.spec.provenance))
     # A former decoder's section is the last of the card.
     card = (bundle.path / CARD).read_text().partition(f"\n{_DECODER_TITLE}")[0]
-    return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, shows, bundle.stored_precision())
+    return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, with_progress, bundle.stored_precision())
 
 
 def _write_decoded(
@@ -119,7 +119,7 @@ def _write_decoded(
     weights: Mapping[str, np.ndarray],
     card: str,
     decoder: StoredDecoder,
-    shows: ProgressFactory,
+    with_progress: ProgressFactory,
     precision: str = "fp32",
 ) -> Bundle:
     from uni_instruct.networks.reference import make_reference
@@ -132,7 +132,7 @@ def _write_decoded(
         card.replace(usage(spec), usage(decoded)) + _DECODER_CARD.format(source=decoder.spec.source),
         precision=precision,
         decoder=decoder.weights,
-        reference=partial(make_reference, shows=shows),
+        reference=partial(make_reference, with_progress=with_progress),
     )
 
 

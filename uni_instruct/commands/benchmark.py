@@ -68,7 +68,7 @@ def benchmark(
         engines=engines,
         device=device,
         rounds=rounds,
-        least_s=seconds,
+        min_s=seconds,
         spin=threads == "alone",
     )
     load = os.getloadavg()[0]
@@ -102,7 +102,7 @@ def _facts(plan: BenchmarkPlan, load: float, threads: str) -> BenchmarkFacts:
         "image_shape": spec.image_shape,
         "weights_sha256": plan.bundle.weights_sha256,
         "rounds": plan.rounds,
-        "seconds_per_figure": plan.least_s,
+        "seconds_per_figure": plan.min_s,
         "threads": {"count": usable_cpus(), "policy": threads},
         # The machine's other work. Figures that are measured under load describe the load too; their ratios hardly do.
         "load_average": {"before": load, "after": os.getloadavg()[0]},

@@ -19,7 +19,7 @@ from uni_instruct.evaluate.comparison import (
     LEVEL,
     RETRAINING_TO_RESAMPLING,
     Difference,
-    Trained,
+    TrainingScores,
     compare_recipes,
     compare_weights,
 )
@@ -31,7 +31,7 @@ from uni_instruct.files import JSON_ERRORS
 SETS = 3
 
 # What must be equal in two results, or their scores are not comparable: its place in a result, and its name for the error.
-_ALIKE = (
+_MUST_MATCH = (
     (("reference", "name"), "reference"),
     (("reference", "samples"), "number of reference images"),
     (("extractor", "sha256"), "extractor"),
@@ -68,7 +68,7 @@ def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -
     """
     sides = _opened(a, b, metric, scoring)
     for result in [*sides[0], *sides[1]]:
-        _check_alike(result, sides[0][0])
+        _check_comparable(result, sides[0][0])
     name = sides[0][0].name_of(metric)
     trained = [[result.values(name) for result in side] for side in sides]
     differences = {"weights": compare_weights(name, *trained), "recipes": compare_recipes(name, *trained)}
@@ -100,7 +100,7 @@ class _Result:
         wanted = metric.casefold()  # FD is enough for FD(digits-classifier)
         return next((name for name in known if wanted in (name.casefold(), name.partition("(")[0].casefold())), metric)
 
-    def values(self, name: str) -> Trained:
+    def values(self, name: str) -> TrainingScores:
         """The metric's values, one for each set of seeds. Raises RequestError if it was not measured."""
         if name not in self.sets[0]:
             known = ", ".join(self.sets[0])
@@ -112,7 +112,7 @@ class _Result:
                 remedy="evaluate it with more --samples, or choose another --metric",
                 param="metric",
             )
-        return Trained(values)
+        return TrainingScores(values)
 
 
 def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> list[list[_Result]]:
@@ -177,7 +177,7 @@ def _check_trainings(text: str, weights: Sequence[str]) -> None:
         )
 
 
-def _note(trained: Sequence[Sequence[Trained]]) -> str | None:
+def _note(trained: Sequence[Sequence[TrainingScores]]) -> str | None:
     """A note on what a single training can tell; None if both sides have several trainings."""
     if all(len(side) > 1 for side in trained):
         return None
@@ -187,8 +187,8 @@ def _note(trained: Sequence[Sequence[Trained]]) -> str | None:
     )
 
 
-def _check_alike(result: _Result, first: _Result) -> None:
-    for place, what in _ALIKE:
+def _check_comparable(result: _Result, first: _Result) -> None:
+    for place, what in _MUST_MATCH:
         found = [_at(facts, place) for facts in (result.facts, first.facts)]
         if found[0] != found[1]:
             raise RequestError(
@@ -203,7 +203,7 @@ def _at(facts: object, place: tuple[str, ...]) -> object:
     return facts
 
 
-def _means(side: list[Trained]) -> list[float]:
+def _means(side: list[TrainingScores]) -> list[float]:
     return [run.mean for run in side]
 
 

@@ -15,7 +15,15 @@ from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
-from uni_instruct.sampling import SampleRequest, SampleRun, is_finished, noted_engine, open_run, read_samples, remove_leftovers
+from uni_instruct.sampling import (
+    SampleRequest,
+    SampleRun,
+    is_finished,
+    open_run,
+    read_samples,
+    recorded_engine,
+    remove_leftovers,
+)
 from uni_instruct.sampling.pool import ImageJob
 from uni_instruct.sampling.shards import WHOLE, Part
 from uni_instruct.sampling.workers import WorkerOptions
@@ -159,7 +167,7 @@ def _shares(spec: ModelSpec, wanted: str | None) -> np.ndarray | None:
 
 def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None, device: str | None) -> str:
     """The engine to use. A set that exists at `out` or was started keeps its engine, unless another one is requested."""
-    noted = noted_engine(out) if out is not None else None
+    noted = recorded_engine(out) if out is not None else None
     if noted and (wanted is None or wanted in (noted, EngineId.parse(noted).runtime)):
         return noted
     return str(select_engine(bundle, wanted, device).engine_id)
@@ -193,7 +201,7 @@ def _fill(run: SampleRun, worker_options: WorkerOptions, device: str | None, lab
             bundle=request.bundle.path, engine=request.engine, batch=request.batch, steps=request.spec.steps, device=device
         )
         with worker_options.pool(job) as pool:
-            run.fill_with(pool, bar)
+            run.fill_with_pool(pool, bar)
 
 
 def _check_paths(out: Path | None, grid: Path | None, count: int) -> None:

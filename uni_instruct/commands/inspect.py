@@ -35,14 +35,14 @@ def inspect(source: str, as_data: bool, as_json: bool) -> None:
 
     Example: uni-instruct inspect runs/digits/generator
     """
-    facts, rows = _looked_into(source, as_data)
+    facts, rows = _facts_and_rows(source, as_data)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
         _show(rows)
 
 
-def _looked_into(source: str, as_data: bool) -> tuple[Mapping[str, object], list[Row]]:
+def _facts_and_rows(source: str, as_data: bool) -> tuple[Mapping[str, object], list[Row]]:
     """The facts about SOURCE, for JSON and in words."""
     path = fetch(source).path if names_file(source) else Path(source)
     if is_checkpoint(path):

@@ -17,7 +17,7 @@ NOISE, CLASS_IDS = "noise", "class_ids"
 OTHER_IDS, SHARE = "other_ids", "share"
 IMAGES, DENOISED = "images", "denoised"
 # Engines of format 1 call the noise input this.
-FORMER_NOISE = "latents"
+FORMAT_1_NOISE = "latents"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check_interface(
 
     Raises BundleError unless these are the inputs and outputs of the spec's generator.
     """
-    noise = FORMER_NOISE if FORMER_NOISE in inputs else NOISE
+    noise = FORMAT_1_NOISE if FORMAT_1_NOISE in inputs else NOISE
     expected = {noise, CLASS_IDS} if spec.num_classes else {noise}
     mixes = bool(spec.num_classes) and set(inputs) == expected | {OTHER_IDS, SHARE}
     fits = mixes or set(inputs) == expected

@@ -71,8 +71,10 @@ class OnnxEngine:
         session, batches = self._session, self._batches
         assert session is not None, "the engine was closed"
         inputs = self._ports.checked(noise, class_ids)
-        # With a decoder, images_at_once limits the memory that the activations of large pictures take.
-        most = self.spec.images_at_once if batches is None else min(batches.most, self.spec.images_at_once or batches.most)
+        # With a decoder, max_decoder_batch limits the memory that the activations of large pictures take.
+        most = (
+            self.spec.max_decoder_batch if batches is None else min(batches.most, self.spec.max_decoder_batch or batches.most)
+        )
         results: list[list[np.ndarray]] = []
         for part in inputs.parts(most):
             feeds = self._ports.feeds(part, only_needed=batches is None)

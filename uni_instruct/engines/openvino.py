@@ -46,11 +46,11 @@ class OpenVinoEngine:
     ):
         assert device == CPU, device
         self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
-        self._file, self._threads, self._always = stored.file(), usable_cpus(), streams
-        self._together: _Streams | None = _Streams(self._file, self.id, streams or 1)
-        self._ports = check_interface(self.spec, stored, self._together.inputs, self._together.outputs)
+        self._file, self._threads, self._fixed_streams = stored.file(), usable_cpus(), streams
+        self._single_stream: _Streams | None = _Streams(self._file, self.id, streams or 1)
+        self._ports = check_interface(self.spec, stored, self._single_stream.inputs, self._single_stream.outputs)
         self.mixes_classes = self._ports.mixes_classes
-        self._apart: _Streams | None = None
+        self._multi_stream: _Streams | None = None
         self._lock = threading.Lock()
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
@@ -67,23 +67,23 @@ class OpenVinoEngine:
     def close(self) -> None:
         """Frees the compiled graphs, as soon as calls in other threads have finished."""
         with self._lock:
-            for streams in (self._together, self._apart):
+            for streams in (self._single_stream, self._multi_stream):
                 if streams is not None:
                     streams.close()
-            self._together = self._apart = None
+            self._single_stream = self._multi_stream = None
 
     def _streams_for(self, images: int) -> "_Streams":
         with self._lock:
-            assert self._together is not None, "the engine was closed"
-            if self._always or self._threads == 1 or images < MIN_PART * self._threads:
-                return self._together
-            if self._apart is None:  # compiled on first use: a process that makes one image at a time never needs it
-                self._apart = _Streams(self._file, self.id, self._threads)
-            return self._apart
+            assert self._single_stream is not None, "the engine was closed"
+            if self._fixed_streams or self._threads == 1 or images < MIN_PART * self._threads:
+                return self._single_stream
+            if self._multi_stream is None:  # compiled on first use: a process that makes one image at a time never needs it
+                self._multi_stream = _Streams(self._file, self.id, self._threads)
+            return self._multi_stream
 
     def _part_size(self, images: int, streams: int) -> int:
         """Images per part. The number of parts is a multiple of `streams` if possible, so that no stream is idle."""
-        largest = min(MAX_PART, self.spec.images_at_once or MAX_PART)
+        largest = min(MAX_PART, self.spec.max_decoder_batch or MAX_PART)
         rounds = -(-images // (streams * largest))
         return -(-images // (streams * rounds))
 

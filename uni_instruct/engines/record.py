@@ -19,13 +19,13 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 COMPILED = "compiled"
 _ID = re.compile(rf"(?P<runtime>[a-z][a-z0-9-]*?)-(?P<precision>{'|'.join(PRECISIONS)})(?:-(?P<target>[a-z0-9]+))?")
 # Bundles of format 1 had one engine per runtime, in a folder with the runtime's name: folder -> engine id.
-_FORMER_FOLDERS = {"onnx": "onnx-fp32"}
+_FORMAT_1_FOLDERS = {"onnx": "onnx-fp32"}
 # A larger engine.json is not read, so that a damaged one cannot fill the memory. A real one has about two thousand bytes.
 _MAX_RECORD_BYTES = 1 << 20
 # The usual limit of file systems, in bytes.
 _MAX_NAME_LENGTH = 255
 # Keys in the reports of format 1 -> the keys that replaced them.
-_FORMER_WORDS = {"largest_level_difference": "largest_pixel_difference", "levels": "pixel_difference"}
+_FORMAT_1_KEYS = {"largest_level_difference": "largest_pixel_difference", "levels": "pixel_difference"}
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ class StoredEngine:
 
 def id_of_folder(name: str) -> EngineId | None:
     """The id of the engine that a folder of that name holds; None if it is not an engine's folder."""
-    match = _ID.fullmatch(_FORMER_FOLDERS.get(name, name))
+    match = _ID.fullmatch(_FORMAT_1_FOLDERS.get(name, name))
     return EngineId.parse(match[0]) if match else None
 
 
-def former_folder(engine_id: EngineId) -> str | None:
+def format_1_folder(engine_id: EngineId) -> str | None:
     """The name of the engine's folder in bundles of format 1; None if format 1 did not have that engine."""
-    return next((folder for folder, written in _FORMER_FOLDERS.items() if written == str(engine_id)), None)
+    return next((folder for folder, written in _FORMAT_1_FOLDERS.items() if written == str(engine_id)), None)
 
 
 def _is_file_name(name: object) -> bool:
@@ -229,6 +229,6 @@ def _as_format_2(values: dict[str, Any]) -> dict[str, Any]:
     """Convert a record of format 1, which had runtime and precision as two keys, and other keys in its report."""
     if "engine_id" in values:
         return values
-    report = {_FORMER_WORDS.get(key, key): value for key, value in values["parity"].items()}
-    tolerance = {_FORMER_WORDS.get(key, key): value for key, value in report.get("tolerance", {}).items()}
+    report = {_FORMAT_1_KEYS.get(key, key): value for key, value in values["parity"].items()}
+    tolerance = {_FORMAT_1_KEYS.get(key, key): value for key, value in report.get("tolerance", {}).items()}
     return {**values, "engine_id": f"{values['kind']}-{values['precision']}", "parity": {**report, "tolerance": tolerance}}

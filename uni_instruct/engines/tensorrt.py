@@ -80,7 +80,7 @@ class TensorRtEngine:
         # One caller at a time: a second stream with buffers of its own would not make the GPU faster.
         with self._lock:
             assert self._program is not None, "the engine was closed"
-            most = min(self._program.most, self.spec.images_at_once or self._program.most)
+            most = min(self._program.most, self.spec.max_decoder_batch or self._program.most)
             with self._stream.current():
                 found = [self._program.run(self._ports.feeds(part), wanted) for part in inputs.parts(most)]
         return [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)]

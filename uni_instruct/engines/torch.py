@@ -17,7 +17,7 @@ from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
 from uni_instruct.networks.blocks import Conv2d
-from uni_instruct.networks.cuda_graphs import CapturedBatches
+from uni_instruct.networks.cuda_graphs import CudaGraphRunner
 from uni_instruct.networks.denoiser import ClassLabels
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
@@ -49,18 +49,18 @@ class TorchEngine:
         generator, steps = load_generator(self._bundle, self.id.precision).to(self.device), self.spec.steps
         if steps > 1:  # the noise level changes at every evaluation, so no CUDA graphs
             return lambda z, labels: generator.decode(heun_sample(generator.denoiser, z, labels, steps))
-        return CapturedBatches(generator) if device_type(self.device) == CUDA else generator
+        return CudaGraphRunner(generator) if device_type(self.device) == CUDA else generator
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
         self._bundle.check_makes_pictures()
-        parts = checked_inputs(self.spec, noise, class_ids).parts(self.spec.images_at_once)
+        parts = checked_inputs(self.spec, noise, class_ids).parts(self.spec.max_decoder_batch)
         return np.concatenate([to_uint8(self._images(part)).cpu().numpy() for part in parts])
 
     def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
         """The pixels, and the images before rounding: float32 [B, C, H, W] in about [-1, 1], or latents in their own range."""
         inputs = checked_inputs(self.spec, noise, class_ids)
-        parts = [self._images(part) for part in inputs.parts(self.spec.images_at_once)]
+        parts = [self._images(part) for part in inputs.parts(self.spec.max_decoder_batch)]
         # Latents have no pixels: images[:0] makes an empty array of the right shape.
         pixels = [to_uint8(images if self.spec.makes_pictures else images[:0]).cpu().numpy() for images in parts]
         return Outputs(np.concatenate(pixels), np.concatenate([images.cpu().numpy() for images in parts]))

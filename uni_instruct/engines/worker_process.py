@@ -10,20 +10,20 @@ from contextlib import suppress
 
 from uni_instruct.processes import die_with_parent
 
-TELL_EVERY_S = 10
+PROGRESS_INTERVAL_S = 10
 
 
 def run_worker(
     module: str,
     arguments: Sequence[str],
-    tell: Callable[[float], None],
+    on_progress: Callable[[float], None],
     *,
     timeout_s: float | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str] | None:
     """Run `python -m module arguments` to its end; returns None if it was stopped after timeout_s.
 
-    tell is called every ten seconds with the seconds so far. environment: variables to add to those of this process.
+    on_progress is called every ten seconds with the seconds so far. environment: variables to add to those of this process.
     The child is killed however this process ends. A module that starts processes itself must call `die_with_group`.
     """
     # -P: a file in the current folder must not shadow a module.
@@ -35,11 +35,11 @@ def run_worker(
     with subprocess.Popen(command, env=variables, text=True, **pipes, **ends) as process:  # type: ignore[call-overload]
         try:
             while timeout_s is None or time.monotonic() - start < timeout_s:
-                left_s = TELL_EVERY_S if timeout_s is None else timeout_s - (time.monotonic() - start)
+                left_s = PROGRESS_INTERVAL_S if timeout_s is None else timeout_s - (time.monotonic() - start)
                 with suppress(subprocess.TimeoutExpired):
-                    output, errors = process.communicate(timeout=max(0.0, min(TELL_EVERY_S, left_s)))
+                    output, errors = process.communicate(timeout=max(0.0, min(PROGRESS_INTERVAL_S, left_s)))
                     return subprocess.CompletedProcess(command, process.returncode, output, errors)
-                tell(time.monotonic() - start)
+                on_progress(time.monotonic() - start)
         finally:
             if process.returncode is None:
                 with suppress(OSError):  # it has just ended by itself

@@ -15,7 +15,7 @@ UNIFORM, DATA = "uniform", "data"
 # If the largest class has more than this many times the images of the smallest, classes are drawn with the data's frequencies.
 # Uniform classes would then be another distribution than the data's, and the distance would measure class frequencies. Below
 # this ratio the effect is small, and a uniform draw keeps results comparable with earlier ones.
-UNBALANCED = 1.5
+MAX_BALANCED_RATIO = 1.5
 
 
 class DrawnClasses(NamedTuple):
@@ -62,7 +62,7 @@ def draw_classes(
             remedy="give a data set that has them as --reference, or --classes uniform",
             param="classes",
         )
-    unbalanced = counts is not None and counts.max() > UNBALANCED * counts.min()
+    unbalanced = counts is not None and counts.max() > MAX_BALANCED_RATIO * counts.min()
     if counts is None or how == UNIFORM or (how is None and not unbalanced):
         return DrawnClasses(resolve_class_ids(spec, seeds), UNIFORM)
     note = f"classes are drawn as often as in the reference ({counts.min():,} to {counts.max():,} images each)"

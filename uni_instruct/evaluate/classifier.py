@@ -181,7 +181,7 @@ def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) 
     """
     indices = torch.arange(len(dataset))
     held_out = indices % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
-    training, probe = indices[~held_out], _spread(indices[held_out])
+    training, probe = indices[~held_out], _evenly_spaced(indices[held_out])
     rng = torch.Generator().manual_seed(SEED)
     model = _initialised(_blank(dataset.image_shape, dataset.num_classes), rng)
     steps = min(MAX_STEPS, max(STEPS, EPOCHS * len(training) // BATCH))
@@ -196,7 +196,7 @@ def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) 
             loss.backward()
             optimizer.step()
             progress.advance(1, f"loss {loss.item():.3f}")
-    features, _ = _outputs(model, dataset, _spread(training))
+    features, _ = _outputs(model, dataset, _evenly_spaced(training))
     # scale = (mean over features of their variance)^(-1/2), so that the distances of two data sets have the same unit.
     model.scale.fill_(1 / features.double().var(dim=0).mean().clamp(min=1e-12).sqrt())
     _, logits = _outputs(model, dataset, probe)
@@ -254,7 +254,7 @@ def _outputs(model: Classifier, dataset: Dataset, indices: Tensor) -> tuple[Tens
     return torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
-def _spread(indices: Tensor) -> Tensor:
+def _evenly_spaced(indices: Tensor) -> Tensor:
     """At most MAX_PROBE of the indices, evenly spaced."""
     return indices[:: math.ceil(len(indices) / MAX_PROBE)]
 

@@ -22,7 +22,7 @@ _MORE_IS_BETTER = ("IS", "precision", "recall", "class_accuracy")
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingScores:
     """The values of a metric for one training, one for each disjoint set of seeds."""
 
     values: tuple[float, ...]
@@ -47,7 +47,7 @@ class Difference:
     basis: str
 
 
-def compare_weights(name: str, a: Sequence[Trained], b: Sequence[Trained]) -> Difference:
+def compare_weights(name: str, a: Sequence[TrainingScores], b: Sequence[TrainingScores]) -> Difference:
     """Compare the weights as they are: only the seeds of the images vary."""
     difference = fmean(run.mean for run in a) - fmean(run.mean for run in b)
     errors = [_resampling(side) for side in (a, b)]
@@ -56,7 +56,7 @@ def compare_weights(name: str, a: Sequence[Trained], b: Sequence[Trained]) -> Di
     return _judged(name, difference, [error for error in errors if error], "other seeds")
 
 
-def compare_recipes(name: str, a: Sequence[Trained], b: Sequence[Trained]) -> Difference:
+def compare_recipes(name: str, a: Sequence[TrainingScores], b: Sequence[TrainingScores]) -> Difference:
     """Compare the recipes: trainings vary too. The spread of a side with one training is estimated from that over seeds."""
     difference = fmean(run.mean for run in a) - fmean(run.mean for run in b)
     errors, guessed = [], False
@@ -85,7 +85,7 @@ class _Error:
     freedom: float
 
 
-def _resampling(side: Sequence[Trained]) -> _Error | None:
+def _resampling(side: Sequence[TrainingScores]) -> _Error | None:
     """The error from the seeds alone of the mean over these trainings, pooled over them; None if one has a single set."""
     if any(len(run.values) < 2 for run in side):
         return None

@@ -23,7 +23,7 @@ from uni_instruct.evaluate.extractors import (
 from uni_instruct.evaluate.reference_cache import ReferenceCache, ReferenceFeatures
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, score
 from uni_instruct.evaluate.statistics import Statistics, open_reference
-from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, joined, summed_up
+from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, concatenate_parts, summarise_features
 from uni_instruct.images import checked_images
 from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
@@ -70,7 +70,7 @@ class Evaluator:
             for start in range(0, len(reference), _SHARD_IMAGES):
                 indices = np.arange(start, min(start + _SHARD_IMAGES, len(reference)))
                 features = self.extractor([reference.images(indices)])
-                part = summed_up(features, plan, start)
+                part = summarise_features(features, plan, start)
                 parts.append(features.features.numpy() if keeps_all else part.kept[0])
                 progress.advance(len(indices))
                 if summary is None:
@@ -78,7 +78,7 @@ class Evaluator:
                 else:
                     summary.add(part)
             assert summary is not None  # a data set has images
-            found = ReferenceFeatures(joined(parts), *summary.moments())
+            found = ReferenceFeatures(concatenate_parts(parts), *summary.moments())
             known.write(found)
         self._all = found.features if len(found.features) == len(reference) else None
         # Evenly spaced features, at most KEPT_IMAGES, for the metrics that compare single images.
@@ -103,7 +103,7 @@ class Evaluator:
         return None if self._all is None else Features(torch.from_numpy(self._all), torch.empty(len(self._all), 0))
 
     @property
-    def known_shape(self) -> ImageShape | None:
+    def required_shape(self) -> ImageShape | None:
         """The [C, H, W] that images must have; None if any shape is accepted."""
         return self.reference.image_shape if isinstance(self.reference, Dataset) else self.extractor.image_shape
 
@@ -144,7 +144,7 @@ class Evaluator:
                     remedy="give ids in its numbering, or none",
                     param="class_ids",
                 )
-        features = self.extractor(checked_batches(batches, self.known_shape))
+        features = self.extractor(checked_batches(batches, self.required_shape))
         if class_ids is not None and len(class_ids) != len(features):
             raise RequestError(
                 f"{len(class_ids)} class ids were given for {len(features)} images",
@@ -153,7 +153,7 @@ class Evaluator:
             )
         wanted = metrics is None or "is" in metrics
         plan = SummaryPlan(total=len(features), with_scores=wanted and self.extractor.is_inception)
-        return self.score_summary(summed_up(features, plan, 0, class_ids), class_ids is not None, metrics)
+        return self.score_summary(summarise_features(features, plan, 0, class_ids), class_ids is not None, metrics)
 
     def score_summary(self, summary: Summary, has_class_ids: bool, metrics: Sequence[str] | None = None) -> Scores:
         """Score images from their summary. Raises RequestError for too few images and for metrics, as `score_batches` does."""

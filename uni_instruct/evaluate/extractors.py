@@ -66,7 +66,7 @@ class ExtractorFile:
         return open_inception(self.path, self.label) if self.maker == "inception" else open_classifier(self.path, self.label)
 
 
-class WhenCalled:
+class LazyNetwork:
     """A network that is loaded at its first call. A process that leaves the work to workers needs neither it nor torch."""
 
     def __init__(self, load: "Callable[[], torch.nn.Module]"):
@@ -97,7 +97,7 @@ class Extractor:
     name: str
     sha256: str
     dim: int
-    module: "torch.nn.Module | WhenCalled"
+    module: "torch.nn.Module | LazyNetwork"
     device: str = "cpu"
     image_shape: ImageShape | None = None
     num_classes: int = 0
@@ -186,7 +186,7 @@ def open_classifier(path: Path, name: str) -> Extractor:
         name=name,
         sha256=weights_sha256(weights),
         dim=FEATURES,
-        module=WhenCalled(network),
+        module=LazyNetwork(network),
         image_shape=info.image_shape,
         num_classes=info.num_classes,
         heldout_accuracy=info.heldout_accuracy,

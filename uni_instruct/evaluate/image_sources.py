@@ -38,7 +38,7 @@ class BundleImages:
         """The bundle's folder."""
         return [self.bundle]
 
-    def moved(self, places: Mapping[Path, Path]) -> "BundleImages":
+    def with_paths(self, places: Mapping[Path, Path]) -> "BundleImages":
         """The same source with the bundle's path replaced."""
         return replace(self, bundle=places.get(self.bundle, self.bundle))
 
@@ -65,6 +65,6 @@ class DatasetImages:
         """No paths: a data set is too large to be sent to workers."""
         return []
 
-    def moved(self, places: Mapping[Path, Path]) -> "DatasetImages":
+    def with_paths(self, places: Mapping[Path, Path]) -> "DatasetImages":
         """Itself, since `paths` is empty."""
         return self

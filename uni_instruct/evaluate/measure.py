@@ -13,7 +13,7 @@ from uni_instruct.evaluate.extractors import Extractor, ExtractorFile
 from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages, ReadTask
 from uni_instruct.evaluate.sample_source import SampleSource
 from uni_instruct.evaluate.scores import Scores
-from uni_instruct.evaluate.summary import Summary, SummaryPlan, summed_up
+from uni_instruct.evaluate.summary import Summary, SummaryPlan, summarise_features
 from uni_instruct.processes import keep_freed_memory
 from uni_instruct.progress import Progress, ProgressFactory
 from uni_instruct.sampling.pool import Pool, Task
@@ -27,7 +27,7 @@ EXTRACTOR_BATCH = 64
 _WAITING = 16
 # A shard has at most 1/_LEFT of the remaining images.
 _LEFT = 16
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 T = TypeVar("T")
 
 
@@ -49,10 +49,10 @@ class SummaryJob:
         """The paths of the images' source, and the extractor's weights."""
         return [*self.images.paths(), self.extractor.path]
 
-    def moved(self, places: Mapping[Path, Path]) -> "SummaryJob":
+    def with_paths(self, places: Mapping[Path, Path]) -> "SummaryJob":
         """See WorkerJob."""
         path = places.get(self.extractor.path, self.extractor.path)
-        return replace(self, images=self.images.moved(places), extractor=replace(self.extractor, path=path))
+        return replace(self, images=self.images.with_paths(places), extractor=replace(self.extractor, path=path))
 
 
 def measure(
@@ -73,14 +73,14 @@ def measure(
     with with_progress(label, total, "images") as progress:
         if not workers.wanted:
             read = _shown(first.images.open(alone=True), progress)
-            make = _summariser(read, evaluator.extractor, plan, evaluator.known_shape)
+            make = _summariser(read, evaluator.extractor, plan, evaluator.required_shape)
             summaries = [_added(map(make, _tasks(source, first.images.batch))) for source in sources]
         else:
             job = SummaryJob(
                 images=replace(first.images, opened=None) if isinstance(first.images, DatasetImages) else first.images,
                 extractor=evaluator.extractor.required_file(),
                 plan=plan,
-                shape=evaluator.known_shape,
+                shape=evaluator.required_shape,
             )
             with workers.pool(job) as pool:
                 summaries = [_added(in_order(pool, _tasks(source, first.images.batch), progress)) for source in sources]
@@ -102,7 +102,7 @@ def in_order(pool: Pool[T], tasks: Iterable[Task], progress: Progress) -> Iterat
             else:
                 due.append(task.shard)
                 pool.submit(task)
-        for shard, result in pool.wait(_LOOK_S) if due or more else []:
+        for shard, result in pool.wait(_POLL_INTERVAL_S) if due or more else []:
             waiting[shard.start] = result
             progress.advance(len(shard))
         while due and due[0].start in waiting:
@@ -135,7 +135,7 @@ def _summariser(read: ReadTask, extractor: Extractor, plan: SummaryPlan, shape: 
 
     def summarise(task: Task) -> Summary:
         features = extractor(checked_batches(read(task), shape))
-        return summed_up(features, plan, task.shard.start, task.expected, splits)
+        return summarise_features(features, plan, task.shard.start, task.expected, splits)
 
     return summarise
 

@@ -75,7 +75,7 @@ class Summary:
 
     def kept_features(self) -> np.ndarray:
         """The kept features: float32 [K, D]."""
-        self.kept = [joined(self.kept)]
+        self.kept = [concatenate_parts(self.kept)]
         return self.kept[0]
 
     # mu = sum x / N, sigma = (sum x x^T - N mu mu^T) / (N - 1), as EDM's fid.py has them.
@@ -99,7 +99,7 @@ class Summary:
         return float(np.mean(scores))
 
 
-def joined(parts: list[np.ndarray]) -> np.ndarray:
+def concatenate_parts(parts: list[np.ndarray]) -> np.ndarray:
     """Concatenate the parts. The list is emptied meanwhile, so that no part is in memory twice for long."""
     if len(parts) == 1:
         return parts.pop()
@@ -116,7 +116,7 @@ def _sum(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | No
     return None if first is None or second is None else first + second
 
 
-def summed_up(
+def summarise_features(
     features: "Features",
     plan: SummaryPlan,
     start: int = 0,

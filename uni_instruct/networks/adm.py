@@ -55,7 +55,7 @@ class ADM(Network):
         self.map_label = Linear(num_classes, emb_channels, bias=False, init=_normal_) if num_classes else None
 
         block = partial(UNetBlock, emb_channels=emb_channels, style=_style(channels_per_head), dropout=dropout)
-        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, attend_often=True)
+        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, full_decoder_attention=True)
         self.enc = layout.encoder(Conv2d(image_shape[0], plan[0].channels, 3, init=fan_in_))
         self.bottleneck_channels = skip_channels(self.enc)[-1]
         self.dec = layout.decoder(self.enc)

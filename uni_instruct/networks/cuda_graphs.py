@@ -22,7 +22,7 @@ class _Captured(NamedTuple):
     images: Tensor
 
 
-class CapturedBatches:
+class CudaGraphRunner:
     """A function of noise [B, *noise_shape] and class ids [B] (or None), replayed from CUDA graphs.
 
     Batches larger than `most` are split. Mixtures of classes have separate graphs, so that plain classes do not pay for them.
@@ -59,12 +59,12 @@ class CapturedBatches:
         z = noise.new_zeros(size, *noise.shape[1:])
         labels = _like(class_ids, [part.new_zeros(size) for part in _tensors(class_ids)])
         # The warm-up must run on a side stream, as torch asks before a capture.
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(_WARM_UP):
                 self._function(z, labels)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             images = self._function(z, labels)

@@ -19,7 +19,7 @@ from uni_instruct.networks.blocks import (
 )
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
-from uni_instruct.networks.unet import Level, UNetLayout, levels, no_modules, run_decoder_block, skip_channels
+from uni_instruct.networks.unet import Level, UNetLayout, levels, no_extra_modules, run_decoder_block, skip_channels
 from uni_instruct.spec import ImageShape
 
 STYLE = BlockStyle(
@@ -72,7 +72,7 @@ class SongUNet(Network):
         block = partial(UNetBlock, emb_channels=self.emb_channels, style=STYLE, dropout=dropout)
         block = partial(block, resample_filter=resample_filter)
         plan = levels(image_shape, model_channels, channel_mult, attn_resolutions)
-        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, attend_often=False)
+        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, full_decoder_attention=False)
         self.map_noise = EMBEDDINGS[embedding_type](noise_channels)
         self.map_label = Linear(num_classes, noise_channels) if num_classes else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
@@ -80,8 +80,8 @@ class SongUNet(Network):
         self.map_layer1 = Linear(self.emb_channels, self.emb_channels)
 
         resample, image_channels = partial(Conv2d, resample_filter=resample_filter), image_shape[0]
-        beside = partial(ENCODERS[encoder_type], resample, image_channels)
-        self.enc = layout.encoder(Conv2d(image_channels, model_channels, 3), beside)
+        extra_modules = partial(ENCODERS[encoder_type], resample, image_channels)
+        self.enc = layout.encoder(Conv2d(image_channels, model_channels, 3), extra_modules)
         self.bottleneck_channels = skip_channels(self.enc)[-1]
         output = partial(DECODERS[decoder_type], resample, out_channels or image_channels, plan)
         self.dec = layout.decoder(self.enc, output)
@@ -161,7 +161,7 @@ def _outputs(resample: _Resample, out_channels: int, plan: list[Level], level: L
 
 EMBEDDINGS: dict[str, Callable[[int], nn.Module]] = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
 # Functions that make a level's additional modules, for the encoder and for the decoder.
-ENCODERS: dict[str, Callable[..., _Modules]] = {"standard": no_modules, "skip": _skip_path, "residual": _residual_path}
+ENCODERS: dict[str, Callable[..., _Modules]] = {"standard": no_extra_modules, "skip": _skip_path, "residual": _residual_path}
 DECODERS: dict[str, Callable[..., _Modules]] = {"standard": _output, "skip": _outputs}
 
 

@@ -20,7 +20,7 @@ def eager(bundle: Bundle, device: str) -> Callable[[Inputs], np.ndarray]:
     @torch.no_grad()
     def images(inputs: Inputs) -> np.ndarray:
         parts = []
-        for part in inputs.parts(bundle.spec.images_at_once):
+        for part in inputs.parts(bundle.spec.max_decoder_batch):
             made = generator(*as_tensors(part, device))
             if bundle.spec.makes_pictures:
                 # As in EDM's generate.py ("images_np" in https://github.com/NVlabs/edm) and SiD's.

@@ -68,10 +68,10 @@ class EDM2(Network):
         block = partial(Block, emb_channels=self.emb_channels, dropout=dropout, resample_filter=tuple(resample_filter))
         block = partial(block, res_balance=res_balance, attn_balance=attn_balance)
         block = partial(block, clip_act=clip_act, channels_per_head=channels_per_head)
-        down = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, attend_often=True)
+        down = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, full_decoder_attention=True)
         self.enc = down.encoder(MPConv(image_channels + 1, widths[0], 3))
         self.bottleneck_channels = widths[-1]
-        self.dec = dataclasses.replace(down, block=partial(block, decodes=True)).decoder(self.enc)
+        self.dec = dataclasses.replace(down, block=partial(block, is_decoder=True)).decoder(self.enc)
         self.out_conv = MPConv(widths[0], image_channels, 3)
         self.out_gain = nn.Parameter(torch.zeros([]))
 
@@ -123,7 +123,7 @@ class EDM2(Network):
 class Block(nn.Module):
     """Residual block: the embedding scales the channels, and attention comes last.
 
-    decodes: whether it is a decoder's block. An encoder's block normalises its input, and its 1x1 convolution comes first.
+    is_decoder: whether it is a decoder's block. An encoder's block normalises its input, and its 1x1 convolution comes first.
     """
 
     def __init__(
@@ -138,14 +138,14 @@ class Block(nn.Module):
         clip_act: float | None,
         channels_per_head: int,
         resample_filter: tuple[float, ...],
-        decodes: bool = False,
+        is_decoder: bool = False,
         up: bool = False,
         down: bool = False,
         attention: bool = False,
     ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.decodes, self.up, self.down = decodes, up, down
+        self.is_decoder, self.up, self.down = is_decoder, up, down
         self.dropout, self.res_balance, self.attn_balance = dropout, res_balance, attn_balance
         self.clip_act, self.resample_filter = clip_act, resample_filter
         self.heads = out_channels // channels_per_head if attention else 0
@@ -156,7 +156,7 @@ class Block(nn.Module):
                 param="network",
             )
         self.emb_gain = nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(in_channels if decodes else out_channels, out_channels, 3)
+        self.conv_res0 = MPConv(in_channels if is_decoder else out_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels, 0)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
         self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -167,13 +167,13 @@ class Block(nn.Module):
         """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H', W']."""
         if self.up or self.down:
             x = resample(x, self.resample_filter, up=self.up)
-        if not self.decodes:
+        if not self.is_decoder:
             x = normalised(x if self.conv_skip is None else self.conv_skip(x), (1,))
         hidden = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         hidden = mp_silu(hidden * scale[:, :, None, None].to(hidden.dtype))
         hidden = self.conv_res1(F.dropout(hidden, self.dropout, self.training))
-        if self.decodes and self.conv_skip is not None:
+        if self.is_decoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, hidden, self.res_balance)
         if self.heads:

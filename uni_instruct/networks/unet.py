@@ -48,8 +48,8 @@ def levels(
     ]
 
 
-def no_modules(*_: object) -> dict[str, nn.Module]:
-    """No modules in addition to a level's blocks, for any arguments: the default for `beside` and `after` below."""
+def no_extra_modules(*_: object) -> dict[str, nn.Module]:
+    """No modules in addition to a level's blocks, for any arguments: the default for `extra_modules` and `after` below."""
     return {}
 
 
@@ -58,18 +58,20 @@ class UNetLayout:
     """The arrangement of a U-Net's blocks: each level has num_blocks on the way down and num_blocks + 1 on the way up.
 
     levels: the finest first. block(in_channels, out_channels, ...) makes a block, with the keywords up, down and attention.
-    attend_often: in the decoder, all blocks of a level with attention have it; otherwise only the last block.
+    full_decoder_attention: in the decoder, all blocks of a level with attention have it; otherwise only the last block.
     """
 
     levels: list[Level]
     num_blocks: int
     block: Callable[..., nn.Module]
-    attend_often: bool
+    full_decoder_attention: bool
 
-    def encoder(self, stem: nn.Module, beside: Callable[[str, int, int], dict[str, nn.Module]] = no_modules) -> nn.ModuleDict:
+    def encoder(
+        self, stem: nn.Module, extra_modules: Callable[[str, int, int], dict[str, nn.Module]] = no_extra_modules
+    ) -> nn.ModuleDict:
         """The stem and the blocks of every level, by EDM's names.
 
-        beside(level name, channels that enter the level above, channels that enter this level) returns further modules of a
+        extra_modules(level name, channels entering the level above, channels entering this level) returns further modules of a
         level. They are inserted after the block that halves the resolution.
         """
         enc = nn.ModuleDict({f"{self.levels[0].name}_conv": stem})
@@ -77,7 +79,7 @@ class UNetLayout:
         for level in self.levels:
             if level is not self.levels[0]:
                 enc[f"{level.name}_down"] = self.block(channels, channels, down=True)
-                enc.update(beside(level.name, above, channels))
+                enc.update(extra_modules(level.name, above, channels))
                 above = channels
             for index in range(self.num_blocks):
                 enc[f"{level.name}_block{index}"] = self.block(channels, level.channels, attention=level.attention)
@@ -85,7 +87,7 @@ class UNetLayout:
         return enc
 
     def decoder(
-        self, encoder: nn.ModuleDict, after: Callable[[Level, int], dict[str, nn.Module]] = no_modules
+        self, encoder: nn.ModuleDict, after: Callable[[Level, int], dict[str, nn.Module]] = no_extra_modules
     ) -> nn.ModuleDict:
         """Every level's blocks, the coarsest first. after(level, channels) returns the modules that follow a level's blocks."""
         skips = skip_channels(encoder)
@@ -98,7 +100,7 @@ class UNetLayout:
                 dec[f"{level.name}_up"] = self.block(channels, channels, up=True)
             # One block more than in the encoder, since there is one more skip: from the block that halves, or from the stem.
             for index in range(self.num_blocks + 1):
-                attends = level.attention and (self.attend_often or index == self.num_blocks)
+                attends = level.attention and (self.full_decoder_attention or index == self.num_blocks)
                 dec[f"{level.name}_block{index}"] = self.block(channels + skips.pop(), level.channels, attention=attends)
                 channels = level.channels
             dec.update(after(level, channels))

@@ -48,7 +48,7 @@ class WorkerJob(Protocol[T_co]):
         """Files and folders that the job reads. They are sent to machines that may not have them."""
         ...
 
-    def moved(self, places: Mapping[Path, Path]) -> "WorkerJob[T_co]":
+    def with_paths(self, places: Mapping[Path, Path]) -> "WorkerJob[T_co]":
         """The job with its paths replaced by their new places."""
         ...
 
@@ -98,7 +98,7 @@ class ImageJob:
         """The bundle's folder."""
         return [self.bundle]
 
-    def moved(self, places: Mapping[Path, Path]) -> "ImageJob":
+    def with_paths(self, places: Mapping[Path, Path]) -> "ImageJob":
         """See WorkerJob."""
         return replace(self, bundle=places.get(self.bundle, self.bundle))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from uni_instruct import __version__
-from uni_instruct.ray_cluster import LOCAL, check_version, connect, contents, import_ray, place_contents
+from uni_instruct.ray_cluster import LOCAL, check_version, connect, contents, import_ray, unpack_files
 from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
 
 
@@ -123,8 +123,8 @@ class Actor:
         """
         check_version(version)
         ray = import_ray()
-        places = {Path(path): place_contents(ray.get(content)) for path, content in files}
-        self._make: Callable[[Task], Any] = job.moved(places).open()
+        places = {Path(path): unpack_files(ray.get(content)) for path, content in files}
+        self._make: Callable[[Task], Any] = job.with_paths(places).open()
 
     def make(self, task: Task) -> Any:
         """The result of a task."""

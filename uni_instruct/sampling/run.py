@@ -36,7 +36,7 @@ REQUEST = "request.json"
 # Each process holds the first lock while it works in the folder, and the second while it writes the request or the output.
 WORKERS_LOCK, REQUEST_LOCK = "workers.lock", "request.lock"
 # A process with nothing left to claim checks at this interval whether the other processes have finished or died.
-LOOK_S = 0.2
+POLL_INTERVAL_S = 0.2
 # Engine names in sets that were started before engines had ids -> their ids.
 _FORMER_ENGINES = {"onnx": "onnx-fp32", "torch": "torch-fp32"}
 
@@ -114,10 +114,10 @@ class SampleRun:
                     else:
                         others.append(shard)
             if len(others) == len(left):
-                time.sleep(LOOK_S)
+                time.sleep(POLL_INTERVAL_S)
             left = others
 
-    def fill_with(self, pool: Pool[np.ndarray], progress: Progress) -> None:
+    def fill_with_pool(self, pool: Pool[np.ndarray], progress: Progress) -> None:
         """As `fill`, with the workers of a pool: this process claims shards, submits them and writes the results."""
         left, claims = deque(self._missing()), dict[Shard, ExitStack]()
         with ExitStack() as held:
@@ -136,7 +136,7 @@ class SampleRun:
                     else:
                         claim.close()
                         left.append(shard)
-                for shard, images in pool.wait(LOOK_S):
+                for shard, images in pool.wait(POLL_INTERVAL_S):
                     self.shards.write(shard, images)
                     claims.pop(shard).close()
                     progress.advance(len(shard))
@@ -213,7 +213,7 @@ def is_finished(request: SampleRequest, out: Path) -> bool:
     raise RequestError(f"{out} holds {holds}", remedy="choose another --out or delete it", param="out")
 
 
-def noted_engine(out: Path) -> str | None:
+def recorded_engine(out: Path) -> str | None:
     """The id of the engine that made the set at `out`, or has started it; None if there is no such set."""
     found = _with_ids(_noted_request(work_folder(out)) if _is_empty(out) else finished_request(out))
     engine = found["engine"] if found else None
@@ -248,7 +248,7 @@ def _enter(folder: Path, out: Path, shared: bool) -> int:
         if held is False:
             os.close(file)
             if shared and not _is_empty(out):  # the set is finished, and another process is removing the folder
-                time.sleep(LOOK_S)
+                time.sleep(POLL_INTERVAL_S)
                 continue
             raise RequestError(f"another process is writing {out}", remedy="wait for it or choose another --out", param="out")
         if held is None:

@@ -11,7 +11,7 @@ import pytest
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import FileFormatError
-from uni_instruct.evaluate.comparison import Trained, compare_recipes, compare_weights, student_quantile
+from uni_instruct.evaluate.comparison import TrainingScores, compare_recipes, compare_weights, student_quantile
 from uni_instruct.export.card import _scores
 from uni_instruct.export.publish import read_scores
 
@@ -28,30 +28,32 @@ def test_quantiles_are_scipys(freedom: float) -> None:
 def test_the_interval_of_weights_is_welchs() -> None:
     stats = pytest.importorskip("scipy.stats")
     a, b = (1.02, 0.98, 1.01), (1.30, 1.24, 1.31)
-    found = compare_weights("FID", [Trained(a)], [Trained(b)])
+    found = compare_weights("FID", [TrainingScores(a)], [TrainingScores(b)])
     truth = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     assert found.interval == pytest.approx((truth.low, truth.high), rel=1e-4)
     assert found.verdict == "better"
-    assert compare_weights("FID", [Trained(b)], [Trained(a)]).verdict == "worse"
-    assert compare_weights("recall", [Trained(b)], [Trained(a)]).verdict == "better"
+    assert compare_weights("FID", [TrainingScores(b)], [TrainingScores(a)]).verdict == "worse"
+    assert compare_weights("recall", [TrainingScores(b)], [TrainingScores(a)]).verdict == "better"
 
 
 def test_one_training_tells_weights_apart_and_not_recipes() -> None:
-    a, b = [Trained((1.00, 0.96, 1.04))], [Trained((1.15, 1.11, 1.19))]
+    a, b = [TrainingScores((1.00, 0.96, 1.04))], [TrainingScores((1.15, 1.11, 1.19))]
     assert compare_weights("FID", a, b).verdict == "better"
     recipes = compare_recipes("FID", a, b)
     assert recipes.verdict == "inconclusive"
     assert "3.2 times" in recipes.basis
-    several = [[Trained((mean - 0.01, mean + 0.01)) for mean in means] for means in ((1.0, 1.02, 0.98), (1.5, 1.47, 1.53))]
+    several = [
+        [TrainingScores((mean - 0.01, mean + 0.01)) for mean in means] for means in ((1.0, 1.02, 0.98), (1.5, 1.47, 1.53))
+    ]
     assert compare_recipes("FID", *several).verdict == "better"
-    assert compare_recipes("FID", [Trained((1.0,))], b).verdict == "inconclusive"
+    assert compare_recipes("FID", [TrainingScores((1.0,))], b).verdict == "inconclusive"
 
 
 def test_recipes_that_are_the_same_are_told_apart_as_rarely_as_said() -> None:
     """Four trainings of either side, drawn from one distribution: at most 5 % of the verdicts are wrong."""
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(400):
-        sides = [[Trained(tuple(rng.normal(rng.normal(1, 0.05), 0.015, 3))) for _ in range(4)] for _ in range(2)]
+        sides = [[TrainingScores(tuple(rng.normal(rng.normal(1, 0.05), 0.015, 3))) for _ in range(4)] for _ in range(2)]
         wrong += compare_recipes("FID", *sides).verdict != "inconclusive"
     assert wrong <= 32  # 20 expected, deviation 4.4
 

@@ -13,11 +13,11 @@ from uni_instruct.engine import (
     load_engine,
     record_speeds,
     refusal,
+    resolve_engines,
     select_engine,
     statuses,
-    wanted_engines,
 )
-from uni_instruct.engines.benchmark.measure import Contender, Seconds, Spread, ratio, take_turns, turns
+from uni_instruct.engines.benchmark.measure import Contender, Seconds, Spread, measure_interleaved, ratio, turns
 from uni_instruct.engines.benchmark.peak import Convolutions, convolutions
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.engines.runtime import RUNTIMES
@@ -32,7 +32,7 @@ EAGER = "eager fp32"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkPlan:
-    """What to measure: for each engine and batch size, one figure per round, each from calls that take least_s seconds or more.
+    """What to measure: for each engine and batch size, one figure per round, each from calls that take min_s seconds or more.
 
     engines: ids or runtimes; empty for all. spin: as in `open_engine`: True as in batch sampling, False as in a server.
     """
@@ -42,7 +42,7 @@ class BenchmarkPlan:
     engines: tuple[str, ...] = ()
     device: str | None = None
     rounds: int = 7
-    least_s: float = 0.2
+    min_s: float = 0.2
     spin: bool = True
 
     def __post_init__(self) -> None:
@@ -52,8 +52,8 @@ class BenchmarkPlan:
                 remedy="give a one-step generator, such as digits",
                 param="bundle",
             )
-        if not math.isfinite(self.least_s):  # inf would measure forever, nan passes any bound
-            raise RequestError(f"{self.least_s} seconds for a figure", remedy="give a number such as 0.2", param="seconds")
+        if not math.isfinite(self.min_s):  # inf would measure forever, nan passes any bound
+            raise RequestError(f"{self.min_s} seconds for a figure", remedy="give a number such as 0.2", param="seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
     contenders += [_peak_contender(name, peak) for name, peak in peaks.items()]
     steps = turns(contenders, plan.batches, plan.rounds)
     with progress("benchmark", steps, "figures") as bar:
-        seconds = take_turns(contenders, plan.batches, plan.rounds, plan.least_s, bar)
+        seconds = measure_interleaved(contenders, plan.batches, plan.rounds, plan.min_s, bar)
     flops = _flops(plan.bundle)
     rows = tuple(_row(entry, batch, seconds, peaks, flops) for batch in plan.batches for entry in entries)
     trusted = [status for status in found if status.state == "trusted"]
@@ -136,7 +136,7 @@ def _prepare(
     plan: BenchmarkPlan, progress: ProgressFactory
 ) -> tuple[list[EngineStatus], list[_Entry], dict[str, Convolutions]]:
     """Try and open the engines and find the peaks, with progress bars: the statuses, what to measure, and the peaks by name."""
-    wanted = wanted_engines(plan.bundle, plan.engines, plan.device)
+    wanted = resolve_engines(plan.bundle, plan.engines, plan.device)
     with progress("try engines", len(wanted), "engines") as bar:
         found = statuses(plan.bundle, wanted, plan.device, bar)
     trusted = [status for status in found if status.state == "trusted"]

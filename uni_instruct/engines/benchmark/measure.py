@@ -37,12 +37,14 @@ class Spread:
 
 
 def turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: int) -> int:
-    """How many steps the bar of `take_turns` has: per contender and batch size, a first call and one per round."""
+    """How many steps the bar of `measure_interleaved` has: per contender and batch size, a first call and one per round."""
     return len(contenders) * len(batches) * (rounds + 1)
 
 
-def take_turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: int, least_s: float, bar: Progress) -> Seconds:
-    """Measure the seconds per call of each contender at each batch size: `rounds` figures, each over calls of least_s in total.
+def measure_interleaved(
+    contenders: Sequence[Contender], batches: Sequence[int], rounds: int, min_s: float, bar: Progress
+) -> Seconds:
+    """Measure the seconds per call of each contender at each batch size: `rounds` figures, each over calls of min_s in total.
 
     The contenders of one batch size follow each other. Every other round runs in reverse order, so that no contender always
     follows the same one, whose threads or caches could slow it. A contender's exceptions are not caught.
@@ -54,20 +56,20 @@ def take_turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: 
     found: Seconds = {(name, batch): [] for name, batch, _ in calls}
     for number in range(rounds):
         for name, batch, call in calls[:: -1 if number % 2 else 1]:
-            found[name, batch].append(seconds_of(call, least_s))
+            found[name, batch].append(median_seconds(call, min_s))
             bar.advance(1, f"{name}, batch {batch}")
     return found
 
 
-def seconds_of(call: Callable[[], object], least_s: float) -> float:
-    """Median seconds of calls that take least_s in total. A first call, which finds other data in the caches, is not counted.
+def median_seconds(call: Callable[[], object], min_s: float) -> float:
+    """Median seconds of calls that take min_s in total. A first call, which finds other data in the caches, is not counted.
 
-    If the first call alone takes least_s, it is the result: caches then matter little.
+    If the first call alone takes min_s, it is the result: caches then matter little.
     """
     times = [_timed(call)]
-    if times[0] < least_s:
+    if times[0] < min_s:
         times = []
-    while sum(times) < least_s:
+    while sum(times) < min_s:
         times.append(_timed(call))
     return statistics.median(times)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uni_instruct.engines.benchmark.measure import seconds_of
+from uni_instruct.engines.benchmark.measure import median_seconds
 from uni_instruct.engines.hardware.device import CPU, device_type
 from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.runtime import RUNTIMES
@@ -38,7 +38,7 @@ def convolutions(precision: str, device: str) -> Convolutions | None:
     calls = {name: call for name, make in _MAKERS.items() if (call := make(precision, device)) is not None}
     if not calls:
         return None
-    seconds = {name: seconds_of(call, _TRY_S) for name, call in calls.items()}
+    seconds = {name: median_seconds(call, _TRY_S) for name, call in calls.items()}
     fastest = min(seconds, key=lambda name: seconds[name])
     images = PEAK_IMAGES[device_type(device)]
     # Each of the 9 taps of a 3x3 filter is one multiply-add, per pair of input and output channel, pixel, image and layer.

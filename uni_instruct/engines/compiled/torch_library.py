@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # How many threads may run the code at a time; others wait. Each of them uses all cores.
-_AT_ONCE = 2
+_MAX_CONCURRENT_CALLS = 2
 _FUNCTIONS: dict[str, list[object]] = {
     "AOTInductorModelContainerCreateWithDevice": [POINTER(c_void_p), c_size_t, c_char_p, c_char_p],
     "AOTInductorModelContainerDelete": [c_void_p],
@@ -53,7 +53,7 @@ class CompiledLibrary:
             torch.int64: self._library.aoti_torch_dtype_int64(),
         }
         create = self._library.AOTInductorModelContainerCreateWithDevice
-        self._check(create(byref(self._container), _AT_ONCE, b"cpu", None))
+        self._check(create(byref(self._container), _MAX_CONCURRENT_CALLS, b"cpu", None))
 
     def __call__(self, inputs: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """Run the function on float32 or int64 tensors. Returns its result, of that shape, as a fresh tensor."""

@@ -18,7 +18,7 @@ from uni_instruct.networks.denoiser import MixedClasses
 from uni_instruct.processes import die_with_group
 
 # The batch size of the example inputs. Any but 1 would do: the tracer takes a size of 1 for a constant.
-_EXAMPLES = 4
+_EXAMPLE_BATCH = 4
 
 
 def main(bundle_path: str, engine: str, path: str) -> None:
@@ -35,7 +35,7 @@ def main(bundle_path: str, engine: str, path: str) -> None:
     _check_no_callbacks(Path(path).parent)
 
 
-class _Listed(nn.Module):
+class _TensorInputs(nn.Module):
     """Wraps a module so that all inputs are tensors, as compiled code needs: no None, and a mixture as its three tensors."""
 
     def __init__(self, function: nn.Module, has_classes: bool):
@@ -55,11 +55,11 @@ class _Listed(nn.Module):
 def _traceable(bundle: Bundle, precision: str) -> tuple[nn.Module, Sequence[Tensor]]:
     """The module to compile, with example inputs: G(z) of a one-step generator, or a teacher's denoiser D(x; sigma)."""
     spec, generator = bundle.spec, load_generator(bundle, precision)
-    noise, ids = torch.zeros(_EXAMPLES, *spec.noise_shape), torch.zeros(_EXAMPLES, dtype=torch.int64)
-    classes = [ids, ids.clone(), torch.zeros(_EXAMPLES)] if spec.num_classes else []
+    noise, ids = torch.zeros(_EXAMPLE_BATCH, *spec.noise_shape), torch.zeros(_EXAMPLE_BATCH, dtype=torch.int64)
+    classes = [ids, ids.clone(), torch.zeros(_EXAMPLE_BATCH)] if spec.num_classes else []
     if spec.steps == 1:
-        return _Listed(generator, bool(classes)).eval(), [noise, *classes]
-    return _Listed(generator.denoiser, bool(classes)).eval(), [noise, torch.ones(_EXAMPLES, 1, 1, 1), *classes]
+        return _TensorInputs(generator, bool(classes)).eval(), [noise, *classes]
+    return _TensorInputs(generator.denoiser, bool(classes)).eval(), [noise, torch.ones(_EXAMPLE_BATCH, 1, 1, 1), *classes]
 
 
 def _check_no_callbacks(folder: Path) -> None:

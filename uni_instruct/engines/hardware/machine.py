@@ -11,9 +11,9 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 DRIVER = Path("/proc/driver/nvidia/version")
 # Keys of /proc/cpuinfo with the processor's features, by architecture. They decide which kernels a runtime uses. A virtual
 # machine may hide some of them, so the model's name alone is not enough.
-_ABILITIES = ("flags", "Features", "isa")
+_FEATURE_KEYS = ("flags", "Features", "isa")
 # The features that matter most for a network's speed, by Linux's names.
-_TELLING = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8")
+_SPEED_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8")
 _NAMES = ("model name", "Model", "uarch", "CPU implementer", "CPU part", "model", "stepping")
 
 
@@ -41,7 +41,7 @@ def machine_facts() -> MachineFacts:
     flags = _first_core().get("flags", "").split()
     return {
         "machine": machine(),
-        "abilities": [name for name in _TELLING if name in flags],
+        "abilities": [name for name in _SPEED_FEATURES if name in flags],
         "cpus_of_machine": os.cpu_count() or 1,
         "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": platform.platform(),
@@ -55,7 +55,7 @@ def _processor() -> str:
     if not facts:
         return f"{platform.machine()} {platform.processor()}".strip()
     name = " ".join(facts[key] for key in _NAMES if key in facts)
-    able = " ".join(sorted(facts[key] for key in _ABILITIES if key in facts))
+    able = " ".join(sorted(facts[key] for key in _FEATURE_KEYS if key in facts))
     digest = hashlib.sha256(" ".join(sorted(able.split())).encode()).hexdigest()[:8]
     return f"{platform.machine()} {name} (abilities {digest})"
 

@@ -37,7 +37,7 @@ class Threads:
         other processes need, spinning was seven times as slow.
         """
         count = usable_cpus()
-        return cls(count=count, spin=spin and wanting_cpus() + count <= (os.cpu_count() or 1))
+        return cls(count=count, spin=spin and runnable_threads() + count <= (os.cpu_count() or 1))
 
     def for_onnxruntime(self) -> dict[str, str]:
         """Entries for ONNX Runtime's session configuration. `count` is not among them, as it is an option of its own."""
@@ -66,7 +66,7 @@ class Threads:
             torch.set_num_threads(self.count)
 
 
-def wanting_cpus() -> int:
+def runnable_threads() -> int:
     """How many other threads on this machine run or wait for a core at this moment; 0 if the system does not tell."""
     try:
         return max(0, int(LOAD.read_text().split()[3].partition("/")[0]) - 1)

@@ -24,7 +24,7 @@ from uni_instruct.reference import REFERENCE
 
 TIMEOUT_S = 600
 # Signals that a user or the system sends to a process: death by one of them says nothing about the engine.
-_SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_EXTERNAL_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _one_at_a_time = threading.Lock()
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class TrialKey:
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
         return cache_folder() / "engines" / f"{self.engine_id}-{digest}.json"
 
-    def existing_note(self) -> Path | None:
+    def existing_path(self) -> Path | None:
         """The path of the result if the file exists, else None."""
         try:
             return self.note() if self.note().is_file() else None
@@ -136,15 +136,17 @@ def record_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchm
 
 
 def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
-    def tell(past_s: float) -> None:
+    def on_progress(past_s: float) -> None:
         _log.info("trying engine %s: %.0f s of at most %d", engine_id, past_s, TIMEOUT_S)
 
     arguments = [str(bundle.resolve()), str(engine_id), device]
-    done = run_worker("uni_instruct.engines.trials.worker", arguments, tell, timeout_s=TIMEOUT_S)
+    done = run_worker("uni_instruct.engines.trials.worker", arguments, on_progress, timeout_s=TIMEOUT_S)
     if done is None:
         return Trial(problem=f"it did not answer in {TIMEOUT_S} s", lasting=False)
     if done.returncode < 0:
-        return Trial(problem=f"it died of {signal.Signals(-done.returncode).name}", lasting=-done.returncode not in _SENT)
+        return Trial(
+            problem=f"it died of {signal.Signals(-done.returncode).name}", lasting=-done.returncode not in _EXTERNAL_SIGNALS
+        )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
