@@ -229,6 +229,6 @@ CORE = [
     Value("export/targets.py", "{} does not build for", lambda _: choose_targets(["tensorrt-rtx"], (), [12]),
           lambda remedy, _: choose_targets(["tensorrt-rtx"], (), [int(found(r"from (\d+)", remedy))])),
     Value("export/targets.py", "{} cannot build {} engines for", lambda _: next(row for row in TARGETS.values() if row.sms).for_gpu(12),
-          lambda remedy, _: next(row for row in TARGETS.values() if row.sms).for_gpu(int(found(r"for (\d+)", remedy)))),
+          lambda remedy, _: next(row for row in TARGETS.values() if row.sms).for_gpu(int(found(r"from (\d+)", remedy)))),
 ]  # fmt: skip
 STAGES = [*SERVING, *TRAINING, *NETWORKS, *CORE]

@@ -252,7 +252,7 @@ def test_a_card_takes_no_scores_of_other_weights(published: Bundle, tmp_path: Pa
         ("missing", "there is no bundle"),
         ("other bundle", "exists, and is not an earlier publication of these weights; name another folder"),
         ("itself", "exists, and is not an earlier publication of these weights; name another folder"),
-        ("full folder", "holds something else"),
+        ("full folder", "exists, and is not an earlier publication"),
         (
             "scores no json",
             "does not hold the scores of a generator; pass a file with the output of 'uni-instruct evaluate GENERATOR --json'",

@@ -84,9 +84,9 @@ def test_a_build_without_cuda_is_told_from_a_machine_without_a_gpu(
         monkeypatch.setattr(module, "gpus", lambda: (Gpu("A", 89),))
     monkeypatch.setattr(runtime, "version", lambda name: {"torch": "2.13.0+cpu", "onnxruntime": "1.32.0"}[name])
     monkeypatch.setattr(runtime, "PackageNotFoundError", KeyError)
-    with pytest.raises(RequestError, match=r"onnxruntime 1\.32\.0 cannot use cuda:0; install onnxruntime-gpu with CUDA"):
+    with pytest.raises(RequestError, match=r"onnxruntime 1\.32\.0 cannot use cuda:0; install onnxruntime-gpu instead"):
         open_engine(exported_bundle, "onnx-fp32", device="cuda")
-    with pytest.raises(RequestError, match=r"torch 2\.13\.0\+cpu cannot use cuda:0; install torch with CUDA"):
+    with pytest.raises(RequestError, match=r"torch 2\.13\.0\+cpu cannot use cuda:0; install a CUDA build of torch instead"):
         open_engine(exported_bundle, TORCH, device="cuda")
     assert open_engine(exported_bundle, "onnx-fp32").device == "cpu"
 

@@ -226,7 +226,7 @@ def test_without_a_cache_it_works_too(kind: str, bundle: Bundle, tmp_path: Path,
         (tmp_path / "cache").write_text("")
     assert open_engine(bundle, ONNX).id == ONNX
     rewrite(bundle, slightly_wrong)
-    with pytest.raises(EngineRefusedError, match="it differs from torch"):
+    with pytest.raises(EngineRefusedError, match="its images differ from torch's"):
         open_engine(bundle, ONNX)
 
 
