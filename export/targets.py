@@ -129,7 +129,7 @@ TARGETS = {
             )
             for precision, suffix, more, words in (
                 ("fp32", "onnx", (), "in fp32"),
-                ("bf16", "zip", (), "large layers in bf16 where the processor has it"),
+                ("bf16", "zip", (), "large layers in bf16 if the processor has it"),
                 ("int8", "zip", ("nncf",), "large 3x3 convolutions in int8"),
             )
         ),
