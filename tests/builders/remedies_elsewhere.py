@@ -92,7 +92,7 @@ RULES = (
     Rule("asks for another machine or more GPUs", path=r"^train/optimization/(distributed|auto_precision)\.py"),
     Rule("asks for a file of 90 to 900 MB", path=r"^uni_instruct/evaluate/pretrained\.py"),
     Rule("needs an NVIDIA GPU", path=r"engines/(hardware/cuda|tensorrt)\.py|^export/tensorrt\.py"),
-    Rule("needs an NVIDIA GPU, or more of them", remedy=r"RTX card|^ask for fewer, or use torchrun|--to \{\} --sm|as --sm 89"),
+    Rule("needs an NVIDIA GPU, or more of them", remedy=r"RTX GPU|^ask for fewer, or use torchrun|--to \{\} --sm|as --sm 89"),
     Rule("asks for another processor", path=r"engines/openvino\.py", error="RequestError"),
     Rule("needs a model whose weights fill 2 GB", path=r"^export/graph\.py"),
     Rule("asks for memory", remedy="^free memory"),

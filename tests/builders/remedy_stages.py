@@ -216,9 +216,9 @@ CORE = [
           lambda remedy, tmp: read_samples(written(tmp / "s", found(r"same '(\w+)' again, without --shard", remedy), *MANY))),
     Value("uni_instruct/sampling/workers.py", "workers take the GPUs", lambda _: WorkerOptions(2).check_device("cuda:0"),
           lambda remedy, _: WorkerOptions(2).check_device(found(r"--device (\w+),", remedy)) is None),
-    Value("uni_instruct/engines/record.py", "engine '{}' is no engine id", lambda _: EngineId.parse("fastest"),
+    Value("uni_instruct/engines/record.py", "'{}' is not an engine id", lambda _: EngineId.parse("fastest"),
           lambda remedy, _: [EngineId.parse(found(pattern, remedy)) for pattern in (r"as (\S+) or", r"or (\S+);")]),
-    Value("uni_instruct/engines/benchmark/comparison.py", "{} seconds for a figure", lambda tmp: plan(tmp, float("nan")),
+    Value("uni_instruct/engines/benchmark/comparison.py", "{} is not a duration", lambda tmp: plan(tmp, float("nan")),
           lambda remedy, tmp: plan(tmp / "y", float(found(r"such as (\S+)", remedy)))),
     Value("uni_instruct/evaluate/comparison.py", "no quantile", lambda _: student_quantile(1.0, 3),
           lambda remedy, _: [student_quantile(float(found(r"from (\S+) to", remedy)), 3), student_quantile(0.999, 3)]),
@@ -228,7 +228,7 @@ CORE = [
     Value("export/targets.py", "target '{}' is unknown", lambda _: find_target("onnx-int8"), lambda remedy, _: find_target(first_choice(remedy))),
     Value("export/targets.py", "{} does not build for", lambda _: choose_targets(["tensorrt-rtx"], (), [12]),
           lambda remedy, _: choose_targets(["tensorrt-rtx"], (), [int(found(r"from (\d+)", remedy))])),
-    Value("export/targets.py", "{} has no {} for", lambda _: next(row for row in TARGETS.values() if row.sms).for_gpu(12),
-          lambda remedy, _: next(row for row in TARGETS.values() if row.sms).for_gpu(int(found(r"for (\d+)", remedy)))),
+    Value("export/targets.py", "{} cannot build {} engines for", lambda _: next(row for row in TARGETS.values() if row.sms).for_gpu(12),
+          lambda remedy, _: next(row for row in TARGETS.values() if row.sms).for_gpu(int(found(r"from (\d+)", remedy)))),
 ]  # fmt: skip
 STAGES = [*SERVING, *TRAINING, *NETWORKS, *CORE]

@@ -88,7 +88,7 @@ def test_an_engine_that_cannot_be_used_is_named_with_the_reason(exported_bundle:
     assert "does not match the sha256 in engine.json" in text
     (folder / RECORD).write_text("{}")
     (engine,) = json.loads(cli("inspect", bundle.path, "--json")[1])["engines"]
-    assert "does not describe an engine" in engine["error"]
+    assert "is not a valid engine record" in engine["error"]
 
 
 def test_a_damaged_reference_is_an_error_of_every_engine(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
