@@ -165,7 +165,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 def test_a_bundle_takes_the_place_of_a_bundle_and_of_nothing_else(tmp_path: Path, tiny_bundle: Bundle) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"mine")
-    with pytest.raises(RequestError, match="photos holds something that is no bundle; name another folder"):
+    with pytest.raises(RequestError, match="photos holds something that is not a bundle; name another folder"):
         Bundle.write(tmp_path / "photos", tiny_bundle.spec, tiny_bundle.weights(), "")
     assert (tmp_path / "photos" / "a.png").read_bytes() == b"mine"
     (tmp_path / "empty").mkdir()
@@ -237,7 +237,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / CONFIG).write_text('{"architectures": ["BertModel"]}'),
         "is not the configuration of a bundle",
     ),
-    "config newer": (edit_config(format_version=99), "has format version 99, this is 2; update uni-instruct"),
+    "config newer": (
+        edit_config(format_version=99),
+        "has format version 99, but this uni-instruct reads versions up to 2; update uni-instruct",
+    ),
     "no shape": (edit_config(noise_shape="REMOVE"), "does not describe a generator"),
     "shape of words": (edit_config(noise_shape=["1", "8", "8"]), "does not describe a generator: noise_shape"),
     "shape of truths": (edit_config(noise_shape=[True, 8, 8]), "does not describe a generator: noise_shape"),

@@ -82,7 +82,7 @@ def test_torch_fidelitys_cache_of_a_data_set_is_a_reference(
     assert isinstance(reference, Statistics)
     assert np.array_equal(reference.mu, moments["mu"])
     torch.save(torch.zeros(3, 2048), path)
-    with pytest.raises(RequestError, match="holds no reference statistics but ndarray"):
+    with pytest.raises(RequestError, match="contains no reference statistics, only ndarray"):
         open_reference(path)
 
 
@@ -99,8 +99,8 @@ class Attack:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"fd_dinov2": {}}, r"ref\.pkl holds no reference statistics but keys fd_dinov2; give a file that EDM2's"),
-        ([1, 2], r"holds no reference statistics but list"),
+        ({"fd_dinov2": {}}, r"ref\.pkl contains no reference statistics, only keys fd_dinov2; give a file that EDM2's"),
+        ([1, 2], r"contains no reference statistics, only list"),
         ({"fid": {"mu": np.zeros(3), "sigma": np.eye(3)}}, r"has 3 features, inception-v3 has 2048"),
         ({"fid": {"mu": np.zeros(3), "sigma": np.eye(4)}}, r"has mu \[3\] and sigma \[4, 4\]"),
         ({"fid": {"mu": np.full(3, np.nan), "sigma": np.eye(3)}}, r"give finite mu \[D\] and sigma"),

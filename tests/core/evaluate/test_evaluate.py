@@ -293,7 +293,10 @@ def test_statistics_stand_for_their_data_set(digits: Dataset, evaluator: Evaluat
 def test_statistics_of_a_classifier_that_is_gone(some_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = Evaluator(some_digits, "classifier").statistics()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    with pytest.raises(RequestError, match="arrays-classifier is not in the cache; give the data set itself"):
+    with pytest.raises(
+        RequestError,
+        match="the classifier of the statistics, arrays-classifier, is not on this machine; give the data set itself",
+    ):
         Evaluator(statistics)
 
 
@@ -340,7 +343,7 @@ def test_faulty_requests(digits: Dataset, evaluator: Evaluator) -> None:
     unlabelled = arrays_dataset(images, None)
     wrong = {
         "metric 'fid' is unknown; choose from fd, kd, pr": lambda: evaluator(images, metrics=["fid"]),
-        "metrics 'fd' are no list; give names in one": lambda: evaluator(images, metrics="fd"),
+        "metrics 'fd' are not a list; give names in one": lambda: evaluator(images, metrics="fd"),
         "class id 10 is outside 0..9": lambda: evaluator(images, np.arange(1, 11)),
         "class id -1 is outside 0..9": lambda: evaluator(images, np.arange(-1, 9)),
         "no metric was named": lambda: evaluator(images, metrics=[]),

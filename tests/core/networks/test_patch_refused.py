@@ -38,7 +38,7 @@ def test_one_is_what_is_not_given() -> None:
         (
             28,
             ["network.patch=4"],
-            "with network.patch 4 the network sees 28x28 as 7x7, which is not divisible by 2; "
+            "network.patch 4 turns images of 28x28 into inputs of 7x7, which are not divisible by 2; "
             "choose network.patch 1 or 2, or use fewer than 2 levels",
         ),
         (
