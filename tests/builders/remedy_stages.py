@@ -214,7 +214,7 @@ CORE = [
           lambda remedy, tmp: read_samples(written(tmp / "none.npz", found(r"'(\w+) --out'", remedy)))),
     Value("uni_instruct/sampling/forms.py", "the samples of {} are not finished", lambda tmp: read_samples(written(tmp / "s", "generate", *MANY, "--shard", "1/2")),
           lambda remedy, tmp: read_samples(written(tmp / "s", found(r"same '(\w+)' again, without --shard", remedy), *MANY))),
-    Value("uni_instruct/sampling/workers.py", "workers take the GPUs", lambda _: WorkerOptions(2).check_device("cuda:0"),
+    Value("uni_instruct/sampling/workers.py", "--device {} names one GPU", lambda _: WorkerOptions(2).check_device("cuda:0"),
           lambda remedy, _: WorkerOptions(2).check_device(found(r"--device (\w+),", remedy)) is None),
     Value("uni_instruct/engines/record.py", "engine '{}' is no engine id", lambda _: EngineId.parse("fastest"),
           lambda remedy, _: [EngineId.parse(found(pattern, remedy)) for pattern in (r"as (\S+) or", r"or (\S+);")]),

@@ -265,13 +265,15 @@ def test_a_damaged_decoder_is_refused(decoded: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"decoder.safetensors does not match the sha256 in config.json"):
         Bundle.open(copy)
     (copy / DECODER).unlink()
-    with pytest.raises(BundleError, match=r"copy has no decoder.safetensors; copy the whole folder again"):
+    with pytest.raises(BundleError, match=r"copy has no decoder.safetensors; copy or download the whole folder"):
         Bundle.open(copy)
     wider = dataclasses.replace(decoded.spec.decoder, block_out_channels=(16, 16))  # type: ignore[type-var]
     weights = decoded.decoder_weights()
     spec = dataclasses.replace(decoded.spec, decoder=wider)
     mismatch = Bundle.write(tmp_path / "mismatch", spec, decoded.weights(), "", decoder=weights)
-    with pytest.raises(BundleError, match=r"decoder.safetensors of .*mismatch does not fit its decoder: .*; copy the whole"):
+    with pytest.raises(
+        BundleError, match=r"decoder.safetensors of .*mismatch does not fit its decoder: .*; copy or download the whole"
+    ):
         open_engine(mismatch)
 
 

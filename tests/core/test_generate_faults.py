@@ -31,7 +31,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "class cat is neither a class name nor an id in 0..9; 'uni-instruct inspect'",
     ),
     "class too large": (["--seeds", "0", "--out", "x", "--class", "10"], "class 10 is outside 0..9"),
-    "class negative": (["--seeds", "0", "--out", "x", "--class", "-1"], "class -1 is outside 0..9"),
+    "class negative": (["--seeds", "0", "--out", "x", "--class", "-1"], "class -1 is neither a class name nor an id in 0..9"),
     "classes too few": (
         ["--seeds", "0-2", "--out", "x", "--class", "1", "--class", "2"],
         "2 classes were given for 3 seeds; give one class, or one for each seed",

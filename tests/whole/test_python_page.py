@@ -35,7 +35,7 @@ def test_every_block_runs_in_an_empty_folder(
         "seed -1 is not an integer in [0, 2**63); ",
         "generator 'digits' has 10 classes, but no class ids were given; ",
         "noise is float64, not float32; ",
-        "images are float64 [100, 8, 8, 1] from -1 to 1, not uint8 [N, H, W, C]; give bytes; ",
+        "images are float64 [100, 8, 8, 1] from -1 to 1, not uint8 [N, H, W, C]; convert floats ",
         "runs/mine/generator 1\n",
         "(64, 8, 8, 1) [0 1 2]",
     ):

@@ -353,7 +353,7 @@ def test_faulty_requests(digits: Dataset, evaluator: Evaluator) -> None:
         "there are no images to score": lambda: evaluator(images[:0]),
         "2 class ids were given for 10 images": lambda: evaluator(images, np.array([1, 2])),
         r"images of shape \[1, 4, 8\] cannot be compared": lambda: evaluator(images[:, :4]),
-        r"images are float64 .* from -1 to 1, not uint8 \[N, H, W, C\]; give bytes": lambda: evaluator(images / 127.5 - 1),
+        r"images are float64 .* from -1 to 1, not uint8 \[N, H, W, C\]; convert floats": lambda: evaluator(images / 127.5 - 1),
         r"images are float32 \[2, 8, 8, 1\]": lambda: evaluator.score_batches([images[:8], images[8:].astype(np.float32)]),
         r"images are int64 \[10, 8, 8, 1\], not uint8": lambda: evaluator.extractor([images.astype(int)]),
         r"images are uint8 \[10, 8, 8\], not uint8 \[N, H, W, C\]": lambda: evaluate_images(images[..., 0], digits),
