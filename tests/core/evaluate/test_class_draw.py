@@ -60,7 +60,7 @@ def test_accents_may_be_written_apart_or_not() -> None:
 
 @pytest.mark.parametrize(("label", "near"), [("tomcat", "cat"), ("DOGG", "dog"), ("red fx", "red fox")])
 def test_a_refusal_names_the_nearest_classes(label: str, near: str) -> None:
-    with pytest.raises(RequestError, match=rf"is outside 0\.\.2; the nearest are {near}; 'uni-instruct inspect' lists"):
+    with pytest.raises(RequestError, match=rf"nor an id in 0\.\.2; the nearest are {near}; 'uni-instruct inspect' lists"):
         spec_of("cat", "dog", "red fox").class_id(label)
 
 

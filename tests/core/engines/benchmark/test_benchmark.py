@@ -138,7 +138,7 @@ WRONG = {
     ("--batches", "1,,2"): "batches '1,,2' are not sizes",
     ("--batches", "-1"): "batches '-1' are not sizes",
     ("--batches", "4097"): "are not sizes from 1 to 4096",
-    ("--batches", ",".join(map(str, range(1, 20)))): "19 batch sizes; give at most 16",
+    ("--batches", ",".join(map(str, range(1, 20)))): "19 batch sizes are too many; give at most 16",
     ("--engine", "onnx-fp4"): "engine 'onnx-fp4' is unknown",
     ("--engine", "openvino"): "has no openvino engine; uni-instruct export",
     ("--device", "tpu"): "device 'tpu' is unknown; use cpu, cuda or cuda:1",
