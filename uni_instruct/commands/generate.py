@@ -151,7 +151,9 @@ def _check_classes(by_classes: bool, classes: tuple[str, ...], shares: str | Non
         raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
     if shares and (by_classes or classes):
         raise RequestError(
-            "--classes draws the classes from the seeds, but they are given", remedy="leave one out", param="classes"
+            "--classes draws the classes from the seeds, but --class or --by-class gives them",
+            remedy="leave one out",
+            param="classes",
         )
 
 

@@ -147,6 +147,9 @@ def test_generate_draws_classes_as_in_the_data_of_the_training(tmp_path: Path, c
         assert np.bincount(made["class_ids"], minlength=10)[2:].sum() == 0
         assert np.array_equal(made["class_ids"], random_class_ids(range(200), 10, np.array(counts)))
     code, _, errors = cli(*command, tmp_path / "y.npz", "--classes", "data", "--class", "1")
-    assert (code, "--classes draws the classes from the seeds, but they are given; leave one out" in errors) == (2, True)
+    assert (
+        code,
+        "--classes draws the classes from the seeds, but --class or --by-class gives them; leave one out" in errors,
+    ) == (2, True)
     facts = json.loads(cli(*command, tmp_path / "z.npz", "--json")[1])
     assert facts["classes"] == UNIFORM
