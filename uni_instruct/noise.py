@@ -114,14 +114,12 @@ def walk_points(seeds: Sequence[int], positions: Sequence[float]) -> list[NoiseP
     """
     seeds, last = checked_seeds(seeds), len(seeds) - 1
     if last < 0:
-        raise RequestError("the list of seeds is empty", remedy="give at least one, such as [7, 8]", param="seeds")
+        raise RequestError("the walk has no seeds", remedy="give at least one, such as [7, 8]", param="seeds")
     points: list[NoisePoint] = []
     for position in positions:
         if not 0.0 <= position <= last:  # written so that nan is refused too
             raise RequestError(
-                f"position {position:g} is outside the path through the seeds",
-                remedy=f"choose positions from 0 to {last}",
-                param="positions",
+                f"position {position:g} is not on the walk", remedy=f"choose positions from 0 to {last}", param="positions"
             )
         index, rest = int(position), position - int(position)
         points.append(Between(seeds[index], seeds[index + 1], rest) if rest else seeds[index])

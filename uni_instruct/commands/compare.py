@@ -202,7 +202,7 @@ def _check_comparable(result: _Result, first: _Result) -> None:
         if found[0] != found[1]:
             raise RequestError(
                 f"{first.source} and {result.source} differ in their {what}: {str(found[1])[:40]} and {str(found[0])[:40]}",
-                remedy="evaluate both with the same options",
+                remedy="evaluate both alike",
             )
 
 

@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, cli: Cli) -> None:
     classes = result(tmp_path / "c.json", "c", [1.0, 1.1], classes="data")
     (tmp_path / "d.json").write_text("[]")
     wrong = {
-        (a, other): "differ in their extractor: e and f; evaluate both with the same options",
+        (a, other): "differ in their extractor: e and f; evaluate both alike",
         (a, classes): "differ in their draw of classes: uniform and data",
         (a, tmp_path / "none.json"): "there is no result or bundle",
         (
