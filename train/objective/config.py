@@ -19,7 +19,10 @@ GUIDANCE = Range(0, 100, "1 is none")
 class ObjectiveConfig:
     """What the generator minimises, and what is learned beside it (docs/objective.md)."""
 
-    method: str = key("uni-instruct", "a published method (docs/objective.md), which sets the keys that define it")
+    method: str = key(
+        "uni-instruct",
+        "a published method, which sets its keys; without a section objective: sid, alpha 0.5",
+    )
     family: str = key("expanded", "expanded (Uni-Instruct, SiD) or integral (Diff-Instruct, DMD, f-distill)")
     divergence: str = key("reverse-kl", "a name, or your own f: an expression in r, or file.py:function")
     order: float = key(DEFAULT_ORDER, "of the alpha family: 0 is the reverse KL, 1 the forward KL", Range(-10, 10))
