@@ -40,10 +40,10 @@ _REMEDIES = {
 }
 # Remedies for paths that the user gave and the system refuses.
 _UNUSABLE = {
-    errno.EACCES: "give what you may read, or make it readable",
-    errno.EPERM: "give what you may read, or make it readable",
+    errno.EACCES: "give a path that you may read, or change its permissions",
+    errno.EPERM: "give a path that you may read, or change its permissions",
     errno.EISDIR: "give a file, not a folder",
-    errno.ELOOP: "give what the link was to lead to",
+    errno.ELOOP: "give the file or folder itself, not the symbolic link",
     errno.ENAMETOOLONG: "give a shorter name",
 }
 
@@ -115,7 +115,7 @@ def _refuse_other(path: Path, may_go: bool, what: str) -> None:
     """Raises RequestError where something else stands at `path` than what is to take its place."""
     # A pipe or a device is somebody's, as a file in a folder's place is: /dev/null would be gone for the whole machine.
     if path.exists() and not may_go:
-        raise RequestError(f"{path} is no {what}, and is not replaced by one", remedy="write elsewhere", param="out")
+        raise RequestError(f"{path} is not a {what}, so it is not replaced", remedy="write elsewhere", param="out")
 
 
 def make_folder(folder: Path, wanted: Path) -> None:
@@ -123,7 +123,7 @@ def make_folder(folder: Path, wanted: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # the kernel's answer below /proc, where no folder can be created
-        raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="write elsewhere") from error
+        raise DiskError(f"cannot write {wanted}: no folder can be created there", remedy="write elsewhere") from error
 
 
 @contextmanager
@@ -235,5 +235,5 @@ def cache_folder() -> Path:
 def _partial(path: Path) -> Path:
     # What has no name of its own, as '.' and '/', can be no file, and '..' is what others stand in.
     if path.name in ("", ".."):
-        raise RequestError(f"{path} has no name that can be written", remedy="name a file or folder in it", param="out")
+        raise RequestError(f"{path} itself cannot be written", remedy="name a file or folder in it", param="out")
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

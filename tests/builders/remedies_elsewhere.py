@@ -41,7 +41,7 @@ RULES = (
     Rule("asks for another operating system", problem="this system has no"),
     Rule(
         "asks for a new copy of a damaged file",
-        remedy=r"(download|get) .*again|copy the whole folder again|(copy|write) .*again",
+        remedy=r"(copy|download|get|write) .*again",
     ),
     Rule("a damaged or hostile checkpoint; tests/core/checkpoints try them by the thousand", error="MalformedFile"),
     Rule("what such a checkpoint's error becomes", path=r"checkpoints/budget\.py", problem=r"^\{\} \{\}$"),

@@ -117,7 +117,7 @@ def cut_reference(tmp: Path) -> object:
 
 
 def anew(tmp: Path, remedy: str) -> object:
-    assert remedy.endswith("writes it anew")
+    assert remedy.endswith("writes it again")
     return export_as_said(tmp, remedy) and reference(tmp)
 
 
@@ -316,10 +316,10 @@ ENGINES = [
     Value(R, "{} does not match the sha256", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).write_bytes(b"x")), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value("uni_instruct/engines/graph_ports.py", "engine {} was exported by an older version", mixed, lambda remedy, tmp: mixed(tmp, remedy)),
     Value(F, "{} cannot be read", cut_reference, lambda remedy, tmp: anew(tmp, remedy)),
-    Value(F, "{} is of other weights", lambda tmp: reference(tmp, weights_sha256=np.array("0" * 64)), lambda remedy, tmp: anew(tmp, remedy)),
+    Value(F, "{} was made from other weights", lambda tmp: reference(tmp, weights_sha256=np.array("0" * 64)), lambda remedy, tmp: anew(tmp, remedy)),
     Value(F, "{} does not hold images of", lambda tmp: reference(tmp, images=np.zeros((1, 1, 4, 4), np.float32)), lambda remedy, tmp: anew(tmp, remedy)),
     Value("export/api.py", "target '{}' names several engines", lambda tmp: export_bundle(exported(tmp), "all"), lambda remedy, tmp: export_bundle(exported(tmp), first_choice(remedy))),
-    Value("uni_instruct/evaluate/evaluator.py", "the statistics of {} were made by another", of_another_classifier, lambda remedy, _: scored(said(remedy, "the data set itself as --reference", "digits"))),
+    Value("uni_instruct/evaluate/evaluator.py", "the statistics of {} were made by a", of_another_classifier, lambda remedy, _: scored(said(remedy, "the data set itself as --reference", "digits"))),
     Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher_only=said(remedy, "leave teacher.bundle empty", True))),
     Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher(tmp), teacher_only=said(remedy, "or do without --teacher-only", False))),
     Value("train/pipeline.py", "{} is gone", without_its_teacher, lambda remedy, tmp: trained(tmp, said(remedy, "another --out", "other"), teacher_only=True)),
@@ -334,7 +334,7 @@ RUN = [
     Value("uni_instruct/engines/runtime.py", "engine {} does not run on", lambda _: device_for("openvino-fp32", "cuda:0"), lambda remedy, _: device_for("openvino-fp32", found(r"--device (\w+)", remedy))),
     Value("uni_instruct/engines/runtime.py", "engine {} needs a CUDA device", lambda _: device_for("torch-fp32", "cuda:0"), lambda remedy, _: device_for(said(remedy, "an engine of another runtime", "onnx-fp32"), None)),
     Value("uni_instruct/engines/onnxruntime.py", "no provider '{}' runs on", lambda _: _checked_provider(onnxruntime, "cpu", "CUDAExecutionProvider"), lambda remedy, _: _checked_provider(onnxruntime, "cpu", first_choice(remedy))),
-    Value("uni_instruct/evaluate/extractors.py", "extractor {} is in no file", lambda _: PIXELS.required_file(), lambda remedy, _: said(remedy, "score without workers", scored())),
+    Value("uni_instruct/evaluate/extractors.py", "extractor {} exists in this process only", lambda _: PIXELS.required_file(), lambda remedy, _: said(remedy, "score without workers", scored())),
     Value("serve/load_test.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked(b"k", 200))),
     Value("serve/load_test.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", b"k"), 401)),
     Value("serve/load_test.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", b"k"), 200)),

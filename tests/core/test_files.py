@@ -49,7 +49,7 @@ def test_a_pipe_is_not_replaced_and_not_waited_for(
 ) -> None:
     """As root, /dev/null would become a folder for everybody."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(RequestError, match=r"pipe is no (file|folder), and is not replaced by one; write elsewhere"):
+    with pytest.raises(RequestError, match=r"pipe is not a (file|folder), so it is not replaced; write elsewhere"):
         writing(tmp_path / "pipe").__enter__()
     assert (tmp_path / "pipe").is_fifo()
     assert os.listdir(tmp_path) == ["pipe"]
@@ -57,7 +57,7 @@ def test_a_pipe_is_not_replaced_and_not_waited_for(
 
 def test_a_file_does_not_become_a_folder(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(RequestError, match="notes is no folder, and is not replaced by one"):
+    with pytest.raises(RequestError, match="notes is not a folder, so it is not replaced"):
         atomic_folder(tmp_path / "notes").__enter__()
     assert (tmp_path / "notes").read_text() == "mine"
     assert os.listdir(tmp_path) == ["notes"]
@@ -66,7 +66,7 @@ def test_a_file_does_not_become_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("writing", [atomic_file, atomic_folder])
 @pytest.mark.parametrize("path", ["", ".", "..", "/", "x/.."])
 def test_what_has_no_name_is_not_written(path: str, writing: Callable[[Path], AbstractContextManager[Path]]) -> None:
-    with pytest.raises(RequestError, match="has no name that can be written; name a file or folder in it"):
+    with pytest.raises(RequestError, match="itself cannot be written; name a file or folder in it"):
         writing(Path(path)).__enter__()
 
 

@@ -43,18 +43,26 @@ _MUST_MATCH = (
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--metric", help="As it is printed, such as FID or precision. [default: the Frechet distance]")
+@click.option(
+    "--metric", help="Name of the metric as evaluate prints it, such as FID or precision. [default: the Frechet distance]"
+)
 @click.option("--reference", help="Data set or statistics that bundles are scored against.")
 @click.option("--sets", type=click.IntRange(1, 100), help=f"Disjoint sets of seeds for each bundle. [default: {SETS}]")
 @click.option(
-    "--samples", type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES), help="Images of a set. [default: as the reference has]"
+    "--samples",
+    type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES),
+    help="Images in each set. [default: as many as the reference has]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="First seed. [default: 0]")
 @click.option(
-    "--extractor", type=click.Choice([*EXTRACTORS, *PRETRAINED]), help="What turns images into features. [default: auto]"
+    "--extractor",
+    type=click.Choice([*EXTRACTORS, *PRETRAINED]),
+    help="Network whose features of the images are compared. [default: auto]",
 )
-@click.option("--engine", help="Engine id of the bundles, or a runtime. [default: the fastest here]")
-@click.option("--device", help="Where engines run: cpu, cuda or cuda:1. [default: a GPU where they can use one]")
+@click.option("--engine", help="Engine id of the bundles, or a runtime. [default: the fastest on this machine]")
+@click.option(
+    "--device", help="Device of the engines: cpu, cuda or cuda:1. [default: a GPU if the engine can use one, else the CPU]"
+)
 @workers_option
 @ray_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -108,7 +116,7 @@ class _Result:
         values = tuple(values[name] for values in self.sets)
         if not all(map(math.isfinite, values)):
             raise RequestError(
-                f"{self.source} has {name} {', '.join(map(str, values))}, which compares with nothing",
+                f"{self.source} has {name} {', '.join(map(str, values))}, which cannot be compared",
                 remedy="evaluate it with more --samples, or choose another --metric",
                 param="metric",
             )
@@ -130,7 +138,7 @@ def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> l
     elif options:
         first = next(iter(options))
         option = first.removesuffix("_address")
-        raise RequestError(f"--{option} is for bundles, and results were given", remedy="leave it out", param=first)
+        raise RequestError(f"--{option} applies to bundles only, but results were given", remedy="leave it out", param=first)
     return [[results[name] for name in side] for side in names]
 
 
@@ -166,14 +174,15 @@ def _read(name: str) -> _Result:
 
 def _no_result(name: str, error: Exception) -> FileFormatError:
     return FileFormatError(
-        f"{name} is no result of a generator ({error})", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
+        f"{name} is not a result of a generator ({error})", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
     )
 
 
 def _check_trainings(text: str, weights: Sequence[str]) -> None:
     if len(set(weights)) < len(weights):
         raise RequestError(
-            f"{text} has the same weights twice", remedy="give each training once; --sets scores one several times"
+            f"{text} contains the same weights twice",
+            remedy="give each training once; --sets scores one training several times",
         )
 
 
@@ -182,7 +191,7 @@ def _note(trained: Sequence[Sequence[TrainingScores]]) -> str | None:
     if all(len(side) > 1 for side in trained):
         return None
     return (
-        f"training again moves FID some {RETRAINING_TO_RESAMPLING} times as far as other seeds do (arXiv 2606.20536): "
+        f"training again changes FID about {RETRAINING_TO_RESAMPLING} times as much as other seeds do (arXiv 2606.20536): "
         "give several trainings of either side to compare recipes"
     )
 

@@ -46,8 +46,8 @@ def build_denoiser(spec: ModelSpec) -> Denoiser:
     args = dict(spec.network_args)
     if "out_channels" in args:
         raise RequestError(
-            f"network_args name out_channels {args['out_channels']}",
-            remedy="leave it out: it follows from the image and the preconditioning",
+            f"network.out_channels {args['out_channels']} cannot be set",
+            remedy="leave it out: the image and the preconditioning determine it",
             param="network",
         )
     try:
@@ -94,8 +94,8 @@ def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> 
     fitting = _fitting(image_shape, error.divisor)
     first = f"choose network.patch {fitting}" if fitting else "resize the data"
     return RequestError(
-        f"with network.patch {patch} the network sees {width}x{height} as {width // patch}x{height // patch}, "
-        f"which is not divisible by {error.divisor}",
+        f"network.patch {patch} turns images of {width}x{height} into inputs of {width // patch}x{height // patch}, "
+        f"which are not divisible by {error.divisor}",
         remedy=f"{first}, or use fewer than {error.level_count} levels",
         param="network",
     )
@@ -140,6 +140,6 @@ def load_denoiser(bundle: Bundle) -> Denoiser:
         problem = " ".join(str(error).split())[:300]
         raise BundleError(
             f"weights of {bundle.path} do not fit its network: {problem}",
-            remedy="copy the whole folder again",
+            remedy="copy or download the whole folder again",
         ) from error
     return denoiser.eval()

@@ -51,7 +51,7 @@ def form_of(out: Path) -> Form:
     if suffix in _FILE_SUFFIXES:
         tars = ", or for tar shards a folder that ends in .wds" if suffix == ".tar" else ""
         remedy = f"give a folder, or a file that ends in .npz or .zip{tars}"
-        raise RequestError(f"--out {out} ends in {suffix}", remedy=remedy, param="out")
+        raise RequestError(f"--out {out} has the unsupported suffix {suffix}", remedy=remedy, param="out")
     return FORMS.get(suffix, FORMS[""])
 
 
@@ -73,8 +73,8 @@ def check_finished(path: Path) -> None:
     """Raise RequestError if `generate` has started this set and not finished it."""
     if not path.exists() and work_folder(path).is_dir():
         raise RequestError(
-            f"the samples of {path} are not finished, and wait in {work_folder(path)}",
-            remedy="give the same 'generate' again, without --shard, or wait for its other shards",
+            f"the samples of {path} are not finished: the shards made so far are in {work_folder(path)}",
+            remedy="run the same 'generate' again, without --shard, or wait for its other shards",
             param="path",
         )
 
@@ -227,8 +227,8 @@ def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:
     _check_pictures(spec, seeds)
     if len(set(seeds)) < len(seeds):
         raise RequestError(
-            f"{len(seeds) - len(set(seeds))} seeds are given twice, and a folder's files are named by seed",
-            remedy="give each once, or an --out that ends in .npz or .zip",
+            f"{len(seeds) - len(set(seeds))} seeds are repeated, but the files of a folder are named by seed",
+            remedy="give each seed once, or an --out that ends in .npz or .zip",
             param="seeds",
         )
 

@@ -51,7 +51,7 @@ def test_every_wrong_file_of_a_zip_is_named_in_order(tmp_path: Path, cli: Cli) -
     assert "7/7 images" in errors
     assert (
         errors.splitlines()[-1]
-        == f"error: {path}: 7 files are wrong, 7 images were read; replace, remove or label what is named"
+        == f"error: {path}: 7 files are wrong, 7 images were read; replace, remove or label the files that are listed"
     )
     code, output, _ = cli("data", "check", path, "--json")
     facts = json.loads(output)

@@ -171,7 +171,7 @@ def test_a_plan_is_built_without_its_gpu_and_stays_untried(built: Bundle, cli: C
     assert record.versions["tensorrt_rtx"]
     code, output, _ = cli("inspect", built.path)
     assert code == 0
-    assert "built but untried, for want of its GPU: the machine that runs it checks it first" in output
+    assert "built but not yet checked, because this machine lacks its GPU; the machine that runs it checks it first" in output
     assert "cannot run here: engine tensorrt-rtx-fp16-sm89 needs a CUDA device, and this process sees none" in output
     for wanted in ("tensorrt-rtx", str(RTX)):
         code, _, error = cli("generate", built.path, "--seeds", "0", "--engine", wanted, "--out", built.path.parent / "out")

@@ -90,10 +90,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, cli: Cli) -> None:
         (a, other): "differ in their extractor: e and f; evaluate both alike",
         (a, classes): "differ in their draw of classes: uniform and data",
         (a, tmp_path / "none.json"): "there is no result or bundle",
-        (a, tmp_path / "d.json"): "is no result of a generator (it is no result); write one: uni-instruct evaluate BUNDLE",
-        (a, f"{a},{a}"): "has the same weights twice",
-        (a, a, "--sets", "3"): "--sets is for bundles, and results were given; leave it out",
-        (a, a, "--ray"): "--ray is for bundles, and results were given; leave it out",
+        (
+            a,
+            tmp_path / "d.json",
+        ): "is not a result of a generator (it is not a result); write one: uni-instruct evaluate BUNDLE",
+        (a, f"{a},{a}"): "contains the same weights twice",
+        (a, a, "--sets", "3"): "--sets applies to bundles only, but results were given; leave it out",
+        (a, a, "--ray"): "--ray applies to bundles only, but results were given; leave it out",
         (a, a, "--metric", "IS"): "has no IS; choose one of FD(x), recall",
     }
     for arguments, message in wrong.items():
@@ -144,7 +147,7 @@ def test_an_edited_result_is_one_line_wherever_it_is_edited(tmp_path: Path, cli:
 def test_what_is_no_finite_number_is_not_compared(tmp_path: Path, cli: Cli, value: float) -> None:
     a, b = (result(tmp_path / f"{name}.json", name, [1.0, number]) for name, number in (("a", 1.1), ("b", value)))
     code, _, err = cli("compare", a, b)
-    assert (code, f"has FD(x) 1.0, {value}, which compares with nothing; evaluate it with more --samples" in err) == (2, True)
+    assert (code, f"has FD(x) 1.0, {value}, which cannot be compared; evaluate it with more --samples" in err) == (2, True)
     assert cli("compare", a, b, "--metric", "recall")[0] == 0
 
 

@@ -94,14 +94,14 @@ def test_adm_starts_within_the_inverse_root_of_the_fan_in() -> None:
         ("ncsnpp", {"encoder_type": "dense"}, "encoder_type 'dense' is unknown; choose one of standard, skip, residual"),
         ("ncsnpp", {"decoder_type": "residual"}, "decoder_type 'residual' is unknown; choose one of standard, skip"),
         ("ddpmpp", {"embedding_type": "none"}, "embedding_type 'none' is unknown; choose one of positional, fourier"),
-        ("ddpmpp", {"resample_filter": [1, 2, 1]}, "resample_filter [1, 2, 1] does not double and halve"),
-        ("ddpmpp", {"resample_filter": [1, -1]}, "resample_filter [1, -1] does not double and halve"),
+        ("ddpmpp", {"resample_filter": [1, 2, 1]}, "resample_filter [1, 2, 1] cannot double or halve a resolution"),
+        ("ddpmpp", {"resample_filter": [1, -1]}, "resample_filter [1, -1] cannot double or halve a resolution"),
         ("ddpmpp", {"channel_mult": []}, "channel_mult is empty; give one multiplier a level"),
         ("adm", {"model_channels": 224}, "224 channels do not divide into 3 heads; make model_channels a multiple of 64"),
         ("adm", {"encoder_type": "skip"}, "network 'adm': "),
         ("adm", {"model_channels": 0}, "network 'adm': "),
         ("adm", {"channel_mult_emb": 10**30}, "network 'adm': "),
-        ("adm", {"out_channels": 1}, "network_args name out_channels 1; leave it out"),
+        ("adm", {"out_channels": 1}, "network.out_channels 1 cannot be set; leave it out"),
     ],
 )
 def test_arguments_that_make_no_network_are_refused(architecture: str, args: dict[str, Any], message: str) -> None:

@@ -187,7 +187,10 @@ def test_the_animation_has_every_frame_enlarged_by_a_whole_factor(digits: Bundle
         ({"seeds": [1] * 65}, "the way has 65 stops"),
         ({"seeds": [7, -1]}, "seed -1 is not an integer in [0, 2**63)"),
         ({"seeds": [2**63 - 1], "count": 2}, "seed 9223372036854775808 is not an integer in [0, 2**63)"),
-        ({"seeds": [7, 8], "positions": [1.5]}, "position 1.5 is not on the way; choose positions from 0 to 1"),
+        (
+            {"seeds": [7, 8], "positions": [1.5]},
+            "position 1.5 is not on the walk; choose positions from 0 to 1",
+        ),
         ({"seeds": [7, 8], "positions": []}, "0 positions of 1 images were asked for; ask for 1 to 8 images"),
         ({"seeds": [7, 8], "positions": [0.5] * 3, "count": 3}, "3 positions of 3 images were asked for"),
         ({"seeds": [7, 8], "frames": 10**9}, "1000000000 frames of 1 images were asked for"),

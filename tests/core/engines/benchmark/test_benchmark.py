@@ -134,11 +134,11 @@ def test_without_torch_there_is_no_eager_row_and_it_says_so(bundle: Bundle, tmp_
 
 
 WRONG = {
-    ("--batches", "0"): "batches '0' are no sizes from 1 to 4096; write them as 1,4,16,64",
-    ("--batches", "1,,2"): "batches '1,,2' are no sizes",
-    ("--batches", "-1"): "batches '-1' are no sizes",
-    ("--batches", "4097"): "are no sizes from 1 to 4096",
-    ("--batches", ",".join(map(str, range(1, 20)))): "19 batch sizes; give at most 16",
+    ("--batches", "0"): "batches '0' are not sizes from 1 to 4096; write them as 1,4,16,64",
+    ("--batches", "1,,2"): "batches '1,,2' are not sizes",
+    ("--batches", "-1"): "batches '-1' are not sizes",
+    ("--batches", "4097"): "are not sizes from 1 to 4096",
+    ("--batches", ",".join(map(str, range(1, 20)))): "19 batch sizes are too many; give at most 16",
     ("--engine", "onnx-fp4"): "engine 'onnx-fp4' is unknown",
     ("--engine", "openvino"): "has no openvino engine; uni-instruct export",
     ("--device", "tpu"): "device 'tpu' is unknown; use cpu, cuda or cuda:1",
