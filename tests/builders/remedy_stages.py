@@ -119,7 +119,7 @@ SERVING = [
           lambda remedy, _: settings_from_environment({"UNI_INSTRUCT_UI": found(r"give (\w+) or", remedy)})),
     Value("serve/api_keys.py", "(read_keys)", lambda tmp: read_keys(None, str(tmp / "none")),
           lambda remedy, tmp: (tmp / "none").write_text(said(remedy, "one key a line", "a\nb\n")) and read_keys(None, str(tmp / "none"))),
-    Value("serve/api_keys.py", "{} holds no key", lambda _: read_keys(" , ", None), lambda remedy, _: read_keys(said(remedy, "give one", "a"), None)),
+    Value("serve/api_keys.py", "{} contains no key", lambda _: read_keys(" , ", None), lambda remedy, _: read_keys(said(remedy, "add one", "a"), None)),
     Value("serve/api_keys.py", "a key in {} has", lambda _: read_keys("a b", None),
           lambda remedy, _: read_keys(said(remedy, "several keys by commas", "a,b"), None)),
     Value("serve/model_sources.py", "{} and {} are both called", lambda _: sources_by_name(["digits", "x/digits"]),

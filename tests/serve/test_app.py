@@ -135,7 +135,7 @@ def test_a_full_queue_is_429_and_slowness_504(tiny_bundle: Bundle, held: Held) -
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
             late = answers[statuses.index(504)].json()["error"]
-            assert late["message"] == "1 images were not made in 0.2 s; ask for fewer at once, or try later"
+            assert late["message"] == "1 images were not made within 0.2 s; ask for fewer at once, or try later"
             assert await metric(
                 client, 'uni_instruct_dropped_images_total{model="tiny",reason="queue_full"}'
             ) == statuses.count(429)

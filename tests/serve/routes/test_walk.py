@@ -1,11 +1,13 @@
 """POST /v1/walk, /v1/compare and GET /v1/about on a real engine, in this process."""
 
+import asyncio
 import base64
 import dataclasses
 import io
 import json
 import re
 import shutil
+import threading
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,7 +20,7 @@ import pytest
 from PIL import Image
 
 from builders.paths import FORMAT_1
-from builders.serving import app_of, client_of, run
+from builders.serving import FOREVER_S, app_of, client_of, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.errors import RequestError
@@ -26,6 +28,7 @@ from uni_instruct.generate import mix_classes, resolve_class_ids
 from uni_instruct.images import grid
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 from uni_instruct.serve.demo import mount as demo_module
+from uni_instruct.serve.demo.compare import SideBySide
 from uni_instruct.serve.routes.walk import WalkRequest, resolve_walk
 
 
@@ -285,6 +288,34 @@ def test_a_comparison_with_what_is_not_there_is_refused(digits: Bundle) -> None:
                 assert answer.status_code == 400
                 assert problem in answer.json()["error"]["message"]
             assert (await client.get("/v1/about/config.json")).status_code == 404
+
+    run(work())
+
+
+def test_comparisons_beyond_those_that_may_wait_are_refused_by_their_number(
+    digits: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+    opened = SideBySide._engine_for
+
+    def slow(self: SideBySide, bundle: Bundle, other: str) -> Engine:
+        assert let_go.wait(FOREVER_S)
+        return opened(self, bundle, other)
+
+    monkeypatch.setattr(SideBySide, "_engine_for", slow)
+
+    async def work() -> None:
+        async with client_of_demo(digits) as client:
+            tasks = [
+                asyncio.create_task(client.post("/v1/compare", json={"other": "torch-fp32", "seeds": [7]})) for _ in range(5)
+            ]
+            refused = (await next(asyncio.as_completed(tasks))).json()["error"]
+            let_go.set()
+            answers = [await task for task in tasks]
+            assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429]
+            assert refused["message"] == "4 comparisons are running or waiting already; try again in 2 s"
+            again = next(answer for answer in answers if answer.status_code == 429)
+            assert again.headers["retry-after"] == "2"
 
     run(work())
 
