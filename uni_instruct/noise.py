@@ -106,16 +106,16 @@ def slerp(start: np.ndarray, end: np.ndarray, position: float) -> np.ndarray:
 def walk_points(seeds: Sequence[int], positions: Sequence[float]) -> list[NoisePoint]:
     """Places on the way through the seeds, one for each position: 0 is the first seed, 1.5 half-way from second to third.
 
-    Whole positions are the seeds themselves. Raises RequestError for fewer than one seed, and a position outside the way.
+    Whole positions are the seeds themselves. Raises RequestError for fewer than one seed, and a position outside the walk.
     """
     seeds, last = checked_seeds(seeds), len(seeds) - 1
     if last < 0:
-        raise RequestError("the way has no seeds", remedy="give at least one, such as [7, 8]", param="seeds")
+        raise RequestError("the walk has no seeds", remedy="give at least one, such as [7, 8]", param="seeds")
     points: list[NoisePoint] = []
     for position in positions:
         if not 0.0 <= position <= last:  # not true of nan either
             raise RequestError(
-                f"position {position:g} is not on the way", remedy=f"choose positions from 0 to {last}", param="positions"
+                f"position {position:g} is not on the walk", remedy=f"choose positions from 0 to {last}", param="positions"
             )
         index, rest = int(position), position - int(position)
         points.append(Between(seeds[index], seeds[index + 1], rest) if rest else seeds[index])

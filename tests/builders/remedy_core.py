@@ -251,7 +251,7 @@ BUNDLES = [
           lambda remedy, _: ModelSpec(name="x", noise_shape=said(remedy, "whose latents the network makes", (4, 8, 8)), latents=True, decoder=vae_spec())),
 ]  # fmt: skip
 CALLED = [
-    Value(N, "the way has no seeds", lambda _: walk_points([], [0.0]), lambda remedy, _: walk_points(json.loads(found(r"such as (\[.*\])", remedy)), [0.0])),
+    Value(N, "the walk has no seeds", lambda _: walk_points([], [0.0]), lambda remedy, _: walk_points(json.loads(found(r"such as (\[.*\])", remedy)), [0.0])),
     Value(N, "position {} is not on", lambda _: walk_points([7, 8], [1.5]), lambda remedy, _: walk_points([7, 8], [float(found(r"to (\d)", remedy))])),
     Value(N, "noise is {}, not [B", lambda _: checked_inputs(PLAIN, np.zeros((1, 8), np.float32), None), lambda remedy, _: checked_inputs(PLAIN, noise([1], said(remedy, "noise(seeds, spec.noise_shape)", PLAIN.noise_shape)), None)),
     Value(P, "host {} is unknown", lambda _: free_address("no.such.host.invalid", 0), lambda remedy, _: listening(said(remedy, "another --host", "127.0.0.1"), False)),

@@ -126,11 +126,11 @@ SERVING = [
           lambda remedy, _: sources_by_name(["digits", found(r"own: (\S+)", remedy)])),
     Value("serve/model_sources.py", "no generator is named", lambda _: sources_by_name([]),
           lambda remedy, _: sources_by_name([found(r"such as (\S+)", remedy)])),
-    Value("serve/ray_serve.py", "'{}' is no setting", lambda _: parse({"bundel": "digits"}),
+    Value("serve/ray_serve.py", "'{}' is not a setting", lambda _: parse({"bundel": "digits"}),
           lambda remedy, _: parse({first_choice(remedy): "true"})),
-    Value("serve/ray_serve.py", "{}={} cannot be", lambda _: parse({"replicas": "0"}),
-          lambda remedy, _: parse({"replicas": found(r"from (\d) on", remedy)})),
-    Value("serve/load_test.py", "{} is no address", lambda _: TargetServer("ftp://x"), lambda remedy, _: TargetServer(found(r"such as (\S+)", remedy))),
+    Value("serve/ray_serve.py", "{}={} is not possible", lambda _: parse({"replicas": "0"}),
+          lambda remedy, _: parse({"replicas": found(r"from (\d) to", remedy)})),
+    Value("serve/load_test.py", "{} is not the URL", lambda _: TargetServer("ftp://x"), lambda remedy, _: TargetServer(found(r"such as (\S+)", remedy))),
 ]  # fmt: skip
 TRAINING = [
     Value(E, "--methods names none", lambda _: parse_variants([" , "]), lambda remedy, _: parse_variants([found(r"some of (.*)", remedy)])),

@@ -287,7 +287,7 @@ def test_the_answers_for_wrong_paths_and_methods(tiny_bundle: Bundle) -> None:
             assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
             wrong = await client.get("/v1/generate")
             assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
-            assert wrong.json()["error"]["message"] == "/v1/generate does not answer GET; use POST"
+            assert wrong.json()["error"]["message"] == "/v1/generate does not support GET; use POST"
 
     run(work())
 

@@ -186,11 +186,11 @@ def test_the_animation_has_every_frame_enlarged_by_a_whole_factor(digits: Bundle
         ({}, "seeds is missing; give two or more seeds, such as [7, 8]"),
         ([], "the body is [], not an object"),
         ({"seeds": "7"}, "seeds is '7'; give two or more seeds"),
-        ({"seeds": []}, "the way has 0 stops; give 1 to 64 seeds"),
-        ({"seeds": [1] * 65}, "the way has 65 stops"),
+        ({"seeds": []}, "the walk has 0 stops; give 1 to 64 seeds"),
+        ({"seeds": [1] * 65}, "the walk has 65 stops"),
         ({"seeds": [7, -1]}, "seed -1 is not an integer in [0, 2**63)"),
         ({"seeds": [2**63 - 1], "count": 2}, "seed 9223372036854775808 is not an integer in [0, 2**63)"),
-        ({"seeds": [7, 8], "positions": [1.5]}, "position 1.5 is not on the way; choose positions from 0 to 1"),
+        ({"seeds": [7, 8], "positions": [1.5]}, "position 1.5 is not on the walk; choose positions from 0 to 1"),
         ({"seeds": [7, 8], "positions": []}, "0 positions of 1 images were asked for; ask for 1 to 8 images"),
         ({"seeds": [7, 8], "positions": [0.5] * 3, "count": 3}, "3 positions of 3 images were asked for"),
         ({"seeds": [7, 8], "frames": 10**9}, "1000000000 frames of 1 images were asked for"),
@@ -199,7 +199,7 @@ def test_the_animation_has_every_frame_enlarged_by_a_whole_factor(digits: Bundle
         ({"seeds": [7, 8], "class_ids": [12]}, "class 12 is outside 0..9"),
         ({"seeds": [7, 8], "class_ids": [1, 2, 3]}, "3 classes were given for 2 seeds"),
         ({"seeds": [7, 8], "classes": []}, "the list of classes is empty"),
-        ({"seeds": [7, 8], "frames": 2, "animated": True}, 'png does not move; give "format": "webp"'),
+        ({"seeds": [7, 8], "frames": 2, "animated": True}, 'png cannot be animated; give "format": "webp"'),
         (
             {"seeds": [7], "frames": 1, "count": 5, "animated": True, "format": "webp", "scale": 64},
             "the animation would be 1536 pixels wide; choose a scale of at most 42",
@@ -213,6 +213,20 @@ def test_what_is_wrong_is_said_with_its_remedy(digits: Bundle, body: object, pro
             answer = await client.post("/v1/walk", content=json.dumps(body))
             assert answer.status_code == 400
             assert problem in answer.json()["error"]["message"]
+
+    run(work())
+
+
+def test_the_description_names_only_headers_that_are_sent(digits: Bundle) -> None:
+    async def work() -> None:
+        async with client_of_demo(digits) as client:
+            paths = (await client.get("/openapi.json")).json()["paths"]
+            for path, body in (("/v1/generate", {"seeds": [7]}), ("/v1/walk", {"seeds": [7, 8], "positions": [0.5]})):
+                described = paths[path]["post"]["responses"]["200"]["description"]
+                # Sent only if the bundle has an engine that is refused.
+                named = {name.lower() for name in re.findall(r"(?:X|Server)-[\w-]+", described)} - {"x-engines-refused"}
+                sent = (await client.post(path, json=body)).headers
+                assert {name for name in named if name not in sent} == set(), path
 
     run(work())
 
