@@ -79,8 +79,8 @@ class Settings:
     queue_images: int = _setting(
         1024, "Images that may wait in the queue, per worker and generator. Requests beyond that get 429."
     )
-    request_images: int = _setting(256, "Images that one request may ask for.")
-    max_batch: int = _setting(64, "Images that one engine call may make.")
+    request_images: int = _setting(256, "Largest number of images per request.")
+    max_batch: int = _setting(64, "Largest number of images per engine call.")
     max_batch_ms: float = _setting(
         250.0, "Milliseconds that one engine call may take. Batch sizes that take longer are not used."
     )
