@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Mapping
 
 import rich_click as click
 from rich.console import Console
@@ -56,14 +57,7 @@ def loadtest(
     target = TargetServer(url, keys[0] if keys else None)
     facts = target.facts(model)
     name = model or facts["name"]
-    opened = _bundle_here(bundle, facts["name"])
-    if opened.weights_sha256 != facts["weights_sha256"]:
-        raise RequestError(
-            f"{opened.path} has other weights than {name} on the server",
-            remedy="give --bundle FOLDER with the weights that the server has",
-            param="bundle",
-        )
-    engine = open_engine(opened, facts["engine"])
+    engine = open_engine(_bundle_here(bundle, facts), facts["engine"])
     start = time.perf_counter()
     answers = apply_load(target, name, rate, seconds, images, progress)
     report = summary(answers, time.perf_counter() - start)
@@ -82,7 +76,9 @@ def loadtest(
         raise UniInstructError("no image came back", remedy="the statuses and the server's log say why")
 
 
-def _bundle_here(bundle: str | None, name: str) -> Bundle:
+def _bundle_here(bundle: str | None, facts: Mapping[str, str]) -> Bundle:
+    """Open the bundle to compare images with. Raises RequestError if there is none with the weights of the server."""
+    name = facts["name"]
     # A name that the server sent is only looked up among the shipped generators. Elsewhere it might open a folder or start a
     # download.
     if bundle is None and name not in shipped_generators():
@@ -91,7 +87,14 @@ def _bundle_here(bundle: str | None, name: str) -> Bundle:
             remedy="give --bundle FOLDER with the same weights",
             param="bundle",
         )
-    return Bundle.open(bundle or name)
+    opened = Bundle.open(bundle or name)
+    if opened.weights_sha256 != facts["weights_sha256"]:
+        raise RequestError(
+            f"{opened.path} has other weights than {name[:80]} on the server",
+            remedy="give --bundle FOLDER with the weights that the server has",
+            param="bundle",
+        )
+    return opened
 
 
 def _show(report: dict[str, object]) -> None:
