@@ -1,1 +1,1 @@
-"""Recipe -> teacher -> one-step generator."""
+"""Training: from a recipe to a teacher (a diffusion model), and from the teacher to a one-step generator."""

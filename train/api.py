@@ -1,4 +1,4 @@
-"""Training from Python, as a notebook calls it."""
+"""Training from Python, for example from a notebook."""
 
 import json
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from uni_instruct.bundle import Bundle
 
 
 def train_recipe(recipe: str | Path, out: str | Path, settings: Mapping[str, object] | None = None) -> Bundle:
-    """Trains what a recipe says into the folder `out`, in this process, and returns the generator's bundle.
+    """Train a recipe in this process, into the folder `out`. Returns the generator's bundle.
 
-    recipe: the name of a built-in one, or a YAML file. settings: keys of the recipe and their values, as `train --set` takes
-    them: {"method": "dmd2", "distillation.batch": 128}. The same call again goes on where an interrupted one was. In the main
-    thread Ctrl-C ends it after the running step; in another thread it ends with its process, and no state is saved for that.
+    recipe: the name of a built-in recipe, or a YAML file. settings: recipe keys and values, as in `train --set`, for example
+    {"method": "dmd2", "distillation.batch": 128}. The same call resumes an interrupted run. In the main thread, Ctrl-C stops
+    training after the current step and saves the state. In another thread, training ends with the process, without saving.
 
-    Raises RequestError, before anything is trained, where recipe, settings, data and teacher do not fit each other.
+    Raises RequestError, before anything is trained, if recipe, settings, data and teacher do not fit together.
     """
     from uni_instruct.train.pipeline import train
     from uni_instruct.train.recipe import load_recipe
@@ -24,5 +24,5 @@ def train_recipe(recipe: str | Path, out: str | Path, settings: Mapping[str, obj
 
 
 def _text(value: object) -> str:
-    """The value as it would be written in YAML: JSON, and text as it is."""
+    """The value as YAML text: strings unchanged, everything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, default=str)

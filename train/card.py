@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it is, what it was trained on, what it scored, how to use it."""
+"""The model card of a bundle: what the model is, its training data, its scores, and how to use it."""
 
 from collections.abc import Mapping
 
@@ -35,9 +35,9 @@ Data: {source}. Licence of data: {licence}.
 
 
 def model_card(spec: ModelSpec, recipe: Recipe, dataset: Dataset | None, scores: Mapping[str, float]) -> str:
-    """README.md of a bundle, with a header that Hugging Face reads."""
+    """The text of a bundle's README.md, with the metadata header that Hugging Face reads. scores: of the weights kept."""
     channels, height, width = spec.image_shape
-    # Teacher and generator share the card; only this tells them apart.
+    # Teachers and generators use the same template; the number of steps tells them apart.
     one_step = spec.steps == 1
     summary = (
         f"A one-step image generator, distilled by {recipe.objective.method} ({recipe.objective.family} family, "
@@ -47,7 +47,7 @@ def model_card(spec: ModelSpec, recipe: Recipe, dataset: Dataset | None, scores:
     )
     return _CARD.format(
         name=spec.name,
-        # The hub refuses a tag that it does not know.
+        # The hub rejects unknown licence tags.
         licence_tag=LICENCE_TAGS.get(spec.licence, "other"),
         summary=summary,
         recipe=recipe.name,

@@ -1,4 +1,4 @@
-"""Recipes: what to train, on what, for how long. Frozen, checked when built; a default stands here and nowhere else."""
+"""Recipes: what to train, on which data, for how long. Frozen; validated when built. All defaults are defined here."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.extractors import EXTRACTORS
 from uni_instruct.evaluate.scores import MIN_SAMPLES
 from uni_instruct.networks.build import NETWORKS, check_patch
-from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, check_name
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.recipe_file import steps_in
 from uni_instruct.train.recipe_keys import (
@@ -26,7 +26,7 @@ from uni_instruct.train.recipe_keys import (
 )
 
 AUTO = "auto"
-# What a recipe may say. The tables DECAYS and TRACKERS, which say what that means, stand above this module.
+# Allowed names. The tables DECAYS and TRACKERS say what they mean, in modules that this one must not import.
 DECAY_NAMES = ("linear", "cosine", "sqrt")
 TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 LOOP_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -35,9 +35,9 @@ EVALUATED = Range(1e-6, 1e9, "loop.metric=none scores nothing")
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The denoiser that teacher, fake score and generator share; a given teacher brings its own.
+    """The network architecture of teacher, fake score and generator. If a teacher is given, its own is used instead.
 
-    None leaves an argument to the architecture, which refuses those that it does not have.
+    None leaves an argument to the architecture's default. Arguments that an architecture does not have are refused.
     """
 
     architecture: str = key("ddpmpp", "the network inside: ddpmpp, ncsnpp, adm or edm2")
@@ -69,14 +69,14 @@ class NetworkConfig:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The architecture's arguments that are given."""
+        """The arguments for the architecture, without those that are None."""
         given = dataclasses.asdict(self).items()
         return {key: value for key, value in given if value is not None and key not in ("architecture", "conditional")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What teacher and distillation have in common: how long, how fast, which averages."""
+    """The keys that teacher and distillation share: duration, batch, learning rate, augmentation, averages."""
 
     section: ClassVar[str]
     duration_kimg: float = key(200.0, "how long the stage is, in thousands of images", Range(1e-3, 1e9))
@@ -110,13 +110,13 @@ class StageConfig:
 
     @property
     def total_steps(self) -> int:
-        """The whole number of batches that comes nearest to duration_kimg, at least one."""
+        """The number of steps nearest to duration_kimg, at least one."""
         return steps_in(self.duration_kimg, self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(StageConfig):
-    """EDM training of the teacher, at log-normal noise levels."""
+    """EDM's training of the teacher, with log-normal noise levels (arXiv 2206.00364)."""
 
     section = "teacher"
     bundle: str = key("", "a trained teacher to use, as bundle, peer's file or hf://owner/name; empty: one is trained")
@@ -132,7 +132,7 @@ class TeacherConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """An objective that holds until so many kimg of the generator's."""
+    """A phase of the schedule: an objective that applies until until_kimg of the distillation."""
 
     until_kimg: float = field(
         metadata={MEANING: "the phase ends when the generator has seen so many thousand images", RANGE: Range(1e-3, 1e9)}
@@ -145,7 +145,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig(StageConfig):
-    """One-step distillation: how long, how fast. One kimg is 1000 images of the generator's; augment concerns the critic."""
+    """The distillation's keys. One kimg is 1000 generated images. augment applies to the critic's inputs."""
 
     section = "distillation"
     start: str = key("", "a bundle whose weights the generator starts from; empty: the teacher's")
@@ -168,7 +168,7 @@ class DistillationConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What happens beside the steps, for both stages."""
+    """The keys of the training loop, for both stages: seed, precision, logging, saving, evaluation, trackers, report."""
 
     seed: int = key(0, "of everything random: the same recipe and seed give the same run", Range(0, 2**63 - 1))
     precision: str = key(AUTO, "of matrix products: 32-true, bf16-mixed, 16-mixed; auto measures and takes the fastest here")
@@ -199,11 +199,12 @@ class LoopConfig:
         check_ranges("loop", self)
         for tracker in self.trackers:
             one_of("loop.trackers", tracker, TRACKER_NAMES)
+        _refuse_twice("loop.trackers", self.trackers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All of it."""
+    """A complete recipe. If `data` is empty, a teacher must be given, and objective and metric must not need data."""
 
     name: str = field(metadata={MEANING: "of the recipe, and of the bundle that it makes"})
     data: str = key("", "whatever `open_dataset` takes: digits, a zip, a folder; empty where a given teacher is enough")
@@ -217,11 +218,12 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         until = [phase.until_kimg for phase in self.schedule]
-        if until != sorted(until) or (until and until[-1] >= self.distillation.duration_kimg):
+        if until != sorted(set(until)) or (until and until[-1] >= self.distillation.duration_kimg):
             raise RequestError(
                 f"schedule's until_kimg {until} do not rise to below duration_kimg {self.distillation.duration_kimg:g}",
-                remedy="give them in order",
+                remedy=f"give numbers that rise and stay below {self.distillation.duration_kimg:g}",
                 param="recipe",
             )
         for shared in ("discriminator", "ratio_bins"):
@@ -240,16 +242,16 @@ class Recipe:
 
     @property
     def objectives(self) -> tuple[ObjectiveConfig, ...]:
-        """Every phase's, in order."""
+        """The objectives of all phases, in order; `objective` is the last."""
         return (*(phase.objective for phase in self.schedule), self.objective)
 
     @property
     def needs_discriminator(self) -> bool:
-        """Whether any phase tells real images from the generator's, and so needs real data beside the teacher."""
+        """Whether any phase needs a discriminator, and therefore real data."""
         return any(objective.needs_discriminator for objective in self.objectives)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML takes them."""
+        """The recipe as plain values, as in YAML."""
         return _plain(dataclasses.asdict(self))
 
     def _check_without_data(self) -> None:
@@ -271,9 +273,9 @@ class Recipe:
         )
 
 
-def _refuse_twice(key: str, values: tuple[float, ...]) -> None:
-    """Raises RequestError where two averages would have one name, in which a number has six digits."""
-    names = [f"{value:g}" for value in values]
+def _refuse_twice(key: str, values: tuple[float, ...] | tuple[str, ...]) -> None:
+    """Raises RequestError where two averages would have one name, in which a number has six digits, or two trackers."""
+    names = [value if isinstance(value, str) else f"{value:g}" for value in values]
     if len(set(names)) < len(names):
         raise RequestError(f"{key} has {max(names, key=names.count)} twice", remedy="give each once", param="recipe")
 

@@ -1,4 +1,4 @@
-"""Whether the data of a run are still those that it was begun with."""
+"""Checks that a resumed run gets the data that it was started with."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import TypedDict
 from uni_instruct.data import Dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.files import atomic_file
-from uni_instruct.train.recipe_changes import DATA_NOTE, holds_training
+from uni_instruct.train.recipe_changes import DATA_DESCRIPTION, holds_training
 
 
-class DataNote(TypedDict):
-    """What the data of a run are, as its folder notes it."""
+class DataDescription(TypedDict):
+    """The description of a run's data that is stored in its folder."""
 
     images: int
     image_shape: list[int]
@@ -20,21 +20,21 @@ class DataNote(TypedDict):
 
 
 def check_same_data(folder: Path, dataset: Dataset, *, write: bool) -> None:
-    """Notes the data in the run's folder at its beginning; later raises RequestError, in one line, where they are others.
+    """Store a description of the data when a run starts. When it is resumed, raise RequestError if the data has changed.
 
-    write: whether this process is the one that writes. A run that was begun before there was a note takes the data as they are,
-    and where nothing has been trained, a note is that of a start that came to nothing.
+    write: whether this process may write. A run of an earlier version, without a description, accepts the data as it is. If
+    nothing has been trained yet, an existing description is from a failed start and is replaced.
     """
-    facts: DataNote = {
+    facts: DataDescription = {
         "images": len(dataset),
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
         "fingerprint": dataset.sample_fingerprint(),
     }
-    noted = _noted(folder / DATA_NOTE) if holds_training(folder) else None
+    noted = _noted(folder / DATA_DESCRIPTION) if holds_training(folder) else None
     if noted is None:
         if write:
-            with atomic_file(folder / DATA_NOTE) as partial:
+            with atomic_file(folder / DATA_DESCRIPTION) as partial:
                 partial.write_text(json.dumps(facts))
         return
     if noted != facts:
@@ -46,21 +46,21 @@ def check_same_data(folder: Path, dataset: Dataset, *, write: bool) -> None:
 
 
 def saved_classes(folder: Path) -> tuple[str, ...]:
-    """The classes that a run has been trained with, in its order; none where nothing was trained, or without classes."""
-    noted = _noted(folder / DATA_NOTE) if holds_training(folder) else None
+    """The class names that a run has been trained with, in its order; empty if nothing was trained, or without classes."""
+    noted = _noted(folder / DATA_DESCRIPTION) if holds_training(folder) else None
     names = noted.get("class_names") if noted else None
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
-def _noted(file: Path) -> DataNote | None:
+def _noted(file: Path) -> DataDescription | None:
     try:
-        noted: DataNote = json.loads(file.read_text())
+        noted: DataDescription = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
     return noted if isinstance(noted, dict) else None
 
 
-def _difference(before: DataNote, now: DataNote) -> str:
+def _difference(before: DataDescription, now: DataDescription) -> str:
     names, others = before.get("class_names") or [], now["class_names"]
     if names != others:
         come, gone = sorted(set(others) - set(names)), sorted(set(names) - set(others))

@@ -1,4 +1,4 @@
-"""The loop that both stages share: steps, log, samples, evaluation, the best weights, and states to resume from."""
+"""The training loop of both stages: steps, log, samples, evaluation, the best weights, and saved states."""
 
 import math
 import resource
@@ -35,13 +35,13 @@ from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.rng import step_rng
 from uni_instruct.train.run import Run
 
-# Far from the seeds that users evaluate with, so that the best weights are not chosen on the images they are reported on.
+# Far from the seeds that users evaluate with, so that weights are not chosen on the images that they are reported on.
 FIRST_SELECTION_SEED = 2**40
 SAMPLE_BATCH = 128
 
 
 class Stage(Protocol):
-    """What is trained. A step must depend on its index, its random numbers and the state alone."""
+    """What the loop trains. A step must depend only on its index, its random numbers and the state."""
 
     name: str
     batch: int
@@ -51,15 +51,15 @@ class Stage(Protocol):
 
     @property
     def skipped(self) -> int:
-        """Updates left out because they were not finite."""
+        """Number of updates skipped because their gradient was not finite."""
         ...
 
     def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
-        """Trains on one batch; with `log_details`, returns scalars to log, the same in every process."""
+        """Train on one batch. With log_details, returns scalars to log, which are the same in every process."""
         ...
 
     def sample(self, noise: Tensor, class_ids: ClassLabels | None) -> Tensor:
-        """Images [B, C, H, W] in about [-1, 1] of the averaged weights."""
+        """Images [B, C, H, W] in about [-1, 1], made with the averaged weights."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,13 +67,13 @@ class Stage(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 @dataclass
 class Best:
-    """The best evaluation so far: its scores, and the step after which it was made."""
+    """The best evaluation so far: the value of the metric, the step after which it was made, and all scores."""
 
     value: float = math.inf
     step: int = 0
@@ -81,9 +81,9 @@ class Best:
 
 
 class Loop:
-    """Runs a stage from where its state stands to its end.
+    """Trains a stage from its saved state, or from the start, to its end.
 
-    keep is called, in the first process, with scores and images whenever the averaged weights are the best so far.
+    keep(scores, images) is called in the first process whenever the averaged weights are the best so far.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class Loop:
         self.best, self.health = Best(), Health(config.warn_after_lines)
 
     def __call__(self, stage: Stage) -> Best:
-        """Trains to the end; raises KeyboardInterrupt after saving the state where the user interrupts."""
+        """Train to the end. Returns the best evaluation. An interrupt saves the state, then raises KeyboardInterrupt."""
         first = self._resume(stage)
-        # A run that is called again after its end has nothing to do here, and must not log or evaluate once more.
+        # A finished stage must not be logged or evaluated again.
         if first == stage.total_steps:
             return self.best
         self.run.note_changes(stage.name, first)
@@ -112,9 +112,9 @@ class Loop:
         with _deferred_interrupt() as interrupted, shows as shown, clock.during(stage.name, "steps"):
             for index in range(first, stage.total_steps):
                 done = index + 1
-                # One for each step, not one that goes on: what was drawn before does not matter to a resumed run.
+                # A new generator for each step, so that a resumed run does not depend on earlier draws.
                 rng = step_rng(self.config.seed, stage.name, index)
-                torch.manual_seed(rng.initial_seed() + self.fabric.global_rank)  # dropout draws from the global one
+                torch.manual_seed(rng.initial_seed() + self.fabric.global_rank)  # dropout uses the global generator
                 log_details = _due(stage, done, self.config.log_kimg)
                 metrics = stage.step(index, rng, log_details)
                 note = self._log(stage, done, metrics, meter) if log_details else None
@@ -124,7 +124,7 @@ class Loop:
                     with clock.during(stage.name, "evaluation"):
                         note = self._evaluate(stage, done)
                 shown.advance(1, note)
-                # After the step, so that the state that is saved is that of a whole one.
+                # After the step, so that a saved state never contains half of a step.
                 stop = self._anywhere(interrupted())
                 if stop or _due(stage, done, self.config.state_kimg):
                     with clock.during(stage.name, "saving"):
@@ -138,13 +138,13 @@ class Loop:
         return self.fabric.is_global_zero
 
     @property
-    def _judged_by(self) -> list[str | int]:
-        """What the best weights are chosen by: values of anything else cannot be compared."""
+    def _scoring_settings(self) -> list[str | int]:
+        """Metric, extractor and number of samples. Only scores with equal values of these can be compared."""
         return [self.config.metric, self.evaluator.extractor.name if self.evaluator else "", self.config.samples]
 
     def _anywhere(self, flag: bool) -> bool:
-        """Whether the flag is up in any process: all of them have to stop at the same step."""
-        # One process needs no collective, which on a GPU would wait for the step to end.
+        """Whether the flag is set in any process. All processes have to stop after the same step."""
+        # A single process needs no all-reduce, which on a GPU would wait for the step to end.
         if self.fabric.world_size == 1:
             return flag
         total = self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum")
@@ -156,13 +156,13 @@ class Loop:
         if state is not None:
             stage.load_state_dict(state["stage"])
             step = int(state["step"])
-            if state.get("judged_by", self._judged_by) == self._judged_by:
-                self.best = Best(**state["best"])  # else another measure would be held against it
+            if state.get("judged_by", self._scoring_settings) == self._scoring_settings:
+                self.best = Best(**state["best"])  # otherwise the old best is forgotten, as its score cannot be compared
             self.health.load_state_dict(state["health"])
-        self.fabric.barrier()  # every process has read what the first is going to change
-        # A killed run logged steps that no state remembers; they are going to be trained, and logged, again.
+        self.fabric.barrier()  # every process has read the files that the first process changes next
+        # A killed run may have logged steps after its last saved state. They will be trained and logged again.
         if self._first:
-            self.run.forget_log_after(stage.name, step if state is not None else -1)
+            self.run.remove_log_after(stage.name, step if state is not None else -1)
         return step
 
     def _save(self, stage: Stage, done: int) -> None:
@@ -170,7 +170,7 @@ class Loop:
             state = {
                 "step": done,
                 "best": dict(self.best.__dict__),
-                "judged_by": self._judged_by,
+                "judged_by": self._scoring_settings,
                 "health": self.health.state_dict(),
                 "stage": stage.state_dict(),
             }
@@ -183,7 +183,7 @@ class Loop:
 
     def _log(self, stage: Stage, done: int, metrics: Metrics, meter: "_Meter") -> str:
         values = {name: float(value) for name, value in metrics.items()}
-        # Health is asked before speed and memory are added: those are the machine's, and no symptom may depend on them.
+        # Symptoms are checked before speed and memory are added, because they must not depend on the machine.
         values["skipped_steps"] = stage.skipped
         warnings = self.health.examine(values)
         values["images_per_s"] = meter.steps_per_s(done) * stage.batch
@@ -196,22 +196,22 @@ class Loop:
 
     def _evaluate(self, stage: Stage, done: int) -> str:
         images, class_ids = self._draw(stage)
-        note = self._judge(stage, done, images, class_ids) if self._first else ""
+        note = self._score_images(stage, done, images, class_ids) if self._first else ""
         self.fabric.barrier()
         return note
 
-    def _judge(self, stage: Stage, done: int, images: np.ndarray, class_ids: np.ndarray | None) -> str:
+    def _score_images(self, stage: Stage, done: int, images: np.ndarray, class_ids: np.ndarray | None) -> str:
         kimg = done * stage.batch / 1000
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
-        scores, value = {}, 0.0  # without a metric the last weights count
+        scores, value = {}, 0.0  # without a metric all values are equal, and the last weights are kept
         if self.evaluator is not None:
             asked = SELECTION_METRICS[self.config.metric].asked
-            # Precision and recall compare every pair of images of the reference: affordable for small ones alone.
+            # Precision and recall compare all pairs of reference images, which takes too long for large references.
             few = self.evaluator.reference_images <= MAX_REFERENCE_FOR_PR
             scores = self.evaluator(images, class_ids, metrics=(asked, "pr") if few else (asked,)).values
             value = metric_value(scores, self.config.metric)
             self.run.log(stage.name, done, kimg, scores)
-        # Of equal scores the later one counts, and without a metric all are equal.
+        # <=, so that among equal scores the latest weights are kept.
         if value <= self.best.value:
             self.best = Best(value, done, scores)
             self.keep(scores, images[: self.config.grid])
@@ -219,12 +219,12 @@ class Loop:
         return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), share])
 
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
-        """The images to score and their classes, made by all processes together; the first has the images."""
+        """Images to score and their class ids. All processes generate them; only the first process gets the images."""
         count = self.config.samples if self.config.metric != "none" else self.config.grid
         seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + count)
-        # As in the data that it is to imitate: the best weights at other shares of the classes would be others.
+        # Classes are drawn with the data's frequencies, because a score, and so the best weights, depends on them.
         class_ids = draw_classes(self.spec, seeds, self.evaluator.reference if self.evaluator else None).class_ids
-        class_ids = self.fabric.broadcast(class_ids)  # the first process alone knows the reference
+        class_ids = self.fabric.broadcast(class_ids)  # only the first process has the reference
         made = dict[int, np.ndarray]()
         shows = progress if self._first else silent
         with shows(f"{stage.name}: samples", count, "images") as shown:
@@ -237,58 +237,58 @@ class Loop:
 
     def _images(self, stage: Stage, inputs: Inputs) -> np.ndarray:
         device = next(stage.averages.primary.module.parameters()).device
-        with self.fabric.autocast():  # choosing among weights needs no more digits than training them
+        with self.fabric.autocast():  # the precision of training is sufficient for choosing weights
             made = stage.sample(*as_tensors(inputs, device))
         return latent_preview(made.float().cpu().numpy()) if self.spec.latents else to_uint8(made).cpu().numpy()
 
 
 def _due(stage: Stage, done: int, every_kimg: float) -> bool:
-    # Whole batches: a stage whose batch is larger than the interval does it after each. The last step always counts.
+    # The interval is rounded to whole batches, at least one. The last step is always due.
     return done == stage.total_steps or done % max(1, round(every_kimg * 1000 / stage.batch)) == 0
 
 
 @dataclass
 class _Meter:
-    """Speed since the last log line."""
+    """Measures the speed since the last log line: steps / seconds."""
 
     time_s: float
     step: int
 
     def steps_per_s(self, done: int) -> float:
         now = time.monotonic()
-        # max: two lines within the clock's resolution.
+        # max, because two lines may fall within the clock's resolution.
         rate = (done - self.step) / max(now - self.time_s, 1e-9)
         self.time_s, self.step = now, done
         return rate
 
 
 def _memory_mb() -> float:
-    """The most memory that this process has held: of the GPU where there is one, else of the machine."""
+    """Peak memory of this process in MB (2^20 bytes): of the GPU if there is one, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    # Linux gives kilobytes, macOS bytes.
+    # Linux reports kilobytes, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Lets a step finish before Ctrl-C or SIGTERM takes effect; a second Ctrl-C is immediate.
+    """Let the current step finish before Ctrl-C or SIGTERM takes effect. A second signal takes effect immediately.
 
-    Only in the main thread: a training in another one is told nothing, and ends with its process.
+    Works in the main thread only. A training in another thread gets no signal and ends with its process.
     """
     received = False
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other set what a signal does
+    if threading.current_thread() is not threading.main_thread():  # Python sets signal handlers in the main thread only
         yield lambda: False
         return
 
     def receive(number: int, frame: FrameType | None) -> None:
         nonlocal received
-        # Who asks twice does not want to wait for the step.
+        # The second signal: the user does not want to wait for the step.
         if received:
             raise KeyboardInterrupt
         received = True
 
-    # SIGTERM as well as Ctrl-C: it is what a scheduler sends before it kills.
+    # SIGTERM as well as Ctrl-C, because a scheduler sends it before it kills a process.
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: received

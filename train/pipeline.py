@@ -1,4 +1,4 @@
-"""A whole run: recipe -> teacher -> one-step generator, each left behind as a bundle."""
+"""A whole run: recipe -> teacher -> one-step generator. Both models are written as bundles."""
 
 import dataclasses
 import logging
@@ -33,7 +33,7 @@ from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.rng import initial_weights
-from uni_instruct.train.run import Run, claimed
+from uni_instruct.train.run import Run, lock_run_folder
 from uni_instruct.train.scoring_choice import announce, choose_scoring
 from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
@@ -43,11 +43,11 @@ log = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = False) -> Bundle:
-    """Trains what the recipe says, or goes on where an earlier call stopped; returns the generator's bundle.
+    """Train a recipe into the folder `out`, or resume its run. Returns the generator's bundle.
 
-    teacher_only: ends with the teacher, whose bundle is returned; the same call without it goes on from there.
+    teacher_only: stop after the teacher and return its bundle. The same call without it continues from there.
 
-    Raises RequestError, before anything is trained, where recipe, data, teacher, reward and devices do not fit each other, or
+    Raises RequestError, before anything is trained, if recipe, data, teacher, reward and devices do not fit together, or if
     another process trains in the same folder.
     """
     start = time.monotonic()
@@ -57,12 +57,13 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
     plan = make_plan(recipe, saved_classes(out))
     recipe = _resolved_recipe(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
-    # Before there are others: the one that fails first would end this one before it has said why.
+    # Checked before the other processes start. If one of them failed first, it would end this one before the error is shown.
     for config in (recipe.teacher, recipe.distillation):
         check_divides(devices, config.batch)
     fabric = start_fabric(devices, recipe.loop.precision)
     with exit_together(fabric), arithmetic_of(recipe.loop.precision):
-        # Both stages, though the second comes hours later: a batch that does not divide is told now.
+        # Both stages are checked now, although the second starts hours later. Under torchrun the number of processes is only
+        # known here.
         for config in (recipe.teacher, recipe.distillation):
             BatchShard(fabric, config.batch, config.micro_batch)
         return _trained(plan, out, fabric, devices, start, teacher_only)
@@ -70,7 +71,7 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
 
 def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float, teacher_only: bool) -> Bundle:
     recipe = plan.recipe
-    with claimed(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
+    with lock_run_folder(out, fabric) as lock, closing(Run(out, recipe, first_process=fabric.is_global_zero)) as run:
         lock.note(devices)
         if plan.dataset is not None:
             check_same_data(out, plan.dataset, write=fabric.is_global_zero)
@@ -81,7 +82,7 @@ def _trained(plan: Plan, out: Path, fabric: Fabric, devices: int, start: float, 
             if teacher_only:
                 return teacher
             generator = session.distil(teacher)
-            run.note_changes("generator", recipe.distillation.total_steps)  # of a run that was at its end already
+            run.note_changes("generator", recipe.distillation.total_steps)  # if both stages were already finished
         session.report()
         return generator
 
@@ -96,32 +97,32 @@ def _resolved_recipe(plan: Plan, out: Path) -> Recipe:
 
 
 class _Session:
-    """What both stages of one call share."""
+    """What the two stages of one call of `train` share."""
 
     def __init__(self, plan: Plan, run: Run, fabric: Fabric):
         self.plan, self.run, self.fabric = plan, run, fabric
         self.recipe, self.dataset = plan.recipe, plan.dataset
-        # One process scores; another's copy of the reference's features would be memory for nothing.
+        # Only rank 0 scores. On other ranks the features of the reference would only cost memory.
         judged = fabric.is_global_zero and self.recipe.loop.metric != "none" and self.dataset is not None
         self.evaluator = None
         if judged and self.dataset is not None:
             self.evaluator = Evaluator(self.dataset, self.recipe.loop.extractor, progress)
 
     def train_teacher(self) -> Bundle:
-        """The teacher/ bundle, trained unless its state says that it is done."""
+        """The bundle teacher/, trained unless its saved state is already finished."""
         spec = self.plan.teacher_spec
         denoiser = initial_weights(lambda: build_denoiser(spec), self.recipe.loop.seed)
         stage = TeacherStage(denoiser, self._batches(self.recipe.teacher.batch), self.recipe, self.fabric)
         return self._train(stage, spec, "teacher")
 
     def distil(self, teacher: Bundle) -> Bundle:
-        """The generator/ bundle, distilled from the teacher."""
+        """The bundle generator/, distilled from the teacher unless its saved state is already finished."""
         config = self.recipe.distillation
         spec = dataclasses.replace(
             teacher.spec,
             name=self.recipe.name,
             steps=1,
-            decoder=None,  # training does not decode: its decoder is attached to what comes out
+            decoder=None,  # training does not decode latents; a VAE's decoder is attached to the finished bundle
             sigma_init=config.sigma_init,
             provenance={
                 "recipe": self.recipe.to_dict(),
@@ -141,14 +142,14 @@ class _Session:
         return self._train(stage, spec, "generator")
 
     def report(self) -> None:
-        """Writes report.md unless it is there. No failure takes back the training, which is done and its bundles written."""
+        """Write the report unless it is up to date. A failure is only logged, because training is finished by then."""
         wanted = self.recipe.loop.report and self.fabric.is_global_zero
         if not wanted or report_is_current(self.run.folder):
             return
-        # Hours of training must not end in an error because a picture could not be drawn.
+        # A picture that cannot be drawn must not make hours of training end in an error.
         try:
             write_report(self.run.folder, self.plan, self.evaluator, progress)
-        except Exception as error:  # whatever drawing, scoring and disks raise
+        except Exception as error:  # drawing, scoring and disks may raise anything
             file, name = self.run.folder / REPORT, type(error).__name__
             log.warning("%s was not made: %s: %s; the training is complete, and 'train' again makes it", file, name, error)
 
@@ -161,14 +162,14 @@ class _Session:
             Bundle.write(folder, spec, weights, card, encode(contact_sheet(images)), reference=make_reference)
 
         best: Best = Loop(self.run, self.recipe.loop, self.fabric, spec, self.evaluator, keep)(stage)
-        # A stage that its state calls finished is not trained again, so a bundle that was removed cannot come back.
+        # A finished stage is not trained again, so a bundle that was removed cannot be written again.
         if not (folder / CONFIG).exists():
             raise RequestError(f"{folder} is gone, but its training is finished", remedy="train into another --out")
         log.info("%s: best after step %d: %s", name, best.step, best.scores)
         return self._named(Bundle.open(folder), spec.name, best.scores or {})
 
     def _named(self, bundle: Bundle, name: str, scores: dict[str, float]) -> Bundle:
-        """The bundle under the recipe's name, which may have changed since its weights were chosen."""
+        """The bundle with the recipe's name, which may have changed since the weights were written."""
         if bundle.spec.name == name:
             return bundle
         if self.fabric.is_global_zero:
@@ -182,7 +183,7 @@ class _Session:
         if not objectives:
             return None
         file, count = self.run.folder / "state" / "pairs.safetensors", max(o.regression_pairs for o in objectives)
-        # One process draws, then all read the same file.
+        # Rank 0 samples the pairs, then all ranks read the same file.
         if self.fabric.is_global_zero:
             teacher_pairs(file, teacher, count, self.recipe.teacher.steps, self.fabric.device)
         self.fabric.barrier()
@@ -194,13 +195,13 @@ class _Session:
 
 
 def _class_counts(spec: ModelSpec, dataset: Dataset | None) -> dict[str, object]:
-    """How many images each class has in the data, for `generate --classes data`; nothing where that is not known."""
+    """Number of images of each class in the data, for `generate --classes data`; empty if it is not known."""
     counts = class_counts(spec, dataset)
     return {} if counts is None else {"class_counts": counts.tolist()}
 
 
 def _ancestry(teacher: Bundle) -> dict[str, object]:
-    """Where the teacher comes from, without naming folders of this machine."""
+    """The teacher's name and origin (hub, imported file), without paths of this machine."""
     source = {"hub": teacher.origin} if is_on_hub(teacher.origin) else {}
     imported = teacher.spec.provenance.get("imported")
     return {"name": teacher.spec.name, **source, **(imported if isinstance(imported, dict) else {})}

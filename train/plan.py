@@ -1,4 +1,4 @@
-"""What a recipe comes to on this machine: data, teacher and reward opened, and held against each other before any training."""
+"""Opens what a recipe names (data, teacher, start weights, reward) and checks that they fit together, before any training."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,7 +9,7 @@ import torch
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.import_bundle import open_or_import
-from uni_instruct.class_map import match_classes, numbered_as
+from uni_instruct.class_map import match_classes, renumber_labels
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
@@ -24,7 +24,7 @@ from uni_instruct.train.stages.augment import AUGMENT_LABELS
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe whose parts fit each other. teacher_spec is the given teacher's, or that of the one to be trained."""
+    """A recipe with its opened parts, which fit together. teacher_spec: of the given teacher, or of the one to be trained."""
 
     recipe: Recipe
     dataset: Dataset | None
@@ -35,16 +35,16 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
-    """Opens what the recipe names. classes: their names in the order that a run began with, whatever the data's is now.
+    """Open what the recipe names, and check it. classes: class names in the order in which a resumed run was started.
 
-    Raises RequestError where its parts do not fit each other.
+    Raises RequestError if the parts do not fit together.
     """
-    # First what costs nothing: a missing package is told before data are opened.
+    # The cheapest check first, so that a missing package is reported before data is opened.
     check_trackers(recipe.loop.trackers)
     dataset = open_dataset(recipe.data) if recipe.data else None
     if dataset is not None:
-        with suppress(RequestError):  # check_same_data says what came and went
-            dataset = numbered_as(dataset, classes, "the run")
+        with suppress(RequestError):  # if classes were added or removed, check_same_data raises a better error later
+            dataset = renumber_labels(dataset, classes, "the run")
     latents = dataset is not None and dataset.latents
     given = open_or_import(recipe.teacher.bundle, "teacher", latents) if recipe.teacher.bundle else None
     if given is not None:
@@ -55,7 +55,7 @@ def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
     else:
         assert dataset is not None, "Recipe checks this"
         spec = plan_teacher(recipe, dataset)
-    _without_storage(spec)  # refuses what makes no network
+    _build_on_meta(spec)  # raises RequestError for invalid network arguments
     _check_classes(recipe, spec)
     if recipe.distillation.augment and spec.network_args.get("augment_dim", 0) != AUGMENT_LABELS:
         raise RequestError(
@@ -74,7 +74,7 @@ def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
 
 
 def plan_teacher(recipe: Recipe, dataset: Dataset) -> ModelSpec:
-    """The spec of a teacher trained by this recipe on this data."""
+    """The spec of a teacher trained by this recipe on this data. Raises RequestError if it needs classes that are missing."""
     args, conditional = recipe.network.args, recipe.network.conditional
     if conditional and dataset.labels is None:
         raise RequestError(
@@ -103,22 +103,22 @@ def _open_start(source: str, teacher: ModelSpec) -> Bundle:
     bundle = open_or_import(source, "generator", teacher.latents)
     mine, theirs = bundle.spec, teacher
     match_classes(teacher.class_names, mine.class_names, "the teacher", f"distillation.start {source}")
-    # The plain differences first: their message is shorter than that of two lists of arguments.
+    # The simple differences first, because their message is shorter than one with two lists of arguments.
     for what in ("noise_shape", "num_classes", "network"):
         if getattr(mine, what) != getattr(theirs, what):
             raise _unlike(source, what, getattr(mine, what), getattr(theirs, what))
-    networks = [_without_storage(spec) for spec in (mine, theirs)]
+    networks = [_build_on_meta(spec) for spec in (mine, theirs)]
     patches = [network.patch for network in networks]
     if patches[0] != patches[1]:
         raise _unlike(source, "network.patch", *patches)
-    # Dropout may differ, and what one names and the other leaves to the default.
+    # Weights are compared rather than arguments: dropout may differ, and a default may be given or left out.
     if _weights_of(networks[0]) != _weights_of(networks[1]):
         raise _unlike(source, "network_args", dict(mine.network_args), dict(theirs.network_args))
     return bundle
 
 
 def load_start(start: Bundle, teacher: ModelSpec) -> Denoiser:
-    """The weights that the generator starts from, with their classes in the teacher's order."""
+    """The denoiser with the weights that the generator starts from, and its classes in the teacher's order."""
     denoiser = load_denoiser(start)
     whose = f"distillation.start {start.path}"
     ids = match_classes(teacher.class_names, start.spec.class_names, "the teacher", whose)
@@ -135,8 +135,8 @@ def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestErro
     )
 
 
-def _without_storage(spec: ModelSpec) -> Denoiser:
-    # Shapes without storage: a network of any size is built in no time.
+def _build_on_meta(spec: ModelSpec) -> Denoiser:
+    # On the meta device tensors have shapes but no storage, so that a network of any size is built fast.
     with torch.device("meta"):
         return build_denoiser(spec)
 
@@ -147,7 +147,7 @@ def _weights_of(denoiser: Denoiser) -> tuple[Preconditioning, dict[str, torch.Si
 
 def _open_rewards(recipe: Recipe, spec: ModelSpec) -> Reward | None:
     names = {objective.reward for objective in recipe.objectives if objective.reward_scale}
-    # One network of a user's may fill half of a GPU.
+    # Only one reward is supported, because a reward's network may fill half of a GPU.
     if len(names) > 1:
         raise RequestError(f"phases name {len(names)} rewards", remedy="give all of them the same", param="reward")
     return open_reward(names.pop(), spec.image_shape, spec.num_classes) if names else None
@@ -173,7 +173,7 @@ def _check_is_teacher(bundle: Bundle) -> None:
 
 
 def _fitted_to_teacher(teacher: Bundle, dataset: Dataset, needs_labels: bool) -> Dataset:
-    """The data set with its classes in the teacher's order; as it is where the training does not look at its labels."""
+    """The data set with its classes in the teacher's order; unchanged if the training does not use its labels."""
     if teacher.spec.noise_shape != dataset.image_shape:
         raise RequestError(
             f"teacher {teacher.path} makes images of shape {list(teacher.spec.noise_shape)}, "
@@ -181,11 +181,11 @@ def _fitted_to_teacher(teacher: Bundle, dataset: Dataset, needs_labels: bool) ->
             remedy="give the data that the teacher was trained on",
             param="teacher",
         )
-    # An unconditional use of data needs no classes that fit.
+    # If the labels are not used, the classes need not match.
     if not needs_labels or not teacher.spec.num_classes:
         return dataset
-    if dataset.num_classes:  # before their number, as names say which
-        dataset = numbered_as(dataset, teacher.spec.class_names, f"teacher {teacher.path}")
+    if dataset.num_classes:  # names are compared before numbers, because their error says which classes differ
+        dataset = renumber_labels(dataset, teacher.spec.class_names, f"teacher {teacher.path}")
     if teacher.spec.num_classes != dataset.num_classes:
         raise RequestError(
             f"teacher {teacher.path} has {teacher.spec.num_classes} classes, data set '{dataset.name}' {dataset.num_classes}",

@@ -1,4 +1,4 @@
-"""What could spoil a long run, looked for before it starts: recipe, data, teacher, devices, memory, disk."""
+"""The checks of `doctor`, before a long run: data, teacher, recipe, evaluation, run folder, devices, memory, disk."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from uni_instruct.checkpoints.import_bundle import open_or_import
-from uni_instruct.class_map import numbered_as
+from uni_instruct.class_map import renumber_labels
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.networks.build import load_denoiser
@@ -26,14 +26,14 @@ from uni_instruct.train.run import Run
 from uni_instruct.train.run_lock import refuse_in_use
 from uni_instruct.train.scoring_choice import choose_scoring
 
-READ = 64  # images that are read, spread over the data
-DENOISED = 4
-SIGMA = 0.5
+READ = 64  # number of images that are read, evenly spaced in the data
+DENOISED = 4  # number of images on which a given teacher is tried
+SIGMA = 0.5  # noise level of that trial
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, whether it is right, and what was seen, with the remedy where it is not."""
+    """The result of one check: what was checked, whether it is right, and a text, with the remedy if it is not."""
 
     subject: str
     ok: bool
@@ -41,29 +41,29 @@ class Finding:
 
 
 class Preflight:
-    """A run as it is asked for. What several checks look at is opened once."""
+    """The run that is checked. What several checks need is opened once and cached."""
 
     def __init__(self, recipe: Recipe, out: Path, devices: int):
         self.recipe, self.out, self.devices = recipe, out, devices
 
     @cached_property
     def dataset(self) -> Dataset | None:
-        """The recipe's data."""
+        """The recipe's data set; None if it names none."""
         return open_dataset(self.recipe.data) if self.recipe.data else None
 
     @cached_property
     def plan(self) -> Plan:
-        """The recipe's parts, held against each other."""
+        """The recipe's plan. Raises RequestError if its parts do not fit together."""
         return make_plan(self.recipe, saved_classes(self.out))
 
     @cached_property
     def cost(self) -> Cost:
-        """Counted, not timed."""
+        """The run's cost, counted but not timed."""
         return cost_of(resolve_auto(self.plan, measured=False), budget_s=0)
 
 
 def examine(preflight: Preflight) -> list[Finding]:
-    """Every check's finding. A check that the project's own error ends is not right; what hangs on it is left out."""
+    """The findings of all checks. A check fails by raising UniInstructError. If "recipe" fails, later checks are left out."""
     findings: list[Finding] = []
     for subject, check in CHECKS.items():
         try:
@@ -71,9 +71,9 @@ def examine(preflight: Preflight) -> list[Finding]:
         except UniInstructError as error:
             words, ok = str(error), False
         findings.append(Finding(subject, ok, words))
-        # Without parts that fit there is no network to count.
+        # If the parts do not fit together, there is no plan, which most of the remaining checks need.
         if subject == "recipe" and not ok:
-            break  # the rest counts what the recipe comes to
+            break  # leaves out evaluation, run, devices, memory and disk
     return findings
 
 
@@ -82,10 +82,10 @@ def _data(preflight: Preflight) -> str:
     if dataset is None:
         return "none named"
     sampled = dataset.check_sample()
-    # Spread over all of it: files are often sorted by class.
+    # Evenly spaced, because files are often sorted by class.
     indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
     values = dataset.floats(indices, [int(index) for index in indices])
-    # A wrong folder of masks or thumbnails trains without an error.
+    # Images of a single colour, such as masks from a wrong folder, would train without an error.
     if values.std() < 1e-3:
         raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "give pictures that differ")
     classes = "no classes"
@@ -111,7 +111,7 @@ def _recipe(preflight: Preflight) -> str:
 
 
 def _teacher(preflight: Preflight) -> str:
-    """Denoises some of the data: a teacher of other data, or one whose pixels have another range, does worse than nothing."""
+    """Denoise some of the data. A teacher of other data or of another pixel range leaves more error than the noise itself."""
     if not preflight.recipe.teacher.bundle:
         return "none given: it is trained first"
     dataset = preflight.dataset
@@ -121,14 +121,14 @@ def _teacher(preflight: Preflight) -> str:
     indices = np.linspace(0, len(dataset) - 1, DENOISED).astype(np.int64)
     clean = torch.from_numpy(dataset.floats(indices, [int(index) for index in indices])).permute(0, 3, 1, 2)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    with suppress(RequestError):  # other classes than the data's: the plan says so where they matter
-        dataset = numbered_as(dataset, bundle.spec.class_names, "the teacher")
+    with suppress(RequestError):  # if the classes do not match, the plan raises an error when they are needed
+        dataset = renumber_labels(dataset, bundle.spec.class_names, "the teacher")
     fits = dataset.num_classes == bundle.spec.num_classes
     conditional = bundle.spec.num_classes and dataset.labels is not None and fits
     class_ids = torch.from_numpy(dataset.labels[indices]) if conditional and dataset.labels is not None else None
     with torch.no_grad():
         denoised = load_denoiser(bundle)(clean + SIGMA * noise, torch.full((len(clean), 1, 1, 1), SIGMA), class_ids)
-    # What share of the noise is left: a denoiser that gives back its input leaves all of it.
+    # mean |D(x + sigma n) - x|^2 / sigma^2: the share of the noise that is left. A denoiser that returns its input leaves 1.
     left = float(((denoised - clean) ** 2).mean() / SIGMA**2)
     seen = f"of noise of {SIGMA} on {len(clean)} images it leaves {left:.0%}"
     if not left < 1:
@@ -141,7 +141,7 @@ def _evaluation(preflight: Preflight) -> str:
 
 
 def _run(preflight: Preflight) -> str:
-    """What a training would find in the folder: another one, a recipe that does not go on as this one, a damaged state."""
+    """Check the run's folder as a training would: in use, resumable with this recipe and data, states readable."""
     out, recipe = preflight.out, preflight.recipe
     refuse_in_use(out)
     if not holds_training(out):
@@ -186,7 +186,7 @@ def _memory(preflight: Preflight) -> str:
 
 
 def _disk(preflight: Preflight) -> str:
-    # The run's folder need not be there yet; its disk is that of the nearest one that is.
+    # The run's folder may not exist yet, so the disk of its nearest existing parent is checked.
     folder = next(path for path in (preflight.out.absolute(), *preflight.out.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, preflight.cost.disk
     words = f"about {needed / MB:,.0f} MB needed, {free / MB:,.0f} MB free in {folder}"
@@ -196,13 +196,13 @@ def _disk(preflight: Preflight) -> str:
 
 
 class CheckFailed(UniInstructError):
-    """A check's finding."""
+    """A check of `doctor` failed."""
 
     def __init__(self, problem: str, remedy: str):
         super().__init__(problem, remedy=remedy)
 
 
-# In the order in which a user would mend them.
+# In the order in which a user would fix them.
 CHECKS: dict[str, Callable[[Preflight], str]] = {
     "data": _data,
     "teacher": _teacher,

@@ -1,4 +1,4 @@
-"""What of a recipe may change when a run goes on, and what to do instead where it may not."""
+"""Which keys of a recipe may change when a run is resumed, and what to do instead if a key may not change."""
 
 import json
 import re
@@ -12,18 +12,18 @@ from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.recipe import all_keys
 
-DATA_NOTE = Path("state") / "data.json"  # what the data of a run are; same_data.py reads and writes it
+DATA_DESCRIPTION = Path("state") / "data.json"  # the description of a run's data, read and written by data_fingerprint.py
 Changes = dict[str, tuple[object, object]]  # key -> (before, now)
 
-# What training does not depend on: words, logs, evaluation, memory, and how products are computed.
-FREE = frozenset(
+# Keys that may always change: descriptions, logs, evaluation, micro-batches, and the precision of products.
+ALWAYS_CHANGEABLE = frozenset(
     {"name", "measured", "published", "teacher.micro_batch", "distillation.micro_batch"}
     | {"teacher.evaluate_kimg", "distillation.evaluate_kimg"}
     | {key for key in all_keys() if key.startswith("loop.") and key != "loop.seed"}
 )
 _STAGE = ("duration_kimg", "warmup_kimg", "decay_kimg", "decay")
-# What a stage goes on with from where it stands: its length, rates and bounds, and the weights of the terms.
-TUNING = {
+# Keys that may change while a stage is not finished: its length, learning rates, clipping, and the scales of the terms.
+CHANGEABLE_WHILE_TRAINING = {
     "teacher": frozenset(f"teacher.{name}" for name in (*_STAGE, "learning_rate", "clip_norm")),
     "distillation": frozenset(
         {f"distillation.{name}" for name in (*_STAGE, "critic_warmup_kimg", "beta1", "beta2", "adam_eps")}
@@ -34,48 +34,48 @@ TUNING = {
         | {"until_kimg"}
     ),
 }
-_STAGE_NAMES = {"teacher": "teacher", "distillation": "generator"}  # by their sections
+_STAGE_NAMES = {"teacher": "teacher", "distillation": "generator"}  # section of the recipe -> stage
 
 
 def holds_training(folder: Path) -> bool:
-    """Whether a run's folder has anything that was trained; a recipe alone claims nothing."""
+    """Whether a run's folder contains any result of training. A recipe.yaml alone does not count."""
     kept = ("log.jsonl", "teacher", "generator", "snapshots")
     return any((folder / name).exists() for name in kept) or any((folder / "state").glob("*.pt"))
 
 
 def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
-    """What differs between the recipe that a run was trained by and the one that it is to go on with.
+    """The keys that differ between a run's old recipe and the one with which it is resumed: key -> (before, now).
 
-    Raises RequestError, with what to do instead, for a change that what is trained already does not allow.
+    Raises RequestError, with a remedy, for a change that is not allowed.
     """
     before, now = flat(old.to_dict()), flat(new.to_dict())
     changes = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
     for key, (was, wanted) in changes.items():
         general = re.sub(r"^schedule\[\d+\]\.", "", key)
-        section = next((section for section, keys in TUNING.items() if general in keys), None)
+        section = next((section for section, keys in CHANGEABLE_WHILE_TRAINING.items() if general in keys), None)
         if section is not None and was is not None and wanted is not None:
             _check_can_be_tuned(folder, key, was, wanted, section, new)
         elif general == "data" and was and wanted:
             _check_same_data(folder, str(was), str(wanted))
         elif general == "teacher.bundle" and was and wanted:
             _check_same_teacher(folder, str(was), str(wanted))
-        elif general not in FREE:
+        elif general not in ALWAYS_CHANGEABLE:
             raise _refused(folder, key, was, wanted)
     for key in changes:
         if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
-            raise _refused(folder, key, *changes[key])  # networks would come or go
+            raise _refused(folder, key, *changes[key])  # the discriminator would be added or removed
     return changes
 
 
 def saved_step(folder: Path, stage: str) -> int:
-    """The step of a stage's state; 0 where there is none."""
+    """The step of a stage's saved state; 0 if there is none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads((folder / "state" / f"{stage}.json").read_text())["step"])
     return 0
 
 
 def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one, with the keys of a recipe in full; the phases of a schedule are numbered."""
+    """Nested mappings as one mapping with full keys, such as objective.alpha and schedule[0].objective.alpha."""
     found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -89,7 +89,10 @@ def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def _check_can_be_tuned(folder: Path, key: str, was: object, wanted: object, section: str, new: Recipe) -> None:
-    """Raises RequestError where the stage is over, or its end would lie before where it stands."""
+    """Raise RequestError if the stage is finished, or if its new length is not longer than what is done.
+
+    The teacher's keys may not change either after the generator has been started from it.
+    """
     stage, config = _STAGE_NAMES[section], getattr(new, section)
     done, was, wanted = saved_step(folder, stage), _as_typed(was), _as_typed(wanted)
     if section == "teacher" and (saved_step(folder, "generator") or (folder / "generator").exists()):
@@ -107,9 +110,9 @@ def _check_can_be_tuned(folder: Path, key: str, was: object, wanted: object, sec
 
 
 def _check_same_data(folder: Path, was: str, wanted: str) -> None:
-    """Raises RequestError unless another path leads to the same images and labels."""
-    if (folder / DATA_NOTE).exists():
-        return  # check_same_data compares with that, whether or not the old path still leads somewhere
+    """Raise RequestError unless both paths lead to the same images and labels."""
+    if (folder / DATA_DESCRIPTION).exists():
+        return  # check_same_data compares with this description, which works even if the old path no longer exists
     if Path(was).exists() and Path(wanted).exists() and Path(was).samefile(wanted):
         return
     try:
@@ -123,8 +126,8 @@ def _check_same_data(folder: Path, was: str, wanted: str) -> None:
 
 
 def _check_same_teacher(folder: Path, was: str, wanted: str) -> None:
-    """Raises RequestError unless another path leads to the same teacher's weights."""
-    # Weights are the same whatever they make; plan.py knows by the data whether that is latents.
+    """Raise RequestError unless both paths lead to the same teacher's weights."""
+    # latents=True accepts teachers of latents and of images. Here only the hash of the weights matters.
     digest = open_or_import(wanted, "teacher", latents=True).weights_sha256
     try:
         same = open_or_import(was, "teacher", latents=True).weights_sha256 == digest
@@ -144,7 +147,7 @@ def _refused(folder: Path, key: str, was: object, wanted: object) -> RequestErro
 
 
 def _as_typed(value: object) -> object:
-    """A value as --set takes it, where Python writes it otherwise, or as nothing at all."""
+    """The value as it must be typed after `--set key=`, for values that Python prints differently."""
     if value is None:
         return "null"
     return "''" if value == "" else value

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its default, its range and its meaning, as a table made from the code."""
+"""The table of `train --help-recipe`: every key of a recipe with default, range and meaning, generated from the code."""
 
 import dataclasses
 import textwrap
@@ -8,11 +8,11 @@ from uni_instruct.train.config import PhaseConfig, Recipe
 from uni_instruct.train.recipe import recipe_fields
 from uni_instruct.train.recipe_keys import MEANING, RANGE
 
-MIN_WIDTH = 40  # of the column of meanings, however narrow the terminal
+MIN_WIDTH = 40  # smallest width of the column of meanings, even on a narrower terminal
 
 
 class RecipeKey(NamedTuple):
-    """One key: its full name, its default as a recipe writes it, the range of a number, and what it is for."""
+    """One row: a key's full name, its default as written in a recipe, the range of a number, and its meaning."""
 
     key: str
     default: str
@@ -21,7 +21,7 @@ class RecipeKey(NamedTuple):
 
 
 def explained_keys() -> list[RecipeKey]:
-    """Every key in the recipe's order; those of a phase come after `schedule`."""
+    """Every key, in the recipe's order. The keys of a phase follow after `schedule`."""
     found = []
     for key, field in recipe_fields(Recipe).items():
         found.append(_row(key, field))
@@ -31,7 +31,7 @@ def explained_keys() -> list[RecipeKey]:
 
 
 def recipe_help(width: int) -> str:
-    """The table, in lines of at most `width` characters where its last column can be that narrow."""
+    """The table as text. Lines have at most `width` characters, unless the last column would be narrower than MIN_WIDTH."""
     table = [RecipeKey("key", "default", "range", "meaning"), *explained_keys()]
     widths = [max(len(row[column]) for row in table) + 2 for column in range(3)]
     lines = []
@@ -47,7 +47,7 @@ def _row(key: str, field: "dataclasses.Field[Any]") -> RecipeKey:
 
 
 def _written(default: object) -> str:
-    """As YAML has it; None is left to the network."""
+    """A default as written in YAML; '-' if there is none or if it depends on the network."""
     if default is dataclasses.MISSING:
         return "(required)"
     if isinstance(default, bool):

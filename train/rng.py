@@ -1,4 +1,4 @@
-"""Random numbers that depend on seed, stage and step alone, so that a resumed run is the run that was not interrupted."""
+"""Random numbers that depend on seed, stage and step alone, so that a resumed run equals an uninterrupted one."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,14 +10,14 @@ Built = TypeVar("Built")
 
 
 def step_rng(seed: int, stage: str, step: int) -> torch.Generator:
-    """A CPU generator for one training step. Drawing on the CPU gives the same run on every device."""
-    # A hash, as generators of neighbouring seeds may be alike in what they draw first.
+    """A CPU generator for one training step. Numbers drawn on the CPU are the same whatever the training device."""
+    # Seeded by a hash, because generators with neighbouring seeds may start with similar numbers.
     digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def initial_weights(build: Callable[[], Built], seed: int) -> Built:
-    """What `build` makes, with weights that depend on the seed alone; the global generator is left as it was."""
+    """The result of build(), with weights that depend on the seed alone. The global CPU generator's state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

@@ -1,4 +1,4 @@
-"""A run on disk: recipe, log, samples, states and bundles, in a folder that a later call can resume."""
+"""A run's folder: recipe, log, samples, saved states and snapshots, from which a later call can resume."""
 
 import json
 import logging
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """The folder of one run, written to by the first process alone.
+    """The folder of one run. Only the first process writes to it.
 
-    Raises RequestError where what it holds was trained by a recipe that does not go on as this one.
+    Raises RequestError if the folder holds a run whose recipe differs from this one in a way that does not allow resuming.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, first_process: bool = True):
@@ -48,7 +48,7 @@ class Run:
             self._write_recipe()
 
     def note_changes(self, stage: str, step: int) -> None:
-        """Says, in the log and in recipe.yaml, what of the recipe is another from that step of a stage on; only once."""
+        """Record changes of the recipe, which apply from that step of a stage on, in the log and in recipe.yaml. Only once."""
         if not self._changes or not self._first_process:
             return
         self._write_line({"stage": stage, "step": step, "changed": self._changes})
@@ -58,65 +58,65 @@ class Run:
         self._changes = {}
 
     def load_state(self, stage: str) -> dict[str, Any] | None:
-        """What `save_state` wrote last for a stage, None before the first. Raises FileFormatError for a corrupt file."""
+        """The stage's last saved state; None if there is none. Raises FileFormatError for a corrupt file."""
         file = self._state_file(stage)
         if not file.exists():
             return None
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises whatever its zip and pickle readers do
+        except Exception as error:  # torch passes on any error of its zip and pickle readers
             raise FileFormatError(f"state {file} cannot be read", remedy="delete it to train that stage anew") from error
         return state
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
-        """Replaces the stage's state; the old one stays where writing fails."""
-        # The state before its note: a note that is older than its state is known to be of no use.
+        """Replace the stage's saved state. If writing fails, the old one stays."""
+        # The state first, then the JSON file with its step: `train --status` ignores a JSON file that is older than the state.
         with atomic_file(self._state_file(stage)) as partial, partial.open("wb") as file:
-            torch.save(state, file)  # to a Python file, whose errors say that the disk is full
+            torch.save(state, file)  # to a Python file, because Python's error says that the disk is full
         with atomic_file(self._state_file(stage).with_suffix(".json")) as partial:
-            partial.write_text(json.dumps({"step": state["step"]}))  # for those who ask without torch
+            partial.write_text(json.dumps({"step": state["step"]}))  # for readers without torch, such as `train --status`
         self.clock.write()
 
     def log(self, stage: str, step: int, kimg: float, values: Mapping[str, float]) -> None:
-        """One line in log.jsonl, and the same values to the trackers over images seen."""
+        """Write one line to log.jsonl, and send the values to the trackers, whose x axis is images seen."""
         self._write_line({"stage": stage, "step": step, "kimg": round(kimg, 3), **values})
         self.clock.write()
-        # Two stages log to one tracker; a bare name would mix their curves.
+        # Both stages log to the same trackers. The stage as prefix keeps curves of the same name apart.
         named = {name if "/" in name else f"{stage}/{name}": value for name, value in values.items()}
         for tracker in self._open_trackers():
             tracker.scalars(named, int(kimg * 1000))
 
     def warn(self, stage: str, step: int, warning: str) -> None:
-        """A warning in words, on standard error and in log.jsonl."""
+        """Write a warning to the log (standard error) and to log.jsonl."""
         self._write_line({"stage": stage, "step": step, "warning": warning})
         log.warning("%s, step %d: %s", stage, step, warning)
 
     def save_snapshots(self, stage: str, kimg: float, averages: Averages[torch.nn.Module]) -> None:
-        """Today's power-function averages into snapshots/<stage>/, from which any other width can be reconstructed."""
+        """Write the current power-function averages to snapshots/<stage>/, from which other widths can be reconstructed."""
         for average in averages:
             if isinstance(average, PowerEma):
                 save_snapshot(self.folder / "snapshots" / stage, kimg, average.std, average.module.state_dict())
 
     def close(self) -> None:
-        """Ends what trackers have open."""
+        """Close the trackers."""
         for tracker in self._trackers or ():
             tracker.close()
 
-    def forget_log_after(self, stage: str, step: int) -> None:
-        """Drops the lines that a resumed run is going to write again."""
+    def remove_log_after(self, stage: str, step: int) -> None:
+        """Remove the stage's lines after that step from log.jsonl, because a resumed run will write them again."""
         file = self.folder / "log.jsonl"
         if not file.exists():
             return
         lines = file.read_text().splitlines()
         kept = [line for line in lines if _line_precedes(line, stage, step)]
-        # Most resumed runs have nothing to forget, and logs are long.
+        # Most resumed runs have nothing to remove, and rewriting a long log takes time.
         if kept == lines:
             return
         with atomic_file(file) as partial:
             partial.write_text("".join(line + "\n" for line in kept))
 
     def save_samples(self, stage: str, kimg: float, images: np.ndarray) -> None:
-        """A grid of images, uint8 [N, H, W, C], as samples/<stage>-<kimg>.png and to the trackers."""
+        """Write a grid of images, uint8 [N, H, W, C], to samples/<stage>-<kimg>.png, and send it to the trackers."""
         sheet = contact_sheet(images)
         with atomic_file(self.folder / "samples" / f"{stage}-{kimg:08.1f}.png") as partial:
             partial.write_bytes(encode(sheet))
@@ -141,10 +141,10 @@ class Run:
 
 
 @contextmanager
-def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
-    """Holds the folder for the processes of fabric. Raises RequestError, in each of them, where others train there."""
+def lock_run_folder(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
+    """Lock the folder for the processes of fabric. Raises RequestError, in each process, if another run has the lock."""
     with RunLock(folder) as lock:
-        # One process asks; the others must hear the answer, or they would wait for it in vain.
+        # Rank 0 takes the lock and broadcasts the result, so that all ranks stop if it failed.
         free = lock.acquire() if fabric.is_global_zero else True
         if not fabric.broadcast(free):
             raise in_use_error(folder)
@@ -155,5 +155,5 @@ def _line_precedes(line: str, stage: str, step: int) -> bool:
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
-        return False  # a line that a killed run left half written
+        return False  # an incomplete line of a killed run
     return bool(record["stage"] != stage or record["step"] <= step)

@@ -1,4 +1,7 @@
-"""Who works on a run: a lock on RUN/run.lock, which the system takes back from a process however it ends, and a note in it."""
+"""The lock file RUN/run.lock, which keeps a run to one process and describes that process.
+
+The operating system releases the lock when the process ends, in whatever way.
+"""
 
 import dataclasses
 import errno
@@ -17,7 +20,7 @@ from types import TracebackType
 from uni_instruct.errors import RequestError, UniInstructError
 
 LOCK = "run.lock"
-# Whoever asks for a run's status holds its lock for microseconds; a training that starts just then waits that out.
+# `is_locked` (train --status) holds a shared lock for microseconds. A training that starts meanwhile retries for this long.
 PATIENCE_S = 1.0
 FINISHED, INTERRUPTED, FAILED = "finished", "interrupted", "failed"
 
@@ -25,11 +28,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worker:
-    """The process that works on a run, or did last; started is in seconds since 1970.
+class RunProcess:
+    """The process that works on a run, or the last one that did. started: seconds since 1970.
 
-    program is how the command line was called, without its arguments. ended is None while the process works, and for ever
-    after kill -9.
+    program: the command line without its arguments. ended: how the process ended. It is None while the process works, and stays
+    None if the process was killed (kill -9).
     """
 
     pid: int
@@ -43,7 +46,7 @@ class Worker:
 
     @property
     def is_local(self) -> bool:
-        """Whether its number means a process of this machine."""
+        """Whether the process is or was on this machine, so that its pid means something here."""
         return self.host == platform.node()
 
     def __str__(self) -> str:
@@ -51,33 +54,33 @@ class Worker:
 
 
 class RunLock:
-    """The right to write a run's folder, as a context: it ends with the block, or with the process.
+    """A context manager that holds the exclusive lock of a run's folder until the block or the process ends.
 
-    Where the file system has no locks, nothing is held and a warning is logged.
+    On a file system without locks nothing is held, and a warning is logged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._file: int | None = None
-        self._worker: Worker | None = None
+        self._worker: RunProcess | None = None
 
     def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # Before the lock goes: who takes it next must find how this one ended.
+        # Written before the lock is released, so that the next owner reads how this process ended.
         if self._worker is not None:
             self._write(dataclasses.replace(self._worker, ended=_ending(error)))
         if self._file is not None:
             os.close(self._file)
 
     def acquire(self) -> bool:
-        """Takes the lock, with the folder made if need be; False where another process has it."""
+        """Take the lock, creating the folder if necessary. Returns False if another process holds it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError:
-            return True  # nobody writes here; whoever tries next names the file and the reason
+            return True  # the folder is not writable; the first real write raises an error with file and reason
         deadline = time.monotonic() + PATIENCE_S
         while (held := _try_lock(self._file, fcntl.LOCK_EX)) is False:
             if time.monotonic() > deadline:
@@ -88,8 +91,8 @@ class RunLock:
         return True
 
     def note(self, devices: int) -> None:
-        """Writes down that this process works on the run now; nothing in a process that did not acquire the lock."""
-        self._worker = Worker(
+        """Describe this process in the lock file. Does nothing in a process that has not acquired the lock."""
+        self._worker = RunProcess(
             pid=os.getpid(),
             host=platform.node(),
             started=time.time(),
@@ -100,19 +103,19 @@ class RunLock:
         )
         self._write(self._worker)
 
-    def _write(self, worker: Worker) -> None:
+    def _write(self, worker: RunProcess) -> None:
         if self._file is None:
             return
         text = json.dumps(dataclasses.asdict(worker)).encode() + b"\n"
-        with suppress(OSError):  # a full disk: the lock holds without a note
+        with suppress(OSError):  # on a full disk the lock is held without a description
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, text, 0)
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Whether a process holds the run; None where the file system does not tell. Opens nothing for writing."""
+    """Whether a process holds the run's lock; None if that cannot be determined. Opens nothing for writing."""
     try:
-        # Not made where it is missing: asking leaves no trace in a run.
+        # Opened without O_CREAT, so that `train --status` does not write into the run.
         file = os.open(folder / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
@@ -125,25 +128,25 @@ def is_locked(folder: Path) -> bool | None:
     return None if free is None else not free
 
 
-def read_worker(folder: Path) -> Worker | None:
-    """Who works on the run, or did last; None where there is no note, or none that can be read."""
+def read_run_process(folder: Path) -> RunProcess | None:
+    """The process that works on the run, or the last one that did; None if the lock file has no readable description."""
     try:
         values = json.loads((folder / LOCK).read_text())
-        # Whatever stands there: a note is a courtesy, and never a reason to fail.
-        return Worker(**values | {"program": tuple(values["program"])})
+        # An unreadable description is ignored, because it is only information for the user.
+        return RunProcess(**values | {"program": tuple(values["program"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def refuse_in_use(folder: Path) -> None:
-    """Raises RequestError where another process works on the run."""
+    """Raise RequestError if another process holds the run's lock."""
     if is_locked(folder):
         raise in_use_error(folder)
 
 
 def in_use_error(folder: Path) -> RequestError:
-    """What is said to a second training in one folder."""
-    worker = read_worker(folder)
+    """The error for a second training in the same folder."""
+    worker = read_run_process(folder)
     who = "another process" if worker is None else str(worker)
     stop = f", or stop it with 'kill {worker.pid}'" if worker is not None and worker.is_local else ""
     return RequestError(
@@ -152,9 +155,9 @@ def in_use_error(folder: Path) -> RequestError:
 
 
 def _try_lock(file: int, kind: int) -> bool | None:
-    """Whether the lock was free, and is held now; None where there are no locks."""
+    """Try to take the lock without waiting. True: taken; False: held by another process; None: locks are not supported."""
     try:
-        # flock, not lockf: that one is lost when any other handle of the file is closed.
+        # flock rather than lockf: a process loses a lockf lock when it closes any descriptor of the file.
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
@@ -171,9 +174,9 @@ def _ending(error: BaseException | None) -> str:
 
 
 def program() -> tuple[str, ...]:
-    """How this command line was called: the script of an environment, a module, or torchrun."""
+    """The words with which this command line was called, without arguments: a script, a module, or torchrun."""
     module = (sys.executable, "-m")
-    # Under torchrun sys.argv names this process alone; what the user called is gone, and put together again.
+    # Under torchrun sys.argv is that of a worker process, so the user's command is reconstructed.
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return (
             *module,

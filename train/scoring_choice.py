@@ -1,4 +1,4 @@
-"""By whose features the best weights are chosen: what `loop.extractor=auto` comes to for the data, tried before training."""
+"""Resolves loop.metric and `loop.extractor=auto` for a data set before training: how the best weights will be chosen."""
 
 import dataclasses
 import logging
@@ -15,18 +15,19 @@ log = logging.getLogger(__name__)
 
 
 class ScoringChoice(NamedTuple):
-    """A loop's metric and extractor with nothing left to choose, and why, where `auto` was not the usual one."""
+    """A LoopConfig whose metric and extractor are resolved, and one sentence that says how the best weights are chosen."""
 
     loop: LoopConfig
     words: str
 
 
 def choose_scoring(loop: LoopConfig, dataset: Dataset | None) -> ScoringChoice:
-    """What compares the generated images with these data. InceptionV3's weights are fetched where it is that.
+    """Choose the feature extractor for scores against this data set. If it is InceptionV3, its weights are downloaded now.
 
-    auto: for colour from 32 pixels on and at least as many images as InceptionV3 has features, InceptionV3; else, with classes,
-    a classifier of the data's own. Small data without classes are scored where the weights can be had, else the last weights
-    are kept. Raises RequestError, with settings that train takes, where what is asked for cannot be had.
+    `auto` chooses InceptionV3 for colour images of at least 32 pixels a side, if the data has at least as many images as
+    InceptionV3 has features. Otherwise it chooses a classifier trained on the data, if the data has classes and enough images.
+    For fewer images without a classifier it chooses InceptionV3 if its weights are available, else metric none (the last
+    weights are kept). Raises RequestError, with settings for `train` as remedy, if the requested extractor is not available.
     """
     if loop.metric == "none" or dataset is None:
         return ScoringChoice(loop, "nothing is scored: the last weights are kept")
@@ -49,7 +50,7 @@ def choose_scoring(loop: LoopConfig, dataset: Dataset | None) -> ScoringChoice:
 
 
 def announce(scoring: ScoringChoice, asked: LoopConfig) -> None:
-    """One line where `auto` was answered with anything but InceptionV3."""
+    """Log one line if `auto` was resolved to anything but InceptionV3. Only rank 0 logs."""
     changed = scoring.loop.metric != asked.metric or (asked.extractor == AUTO and scoring.loop.extractor == "classifier")
     if changed and not is_nonzero_rank():
         log.warning("%s", scoring.words)
@@ -58,7 +59,7 @@ def announce(scoring: ScoringChoice, asked: LoopConfig) -> None:
 def _inception(loop: LoopConfig, dataset: Dataset, can_classify: bool, small: bool) -> ScoringChoice:
     chosen = dataclasses.replace(loop, extractor="inception")
     words = "the best weights are chosen by InceptionV3's features (loop.extractor=inception)"
-    if is_nonzero_rank():  # the first one fetches
+    if is_nonzero_rank():  # rank 0 downloads the weights
         return ScoringChoice(chosen, words)
     try:
         inception_weights(", or --set extractor=classifier" if can_classify else ", or --set metric=none")

@@ -13,8 +13,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import PATCHES, build_denoiser, load_denoiser
 from uni_instruct.networks.flops import count_flops
-from uni_instruct.train.dry_run.cost import count_parameters, models_without_storage
-from uni_instruct.train.dry_run.trial import CountedSteps, distillation_stage, teacher_stage
+from uni_instruct.train.dry_run.cost import count_parameters, models_on_meta
+from uni_instruct.train.dry_run.trial import StepCounter, distillation_stage, teacher_stage
 from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe
@@ -60,15 +60,15 @@ def test_flops_are_those_of_a_network_at_the_coarser_resolution(patch: int) -> N
     convolutions = sum(shape.numel() for shape in weights.values() if len(shape) == 4)
     linear = sum(shape.numel() for shape in weights.values() if len(shape) == 2)
     attention = 2 * pixels**2 * 16  # queries with keys, weights with values, in the one block that attends, of 16 channels
-    counted = CountedSteps(plan)
+    counted = StepCounter(plan)
     assert counted.evaluation() == 2 * (pixels * convolutions + linear + attention)
     assert 2.8 < counted.teacher().flops / counted.evaluation() < 3
-    assert count_parameters(models_without_storage(plan))["teacher"] == sum(shape.numel() for shape in weights.values())
+    assert count_parameters(models_on_meta(plan))["teacher"] == sum(shape.numel() for shape in weights.values())
 
 
 def test_counts_without_storage_are_those_of_a_real_step() -> None:
     plan = tiny_plan("network.patch=2", "method=uni-instruct", "loop.precision=bf16-mixed", "loop.channels_last=true")
-    counts = CountedSteps(plan).distillation(plan.recipe.objective, False)
+    counts = StepCounter(plan).distillation(plan.recipe.objective, False)
     stage = distillation_stage(plan, start_fabric(1, "bf16-mixed"), plan.recipe.objective, False, 3)
     flops = count_flops(lambda: stage.step(0, step_rng(0, "generator", 0), False))
     assert flops / 3 == pytest.approx(counts.flops, rel=1e-9)

@@ -11,7 +11,7 @@ from builders.data_sets import arrays_dataset, png
 from uni_instruct.data import open_dataset, write_zip
 from uni_instruct.errors import RequestError
 from uni_instruct.train.data_fingerprint import check_same_data
-from uni_instruct.train.recipe_changes import DATA_NOTE
+from uni_instruct.train.recipe_changes import DATA_DESCRIPTION
 
 
 def photos(path: Path, *classes: str, images: int = 3) -> Path:
@@ -32,12 +32,12 @@ def begun(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_the_same_data_in_another_place_and_container_pass(tmp_path: Path) -> None:
     run, data = begun(tmp_path)
-    before = (run / DATA_NOTE).read_bytes()
+    before = (run / DATA_DESCRIPTION).read_bytes()
     write_zip(open_dataset(data), tmp_path / "data.zip")
     shutil.copytree(data, tmp_path / "copy")
     for source in (data, tmp_path / "copy", tmp_path / "data.zip"):
         check_same_data(run, open_dataset(source), write=True)
-    assert (run / DATA_NOTE).read_bytes() == before
+    assert (run / DATA_DESCRIPTION).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_a_run_without_a_note_gets_one(tmp_path: Path) -> None:
     check_same_data(tmp_path / "run", data, write=False)
     assert not (tmp_path / "run").exists()
     check_same_data(tmp_path / "run", data, write=True)
-    assert json.loads((tmp_path / "run" / DATA_NOTE).read_text())["class_names"] == ["cat", "dog"]
+    assert json.loads((tmp_path / "run" / DATA_DESCRIPTION).read_text())["class_names"] == ["cat", "dog"]
 
 
 def test_the_note_of_a_start_that_came_to_nothing_is_replaced(tmp_path: Path) -> None:
     run, data = begun(tmp_path)
     (run / "log.jsonl").unlink()
     check_same_data(run, open_dataset(photos(data, "fox")), write=True)
-    assert json.loads((run / DATA_NOTE).read_text())["class_names"] == ["cat", "dog", "fox"]
+    assert json.loads((run / DATA_DESCRIPTION).read_text())["class_names"] == ["cat", "dog", "fox"]

@@ -1,1 +1,1 @@
-"""The sub-commands of this stage."""
+"""The sub-commands of training: `train`, `doctor`, `lab`, `average`."""

@@ -1,4 +1,4 @@
-"""`uni-instruct average`: another average of a finished run's weights, without training again."""
+"""`uni-instruct average`: another average of a run's weights, without training again."""
 
 import dataclasses
 from pathlib import Path
@@ -26,10 +26,10 @@ from uni_instruct.train.recipe_keys import MIN_AVERAGE_WIDTH, WIDEST_AVERAGE
 @click.option("--stage", default="generator", type=click.Choice(["generator", "teacher"]), help="Whose weights.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
 def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) -> None:
-    """Make a bundle with an average of another width, from the snapshots that a run kept.
+    """Make a bundle from an average of another width, reconstructed from the snapshots of a run.
 
     EDM2's post-hoc EMA (arXiv 2312.02696): training with distillation.ema_power_std=[0.05,0.1] keeps snapshots of two
-    power-function averages; any other width is reconstructed from them. Evaluate several, and keep the best.
+    power-function averages. Averages of other widths are reconstructed from them. Evaluate several widths and keep the best.
 
     Example: uni-instruct average runs/digits --std 0.08 --out runs/digits-0.08
     """
@@ -42,13 +42,13 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     from uni_instruct.train.optimization.posthoc import reconstruct
     from uni_instruct.train.recipe import parse_recipe, read_yaml
 
-    # Not replaced: it may be the only copy of another width.
+    # An existing folder is not replaced, because it may be the only copy of another width.
     if out.exists():
         raise RequestError(f"{out} exists already", remedy="name another folder", param="out")
     trained = Bundle.open(run / stage)
     recipe = parse_recipe(read_yaml(run / "recipe.yaml"))
     weights = {name: tensor.numpy() for name, tensor in reconstruct(run / "snapshots" / stage, std, kimg).items()}
-    # From the bundle alone it must be seen that these are no weights that training passed through.
+    # Recorded in the bundle, because training itself never had these weights.
     origin = {"average_std": std, "average_kimg": kimg, "averaged_run": trained.weights_sha256}
     spec = dataclasses.replace(trained.spec, provenance={**trained.spec.provenance, **origin})
     card = model_card(spec, recipe, open_dataset(recipe.data) if recipe.data else None, {})

@@ -1,4 +1,4 @@
-"""`uni-instruct doctor`."""
+"""`uni-instruct doctor`: checks before a long training."""
 
 import dataclasses
 import json
@@ -25,10 +25,10 @@ from uni_instruct.train.recipe import load_recipe
 def doctor(
     recipe: str, more: tuple[str, ...], out: Path, overrides: tuple[str, ...], devices: int | None, as_json: bool
 ) -> None:
-    """Look at data, teacher, devices, memory and disk before a long training; nothing is trained or written.
+    """Check data, teacher, devices, memory and disk before a long training. Nothing is trained or written.
 
-    Reads some of the data, lets the teacher denoise them, and holds what the run needs against what this machine has. Exits
-    with 2 where something is wrong.
+    Reads some of the data, lets the teacher denoise it, and compares what the run needs with what this machine has. The exit
+    code is 2 if something is wrong.
 
     Example: uni-instruct doctor cifar10-uncond --set teacher=edm-cifar10-32x32-uncond-vp.pkl data=cifar10-32x32.zip
     """
@@ -42,6 +42,6 @@ def doctor(
     else:
         for finding in findings:
             click.echo(f"{'ok   ' if finding.ok else 'WRONG'} {finding.subject}: {finding.words}")
-    # So that a script can ask before it starts a long run.
+    # Exit code 2 lets a script stop before it starts a long run.
     if not all(finding.ok for finding in findings):
         sys.exit(2)

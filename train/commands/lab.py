@@ -1,4 +1,4 @@
-"""`uni-instruct lab`: several methods from one teacher, with the same seeds and as many images, on one page."""
+"""`uni-instruct lab`: compares several methods from one teacher on one page."""
 
 import shlex
 import sys
@@ -34,10 +34,10 @@ def lab(
     ray_address: str | None,
     nice: int,
 ) -> None:
-    """Compare methods: all from one teacher, with the same seeds and as many images.
+    """Compare methods, all trained from one teacher with the same seeds and the same number of images.
 
     RECIPE and KEY=VALUE are as in `train`. The teacher is trained first, unless teacher.bundle gives one. Run the same command
-    again to go on. The folder gets lab.html, lab.md, lab.json, and the runs, which TensorBoard shows live.
+    again to resume. The folder holds lab.html, lab.md, lab.json and the runs, which TensorBoard shows live.
 
     Example: uni-instruct lab digits --methods "sid, sid alpha=0.5, dmd2 critic_updates=1" --seeds 0-2 --out runs/lab
     """
@@ -46,7 +46,7 @@ def lab(
     from uni_instruct.train.lab.page import write_page
     from uni_instruct.train.lab.processes import train_all
 
-    worker_options_of(jobs, ray_address, None)  # without the extra nothing is begun
+    worker_options_of(jobs, ray_address, None)  # raises now, before anything is trained, if Ray is asked for but missing
     planned = resolve_lab(plan_lab(recipe, more, parse_variants(methods), parse_seeds(seeds), out))
     click.echo(f"live: tensorboard --logdir {shlex.quote(str(out))}", err=True)
     if ray_address is None:

@@ -1,4 +1,4 @@
-"""`uni-instruct train`."""
+"""`uni-instruct train`: trains a recipe, and shows its plan (--dry-run) or the status of a run (--status)."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from uni_instruct.train.run_lock import refuse_in_use
 if TYPE_CHECKING:
     from uni_instruct.train.config import Recipe
 
-WIDTH = 140  # of what goes to a file
+WIDTH = 140  # columns of --help-recipe if the output is not a terminal
 
 
 def _show_recipe_help(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    """Prints every key of a recipe, and ends the command."""
+    """Print every key of a recipe and exit."""
     if not wanted or context.resilient_parsing:
         return
     from uni_instruct.train.recipe_help import recipe_help
@@ -77,7 +77,7 @@ def train(
     RECIPE is the name of a built-in recipe or a YAML file. Run the same command again to resume. The run folder holds
     recipe.yaml, log.jsonl, TensorBoard events, samples/, state/, the bundles teacher/ and generator/, and report.md.
 
-    `uni-instruct train RUN --status` says how a run stands, running or not, and disturbs nothing.
+    `uni-instruct train RUN --status` shows the status of a run, whether it is running or not. It does not affect the run.
 
     Example: uni-instruct train digits --out runs/digits --set method=dmd2 critic_updates=3
     """
@@ -86,7 +86,7 @@ def train(
         return
     _lower_priority(nice)
     if out is not None and not dry_run and not is_nonzero_rank():
-        refuse_in_use(out)  # before the seconds that torch takes
+        refuse_in_use(out)  # checked first, because importing torch takes seconds
     keep_freed_memory()
     from uni_instruct.train.recipe import load_recipe
 
@@ -147,13 +147,13 @@ def _show_status(run: str, out: Path | None, others: bool, as_json: bool) -> Non
 
 
 def _lower_priority(nice: int) -> None:
-    """Sets this process's niceness, unless it is as nice already; threads and processes that it starts have it too.
+    """Raise this process's niceness to `nice`, unless it is as high already. Its threads and child processes inherit it.
 
-    Linux holds one for each thread, so it has to come before any library starts threads.
+    On Linux niceness belongs to a thread, so this must be called before any library starts threads.
     """
     if not nice:
         return
-    # Windows has priorities, but not these.
+    # Windows has process priorities, but no niceness.
     if not hasattr(os, "nice"):
         raise RequestError("--nice: this system has no niceness", remedy="leave it out", param="nice")
     os.nice(max(0, nice - os.nice(0)))

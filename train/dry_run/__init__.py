@@ -1,1 +1,1 @@
-"""What a recipe would do, in words, and what it would cost."""
+"""`train --dry-run`: what a recipe would train, as text, and what that would cost."""

@@ -1,4 +1,4 @@
-"""FLOPs and activations of a step, counted while it runs (networks/flops.py); what autocast does on the meta device."""
+"""Counts the activations of a step while it runs on the meta device, and imitates autocast there. FLOPs: networks/flops.py."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,23 +14,23 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """FLOPs, and the bytes that autograd keeps, both per image."""
+    """FLOPs of a step, and bytes that autograd keeps for its backward pass, both per image."""
 
     flops: float
     activations: float
 
 
 class SavedTensors:
-    """Bytes that autograd keeps for the backward pass inside the `with` block, at their most: `peak`.
+    """A context that measures `peak`, the largest number of bytes that autograd keeps for backward passes in the block.
 
-    Each storage counts once, and for as long as it is kept; the networks' weights do not count.
+    Each storage is counted once, for as long as it is kept. The networks' weights are not counted.
     """
 
     def __init__(self, networks: Iterable[nn.Module] = ()):
         self._hooks = saved_tensors_hooks(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor)
         self.peak = self._now = 0
         self._uses: Counter[int] = Counter()
-        # Storages are held, so that their addresses cannot be given to others.
+        # The storages are kept alive, so that their addresses are not reused for other storages.
         self._weights = [t.untyped_storage() for network in networks for t in (*network.parameters(), *network.buffers())]
         self._addresses = {storage._cdata for storage in self._weights}
 
@@ -42,27 +42,27 @@ class SavedTensors:
         self._hooks.__exit__(*error)
 
     def is_weight(self, tensor: Tensor) -> bool:
-        """Whether the tensor lies in a network's storage."""
+        """Whether the tensor's storage is a weight's: of one of the networks, or added by `add_weight`."""
         return tensor.untyped_storage()._cdata in self._addresses
 
     def add_weight(self, tensor: Tensor) -> None:
-        """Leaves this tensor out as well."""
-        self._weights.append(tensor.untyped_storage())  # held, so that no other storage gets its address
+        """Do not count this tensor either."""
+        self._weights.append(tensor.untyped_storage())  # kept alive, so that its address is not reused
         self._addresses.add(self._weights[-1]._cdata)
 
     def use(self, tensor: Tensor, change: int) -> None:
-        """One use more of the tensor's storage (1), or one less (-1)."""
+        """Count one more use of the tensor's storage (change 1), or one fewer (change -1)."""
         if self.is_weight(tensor):
             return
         storage = tensor.untyped_storage()
         self._uses[storage._cdata] += change
-        if self._uses[storage._cdata] == max(change, 0):  # the first use began, or the last one ended
+        if self._uses[storage._cdata] == max(change, 0):  # the first use has started, or the last use has ended
             self._now += change * storage.nbytes()
             self.peak = max(self.peak, self._now)
 
 
 class _Kept:
-    """What autograd holds in place of a tensor, for as long as it needs it."""
+    """Autograd holds this object instead of a saved tensor. It is deleted when autograd no longer needs the tensor."""
 
     def __init__(self, saved: SavedTensors, tensor: Tensor):
         self.saved, self.tensor = saved, tensor
@@ -76,11 +76,11 @@ _IN_16_BITS = (F.conv2d, F.conv_transpose2d, F.linear, F.scaled_dot_product_atte
 _IN_32_BITS = {"cuda": (F.group_norm, F.layer_norm, F.softmax), "cpu": ()}
 
 
-class OnMeta(TorchFunctionMode):
-    """For tensors on the meta device, what autocast does on that kind of device ('cuda', 'cpu'): it passes over them itself.
+class MetaAutocast(TorchFunctionMode):
+    """Imitates autocast of that device type ('cuda' or 'cpu') for tensors on the meta device, which autocast itself ignores.
 
-    The copies of weights that it makes are weights. Resampling gets no more than its shape, as it is no work that counts and
-    takes as long to trace as a network.
+    Converted copies of weights count as weights. Resampling (grid_sample) without gradient only returns the right shape, since
+    its FLOPs are not counted and tracing it would take as long as tracing a network.
     """
 
     def __init__(self, precision: str, device_type: str, saved: SavedTensors):
@@ -92,7 +92,7 @@ class OnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Shape is all that matters here.
+        # On the meta device only the shape of the result matters.
         if func is F.grid_sample and args[0].is_meta and not args[0].requires_grad:
             return args[0].new_empty(*args[0].shape[:2], *args[1].shape[1:3])
         if func in self.dtypes:

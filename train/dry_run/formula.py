@@ -1,4 +1,4 @@
-"""An objective in words: the formula that the generator minimises and what the critic learns, as lines for people."""
+"""An objective as text: the formula that the generator minimises, and what the critic learns."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,7 +32,7 @@ RATIO_MEAN_WORDS = {
 }
 DISCRIMINATOR_WORDS = {"shared": "on the fake score's encoder", "own": "on an encoder of its own"}
 
-# A term's scale, its sign, and the term.
+# The terms beside the divergence: the key of the scale, the sign, and the text.
 _TERMS: tuple[tuple[str, str, Callable[[ObjectiveConfig], str]], ...] = (
     ("adversarial_scale", "+", lambda o: f"{o.adversarial_scale:g} x pixels x adversarial loss of the discriminator"),
     ("regression_scale", "+", lambda o: f"{o.regression_scale:g} x squared distance to the teacher's image of the same noise"),
@@ -41,7 +41,7 @@ _TERMS: tuple[tuple[str, str, Callable[[ObjectiveConfig], str]], ...] = (
 
 
 def method_lines(objective: ObjectiveConfig) -> list[str]:
-    """The published method, where this one differs from the paper's, and where the objective departs from the method."""
+    """The published method, how this version differs from the paper, and which keys differ from the method's settings."""
     method, changes = METHODS[objective.method], []
     for field in dataclasses.fields(ObjectiveConfig):
         value, usual = getattr(objective, field.name), method.settings.get(field.name, field.default)
@@ -53,7 +53,7 @@ def method_lines(objective: ObjectiveConfig) -> list[str]:
 
 
 def objective_lines(objective: ObjectiveConfig) -> list[str]:
-    """The formula that the generator minimises; terms that are switched off are left out."""
+    """The formula that the generator minimises, without terms that are switched off."""
     terms = [("+", _divergence(objective))] if objective.divergence_scale else []
     terms += [(sign, words(objective)) for scale, sign, words in _TERMS if getattr(objective, scale)]
     (sign, first), *others = terms
@@ -72,12 +72,12 @@ def objective_lines(objective: ObjectiveConfig) -> list[str]:
 
 
 def critic_lines(objective: ObjectiveConfig, recipe: Recipe) -> list[str]:
-    """What is learned beside the generator in that phase of the recipe, and how."""
+    """What the critic learns in a phase with that objective, and how."""
     networks, augment = "fake score", recipe.distillation.augment
     if recipe.needs_discriminator:
         encoder = DISCRIMINATOR_WORDS[objective.discriminator]
         networks += f", and discriminator {encoder} (its loss x {objective.discriminator_scale:g})"
-    # Levels are compared, not their names: two keys may come to the same.
+    # The levels themselves are compared, because different keys may give the same levels.
     same = objective.critic_levels == objective.levels
     levels = "the generator's noise levels" if same else f"noise levels {_levels(objective.critic_levels)}"
     updates = f"{objective.critic_updates} update{'s' * (objective.critic_updates > 1)} a step"
@@ -100,7 +100,7 @@ def _divergence(objective: ObjectiveConfig) -> str:
 
 
 def _expansion(objective: ObjectiveConfig) -> list[str]:
-    """The terms DI, FGM and SIM that are switched on and not zero."""
+    """Text for those of the terms DI, FGM and SIM that are switched on and not zero."""
     weight = _Weight.of(objective)
     fixed = " (weight differentiated)" if objective.exact_sim else " (weight held fixed, which is biased)"
     terms = {"di": "DI", "fgm": f"FGM x 2(1 - {objective.alpha:g})", "sim": "SIM" + ("" if weight.constant else fixed)}
@@ -116,7 +116,7 @@ def _zero_terms(objective: ObjectiveConfig) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """Whether the divergence's weight h(r) is constant, linear in r, proportional to r."""
+    """Whether the divergence's weight h(r) is constant (h' = 0), linear in r (h'' = 0), or proportional to r (h = r h')."""
 
     constant: bool
     linear: bool
@@ -125,13 +125,14 @@ class _Weight:
     @classmethod
     def of(cls, objective: ObjectiveConfig) -> "_Weight":
         divergence = objective.found_divergence
-        # By value, so that a user's own f is recognised as what it is.
+        # Tested numerically, which also works for a user's own f.
         r = torch.logspace(-2, 2, 41, dtype=torch.float64)
         h, dh, d2h = divergence.h(r), divergence.dh(r), divergence.d2h(r)
         return cls(*(bool((v.abs() <= 1e-9 * h.abs()).all()) for v in (r * dh, r**2 * d2h, h - r * dh)))
 
     def zeros(self, alpha: float) -> dict[str, str]:
-        """Terms of the expansion that vanish, and why."""
+        """The terms of the expansion that vanish, and why."""
+        # DI = -r^2 h'' |d|^2 d . x, FGM = 2 (1 - alpha) (h - r h') |d|^2.
         zeros = {"di": "h is constant" if self.constant else "h is linear in r"} if self.linear else {}
         if alpha == 1 or self.proportional:
             zeros["fgm"] = "alpha is 1" if alpha == 1 else "h is proportional to r"

@@ -1,4 +1,4 @@
-"""What a recipe would train: its objective in words, what it needs, what it costs, and the recipe in full."""
+"""The output of `train --dry-run`: objective as text, what the run needs, what it costs, and the complete recipe."""
 
 import json
 import textwrap
@@ -18,13 +18,14 @@ WIDTH = 120
 
 
 def explain(recipe: Recipe, as_json: bool) -> str:
-    """Opens what the recipe names, counts and times it: a recipe file with all else as comments, or one JSON object.
+    """Open what the recipe names, and count and time its steps.
 
-    Raises RequestError where parts of the recipe do not fit each other.
+    Returns the recipe as YAML with everything else as comments before it, or one JSON object. Raises RequestError if parts of
+    the recipe do not fit together.
     """
     plan = make_plan(recipe)
     if plan.dataset is not None:
-        plan.dataset.check_sample()  # as a training does before it begins
+        plan.dataset.check_sample()  # the same check as at the start of a training
     plan = resolve_auto(plan)
     cost = cost_of(plan)
     if as_json:
@@ -39,7 +40,7 @@ def explain(recipe: Recipe, as_json: bool) -> str:
 
 
 def facts(plan: Plan, cost: Cost) -> dict[str, object]:
-    """The same for programs; times are None where nothing was measured."""
+    """The content of the JSON output. Times are None if they could not be measured."""
     stages = cost.stages.items()
     timings = {name: stage.timing for name, stage in stages}
     return {
@@ -69,13 +70,13 @@ def facts(plan: Plan, cost: Cost) -> dict[str, object]:
 
 
 def phase_lines(plan: Plan, phase: Phase) -> list[str]:
-    """What a phase minimises and trains."""
+    """What a phase minimises and what the critic learns, as lines of text."""
     critic = critic_lines(phase.objective, plan.recipe)
     return critic if phase.critic_alone else [*method_lines(phase.objective), *objective_lines(phase.objective), *critic]
 
 
 def needs(plan: Plan) -> dict[str, str]:
-    """What the run reads, and why."""
+    """What the run needs: data, density ratio, reward, teacher, start weights and pairs, each with the reason."""
     recipe, given, start = plan.recipe, plan.given_teacher, plan.start
     pairs = max((o.regression_pairs for o in recipe.objectives if o.regression_scale), default=0)
     trained = f"trained first, {recipe.teacher.duration_kimg:g} kimg in steps of {recipe.teacher.batch} images"
@@ -92,7 +93,7 @@ def needs(plan: Plan) -> dict[str, str]:
 
 
 def cost_lines(plan: Plan, cost: Cost) -> list[str]:
-    """Parameters, FLOPs, memory and time."""
+    """Parameters, images, FLOPs, memory, time and disk, as lines of text."""
     lines = [
         "parameters: " + ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in cost.parameters.items()),
         "images: " + ", ".join(f"{name} {sum(stage.images):,}" for name, stage in cost.stages.items()),
@@ -113,9 +114,9 @@ def cost_lines(plan: Plan, cost: Cost) -> list[str]:
 
 
 def _comment(line: str) -> str:
-    """As a YAML comment of lines that a terminal holds; newlines become spaces."""
+    """The line as a YAML comment, wrapped at WIDTH. Newlines become spaces."""
     indent = "#   " + " " * (len(line) - len(line.lstrip()))
-    # A comment, so that the whole answer is a recipe that can be trained.
+    # A comment, so that the whole output is a valid recipe file.
     return textwrap.fill(
         line.strip(),
         WIDTH,
@@ -144,7 +145,7 @@ def _data_need(plan: Plan) -> str:
         f"for the metric {metric}": metric != "none",
     }
     why = ", ".join(reason for reason, holds in reasons.items() if holds)
-    # Somebody who named data should hear that they are not read.
+    # A user who named a data set should know that it is not used.
     if not why:
         named = "" if plan.dataset is None else f" ({_described(plan.dataset)}, is named but not used)"
         return f"none needed, as the teacher is given and no density ratio, adversarial term or metric is asked for{named}"

@@ -1,4 +1,4 @@
-"""Single steps of a plan's stages: counted on networks that have shapes but no storage, and timed on this machine."""
+"""Single steps of a plan's stages: counted on networks without storage (meta device), and timed on this machine."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.flops import count_flops
 from uni_instruct.train.config import StageConfig
-from uni_instruct.train.dry_run.counting import Counts, OnMeta, SavedTensors
+from uni_instruct.train.dry_run.counting import Counts, MetaAutocast, SavedTensors
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.pairs import Pairs
 from uni_instruct.train.optimization.distributed import single_process_fabric
@@ -31,34 +31,38 @@ from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 from uni_instruct.train.stages.teacher import TeacherStage
 
-REWARD_IMAGES = 2  # as many as a reward is tried on when it is opened
-GROWTH = 4
+REWARD_IMAGES = 2  # the number of images on which `open_reward` tries a reward
+GROWTH = 4  # factor of the number of images from one timed step to the next
 _MEMINFO = Path("/proc/meminfo")
 
 
-class CountedSteps:
-    """Counts a step of each stage: the training code's own, on the meta device."""
+class StepCounter:
+    """Counts a step of each stage, by running the training code's own step on the meta device."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        # Fabric of its own: the meta device is none that it knows.
+        # Built with a strategy and accelerator of our own, because Fabric does not support the meta device.
         self.fabric = Fabric(strategy=SingleDeviceStrategy(torch.device("meta"), accelerator=_NoDevice()))
         self._counted: dict[tuple[ObjectiveConfig, bool], Counts] = {}
 
     def evaluation(self) -> float:
-        """FLOPs of one image's way through the teacher."""
+        """FLOPs of one evaluation of the teacher on one image."""
         with self.fabric.device:
             denoiser, inputs = build_denoiser(self.plan.teacher_spec), _inputs(self.plan)
             return count_flops(lambda: denoiser(*inputs))
 
     def teacher(self) -> Counts:
-        """A step of the teacher's training."""
+        """The counts of a step of the teacher's training."""
         stage = teacher_stage(self.plan, self.fabric, images=1)
-        stage.optimizer_step = _Unstepped(stage.optimizer_step)
+        stage.optimizer_step = _GradientsOnly(stage.optimizer_step)
         return self._count(stage, [stage.optimizer_step.module])
 
     def distillation(self, objective: ObjectiveConfig, critic_alone: bool) -> Counts:
-        """A step of the distillation. All updates of the critic but the last are such that no generator's follows."""
+        """The counts of a step of the distillation.
+
+        Only the last of the critic's updates is followed by one of the generator. Each of the others costs as much as a step
+        of the warm-up, critic_alone.
+        """
         counts, more = self._one_update(objective, critic_alone), objective.critic_updates - 1
         flops = counts.flops + (more * self._one_update(objective, critic_alone=True).flops if more else 0)
         if objective.reward_scale and not critic_alone:
@@ -75,7 +79,7 @@ class CountedSteps:
         return self._counted[objective, critic_alone]
 
     def _reward(self) -> float:
-        """FLOPs an image. The function is the user's own and may hold networks of its own: it gets real images."""
+        """FLOPs of the reward per image, with its gradient. Uses real tensors, since a user's function may contain networks."""
         assert self.plan.reward is not None
         reward, (images, _, class_ids) = self.plan.reward, _inputs(self.plan, REWARD_IMAGES)
         images.requires_grad_()
@@ -84,38 +88,38 @@ class CountedSteps:
     def _count(self, stage: TeacherStage | DistillationStage, networks: Iterable[nn.Module]) -> Counts:
         saved = SavedTensors(networks)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        with saved, OnMeta(self.plan.recipe.loop.precision, device_type, saved):
+        with saved, MetaAutocast(self.plan.recipe.loop.precision, device_type, saved):
             flops = count_flops(lambda: stage.step(0, _rng(), False))
-        return Counts(flops=flops / stage.batch, activations=saved.peak)  # one image at once
+        return Counts(flops=flops / stage.batch, activations=saved.peak)  # the peak is per image: one image at once
 
 
 class _NoDevice(CPUAccelerator):
     def setup_device(self, device: torch.device) -> None:
-        """There is none to set up."""
+        """Do nothing: the meta device needs no setup."""
 
 
-class _Unstepped(OptimizerStep):
-    """Gradients only: a step would look at their values."""
+class _GradientsOnly(OptimizerStep):
+    """An optimizer step without the update, which would read the values of gradients. On the meta device they have none."""
 
     def __init__(self, optimizer_step: OptimizerStep):
         self.__dict__.update(optimizer_step.__dict__)
 
     def step(self, index: int) -> Tensor:
-        """Forgets the gradients."""
+        """Discard the gradients."""
         self.optimizer.zero_grad()
         return torch.zeros(())
 
 
 class _CountedDistillation(DistillationStage):
     def _optimizer_step(self, module: nn.Module, name: str) -> OptimizerStep:
-        return _Unstepped(super()._optimizer_step(module, name))
+        return _GradientsOnly(super()._optimizer_step(module, name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """s_per_image of a timed step on that many images; with images 0, of one evaluation of the teacher, scaled by FLOPs.
+    """Seconds per image of a step, timed on `images` images. images 0: estimated from one evaluation of the teacher by FLOPs.
 
-    peak_bytes is the GPU memory that the step took, None on the CPU.
+    peak_bytes is the GPU memory that the step needed, None on the CPU.
     """
 
     s_per_image: float
@@ -125,7 +129,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialLimits:
-    """The most images at once, the bytes that a stage takes without and for each of them, and the time to measure in."""
+    """Limits of timing a stage: most images at once, bytes without images, bytes per image, and seconds for measuring."""
 
     images: int
     fixed_bytes: int
@@ -133,7 +137,7 @@ class TrialLimits:
     budget_s: float
 
 
-class TimedSteps:
+class StepTimer:
     """Times a step of each stage with random weights, on one GPU or on the CPU."""
 
     def __init__(self, plan: Plan, evaluation_flops: float, weights_bytes: int):
@@ -144,7 +148,7 @@ class TimedSteps:
 
     @property
     def device(self) -> str:
-        """The machine and how it was used, in words."""
+        """The device and how it was used, as text."""
         on_gpu, threads, loop = self.fabric.device.type == "cuda", torch.get_num_threads(), self.plan.recipe.loop
         words = torch.cuda.get_device_name(self.fabric.device) if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
         words += f", {self.precision}" + (f" as {loop.precision} needs a GPU" if self.precision != loop.precision else "")
@@ -152,11 +156,11 @@ class TimedSteps:
         return words + (", not compiled" if loop.compile else "")
 
     def teacher(self, flops: float, limits: TrialLimits) -> Timing | None:
-        """A step of the teacher's training; None where memory allows not even an evaluation."""
+        """Time a step of the teacher's training. None if the memory is too small even for one evaluation."""
         return self._time(lambda images: teacher_stage(self.plan, self.fabric, images), flops, limits)
 
     def distillation(self, objective: ObjectiveConfig, critic_alone: bool, flops: float, limits: TrialLimits) -> Timing | None:
-        """A step of the distillation; None where memory allows not even an evaluation."""
+        """Time a step of the distillation. None if the memory is too small even for one evaluation."""
         return self._time(
             lambda images: distillation_stage(self.plan, self.fabric, objective, critic_alone, images), flops, limits
         )
@@ -164,11 +168,12 @@ class TimedSteps:
     def _time(
         self, build: Callable[[int], TeacherStage | DistillationStage], flops: float, limits: TrialLimits
     ) -> Timing | None:
-        """On more images at once from try to try, as far as half of the free memory and the time allow."""
+        """Time steps on more and more images at once, as far as half of the free memory and the budget allow."""
         if self.evaluation_s is None:
             return None
-        # Half of what is free: a trial must not take the machine from whoever works on it.
+        # Only half of the free memory, because other programs may be using the machine.
         start, images, free = time.monotonic(), 1, _free_bytes(self.fabric.device) / 2
+        # Seconds per image, estimated as: evaluation's seconds x step's FLOPs / evaluation's FLOPs.
         guess_s = self.evaluation_s * flops / self.evaluation_flops
         room = (free - limits.fixed_bytes) / limits.bytes_per_image
         if room < 1 or GROWTH * guess_s > limits.budget_s:
@@ -178,6 +183,7 @@ class TimedSteps:
             timing = self._measure(build(images))
             now = time.monotonic()
             more = int(min(limits.images, room, GROWTH * images))
+            # A step on GROWTH times as many images is assumed to take GROWTH times as long.
             if more <= images or now - start + GROWTH * (now - before) > limits.budget_s:
                 return timing
             images = more
@@ -192,7 +198,7 @@ class TimedSteps:
 
     @cached_property
     def evaluation_s(self) -> float | None:
-        """Seconds that one image takes through the teacher; None where its weights do not fit."""
+        """Seconds of one evaluation of the teacher on one image; None if its weights need over half of the free memory."""
         if self.weights_bytes > _free_bytes(self.fabric.device) / 2:
             return None
         with self.fabric.device:
@@ -202,9 +208,9 @@ class TimedSteps:
             return self._twice_s(lambda: network(*inputs))[1]
 
     def _twice_s(self, work: Callable[[], object]) -> tuple[float, float]:
-        """How long it took, first and second time."""
+        """Run the work twice. Returns the seconds of the first and of the second run."""
         times = []
-        # The first time compiles kernels and fills caches.
+        # The first run compiles kernels and fills caches. Only the second is a measurement.
         for _ in range(2):
             start = time.perf_counter()
             with arithmetic_of(self.precision):
@@ -216,14 +222,14 @@ class TimedSteps:
 
 
 def micro_batch_of(config: StageConfig) -> int:
-    """The most images that one process, alone, takes at once."""
+    """The number of images that a single process computes at once."""
     return min(config.micro_batch or config.batch, config.batch)
 
 
 def teacher_stage(plan: Plan, fabric: Fabric, images: int) -> TeacherStage:
-    """The teacher's training with random weights, in steps that take that many images at once."""
+    """The teacher's training with random weights. A step computes `images` images at once."""
     assert plan.dataset is not None
-    config, loop = _taking(plan.recipe.teacher, images), dataclasses.replace(plan.recipe.loop, compile=False)
+    config, loop = _with_micro_batch(plan.recipe.teacher, images), dataclasses.replace(plan.recipe.loop, compile=False)
     recipe = dataclasses.replace(plan.recipe, teacher=config, loop=loop)
     with fabric.device:
         denoiser = initial_weights(lambda: build_denoiser(plan.teacher_spec), loop.seed)
@@ -238,19 +244,19 @@ def distillation_stage(
     images: int,
     stage_class: type[DistillationStage] = DistillationStage,
 ) -> DistillationStage:
-    """The distillation with random weights, by one objective, in steps that take that many images at once.
+    """The distillation with random weights and one objective. A step computes `images` images at once.
 
-    critic_alone: its steps are those of the critic's warm-up, else those after it.
+    critic_alone: all steps belong to the critic's warm-up; otherwise there is no warm-up.
     """
-    # Without an end, so that a warm-up never has one either.
+    # The longest possible duration, so that step 0 is within the warm-up whatever the batch.
     warmup_kimg = KIMG.high / 2 if critic_alone else 0.0
     config = dataclasses.replace(
-        _taking(plan.recipe.distillation, images), duration_kimg=KIMG.high, critic_warmup_kimg=warmup_kimg
+        _with_micro_batch(plan.recipe.distillation, images), duration_kimg=KIMG.high, critic_warmup_kimg=warmup_kimg
     )
     loop = dataclasses.replace(plan.recipe.loop, compile=False)
     recipe = dataclasses.replace(plan.recipe, objective=objective, schedule=(), distillation=config, loop=loop)
     batches = None
-    if plan.recipe.needs_discriminator:  # it learns in every phase, whichever needs it
+    if plan.recipe.needs_discriminator:  # it is trained in every phase, if any phase needs it
         assert plan.dataset is not None
         batches = DataLoader(plan.dataset, config.batch, loop.seed)
     with fabric.device:
@@ -264,15 +270,15 @@ def distillation_stage(
 Config = TypeVar("Config", bound=StageConfig)
 
 
-def _taking(config: Config, images: int) -> Config:
-    """Steps on that many images at once: one time, or two where the recipe sums micro-batches, which has costs of its own."""
-    # Summing gradients is a cost of its own, however many passes there are.
+def _with_micro_batch(config: Config, images: int) -> Config:
+    """The config with steps on that many images at once: in one micro-batch, or in two if the recipe uses several."""
+    # Two, because summing gradients over micro-batches has a cost; more than two would not change the cost per image.
     passes = 2 if micro_batch_of(config) < config.batch else 1
     return dataclasses.replace(config, batch=images * passes, micro_batch=images)
 
 
 def _inputs(plan: Plan, images: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Grey images at noise level 1, and their classes where there are any."""
+    """Grey images, noise levels of 1, and class ids (None without classes)."""
     spec = plan.teacher_spec
     class_ids = torch.zeros(images, dtype=torch.int64) if spec.num_classes else None
     return torch.zeros(images, *spec.noise_shape), torch.ones(images, 1, 1, 1), class_ids
@@ -283,7 +289,7 @@ def _rng() -> torch.Generator:
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Memory that can be had on the device; infinite where the system does not say."""
+    """Available memory of the device in bytes; infinite if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     lines = _MEMINFO.read_text().splitlines() if _MEMINFO.exists() else []

@@ -1,1 +1,1 @@
-"""Several methods from one teacher, side by side: the same seeds, the same number of images, one page of results."""
+"""Comparison of several methods from one teacher, with the same seeds and number of images, on one page of results."""

@@ -1,4 +1,4 @@
-"""What a lab trains: each variant of the objective with each seed, as a recipe of its own in a folder of its own."""
+"""The experiments of a lab: each variant of the objective with each seed, each with its own recipe and folder."""
 
 import dataclasses
 import re
@@ -16,32 +16,32 @@ from uni_instruct.train.recipe_keys import one_of
 from uni_instruct.train.scoring_choice import announce, choose_scoring
 
 TEACHER_RUN, EXPERIMENTS = "teacher-run", "experiments"
-# The lab's own page says more than a report of each experiment would, which takes a minute; the user's settings go on top.
+# No report for each experiment: it takes a minute, and the lab's page replaces it. The user's settings can override this.
 WITHOUT_REPORT = ("loop.report=false",)
 MAX_EXPERIMENTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A published method with changes on top: `sid alpha=0.5` is the method sid with objective.alpha 0.5."""
+    """A published method with changed settings: `sid alpha=0.5` is the method sid with objective.alpha 0.5."""
 
     method: str
     settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """As it is written on the command line, and in tables."""
+        """The variant as on the command line, which is also its name in tables."""
         return " ".join((self.method, *self.settings))
 
     @property
     def folder(self) -> str:
-        """A name for its folders: letters, digits, dots, dashes."""
+        """The name as part of a path: letters, digits, dots, plus signs and dashes."""
         return re.sub(r"[^A-Za-z0-9.+-]+", "-", self.name).strip("-")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A variant trained with one seed; seed is loop.seed, folder that of its run."""
+    """A variant trained with one seed (loop.seed). folder: the folder of its run."""
 
     variant: Variant
     seed: int
@@ -51,7 +51,7 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class Lab:
-    """All experiments of one folder. teacher is the recipe of the run that trains it, None where the recipe gives one."""
+    """A lab: all experiments of one folder. teacher: the recipe of the teacher's run; None if the recipe gives a teacher."""
 
     folder: Path
     teacher: Recipe | None
@@ -64,14 +64,14 @@ class Lab:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """Each once, in their order."""
+        """Each variant once, in the order of the command line."""
         return tuple(dict.fromkeys(experiment.variant for experiment in self.experiments))
 
 
 def parse_variants(methods: Sequence[str]) -> tuple[Variant, ...]:
-    """Variants of `--methods`: names between commas, each with settings after it if any.
+    """The variants of `--methods`: comma-separated names, each followed by its settings, if any.
 
-    Raises RequestError for an unknown method, a setting without a value, a variant given twice.
+    Raises RequestError for an unknown method, a setting without a value, or a variant given twice.
     """
     found = [part.split() for text in methods for part in text.split(",") if part.strip()]
     if not found:
@@ -90,9 +90,9 @@ def parse_variants(methods: Sequence[str]) -> tuple[Variant, ...]:
 
 
 def plan_lab(recipe: str, changes: Sequence[str], variants: Sequence[Variant], seeds: Sequence[int], folder: Path) -> Lab:
-    """The lab's experiments. recipe, changes: as `train` takes them, and the same for all.
+    """The lab's experiments. recipe and changes are as in `train`, and the same for all experiments.
 
-    Raises RequestError where a variant's recipe is refused, or distillation would be scored by nothing.
+    Raises RequestError if a variant's recipe is invalid, if there are too many experiments, or if the metric is none.
     """
     if len(seeds) * len(variants) > MAX_EXPERIMENTS:
         problem = f"{len(variants)} methods with {len(seeds)} seeds are more than {MAX_EXPERIMENTS} trainings"
@@ -121,14 +121,14 @@ def plan_lab(recipe: str, changes: Sequence[str], variants: Sequence[Variant], s
 
 
 def resolve_lab(lab: Lab) -> Lab:
-    """The lab with everything opened once and every `auto` answered once, so that all experiments use the same arithmetic.
+    """The lab with every `auto` of its recipes resolved once, so that all experiments use the same precision and score.
 
-    Raises RequestError, before anything is trained, where data, teacher, reward and a variant do not fit each other.
+    Raises RequestError, before anything is trained, if data, teacher, reward and a variant do not fit together.
     """
     first: LoopConfig | None = None
     for variant in lab.variants:
         recipe = next(experiment.recipe for experiment in lab.experiments if experiment.variant == variant)
-        if lab.teacher is not None:  # its bundle is yet to be trained
+        if lab.teacher is not None:  # the teacher's bundle does not exist yet, so the plan must not open it
             recipe = dataclasses.replace(recipe, teacher=lab.teacher.teacher)
         plan = make_plan(recipe)
         if first is None:
@@ -137,12 +137,14 @@ def resolve_lab(lab: Lab) -> Lab:
             images = recipe.distillation.micro_batch or recipe.distillation.batch
             first = resolve_precision_for_run(scoring.loop, plan.teacher_spec, images, lab.folder)
     assert first is not None, "a lab has an experiment"
-    experiments = [dataclasses.replace(t, recipe=_as_answered(t.recipe, first)) for t in lab.experiments]
-    return dataclasses.replace(lab, experiments=tuple(experiments), teacher=lab.teacher and _as_answered(lab.teacher, first))
+    experiments = [dataclasses.replace(t, recipe=_with_resolved_auto(t.recipe, first)) for t in lab.experiments]
+    return dataclasses.replace(
+        lab, experiments=tuple(experiments), teacher=lab.teacher and _with_resolved_auto(lab.teacher, first)
+    )
 
 
-def _as_answered(recipe: Recipe, answers: LoopConfig) -> Recipe:
-    """The recipe with those answers to what may be `auto`."""
+def _with_resolved_auto(recipe: Recipe, answers: LoopConfig) -> Recipe:
+    """The recipe with the keys that may be `auto` replaced by those in answers."""
     loop = dataclasses.replace(
         recipe.loop,
         precision=answers.precision,

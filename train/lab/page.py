@@ -1,4 +1,4 @@
-"""lab.md, lab.html, lab.json and their pictures: variants in one table, scores over time, quality beside diversity."""
+"""Writes lab.md, lab.html, lab.json and their pictures: a table of variants, scores over time, quality and diversity."""
 
 import shlex
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from uni_instruct.files import atomic_file, atomic_folder
 from uni_instruct.train.lab.experiments import Lab
 from uni_instruct.train.lab.pictures import draw_distance, draw_paths
 from uni_instruct.train.lab.results import (
-    QUALITY,
-    SPREAD,
+    DIVERSITY_AXES,
+    QUALITY_AXES,
     Outcome,
     metric_name,
     ranked,
@@ -28,13 +28,16 @@ COLUMNS = {"precision": "precision", "recall": "recall", "class_accuracy": "clas
 
 
 def write_page(lab: Lab, failed: dict[Path, str], command: Sequence[str]) -> Path:
-    """Writes the lab's page from what its runs left behind; returns lab.html. command: the words that made it."""
+    """Write the lab's page from its finished runs. Returns the path of lab.html.
+
+    failed: folder -> last line of output of experiments that failed. command: the words of the lab's command line.
+    """
     outcomes = read_outcomes(lab, failed)
     with atomic_folder(lab.folder / "report") as pictures:
         with atomic_file(pictures / "distance.png") as partial:
             draw_distance(partial, lab, outcomes, teacher_best(lab))
-        quality = next((axis for axis in QUALITY if axis.known(outcomes)), None)
-        diversity = next((axis for axis in SPREAD if axis.known(outcomes)), None)
+        quality = next((axis for axis in QUALITY_AXES if axis.known(outcomes)), None)
+        diversity = next((axis for axis in DIVERSITY_AXES if axis.known(outcomes)), None)
         if quality is not None and diversity is not None:
             with atomic_file(pictures / "quality-diversity.png") as partial:
                 draw_paths(partial, lab, outcomes, quality, diversity)

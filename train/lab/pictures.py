@@ -1,4 +1,4 @@
-"""The lab's two pictures: scores over time, and each variant's way through quality and diversity."""
+"""The lab's two pictures: scores over time, and each variant's path through quality and diversity."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE_IN, DPI = (8.4, 4.6), 120
-# Okabe and Ito's colours, told apart by everyone; line styles where they come round again.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. With more variants the line style changes as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLES = ("-", "--", ":")
-LOG_FROM = 8.0  # an axis is logarithmic where the largest value is more than so many times the smallest
+LOG_FROM = 8.0  # an axis is logarithmic if largest value / smallest value exceeds this
 
 
 def draw_distance(file: Path, lab: Lab, outcomes: Sequence[Outcome], teacher: Evaluation | None) -> None:
-    """Each experiment's score over thousands of images seen; the teacher as a level. Logarithmic where scores span much."""
+    """Write a PNG of each experiment's score over thousands of images seen, with the teacher's as a horizontal line."""
     figure, axes = _figure()
     for number, variant in enumerate(lab.variants):
         for index, outcome in enumerate(o for o in outcomes if o.experiment.variant == variant):
@@ -48,7 +48,7 @@ def draw_distance(file: Path, lab: Lab, outcomes: Sequence[Outcome], teacher: Ev
 
 
 def draw_paths(file: Path, lab: Lab, outcomes: Sequence[Outcome], quality: Axis, diversity: Axis) -> None:
-    """Each experiment's way: diversity to the right, quality upwards, points that grow with time."""
+    """Write a PNG of each experiment's path: x is diversity, y is quality, and points grow with training time."""
     figure, axes = _figure()
     for number, variant in enumerate(lab.variants):
         for index, outcome in enumerate(o for o in outcomes if o.experiment.variant == variant):
@@ -67,7 +67,7 @@ def draw_paths(file: Path, lab: Lab, outcomes: Sequence[Outcome], quality: Axis,
 
 def _figure() -> tuple["Figure", "Axes"]:
     try:
-        from matplotlib.figure import Figure  # not pyplot: nothing global, and no window system
+        from matplotlib.figure import Figure  # not pyplot, which has global state and may open a window system
     except ModuleNotFoundError as error:
         raise MissingExtraError("matplotlib", extra="train") from error
     figure = Figure(figsize=SIZE_IN, dpi=DPI, layout="constrained")

@@ -1,4 +1,4 @@
-"""A lab's trainings: `uni-instruct train` processes, here or where Ray has room, so many at once, with one bar over all."""
+"""Runs a lab's trainings as `uni-instruct train` processes, several at once, on this machine or with Ray, with one bar."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Training:
-    """One call of `train`; what it prints goes to `output`."""
+    """One call of `uni-instruct train`. What it prints is written to `output`. words: further options."""
 
     folder: Path
     recipe: Recipe
@@ -38,49 +38,52 @@ class Training:
 
     @property
     def output(self) -> Path:
-        """Beside its folder, which the run has for itself."""
+        """The file of the training's output. It is beside the run's folder, because only the run writes into that."""
         return self.folder.with_suffix(self.folder.suffix + ".txt")
 
     @property
     def steps_done(self) -> int:
-        """Of both stages, as far as its log says."""
-        with suppress(UniInstructError):  # a run that has not begun has no status
+        """Steps done so far, of both stages together, according to the log."""
+        with suppress(UniInstructError):  # a run that has not started has no status
             return sum(stage.step for stage in read_status(self.folder).stages)
         return 0
 
 
-class Started(Protocol):
-    """A training that was started: a process, or what stands for one elsewhere."""
+class StartedTraining(Protocol):
+    """A training that was started: a `subprocess.Popen`, or an object with the same methods for a training elsewhere."""
 
     @property
     def returncode(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """The exit code of the last `poll` or `wait`; None while the training runs."""
         ...
 
     def poll(self) -> int | None:
-        """The same, looked at now."""
+        """Check whether the training has ended. Returns its exit code, None while it runs."""
         ...
 
     def terminate(self) -> None:
-        """Asks it to save its state and end."""
+        """Ask the training to save its state and end."""
         ...
 
     def wait(self) -> int:
-        """Until it has ended."""
+        """Wait until the training has ended. Returns its exit code."""
         ...
 
 
-# Starts a training beside so many others.
-Start = Callable[[Training, int], Started]
+# A function (training, number of trainings at once) -> started training.
+Start = Callable[[Training, int], StartedTraining]
 
 
 def start_training(training: Training, jobs: int) -> "subprocess.Popen[bytes]":
-    """`train` as a process of this machine; it ends, with its state saved, when this one does."""
+    """Start `train` as a child process on this machine. If this process ends, the child saves its state and ends too.
+
+    jobs: number of trainings at once, which share the cores.
+    """
     training.folder.parent.mkdir(parents=True, exist_ok=True)
     recipe = training.folder.with_suffix(training.folder.suffix + ".yaml")
     with atomic_file(recipe) as partial:
         partial.write_text(yaml.safe_dump(training.recipe.to_dict(), sort_keys=False))
-    # Side by side, each has its share of the cores: more threads than cores wait for each other.
+    # Each training gets its share of the cores, because more threads than cores wait for each other.
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ} if jobs > 1 else dict(os.environ)
     command = [*program(), "train", str(recipe), "--out", str(training.folder), *training.words]
@@ -91,9 +94,9 @@ def start_training(training: Training, jobs: int) -> "subprocess.Popen[bytes]":
 
 
 def train_all(lab: Lab, jobs: int, nice: int, start: Start = start_training) -> dict[Path, str]:
-    """Trains the teacher, then all experiments, `jobs` at once; goes on where an earlier call stopped.
+    """Train the teacher, then all experiments, `jobs` at once. Continues where an earlier call stopped.
 
-    Returns folder -> last line of output of those experiments that failed. Raises UniInstructError where the teacher did.
+    Returns folder -> last line of output, for experiments that failed. Raises UniInstructError if the teacher's training fails.
     """
     words = ("--nice", str(nice)) if nice else ()
     if lab.teacher is not None:
@@ -105,9 +108,9 @@ def train_all(lab: Lab, jobs: int, nice: int, start: Start = start_training) -> 
 
 
 def _run(trainings: Sequence[Training], jobs: int, label: str, steps: int, start: Start) -> dict[Path, str]:
-    """Each to its end, so many at once; folder -> last line of those that ended badly."""
-    waiting, running, failed = list(trainings), dict[Training, Started](), dict[Path, str]()
-    with progress(label, steps, "steps", sum(t.steps_done for t in trainings)) as shown, _ended_with_us(running):
+    """Run all trainings to their end, `jobs` at once. Returns folder -> last line of output, for those that failed."""
+    waiting, running, failed = list(trainings), dict[Training, StartedTraining](), dict[Path, str]()
+    with progress(label, steps, "steps", sum(t.steps_done for t in trainings)) as shown, _terminate_on_exit(running):
         bar = _Bar(shown, trainings)
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -126,7 +129,7 @@ def _run(trainings: Sequence[Training], jobs: int, label: str, steps: int, start
 
 
 class _Bar:
-    """Follows the runs' own logs: a child's progress needs no other way to be known."""
+    """Updates the progress bar from the runs' logs, so that the child processes need not report their progress."""
 
     def __init__(self, shown: Progress, trainings: Sequence[Training]):
         self.shown, self.trainings = shown, trainings
@@ -139,13 +142,13 @@ class _Bar:
 
 
 @contextmanager
-def _ended_with_us(running: dict[Training, Started]) -> Iterator[None]:
-    """Whatever ends this process's block ends the trainings too, each with its state saved."""
+def _terminate_on_exit(running: dict[Training, StartedTraining]) -> Iterator[None]:
+    """End the running trainings when the block ends, for example by Ctrl-C or SIGTERM. Each saves its state first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    # SIGTERM would end this process at once, and leave the trainings to nobody.
+    # By default SIGTERM would end this process at once, without waiting for the trainings.
     before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
     try:
         yield

@@ -1,7 +1,7 @@
-"""A lab's trainings as Ray actors: each runs `train` on a node of the cluster, and what it writes comes back as it grows.
+"""A lab's trainings as Ray actors: each runs `train` on a node of the cluster, and its files are copied back while it runs.
 
-So the lab's folder holds the runs as if they had been trained here: the bar, TensorBoard, the page, and going on with the same
-command need not know. A training whose actor or node dies begins again elsewhere, from the last state that came back.
+So the lab's folder holds the runs as if they had been trained here. The progress bar, TensorBoard, the page and resuming work
+without knowing about Ray. A training whose actor or node dies is restarted elsewhere, from the last state that was copied back.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ import yaml
 
 from uni_instruct import __version__
 from uni_instruct.files import atomic_file
-from uni_instruct.ray_cluster import LOCAL, Contents, check_version, connect, contents, import_ray, place_contents
+from uni_instruct.ray_cluster import LOCAL, PackedFiles, check_version, connect, contents, import_ray, unpack_files
 from uni_instruct.sampling.pool import MAX_DEATHS, failure
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.lab.processes import Training, start_training
 from uni_instruct.train.run_lock import LOCK
 
 RECIPE = "recipe.yaml"
-# How long an actor waits for its training to end before it says what is new.
-_LOOK_S = 1.0
-Files = dict[str, bytes]  # by their place in a training's folder; what it prints is under ''
+# An actor reports new files at this interval, or when its training ends.
+_POLL_S = 1.0
+Files = dict[str, bytes]  # path relative to the training's folder -> content; the training's output has the name ''
 
 
 class TrainingProgress(NamedTuple):
-    """What a training has written and removed since it was last asked, and its exit code, None while it runs."""
+    """Files that a training has written and removed since the last report, and its exit code, None while it runs."""
 
     files: Files
     removed: list[str]
@@ -39,9 +39,10 @@ class TrainingProgress(NamedTuple):
 
 
 class RayTrainings:
-    """Starts trainings on the Ray at an address, as a context. jobs: how many at once, None for one a GPU, else one a node.
+    """A context manager that starts trainings on the Ray cluster at an address.
 
-    Raises MissingExtraError without Ray, RequestError where there is no such cluster.
+    jobs: number of trainings at once, by default one per GPU, or one per node without GPUs. Raises MissingExtraError without
+    Ray, RequestError if there is no cluster at the address.
     """
 
     def __init__(self, address: str, jobs: int | None):
@@ -50,11 +51,11 @@ class RayTrainings:
         resources, nodes = self._ray.cluster_resources(), [node for node in self._ray.nodes() if node["Alive"]]
         gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
         self.jobs = jobs or gpus or len(nodes)
-        # A training fits on one node, whatever the others have.
+        # An actor's CPUs must all be on one node, so no more than the largest node has.
         largest = max(int(node["Resources"].get("CPU", 1)) for node in nodes)
         share = cpus / self.jobs if self.jobs > cpus else max(1, min(cpus // self.jobs, largest))
         options = {"num_cpus": share, "num_gpus": min(1.0, gpus / self.jobs), "max_restarts": 0}
-        self._trainer = self._ray.remote(Trainer).options(**options)
+        self._trainer = self._ray.remote(TrainingActor).options(**options)
         self._sends = address != LOCAL
         self._teachers: dict[str, Any] = {}
 
@@ -66,13 +67,13 @@ class RayTrainings:
             self._ray.shutdown()
 
     def start(self, training: Training, jobs: int) -> "RemoteTraining":
-        """Begins a training, or goes on with it; see `processes.Started`."""
+        """Start or resume a training. Implements `processes.Start`; the number of jobs was given to the constructor."""
         return RemoteTraining(self._ray, self._trainer, training, self._teacher(training) if self._sends else None, self._sends)
 
     def _teacher(self, training: Training) -> Any:
-        """The teacher's files, sent once for all trainings; None where the training makes its own."""
+        """The teacher's files as a Ray object, sent once for all trainings; None if there is nothing to send."""
         bundle = training.recipe.teacher.bundle
-        if not bundle or not Path(bundle).exists():  # a shipped one, or on the hub: nodes find it by its name
+        if not bundle or not Path(bundle).exists():  # trained by this training, or found by name on each node (shipped, hub)
             return None
         if bundle not in self._teachers:
             self._teachers[bundle] = self._ray.put(contents(Path(bundle)))
@@ -80,7 +81,7 @@ class RayTrainings:
 
 
 class RemoteTraining:
-    """One training somewhere in the cluster; see `processes.Started`."""
+    """One training in the cluster. Implements `processes.StartedTraining`."""
 
     def __init__(self, ray: Any, trainer: Any, training: Training, teacher: Any, sends: bool):
         self._ray, self._trainer, self._training, self._teacher = ray, trainer, training, teacher
@@ -89,7 +90,7 @@ class RemoteTraining:
         self._begin()
 
     def poll(self) -> int | None:
-        """The exit code, None while it runs. What has come back is in the training's folder."""
+        """The exit code, None while it runs. Writes files that have arrived into the training's folder."""
         if self.returncode is None:
             ready, _ = self._ray.wait([self._answer], timeout=0)
             if ready:
@@ -97,12 +98,12 @@ class RemoteTraining:
         return self.returncode
 
     def terminate(self) -> None:
-        """Asks it to save its state and end."""
+        """Ask the training to save its state and end."""
         if self.returncode is None:
             self._actor.end.remote()
 
     def wait(self) -> int:
-        """Until it has ended."""
+        """Wait until the training has ended. Returns its exit code. A dead actor is not restarted."""
         while self.returncode is None:
             self._ray.wait([self._answer], timeout=None)
             self._take(may_begin=False)
@@ -115,7 +116,10 @@ class RemoteTraining:
         self._answer = self._actor.progress.remote()
 
     def _take(self, may_begin: bool = True) -> None:
-        """Stores the progress that has arrived and asks for the next. Restarts the training if its actor is dead."""
+        """Store the progress that has arrived and request the next. Restart the training if its actor is dead.
+
+        After MAX_DEATHS dead actors, or without may_begin, the training counts as failed, with returncode -1.
+        """
         try:
             self._ray.get(self._begun)
             progress: TrainingProgress = self._ray.get(self._answer)
@@ -132,7 +136,7 @@ class RemoteTraining:
                 output.write(f"{self._deaths} actors died over it, the last by {type(error).__name__}: {reason[0]}\n")
             self.returncode = -1
             return
-        keep(progress, self._training)
+        apply_progress(progress, self._training)
         self.returncode = progress.exit_code
         if progress.exit_code is None:
             self._answer = self._actor.progress.remote()
@@ -140,26 +144,29 @@ class RemoteTraining:
             self._ray.kill(self._actor)
 
 
-class Trainer:
-    """What lives in a Ray worker: one call of `train`."""
+class TrainingActor:
+    """The Ray actor: runs one call of `train` on its node."""
 
-    def begin(self, training: Training, before: Files | None, teacher: Contents | None, version: str) -> None:
-        """Starts it in its folder; where `before` is given, in a folder of this node that has those files."""
+    def begin(self, training: Training, before: Files | None, teacher: PackedFiles | None, version: str) -> None:
+        """Start the training in its folder, or, if `before` is given, in a new folder of this node with those files.
+
+        teacher: the teacher's files, if they have to be placed on this node. version: the lab's version of this package.
+        """
         check_version(version)
         self._own = None if before is None else Path(tempfile.mkdtemp(prefix="uni-instruct-lab-"))
         if self._own is not None:
             training = dataclasses.replace(training, folder=self._own / "run")
-            keep(TrainingProgress(before or {}, [], None), training)
+            apply_progress(TrainingProgress(before or {}, [], None), training)
         if teacher is not None:
-            training = dataclasses.replace(training, recipe=_with_teacher(training.recipe, str(place_contents(teacher))))
+            training = dataclasses.replace(training, recipe=_with_teacher(training.recipe, str(unpack_files(teacher))))
             _set_teacher(training)
         self._training, self._seen = training, _stamps(training) if self._own else {}
-        self._process = start_training(training, jobs=1)  # Ray has set how many threads there are for an actor
+        self._process = start_training(training, jobs=1)  # Ray sets OMP_NUM_THREADS for an actor itself
 
     def progress(self) -> TrainingProgress:
-        """What is new, after a moment."""
+        """Wait up to _POLL_S seconds for the training to end. Returns what is new since the last call."""
         try:
-            code: int | None = self._process.wait(timeout=_LOOK_S)
+            code: int | None = self._process.wait(timeout=_POLL_S)
         except subprocess.TimeoutExpired:
             code = None
         if self._own is None:
@@ -173,12 +180,12 @@ class Trainer:
         return TrainingProgress(files, removed, code)
 
     def end(self) -> None:
-        """Asks the training to save its state and end."""
+        """Ask the training to save its state and end."""
         self._process.terminate()
 
 
 def read_files(training: Training, names: Iterable[str] | None = None) -> Files:
-    """Those files of a training, by default all; what has been removed meanwhile is left out."""
+    """The named files of a training, by default all. Files that have been removed meanwhile are left out."""
     found = Files()
     for name in _stamps(training) if names is None else names:
         with suppress(FileNotFoundError):
@@ -186,8 +193,8 @@ def read_files(training: Training, names: Iterable[str] | None = None) -> Files:
     return found
 
 
-def keep(progress: TrainingProgress, training: Training) -> None:
-    """Writes what is new into the training's folder, with the teacher's path as its recipe has it."""
+def apply_progress(progress: TrainingProgress, training: Training) -> None:
+    """Apply the progress to the training's folder. The recipe there gets this machine's path of the teacher."""
     for name in progress.removed:
         _place(training, name).unlink(missing_ok=True)
     for name, content in progress.files.items():
@@ -202,7 +209,10 @@ def _place(training: Training, name: str) -> Path:
 
 
 def _stamps(training: Training) -> dict[str, tuple[int, int]]:
-    """When each file was written last, and its size. The lock is its process's, and hidden files are half written."""
+    """Modification time and size of each file of a training, to detect changes.
+
+    Leaves out the lock, which belongs to the process, and hidden files, which are still being written.
+    """
     found = {}
     for file in (training.output, *training.folder.rglob("*")):
         hidden = file.name.startswith(".") or file.name == LOCK
@@ -218,9 +228,9 @@ def _with_teacher(recipe: Recipe, bundle: str) -> Recipe:
     return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, bundle=bundle))
 
 
-# A run that goes on compares its own recipe with the one that it is given, and the path of another node leads nowhere.
+# A resumed run compares its own recipe with the given one, and a path of another node would be invalid on this one.
 def _set_teacher(training: Training) -> None:
-    """Puts the teacher's path into the recipe in the training's folder, where there is one already."""
+    """Write the teacher's path into the recipe in the training's folder, if there already is one."""
     file = training.folder / RECIPE
     if not file.exists():
         return

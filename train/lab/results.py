@@ -1,4 +1,4 @@
-"""What a lab's experiments reached, read back from their logs: the best weights of each, and its scores on the way."""
+"""The results of a lab's experiments, read from their logs: all evaluations of each, and the one of its best weights."""
 
 import json
 import statistics
@@ -16,7 +16,7 @@ DIVERSITY = "generator/diversity"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One experiment's: its evaluations in order, the one whose weights were kept, seconds of its steps, why it failed."""
+    """One experiment's result: evaluations in order, the one whose weights were kept, seconds of its steps, why it failed."""
 
     experiment: Experiment
     history: StageHistory
@@ -27,7 +27,7 @@ class Outcome:
 
 
 class VariantJson(TypedDict):
-    """A variant in lab.json: metric -> values, one for each seed that ended."""
+    """A variant in lab.json. best_kimg and each list in scores have one value for each seed with an evaluation."""
 
     variant: str
     method: str
@@ -40,13 +40,13 @@ class VariantJson(TypedDict):
 
 
 class Axis:
-    """A quantity that an experiment has at each of its evaluations: a score, or a curve's value nearest to it."""
+    """A quantity of an experiment at each of its evaluations: a score, or the value of a curve at the nearest log line."""
 
     def __init__(self, label: str, read: Callable[[Outcome, Evaluation], float | None]):
         self.label, self.read = label, read
 
     def known(self, outcomes: Sequence[Outcome]) -> bool:
-        """Whether any experiment has it."""
+        """Whether any experiment has this quantity."""
         return any(self.read(o, e) is not None for o in outcomes for e in o.evaluations)
 
 
@@ -62,29 +62,29 @@ def _diversity(outcome: Outcome, evaluation: Evaluation) -> float | None:
     return curve.values[nearest]
 
 
-# Of each list the first that is known: precision and recall are left out of evaluations where the data are many.
-QUALITY = (Axis("precision", _score("precision")), Axis("classified as asked", _score("class_accuracy")))
-SPREAD = (Axis("recall", _score("recall")), Axis("diversity (student's to teacher's, 1 is alike)", _diversity))
+# The first known quantity of each list is drawn. Evaluations omit precision and recall if the data set is large.
+QUALITY_AXES = (Axis("precision", _score("precision")), Axis("classified as asked", _score("class_accuracy")))
+DIVERSITY_AXES = (Axis("recall", _score("recall")), Axis("diversity (student's to teacher's, 1 is alike)", _diversity))
 
 
 def read_outcomes(lab: Lab, failed: Mapping[Path, str]) -> list[Outcome]:
-    """Of every experiment, in their order; failed: folder -> why."""
+    """The outcomes of all experiments, in their order. failed: folder -> reason."""
     return [_outcome(experiment, failed.get(experiment.folder, "")) for experiment in lab.experiments]
 
 
 def teacher_best(lab: Lab) -> Evaluation | None:
-    """The evaluation of the teacher that the lab trained; None where it was given."""
+    """The best evaluation of the teacher that the lab trained; None if the recipe gives the teacher."""
     history = read_history(lab.teacher_run).get("teacher")
     return history.best(lab.experiments[0].recipe.loop.metric) if history else None
 
 
 def metric_name(outcomes: Sequence[Outcome]) -> str:
-    """Of the score that all are compared by, such as FD(digits-classifier)."""
+    """The name of the score by which all are compared, such as FD(digits-classifier); empty if nothing was scored."""
     return next((o.best.name for o in outcomes if o.best is not None), "")
 
 
 def ranked(lab: Lab, outcomes: Sequence[Outcome]) -> list[tuple[Variant, list[Outcome]]]:
-    """Variants with their experiments, the best mean first; those of which nothing is known last."""
+    """Variants with their experiments, ordered by mean score, the best (lowest) first. Variants without a score come last."""
     groups = [(variant, [o for o in outcomes if o.experiment.variant == variant]) for variant in lab.variants]
 
     def order(group: tuple[Variant, list[Outcome]]) -> tuple[bool, float]:
@@ -95,12 +95,12 @@ def ranked(lab: Lab, outcomes: Sequence[Outcome]) -> list[tuple[Variant, list[Ou
 
 
 def values_of(outcomes: Sequence[Outcome], name: str) -> list[float]:
-    """A score of the best weights of each experiment that has it."""
+    """That score of the best weights of each experiment, without experiments that lack it."""
     return [o.best.scores[name] for o in outcomes if o.best is not None and name in o.best.scores]
 
 
 def to_json(lab: Lab, outcomes: Sequence[Outcome]) -> str:
-    """lab.json: one entry for each variant, the best first."""
+    """The content of lab.json: an entry for each variant, the best first."""
     entries = []
     for variant, group in ranked(lab, outcomes):
         best = [o.best for o in group if o.best is not None]

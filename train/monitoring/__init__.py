@@ -1,1 +1,1 @@
-"""What is said about a run: metrics, sickness in words, faults, trackers."""
+"""Monitoring of a run: metrics, warnings, divergence errors, trackers, the log read back, and `train --status`."""

@@ -1,4 +1,4 @@
-"""Where a run's time goes: seconds by stage and activity, in a file of the run, so that they add up over stops and resumes."""
+"""Where a run's time goes: seconds by stage and activity, kept in the run's folder so that they add up when it is resumed."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Adds to the seconds that earlier calls left in the folder's time.json. Only the first process writes."""
+    """Counts seconds by stage and activity, on top of those in the folder's time.json. Only the first process writes."""
 
     def __init__(self, folder: Path, *, first_process: bool = True):
         self.file, self.first_process = folder / TIME_FILE, first_process
@@ -25,8 +25,8 @@ class Clock:
 
     @contextmanager
     def during(self, stage: str, activity: str) -> Iterator[None]:
-        """Counts the block as that activity, but for the blocks within it, which count as theirs alone."""
-        # What has passed so far belongs to the block around this one.
+        """Count the time of the block as that activity. Nested blocks count only as their own activity."""
+        # The time so far belongs to the enclosing block.
         self._lap()
         self._open.append((stage, activity))
         try:
@@ -36,18 +36,18 @@ class Clock:
             self._open.pop()
 
     def add(self, stage: str, activity: str, time_s: float) -> None:
-        """Counts seconds that passed before there was a clock."""
+        """Add seconds to an activity, for example those that passed before the clock existed."""
         activities = self._times.setdefault(stage, {})
         activities[activity] = activities.get(activity, 0.0) + time_s
 
     def share(self, stage: str, activity: str) -> float:
-        """The part of the stage's time, in 0..1, that the activity has taken so far."""
+        """The activity's share of the stage's time so far, in 0..1: its seconds / the seconds of all activities."""
         self._lap()
         spent = self._times.get(stage, {})
         return spent.get(activity, 0.0) / max(sum(spent.values()), 1e-9)
 
     def write(self) -> None:
-        """Leaves what has passed so far to the next call; a run that is killed loses only what came after."""
+        """Write the times to time.json. A run that is killed loses only the time since the last write."""
         self._lap()
         if self.first_process:
             with atomic_file(self.file) as partial:
@@ -61,7 +61,7 @@ class Clock:
 
 
 def read_times(folder: Path) -> Times:
-    """What a run's time.json says, nothing where there is none. A damaged one is begun anew, with a warning."""
+    """The times in a run's time.json; empty if there is no such file. A damaged file counts as empty, with a warning."""
     file = folder / TIME_FILE
     if not file.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Warnings in words: what the logged metrics say is going wrong, and the recipe key to turn."""
+"""Warnings about a training that goes wrong: what the logged metrics show, and which recipe key to change."""
 
 import dataclasses
 import math
@@ -7,23 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Lines before a comparison with the past means anything: at first the fake score is the teacher's copy, at distance zero.
+# The first lines are not used for comparison with the past: the fake score starts as a copy of the teacher, at distance zero.
 SETTLING = 10
 WINDOW = 50
 
 
 @dataclass
 class MetricHistory:
-    """One metric's memory: its values on the last WINDOW lines, newest last, and its lowest once it has settled."""
+    """One metric's past: its values on the last WINDOW lines, newest last, and its lowest, without the first SETTLING lines."""
 
     seen: int = 0
     lowest: float = math.inf
     recent: list[float] = field(default_factory=list)
 
     def add(self, value: float) -> None:
-        """Takes in the value of one more line."""
+        """Add the value of one more line."""
         self.seen += 1
-        # A new list, as a saved state may hold the old one.
+        # A new list, because a saved state may still refer to the old one.
         self.recent = [*self.recent, value][-WINDOW:]
         if self.seen > SETTLING:
             self.lowest = min(self.lowest, value)
@@ -31,9 +31,9 @@ class MetricHistory:
 
 @dataclass(frozen=True, kw_only=True)
 class DerivedMetric:
-    """A value derived from a metric and its past, under a name that symptoms can read like a metric's.
+    """A value computed from a metric and its past. Symptoms read it by its name, like a logged metric.
 
-    read(value, history) sees the history without the value; None where there is too little past.
+    read(value, history): history does not include the value yet. Returns None if there is too little past.
     """
 
     name: str
@@ -42,19 +42,19 @@ class DerivedMetric:
 
 
 def times_lowest(value: float, history: MetricHistory) -> float | None:
-    """The value in units of the lowest so far."""
+    """value / lowest value so far; None while there is none."""
     return value / history.lowest if 0 < history.lowest < math.inf else None
 
 
 def times_median(value: float, history: MetricHistory) -> float | None:
-    """The value in units of the median of the last WINDOW lines."""
-    # The median, since the past may hold a spike or two.
+    """value / median of the last WINDOW lines; None before SETTLING lines."""
+    # The median rather than the mean, because the past may contain a few spikes.
     median = statistics.median(history.recent) if len(history.recent) >= SETTLING else 0.0
     return value / median if median > 0 else None
 
 
 def rise(value: float, history: MetricHistory) -> float | None:
-    """How much a count grew since the last line."""
+    """value - value of the last line: how much a count has grown; None on the first line."""
     return value - history.recent[-1] if history.recent else None
 
 
@@ -72,23 +72,23 @@ DERIVED_METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class HealthyRange:
-    """Where a metric, logged or derived, should be; low and high are healthy still."""
+    """The healthy range of a logged or derived metric. Both ends, low and high, are healthy."""
 
     metric: str
     low: float = -math.inf
     high: float = math.inf
 
     def violation(self, values: Mapping[str, float]) -> float | None:
-        """The value that is outside, None where it is healthy."""
+        """The metric's value if it is outside the range, else None."""
         value = values[self.metric]
         return value if value < self.low or value > self.high else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Symptom:
-    """One row: what is seen and what it means, with {value} in it, the recipe keys to turn, and what would be healthy.
+    """One row of SYMPTOMS: the warning's text with {value} in it, the recipe keys to change, and the healthy range.
 
-    On a line without that metric nothing is known, and the symptom's counts stand still.
+    A log line without that metric does not change the symptom's counts.
     """
 
     name: str
@@ -97,8 +97,8 @@ class Symptom:
     healthy: HealthyRange
 
 
-# A discriminator at an accuracy of one half is missing here on purpose: it cannot tell the generator's images from real ones,
-# which is what success looks like.
+# A discriminator with an accuracy of one half is not a symptom: it cannot tell the generator's images from real ones, which is
+# the aim of training.
 SYMPTOMS = {
     s.name: s
     for s in (
@@ -163,16 +163,16 @@ SYMPTOMS = {
 
 @dataclass
 class Streak:
-    """How a symptom has gone: lines in a row with it, lines in a row without it, and whether it has been reported."""
+    """The course of a symptom: lines in a row with it, lines in a row without it, and whether it has been reported."""
 
     sick_lines: int = 0
     well_lines: int = 0
     reported: bool = False
 
     def count(self, sick: bool, patience: int) -> bool:
-        """Counts one more line; whether the symptom is to be reported now."""
+        """Count one more line. Returns whether the symptom has to be reported now."""
         self.sick_lines, self.well_lines = (self.sick_lines + 1, 0) if sick else (0, self.well_lines + 1)
-        # A curve that hovers at its bound is one illness, not one a line.
+        # Reported again only after `patience` healthy lines. A metric that oscillates around its bound is reported once.
         if self.well_lines >= patience:
             self.reported = False
         due = self.sick_lines >= patience and not self.reported
@@ -181,9 +181,9 @@ class Streak:
 
 
 class Health:
-    """Watches a stage's log. A symptom is reported once it has lasted for `patience` lines.
+    """Examines a stage's log lines. A symptom is reported when it has lasted for `patience` lines.
 
-    It is reported once, and again only after it has been absent for as many lines.
+    It is reported once, and again only after it has been absent for `patience` lines.
     """
 
     def __init__(self, patience: int):
@@ -192,8 +192,8 @@ class Health:
         self._streaks: dict[str, Streak] = {}
 
     def examine(self, metrics: Mapping[str, float]) -> list[str]:
-        """Takes in one log line; the warnings to show now, each 'what is seen and means; what to turn'."""
-        # Derived values see the past without this line: compared with itself nothing would be unusual.
+        """Add one log line. Returns the warnings to show now, each as '<what is wrong>; <what to change>'."""
+        # Derived values compare this line with the lines before it, without itself.
         values = {**metrics, **self._derived(metrics)}
         warnings = []
         for symptom in SYMPTOMS.values():
@@ -205,14 +205,15 @@ class Health:
         return warnings
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to warn as the uninterrupted one would: numbers in plain dicts."""
+        """The counts and histories, as plain dicts, so that a resumed run warns as the uninterrupted one would."""
+        # "trails" and "courses" are the keys of saved states; renaming them would make old states unreadable.
         return {
             "trails": {metric: dataclasses.asdict(history) for metric, history in self._histories.items()},
             "courses": {name: dataclasses.asdict(streak) for name, streak in self._streaks.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave; later lines leave the given state as it is."""
+        """Restore what `state_dict` returned. Later lines do not modify the given state."""
         self._histories = {metric: MetricHistory(**history) for metric, history in state["trails"].items()}
         self._streaks = {name: Streak(**streak) for name, streak in state["courses"].items()}
 
@@ -221,7 +222,7 @@ class Health:
         for derived in DERIVED_METRICS.values():
             value = metrics.get(derived.metric, math.nan)
             if not math.isfinite(value):
-                continue  # absent, or a value that would spoil every comparison to come
+                continue  # absent, or not finite, which would make all later comparisons useless
             history = self._histories.setdefault(derived.metric, MetricHistory())
             result = derived.read(value, history)
             history.add(value)

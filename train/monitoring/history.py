@@ -1,4 +1,4 @@
-"""What a run's log.jsonl says, read fast and without torch: a long run's is a hundred megabytes, nearly all of it curves."""
+"""Reads a run's log.jsonl, fast and without torch. For a long run it has a hundred megabytes, almost all of them curves."""
 
 import json
 import re
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
-# The speed of so many of the last lines is the present one: a line alone may hold an evaluation.
+# The present speed is taken over this many lines, because the time of a single line may include an evaluation.
 RECENT_LINES = 10
 WARNINGS = 3
 _PLACE = ("stage", "step", "kimg")
-# Of a line of curves the head and the speed are all that counts; reading all of it as JSON takes ten times as long.
+# Of a line of curves only the head and the speed are needed. Parsing the whole line as JSON takes ten times as long.
 _CURVES = re.compile(rb'\{"stage": "(\w+)", "step": (\d+),.*"images_per_s": (\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)[,}].*')
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreLine:
-    """One evaluation: after which step and how many thousand images, and its scores by name."""
+    """One evaluation: its stage, step, thousands of images seen, and scores by name."""
 
     stage: str
     step: int
@@ -27,13 +27,13 @@ class ScoreLine:
     scores: dict[str, float]
 
     def to_dict(self) -> dict[str, str | float]:
-        """As the line stands in the log."""
+        """The same keys as the line in the log."""
         return {"stage": self.stage, "step": self.step, "kimg": self.kimg, **self.scores}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarningLine:
-    """What training warned of, in words."""
+    """One warning that training logged, as text."""
 
     stage: str
     step: int
@@ -42,9 +42,10 @@ class WarningLine:
 
 @dataclass
 class History:
-    """One stage's past: the last step that was heard of, and what its lines hold.
+    """One stage's log: its last step, speeds, evaluations and warnings.
 
-    images and time_s add up the curves' lines, longest_s is the longest time between two; recent has the last of both.
+    step is the last step of any line, curve_step that of the last line of curves. images and time_s are sums over the lines of
+    curves; longest_s is the longest time between two of them; recent has (images, seconds) of the last RECENT_LINES.
     """
 
     step: int = 0
@@ -58,8 +59,8 @@ class History:
     last_line: bytes = b"{}"
 
     def add_speed(self, step: int, batch: int, images_per_s: float, line: bytes) -> None:
-        """Takes in a line of curves. Its speed is that since the line before it, whatever happened between the two."""
-        # A resumed run logs steps again; they are no new images.
+        """Add a line of curves. Its speed is the average since the previous line, including evaluations in between."""
+        # A resumed run logs some steps a second time. Their images are not new.
         images = max(0, step - self.curve_step) * batch
         self.step, self.curve_step, self.last_line = max(self.step, step), step, line
         if images_per_s > 0:
@@ -70,33 +71,33 @@ class History:
 
     @property
     def images_per_s(self) -> float | None:
-        """Over the whole stage, evaluations included; None before the first line."""
+        """Mean speed of the whole stage, evaluations included; None before the first line."""
         return self.images / self.time_s if self.time_s else None
 
     @property
     def recent_images_per_s(self) -> float | None:
-        """Over the last lines."""
+        """Mean speed of the last RECENT_LINES lines of curves: sum of images / sum of seconds; None before the first line."""
         seconds = sum(s for _, s in self.recent)
         return sum(images for images, _ in self.recent) / seconds if seconds else None
 
     @property
     def skipped_steps(self) -> int:
-        """Updates left out so far because they were not finite."""
+        """Number of updates skipped so far because their gradient was not finite, from the last line of curves."""
         skipped = (_record(self.last_line) or {}).get("skipped_steps", 0)
         return int(skipped) if isinstance(skipped, int | float) else 0
 
     def best(self, metric: str) -> ScoreLine | None:
-        """The evaluation with the lowest value of a recipe's metric; None where there is none yet."""
+        """The evaluation with the lowest value of the recipe's metric (FD or KD); None if there is none yet."""
         valued = [(_value(line.scores, metric), line) for line in self.scored]
-        # A NaN, which is not equal to itself, is no score.
+        # `value == value` is false for NaN, which is not a score.
         found = [(value, line) for value, line in valued if value is not None and value == value]
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def read_history(file: Path, batches: dict[str, int]) -> dict[str, History]:
-    """The past of each stage in `batches`, which gives its batch. A missing file is an empty one.
+    """The history of each stage in `batches` (stage -> batch size). A missing file counts as empty.
 
-    Lines that are half written, or written by nobody here, are passed over.
+    Lines that are incomplete or not in the log's format are skipped.
     """
     stages = {name: History() for name in batches}
     for line in _lines(file):
@@ -110,7 +111,7 @@ def read_history(file: Path, batches: dict[str, int]) -> dict[str, History]:
 
 
 def _add(history: History, stage: str, record: dict[str, object]) -> None:
-    """Takes in a line that is none of curves."""
+    """Add a line that is not a line of curves: a warning or an evaluation."""
     step, kimg = record["step"], record.get("kimg")
     assert isinstance(step, int)
     history.step = max(history.step, step)
@@ -127,7 +128,7 @@ def _lines(file: Path) -> Iterator[bytes]:
         with file.open("rb") as stream:
             for line in stream:
                 yield line.rstrip(b"\n")
-    # A run that has just begun has no log yet.
+    # A run that has just started has no log yet.
     except FileNotFoundError:
         return
 

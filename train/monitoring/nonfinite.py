@@ -1,4 +1,4 @@
-"""What was not finite in an update, and the advice that fits."""
+"""Which term of an update was not finite, and what to change in the recipe."""
 
 from collections.abc import Mapping
 
@@ -26,22 +26,22 @@ ADVICE = {
 
 
 class TrainingError(UniInstructError):
-    """Training cannot go on."""
+    """Training diverged and cannot continue."""
 
 
 class NonFiniteTracker:
-    """The per-image terms of one update, kept until it is known that they were finite."""
+    """Keeps the per-image terms of one update, so that the first one that is not finite can be found afterwards."""
 
     def __init__(self) -> None:
         self._terms: list[tuple[str, Tensor, Tensor]] = []
 
     def add(self, terms: Mapping[str, Tensor], sigma: Tensor) -> None:
-        """terms: name -> [b]; sigma [b, 1, 1, 1]."""
-        # Looked at only when a gradient was bad: asking each term would make the GPU wait in every step.
+        """Keep the terms of one micro-batch: name -> [b], at noise levels sigma [b, 1, 1, 1]."""
+        # Examined only after a bad gradient, because testing each term would synchronise with the GPU in every step.
         self._terms += [(name, values.detach(), sigma.detach().flatten()) for name, values in terms.items()]
 
     def first_bad(self) -> tuple[str, float] | None:
-        """The first term that is not finite, and the noise level of its first such image."""
+        """The first term that is not finite, and the noise level of its first bad image; None if all are finite."""
         for name, values, sigma in self._terms:
             bad = ~torch.isfinite(values)
             if bad.any():
@@ -52,10 +52,10 @@ class NonFiniteTracker:
 def raise_if_diverged(
     fabric: Fabric, optimizer_step: OptimizerStep, limit: int, nonfinite: NonFiniteTracker, step: int
 ) -> None:
-    """Raises TrainingError after `limit` updates in a row that were not finite, naming step, term and noise level."""
+    """Raise TrainingError after `limit` updates in a row that were not finite, naming step, term and noise level."""
     if optimizer_step.bad_in_a_row < limit:
         return
-    # The term may have gone bad in another process's share; all must raise the same error.
+    # The bad term may be in another process's shard, and all processes must raise the same error.
     found = fabric.all_gather(_encode(nonfinite.first_bad(), fabric.device))
     assert isinstance(found, Tensor)
     named = [row for row in found.reshape(-1, 2).tolist() if row[0] >= 0]
@@ -68,5 +68,5 @@ def raise_if_diverged(
 
 
 def _encode(bad: tuple[str, float] | None, device: torch.device) -> Tensor:
-    # Processes exchange tensors: a term is sent as its place in the table.
+    # Processes exchange tensors, so a term is sent as its index in ADVICE.
     return torch.tensor([-1.0, 0.0] if bad is None else [list(ADVICE).index(bad[0]), bad[1]], device=device)

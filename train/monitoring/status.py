@@ -1,4 +1,4 @@
-"""How far, how fast and how good a run is, from its small files alone: without torch, and without a trace in the run."""
+"""The status of a run: progress, speed and scores. Read from the run's small files, without torch and without writing any."""
 
 import dataclasses
 import json
@@ -13,22 +13,23 @@ from pathlib import Path
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.train.monitoring.history import History, ScoreLine, WarningLine, read_history
 from uni_instruct.train.recipe_file import built_in_recipes, read_yaml, steps_in
-from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, Worker, is_locked, read_worker
+from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, RunProcess, is_locked, read_run_process
 
 RECIPE, LOG = "recipe.yaml", "log.jsonl"
-# Stages by their names in the log, with their sections in the recipe.
+# Stage name in the log -> section of the recipe.
 STAGES = {"teacher": "teacher", "generator": "distillation"}
 RUNNING, KILLED, PROBABLY_RUNNING, PROBABLY_STOPPED = "running", "killed", "probably running", "probably stopped"
-# Where only the last line tells whether a run goes on: so many times the longest time between two lines, and a minute.
+# Without a usable lock, a run counts as stopped if it has been silent for SILENCE times the longest gap between two log lines
+# plus a minute, or for UNKNOWN_SILENCE_S if no gap is known.
 SILENCE, UNKNOWN_SILENCE_S = 3.0, 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """One stage. saved_step is that of the state from which a resumed run goes on, None where it is not known.
+    """The status of one stage. saved_step is the step of the saved state, from which a resumed run continues; None if unknown.
 
-    images_per_s is the present speed, mean_images_per_s that of the whole stage with its evaluations; left_s is reckoned by
-    the present one. Scores are with their step and kimg.
+    images_per_s is the present speed, mean_images_per_s that of the whole stage with its evaluations. left_s is estimated from
+    the present speed. The scores include their step and kimg.
     """
 
     name: str
@@ -46,11 +47,11 @@ class StageStatus:
 
     @property
     def percent(self) -> float:
-        """Of the stage's steps."""
+        """Share of the stage's steps that are done, in 0..100."""
         return 100 * self.step / self.steps
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values; scores as they stand in the log."""
+        """Plain values for JSON; scores as in the log."""
         return {
             **dataclasses.asdict(self),
             "last_scores": self.last_scores and self.last_scores.to_dict(),
@@ -63,9 +64,10 @@ class StageStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A run as it stands. state is one of the words above, or how its process ended; known_by says how that is known.
+    """The status of a run. state is one of the words above, or how its process ended; known_by says how that is known.
 
-    left_s is of all stages, None while one is to come whose speed nobody knows. written is in seconds since 1970.
+    left_s is the sum over all stages, None if the speed of one is not known yet. written: when the run last wrote a file, in
+    seconds since 1970. resume: the command that continues the run, None if it is finished.
     """
 
     run: Path
@@ -73,7 +75,7 @@ class Status:
     metric: str
     state: str
     known_by: str
-    worker: Worker | None
+    worker: RunProcess | None
     stages: tuple[StageStatus, ...]
     left_s: float | None
     warnings: tuple[WarningLine, ...]
@@ -81,7 +83,7 @@ class Status:
     resume: str | None
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values, as JSON takes them."""
+        """Plain values for JSON, with age_s, the seconds since the run last wrote a file."""
         stages = [stage.to_dict() for stage in self.stages]
         return {
             **dataclasses.asdict(self),
@@ -92,7 +94,7 @@ class Status:
 
 
 def read_status(folder: Path) -> Status:
-    """The status of the run in a folder. Raises RequestError where there is none, FileFormatError for a recipe of no use."""
+    """The status of the run in a folder. Raises RequestError if it is not a run, FileFormatError if its recipe is unusable."""
     _check_is_run(folder)
     recipe = read_yaml(folder / RECIPE)
     lengths = {name: _length(recipe, section, folder) for name, section in STAGES.items() if _is_trained(recipe, name)}
@@ -100,7 +102,7 @@ def read_status(folder: Path) -> Status:
     histories = read_history(folder / LOG, {name: batch for name, (_, batch) in lengths.items()})
     metric = str(_section(recipe, "loop").get("metric", ""))
     stages = tuple(_stage(folder, name, *lengths[name], history, metric) for name, history in histories.items())
-    worker = read_worker(folder)
+    worker = read_run_process(folder)
     longest_s = max(history.longest_s for history in histories.values())
     state, known_by = _state(folder, worker, all(s.finished for s in stages), time.time() - written, longest_s)
     return Status(
@@ -118,16 +120,17 @@ def read_status(folder: Path) -> Status:
     )
 
 
-def resume_command(folder: Path, worker: Worker | None) -> str:
-    """What to type to go on, for a shell. It names the run's own recipe, which stays when a built-in one changes."""
+def resume_command(folder: Path, worker: RunProcess | None) -> str:
+    """The shell command that resumes a run. It names the run's own recipe.yaml, in case a built-in recipe has changed."""
     program, words, moved = ["uni-instruct"], [], False
     if worker is not None:
         program = list(worker.program)
         if (found := shutil.which("uni-instruct")) and program == [str(Path(found).absolute())]:
             program = ["uni-instruct"]
-        # One process is named as well: without a word a CPU takes one a core, and sums over others end in other bytes.
+        # --devices is given even for one process. The default on a CPU may be more, and sums over a different number of
+        # processes round differently.
         words += ["--devices", str(worker.devices), *["--nice", str(worker.nice)] * (worker.nice > 0)]
-        moved = Path(worker.cwd) != Path.cwd()  # a recipe's data may be named from there
+        moved = Path(worker.cwd) != Path.cwd()  # paths in the recipe may be relative to the run's working directory
     where = folder.absolute() if moved else folder
     command = shlex.join([*program, "train", str(where / RECIPE), "--out", str(where), *words])
     return f"cd {shlex.quote(worker.cwd)} && {command}" if moved and worker is not None else command
@@ -157,12 +160,12 @@ def _section(recipe: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def _is_trained(recipe: Mapping[str, object], stage: str) -> bool:
-    """Whether the run trains that stage; a teacher may be given."""
+    """Whether the run trains that stage. False for the teacher if the recipe gives one."""
     return stage != "teacher" or not _section(recipe, "teacher").get("bundle")
 
 
 def _length(recipe: Mapping[str, object], section: str, folder: Path) -> tuple[int, int]:
-    """Steps and batch of a stage."""
+    """Number of steps and batch size of a stage. Raises FileFormatError if the recipe has no valid ones."""
     kimg, batch = (_section(recipe, section).get(key) for key in ("duration_kimg", "batch"))
     if not isinstance(kimg, int | float) or not isinstance(batch, int) or batch < 1:
         problem = f"{folder / RECIPE} does not say how long {section} is"
@@ -171,7 +174,7 @@ def _length(recipe: Mapping[str, object], section: str, folder: Path) -> tuple[i
 
 
 def _written(folder: Path) -> Iterator[Path]:
-    """The files that tell when a run last wrote; those that a run replaces may be gone the next moment."""
+    """The files whose modification times tell when a run last wrote. A running run may replace or remove files meanwhile."""
     candidates = [folder / RECIPE, folder / LOG, *folder.glob("state/*.pt"), *folder.glob("samples/*.png")]
     return (file for file in candidates if file.is_file())
 
@@ -179,9 +182,9 @@ def _written(folder: Path) -> Iterator[Path]:
 def _stage(folder: Path, name: str, steps: int, batch: int, history: History, metric: str) -> StageStatus:
     saved = _saved_step(folder, name)
     step = min(steps, max(history.step, saved or 0))
-    # Without a saved step, from an earlier version, the bundle and the last line have to do.
+    # Runs of earlier versions have no saved step. The last line and the bundle then show whether the stage is finished.
     finished = saved >= steps if saved is not None else step >= steps and (folder / name).is_dir()
-    # The present speed, not the mean: a machine that has become slow stays slow.
+    # The present speed, not the mean, because a machine that has become slow usually stays slow.
     speed = history.recent_images_per_s
     left_s = 0.0 if finished else (steps - step) * batch / speed if speed else None
     return StageStatus(
@@ -201,7 +204,7 @@ def _stage(folder: Path, name: str, steps: int, batch: int, history: History, me
 
 
 def _saved_step(folder: Path, stage: str) -> int | None:
-    """The step of the stage's state, where a note of it is as new as the state."""
+    """The step of the stage's saved state, from the JSON file beside it. None if that file is missing, damaged or older."""
     state = folder / "state" / f"{stage}.pt"
     note = state.with_suffix(".json")
     try:
@@ -210,10 +213,13 @@ def _saved_step(folder: Path, stage: str) -> int | None:
         return None
 
 
-def _state(folder: Path, worker: Worker | None, done: bool, age_s: float, longest_s: float) -> tuple[str, str]:
-    """In what state a run is, and how that is known."""
+def _state(folder: Path, worker: RunProcess | None, done: bool, age_s: float, longest_s: float) -> tuple[str, str]:
+    """The state of a run, and how it is known, as text.
+
+    done: all stages are finished. age_s: seconds since the run last wrote. longest_s: longest gap between two log lines.
+    """
     locked = is_locked(folder)
-    # A lock is the system's own word; all else here is inference.
+    # The operating system guarantees the lock. Everything below is inferred.
     if locked:
         return RUNNING, f"{worker or 'a process'} holds {LOCK}"
     if done:
@@ -223,7 +229,7 @@ def _state(folder: Path, worker: Worker | None, done: bool, age_s: float, longes
         return word, f"{worker} said so when it ended" + (f": {worker.ended[len(FAILED) + 2 :]}" if word == FAILED else "")
     if worker is not None and worker.is_local and (locked is False or not _exists(worker.pid)):
         return KILLED, f"{worker} is gone, and did not say that it ended"
-    # Evaluations are the longest silences of a healthy run.
+    # In a healthy run the longest gaps are evaluations, so a gap of several times that length means that it has stopped.
     silence_s = 60 + SILENCE * longest_s if longest_s else UNKNOWN_SILENCE_S
     who = f"{worker} left no sign that it ended" if worker is not None else f"there is no {LOCK} to tell"
     state = PROBABLY_RUNNING if age_s < silence_s else PROBABLY_STOPPED
@@ -235,7 +241,7 @@ def _exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # Somebody else's process: it is there.
+    # PermissionError: the process exists but belongs to another user.
     except PermissionError:
         pass
     return True

@@ -1,4 +1,4 @@
-"""A run's status in words."""
+"""A run's status as text for the terminal."""
 
 import time
 
@@ -10,7 +10,7 @@ _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 
 
 def status_text(status: Status) -> str:
-    """Some ten lines for a terminal."""
+    """The status as about ten lines for a terminal."""
     now = time.time()
     lines = [f"{status.run} ({status.recipe}): {status.state} ({status.known_by})"]
     if status.worker is not None and status.state == RUNNING:
@@ -31,8 +31,8 @@ def status_text(status: Status) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: 42 s, 3 min 20 s, 5 h 10 min, 2 d 3 h."""
-    # A clock that was set back would give a negative age.
+    """A duration in at most two units: 42 s, 3 min 20 s, 5 h 10 min, 2 d 3 h."""
+    # If the clock was set back, the age of a file is negative.
     seconds = max(0, round(seconds))
     for large_s, large, small_s, small in _UNITS:
         if seconds >= large_s:
@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
 
 def _progress(stage: StageStatus, begun: bool) -> str:
     if not stage.step:
-        # What is prepared or trained until the first log line, or the first state, is known to the process alone.
+        # Before the first log line or saved state, only the process itself knows how far it is.
         return f"{'no log line yet' if begun else 'not begun'}, {stage.steps:,} steps ({_kimg(stage, stage.steps)} kimg) to go"
     how_far = f"step {stage.step:,} of {stage.steps:,} ({_kimg(stage, stage.step)} of {_kimg(stage, stage.steps)} kimg"
     parts = [f"{how_far}, {int(stage.percent)} %)"]
@@ -64,11 +64,11 @@ def _kimg(stage: StageStatus, steps: int) -> str:
 
 
 def _quality(stage: StageStatus, metric: str) -> list[str]:
-    """The last scores and, where they are others, the best."""
+    """Lines with the last scores and, if they differ, the best."""
     last, best = stage.last_scores, stage.best_scores
     if last is None:
         return ["no scores: the recipe's metric is 'none'"] if metric == "none" and stage.step else []
-    # Saying one thing twice looks like two.
+    # One line if the last scores are the best, so that they are not mistaken for two evaluations.
     if best is None or best.step == last.step:
         return [f"{'best and last' if best else 'last'} scores {_scores(last)}"]
     return [f"last scores {_scores(last)}", f"best scores {_scores(best)}"]

@@ -1,4 +1,4 @@
-"""Where a run's scalars and pictures go beside log.jsonl: TensorBoard always, Weights & Biases or Trackio where asked for."""
+"""Trackers, which show a run's scalars and pictures: TensorBoard always, Weights & Biases or Trackio on request."""
 
 import os
 import re
@@ -23,27 +23,27 @@ ID_FILE = "tracking_id"
 
 
 class Tracker(Protocol):
-    """A place that curves and pictures are sent to. The x axis is `images`, the number of images the stage has seen.
+    """A destination for curves and pictures. The x axis is `images`, the number of images that the stage has seen.
 
-    A resumed run sends the values after its last saved state once more; they lie on the points that are there already.
+    A resumed run sends the values after its last saved state a second time; they coincide with the existing points.
     """
 
     def scalars(self, values: Mapping[str, float], images: int) -> None:
-        """One point of each curve."""
+        """Send one point of each curve."""
         ...
 
     def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
-        """One picture, uint8 [H, W, 1 or 3]."""
+        """Send one picture, uint8 [H, W, 1 or 3]."""
         ...
 
     def close(self) -> None:
-        """Sends what is still queued; nothing may be sent afterwards."""
+        """Send what is still queued. Nothing may be sent afterwards."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker is told of a run: its folder, the name to show, and the recipe in plain values."""
+    """What a tracker needs to know about a run: its folder, the name to show, and the recipe as plain values."""
 
     folder: Path
     name: str
@@ -51,7 +51,7 @@ class TrackedRun:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises RequestError for an unknown name and for a package that is not installed; imports none of them."""
+    """Raise RequestError for an unknown tracker, or if its package is not installed. Imports none of the packages."""
     for name in names:
         if name not in TRACKERS:
             raise RequestError(f"tracker '{name}' is unknown", remedy=f"choose one of {', '.join(TRACKERS)}", param="trackers")
@@ -64,15 +64,16 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], folder: Path, run_name: str, config: Mapping[str, object]) -> list[Tracker]:
-    """TensorBoard, and the named ones, each once; all or none. Raises RequestError where one is unknown or cannot start.
+    """Open TensorBoard and the named trackers, each once. Raises RequestError if one is unknown or cannot start.
 
-    A later call with the same folder goes on with the same runs. config: plain values, as YAML takes them.
+    If one cannot start, those already opened are closed. A later call with the same folder continues the same runs. config:
+    plain values, as in YAML.
     """
-    # TensorBoard is local and always there, whatever else is asked for.
+    # TensorBoard is always opened, because its files are local and need no account.
     wanted = list(dict.fromkeys(("tensorboard", *names)))
     check_trackers(wanted)
     run = TrackedRun(folder=folder, name=run_name, config=config)
-    # Where the second one refuses, the first must not stay open and draw an empty run.
+    # If the second tracker cannot start, the first is closed, so that it does not show an empty run as running.
     with ExitStack() as opened:
         trackers = []
         for name in wanted:
@@ -83,10 +84,10 @@ def open_trackers(names: Sequence[str], folder: Path, run_name: str, config: Map
 
 
 def stable_id(folder: Path) -> str:
-    """The id under which trackers know the run in a folder: the folder's name and a part drawn once, kept in the folder.
+    """The id of a folder's run in the trackers: the folder's name and a random part. Created once and kept in the folder.
 
-    The name alone would not do: a run trained anew into a folder of the same name would be drawn over the old one's curves,
-    and Weights & Biases refuses the id of a run that was deleted.
+    The name alone is not enough: a new run in a folder of the same name would be drawn over the old run's curves, and Weights
+    & Biases refuses the id of a deleted run.
     """
     file = folder / ID_FILE
     if not file.exists():
@@ -97,27 +98,27 @@ def stable_id(folder: Path) -> str:
 
 
 class TensorBoard:
-    """Event files in the run's tensorboard/. Nothing is written before the first value."""
+    """Writes event files to the run's tensorboard/. Creates no file before the first value."""
 
     def __init__(self, run: TrackedRun):
         self._folder = run.folder / "tensorboard"
         self._events: Any = None
 
     def scalars(self, values: Mapping[str, float], images: int) -> None:
-        """One point of each curve, on disk when this returns."""
+        """Write one point of each curve, on disk when this returns."""
         with disk_errors(self._folder):
             for name, value in values.items():
                 self._writer().add_scalar(name, value, images)
-            self._writer().flush()  # once a state is saved, a killed run never sends again what came before it
+            self._writer().flush()  # a resumed run repeats no values from before its saved state, so they must be on disk
 
     def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
-        """One picture, on disk when this returns."""
+        """Write one picture, on disk when this returns."""
         with disk_errors(self._folder):
             self._writer().add_image(name, sheet, images, dataformats="HWC")
             self._writer().flush()
 
     def close(self) -> None:
-        """Ends the event file."""
+        """Close the event file."""
         if self._events is not None:
             with disk_errors(self._folder):
                 self._events.close()
@@ -131,7 +132,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run in the project $WANDB_PROJECT or 'uni-instruct', under `stable_id`. Raises RequestError where W&B refuses."""
+    """A run in the project $WANDB_PROJECT, by default 'uni-instruct', with `stable_id`. Raises RequestError if W&B refuses."""
 
     def __init__(self, run: TrackedRun):
         self._wandb: Any = import_module("wandb")
@@ -143,8 +144,8 @@ class WeightsAndBiases:
                 dir=str(run.folder),
                 config=dict(run.config),
                 resume="allow",
-                reinit="create_new",  # leaves alone the run that the caller of this library may have open
-                settings=self._wandb.Settings(console="off"),  # the terminal is the user's, and full of progress bars
+                reinit="create_new",  # does not end a run that the calling program may have open
+                settings=self._wandb.Settings(console="off"),  # do not capture the terminal, which shows progress bars
             )
         except self._wandb.errors.Error as error:
             reason = " ".join(str(error).split())
@@ -153,32 +154,32 @@ class WeightsAndBiases:
                 remedy="run 'wandb login', or set WANDB_MODE=offline",
                 param="trackers",
             ) from error
-        # W&B's own step only ever rises, but both stages count their images from zero.
+        # W&B's own step must not decrease, but both stages count their images from zero. So "images" is the x axis.
         self._run.define_metric("images", hidden=True)
         self._run.define_metric("*", step_metric="images")
 
     def scalars(self, values: Mapping[str, float], images: int) -> None:
-        """One row of the run's history."""
+        """Log one row of the run's history."""
         self._run.log({**values, "images": images})
 
     def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
-        """One row of the run's history with a PNG."""
+        """Log one row of the run's history with a PNG."""
         self._run.log({name: self._wandb.Image(to_pil(sheet)), "images": images})
 
     def close(self) -> None:
-        """Waits until everything is sent; where W&B is offline, its files are whole once the process has ended."""
+        """Wait until everything is sent. In W&B's offline mode, its files are complete only when the process has ended."""
         self._run.finish()
 
 
 class Trackio:
-    """A run in the project 'uni-instruct' of the local Trackio store, or of the Space or server that its environment names.
+    """A run in the project 'uni-instruct' of the local Trackio store, or of the Space or server that the environment names.
 
-    Trackio resumes by name, so `stable_id` is the name.
+    Trackio resumes runs by name, so the name is `stable_id`.
     """
 
     def __init__(self, run: TrackedRun):
         self._trackio: Any = import_module("trackio")
-        with redirect_stdout(sys.stderr):  # standard output is the command line's answer
+        with redirect_stdout(sys.stderr):  # standard output is reserved for the command's result
             self._run = self._trackio.init(
                 project=PROJECT,
                 name=stable_id(run.folder),
@@ -189,22 +190,22 @@ class Trackio:
             )
 
     def scalars(self, values: Mapping[str, float], images: int) -> None:
-        """One row, its step the number of images."""
+        """Log one row; its step is the number of images."""
         self._run.log(dict(values), step=images)
 
     def picture(self, name: str, sheet: np.ndarray, images: int) -> None:
-        """One row with a PNG."""
+        """Log one row with a PNG."""
         self._run.log({name: self._trackio.Image(to_pil(sheet))}, step=images)
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Wait until everything is written."""
         with redirect_stdout(sys.stderr):
             self._trackio.finish()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerKind:
-    """One row: the package that a tracker needs, the command that installs it, and what opens it."""
+    """One row of TRACKERS: the package that a tracker needs, the command that installs it, and the class that opens it."""
 
     package: str
     install: str
@@ -219,6 +220,7 @@ TRACKERS = {
 
 
 def _is_installed(package: str) -> bool:
-    """A folder of that name is no package: W&B itself leaves a folder wandb/ where it ran, which Python would import."""
+    """Whether the package is installed. A mere folder of that name does not count."""
+    # W&B leaves a folder wandb/ in the working directory, which Python would find as a namespace package.
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

@@ -1,1 +1,1 @@
-"""What is minimised: the divergences' terms, and the ratio, reward, pairs and guidance that they need."""
+"""What training minimises: the terms of a divergence, and the density ratio, reward, pairs and guidance that they need."""

@@ -1,4 +1,4 @@
-"""The objective of a recipe: its family, divergence, noise levels, ratio and further terms. Frozen, checked when built."""
+"""The objective of a recipe: family, divergence, noise levels, density ratio, further terms. Frozen; validated when built."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,10 @@ GUIDANCE = Range(0, 100, "1 is none")
 class ObjectiveConfig:
     """What the generator minimises, and what is learned beside it (docs/objective.md)."""
 
-    method: str = key("uni-instruct", "a published method (docs/objective.md), which sets the keys that define it")
+    method: str = key(
+        "uni-instruct",
+        "a published method, which sets its keys; without a section objective: sid, alpha 0.5",
+    )
     family: str = key("expanded", "expanded (Uni-Instruct, SiD) or integral (Diff-Instruct, DMD, f-distill)")
     divergence: str = key("reverse-kl", "a name, or your own f: an expression in r, or file.py:function")
     order: float = key(DEFAULT_ORDER, "of the alpha family: 0 is the reverse KL, 1 the forward KL", Range(-10, 10))
@@ -64,23 +67,24 @@ class ObjectiveConfig:
         one_of("objective.ratio_mean", self.ratio_mean, ("batch", "running", "none"))
         check_ranges("objective", self)
         in_range("objective.tmin", self.tmin, 0, self.tmax - 1)
-        _ = self.found_divergence  # refused now rather than in the first step
-        # Each of these would train without an error, and without a gradient.
+        _ = self.found_divergence  # raises here, when the recipe is read, rather than in the first step
+        # Checked here, because training would notice late (the student's first update has no terms to add) or never (a
+        # divergence whose terms are all off, beside other terms).
         if self.family == "expanded" and not (self.di or self.fgm or self.sim):
             raise RequestError("objective.di, fgm and sim are all off", remedy="leave one of them on", param="recipe")
         if not (self.divergence_scale or self.adversarial_scale or self.regression_scale or self.reward_scale):
             raise RequestError("every scale of the objective is 0", remedy="leave one term on", param="recipe")
         if self.reward_scale and not self.reward:
             raise RequestError(
-                f"method '{self.method}' needs a reward",
+                f"method '{self.method}' needs a reward, with objective.reward_scale {self.reward_scale:g}",
                 remedy="--set reward=file.py:function, images to rewards",
                 param="reward",
             )
 
-    # Cached, as it is asked for whenever somebody wants to know whether a ratio is needed.
+    # Cached: `needs_ratio` reads it often, and a user's own f is differentiated at 241 ratios each time.
     @cached_property
     def found_divergence(self) -> Divergence:
-        """What `divergence` names."""
+        """The divergence that the key `divergence` names, with `order` and `mix` applied."""
         return find_divergence(self.divergence, order=self.order, mix=self.mix)
 
     @property
@@ -96,12 +100,12 @@ class ObjectiveConfig:
     @property
     def needs_ratio(self) -> bool:
         """Whether the divergence reads a density ratio."""
-        # A divergence that is scaled away needs no ratio either.
+        # With scale 0 the divergence is left out, and its ratio with it.
         return self.found_divergence.needs_ratio and self.divergence_scale != 0
 
     @property
     def needs_discriminator(self) -> bool:
-        """Whether real images are told from the generator's, and so real data are needed."""
+        """Whether a discriminator learns to tell real images from the generator's. It needs real data."""
         return self.needs_ratio or self.adversarial_scale != 0
 
     def _levels(self, noise: str) -> NoiseLevels:

@@ -1,4 +1,8 @@
-"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): D_none + scale (D_class - D_none); scale 1 is none."""
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
+
+D_w = D_none + w (D_class - D_none), with D_class the denoiser given the class and D_none the denoiser without it. w is `scale`
+here; w = 1 is no guidance.
+"""
 
 from collections.abc import Callable
 
@@ -10,9 +14,9 @@ from uni_instruct.networks.critic import CriticOutput
 NO_CLASS = -1
 
 
-# D_w = D_none + w (D_class - D_none): w = 1 is the class alone, w > 1 exaggerates what it adds.
+# D_w = D_none + w (D_class - D_none): w = 1 is the class alone, w > 1 amplifies the class's effect.
 def guided(denoiser: Callable[..., Tensor], x: Tensor, sigma: Tensor, class_ids: Tensor | None, scale: float) -> Tensor:
-    """The guided denoised images [B, C, H, W]; a second evaluation only where scale is not 1."""
+    """The guided denoised images [B, C, H, W]. Evaluates the denoiser twice, or once if scale is 1 or there are no classes."""
     denoised = denoiser(x, sigma, class_ids)
     if scale == 1 or class_ids is None:
         return denoised
@@ -20,6 +24,7 @@ def guided(denoiser: Callable[..., Tensor], x: Tensor, sigma: Tensor, class_ids:
     return without + scale * (denoised - without)
 
 
+# The same D_w for the fake score inside the critic.
 def guided_critic(
     critic: Callable[..., CriticOutput],
     x: Tensor,
@@ -30,8 +35,8 @@ def guided_critic(
     scale: float,
     discriminate: bool,
 ) -> CriticOutput:
-    """The critic's guided denoised images, and its logits, which are not guided."""
-    # The discriminator's logit is a ratio of densities within a class; there is nothing to exaggerate.
+    """The critic's output with guided denoised images. Its logits are not guided."""
+    # The discriminator's logit is the log-ratio of two densities within a class. Guidance has no meaning for it.
     output = critic(x, sigma, class_ids, augment_labels, discriminate=discriminate)
     if scale == 1 or class_ids is None:
         return output
@@ -43,8 +48,8 @@ def guided_critic(
 
 
 def drop_classes(class_ids: Tensor | None, share: float, rng: torch.Generator) -> Tensor | None:
-    """Class ids with that share of them hidden, so that the denoiser learns to do without."""
-    # No number is drawn where nothing is hidden, so that a recipe without it draws what it always did.
+    """Class ids with a random `share` of them replaced by NO_CLASS, so that the denoiser also learns without classes."""
+    # With share 0 no random number is drawn, so recipes without label dropout keep their random sequence.
     if class_ids is None or not share:
         return class_ids
     hidden = torch.rand(class_ids.shape, generator=rng) < share

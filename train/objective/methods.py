@@ -1,11 +1,11 @@
-"""Published methods as corners of the family: what each fixes of the objective. A recipe names one; its own keys go on top."""
+"""Published methods as special cases of the objective: the keys that each sets. A recipe names one, and may override keys."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One row: the keys of ObjectiveConfig that a method sets, its source, and where this one differs from the paper's."""
+    """One row of METHODS: the keys of ObjectiveConfig that a method sets, its paper, and how this version differs from it."""
 
     name: str
     source: str
@@ -13,7 +13,8 @@ class Method:
     note: str = ""
 
 
-# Scales of the adversarial term are the papers' divided by their scale of the divergence: SiDA's 0.01 / 100, DMD2's 3e-3 / 1.
+# adversarial_scale is the paper's scale of the adversarial term divided by its scale of the divergence: SiDA 0.01 / 100,
+# DMD2 3e-3 / 1. Here the divergence has scale 1.
 METHODS = {
     m.name: m
     for m in (
@@ -76,5 +77,6 @@ METHODS = {
     )
 }
 
-# What makes a method that method. Naming another method replaces these; how a recipe is tuned beside them stays.
-DEFINING = frozenset(key for m in METHODS.values() for key in m.settings) - {"critic_updates", "ratio_mean"}
+# The keys that define a method. A recipe that is switched to another method gets these from that method. critic_updates and
+# ratio_mean are tuning rather than definition, and are kept.
+METHOD_DEFINING_KEYS = frozenset(key for m in METHODS.values() for key in m.settings) - {"critic_updates", "ratio_mean"}

@@ -1,4 +1,4 @@
-"""Objective: a recipe's objective with all that it names looked up, once for a run."""
+"""Objective: a recipe's objective with everything that it names looked up, once per run."""
 
 from dataclasses import dataclass
 
@@ -21,10 +21,13 @@ from uni_instruct.train.objective.terms import (
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a step works with. config has the numbers, the rest is what its words stand for; reward None where it has none."""
+    """What a training step uses: config holds the numbers, the other fields are the objects that its names stand for.
+
+    reward is None if the objective has no reward.
+    """
 
     config: ObjectiveConfig
-    # Found once: looking a user's own up executes a file and differentiates f at 241 ratios.
+    # Looked up once: for a user's own f this executes a file and differentiates f at 241 ratios.
     divergence: Divergence
     weighting: Weighting
     levels: NoiseLevels
@@ -33,7 +36,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: ObjectiveConfig, reward: Reward | None = None) -> "Objective":
-        """The config's objective; reward is what `open_reward` made of its name."""
+        """Build the objective of a config. reward: the function from `open_reward`; ignored if reward_scale is 0."""
         return cls(
             config=config,
             divergence=config.found_divergence,
@@ -44,7 +47,7 @@ class Objective:
         )
 
     def divergence_terms(self, diffused: DiffusedBatch, ratio: Tensor) -> Terms:
-        """The divergence's terms with weight and scale, those that are switched on: name -> [b]."""
+        """The divergence's terms that are switched on, times weight and divergence_scale: name -> [b]. ratio: r [b]."""
         config = self.config
         if config.family == "integral":
             terms = integral_terms(self.divergence, diffused, ratio)

@@ -1,4 +1,4 @@
-"""Pairs of z and the teacher's image of it, for DMD's regression term (arXiv 2311.18828, section 3.3)."""
+"""Pairs of noise z and the image that the teacher samples from it, for DMD's regression (arXiv 2311.18828, section 3.3)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from uni_instruct.progress import progress
 from uni_instruct.sampler import heun_sample
 from uni_instruct.spec import ModelSpec
 
-# Seeds of their own: neither those that users evaluate with nor those that weights are chosen on.
+# A range of seeds for pairs only: users do not evaluate with these, and the best weights are not chosen by them.
 FIRST_PAIR_SEED = 2**41
 SAMPLE_BATCH = 256
 
@@ -30,8 +30,8 @@ class Pairs:
 
 
 def teacher_pairs(file: Path, teacher: Denoiser, count: int, steps: int, device: torch.device) -> Pairs:
-    """The pairs in `file`, drawn from the teacher with its Heun sampler where they are not there yet."""
-    # They are drawn once for a run, as each costs the teacher's whole sampler.
+    """The pairs in `file`. If it is missing, `count` pairs are sampled from the teacher (Heun, `steps` steps) and saved."""
+    # Sampled once per run, because each pair costs a whole run of the teacher's sampler.
     if not file.exists():
         _draw(file, teacher.to(device).eval(), count, steps, device)
     stored = safetensors.torch.load_file(file)

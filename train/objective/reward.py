@@ -1,4 +1,4 @@
-"""A reward of the user's own: images to numbers, differentiable, checked before anything is trained."""
+"""A user's own reward function: images to numbers, differentiable. It is checked before training starts."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,14 @@ Reward = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def open_reward(name: str, image_shape: ImageShape, num_classes: int) -> Reward:
-    """The function of that name, tried on two grey images. Raises RequestError unless it gives one finite reward an image.
+    """Import the function of that name and try it on two grey images.
 
-    It takes images [B, C, H, W] in about [-1, 1] and class ids [B] (None without classes), and gives rewards [B] with a
-    gradient to the images.
+    The function takes images [B, C, H, W] in about [-1, 1] and class ids [B] (None without classes), and returns rewards [B]
+    with a gradient to the images. Raises RequestError if it fails, or if its result is not one finite, differentiable reward
+    per image.
     """
     reward: Reward = import_named(name, param="reward")
-    # Two images: a reward that gives one number for the whole batch would pass with one.
+    # Two images, because a function that returns one number for the whole batch would pass with one.
     images = torch.zeros(2, *image_shape, requires_grad=True)
     class_ids = torch.zeros(2, dtype=torch.int64) if num_classes else None
     try:
@@ -32,7 +33,7 @@ def open_reward(name: str, image_shape: ImageShape, num_classes: int) -> Reward:
         raise _refused(name, f"gives {got} for 2 images, not [2]")
     if not torch.isfinite(rewards).all():
         raise _refused(name, f"gives {rewards.tolist()} for two grey images")
-    # A classifier's decision or a count would train nothing, and nobody would notice.
+    # Without a gradient (a classifier's decision, a count) the reward would train nothing, and no error would show it.
     if not rewards.requires_grad:
         raise _refused(name, "has no gradient to the images")
     return reward

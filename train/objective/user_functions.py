@@ -1,4 +1,4 @@
-"""Functions that a user gives by name: 'package.module:function', or 'file.py:function' for a file of theirs."""
+"""A user's own functions, imported by name: 'package.module:function', or 'file.py:function' for a file."""
 
 import functools
 import importlib
@@ -14,13 +14,16 @@ from uni_instruct.errors import RequestError
 
 
 def is_importable_name(text: str) -> bool:
-    """Whether the text has the form of such a name."""
-    # No brackets before the colon: an expression such as f(r)[0:n] is no name.
+    """Whether the text has the form module:function or file.py:function."""
+    # No brackets before the colon, so that an expression such as f(r)[0:n] is not taken for a name.
     return re.fullmatch(r"[^:()]+:[A-Za-z_]\w*", text) is not None
 
 
 def import_named(text: str, *, param: str) -> Callable[..., Any]:
-    """The function of that name. Importing runs the user's module, once. Raises RequestError where it cannot be had."""
+    """Import the function of that name. The user's module runs once. Raises RequestError if module or function is not found.
+
+    param: the option or recipe key that the error names.
+    """
     if not is_importable_name(text):
         raise RequestError(
             f"{param} '{text}' names no function", remedy="write module:function or file.py:function", param=param
@@ -48,14 +51,14 @@ def _import_file(file: Path) -> ModuleType:
     return _executed(file.resolve(), file.stat().st_mtime_ns)
 
 
-# A recipe is built several times on its way to a run, and the user's file may be slow to execute or may load a network of its
-# own. The time of its last change is part of the key, so that a notebook gets what was written last.
+# Cached, because a recipe is built several times before a run starts, and the user's file may be slow to execute or load a
+# network. The modification time is part of the cache key, so that a notebook gets the file's latest version.
 @functools.cache
 def _executed(file: Path, changed_ns: int) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"_user_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles of the file look their module up
+    sys.modules[spec.name] = module  # dataclasses and pickle look up the module of a class here
     spec.loader.exec_module(module)
     return module

@@ -1,1 +1,1 @@
-"""What every step goes through: optimizers, processes, averages of weights."""
+"""What both stages use in every step: optimizers, processes and devices, precision, averages of weights."""

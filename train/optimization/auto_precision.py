@@ -1,4 +1,4 @@
-"""`auto`: what this machine multiplies fastest, measured in seconds on the network that is going to be trained."""
+"""`auto` for loop.precision and loop.channels_last: the fastest choice, timed here on the network that will be trained."""
 
 import json
 import time
@@ -21,16 +21,16 @@ from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.rng import initial_weights
 
-# Timings on a shared machine vary by as much, so a smaller gain does not justify leaving float32.
+# Timings on a shared machine vary by about this factor. A smaller gain does not justify leaving float32.
 MIN_SPEEDUP = 1.2
 ROUNDS = 3
-# So many images that a step takes about this long, whatever the network.
+# The number of images is chosen so that a timed step takes about STEP_S, whatever the network; never more than 32.
 STEP_S, MAX_TIMED_IMAGES = 0.5, 32
-TIMEOUT_S = 600.0
+TIMEOUT_S = 600.0  # how long other ranks wait for rank 0's choice
 
 
 class PrecisionChoice(NamedTuple):
-    """How a network is run: the precision of its products, and whether its images are in channels_last."""
+    """How a network is run: the precision of its matrix products, and whether its memory format is channels_last."""
 
     precision: str
     channels_last: bool
@@ -40,20 +40,20 @@ class PrecisionChoice(NamedTuple):
 
 
 def is_precision_resolved(loop: LoopConfig) -> bool:
-    """Whether nothing is left to choose."""
+    """Whether neither precision nor channels_last is `auto`."""
     return AUTO not in (loop.precision, loop.channels_last)
 
 
 def exact(loop: LoopConfig) -> LoopConfig:
-    """loop with `auto` replaced by what every machine can do, measuring nothing."""
+    """loop with `auto` replaced by what every machine supports (32-true, not channels_last). Measures nothing."""
     precision = "32-true" if loop.precision == AUTO else loop.precision
     return replace(loop, precision=precision, channels_last=loop.channels_last is True)
 
 
 def resolve_precision(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: bool = True) -> LoopConfig:
-    """loop with `auto` replaced by what takes the least time here for a training step of the spec's network.
+    """loop with `auto` replaced by the choice with the fastest training step of the spec's network on this machine.
 
-    images: the most that a process takes at once; no more than MAX_TIMED_IMAGES are timed.
+    images: the largest micro-batch of a process; at most MAX_TIMED_IMAGES are timed. shown: whether to show a progress bar.
     """
     if is_precision_resolved(loop):
         return loop
@@ -62,7 +62,7 @@ def resolve_precision(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: 
         for choice in _choices()
         if loop.precision in (AUTO, choice.precision) and loop.channels_last in (AUTO, choice.channels_last)
     ]
-    if loop.precision not in (AUTO, *(choice.precision for choice in choices)):  # start_fabric says why
+    if loop.precision not in (AUTO, *(choice.precision for choice in choices)):  # on a CPU, start_fabric refuses 16-mixed
         choices = [PrecisionChoice(loop.precision, False)]
     best = _measured(choices, spec, images, progress if shown else silent) if len(choices) > 1 else choices[0]
     return replace(loop, precision=best.precision, channels_last=best.channels_last)
@@ -70,11 +70,11 @@ def resolve_precision(loop: LoopConfig, spec: ModelSpec, images: int, *, shown: 
 
 def _measured(choices: list[PrecisionChoice], spec: ModelSpec, most: int, with_progress: ProgressFactory) -> PrecisionChoice:
     times = dict.fromkeys(choices, float("inf"))
-    # Round by round: another process on the machine then slows all choices alike. The best time of each counts.
+    # All choices in each round, so that another busy process slows all of them alike. Each choice's best time counts.
     trials = [choice for _ in range(ROUNDS) for choice in choices]
-    # One thread ranks the choices as many do, and does not wait for others when another process is busy.
+    # With one thread the choices rank as with many, and the timing does not depend on threads that other processes delay.
     with one_torch_thread(), with_progress("precision: what is fastest here", len(trials), "trials") as bar:
-        # One image first: how many take STEP_S on this machine is not known before.
+        # One image first, to estimate how many images take STEP_S on this machine.
         images = round(min(most, MAX_TIMED_IMAGES, max(1.0, STEP_S / _step_s(spec, choices[0], 1))))
         for number, choice in enumerate(trials):
             times[choice] = min(times[choice], _step_s(spec, choice, images))
@@ -85,16 +85,16 @@ def _measured(choices: list[PrecisionChoice], spec: ModelSpec, most: int, with_p
 def resolve_precision_for_run(loop: LoopConfig, spec: ModelSpec, images: int, folder: Path) -> LoopConfig:
     """As `resolve_precision`, once per run: rank 0 measures and writes the result, other ranks and resumed runs read it.
 
-    Raises RequestError where the first process's note does not come.
+    Raises RequestError if rank 0's result does not appear within TIMEOUT_S, FileFormatError if it cannot be read.
     """
     if is_precision_resolved(loop):
         return loop
     recipe, file = folder / "recipe.yaml", folder / "state" / "fastest.json"
-    if recipe.exists():  # a run that is resumed keeps what it began with
+    if recipe.exists():  # a resumed run keeps the precision that it was started with
         begun = parse_recipe(read_yaml(recipe)).loop
         if is_precision_resolved(begun):
-            return _filled(loop, begun.precision, begun.channels_last)
-    # Two processes that measured for themselves could come to two precisions, and to weights that differ.
+            return _replace_auto(loop, begun.precision, begun.channels_last)
+    # If each process measured for itself, they could choose different precisions, and their weights would diverge.
     first = not is_nonzero_rank()
     if first and not file.exists():
         chosen = resolve_precision(loop, spec, images)
@@ -111,13 +111,13 @@ def resolve_precision_for_run(loop: LoopConfig, spec: ModelSpec, images: int, fo
         time.sleep(0.1)
     try:
         noted = json.loads(file.read_text())
-        return _filled(loop, noted["precision"], noted["channels_last"])
+        return _replace_auto(loop, noted["precision"], noted["channels_last"])
     except (ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{file} cannot be read", remedy="delete it, and run the same command again") from error
 
 
-def _filled(loop: LoopConfig, precision: str, channels_last: bool | str) -> LoopConfig:
-    """loop with its `auto` replaced by these."""
+def _replace_auto(loop: LoopConfig, precision: str, channels_last: bool | str) -> LoopConfig:
+    """loop with `auto` replaced by these values; keys that are not `auto` stay."""
     return replace(
         loop,
         precision=precision if loop.precision == AUTO else loop.precision,
@@ -126,11 +126,11 @@ def _filled(loop: LoopConfig, precision: str, channels_last: bool | str) -> Loop
 
 
 def _choices() -> list[PrecisionChoice]:
-    """The exact one first."""
+    """The candidates on this machine. The first one is exact: the fallback of `_fastest`."""
     exact = [PrecisionChoice("32-true", False), PrecisionChoice("32-true", True)]
     if not torch.cuda.is_available():
         return [*exact, PrecisionChoice("bf16-mixed", True)]
-    # Before Ampere bfloat16 is emulated, and slower than float32.
+    # GPUs before Ampere emulate bfloat16, which is slower than float32.
     half = "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     return [*exact, PrecisionChoice(half, False), PrecisionChoice(half, True)]
 
@@ -146,7 +146,7 @@ def _verdict(times: dict[PrecisionChoice, float], images: int) -> str:
 
 
 def _step_s(spec: ModelSpec, choice: PrecisionChoice, images: int) -> float:
-    """Seconds of a forward and a backward pass, after one that does not count."""
+    """Seconds of a forward and a backward pass, after one pass of warm-up."""
     fabric = single_process_fabric(choice.precision)
     loop = LoopConfig(precision=choice.precision, channels_last=choice.channels_last)
     denoiser = initial_weights(lambda: build_denoiser(spec), 0).to(fabric.device)
@@ -154,13 +154,13 @@ def _step_s(spec: ModelSpec, choice: PrecisionChoice, images: int) -> float:
     noised = torch.randn(images, *spec.noise_shape, generator=torch.Generator().manual_seed(0)).to(fabric.device)
     class_ids = torch.zeros(images, dtype=torch.int64, device=fabric.device) if spec.num_classes else None
     sigma = torch.ones(images, 1, 1, 1, device=fabric.device)
-    # The first pass compiles kernels and finds algorithms; the second one's time is returned.
+    # The first pass compiles kernels and selects algorithms. The time of the second pass is returned.
     for _ in range(2):
         start = time.perf_counter()
         with arithmetic_of(choice.precision):
             fabric.backward(network(noised, sigma, class_ids).square().mean())
         network.zero_grad()
         if fabric.device.type == "cuda":
-            # Kernels are only queued when their calls return.
+            # CUDA calls return when a kernel is queued, not when it has run.
             torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Processes and devices, through Lightning Fabric: every process holds equal weights and works on its share of each batch."""
+"""Processes and devices, through Lightning Fabric: all processes hold equal weights; each works on its shard of a batch."""
 
 import logging
 import os
@@ -19,22 +19,23 @@ from uni_instruct.train.optimization.precision import AUTOCASTS
 Module = TypeVar("Module", bound=torch.nn.Module)
 Given = TypeVar("Given")
 
-# A run of fewer images is over before another process has loaded torch.
+# A shorter run is over before a second process has loaded torch.
 SHORT_KIMG = 20.0
-# Below this many images a process spends as long in starting each layer as in computing it.
+# With fewer images, a process spends as much time on starting each layer as on computing it.
 MIN_SHARE = 16
 
 
 def processes_for(recipe: Recipe) -> int:
-    """How many processes train the recipe fastest where nobody says: on a CPU one a core, with a GPU one.
+    """The default number of processes: with a GPU one; on the CPU up to one per core, if batches divide and the run is long.
 
-    A thread of torch waits for the others in every layer, a process only once a step. On two cores, two processes were 1.1 to
-    1.8 times as fast as two threads; with a neighbour on one of the cores threads nearly stood still (benchmarks/processes.py).
+    On the CPU processes are faster than threads: threads of torch wait for each other in every layer, processes only once a
+    step. On two cores, two processes were 1.1 to 1.8 times as fast as two threads; with another busy program on one of the
+    cores, threads almost stopped (benchmarks/processes.py).
     """
     if is_nonzero_rank():
-        return int(os.environ["WORLD_SIZE"])  # the first process has decided
+        return int(os.environ["WORLD_SIZE"])  # rank 0 has decided
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return 1  # torchrun's number counts
+        return 1  # torchrun has chosen the number of processes; `start_fabric` reads it
     stages = [recipe.distillation] if recipe.teacher.bundle else [recipe.teacher, recipe.distillation]
     if torch.cuda.is_available() or sum(stage.duration_kimg for stage in stages) < SHORT_KIMG:
         return 1
@@ -44,21 +45,21 @@ def processes_for(recipe: Recipe) -> int:
 
 
 def share_cpus(processes: int) -> None:
-    """Gives each of the processes its part of the cores, in threads; must come before they are started."""
+    """Divide the CPU cores among the processes, as threads. Call it before the other processes are started."""
     if processes == 1 or is_nonzero_rank() or torch.cuda.is_available():
         return
     threads = max(1, usable_cpus() // processes)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # theirs
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the other processes, which inherit it
     torch.set_num_threads(threads)
 
 
 def start_fabric(devices: int, precision: str) -> Fabric:
-    """A launched Fabric on `devices` GPUs, or as many processes on the CPU. Raises RequestError for what this machine lacks.
+    """A launched Fabric on `devices` GPUs, or with that many processes on the CPU.
 
-    Under torchrun the processes are torchrun's, on any number of machines. Otherwise the other processes are started here, by
-    running the same command again.
+    Under torchrun, its processes are used, on any number of machines. Otherwise the other processes are started here, by
+    running the same command again. Raises RequestError if there are too few GPUs, or for 16-mixed on the CPU.
     """
-    # torchrun has started the processes already; --devices would start as many again.
+    # torchrun has already started the processes, so `devices` is ignored.
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
     devices = launched or devices
     if torch.cuda.is_available() and devices > torch.cuda.device_count():
@@ -73,22 +74,22 @@ def start_fabric(devices: int, precision: str) -> Fabric:
 
 @contextmanager
 def exit_together(fabric: Fabric) -> Iterator[None]:
-    """Keeps the processes of fabric together to the block's end, and closes what connects them.
+    """Make all processes wait for each other at the end of the block, then close their connections.
 
-    A process that left earlier would take gloo's threads with it in the middle of their work, which aborts it; the first
-    process is killed for that, whatever it is still writing.
+    A process that exited earlier would stop gloo's threads in the middle of their work and abort. The first process would be
+    killed because of that, even if it is still writing.
     """
     try:
         yield
         fabric.barrier()
     finally:
-        # gloo's threads would otherwise abort the process where the interpreter ends before them.
+        # Otherwise gloo's threads abort the process if the interpreter ends before them.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def gather_to_first(fabric: Fabric, part: Given) -> list[Given]:
-    """What each process gives, in their order, in the first process; in the others nothing."""
+    """Gather the `part` of every process. The first process gets a list in the order of ranks, the others an empty list."""
     if fabric.world_size == 1:
         return [part]
     parts: list[Any] = [None] * fabric.world_size
@@ -97,8 +98,8 @@ def gather_to_first(fabric: Fabric, part: Given) -> list[Given]:
 
 
 def single_process_fabric(precision: str) -> Fabric:
-    """A launched Fabric of this process alone, even where torchrun started it among others."""
-    # Trials of speed are each process's own; a group of all would wait for those that make none.
+    """A launched Fabric for this process alone, even under torchrun."""
+    # Speed trials run in single processes. In a group they would wait for processes that run none.
     return _launch(precision, 1, 1)
 
 
@@ -106,14 +107,14 @@ def _launch(precision: str, devices: int, nodes: int) -> Fabric:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "16-mixed" and device == "cpu":
         raise RequestError("loop.precision 16-mixed needs a GPU", remedy="--set precision=bf16-mixed", param="precision")
-    # It greets every launch on standard error.
+    # Otherwise Fabric writes several lines to standard error at every launch.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=device,
         devices=devices,
         num_nodes=nodes,
         strategy=_Replicas() if devices * nodes > 1 else "auto",
-        # Autocast of our own, as Fabric's would round the inputs too.
+        # Our own autocast plugins, because Fabric's also rounds the inputs.
         plugins=None if precision == "32-true" else [AUTOCASTS[precision](precision, device)],  # type: ignore[arg-type]
     )
     fabric.launch()
@@ -121,9 +122,9 @@ def _launch(precision: str, devices: int, nodes: int) -> Fabric:
 
 
 def compiled_as_asked(module: Module, loop: LoopConfig) -> Module:
-    """The module compiled, where the recipe asks for it, and in its memory format. The arithmetic stays the same."""
+    """The module in the recipe's memory format, and compiled if the recipe asks for it. The computed function is the same."""
     module = with_memory_format(module, loop)
-    # Last, and in place: the compiled module keeps the names of its weights.
+    # In place, so that the module keeps the names of its weights; last, so that the memory format is known.
     if loop.compile:
         module.compile()
     return module
@@ -137,7 +138,7 @@ def with_memory_format(module: Module, loop: LoopConfig) -> Module:
 
 
 def check_divides(processes: int, batch: int) -> None:
-    """Raises RequestError where so many processes cannot share a batch out equally."""
+    """Raise RequestError if a batch cannot be divided equally among the processes."""
     if batch % processes:
         raise RequestError(
             f"a batch of {batch} cannot be divided among {processes} processes",
@@ -147,16 +148,17 @@ def check_divides(processes: int, batch: int) -> None:
 
 
 class BatchShard:
-    """This process's part of every global batch, in micro-batches: slices of the global batch.
+    """This process's shard of every global batch. `whole` and `micro_batches` are slices of the global batch.
 
-    micro_batch is the most images at once, 0 for the whole share. Raises RequestError where the processes do not divide it.
+    micro_batch is the most images at once, 0 for the whole shard. Raises RequestError if the number of processes does not
+    divide the batch.
     """
 
     def __init__(self, fabric: Fabric, batch: int, micro_batch: int):
-        # Unequal shares would make a mean of means that is not the mean of the batch.
+        # With unequal shards, the mean of the processes' means would not be the mean of the batch.
         check_divides(fabric.world_size, batch)
         local = batch // fabric.world_size
-        # Every process draws for the whole batch and takes its slice, so that N processes see what one would.
+        # Every process draws random numbers for the global batch and takes its slice, so that N processes see what one would.
         start = fabric.global_rank * local
         step = micro_batch or local
         self.whole = slice(start, start + local)
@@ -164,10 +166,10 @@ class BatchShard:
 
 
 class _Replicas(DDPStrategy):
-    """Equal copies whose gradients `OptimizerStep` sums itself.
+    """Data parallelism without torch's DDP wrapper: `OptimizerStep` sums the gradients.
 
-    Torch's wrapper would expect every forward pass to be followed by a backward pass into the same module; a generator's
-    gradient runs through the frozen critic, which breaks that.
+    The wrapper expects a backward pass into the same module after every forward pass. Here the student's gradient passes
+    through the frozen critic, which breaks that assumption.
     """
 
     def setup_module(self, module: torch.nn.Module) -> Any:

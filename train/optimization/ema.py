@@ -1,6 +1,6 @@
-"""Averages of weights over training: exponential with a half-life (EDM), and by a power function (EDM2).
+"""Averages of weights over training: exponential with a half-life (EDM), and with a power function (EDM2).
 
-An average has no state but its weights: how much it keeps at a step follows from the images seen, which the caller gives.
+An average has no state other than its weights: beta of a step follows from the number of images seen, which the caller passes.
 """
 
 import copy
@@ -19,7 +19,7 @@ Averaged = TypeVar("Averaged", bound=nn.Module)
 
 
 class Average(ABC, Generic[Averaged]):
-    """An average of a module's weights; `module` is a copy that holds it, for evaluation only."""
+    """An average of a module's weights. `module` is a copy that holds the average, for evaluation only."""
 
     name: str
 
@@ -27,26 +27,26 @@ class Average(ABC, Generic[Averaged]):
         self.module: Averaged = copy.deepcopy(module).eval().requires_grad_(False)
 
     @abstractmethod
-    def keep(self, batch: int, seen_kimg: float) -> float:
-        """beta, the share in 0..1 of the old average that a step of `batch` images keeps, seen_kimg counted after it."""
+    def beta(self, batch: int, seen_kimg: float) -> float:
+        """beta in 0..1, the share of the old average that a step of `batch` images keeps. seen_kimg includes this step."""
 
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor], batch: int, seen_kimg: float, buffers: Iterable[Tensor] = ()) -> None:
-        """average = beta average + (1 - beta) parameters, after a step of `batch` images that brought training to seen_kimg.
+        """average = beta average + (1 - beta) parameters, after a step of `batch` images that ended at seen_kimg.
 
-        Buffers are copied, not averaged: give the module's where training changes them. Both come in the module's order.
+        Buffers are copied, not averaged; pass the module's buffers if training changes them. Both are in the module's order.
         """
-        share = 1 - self.keep(batch, seen_kimg)
-        # One kernel for all tensors: on a GPU hundreds of launches would take longer than the arithmetic.
+        share = 1 - self.beta(batch, seen_kimg)
+        # One kernel for all tensors, because on a GPU hundreds of launches would take longer than the arithmetic.
         torch._foreach_lerp_(list(self.module.parameters()), list(parameters), share)
         if changed := list(buffers):
             torch._foreach_copy_(list(self.module.buffers()), changed)
 
 
 class Ema(Average[Averaged]):
-    """Exponential: beta = 0.5 ** (batch / halflife) with halflife = min(halflife, rampup_ratio * seen), all in images.
+    """Exponential average: beta = 0.5 ** (batch / H) with H = min(halflife, rampup_ratio * seen), all in images.
 
-    The ramp-up, which keeps the first weights from lingering, is EDM's (arXiv 2206.00364); rampup_ratio None leaves it out.
+    The ramp-up is EDM's (arXiv 2206.00364). It makes the average forget the initial weights soon. None switches it off.
     """
 
     def __init__(self, module: Averaged, halflife_kimg: float, rampup_ratio: float | None):
@@ -55,9 +55,9 @@ class Ema(Average[Averaged]):
         self.name = f"halflife-{halflife_kimg:g}kimg"
 
     # beta = 2^(-batch / H), H = min(halflife, rampup_ratio seen), as in EDM's training loop (arXiv 2206.00364).
-    # After H images what an average held before counts for half, whatever the batch.
-    def keep(self, batch: int, seen_kimg: float) -> float:
-        """beta of a step of `batch` images that ends at seen_kimg."""
+    # After H images the old average counts half, whatever the batch.
+    def beta(self, batch: int, seen_kimg: float) -> float:
+        """beta of a step of `batch` images that ended at seen_kimg."""
         halflife_kimg = self.halflife_kimg
         if self.rampup_ratio is not None:
             halflife_kimg = min(halflife_kimg, self.rampup_ratio * seen_kimg)
@@ -65,11 +65,11 @@ class Ema(Average[Averaged]):
 
 
 class PowerEma(Average[Averaged]):
-    """EDM2's power function: the weights of time t count as t^gamma, so the average is always as wide relative to its age.
+    """EDM2's power function: the weights at time t count as t^gamma, so the width of the average grows with training time.
 
     beta = (1 - batch / seen) ** (gamma + 1), in images: beta_t of Karras et al. 2024 (arXiv 2312.02696, section 3.1) for
     steps of `batch`. std is the profile's standard deviation relative to training time (sigma_rel; EDM2 uses 0.05 and 0.10).
-    The first step forgets the weights that the average was built from. Raises RequestError for std outside 0.005..0.28.
+    The first step has beta = 0, so the initial weights are forgotten. Raises RequestError for std outside 0.005..0.28.
     """
 
     def __init__(self, module: Averaged, std: float):
@@ -77,19 +77,19 @@ class PowerEma(Average[Averaged]):
         super().__init__(module)
         self.name = f"power-{std:g}"
 
-    # beta_t = (1 - 1/t)^(gamma + 1), t in steps (arXiv 2312.02696, section 3.1): at t = 1 it is 0, so nothing is left of
-    # random initial weights, whatever the width.
-    def keep(self, batch: int, seen_kimg: float) -> float:
-        """beta of a step of `batch` images that ends at seen_kimg."""
-        seen = max(1000 * seen_kimg, batch)  # kimg are rounded, and the first step must not come out below zero
+    # beta_t = (1 - 1/t)^(gamma + 1), t in steps (arXiv 2312.02696, section 3.1). At t = 1 it is 0, so nothing of the random
+    # initial weights is left, whatever the width.
+    def beta(self, batch: int, seen_kimg: float) -> float:
+        """beta of a step of `batch` images that ended at seen_kimg."""
+        seen = max(1000 * seen_kimg, batch)  # because of rounding, seen could be below batch in the first step
         return float((1 - batch / seen) ** (self.gamma + 1))
 
 
 class Averages(Generic[Averaged]):
-    """Several averages of one module; each costs one copy of it. Names are as in 'halflife-5kimg' and 'power-0.05'.
+    """Several averages of one module, by name ('halflife-5kimg', 'power-0.05'). Each costs the memory of one copy of it.
 
-    `primary`, the first half-life's, is what is evaluated and published. Raises RequestError where there is no half-life or
-    where one is given twice.
+    `primary`, the average of the first half-life, is evaluated and published. Raises RequestError if there is no half-life, or
+    if an average is given twice.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Averages(Generic[Averaged]):
         *,
         rampup_ratio: float | None,
     ):
-        # A copy of the module each, which is memory; their number is the user's choice.
+        # Each average is a copy of the module. Their number is up to the user's recipe.
         emas = [Ema(module, halflife, rampup_ratio) for halflife in halflives_kimg]
         averages: list[Average[Averaged]] = [*emas, *(PowerEma(module, std) for std in power_widths)]
         if not emas:
@@ -112,7 +112,7 @@ class Averages(Generic[Averaged]):
             raise RequestError(f"two of the averages {names} are the same", remedy="give each once")
 
     def update(self, parameters: Iterable[Tensor], batch: int, seen_kimg: float, buffers: Iterable[Tensor] = ()) -> None:
-        """One step of all of them, as in `Average.update`."""
+        """Update all averages after a step; see `Average.update`."""
         weights, changed = list(parameters), list(buffers)
         for average in self._averages.values():
             average.update(weights, batch, seen_kimg, changed)
@@ -122,17 +122,17 @@ class Averages(Generic[Averaged]):
         return iter(self._averages.values())
 
     def modules(self) -> dict[str, Averaged]:
-        """The modules that hold the averages, by name; the primary one comes first."""
+        """The modules that hold the averages, by name, the primary one first."""
         return {name: average.module for name, average in self._averages.items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The modules' states by name. The tensors are the averages' own, as in torch."""
+        """The modules' states by name. As in torch, the tensors are not copies."""
         return {name: dict(module.state_dict()) for name, module in self.modules().items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes back what `state_dict` gave. Raises FileFormatError for a state of other averages."""
+        """Restore what `state_dict` returned. Raises FileFormatError if the state has other averages."""
         modules = self.modules()
-        # An average cannot be made up afterwards: it would have missed what came before.
+        # An average cannot be added later, because it would lack the training so far.
         if state.keys() != modules.keys():
             raise FileFormatError(
                 f"the state holds the averages {', '.join(state)}, not {', '.join(modules)}",
@@ -142,12 +142,12 @@ class Averages(Generic[Averaged]):
             module.load_state_dict(state[name])
 
 
-# sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (arXiv 2312.02696, appendix C), sorted by powers of gamma:
+# sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (arXiv 2312.02696, appendix C), ordered by powers of gamma:
 # gamma^3 + 7 gamma^2 + (16 - 1/sigma_rel^2) gamma + (12 - 1/sigma_rel^2) = 0.
 def power_exponent(std: float) -> float:
-    """gamma of the profile t^gamma on 0..1 whose standard deviation is std: 0.05 gives 16.97, 0.10 gives 6.94.
+    """gamma of the profile t^gamma on 0..1 with standard deviation std: 16.97 for 0.05, 6.94 for 0.10.
 
-    std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (arXiv 2312.02696, appendix C), a cubic whose largest root is meant.
+    It is the largest root of the cubic std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (arXiv 2312.02696, appendix C).
     Raises RequestError for std outside 0.005..0.28.
     """
     if not MIN_AVERAGE_WIDTH <= std <= WIDEST_AVERAGE:

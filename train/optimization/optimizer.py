@@ -1,4 +1,4 @@
-"""One optimizer step: rates that depend on the step alone, gradients summed over processes, nothing that is not finite."""
+"""One optimizer step: the learning rate, gradients summed over processes, clipping, and skipping of non-finite gradients."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from uni_instruct.train.config import StageConfig
 
-# The decays of a recipe: how the rate falls over the last decay_kimg, from 1 at x = 1 (they begin) to x = 0 (the end).
+# The decays of a recipe: the factor of the rate over the last decay_kimg, from 1 at x = 1 (start) to 0 at x = 0 (end).
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
@@ -21,7 +21,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RateSchedule:
-    """A peak rate, a linear rise over the first warmup_kimg and a fall to zero over the last decay_kimg."""
+    """A learning rate: linear warm-up to `peak` over the first warmup_kimg, and decay to zero over the last decay_kimg."""
 
     peak: float
     total_steps: int
@@ -32,7 +32,7 @@ class RateSchedule:
 
     @classmethod
     def of(cls, config: StageConfig, peak: float) -> "RateSchedule":
-        """The rate over a stage's steps, from its highest."""
+        """The schedule of a stage with that peak rate."""
         return cls(
             peak=peak,
             total_steps=config.total_steps,
@@ -44,8 +44,8 @@ class RateSchedule:
 
     def at(self, step: int) -> float:
         """The learning rate of a step in 0..total_steps-1."""
-        # rate = peak * min(1, seen / warmup) * fall(min(1, left / decay)); step + 1, so that the first step moves something and
-        # the last one, with something left, still does.
+        # rate = peak * min(1, seen / warmup) * fall(min(1, left / decay)). seen counts this step and left does too, so that
+        # the rate is above 0 in the first and in the last step.
         seen_kimg = (step + 1) * self.batch / 1000
         left_kimg = (self.total_steps - step) * self.batch / 1000
         rise = min(1.0, seen_kimg / self.warmup_kimg) if self.warmup_kimg else 1.0
@@ -55,23 +55,23 @@ class RateSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Clipping:
-    """Bounds of a gradient: of its norm, then of each value; 0 is none."""
+    """Bounds of a gradient: first of its norm, then of each value. 0 means no bound."""
 
     norm: float = 0.0
     value: float = 0.0
 
 
 def can_fuse(device: torch.device) -> bool:
-    """Whether torch's optimizers have one kernel for all of a step on that device."""
+    """Whether torch's optimizers have a fused kernel, one for the whole step, on that device."""
     return device.type in ("cpu", "cuda")
 
 
 class OptimizerStep:
-    """A module's optimizer. Gradients of any number of `backward` calls, in all processes, add up to those of one step.
+    """A module with its optimizer. Gradients of all `backward` calls, in all processes, are summed for one step.
 
-    A parameter group's rate_scale multiplies its rate. A step whose gradient is not finite leaves the module as it was and is
-    counted: `bad` in all, `bad_in_a_row` since the last good one. With precision 16-mixed the loss scaler lowers its scale
-    instead, and only steps at the lowest scale count.
+    A parameter group's rate_scale multiplies its learning rate. A step whose gradient is not finite leaves the module as it
+    was and is counted: `bad` is the total, `bad_in_a_row` the number since the last good step. With precision 16-mixed the
+    loss scaler then lowers its scale, and such steps are counted only once the scale is below 1.
     """
 
     def __init__(self, fabric: Fabric, module: nn.Module, optimizer: Any, rate: RateSchedule, clipping: Clipping):
@@ -80,28 +80,28 @@ class OptimizerStep:
         self.bad = self.bad_in_a_row = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this process's part of a sum over the global batch."""
+        """Add the gradient of this process's part of the loss, a sum over the global batch."""
         self.fabric.backward(loss)
 
     def step(self, index: int) -> Tensor:
-        """Takes the step at the rate of `index`; returns the norm of its gradient before clipping, a scalar."""
-        # Set anew from the step's index, and not by a scheduler: there is no state of it to save.
+        """Take step `index` at its learning rate. Returns the norm of the gradient before clipping, a scalar."""
+        # Computed from the step's index rather than by a scheduler, which would have state to save.
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.at(index) * group.get("rate_scale", 1.0)
-        # Before clipping: the bound is meant for the gradient of the whole batch.
+        # Before clipping, because the bound is for the gradient of the global batch.
         self._sum_over_processes()
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.clipping.norm or math.inf, error_if_nonfinite=False
         )
         assert norm is not None
-        # The norm of all gradients is finite only where every value is, and asks the GPU once.
+        # The norm is finite only if every gradient value is. Testing the norm synchronises with the GPU once.
         finite, scaler = bool(torch.isfinite(norm)), self._scaler()
         if finite and self.clipping.value:
             nn.utils.clip_grad_value_(self.module.parameters(), self.clipping.value)
-        if finite or scaler is not None:  # a scaler leaves out the bad step itself, and learns from it
+        if finite or scaler is not None:  # a scaler skips the bad step itself, and lowers its scale
             self.optimizer.step()
         self.optimizer.zero_grad()
-        # A scaler overflows now and then while it looks for its scale; below 1 it has nowhere left to go.
+        # A scaler overflows now and then while it searches for its scale. Below scale 1 the gradients themselves are at fault.
         if finite:
             self.bad_in_a_row = 0
         elif scaler is None or scaler.get_scale() < 1:
@@ -110,11 +110,11 @@ class OptimizerStep:
 
     @property
     def scales_loss(self) -> bool:
-        """Whether a loss scaler stands between losses and gradients, which then are no gradients of single terms."""
+        """Whether a loss scaler multiplies the loss before `backward`. Gradients of single terms are then not measured."""
         return self._scaler() is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, moments, counts, and the loss scale where there is one."""
+        """Weights, the optimizer's moments, counts of bad steps, and the loss scaler's state if there is one."""
         scaler = self._scaler()
         return {
             "module": self.module.state_dict(),
@@ -125,9 +125,9 @@ class OptimizerStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore what `state_dict` returned, but keep this optimizer's own settings (rates, betas, eps)."""
         self.module.load_state_dict(state["module"])
-        # The recipe's rates and moments hold, not those that the state was saved with: they may change when a run goes on.
+        # The recipe's settings apply, not those saved with the state, because they may change when a run is resumed.
         given = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, given, strict=True):
@@ -138,14 +138,14 @@ class OptimizerStep:
             scaler.load_state_dict(state["scaler"])
 
     def _scaler(self) -> Any:
-        # Fabric has no public way to it.
+        # Private, because Fabric has no public access to its scaler.
         return getattr(self.fabric._precision, "scaler", None)
 
     def _sum_over_processes(self) -> None:
         if self.fabric.world_size == 1:
             return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        # One sum over processes instead of one for every tensor.
+        # One all-reduce of all gradients instead of one per tensor.
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         total = self.fabric.all_reduce(flat, reduce_op="sum")
         assert isinstance(total, Tensor)

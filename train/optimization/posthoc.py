@@ -1,7 +1,8 @@
 """Averages of any width after training, from snapshots of power-function averages (Karras et al. 2024, arXiv 2312.02696).
 
-Section 3.2 and appendix C there. A snapshot is the average of weights over training time by a known profile; a weighted sum
-of snapshots is the average by the weighted sum of their profiles, so it only takes weights that come close to another profile.
+See section 3.2 and appendix C of the paper. A snapshot is the average of the weights over training time with a known profile.
+A weighted sum of snapshots is the average with the weighted sum of their profiles. So another average is reconstructed by
+finding coefficients whose sum of profiles is close to the wanted profile.
 """
 
 import logging
@@ -20,15 +21,15 @@ from uni_instruct.files import atomic_file
 from uni_instruct.train.optimization.ema import power_exponent
 
 _FILE_NAME = re.compile(r"power-(\d\.\d+)-(\d+\.\d{3})kimg\.safetensors")
-# Distance of the profiles, relative to the wanted one's norm, above which the user should know. With widths 0.05 and 0.10 at a
-# dozen times it is at most 0.01 for what lies between them and 0.17 for a width of 0.02, but 0.36 halfway between two times.
+# Above this distance of the profiles, relative to the wanted profile's norm, the user is warned. With widths 0.05 and 0.10 and
+# a dozen snapshot times, it is at most 0.01 for widths between them, 0.17 for width 0.02, and 0.36 halfway between two times.
 _TOLERATED_DISTANCE = 0.25
 
 _log = logging.getLogger(__name__)
 
 
 class Snapshot(NamedTuple):
-    """A stored average: what training had seen, the profile's width relative to that, and the file."""
+    """A stored average: the training time in kimg, the profile's width relative to that time, and the file."""
 
     kimg: float
     std: float
@@ -36,31 +37,31 @@ class Snapshot(NamedTuple):
 
 
 def save_snapshot(folder: Path, kimg: float, std: float, weights: Mapping[str, Tensor]) -> None:
-    """Writes the weights of a power-function average of width std at kimg; one of the same time and width is replaced.
+    """Write the weights of a power-function average of width std at time kimg. Replaces one of the same time and width.
 
-    The time is kept to one image. Raises RequestError for a time or width out of range, DiskError where writing fails.
+    The file name keeps the time to one image. Raises RequestError for a time or width out of range, DiskError if writing fails.
     """
     power_exponent(std)
     if round(kimg, 3) <= 0:
         raise RequestError(f"time {kimg:g} kimg of a snapshot is not positive", remedy="average for a step first")
-    # As bytes through a Python file, whose errors say that the disk is full.
+    # Serialised to bytes and written by Python, because Python's error says that the disk is full.
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     with atomic_file(folder / f"power-{float(std)!r}-{kimg:012.3f}kimg.safetensors") as partial:
         partial.write_bytes(content)
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
-    """The snapshots in a folder by time, then width; none where there is no such folder."""
+    """The snapshots in a folder, ordered by time, then width. An empty list if there is no such folder."""
     found = [(match, path) for path in folder.glob("power-*") if (match := _FILE_NAME.fullmatch(path.name))]
     return sorted(Snapshot(float(match[2]), float(match[1]), path) for match, path in found)
 
 
 def reconstruct(folder: Path, std: float, kimg: float | None = None) -> dict[str, Tensor]:
-    """Weights, float32 on the CPU, of the power-function average of width std at kimg (None: at the last snapshot).
+    """The weights, float32 on the CPU, of the power-function average of width std at kimg (default: the last snapshot's).
 
-    Reads one tensor of one file at a time: memory is a few times the result's (sums are float64), however many snapshots there
-    are. Tensors of integers cannot be averaged and are the newest snapshot's. Logs a warning where the snapshots cannot
-    express that average well. Raises RequestError where there are no snapshots, the width is out of range or the time is not
+    Reads one tensor of one file at a time, so memory is a few times the result's (sums are float64), for any number of
+    snapshots. Integer tensors cannot be averaged and are taken from the newest snapshot. Logs a warning if the snapshots cannot
+    express that average well. Raises RequestError if there are no snapshots, the width is out of range or the time is not
     covered, FileFormatError for a corrupt snapshot.
     """
     snapshots = list_snapshots(folder)
@@ -86,39 +87,39 @@ def reconstruct(folder: Path, std: float, kimg: float | None = None) -> dict[str
 
 # With A_ij = <p_i, p_j>, b_i = <p_i, p>: A x + mu 1 = b and 1.x = 1, the stationary point of |sum x_i p_i - p|^2 / 2.
 def solve_coefficients(t_in: Sequence[float], std_in: Sequence[float], t_out: float, std_out: float) -> Tensor:
-    """How to sum averages of times t_in and widths std_in to come closest to the one of t_out, std_out: float64 [N].
+    """Coefficients of the averages with times t_in and widths std_in that best express the one of t_out, std_out: float64 [N].
 
-    Least squares over training time, min_x |sum_i x_i p_i - p|^2 as in the paper, but subject to sum_i x_i = 1: profiles
-    integrate to one. Without that, weights that never move would come out scaled, and others are less accurate as well.
+    Least squares over training time, min_x |sum_i x_i p_i - p|^2 as in the paper, but with the constraint sum_i x_i = 1, since
+    every profile integrates to 1. Without it, constant weights would be scaled, and all others would be less accurate.
     """
     products = _inner_products([*t_in, t_out], [*std_in, std_out])
     norms = products.diagonal().sqrt()
-    cosines = products / norms / norms[:, None]  # profiles of norm 1 are better conditioned
+    cosines = products / norms / norms[:, None]  # profiles of norm 1 give a better conditioned system
     n = len(t_in)
-    # Stationarity and constraint in one system; its last unknown is the constraint's multiplier.
+    # Stationarity and constraint in one linear system. Its last unknown is the Lagrange multiplier mu.
     system = cosines.clone()
     system[n, :n] = system[:n, n] = norms[n] / norms[:n]
     system[n, n] = 0
     wanted = torch.cat([cosines[:n, n], cosines.new_ones(1)])
-    # By singular values, as two snapshots may be as good as equal.
+    # gelsd uses singular values, because two snapshots may be almost equal and the system then almost singular.
     solution: Tensor = torch.linalg.lstsq(system, wanted[:, None], driver="gelsd").solution[:n, 0]
     return solution * norms[n] / norms[:n]
 
 
 # <p_i, p_j> = a_i a_j / (a_i + a_j - 1) * m^(a_i + a_j - 1) / (t_i^a_i t_j^a_j), a = gamma + 1, m = min(t_i, t_j):
-# the integral of both profiles up to where the earlier one ends (arXiv 2312.02696, appendix C).
+# the integral of the product of both profiles, up to the end of the earlier one (arXiv 2312.02696, appendix C).
 def _inner_products(times: Sequence[float], stds: Sequence[float]) -> Tensor:
-    """integral of p_i p_j over training time, float64 [N, N], with p(s) = (gamma + 1) s^gamma / t^(gamma + 1) on 0..t."""
+    """The integrals of p_i p_j over training time, float64 [N, N], for p(s) = (gamma + 1) s^gamma / t^(gamma + 1) on 0..t."""
     t = torch.tensor(times, dtype=torch.float64)
     a = torch.tensor([power_exponent(std) + 1 for std in stds], dtype=torch.float64)
     overlap = torch.minimum(t, t[:, None])
-    reached = (overlap / t) ** a  # share of p_j before the earlier of both ends
+    reached = (overlap / t) ** a  # (m / t_j)^a_j, the part of p_j's integral before the earlier end
     return a * a[:, None] / (a + a[:, None] - 1) * reached * reached.T / overlap
 
 
 def _warn_if_far(coefficients: Tensor, products: Tensor, wanted: str) -> None:
-    """The last of the profiles is the wanted one."""
-    # |sum x_i p_i - p|^2 = (x, -1) A (x, -1)^T, over |p|^2, which stands in the last corner.
+    """Log a warning if the sum of profiles is far from the wanted profile, which is the last row of `products`."""
+    # |sum x_i p_i - p|^2 / |p|^2 with |sum x_i p_i - p|^2 = (x, -1) A (x, -1)^T; |p|^2 is A's last diagonal element.
     difference = torch.cat([coefficients, coefficients.new_full((1,), -1.0)])
     distance = float((difference @ products @ difference / products[-1, -1]).clamp(min=0).sqrt())
     if distance > _TOLERATED_DISTANCE:
@@ -130,7 +131,7 @@ def _warn_if_far(coefficients: Tensor, products: Tensor, wanted: str) -> None:
 
 
 def _add(sums: dict[str, Tensor], path: Path, coefficient: float) -> None:
-    """Adds coefficient times the file's tensors to the sums, in float64; the first file makes them."""
+    """Add coefficient times the file's tensors to the sums, in float64. The first file creates the sums."""
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -144,12 +145,12 @@ def _add(sums: dict[str, Tensor], path: Path, coefficient: float) -> None:
 
 
 def _add_tensor(sums: dict[str, Tensor], name: str, tensor: Tensor, coefficient: float, path: Path) -> None:
-    # Counters of steps and the like have no average.
+    # Integer tensors, such as step counters, are not averaged: the newest snapshot is read last and wins.
     if not tensor.is_floating_point():
         sums[name] = tensor
     elif name not in sums:
         sums[name] = tensor.double() * coefficient
-    elif sums[name].shape != tensor.shape:  # addition would broadcast
+    elif sums[name].shape != tensor.shape:  # add_ would broadcast without an error
         raise _unlike_others(path)
     else:
         sums[name].add_(tensor, alpha=coefficient)

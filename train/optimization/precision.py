@@ -1,4 +1,4 @@
-"""What a recipe's precision means: how networks multiply, and what keeps all bits of float32."""
+"""What a recipe's precision means: the arithmetic of matrix products, and what stays in full float32."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,17 +9,18 @@ from uni_instruct.float32 import full_float32
 
 
 def arithmetic_of(precision: str) -> AbstractContextManager[None]:
-    """Within the block GPUs multiply as a recipe's precision says: '32-true' means all of float32's bits, as in EDM.
+    """A context in which GPUs multiply as the recipe's precision says. '32-true' means full float32 without TF32, as in EDM.
 
-    By default cuDNN's convolutions would round to TF32. With 16-bit products next to nothing is left in float32.
+    By default, cuDNN rounds the inputs of convolutions to TF32. With 16-bit products almost no product is left in float32, so
+    nothing is changed then.
     """
     return full_float32() if precision == "32-true" else nullcontext()
 
 
 class _InnerAutocast(MixedPrecision):
-    """Autocast inside the networks; images and noise levels keep 32 bits.
+    """Autocast inside the networks, while their inputs (images and noise levels) stay in float32.
 
-    Fabric's own converts inputs as well, which at sigma = 80 rounds away the image under the noise.
+    Fabric's own plugin also converts the inputs. At sigma = 80 that would round away the image under the noise.
     """
 
     def convert_input(self, data: Any) -> Any:
@@ -27,7 +28,7 @@ class _InnerAutocast(MixedPrecision):
 
 
 class _InnerBFloat16(_InnerAutocast):
-    """Needs no loss scaler, and so no backward pass but torch's: gradients of single terms can be taken."""
+    """bfloat16 needs no loss scaler, so the plain backward pass is used, and gradients of single terms can be measured."""
 
     backward = Precision.backward
 

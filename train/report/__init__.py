@@ -1,1 +1,1 @@
-"""What a finished run has to show: report.md beside it, made from the run's folder and nothing else."""
+"""The report of a finished run: report.md, report.html and report.json, made from the run's folder alone."""

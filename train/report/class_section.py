@@ -1,4 +1,4 @@
-"""Class by class: how often a sample is recognised as what it was asked to be, how varied they are, and how they look."""
+"""The report's section on classes: how often samples are classified as their class, their variety, and examples."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,16 @@ from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import picture, table, text
 from uni_instruct.train.report.pictures import columns_of_two
 
-SAMPLES, SHOWN = 64, 8  # of each class: scored, and shown beside as many training images
-MAX_SHOWN_CLASSES = 20  # more would be a table that nobody reads
+SAMPLES, SHOWN = 64, 8  # images of each class: number that is scored, and number that is shown, beside as many training images
+MAX_SHOWN_CLASSES = 20  # a longer table would not be readable
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
-    """One class. recognised: shares of samples and of training images that the classifier takes for it; None where it cannot.
+    """The scores of one class; None if not measured.
 
-    varied: mean distance of two samples in the features, as a share of that of two training images.
+    recognised, recognised_data: share of samples and of training images that the classifier assigns to the class.
+    varied: mean distance of two samples in the features / mean distance of two training images.
     """
 
     name: str
@@ -34,7 +35,7 @@ class ClassScore:
 
 
 def class_section(inputs: ReportInputs) -> list[str]:
-    """A table and a strip for each class; nothing for a generator or data without classes."""
+    """A table of the classes and a picture with a row for each. Empty if generator or data have no classes."""
     dataset, spec = inputs.plan.dataset, inputs.spec
     if not spec.num_classes or dataset is None or dataset.labels is None or not inputs.makes_pictures:
         return []
@@ -69,7 +70,8 @@ def class_section(inputs: ReportInputs) -> list[str]:
 
 
 def variety(features: Tensor) -> float:
-    """The mean Euclidean distance of two different rows of [N, D]; 0 for a single one."""
+    """The mean Euclidean distance of two different rows of features [N, D]; 0 for a single row."""
+    # sum_ij |f_i - f_j| / (N (N - 1)): the diagonal adds 0.
     count = len(features)
     distances = torch.cdist(features, features)
     return (distances.sum() / max(1, count * (count - 1))).item()
@@ -117,6 +119,6 @@ def _ratio(value: float | None) -> str:
 
 
 def _filled(images: np.ndarray) -> np.ndarray:
-    """A strip's images, with white where a class has fewer."""
+    """A row's images, filled up to SHOWN with white ones if the class has fewer."""
     missing = SHOWN - len(images)
     return np.concatenate([images, np.full((missing, *images.shape[1:]), 255, np.uint8)]) if missing else images

@@ -1,4 +1,4 @@
-"""The commands of a run: how it was trained, and what to do with what came out."""
+"""The report's section of commands: how to repeat the run, and what to do with its generator."""
 
 import shlex
 
@@ -8,12 +8,12 @@ from uni_instruct.train.report.inputs import ReportInputs
 
 
 def command_section(inputs: ReportInputs) -> list[str]:
-    """Each command as it can be pasted into a shell, in the folder where the run was started."""
+    """The commands as a shell block, to be run in the folder where the run was started."""
     lines = ["```sh"]
     for why, *words in _commands(inputs):
         lines += [f"# {why}", f"uni-instruct {shlex.join(map(str, words))}"]
     lines.append("```")
-    # A command that is sure to be refused helps nobody.
+    # Commands that would fail are left out above. These lines say why.
     if not inputs.makes_pictures:
         lines += ["", "`export`, `evaluate` and `serve` take pictures; these are latents, of which a decoder makes them."]
     elif inputs.plan.dataset is None:
@@ -22,12 +22,12 @@ def command_section(inputs: ReportInputs) -> list[str]:
 
 
 def command_words(inputs: ReportInputs) -> list[str]:
-    """The same commands, one line each."""
+    """The same commands as strings, for report.json."""
     return [f"uni-instruct {shlex.join(map(str, words))}" for _, *words in _commands(inputs)]
 
 
 def _commands(inputs: ReportInputs) -> list[tuple[object, ...]]:
-    """(why, words...) of each."""
+    """The commands, each as (explanation, word, word, ...)."""
     folder, generator = inputs.folder, inputs.folder / "generator"
     plan, pictures = inputs.plan, inputs.makes_pictures
     images = ("--out", folder / "images", "--grid", folder / "grid.png") if pictures else ("--out", folder / "latents.npz")

@@ -1,4 +1,4 @@
-"""A stage's curves as one picture: small panels over thousands of images seen."""
+"""A stage's curves as one picture of small panels. Their x axis is the number of images seen, in thousands."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, INK, GREY = "#2f6690", "#c8702a", "#5b8e55", "#33373b", "#9aa0a6"
 COLUMNS, PANEL_IN, DPI = 2, (4.6, 2.35), 120
-LOG_FROM = 8.0  # an axis is logarithmic where the largest value is more than so many times the smallest
-SMOOTHED_FROM = 30  # with so many points, a curve is drawn pale under its running median
-LEGEND_ROOM = 0.22  # of a panel's height, kept free above the curves
+LOG_FROM = 8.0  # an axis is logarithmic if largest value / smallest value exceeds this
+SMOOTHED_FROM = 30  # from this number of points on, a curve is drawn pale with its running median on top
+LEGEND_ROOM = 0.22  # share of a panel's height that stays free above the curves, for the legend
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A curve of a panel: 'noisy', measured on one batch a point; 'points', evaluations; or 'exact'."""
+    """A curve of a panel. kind: 'noisy' (each point measured on one batch), 'points' (evaluations) or 'exact'."""
 
     label: str
     curve: Curve
@@ -34,9 +34,9 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One set of axes; level is a horizontal line with its name, mark a point of a curve that is ringed.
+    """One set of axes. level: a horizontal line and its name. mark: an evaluation to circle. bounds: ends of the y axis.
 
-    linear keeps the axis from becoming logarithmic, bounds are its ends.
+    linear: never use a logarithmic axis.
     """
 
     title: str
@@ -48,12 +48,12 @@ class Panel:
 
     @property
     def empty(self) -> bool:
-        """Whether the log has none of its curves."""
+        """Whether the log contains none of its curves."""
         return not any(line.curve.values for line in self.lines)
 
 
 def panels(stage: str, history: StageHistory, recipe: Recipe, teacher: Evaluation | None) -> list[Panel]:
-    """What is worth drawing of a stage; teacher is the best evaluation of the teacher that this run trained."""
+    """The panels of a stage, without empty ones. teacher: best evaluation of the teacher, if this run trained it."""
     made = [*_scores(history, recipe, teacher), *(_teacher if stage == "teacher" else _generator)(history)]
     made.append(Panel(title="Learning rate", lines=_rates(stage, recipe), linear=True))
     made.append(Panel(title="Images per second, evaluation included", lines=[_line(history, "", "images_per_s")]))
@@ -61,9 +61,9 @@ def panels(stage: str, history: StageHistory, recipe: Recipe, teacher: Evaluatio
 
 
 def draw(file: Path, title: str, shown: Sequence[Panel], edges_kimg: Sequence[float] = ()) -> None:
-    """Writes the panels as a PNG; edges_kimg are where the objective changes. Raises MissingExtraError without matplotlib."""
+    """Write the panels as a PNG. edges_kimg: where the objective changes. Raises MissingExtraError without matplotlib."""
     try:
-        from matplotlib.figure import Figure  # not pyplot: nothing global, and no window system
+        from matplotlib.figure import Figure  # not pyplot, which has global state and may open a window system
     except ModuleNotFoundError as error:
         raise MissingExtraError("matplotlib", extra="train") from error
     rows = -(-len(shown) // COLUMNS)
@@ -82,7 +82,10 @@ def draw(file: Path, title: str, shown: Sequence[Panel], edges_kimg: Sequence[fl
 
 
 def draw_steps(file: Path, teacher: Mapping[int, float], student: float, metric: str) -> None:
-    """Writes a PNG: the teacher's distance against its evaluations, the student's as a level. Raises MissingExtraError."""
+    """Write a PNG: the teacher's distance over its number of network evaluations, and the student's as a horizontal line.
+
+    teacher: evaluations -> distance. Raises MissingExtraError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -103,7 +106,7 @@ def draw_steps(file: Path, teacher: Mapping[int, float], student: float, metric:
 
 
 def phase_edges(recipe: Recipe) -> list[float]:
-    """Where the generator's objective changes, in kimg: the critic's warm-up ends, a phase of the schedule begins."""
+    """Where the generator's objective changes, in kimg: the end of the critic's warm-up, and the starts of later phases."""
     return [phase.from_kimg for phase in phases(recipe)[1:]]
 
 
@@ -149,7 +152,7 @@ def _generator(history: StageHistory) -> list[Panel]:
 
 
 def _rates(stage: str, recipe: Recipe) -> list[Line]:
-    """Learning rates as the recipe has them: they depend on the step alone, and are not logged."""
+    """The learning rates, computed from the recipe. They are not logged, because they depend on the step alone."""
     distillation = recipe.distillation
     config = recipe.teacher if stage == "teacher" else distillation
     peaks = {"": recipe.teacher.learning_rate}
@@ -203,14 +206,14 @@ def _draw_line(axes: "Axes", line: Line, colour: str) -> None:
 
 
 def _running_median(values: Sequence[float]) -> np.ndarray:
-    """Over a twentieth of the curve, centred, fewer at the ends: a single spike leaves no trace."""
-    # The median follows a step in a curve where a mean would draw a slope.
+    """The centred running median over about a twentieth of the curve, over fewer points at the ends. It removes spikes."""
+    # A median also keeps a sudden step in a curve, which a mean would turn into a slope.
     half = max(2, len(values) // 40)
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _set_scale(axes: "Axes", panel: Panel, values: Sequence[float]) -> None:
-    """A logarithmic axis where values span much; some room above for the legend."""
+    """Make the y axis logarithmic if the values span a factor of LOG_FROM, and leave room for the legend above them."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     low, high = min(values), max(values)
@@ -220,7 +223,7 @@ def _set_scale(axes: "Axes", panel: Panel, values: Sequence[float]) -> None:
         axes.set_yticks(np.linspace(low, high, 5))
     elif low > 0 and not panel.linear and high > LOG_FROM * low:
         axes.set_yscale("log")
-        # Room for the legend is a factor on a logarithmic axis.
+        # On a logarithmic axis the room for the legend is a factor: top (top / bottom)^LEGEND_ROOM.
         bottom, top = axes.get_ylim()
         axes.set_ylim(bottom, top * (top / bottom) ** LEGEND_ROOM)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))

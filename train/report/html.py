@@ -1,4 +1,4 @@
-"""A report as one HTML file with its pictures within: it can be sent round, and opens offline."""
+"""A report as one HTML file with embedded pictures, which can be sent to others and opened offline."""
 
 import base64
 import html
@@ -25,9 +25,9 @@ pre, code { background: var(--soft); border-radius: 4px; font-size: .88rem } pre
 
 
 def write_html(markdown: str, file: Path) -> Path:
-    """Writes the report's Markdown as a page of its own; pictures are looked for beside the file. Returns the file.
+    """Write Markdown as an HTML page. Paths of pictures are relative to the file's folder. Returns the file.
 
-    HTML within the Markdown is shown as text, not taken as such. Raises MissingExtraError without markdown-it-py.
+    HTML in the Markdown is escaped and shown as text. Raises MissingExtraError without markdown-it-py.
     """
     title = next((line[2:] for line in markdown.splitlines() if line.startswith("# ")), file.stem)
     page = (
@@ -52,12 +52,12 @@ def _body(markdown: str, folder: Path) -> str:
             if child.type == "image":
                 child.attrs["src"] = _inline(folder / str(child.attrs["src"]))
     body: str = reader.renderer.render(tokens, reader.options, {})
-    # A wide table scrolls by itself, not the page.
+    # Wrapped, so that a wide table scrolls instead of the whole page.
     return body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
 
 
 def _inline(picture: Path) -> str:
-    """The picture as a data URI; a file that is not there stays a name, which a browser shows as a missing picture."""
+    """The picture as a data URI. If the file is missing, its name, which a browser shows as a missing picture."""
     if not picture.is_file():
         return picture.name
     return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"

@@ -1,4 +1,4 @@
-"""What the sections of a report are made from: a run's folder, opened once."""
+"""The inputs of the report's sections: a run's folder, opened once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +17,20 @@ from uni_instruct.train.monitoring.clock import Times, read_times
 from uni_instruct.train.plan import Plan, make_plan
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.report.neighbours import QUERIES
-from uni_instruct.train.report.pictures import Drawn, Grid, draw_rows, plan_grid
+from uni_instruct.train.report.pictures import DrawnImages, Grid, draw_rows, plan_grid
 from uni_instruct.train.report.records import Evaluation, StageHistory, read_history
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_sets
 
 Json: TypeAlias = "str | int | float | Sequence[Json] | Mapping[str, Json] | None"
-TEACHER_BUDGET_S = 20.0  # for the teacher's grid; the student's has as many rows
+TEACHER_BUDGET_S = 20.0  # time limit for drawing the teacher's grid, and for the student's samples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReportInputs:
-    """A finished run. pictures is where the report's pictures are put; evaluator is None where the metric is none."""
+    """A finished run, as the sections read it. What several sections need is computed once and cached.
+
+    pictures: folder for the report's pictures. evaluator: None if the recipe's metric is none, or without data.
+    """
 
     folder: Path
     pictures: Path
@@ -41,28 +44,28 @@ class ReportInputs:
 
     @property
     def spec(self) -> ModelSpec:
-        """The generator's."""
+        """The generator's spec."""
         return self.generator.spec
 
     @property
     def makes_pictures(self) -> bool:
-        """Whether images can be looked at: latents of a VAE cannot."""
+        """Whether the generator makes pictures; False for latents of a VAE without its decoder."""
         return self.spec.makes_pictures
 
     @property
     def parameters(self) -> int:
-        """Of the generator's network, which the teacher shares."""
-        # Counted, not loaded: the weights are not needed for their number.
+        """Number of parameters of the generator's network. The teacher has the same architecture."""
+        # Built on the meta device, because the weights are not needed to count them.
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in build_denoiser(self.spec).parameters())
 
     def best(self, stage: str) -> Evaluation | None:
-        """The stage's evaluation whose weights were kept; None where nothing was scored."""
+        """The stage's evaluation whose weights were kept; None if nothing was scored."""
         return self.history[stage].best(self.plan.recipe.loop.metric) if stage in self.history else None
 
     @cached_property
     def student_engine(self) -> Engine:
-        """The published weights, as `generate --engine torch` runs them."""
+        """The generator's published weights, as `generate --engine torch` runs them."""
         return open_engine(self.generator, "torch")
 
     @cached_property
@@ -72,32 +75,32 @@ class ReportInputs:
 
     @cached_property
     def grid(self) -> Grid:
-        """The noise and classes that teacher and student are shown with."""
+        """The seeds and classes of the grid that shows teacher and student."""
         return plan_grid(self.spec)
 
     @cached_property
-    def teacher_drawn(self) -> Drawn:
-        """The teacher's images of as many rows of the grid as are affordable."""
+    def teacher_images(self) -> DrawnImages:
+        """The teacher's images of as many rows of the grid as TEACHER_BUDGET_S allows."""
         return draw_rows(self.teacher_engine, self.grid, TEACHER_BUDGET_S)
 
     @cached_property
     def student_scores(self) -> SetScores | None:
-        """The student's, on seeds that no weights were chosen by; None where the recipe's metric is none."""
+        """The student's scores, on seeds by which no weights were chosen; None without an evaluator."""
         loop = self.plan.recipe.loop
         if self.evaluator is None:
             return None
         return score_sets(self.evaluator, self.student_engine, loop.metric, samples_of_a_set(loop.samples), None)
 
     @cached_property
-    def samples(self) -> Drawn:
-        """The student's images of seeds 0.., whose neighbours are looked for: more than the grid shows."""
+    def samples(self) -> DrawnImages:
+        """The student's images of seeds from 0 on, for the search of neighbours. The grid shows the first of them."""
         return draw_rows(self.student_engine, plan_grid(self.spec, QUERIES), TEACHER_BUDGET_S)
 
 
 def open_run(folder: Path, pictures: Path, plan: Plan | None, evaluator: Evaluator | None) -> ReportInputs:
-    """Opens what a run left behind; plan and evaluator where they are at hand already, as opening them takes time.
+    """Open a finished run. plan and evaluator are opened here unless they are passed, which saves time.
 
-    Raises RequestError where the run is not finished, or what its recipe names is gone.
+    Raises RequestError if the run is not finished, or if something that its recipe names no longer exists.
     """
     plan = plan or make_plan(parse_recipe(read_yaml(folder / "recipe.yaml")))
     if evaluator is None and plan.dataset is not None and plan.recipe.loop.metric != "none":

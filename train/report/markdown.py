@@ -1,4 +1,4 @@
-"""Markdown's small parts: text as it is, tables, numbers with a spread."""
+"""Small parts of Markdown: escaped text, tables, pictures, numbers with their spread, durations."""
 
 import re
 import statistics
@@ -8,23 +8,23 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 
 
 def text(words: str) -> str:
-    """The words on one line, none of them taken for Markdown."""
+    """The words on one line, with Markdown's special characters escaped."""
     return _SPECIAL.sub(r"\\\1", " ".join(words.split()))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 1) -> list[str]:
-    """A table; columns from numbers_from on are aligned to the right. Cells are Markdown already."""
+    """A table's lines. Columns from index numbers_from on are aligned to the right. Cells must be valid Markdown."""
     rule = ["---" if column < numbers_from else "---:" for column in range(len(header))]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
 
 
 def picture(file: str, description: str) -> str:
-    """A picture of the report's folder."""
+    """A picture from the folder report/, with a description as alternative text."""
     return f"![{text(description)}](report/{file})"
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation; of a single value, the value."""
+    """Mean ± sample standard deviation (over n - 1); a single value is shown without a deviation."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.3g}"
@@ -32,7 +32,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def duration(time_s: float) -> str:
-    """In the unit that people would say it in."""
+    """A duration in seconds below 2 minutes, in minutes below 2 hours, else in hours and minutes."""
     if time_s < 120:
         return f"{time_s:.3g} s"
     minutes = round(time_s / 60)

@@ -1,4 +1,4 @@
-"""report.md and report.html: each section is made on its own, so that one that fails leaves the others standing."""
+"""Writes report.md, report.html and report.json. Sections are made independently, so that one can fail without the others."""
 
 import json
 import logging
@@ -42,19 +42,18 @@ _log = logging.getLogger(__name__)
 def write_report(
     folder: Path, plan: Plan | None = None, evaluator: Evaluator | None = None, with_progress: ProgressFactory = silent
 ) -> Path:
-    """Makes a finished run's report.md anew, with its pictures in report/, from what the folder holds; returns its path.
+    """Write a finished run's report.md, with its pictures in report/. Returns its path. Replaces an existing report.
 
-    report.html beside it is the same in one file, with its pictures within; report.json has what was measured.
-
-    plan and evaluator spare opening the data and computing its features again. A section that fails says why in its place.
-    Raises RequestError where the run is not finished, DiskError where nothing can be written.
+    report.html has the same content in one file, with the pictures embedded; report.json has the measurements. Pass plan and
+    evaluator if they exist already, to avoid opening the data and computing its features again. A section that fails is
+    replaced by its error. Raises RequestError if the run is not finished, DiskError if nothing can be written.
     """
     start = time.monotonic()
     with atomic_folder(folder / PICTURES) as pictures, with_progress("report", len(SECTIONS), "sections") as shown:
         inputs = open_run(folder, pictures, plan, evaluator)
         blocks = [f"# {text(inputs.plan.recipe.name)}"]
         for title, section in SECTIONS.items():
-            lines = _made(section, inputs, title)
+            lines = _section_or_error(section, inputs, title)
             blocks += [f"## {title}", "\n".join(lines)] if lines else []
             shown.advance(1, title.lower())
         blocks += ["## Time", "\n".join(time_section(inputs, time.monotonic() - start))]
@@ -68,14 +67,14 @@ def write_report(
 
 
 def report_is_current(folder: Path) -> bool:
-    """Whether the report was made after the last line of the log."""
+    """Whether the report is newer than the last line of the log."""
     report, log = folder / REPORT, folder / "log.jsonl"
-    # Nanoseconds: a short run ends within the second of its report.
+    # In nanoseconds, because a short run may end in the same second in which its report is written.
     return report.exists() and (not log.exists() or report.stat().st_mtime_ns >= log.stat().st_mtime_ns)
 
 
 def _facts(inputs: ReportInputs) -> dict[str, Json]:
-    """What a program may want of the report: what was trained, what was measured, by which versions, and the commands."""
+    """The content of report.json: what was trained, what was measured, the versions, and the commands."""
     return {
         "recipe": inputs.plan.recipe.name,
         "weights_sha256": inputs.generator.weights_sha256,
@@ -88,9 +87,9 @@ def _facts(inputs: ReportInputs) -> dict[str, Json]:
     }
 
 
-def _made(section: Section, inputs: ReportInputs, title: str) -> list[str]:
+def _section_or_error(section: Section, inputs: ReportInputs, title: str) -> list[str]:
     try:
         return section(inputs)
-    except Exception as error:  # whatever drawing and scoring raise: a report with a gap is better than none
+    except Exception as error:  # drawing and scoring may raise anything; a report without one section is better than none
         _log.warning("the report lacks '%s': %s: %s", title, type(error).__name__, error)
         return [f"Not made: {text(str(error) or type(error).__name__)}"]

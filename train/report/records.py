@@ -1,4 +1,4 @@
-"""log.jsonl read back: the curves of each stage, its best evaluation, and the warnings."""
+"""Reads log.jsonl for the report: the curves of each stage, its evaluations, and the warnings."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric's values over thousands of images seen, in the order of the log; both lists are as long."""
+    """A metric's values over thousands of images seen, in the order of the log. Both lists have the same length."""
 
     kimg: list[float]
     values: list[float]
@@ -19,7 +19,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The scores of one evaluation. name is that of the score that the recipe minimises, such as FD(digits-classifier)."""
+    """The scores of one evaluation. name: the score that the recipe minimises, for example FD(digits-classifier)."""
 
     step: int
     kimg: float
@@ -34,7 +34,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class LogLine:
-    """A line of curves or scores: what was logged after a step, by name."""
+    """A line of curves or scores: the values logged after a step, by name."""
 
     step: int
     kimg: float
@@ -43,19 +43,19 @@ class LogLine:
 
 @dataclass(frozen=True)
 class StageHistory:
-    """What the log says of one stage; warnings are (step, words)."""
+    """One stage's log lines; warnings are (step, text)."""
 
     records: list[LogLine] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
-        """The metric of that name, empty where it was never logged; None and values that are not finite are left out."""
-        # A curve may begin late, or hold a NaN from a bad step: what is there is drawn.
+        """The curve of that metric; empty if it was never logged. Values that are not finite are left out."""
+        # A curve may start late, or contain a NaN of a bad step. The other points are still drawn.
         points = [(r.kimg, r.values[name]) for r in self.records if math.isfinite(r.values.get(name, math.nan))]
         return Curve([kimg for kimg, _ in points], [value for _, value in points])
 
     def evaluations(self, metric: str) -> list[Evaluation]:
-        """Those by the recipe's metric, FD or KD, in order."""
+        """The evaluations by the recipe's metric (FD or KD), in the order of the log."""
         found = []
         for record in self.records:
             name = (
@@ -68,19 +68,19 @@ class StageHistory:
         return found
 
     def best(self, metric: str) -> Evaluation | None:
-        """The evaluation whose weights were kept: the lowest, of equal ones the last, as the loop chooses."""
-        # Reversed: of equal scores the loop kept the last.
+        """The evaluation whose weights were kept: the one with the lowest score; None if there is none."""
+        # Reversed, because among equal scores the training loop keeps the last.
         return min(reversed(self.evaluations(metric)), key=lambda e: e.value, default=None)
 
 
 def read_history(folder: Path) -> dict[str, StageHistory]:
-    """Stage -> its history, in the order of training; empty where the run has no log."""
+    """Stage -> its history, in the order of training; empty if the run has no log."""
     file = folder / "log.jsonl"
     return parse_history(file.read_text().splitlines()) if file.exists() else {}
 
 
 def parse_history(lines: Iterable[str]) -> dict[str, StageHistory]:
-    """The same from the log's lines; one that a killed run left half written is passed over."""
+    """As `read_history`, from the log's lines. An incomplete line, left by a killed run, is skipped."""
     stages: dict[str, StageHistory] = {}
     for line in lines:
         try:

@@ -1,4 +1,4 @@
-"""What came out: samples, scores, nearest training images and curves. These sections make and score images."""
+"""Sections of the report on the results: samples, scores, nearest training images and curves."""
 
 import numpy as np
 import torch
@@ -10,22 +10,22 @@ from uni_instruct.train.monitoring.scores import MAX_REFERENCE_FOR_PR
 from uni_instruct.train.report.curves import draw, panels, phase_edges
 from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
-from uni_instruct.train.report.neighbours import Closeness, by_features, by_pixels, searched_indices
-from uni_instruct.train.report.pictures import columns_of_neighbours
+from uni_instruct.train.report.neighbours import NeighbourDistances, by_features, by_pixels, searched_indices
+from uni_instruct.train.report.pictures import neighbour_sheet
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_data, score_sets
 
-SHOWN = 6  # samples of each kind above their neighbours
+SHOWN = 6  # samples shown above their neighbours: the first ones, and as many of those nearest to training images
 NAMES = {"class_accuracy": "classified as asked"}
 _NO_PICTURES = "No pictures: this generator makes latents of a VAE, and has no decoder yet. The commands say how it gets one."
 
 
 def sample_section(inputs: ReportInputs) -> list[str]:
-    """Teacher and student from the same noise and classes, one above the other."""
+    """Grids of teacher and student from the same noise and classes."""
     if not inputs.makes_pictures:
         return [_NO_PICTURES]
-    grid, teacher = inputs.grid, inputs.teacher_drawn
+    grid, teacher = inputs.grid, inputs.teacher_images
     student = inputs.samples
-    # The teacher draws as many rows as the time allows; more of the student's would have nothing above them.
+    # The teacher draws as many rows as the time allows. Only as many of the student's are shown, so that both grids match.
     count = min(len(teacher.images), len(student.images))
     for name, images in (("teacher", teacher.images[:count]), ("student", student.images[:count])):
         with atomic_file(inputs.pictures / f"{name}.png") as partial:
@@ -47,13 +47,13 @@ def sample_section(inputs: ReportInputs) -> list[str]:
 
 
 def score_section(inputs: ReportInputs) -> list[str]:
-    """Scores of student and teacher on seeds that no weights were chosen by, with the data's own beside them."""
+    """A table of the scores of student, teacher and training images, on seeds that were not used to choose weights."""
     recipe, evaluator = inputs.plan.recipe, inputs.evaluator
     if evaluator is None:
         return ["Nothing was scored: the recipe's metric is none. `uni-instruct evaluate` scores against any data set."]
     samples = samples_of_a_set(recipe.loop.samples)
     student = inputs.student_scores
-    s_per_image = inputs.teacher_drawn.s_per_image
+    s_per_image = inputs.teacher_images.s_per_image
     teacher = score_sets(evaluator, inputs.teacher_engine, recipe.loop.metric, samples, s_per_image)
     rows = {
         "student, one step": student,
@@ -72,7 +72,7 @@ def score_section(inputs: ReportInputs) -> list[str]:
         f"played no part in choosing weights. Reference: {text(evaluator.reference.name)}, {len(evaluator.reference):,} "
         "images. Distances depend on the number of samples. Last rows: on the seeds that the weights were chosen by.",
     ]
-    # A missing row has to be explained, or it looks like a failure.
+    # The text explains a missing row, so that it is not mistaken for an error.
     if teacher is None:
         lines += ["", f"The teacher was not scored again: {samples:,} samples take {duration(s_per_image * samples)} here."]
     if len(evaluator.reference) > MAX_REFERENCE_FOR_PR:
@@ -84,7 +84,7 @@ def score_section(inputs: ReportInputs) -> list[str]:
 
 
 def neighbour_section(inputs: ReportInputs) -> list[str]:
-    """Samples above their nearest training images, and how near they are, in numbers."""
+    """Samples above their nearest training images, and a table of the distances."""
     if not inputs.makes_pictures:
         return [_NO_PICTURES]
     dataset = inputs.plan.dataset
@@ -100,7 +100,7 @@ def neighbour_section(inputs: ReportInputs) -> list[str]:
         f"{len(spaces[0].training.distances)} training images.",
         "",
     ]
-    lines += _closeness_table(spaces)
+    lines += _neighbour_table(spaces)
     inputs.facts["nearest_training_images"] = {
         space.space: {"medians": list(space.medians), "nearer": space.nearer_share, "copies": list(space.copied_share)}
         for space in spaces
@@ -157,7 +157,7 @@ def _score_table(rows: dict[str, SetScores]) -> list[str]:
     return table(("", "samples", *(NAMES.get(name, text(name)) for name in names)), cells)
 
 
-def _closeness_table(spaces: list[Closeness]) -> list[str]:
+def _neighbour_table(spaces: list[NeighbourDistances]) -> list[str]:
     rows = []
     for space in spaces:
         (samples, data), (copies, twins) = space.medians, space.copied_share
@@ -176,16 +176,16 @@ def _closeness_table(spaces: list[Closeness]) -> list[str]:
     return table(header, rows)
 
 
-def _by_features(evaluator: Evaluator | None, samples: np.ndarray) -> Closeness | None:
+def _by_features(evaluator: Evaluator | None, samples: np.ndarray) -> NeighbourDistances | None:
     return by_features(evaluator, samples) if evaluator is not None else None
 
 
-def _neighbour_sheet(inputs: ReportInputs, space: Closeness) -> np.ndarray:
+def _neighbour_sheet(inputs: ReportInputs, space: NeighbourDistances) -> np.ndarray:
     dataset, samples = inputs.plan.dataset, inputs.samples.images
     assert dataset is not None
-    # The nearest of all are shown too: copies hide among samples that are none.
+    # Those nearest to a training image are shown too, because the first samples may miss the few copies.
     order = space.samples.distances[:, 0].argsort()
     chosen = torch.cat([torch.arange(min(SHOWN, len(samples))), order[:SHOWN]])
     indices = space.samples.indices[chosen].numpy()
     neighbours = dataset.images(indices.flatten()).reshape(*indices.shape, *samples.shape[1:])
-    return columns_of_neighbours(samples[chosen.numpy()], neighbours)
+    return neighbour_sheet(samples[chosen.numpy()], neighbours)

@@ -1,4 +1,4 @@
-"""What was trained, on what, for how long: the sections that need no images."""
+"""Sections of the report that need no images: what was trained, the objective, warnings and time."""
 
 import torch
 
@@ -13,7 +13,7 @@ ACTIVITIES = {"steps": "steps", "evaluation": "evaluation", "saving": "writing s
 
 
 def subject_section(inputs: ReportInputs) -> list[str]:
-    """Recipe, data, network, teacher and student in a table."""
+    """A table of recipe, data, network, teacher and student."""
     recipe, spec = inputs.plan.recipe, inputs.spec
     channels, height, width = spec.image_shape
     classes = f"{spec.num_classes} classes" if spec.num_classes else "no classes"
@@ -47,7 +47,7 @@ def subject_section(inputs: ReportInputs) -> list[str]:
 
 
 def objective_section(inputs: ReportInputs) -> list[str]:
-    """What the generator minimised and the critic learned, phase by phase, in words."""
+    """What the generator minimised and the critic learned, as text for each phase."""
     lines = []
     for phase in phases(inputs.plan.recipe):
         alone = ", the critic alone" if phase.critic_alone else ""
@@ -57,7 +57,7 @@ def objective_section(inputs: ReportInputs) -> list[str]:
 
 
 def warning_section(inputs: ReportInputs) -> list[str]:
-    """What the run said of itself while it trained; nothing where it had nothing to say."""
+    """The warnings that were logged while training; empty if there were none."""
     return [
         f"- {stage}, step {step}: {text(warning)}"
         for stage, history in inputs.history.items()
@@ -66,10 +66,10 @@ def warning_section(inputs: ReportInputs) -> list[str]:
 
 
 def time_section(inputs: ReportInputs, report_s: float) -> list[str]:
-    """Seconds of every activity, over all calls of the run, and the sum."""
+    """A table of the time of every activity, summed over all calls of the run, and the speed of each stage."""
     spent = [(stage, name, time_s) for stage, parts in inputs.times.items() for name, time_s in parts.items()]
     spent += [("run", "this report", report_s)]
-    # The report counts itself, as it is part of what the user waits for.
+    # The report's own time is included, because the user waits for it too.
     total_s = sum(time_s for *_, time_s in spent)
     rows = [
         ("" if stage == "run" else stage, ACTIVITIES.get(name, name), duration(time_s), f"{time_s / total_s:.1%}")
@@ -80,7 +80,7 @@ def time_section(inputs: ReportInputs, report_s: float) -> list[str]:
     for stage, history in inputs.history.items():
         steps_s = inputs.times.get(stage, {}).get("steps", 0.0)
         kimg = max((record.kimg for record in history.records), default=0.0)
-        # A stage that was given has neither.
+        # A stage that this run did not train has neither.
         if steps_s and kimg:
             lines += ["", f"{stage}: {1000 * kimg / steps_s:,.0f} images a second, evaluation and writing left out."]
     return [*lines, "", "Calls that were interrupted or killed count too, and what they did that had to be done again."]

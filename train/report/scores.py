@@ -1,4 +1,4 @@
-"""Scores with their spread: the same number of samples from several sets of seeds, as many as the time allows."""
+"""Scores with their spread: several sets of samples of equal size, each from other seeds, as many as the time allows."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from uni_instruct.generate import generate_batches
 from uni_instruct.train.monitoring import scores as selection
 
 SETS, BUDGET_S = 3, 40.0
-MAX_SAMPLES_PER_SET = 5000  # of a set
+MAX_SAMPLES_PER_SET = 5000  # keeps a set affordable, even if the recipe evaluates with more
 BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetScores:
-    """Metric -> its value in each set; samples is the size of a set. notes are limits that a reader should know."""
+    """Metric -> its value in each set. samples: size of a set. notes: limits of the scores that a reader should know."""
 
     samples: int
     values: dict[str, list[float]]
@@ -30,21 +30,21 @@ class SetScores:
 
     @property
     def sets(self) -> int:
-        """How many there are."""
+        """Number of sets."""
         return max(map(len, self.values.values()), default=0)
 
 
 def samples_of_a_set(wanted: int) -> int:
-    """As many as the recipe evaluates with, as far as they are affordable: a Frechet distance depends on their number."""
-    # A Frechet distance of N samples is too large by about 1/N: only those of as many compare.
+    """The size of a set: the recipe's number of samples for evaluation, but at most MAX_SAMPLES_PER_SET."""
+    # The bias of a Frechet distance of N samples is positive and proportional to 1/N. Only equal N can be compared.
     return max(MIN_SAMPLES, min(wanted, MAX_SAMPLES_PER_SET))
 
 
 def score_sets(evaluator: Evaluator, engine: Engine, metric: str, samples: int, s_per_image: float | None) -> SetScores | None:
-    """Scores of the engine's images of seeds 0.., set after set, while BUDGET_S lasts.
+    """Scores of the engine's images of seeds from 0 on, in up to SETS sets within BUDGET_S seconds.
 
-    s_per_image: how long an image is known to take; None where even a first set is sure to be affordable. None is returned
-    where not a single set is.
+    s_per_image: known time per image. Returns None if it shows that even one set exceeds the budget. Pass None to score at
+    least one set in any case.
     """
     if s_per_image is not None and s_per_image * samples > BUDGET_S:
         return None
@@ -66,7 +66,10 @@ def score_sets(evaluator: Evaluator, engine: Engine, metric: str, samples: int, 
 
 
 def score_data(evaluator: Evaluator, metric: str, samples: int) -> SetScores | None:
-    """What a perfect generator would score: training images drawn at random, with replacement. None where that is unknown."""
+    """Scores that a perfect generator would reach: those of training images drawn at random with replacement.
+
+    None if the metric is not FD, or if the evaluator has no features of the training images.
+    """
     if evaluator.features is None or metric != "FD":
         return None
     features, mu, sigma = evaluator.features.features, evaluator.mu, evaluator.sigma
@@ -89,7 +92,8 @@ def _asked(evaluator: Evaluator, metric: str, samples: int, has_class_ids: bool)
 
 
 def _while_affordable(score: Callable[[int], dict[str, float]]) -> list[dict[str, float]]:
-    """At least one set, and another while it is likely to end within the budget."""
+    """Score one set, then more (up to SETS) while the next one will probably end within BUDGET_S."""
+    # elapsed (n + 1) / n predicts the time after n + 1 sets.
     start, sets = time.monotonic(), list[dict[str, float]]()
     while not sets or (len(sets) < SETS and (time.monotonic() - start) * (len(sets) + 1) / len(sets) <= BUDGET_S):
         sets.append(score(len(sets)))

@@ -1,4 +1,4 @@
-"""What steps buy: the teacher's distance to the data against the number of its steps, with the one-step student as a line."""
+"""The report's section on steps: the teacher's distance to the data by its number of steps, beside the one-step student's."""
 
 import time
 
@@ -13,19 +13,23 @@ from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, picture, table, text
 from uni_instruct.train.report.scores import BATCH, samples_of_a_set
 
-STEP_COUNTS = (2, 3, 5, 9, 18, 40)  # 3, 5, 9, 17, 35 and 79 evaluations: each about twice the one before, EDM's own among them
+# n steps are 2 n - 1 evaluations: 3, 5, 9, 17, 35 and 79. Each is about twice the previous one. EDM uses 18 and 40 steps.
+STEP_COUNTS = (2, 3, 5, 9, 18, 40)
 BUDGET_S = 60.0
 
 
 def step_section(inputs: ReportInputs) -> list[str]:
-    """The teacher's distances of as many step counts as the time allows, the fewest first; nothing where nothing is scored."""
+    """A table and a picture of the teacher's distance for as many step counts as BUDGET_S allows, the fewest first.
+
+    Empty if the recipe's metric is not FD, or for latents.
+    """
     evaluator, recipe = inputs.evaluator, inputs.plan.recipe
     if evaluator is None or recipe.loop.metric != "FD" or not inputs.makes_pictures:
         return []
     samples, name = samples_of_a_set(recipe.loop.samples), frechet_name(evaluator.extractor)
     scores = inputs.student_scores
     student = scores.values[name][0] if scores is not None else None
-    s_per_evaluation = inputs.teacher_drawn.s_per_image / evaluations(inputs.teacher.spec.steps)
+    s_per_evaluation = inputs.teacher_images.s_per_image / evaluations(inputs.teacher.spec.steps)
     start, measured = time.monotonic(), dict[int, float]()
     for steps in STEP_COUNTS:
         if time.monotonic() - start + s_per_evaluation * evaluations(steps) * samples > BUDGET_S:
@@ -53,7 +57,7 @@ def step_section(inputs: ReportInputs) -> list[str]:
 
 
 def _distance(inputs: ReportInputs, steps: int, samples: int) -> float:
-    """The teacher's, sampled in so many steps."""
+    """The teacher's Frechet distance to the data with that number of steps."""
     evaluator = inputs.evaluator
     assert evaluator is not None
     engine = open_engine(inputs.teacher.with_steps(steps), "torch")

@@ -1,1 +1,1 @@
-"""The two stages of a run, teacher and distillation, step by step."""
+"""The two stages of a run, teacher and distillation, and what one training step of each does."""

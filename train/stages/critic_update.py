@@ -1,4 +1,4 @@
-"""The critic's update: denoising of the student's images, and telling them from data at the same noise levels."""
+"""The critic's update: the fake score learns to denoise the student's images, the discriminator to tell them from data."""
 
 from dataclasses import dataclass
 
@@ -21,10 +21,11 @@ from uni_instruct.train.stages.teacher import denoising_loss
 
 @dataclass(frozen=True, kw_only=True)
 class CriticUpdate:
-    """What every update of the critic works with. batches is None where no phase needs data.
+    """One update of the critic, with what all updates share. batches is None if no phase of the recipe needs data.
 
-    The discriminator learns in every phase of a recipe that needs it in one, so that the ratio is there when it is first read.
-    class_weights [num_classes] give data of each class the share that the student's images have: None without classes.
+    If any phase needs the discriminator, it is trained in every phase, so that it is ready when the ratio is first used.
+    class_weights [num_classes] give each class of the data the share that it has among the student's images; None without
+    classes.
     """
 
     fabric: Fabric
@@ -41,19 +42,22 @@ class CriticUpdate:
         index: int,
         data_index: int,
         objective: Objective,
-        students: StudentBatch,
+        student_batch: StudentBatch,
         rng: torch.Generator,
         log_details: bool,
     ) -> Metrics:
-        """One step on the student's images, against batch number data_index of the data."""
-        # The student's update froze it.
+        """Take one step on the student's images and on batch number data_index of the data. Returns metrics for the log.
+
+        index: the training step, for the learning rate. Without log_details the returned dict is empty.
+        """
+        # The previous step's student update froze the critic.
         self.optimizer_step.module.requires_grad_(True)
-        draw = _Draw.of(objective, students, self.pipe, rng)
+        draw = _RandomInputs.of(objective, student_batch, self.pipe, rng)
         nonfinite, tally = NonFiniteTracker(), Tally(self.fabric)
         for part in self.shard.micro_batches:
-            losses, logits = self._losses(part, data_index, objective, students, draw)
+            losses, logits = self._losses(part, data_index, objective, student_batch, draw)
             nonfinite.add(losses, draw.sigma[part])
-            self.optimizer_step.backward(_total(losses, objective) / len(students.noise))
+            self.optimizer_step.backward(_total(losses, objective) / len(student_batch.noise))
             if log_details:
                 tally.add({f"{name}/loss": loss for name, loss in losses.items()} | _accuracy(*logits))
         norm = self.optimizer_step.step(index)
@@ -61,13 +65,14 @@ class CriticUpdate:
         return tally.means() | {"critic/gradient_norm": norm} if log_details else {}
 
     def _losses(
-        self, part: slice, data_index: int, objective: Objective, students: StudentBatch, draw: "_Draw"
+        self, part: slice, data_index: int, objective: Objective, student_batch: StudentBatch, draw: "_RandomInputs"
     ) -> tuple[Metrics, tuple[Tensor | None, Tensor | None]]:
-        """Per image [b]: the fake score's loss and, where it is needed, the discriminator's; and its logits."""
+        """Losses per image [b]: the fake score's, and the discriminator's if there is data. Then the logits (real, fake)."""
         device, critic = self.fabric.device, self.optimizer_step.module
         sigma = draw.sigma[part].to(device)
-        # Augmented like the data, so that the discriminator cannot tell images by their augmentation.
-        clean, labels = augmented(students.detached(part), draw.augmentation, part)
+        # Augmented like the data, so that augmentation does not give the student's images away to the discriminator.
+        clean, labels = augmented(student_batch.detached(part), draw.augmentation, part)
+        # x_s = x_0 + s eps, for the student's images here and for the data below, at the same levels s.
         noised = clean + sigma * draw.noise[part].to(device)
         output = guided_critic(
             critic,
@@ -86,8 +91,8 @@ class CriticUpdate:
         images, class_ids = self.batches(data_index, part, device)
         real, labels = augmented(images, draw.real_augmentation, part)
         noised = real + sigma * draw.real_noise[part].to(device)
-        # A student without classes is compared with data without classes, whatever the data have.
-        seen_ids = class_ids if students.class_ids is not None else None
+        # A student without classes is compared with data without classes, even if the data has labels.
+        seen_ids = class_ids if student_batch.class_ids is not None else None
         logits = critic(noised, sigma, seen_ids, labels, denoise=False).logits
         losses["discriminator"] = discriminator_loss(logits, output.logits, self._real_weight(seen_ids))
         return losses, (logits, output.logits)
@@ -99,7 +104,7 @@ class CriticUpdate:
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _RandomInputs:
     """Everything random in one update, for the whole global batch."""
 
     sigma: Tensor
@@ -110,14 +115,16 @@ class _Draw:
     real_augmentation: Augmentation | None
 
     @classmethod
-    def of(cls, objective: Objective, students: StudentBatch, pipe: AugmentPipe | None, rng: torch.Generator) -> "_Draw":
-        shape, batch = students.noise.shape, len(students.noise)
+    def of(
+        cls, objective: Objective, student_batch: StudentBatch, pipe: AugmentPipe | None, rng: torch.Generator
+    ) -> "_RandomInputs":
+        shape, batch = student_batch.noise.shape, len(student_batch.noise)
         return cls(
             sigma=objective.critic_levels.draw(batch, rng),
             noise=torch.randn(shape, generator=rng),
-            # Other noise, the same levels: the ratio is one of densities at a level.
+            # Independent noise at the same levels: the density ratio compares two distributions at one noise level.
             real_noise=torch.randn(shape, generator=rng),
-            class_ids=drop_classes(students.class_ids, objective.config.label_dropout, rng),
+            class_ids=drop_classes(student_batch.class_ids, objective.config.label_dropout, rng),
             augmentation=pipe.draw(batch, rng) if pipe else None,
             real_augmentation=pipe.draw(batch, rng) if pipe else None,
         )
@@ -127,7 +134,7 @@ class _Draw:
 
 
 def _total(losses: Metrics, objective: Objective) -> Tensor:
-    # One backward pass for both, as they share the encoder.
+    # loss = fake score's + discriminator_scale x discriminator's: one backward pass, because they share the encoder.
     total = losses["fake_score"].sum()
     return total + objective.config.discriminator_scale * losses["discriminator"].sum() if "discriminator" in losses else total
 
@@ -135,5 +142,5 @@ def _total(losses: Metrics, objective: Objective) -> Tensor:
 def _accuracy(real: Tensor | None, fake: Tensor | None) -> Metrics:
     if real is None or fake is None:
         return {}
-    # Half of it from real images, half from the student's: guessing gives 0.5.
+    # The mean of the accuracies on real images and on the student's, per image: guessing gives 0.5.
     return {"discriminator/accuracy": ((real > 0).float() + (fake < 0).float()) / 2}

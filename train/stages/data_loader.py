@@ -1,4 +1,4 @@
-"""Batches of a data set in shuffled epochs, read ahead by several threads."""
+"""Batches of a data set in shuffled epochs, prefetched by several threads."""
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from uni_instruct.data import Dataset
 
-# Decoding a PNG takes about as long as a GPU takes to train on it, and leaves the interpreter to other threads meanwhile.
+# Decoding a PNG takes about as long as a GPU needs to train on it. Decoding releases Python's global lock, so threads help.
 THREADS = 4
-# As many batches as threads keep all of them busy; of large images fewer are held, but always the next one.
+# As many batches ahead as there are threads keeps all threads busy. For large images fewer are held, but at least one.
 AHEAD, AHEAD_BYTES = 4, 512 * 2**20
 _FLOAT_BYTES = 4
 
@@ -20,23 +20,24 @@ _Read = tuple[np.ndarray, np.ndarray | None]
 
 
 class DataLoader:
-    """Shuffled epochs over a data set; batch number `step` is the same however training got there.
+    """Shuffled epochs over a data set. Batch number `step` depends on the seed and on `step` only, also in a resumed run.
 
-    Images are read when they are due, a few batches ahead; none are kept. What is read depends on its place in the run alone,
-    so it does not matter which thread reads it, or when. An error of reading is raised at the step that the batch is for.
+    Images are read a few batches ahead and not kept. An image depends only on its position in the run, so it does not matter
+    which thread reads it, or when. A read error is raised at the step that needs the batch.
     """
 
     def __init__(self, dataset: Dataset, batch: int, seed: int):
         self.dataset, self.batch, self.seed = dataset, batch, seed
         self.ahead = max(1, min(AHEAD, AHEAD_BYTES // (_FLOAT_BYTES * batch * math.prod(dataset.image_shape))))
-        # Two epochs: around the end of one, some threads read it while others read the next.
+        # Two epochs, because near the end of an epoch some threads already read the next one.
         self._permutation = lru_cache(maxsize=2)(self._shuffled)
         self._pool = ThreadPoolExecutor(THREADS, "data loader")
         self._started: dict[tuple[int, int, int], Future[_Read]] = {}
 
     def __call__(self, step: int, part: slice, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """That part of the batch: images float32 [B, C, H, W] (`Dataset.floats`), class ids int64 [B] (None without labels)."""
-        # Where a phase changes the number of critic updates, steps jump: what lies outside the window is dropped.
+        """The slice `part` of batch `step`: images float32 [b, C, H, W] (`Dataset.floats`), class ids int64 [b] or None."""
+        # If a phase changes the number of critic updates, the step number jumps. Prefetched batches that are no longer needed
+        # are dropped.
         window = range(step, step + self.ahead + 1)
         self._drop_outside(window)
         futures = [self._start_reading(at, part) for at in window]
@@ -62,7 +63,7 @@ class DataLoader:
         return self.dataset.floats(index, self._seeds(positions)), None if labels is None else labels[index]
 
     def _seeds(self, positions: range) -> list[int]:
-        """What latents are drawn by: of each place in the run, so that neither micro-batches nor processes change them."""
+        """Seeds for drawing latents, one for each position in the run, so that micro-batches and processes do not matter."""
         if not self.dataset.latents:
             return [0] * len(positions)
         states = (np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0] for position in positions)

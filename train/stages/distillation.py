@@ -1,4 +1,4 @@
-"""Distillation: a one-step student, started from the teacher, follows the gradient of the objective."""
+"""Distillation: a one-step student, initialised from the teacher, is trained on the objective."""
 
 import copy
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from uni_instruct.train.stages.student_update import StudentUpdate
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationModels:
-    """The networks of a distillation. All start as copies of the teacher, but for a student that is given a start."""
+    """The networks of a distillation. All start as copies of the teacher, unless the student is given other weights."""
 
     teacher: Denoiser
     student: Denoiser
@@ -38,15 +38,19 @@ class DistillationModels:
 
     @classmethod
     def from_teacher(cls, teacher: Denoiser, recipe: Recipe, start: Denoiser | None = None) -> "DistillationModels":
-        """A discriminator is there where any phase of the recipe needs it."""
+        """Build student and critic from the teacher. The critic has a discriminator if any phase of the recipe needs one.
+
+        start: initial student, by default a copy of the teacher.
+        """
         critic = Critic(copy.deepcopy(teacher), recipe.objective.discriminator if recipe.needs_discriminator else None)
         return cls(teacher=teacher, student=start or copy.deepcopy(teacher), critic=critic)
 
 
 class DistillationStage:
-    """Critic updates and one update of the student a step. State is student, averages, critic, optimizers and ratio means.
+    """Distillation step by step: each step updates the critic `critic_updates` times, then the student once.
 
-    batches, reward and pairs are None where no phase needs them.
+    The state is student, averages, critic, both optimizers and the running ratio means. batches, reward and pairs are None if
+    no phase of the recipe needs them.
     """
 
     name = "generator"
@@ -68,7 +72,7 @@ class DistillationStage:
         self.num_classes, self.image_shape = models.teacher.num_classes, models.teacher.image_shape
         shard = BatchShard(fabric, config.batch, config.micro_batch)
         self._one_pass = len(shard.micro_batches) == 1
-        # Before compilation, as the teacher's: averages are copies, and run too seldom to be worth compiling.
+        # Before compilation: averages are copies of the student, and run too seldom to be worth compiling.
         self.averages = Averages(
             with_memory_format(models.student.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
@@ -82,43 +86,46 @@ class DistillationStage:
         self.update_student = self._student_update(models, shard, pairs)
 
     def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
-        """Updates the critic on fresh samples, then the student through the last of them once the warm-up is over."""
+        """Update the critic on new samples, then, after the warm-up, the student on the last of these samples.
+
+        Returns metrics for the log; empty without log_details.
+        """
         objective = self.objective_at(index)
-        # Until then the fake score is the teacher's copy and says nothing of the student.
+        # The fake score starts as a copy of the teacher. It has to learn the student's score before the student can use it.
         warmed_up = index * self.batch >= self.config.critic_warmup_kimg * 1000
         updates = objective.config.critic_updates
         for update in range(updates):
             last = update == updates - 1
-            # Only the last images are kept with their gradient, and only where the student is updated through them.
-            students = self._draw_students(rng, keep=warmed_up and last and self._one_pass)
-            # New data for every update, numbered through, so that a resumed run reads on where it was.
+            # Only the last update's images are kept with their gradient, and only if the student is updated through them.
+            student_batch = self._draw_students(rng, keep=warmed_up and last and self._one_pass)
+            # Every update reads a new batch. Its number follows from the step, so a resumed run continues in the right place.
             data_index = index * updates + update
-            metrics = self.update_critic(index, data_index, objective, students, rng, log_details and last)
+            metrics = self.update_critic(index, data_index, objective, student_batch, rng, log_details and last)
         if warmed_up:
             bad = self.student.bad
-            metrics |= self.update_student(index, objective, students, rng, log_details)
+            metrics |= self.update_student(index, objective, student_batch, rng, log_details)
             if self.student.bad == bad:
                 self.averages.update(self.student.module.parameters(), self.batch, self._student_kimg(index))
         return metrics
 
     def objective_at(self, index: int) -> Objective:
-        """What the step of that index minimises."""
-        # From the index alone: a resumed run needs no note of its phase.
+        """The objective of that step, from the recipe's schedule."""
+        # Computed from the index, so that a resumed run need not store its phase.
         kimg = index * self.batch / 1000
         return next((objective for until_kimg, objective in self.schedule if kimg < until_kimg), self.objective)
 
     @property
     def skipped(self) -> int:
-        """Updates left out because they were not finite."""
+        """Number of updates skipped because their gradient was not finite, student's and critic's together."""
         return self.student.bad + self.critic.bad
 
     def sample(self, noise: Tensor, class_ids: ClassLabels | None) -> Tensor:
-        """Images of the averaged student."""
+        """Images [B, C, H, W] of the averaged student, in one evaluation."""
         with torch.no_grad():
             return one_step(self.averages.primary.module, noise, class_ids, self.config.sigma_init)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a step reads and changes; the teacher is fixed."""
+        """Everything that a step reads and changes. The teacher is fixed and not included."""
         return {
             "generator": self.student.state_dict(),
             "critic": self.critic.state_dict(),
@@ -127,7 +134,7 @@ class DistillationStage:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.student.load_state_dict(state["generator"])
         self.critic.load_state_dict(state["critic"])
         self.averages.load_state_dict(state["averages"])
@@ -174,13 +181,13 @@ class DistillationStage:
         return StudentBatch(self.student.module, self.config.sigma_init, noise, class_ids, keep=keep, device=self.fabric.device)
 
     def _student_kimg(self, index: int) -> float:
-        # An average's half-life is bounded by what the student has seen; during the warm-up it sees nothing.
+        # The average's half-life is bounded by the images that the student has been trained on. The warm-up trains it on none.
         return (index + 1) * self.batch / 1000 - self.config.critic_warmup_kimg
 
 
 def _critic_groups(critic: Critic, config: DistillationConfig) -> list[dict[str, Any]]:
-    """The fake score, and the discriminator with a rate of its own."""
-    # Everything of the critic that is no denoiser: the head, or a discriminator with its own encoder.
+    """Parameter groups of the critic: the fake score, and the discriminator with its own learning rate."""
+    # All parameters outside the fake score: the discriminator's head, or a discriminator with its own encoder.
     rest = [parameter for name, parameter in critic.named_parameters() if not name.startswith("fake_score.")]
     scale = config.discriminator_learning_rate / config.critic_learning_rate if config.discriminator_learning_rate else 1.0
     groups: list[dict[str, Any]] = [{"params": list(critic.fake_score.parameters())}]
@@ -194,9 +201,9 @@ def _clipping(config: DistillationConfig, name: str) -> Clipping:
 
 
 def _class_weights(batches: DataLoader | None, num_classes: int) -> Tensor | None:
-    """What an image of each class counts in data, so that every class counts alike, as among the student's images."""
+    """The weight of a data image by class, [num_classes], that makes all classes count equally; None without classes."""
     if batches is None or not num_classes or batches.dataset.labels is None:
         return None
-    # w_k = N / (K n_k): weighted so, data have every class as often as the student's images, whose classes are uniform.
+    # w_k = N / (K n_k): with these weights the data's classes are uniform, like the classes drawn for the student.
     counts = np.bincount(batches.dataset.labels, minlength=num_classes)
     return torch.from_numpy(counts.sum() / num_classes / np.maximum(counts, 1)).float()

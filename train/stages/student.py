@@ -1,4 +1,4 @@
-"""The student's images of one step, which critic and generator share."""
+"""The student's images of one step, shared by the critic's and the student's update."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,11 @@ from uni_instruct.networks.one_step import one_step
 
 @dataclass
 class StudentBatch:
-    """One global batch of the generator's inputs, on this process's device where they are used.
+    """The student's inputs of one global batch, and its images of them, computed when needed.
 
-    noise [B, C, H, W]; class_ids [B] or None. keep holds one part's images with their gradient, so that the batch that the
-    critic was trained on is the one that the generator is then trained through, at the price of one evaluation.
+    noise [B, C, H, W] and class_ids [B] or None are on the CPU; parts are moved to `device` when used. With keep, the images
+    of the one part are computed once, with gradient: the critic is trained on them, then the student is trained through them,
+    for the cost of one evaluation.
     """
 
     network: Any
@@ -29,18 +30,18 @@ class StudentBatch:
         self._fixed: dict[int, Tensor] = {}
 
     def detached(self, part: slice) -> Tensor:
-        """Images of that part, without gradient; made once."""
+        """Images of that part without gradient, [b, C, H, W]. Computed once."""
         if self.keep:
             return self.with_grad(part).detach()
-        # The critic and the ratio's forward pass ask for the same images.
+        # Cached, because the critic's update and the ratios need the same images.
         if part.start not in self._fixed:
             with torch.no_grad():
                 self._fixed[part.start] = self._images(part)
         return self._fixed[part.start]
 
     def with_grad(self, part: slice) -> Tensor:
-        """Images of that part, with the gradient to the generator's weights."""
-        # Kept graphs of all micro-batches at once would be the memory that micro-batches are there to save.
+        """Images of that part with a gradient to the student's weights, [b, C, H, W]."""
+        # With several micro-batches nothing is kept: keeping all their graphs would need the memory that they are to save.
         if not self.keep:
             return self._images(part)
         if self._kept is None:
@@ -48,7 +49,7 @@ class StudentBatch:
         return self._kept
 
     def classes(self, part: slice) -> Tensor | None:
-        """Class ids of that part."""
+        """Class ids of that part on `device`, [b], or None."""
         return None if self.class_ids is None else self.class_ids[part].to(self.device)
 
     def _images(self, part: slice) -> Tensor:

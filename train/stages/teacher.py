@@ -21,7 +21,10 @@ from uni_instruct.train.stages.data_loader import DataLoader
 
 
 class TeacherStage:
-    """One step of denoising a batch of data; state is the denoiser, its averages and the optimizer."""
+    """Training of the teacher step by step: each step denoises one batch of data.
+
+    The state is the denoiser, its averages and the optimizer.
+    """
 
     name = "teacher"
 
@@ -37,7 +40,7 @@ class TeacherStage:
             denoiser.num_classes > 0,
         )
         self.pipe = open_pipe(config.augment, config.augment_mirror)
-        # Before compilation: averages are copies, and run too seldom to be worth compiling.
+        # Before compilation: averages are copies of the denoiser, and run too seldom to be worth compiling.
         self.averages = Averages(
             with_memory_format(denoiser.to(fabric.device), recipe.loop),
             config.ema_halflife_kimg,
@@ -53,9 +56,10 @@ class TeacherStage:
         )
 
     def step(self, index: int, rng: torch.Generator, log_details: bool) -> Metrics:
-        """Trains on batch number `index`; with `log_details`, returns loss and gradient norm."""
+        """Train on batch number `index`. Returns loss and gradient norm with log_details, else an empty dict."""
         device, shape = self.fabric.device, (self.batch, *self.image_shape)
-        # Everything random is drawn for the whole batch before it is divided: micro-batches and processes change no number.
+        # All random numbers are drawn for the global batch and then divided, so that micro-batches and processes do not
+        # change them.
         sigmas, noise = self.levels.draw(self.batch, rng), torch.randn(shape, generator=rng)
         augmentation = self.pipe.draw(self.batch, rng) if self.pipe else None
         hidden = drop_classes(torch.zeros(self.batch, dtype=torch.int64), self.config.label_dropout, rng)
@@ -63,7 +67,7 @@ class TeacherStage:
         for part in self.shard.micro_batches:
             images, class_ids = self.batches(index, part, device)
             sigma = sigmas[part].to(device)
-            # `hidden` says where, as the classes come with their images, part by part.
+            # `hidden` is drawn before the class ids are read, which come with each part. -1 marks the classes to hide.
             if class_ids is not None and hidden is not None:
                 class_ids = torch.where(hidden[part].to(device) < 0, hidden[part].to(device), class_ids)
             clean, labels = augmented(images, augmentation, part)
@@ -72,23 +76,23 @@ class TeacherStage:
             nonfinite.add(losses, sigma)
             if log_details:
                 tally.add({"teacher/loss": losses["teacher"]})
-            # Summed over parts and processes, this is the gradient of the mean over the batch.
+            # Summed over parts and processes, this gives the gradient of the mean over the global batch.
             self.optimizer_step.backward(losses["teacher"].sum() / self.batch)
         bad = self.optimizer_step.bad
         norm = self.optimizer_step.step(index)
         raise_if_diverged(self.fabric, self.optimizer_step, self.bad_limit, nonfinite, index + 1)
-        # A step that was left out has changed no weights, and must not age the averages.
+        # A skipped step changed no weights, so the averages must not be updated either.
         if self.optimizer_step.bad == bad:
             self.averages.update(self.optimizer_step.module.parameters(), self.batch, (index + 1) * self.batch / 1000)
         return tally.means() | {"teacher/gradient_norm": norm} if log_details else {}
 
     @property
     def skipped(self) -> int:
-        """Updates left out because they were not finite."""
+        """Number of updates skipped because their gradient was not finite."""
         return self.optimizer_step.bad
 
     def sample(self, noise: Tensor, class_ids: ClassLabels | None) -> Tensor:
-        """Images of the averaged teacher with its Heun sampler."""
+        """Images [B, C, H, W] of the averaged teacher, sampled with Heun's method in the recipe's number of steps."""
         return heun_sample(self.averages.primary.module, noise, class_ids, self.config.steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,13 +100,14 @@ class TeacherStage:
         return {"denoiser": self.optimizer_step.state_dict(), "averages": self.averages.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.optimizer_step.load_state_dict(state["denoiser"])
         self.averages.load_state_dict(state["averages"])
 
 
 def denoising_loss(denoised: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """EDM's loss, lambda(sigma) |D(x; sigma) - clean|^2 averaged over pixels: [B]."""
-    # lambda(s) = (s^2 + sigma_data^2) / (s sigma_data)^2 = 1 / c_out^2: all noise levels then count alike (EDM, section 5).
+    # lambda(s) = (s^2 + sigma_data^2) / (s sigma_data)^2 = 1 / c_out^2, which makes all noise levels count alike (EDM, section
+    # 5).
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return (weight * (denoised - clean) ** 2).mean(dim=(1, 2, 3))

@@ -15,7 +15,7 @@ from uni_instruct.networks.build import build_denoiser
 from uni_instruct.train.dry_run.cost import phases
 from uni_instruct.train.dry_run.formula import DIVERGENCE_WORDS, critic_lines, method_lines, objective_lines
 from uni_instruct.train.dry_run.report import needs
-from uni_instruct.train.dry_run.trial import CountedSteps
+from uni_instruct.train.dry_run.trial import StepCounter
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.divergences.table import DIVERGENCES
 from uni_instruct.train.objective.methods import METHODS
@@ -281,7 +281,7 @@ def test_json_holds_the_same_facts(cli: Callable[..., tuple[int, str, str]], rec
     assert told["images"] == {"teacher": 100, "generator": 160}
     assert told["needs"]["pairs"].startswith("1,000 images of the teacher's, 35 evaluations")
     plan = make_plan(recipe)
-    counted = CountedSteps(plan)
+    counted = StepCounter(plan)
     phase_flops = [phase["flops_per_image"] for phase in told["objective"]]
     assert told["flops_per_image"] == {"teacher": counted.teacher().flops, "generator": phase_flops[-1]}
     whole = 100 * counted.teacher().flops + 1000 * 35 * counted.evaluation()

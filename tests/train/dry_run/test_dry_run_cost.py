@@ -12,9 +12,9 @@ from builders.plans import tiny_plan
 from uni_instruct.bundle import Bundle
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.networks.flops import count_flops
-from uni_instruct.train.dry_run.cost import cost_of, count_parameters, models_without_storage
+from uni_instruct.train.dry_run.cost import cost_of, count_parameters, models_on_meta
 from uni_instruct.train.dry_run.counting import SavedTensors
-from uni_instruct.train.dry_run.trial import CountedSteps, TimedSteps, TrialLimits, distillation_stage, teacher_stage
+from uni_instruct.train.dry_run.trial import StepCounter, StepTimer, TrialLimits, distillation_stage, teacher_stage
 from uni_instruct.train.optimization.distributed import start_fabric
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 
@@ -58,7 +58,7 @@ def test_a_steps_flops_are_those_of_its_trainings_and_evaluations(
 ) -> None:
     plan = tiny_plan(*changes)
     training, evaluation = flops_of_the_teacher()
-    counted = CountedSteps(plan).distillation(plan.recipe.objective, alone).flops
+    counted = StepCounter(plan).distillation(plan.recipe.objective, alone).flops
     assert counted == trained * training + evaluated * evaluation
 
 
@@ -70,7 +70,7 @@ def test_a_backward_pass_is_two_forward_passes_but_for_the_images_gradient() -> 
 @cache
 def flops_of_the_teacher() -> tuple[float, float]:
     """A training step's and an evaluation's, per image."""
-    counted = CountedSteps(tiny_plan())
+    counted = StepCounter(tiny_plan())
     return counted.teacher().flops, counted.evaluation()
 
 
@@ -80,7 +80,7 @@ def test_a_rewards_flops_count(tmp_path: Path) -> None:
     )
     plan = tiny_plan("method=diff-instruct", f"reward={tmp_path / 'product.py'}:reward", "reward_scale=1")
     training, evaluation = flops_of_the_teacher()
-    counted = CountedSteps(plan).distillation(plan.recipe.objective, False).flops
+    counted = StepCounter(plan).distillation(plan.recipe.objective, False).flops
     assert counted == 2 * training + 2 * evaluation + 2 * (2 * 64 * 50)
 
 
@@ -94,7 +94,7 @@ def test_a_rewards_flops_count(tmp_path: Path) -> None:
 )
 def test_counts_without_storage_are_those_of_a_real_step(changes: list[str]) -> None:
     plan = tiny_plan(*changes)
-    counts = CountedSteps(plan).distillation(plan.recipe.objective, False)
+    counts = StepCounter(plan).distillation(plan.recipe.objective, False)
     fabric, kept = start_fabric(1, plan.recipe.loop.precision), {}
     for images in (3, 6):
         stage = distillation_stage(plan, fabric, plan.recipe.objective, False, images)
@@ -116,7 +116,7 @@ def test_parameters_are_those_of_the_networks(changes: list[str]) -> None:
     plan = tiny_plan(*changes)
     models = DistillationModels.from_teacher(build_denoiser(plan.teacher_spec), plan.recipe)
     added = [m for m in (models.critic.head, models.critic.own_encoder) if m is not None]
-    assert count_parameters(models_without_storage(plan)) == {
+    assert count_parameters(models_on_meta(plan)) == {
         "generator": sum(p.numel() for p in models.student.parameters()),
         "fake_score": sum(p.numel() for p in models.critic.fake_score.parameters()),
         "discriminator": sum(p.numel() for m in added for p in m.parameters()),
@@ -152,15 +152,15 @@ def test_memory_is_what_a_stage_holds(tiny_teacher: Bundle) -> None:
 )
 def test_steps_are_timed_within_time_and_memory(limits: TrialLimits, images: int) -> None:
     plan = tiny_plan("method=sid")
-    flops = CountedSteps(plan).evaluation()
-    timed = TimedSteps(plan, flops, weights_bytes=1)
+    flops = StepCounter(plan).evaluation()
+    timed = StepTimer(plan, flops, weights_bytes=1)
     timing, twice = (timed.distillation(plan.recipe.objective, False, f, limits) for f in (flops, 2 * flops))
     assert timing is not None
     assert twice is not None
     assert (timing.images, twice.images) == (images, images)
     if not images:  # scaled from one evaluation, which these FLOPs are
         assert (timing.s_per_image, twice.s_per_image) == (timed.evaluation_s, 2 * (timed.evaluation_s or 0))
-    assert TimedSteps(plan, flops, weights_bytes=2**60).teacher(flops, limits) is None
+    assert StepTimer(plan, flops, weights_bytes=2**60).teacher(flops, limits) is None
 
 
 def test_accumulated_steps_are_timed_with_their_accumulation() -> None:

@@ -24,7 +24,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.ray_cluster import contents
 from uni_instruct.train.lab import ray_trainings
 from uni_instruct.train.lab.processes import Training
-from uni_instruct.train.lab.ray_trainings import Trainer, TrainingProgress, keep, read_files
+from uni_instruct.train.lab.ray_trainings import TrainingActor, TrainingProgress, apply_progress, read_files
 from uni_instruct.train.recipe import load_recipe
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -63,11 +63,11 @@ def test_what_is_written_on_a_node_comes_back(
             return subprocess.Popen(command, stdout=output)
 
     monkeypatch.setattr(ray_trainings, "start_training", start)
-    monkeypatch.setattr(ray_trainings, "_LOOK_S", 0.1)
+    monkeypatch.setattr(ray_trainings, "_POLL_S", 0.1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "go").mkdir()
     before = {"recipe.yaml": yaml.safe_dump(training.recipe.to_dict()).encode(), "": b"earlier\n"}
-    trainer = Trainer()
+    trainer = TrainingActor()
     trainer.begin(training, before, contents(tiny_bundle.path), __version__)
     there = begun[0]
     assert there.folder != training.folder
@@ -88,11 +88,11 @@ def test_what_is_written_on_a_node_comes_back(
     assert not there.folder.parent.exists()
 
 
-def follow(trainer: Trainer, training: Training, until: Callable[[], bool]) -> None:
+def follow(trainer: TrainingActor, training: Training, until: Callable[[], bool]) -> None:
     """Keeps the news until something is there, or the training has ended."""
     while not until():
         news = trainer.progress()
-        keep(news, training)
+        apply_progress(news, training)
         if news.exit_code is not None:
             assert news.exit_code == 0
             return
@@ -101,13 +101,13 @@ def follow(trainer: Trainer, training: Training, until: Callable[[], bool]) -> N
 def test_the_teacher_s_path_comes_back_as_it_is_here(training: Training) -> None:
     there = training.recipe.to_dict()
     there["teacher"]["bundle"] = "/there/teacher"
-    keep(TrainingProgress({"recipe.yaml": yaml.safe_dump(there).encode()}, [], None), training)
+    apply_progress(TrainingProgress({"recipe.yaml": yaml.safe_dump(there).encode()}, [], None), training)
     assert yaml.safe_load((training.folder / "recipe.yaml").read_text()) == training.recipe.to_dict()
 
 
 def test_a_node_of_another_version_is_refused(training: Training) -> None:
     with pytest.raises(RequestError, match=rf"a node of the cluster has uni-instruct {__version__}, this machine 0\.0\.0"):
-        Trainer().begin(training, None, None, "0.0.0")
+        TrainingActor().begin(training, None, None, "0.0.0")
 
 
 def test_without_the_extra_nothing_is_begun(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def trainers() -> list[int]:
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            if (place / "cmdline").read_bytes().startswith(b"ray::Trainer"):
+            if (place / "cmdline").read_bytes().startswith(b"ray::TrainingActor"):
                 found.append(int(place.name))
         except OSError:
             continue

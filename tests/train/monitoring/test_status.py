@@ -25,7 +25,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.train.monitoring.status import read_status, resume_command
 from uni_instruct.train.monitoring.status_text import duration, status_text
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.run_lock import LOCK, RunLock, is_locked, read_worker
+from uni_instruct.train.run_lock import LOCK, RunLock, is_locked, read_run_process
 
 SETTINGS = [
     *TINY,
@@ -300,7 +300,7 @@ def test_the_stage_that_a_running_process_is_at_is_not_called_not_begun(tmp_path
 @pytest.mark.parametrize("damage", ["", "{", "[]", "7", '{"pid": 1}'])
 def test_a_damaged_note_is_none(tmp_path: Path, damage: str) -> None:
     (tmp_path / LOCK).write_text(damage)
-    assert read_worker(tmp_path) is None
+    assert read_run_process(tmp_path) is None
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -310,7 +310,7 @@ def test_command_to_resume_is_quoted_and_says_where(devices: int, tmp_path: Path
     with RunLock(run) as lock:
         lock.acquire()
         lock.note(devices=devices)
-    worker = read_worker(run)
+    worker = read_run_process(run)
     assert worker is not None
     assert (worker.pid, worker.ended) == (os.getpid(), "finished")
     monkeypatch.chdir(tmp_path)

@@ -25,7 +25,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.train.optimization import distributed
 from uni_instruct.train.optimization.distributed import BatchShard, processes_for
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.run_lock import read_worker
+from uni_instruct.train.run_lock import read_run_process
 
 # Two steps of everything that couples the images of a batch: ratios of mean 1, running means per bin, adversarial and
 # regression terms. A large Adam epsilon keeps the first step from blowing rounding errors up to the size of the learning rate.
@@ -161,7 +161,7 @@ def test_processes_that_nobody_asked_for_make_the_samples_of_one(tmp_path: Path)
         command = ("train", "digits", "--teacher-only", "--out", out, *sets)
         done = run_cli(*command, env={**os.environ, "OMP_NUM_THREADS": cores})
         assert done.returncode == 0, done.stderr
-        worker = read_worker(out)
+        worker = read_run_process(out)
         assert worker is not None
         assert worker.devices == min(int(cores), len(os.sched_getaffinity(0)))
         pictures.append(np.asarray(Image.open(sorted((out / "samples").glob("teacher-*.png"))[-1])).astype(int))

@@ -1,1 +1,1 @@
-"""f-divergences: the table, the user's own f, and how a name is looked up in both."""
+"""f-divergences: the built-in table, a user's own f, and the lookup by name in both."""

@@ -1,4 +1,4 @@
-"""A divergence from the user's own f, given as an importable function or as an expression in r, checked before it is used."""
+"""A divergence from a user's own f: an importable function or an expression in r. f is checked before it is used."""
 
 import ast
 import operator
@@ -12,10 +12,10 @@ from uni_instruct.errors import RequestError
 from uni_instruct.train.objective.divergences.table import Divergence, Elementwise
 from uni_instruct.train.objective.user_functions import import_named, is_importable_name
 
-# Where f is checked: ratios from 1e-3 to 1e3.
+# The ratios at which f is checked: 1e-3 to 1e3. With the default logit clamp of 5, exp(logit) is in 0.007..148.
 _CHECKED = torch.logspace(-3, 3, 241, dtype=torch.float64)
 FINITE = "give one that is finite for r in 1e-3..1e3"
-MAX_EXPRESSION_LENGTH = 500  # characters of an expression, so that its tree is never too deep to walk
+MAX_EXPRESSION_LENGTH = 500  # characters; keeps the syntax tree shallow enough for recursion
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -29,20 +29,23 @@ _FUNCTIONS = {"log": torch.log, "exp": torch.exp, "sqrt": torch.sqrt, "tanh": to
 
 
 def is_custom(text: str) -> bool:
-    """Whether the text can be a user's f: an importable name, or an expression that is more than one word."""
+    """Whether the text can be a user's f: an importable name, or an expression in r with an operator or a call."""
     return is_importable_name(text) or (any(sign in text for sign in "+-*/(") and "r" in _names(text))
 
 
 def read_divergence(text: str) -> Divergence:
-    """The divergence whose f the text gives. Raises RequestError unless f(1) = 0 and f is convex for r in 1e-3..1e3."""
+    """The divergence of the f that the text names or spells out.
+
+    Raises RequestError unless f(1) = 0 and f is finite, convex and curved somewhere for r in 1e-3..1e3.
+    """
     f = import_named(text, param="divergence") if is_importable_name(text) else _expression(text)
     _check(text, f)
     return divergence_of(f, name=text)
 
 
-# h = r^2 f''(r), and h', h'' of it: four derivatives of f, which in single precision would be noise.
+# h = r^2 f''(r), and h', h''. These take four derivatives of f, which single precision would lose to rounding.
 def divergence_of(f: Elementwise, name: str) -> Divergence:
-    """h = r^2 f'' and its derivatives by automatic differentiation, in double precision."""
+    """The divergence of f, with h = r^2 f'' and its derivatives by automatic differentiation in double precision."""
 
     def h(r: Tensor) -> Tensor:
         return r**2 * _derivative(_derivative(f))(r)
@@ -62,21 +65,21 @@ def divergence_of(f: Elementwise, name: str) -> Divergence:
 def _check(text: str, f: Elementwise) -> None:
     try:
         value = float(f(torch.ones(1, dtype=torch.float64)))
-        bend = _derivative(_derivative(f))(_CHECKED.clone()).detach()
+        second_derivative = _derivative(_derivative(f))(_CHECKED.clone()).detach()
     except Exception as error:  # the user's own code may raise anything
         reason = " ".join(str(error).split())
         raise _refused(text, f"cannot be differentiated twice: {reason}", "write it with torch operations on r") from error
-    # "not <", so that a NaN is refused too.
+    # `not abs(value) < 1e-6` also refuses a NaN; `abs(value) >= 1e-6` would not.
     if not abs(value) < 1e-6:
         raise _refused(text, f"is {value:.4g} at r = 1", "subtract that, so that f(1) = 0")
-    if not torch.isfinite(bend).all():
-        where = float(_CHECKED[~torch.isfinite(bend)][0])
+    if not torch.isfinite(second_derivative).all():
+        where = float(_CHECKED[~torch.isfinite(second_derivative)][0])
         raise _refused(text, f"has a second derivative that is not finite at r = {where:.3g}", FINITE)
-    bad = bend < -1e-9
+    bad = second_derivative < -1e-9
     if bad.any():
-        where, second = float(_CHECKED[bad][0]), float(bend[bad][0])
+        where, second = float(_CHECKED[bad][0]), float(second_derivative[bad][0])
         raise _refused(text, f"is not convex: its second derivative at r = {where:.3g} is {second:.3g}", "give a convex f")
-    if not (bend > 0).any():
+    if not (second_derivative > 0).any():
         raise _refused(text, "has no curvature, so that its weight h = r^2 f'' is zero", "give a strictly convex f")
 
 
@@ -86,11 +89,11 @@ def _refused(text: str, problem: str, remedy: str) -> RequestError:
 
 def _derivative(f: Elementwise) -> Elementwise:
     def derivative(r: Tensor) -> Tensor:
-        # Training asks for h where gradients are off.
+        # The caller may have switched gradients off, but derivatives of f need them.
         with torch.enable_grad():
             r = r if r.requires_grad else r.detach().requires_grad_()
             value = f(r)
-            if not value.requires_grad:  # a constant
+            if not value.requires_grad:  # f does not depend on r
                 return torch.zeros_like(r)
             (slope,) = torch.autograd.grad(value.sum(), r, create_graph=True, materialize_grads=True)
         return slope
@@ -112,7 +115,7 @@ def _names(text: str) -> set[str]:
 
 
 def _expression(text: str) -> Elementwise:
-    """The function of r that the expression describes; it is read, never executed as code."""
+    """The function of r that the expression describes. The expression is parsed and interpreted, never run as Python code."""
     tree = ast.parse(text, mode="eval").body
     try:
         _value(tree, torch.ones(1, dtype=torch.float64), text)

@@ -1,4 +1,4 @@
-"""A divergence by name: a row of the table, or the user's own f."""
+"""Look up a divergence by name: a row of the table, or a user's own f."""
 
 from uni_instruct.errors import RequestError
 from uni_instruct.train.objective.divergences.custom import is_custom, read_divergence
@@ -13,12 +13,12 @@ from uni_instruct.train.objective.divergences.table import (
 
 
 def find_divergence(name: str, *, order: float = DEFAULT_ORDER, mix: float = DEFAULT_MIX) -> Divergence:
-    """The divergence of that name, or of the user's own f: 'module:function', 'file.py:function' or an expression in r.
+    """The divergence of that name, or of a user's own f: 'module:function', 'file.py:function' or an expression in r.
 
     order is the alpha family's a, mix the share of the forward KL in Jeffreys' divergence. Raises RequestError for an unknown
     name, and for an f that is not convex or not 0 at r = 1.
     """
-    # These two rows of the table have a parameter, and stand there with its default.
+    # These two divergences have a parameter; their rows in the table have its default value.
     if name == "alpha":
         return alpha_divergence(order)
     if name == "jeffreys":

@@ -1,7 +1,7 @@
 """f-divergences D_f(q || p) = E_p[f(r)], r = q / p, and the weight h(r) = r^2 f''(r) that their expansion needs.
 
-Source: theorems 3.1 and 3.2 of arXiv 2505.20755; docs/objective.md derives what is used. Functions take and give tensors of
-ratios r > 0, elementwise; they are written with operators only, so that importing them needs no torch.
+Source: theorems 3.1 and 3.2 of arXiv 2505.20755; docs/objective.md has the derivation. The functions work elementwise on
+tensors of ratios r > 0. They use operators and tensor methods only, so that importing this module needs no torch.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ DEFAULT_MIX = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """One row of the table: f, and h with its first two derivatives in r.
+    """One row of the table: f, and the weight h with its first two derivatives in r.
 
-    needs_ratio: whether training needs a density ratio, and so real data: not where h is constant (reverse KL).
+    needs_ratio: whether training needs a density ratio, and therefore real data. False if h is constant (reverse KL).
     """
 
     name: str
@@ -30,8 +30,8 @@ class Divergence:
 
 
 def alpha_divergence(order: float) -> Divergence:
-    """The alpha family, h = r^a: reverse KL at a = 0, forward KL at 1; 2 is half of chi-square, 1/2 squared Hellinger."""
-    # f(r) = (r^a - a r - (1 - a)) / (a (a - 1)), h = r^2 f'' = r^a; at a = 0 and 1 the limits are the two KLs.
+    """The alpha family, h = r^a: a = 0 is reverse KL, 1/2 squared Hellinger (twice), 1 forward KL, 2 half of chi-square."""
+    # f(r) = (r^a - a r - (1 - a)) / (a (a - 1)), h = r^2 f'' = r^a. The limits at a = 0 and a = 1 are the two KLs.
     a = order
     if a == 0:
         f = DIVERGENCES["reverse-kl"].f
@@ -51,7 +51,7 @@ def alpha_divergence(order: float) -> Divergence:
 
 def jeffreys(mix: float) -> Divergence:
     """2 (mix KL(q||p) + (1 - mix) KL(p||q)): Jeffreys' divergence at 1/2, forward KL alone (twice) at 1."""
-    # f(r) = 2 m r log r - 2 (1 - m) log r, h = 2 m r + 2 (1 - m): twice the mixture, so that m = 1/2 is Jeffreys' sum.
+    # f(r) = 2 m r log r - 2 (1 - m) log r, h = 2 m r + 2 (1 - m). The factor 2 makes m = 1/2 Jeffreys' sum of both KLs.
     forward, reverse = 2 * mix, 2 * (1 - mix)
     return Divergence(
         name="jeffreys",
@@ -63,7 +63,7 @@ def jeffreys(mix: float) -> Divergence:
     )
 
 
-# Adding a divergence is adding a row; test_divergence.py checks each against automatic differentiation of f.
+# To add a divergence, add a row. test_divergence.py checks each row against automatic differentiation of its f.
 DIVERGENCES = {
     d.name: d
     for d in (
