@@ -22,14 +22,15 @@ from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid
 from uni_instruct.noise import Inputs, draw_inputs
-from uni_instruct.serve.errors import QueueFullError, TimedOutError
+from uni_instruct.serve.errors import TimedOutError, TooManyComparisonsError
 from uni_instruct.serve.models.served_model import ServedModel
 from uni_instruct.serve.routes.schema import Seed, ShortErrors
 from uni_instruct.spec import ModelSpec, evaluations
 
 TEACHER = "teacher"
 MAX_COMPARED = 16
-_MAX_WAITING = 4
+_MAX_WAITING = 4  # comparisons that run or wait
+_RETRY_AFTER_S = 2
 _MAX_OPEN = 4
 
 _P = ParamSpec("_P")
@@ -43,7 +44,7 @@ class CompareRequest(BaseModel):
 
     model: str | None = Field(
         None,
-        description="Which of the generators that are served; without it the first.",
+        description="Name of the generator, as GET /v1/models lists it. By default the first.",
         examples=["a model of GET /v1/models"],
     )
     other: str = Field(
@@ -55,7 +56,9 @@ class CompareRequest(BaseModel):
         examples=["a list of seeds, such as [7, 8]"],
     )
     class_ids: ShortErrors[int] | None = Field(
-        None, description="One for all images, or one for each.", examples=["a list of integers, such as [3]"]
+        None,
+        description="Class ids: one for all images, or one for each. By default each seed draws its own.",
+        examples=["a list of integers, such as [3]"],
     )
 
 
@@ -93,8 +96,8 @@ class SideBySide:
     async def run(self, served: ServedModel, wanted: CompareRequest) -> dict[str, object]:
         """Return both sides and their difference, for JSON.
 
-        Raises RequestError for a bad request, QueueFullError if _MAX_WAITING comparisons wait already, TimedOutError, and what
-        `Batcher.submit` and opening an engine raise.
+        Raises RequestError for a bad request, TooManyComparisonsError if _MAX_WAITING of them run or wait already,
+        TimedOutError, and what `Batcher.submit` and opening an engine raise.
         """
         if not 1 <= len(wanted.seeds) <= MAX_COMPARED:
             remedy = f"compare 1 to {MAX_COMPARED}"
@@ -102,7 +105,7 @@ class SideBySide:
         seeds = [int(seed) for seed in wanted.seeds]
         class_ids = resolve_class_ids(served.spec, seeds, wanted.class_ids)
         if self._waiting >= _MAX_WAITING:
-            raise QueueFullError(self._waiting, _MAX_WAITING, 2)
+            raise TooManyComparisonsError(self._waiting, _RETRY_AFTER_S)
         self._waiting += 1
         try:
             async with self._turn:
@@ -125,7 +128,7 @@ class SideBySide:
             async with asyncio.timeout(timeout_s):
                 images, model_ms = await self._in_thread(_timed, engine, inputs)
         except TimeoutError:
-            raise TimedOutError(f"the comparison was not made in {timeout_s:g} s", remedy="compare fewer images") from None
+            raise TimedOutError(f"the comparison was not made within {timeout_s:g} s", remedy="compare fewer images") from None
         return own, Side(other, engine.spec, engine.device, images, model_ms)
 
     async def _in_thread(self, work: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:

@@ -85,7 +85,7 @@ RULES = (
     Rule("asks for a disk with room: tests/serve/test_operation.py has none", path=r"^serve/metrics\.py"),
     Rule("asks for a disk with room: tests/export/test_export.py has none", path=r"^export/parity\.py", error="DiskError"),
     Rule("a load on a real server; followed by tests/serve/test_operation.py", path=r"commands/loadtest\.py"),
-    Rule("a comparison's states: full, late", path=r"^serve/demo/compare\.py", error="QueueFullError|TimedOutError"),
+    Rule("a comparison's states: full, late", path=r"^serve/demo/compare\.py", error="TooManyComparisonsError|TimedOutError"),
     Rule("BentoML's own route, which runs in BentoML's process: tests/serve/process/test_process.py", path=r"bento_route\.py"),
     Rule("an engine that was just built and is discarded; export's own tests build such", error="ParityError"),
     Rule("an engine that is refused: tests/core/engines/trials/test_trial.py makes and follows it", error="EngineRefusedError"),

@@ -336,7 +336,7 @@ RUN = [
     Value("uni_instruct/engines/onnxruntime.py", "no provider '{}' runs on", lambda _: _checked_provider(onnxruntime, "cpu", "CUDAExecutionProvider"), lambda remedy, _: _checked_provider(onnxruntime, "cpu", first_choice(remedy))),
     Value("uni_instruct/evaluate/extractors.py", "extractor {} exists in this process only", lambda _: PIXELS.required_file(), lambda remedy, _: said(remedy, "score without workers", scored())),
     Value("serve/load_test.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked(b"k", 200))),
-    Value("serve/load_test.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", b"k"), 401)),
+    Value("serve/load_test.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "UNI_INSTRUCT_API_KEY to its key", b"k"), 401)),
     Value("serve/load_test.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", b"k"), 200)),
     Value("uni_instruct/engines/torch.py", "a teacher of {} steps runs", lambda tmp: load_engine(random_bundle(tmp / "t", 1, 4), EngineId("torch", "bf16")), lambda remedy, tmp: load_engine(Bundle.open(tmp / "t"), EngineId.parse(found(r"--engine (\S+)", remedy)))),
     Value("uni_instruct/engines/compiled/compiler.py", "compiled engines need a C++ compiler", lambda _: compiler("no-such-compiler"), lambda remedy, _: compiler(said(remedy, "set the environment variable CXX", "g++"))),

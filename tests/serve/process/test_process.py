@@ -180,7 +180,7 @@ def test_bentomls_client_gets_arrays(bento: Running, exported_bundle: Bundle, mo
         (b'{"seeds": [1], "num_images": 1}', "application/json", 400, "both seeds and num_images are given"),
         (b'{"model": "red"}', "application/json", 404, "no model 'red' is served"),
         (b"{", "application/json", 400, "the body is not JSON"),
-        (b"seeds=1", "application/x-www-form-urlencoded", 415, "is not read here; send application/json"),
+        (b"seeds=1", "application/x-www-form-urlencoded", 415, "is not supported; send application/json"),
     ],
 )
 def test_bentomls_own_route_is_as_strict_as_the_others(
@@ -368,7 +368,7 @@ def test_workers_that_cannot_live_end_the_command(exported_bundle: Bundle, tmp_p
     running = start(exported_bundle, tmp_path, "--no-ui", "--workers", "2", PYTHONPATH=str(tmp_path))
     try:
         assert running.process.wait(PATIENCE_S) == 1
-        assert "error: workers end before they are ready, " in running.log.read_text()
+        assert "error: worker processes end before they are ready (" in running.log.read_text()
     finally:
         running.kill()
 
