@@ -215,7 +215,7 @@ class Loop:
         if value <= self.best.value:
             self.best = Best(value, done, scores)
             self.keep(scores, images[: self.config.grid])
-        share = f"{self.run.clock.share(stage.name, 'evaluation'):.0%} of the time went into evaluation"
+        share = f"{self.run.clock.share(stage.name, 'evaluation'):.0%} of the stage's time was evaluation"
         return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), share])
 
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:

@@ -24,15 +24,15 @@ COMMANDS = {
     "train": ("uni_instruct.train.commands.train:train", "Train a teacher and distil it into a one-step generator."),
     "lab": (
         "uni_instruct.train.commands.lab:lab",
-        "Compare methods: all from one teacher, with the same seeds.",
+        "Compare methods, trained from one teacher with the same seeds.",
     ),
     "doctor": (
         "uni_instruct.train.commands.doctor:doctor",
-        "Look at data, teacher, devices and disk before a long training.",
+        "Check data, teacher, devices, memory and disk before a long training.",
     ),
     "average": (
         "uni_instruct.train.commands.average:average",
-        "Make another average of a run's weights, without training again.",
+        "Make a bundle from another average of a run's weights, without training again.",
     ),
     "import": (
         "uni_instruct.commands.import_checkpoint:import_checkpoint",
