@@ -36,7 +36,7 @@ def choose_scoring(loop: LoopConfig, dataset: Dataset | None) -> ScoringChoice:
     if loop.extractor == "classifier" and not can_classify:
         raise RequestError(
             f"loop.extractor=classifier: data set '{dataset.name}' has {len(dataset)} images of {dataset.num_classes} classes",
-            remedy=f"give {MIN_IMAGES} images of 2 classes or more, or --set metric=none to keep the last weights",
+            remedy=f"give {MIN_IMAGES} images of 2 classes or more, or --set metric=none",
             param="extractor",
         )
     channels, *sides = dataset.image_shape

@@ -321,7 +321,7 @@ ENGINES = [
     Value("export/api.py", "target '{}' is several", lambda tmp: export_bundle(exported(tmp), "all"), lambda remedy, tmp: export_bundle(exported(tmp), first_choice(remedy))),
     Value("uni_instruct/evaluate/evaluator.py", "the statistics of {} were made by another", of_another_classifier, lambda remedy, _: scored(said(remedy, "the data set itself as --reference", "digits"))),
     Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher_only=said(remedy, "leave teacher.bundle empty", True))),
-    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher(tmp), teacher_only=said(remedy, "or do without --teacher-only", False))),
+    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher(tmp), teacher_only=said(remedy, "leave out teacher.bundle or --teacher-only", False))),
     Value("train/pipeline.py", "{} is gone", without_its_teacher, lambda remedy, tmp: trained(tmp, said(remedy, "another --out", "other"), teacher_only=True)),
     Value(PB, "{} holds no scores", lambda tmp: read_scores(scores(tmp, values=None)), lambda remedy, tmp: evaluated(tmp, remedy)),
 ]  # fmt: skip

@@ -81,5 +81,5 @@ def test_what_train_would_find_in_the_folder_is_found(tmp_path: Path) -> None:
     (run / "recipe.yaml").write_text(yaml.safe_dump(load_recipe("digits").to_dict()))
     assert CHECKS["run"](preflight) == f"{run} holds a run that goes on: teacher at step 3"
     (run / "state" / "teacher.pt").write_bytes(b"PK")
-    with pytest.raises(RequestError, match=r"teacher.pt cannot be read; delete it to train that stage anew"):
+    with pytest.raises(RequestError, match=r"teacher.pt cannot be read; delete it to train that stage again"):
         CHECKS["run"](preflight)

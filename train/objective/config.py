@@ -41,7 +41,7 @@ class ObjectiveConfig:
     discriminator_scale: float = key(0.1, "scale of the discriminator's loss, relative to the fake score's loss", Range(0, 1e6))
     logit_clamp: float = key(5.0, "the log-ratio is clamped to [-x, x]", Range(0.1, 50))
     ratio_mean: str = key(
-        "batch", "scaling of ratios: batch (mean 1 over the batch), running (also by a running mean per noise bin) or none"
+        "batch", "scaling of ratios to mean 1: batch, running (first by a running mean per noise bin) or none"
     )
     ratio_bins: int = key(16, "running: number of noise bins", Range(1, 1000))
     ratio_momentum: float = key(0.99, "running: share of a bin's mean that is kept per sample of the bin", Range(0, 1))

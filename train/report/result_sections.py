@@ -6,7 +6,7 @@ import torch
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.files import atomic_file
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.train.monitoring.scores import MAX_REFERENCE_FOR_PR
+from uni_instruct.train.monitoring import scores as selection
 from uni_instruct.train.report.curves import draw, panels, phase_edges
 from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
@@ -78,10 +78,11 @@ def score_section(inputs: ReportInputs) -> list[str]:
     # The text explains a missing row, so that it is not mistaken for an error.
     if teacher is None:
         lines += ["", f"The teacher was not scored again: {samples:,} samples take {duration(s_per_image * samples)} here."]
-    if len(evaluator.reference) > MAX_REFERENCE_FOR_PR:
+    if not selection.affords_pr(len(evaluator.reference)):
         lines += [
             "",
-            "Precision and recall were left to the evaluations while training: they compare all images of the reference.",
+            "Precision and recall are measured neither here nor during training: the reference has more than "
+            f"{selection.MAX_REFERENCE_FOR_PR:,} images, and they compare all pairs. `uni-instruct evaluate` measures them.",
         ]
     return lines + [f"\nNote: {text(note)}." for note in dict.fromkeys(n for s in (student, teacher) if s for n in s.notes)]
 

@@ -80,7 +80,7 @@ def _check(text: str, f: Elementwise) -> None:
         where, second = float(_CHECKED[bad][0]), float(second_derivative[bad][0])
         raise _refused(text, f"is not convex: its second derivative at r = {where:.3g} is {second:.3g}", "give a convex f")
     if not (second_derivative > 0).any():
-        problem = "is linear (f'' = 0), so its weight h = r^2 f'' is zero and it trains nothing"
+        problem = "has no curvature (f'' = 0), so its weight h = r^2 f'' is zero and it trains nothing"
         raise _refused(text, problem, "give a strictly convex f")
 
 
