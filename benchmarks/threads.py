@@ -20,7 +20,7 @@ from machine import describe_machine
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import EngineId, load_engine
-from uni_instruct.engines.benchmark.measure import Contender, ratio, take_turns, turns
+from uni_instruct.engines.benchmark.measure import Contender, measure_interleaved, ratio, turns
 from uni_instruct.engines.graph_ports import CLASS_IDS, IMAGES, NOISE
 from uni_instruct.engines.hardware.threads import Threads, usable_cpus
 from uni_instruct.generate import resolve_class_ids
@@ -68,7 +68,7 @@ def measure(bundle: Bundle, batches: tuple[int, ...], rounds: int) -> list[dict[
 
     contenders = [Contender(name=name, prepare=partial(prepare, call)) for name, call in calls.items()]
     with progress("threads", turns(contenders, batches, rounds), "figures") as bar:
-        seconds = take_turns(contenders, batches, rounds, 0.2, bar)
+        seconds = measure_interleaved(contenders, batches, rounds, 0.2, bar)
     return [
         {
             "layout": name,

@@ -1,1 +1,1 @@
-"""Bundle -> engines, each admitted only when it agrees with torch."""
+"""Export: build engines from a bundle. An engine is kept only if it agrees with torch."""

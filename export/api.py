@@ -1,4 +1,4 @@
-"""Export from Python, as a notebook calls it."""
+"""Export from Python, for example in a notebook."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from uni_instruct.export.targets import ALL, TO, choose_targets, export_engine
 
 
 def export_bundle(bundle: Bundle | str | Path, to: str = "onnx-fp32", device: str | None = None) -> EngineRecord:
-    """Builds an engine of the bundle, checks it against torch, puts it into the bundle, and returns its record.
+    """Build an engine of the bundle, check it against torch, store it in the bundle, and return its record.
 
-    to: the engine's id, or a runtime that has but one; device: where it is checked, as in `open_engine`. The record's `parity`
-    is how well the engine agrees with torch. Raises
-    RequestError for an unknown target or a many-step teacher, ParityError where the engine does not agree.
+    to: the engine's id, or a runtime for which only one engine would be built here. device: where it is checked, as in
+    `open_engine`. The record's `parity` says how well the engine agrees with torch. Raises RequestError for an unknown target
+    or a many-step teacher, ParityError if the engine does not agree, and what else `export_engine` raises.
     """
     fitting = [str(target.engine_id) for target in choose_targets([to])] if to in TO else [to]
     if len(fitting) != 1 or to == ALL:

@@ -1,8 +1,8 @@
-"""The one-step module as engines are built from it: G(z) with everything folded that one constant noise level makes constant.
+"""The module that engines are built from: G(z), with everything that is constant at one noise level folded into the weights.
 
-In one step sigma is sigma_init for every image. So the embedding is one vector, or one a class: what each block makes of it
-becomes a constant of its layers, or a row of a table. Preconditioning and skip_scale go into neighbouring convolutions. The
-result is the same function: equal within 1e-5 (tests/export/test_canonical.py).
+A one-step generator uses sigma = sigma_init for every image. So the embedding is one vector, or one vector per class, and what
+each block computes from it is a constant of its layers, or a row of a table. Preconditioning and skip_scale are folded into
+neighbouring convolutions. The result is the same function, within 1e-5 (tests/export/test_canonical.py).
 """
 
 import copy
@@ -27,19 +27,20 @@ from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.one_step import OneStep
 
-# Up to here every class has its finished row for all blocks; beyond, that table would outweigh the network (1000 classes of
-# ADM: 46 million numbers), so the embedding is looked up and multiplied.
+# With at most this many classes, a table holds the final row of each class for all blocks. With more, the table would be too
+# large (46 million numbers for the 1000 classes of ADM), so the class's embedding is looked up and multiplied instead.
 MAX_TABLED_CLASSES = 100
-# What folding multiplies whole weights by, and so what weights in half precision are found again by: skip_scale.
+# Folding multiplies weights by skip_scale, which is one of these. `graph._as_half` divides by them, to recover the float16
+# values of a bundle in half precision.
 FACTORS = (1.0, math.sqrt(0.5))
 
 
 class CanonicalOneStep(nn.Module):
-    """z [B, *noise_shape], class_ids int64 [B] in range or None -> G(z), float32 [B, C, H, W] in about [-1, 1].
+    """G(z) with folded weights: z [B, *noise_shape] and class_ids int64 [B] or None -> float32 [B, C, H, W] in about [-1, 1].
 
-    Classes may be mixtures of two: as blocks map the embedding affinely, their rows are interpolated as embeddings are.
-    dtype is what network and decoder compute in; `in_precision` changes it. The generator's layers become this module's, one
-    block after the other, so that there is never a second copy of the weights: the generator is of no use afterwards.
+    Classes may be mixtures of two: each block's map of the embedding is affine, so rows may be interpolated like embeddings.
+    dtype: what network and decoder compute in; `in_precision` changes it. To avoid a second copy of the weights, the
+    constructor takes over the generator's layers, block by block: the generator cannot be used afterwards.
     """
 
     dtype = torch.float32
@@ -51,6 +52,7 @@ class CanonicalOneStep(nn.Module):
         denoiser, sigma_init, self.decoder = generator.denoiser, generator.sigma_init, generator.decoder
         self.patch = denoiser.patch
         c_skip, c_out, c_in, c_noise = (c.double() for c in denoiser.preconditioning(torch.full((1, 1, 1, 1), sigma_init)))
+        # G(z) = D(sigma_init z; sigma_init) = c_skip sigma_init z + c_out F(c_in sigma_init z; c_noise, class)
         emb = _embeddings(denoiser, c_noise.float().flatten())
         self.model: Network = denoiser.model
         self.rows = _fold_blocks(self.model, emb, denoiser.num_classes, norm)
@@ -59,9 +61,10 @@ class CanonicalOneStep(nn.Module):
         self.to(torch.float32).eval()
 
     def in_precision(self, dtype: torch.dtype) -> Self:
-        """The same with network and decoder in that dtype. Noise, the skip connection and the images stay float32.
+        """Convert network and decoder to that dtype, in place; returns self. Noise, skip connection and images stay float32.
 
-        At sigma = 80 a rounded skip connection would round away the image under the noise.
+        With c_skip = 1 and sigma_init = 80, the skip connection carries noise 80 times as large as the image. Rounded to 16
+        bits, it would lose the image.
         """
         self.dtype = dtype
         for part in (self.model, self.rows, self.decoder):
@@ -70,8 +73,8 @@ class CanonicalOneStep(nn.Module):
         return self
 
     def forward(self, noise: Tensor, class_ids: ClassLabels | None = None) -> Tensor:
-        """G(z) of float32 z."""
-        rows = noise if self.rows is None else self.rows(class_ids)  # no block reads them where nothing depends on a class
+        """G(z) of float32 z, as float32."""
+        rows = noise if self.rows is None else self.rows(class_ids)  # without classes no block reads the rows
         x = noise.to(self.dtype)
         x = x if self.patch == 1 else F.pixel_unshuffle(x, self.patch)
         out = self.model.decode(self.model.encode(x, rows), rows)
@@ -81,7 +84,10 @@ class CanonicalOneStep(nn.Module):
 
 
 class ClassRows(nn.Module):
-    """class_ids [B] -> what all blocks read, side by side: [B, total]. From a table, or from the embedding by one product."""
+    """class_ids [B] -> rows [B, total]: the values that all blocks read, side by side.
+
+    They come from a table of rows; with more than MAX_TABLED_CLASSES classes, from the embedding by one linear layer.
+    """
 
     table: Tensor
 
@@ -94,7 +100,7 @@ class ClassRows(nn.Module):
             self.linear.weight, self.linear.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, class_ids: ClassLabels) -> Tensor:
-        """[B, total]."""
+        """The rows of the classes, [B, total]; of a mixture, interpolated between both classes."""
         if isinstance(class_ids, MixedClasses):
             first, second = (F.embedding(ids, self.table) for ids in (class_ids.class_ids, class_ids.other_ids))
             rows = interpolated(first, second, class_ids.share)
@@ -104,9 +110,9 @@ class ClassRows(nn.Module):
 
 
 def _embeddings(denoiser: Denoiser, c_noise: Tensor) -> Tensor:
-    """The embedding of each class, or the one that there is: float64 [classes or 1, emb_channels].
+    """The embedding of each class, or of no class: float64 [num_classes or 1, emb_channels].
 
-    Computed in 32 bits, as the network does: sines of angles in the hundreds differ from 64 bits in the fifth digit.
+    It is computed in float32, like the network's: for angles in the hundreds, float64 sines differ in the fifth digit.
     """
     if not denoiser.num_classes:
         return denoiser.model.embed(c_noise, None).double()
@@ -115,13 +121,13 @@ def _embeddings(denoiser: Denoiser, c_noise: Tensor) -> Tensor:
 
 
 def _fold_blocks(model: Network, emb: Tensor, num_classes: int, norm: NormFactory) -> ClassRows | None:
-    """Puts folded blocks in place of the model's; returns what they read of the class, None where there are no classes."""
+    """Replace the model's blocks by folded ones. Returns the module that makes their rows; None without classes."""
     maps: list[tuple[Tensor, Tensor]] = []
     for half in (model.enc, model.dec):
         for name, block in half.items():
             if not isinstance(block, UNetBlock | Block):
                 continue
-            # In double precision one block at a time: all of them at once would be twice the network.
+            # One block at a time is converted to float64: all at once would take twice the memory of the network.
             block.double()
             weight, bias = (canonical_blocks if isinstance(block, UNetBlock) else canonical_edm2).row_map(block)
             row = None if num_classes else weight @ emb[0] + bias
@@ -134,7 +140,7 @@ def _fold_blocks(model: Network, emb: Tensor, num_classes: int, norm: NormFactor
     _replace_norms(model, norm)
     for name, _ in list(model.named_children()):
         if name.startswith(("map_", "emb_")):
-            delattr(model, name)  # the embedding network: its results are in the rows
+            delattr(model, name)  # the embedding network, whose results are folded
     if not num_classes:
         return None
     weights, biases = zip(*maps, strict=True)
@@ -142,7 +148,7 @@ def _fold_blocks(model: Network, emb: Tensor, num_classes: int, norm: NormFactor
 
 
 def _replace_norms(model: Network, norm: NormFactory) -> None:
-    """Norms outside the blocks, in the form that the target wants."""
+    """Convert the norms outside the blocks to the form that the runtime needs."""
     for holder in (model, model.enc, model.dec):
         for name, module in list(holder.named_children()):
             if isinstance(module, GroupNorm):
@@ -150,17 +156,22 @@ def _replace_norms(model: Network, norm: NormFactory) -> None:
 
 
 def _fold_ends(model: Network, c_in: float, c_out: float, channels: int) -> None:
-    """c_in into what reads the image, c_out into what writes it; of the channels written, only the first are read."""
+    """Fold c_in into the layers that read the image, c_out into those that write it. Keep the first `channels` outputs only.
+
+    iDDPM's networks also predict a variance, in further output channels, which is not used.
+    """
     _FOLD_ENDS[type(model)](model, c_in, c_out, channels)
 
 
 def _fold_song_ends(model: SongUNet, c_in: float, c_out: float, channels: int) -> None:
+    # The first convolution reads the image, and with NCSN++'s encoders the skip inputs of every level or the first residual.
     first_residual = True
     for name, module in model.enc.items():
         residual = name.endswith("_aux_residual")
         if name.endswith(("_conv", "_aux_skip")) or (residual and first_residual):
             _scale_input(module, c_in)
-        first_residual &= not residual  # later ones read a sum that is scaled already
+        first_residual &= not residual  # later ones read a sum that is already scaled
+    # Every level may make a part of the image; the parts are summed.
     for name, module in model.dec.items():
         if name.endswith("_aux_conv"):
             _scale_output(module, c_out, channels)

@@ -1,4 +1,4 @@
-"""Residual blocks of DDPM++, NCSN++ and ADM with the embedding, skip_scale and attention's order folded into their layers."""
+"""Residual blocks of DDPM++, NCSN++ and ADM, with embedding, skip_scale and the order of q, k, v folded into their weights."""
 
 import copy
 from collections.abc import Callable
@@ -10,16 +10,17 @@ from torch.nn import functional as F
 from uni_instruct.networks.blocks import Conv2d, UNetBlock
 from uni_instruct.networks.group_norm import GroupNorm
 
-# The form of a group normalisation that a target is fast at, with the weights of one of ours.
+# Converts a group normalisation of this package to the form for which a runtime is fast, with the same weights.
 NormFactory = Callable[[GroupNorm], GroupNorm]
 
 
 class FourDimensionalNorm(GroupNorm):
-    """Group normalisation whose every tensor has four dimensions, so that a runtime never changes its layout.
+    """Group normalisation in which all tensors have four dimensions, so that a runtime never changes the layout of x.
 
-    With m and q the means of x and x^2 over a group and r = (q - m^2 + eps)^-0.5: y = x s + t, s = w r, t = b - w m r. So x
-    is read three times and written once; the rest has one pixel. Means over a group's channels, and the way back to channels
-    with w, are 1x1 convolutions.
+    With m and q the means of x and x^2 over a group, and r = (q - m^2 + eps)^-0.5: y = x s + t, s = w r, t = b - w m r.
+
+    So x is read three times, and y written once; all other tensors have one pixel. 1x1 convolutions compute the means over a
+    group's channels (`gather`), and expand from groups to channels and multiply by w (`spread`). minus: -1 for each group.
     """
 
     gather: Tensor
@@ -37,26 +38,29 @@ class FourDimensionalNorm(GroupNorm):
         self.bias = nn.Parameter(norm.bias.detach().clone())
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        """[B, C, H, W]; with silu, through SiLU as well."""
+        """The normalised x, [B, C, H, W]; with silu, SiLU of it."""
         scale, shift = self.scale_and_shift(x)
         return _affine(x, scale, shift, silu)
 
     def of_sum(self, x: Tensor, added: Tensor) -> Tensor:
-        """SiLU of the normalised x + added, added [B, C, 1, 1]: the sum itself is never made."""
+        """SiLU of the normalised x + added, with added [B, C, 1, 1]. The sum x + added is never stored."""
+        # y = (x + a) s + t = x s + (t + a s)
         scale, shift = self.scale_and_shift(x, added)
         return _affine(x, scale, shift + added * scale, silu=True)
 
     def scale_and_shift(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """s and t of x + added, [B, C, 1, 1] each."""
+        """s and t of the normalisation of x + added, [B, C, 1, 1] each."""
         mean = x.mean((2, 3), keepdim=True)
-        # A norm is a reduction by itself: x * x would be written and read again.
+        # The mean of x^2 as ||x||^2 / (H W): a norm is one reduction, while x * x would be stored and read again.
         length = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
         square = length * length * (1 / (x.shape[2] * x.shape[3]))
         if added is not None:
+            # E[(x + a)^2] = E[x^2] + a (a + 2 E[x])
             square = square + added * (added + mean + mean)
             mean = mean + added
         mean, square = F.conv2d(mean, self.gather), F.conv2d(square, self.gather)
-        # No subtraction, no product with one number: OpenVINO replaces them, and loses what says that they need 32 bits.
+        # No subtraction, no product with a single number: OpenVINO would replace these operators, and lose the marks that keep
+        # them in float32 (mixed_precision.py).
         rstd = (square + mean * mean * self.minus + self.eps).pow(-0.5)
         return F.conv2d(rstd, self.spread), F.conv2d(mean * rstd, -self.spread, self.bias)
 
@@ -67,10 +71,11 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
 
 
 class FoldedBlock(UNetBlock):
-    """x [B, in_channels, H, W], rows [B, total] -> [B, out_channels, H', W']. place: this block's part of the rows.
+    """A folded residual block: x [B, in_channels, H, W], rows [B, total] -> [B, out_channels, H', W'].
 
-    Of an additive block the part is added after the first convolution; of an adaptive one it is the scale and the shift of the
-    second normalisation. Where there is but one `row`, it becomes part of the weights and the rows are not read.
+    place: this block's part of the rows. An additive block adds its part after the first convolution; in an adaptive block, it
+    is the scale and shift of the second normalisation. `row` is given if there are no classes: it is folded into the weights,
+    and the rows are not read.
     """
 
     place: slice | None = None
@@ -86,7 +91,7 @@ class FoldedBlock(UNetBlock):
         self.conv1, self.skip = _scaled(block.conv1, self.skip_scale), None
         if block.skip is not None:
             self.skip = _scaled(block.skip, self.skip_scale)
-            # A 1x1 convolution commutes with repeating pixels, and has a quarter of them to go through before it.
+            # A 1x1 convolution commutes with repeating pixels, and before that it has only a quarter of the pixels to process.
             self.skip.convolve_first |= self.skip.up and self.skip._repeats
         self.norm2 = self.qkv = self.proj = None
         if block.norm2 is not None and block.qkv is not None and block.proj is not None:
@@ -97,8 +102,9 @@ class FoldedBlock(UNetBlock):
                 parameter.copy_(sorted_qkv(parameter, self.heads))
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """As the class says."""
+        """The block's output; shapes as in the class docstring."""
         hidden = self._condition(self.conv0(self.norm0(x, silu=True)), rows)
+        # y = skip_scale (conv1(hidden) + x): the scale is in the weights of conv1 and skip, if there is a skip convolution.
         skip = x * self.skip_scale if self.skip is None and self.skip_scale != 1 else x
         x = self.conv1(hidden) + (skip if self.skip is None else self.skip(x))
         if self.norm2 is None or self.qkv is None or self.proj is None:
@@ -124,9 +130,10 @@ class FoldedBlock(UNetBlock):
 
 
 def row_map(block: UNetBlock) -> tuple[Tensor, Tensor]:
-    """What the block reads of an embedding e, as W e + b: W [n, emb_channels], b [n].
+    """W [n, emb_channels] and b [n] such that W e + b is the block's row, for an embedding e.
 
-    Adaptive: silu(norm(h) (s + 1) + t) with norm(h) = w n(h) + v is silu(n(h) w (s + 1) + v (s + 1) + t), n without weights.
+    An adaptive block computes silu(norm(h) (s + 1) + t). With norm(h) = w n(h) + v, n without weights, this is
+    silu(n(h) w (s + 1) + v (s + 1) + t). So the row is the scale w (s + 1) and the shift v (s + 1) + t, for n.
     """
     weight, bias = block.affine.weight, block.affine.bias
     if not block.adaptive_scale:
@@ -138,12 +145,12 @@ def row_map(block: UNetBlock) -> tuple[Tensor, Tensor]:
 
 
 def sorted_qkv(parameter: Tensor, heads: int) -> Tensor:
-    """A parameter of EDM's qkv layer, which interleaves q, k and v in each head, with all of q first, then k, then v."""
+    """Reorder a parameter of EDM's qkv layer, where q, k and v alternate in each head: all of q first, then k, then v."""
     return torch.cat([part.flatten(0, 1) for part in parameter.unflatten(0, (heads, -1, 3)).unbind(2)])
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
-    """softmax(q^T k / sqrt(c)) v in each head of c channels, q, k and v side by side: [B, 3 C, H, W] -> [B, C, H, W]."""
+    """Attention, softmax(q^T k / sqrt(c)) v in each head of c channels: [B, 3 C, H, W] (q, k, v in turn) -> [B, C, H, W]."""
     batch, channels, height, width = qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:]
     q, k, v = qkv.reshape(batch, 3 * heads, channels // heads, height * width).chunk(3, dim=1)
     weights = (q.transpose(2, 3) @ k * q.shape[2] ** -0.5).softmax(dim=3)
@@ -153,6 +160,7 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
 def _second_norm(block: UNetBlock, row: Tensor | None) -> GroupNorm:
     if not block.adaptive_scale:
         return block.norm1
+    # The norm's weights are part of the row (`row_map`): without classes the row is folded back, else the norm has none.
     norm = copy.deepcopy(block.norm1)
     weight, bias = (torch.ones_like(norm.weight), torch.zeros_like(norm.bias)) if row is None else row.chunk(2)
     norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -160,7 +168,7 @@ def _second_norm(block: UNetBlock, row: Tensor | None) -> GroupNorm:
 
 
 def _scaled(conv: Conv2d, factor: float) -> Conv2d:
-    """The convolution, its output times factor; one without weights, which resamples, cannot be scaled."""
+    """A copy of the convolution with its output multiplied by factor. One that only resamples has no weights to scale."""
     assert conv.weight is not None or factor == 1
     made = copy.deepcopy(conv)
     for parameter in made.parameters():

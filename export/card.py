@@ -61,9 +61,10 @@ _TRAINING = """Data: {data}. Trained with seed {seed} by the recipe `{recipe}`, 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """What half precision would change, in uint8 levels, over that many images of seeds 0, 1, ...; whether it is stored.
+    """What half precision changes, in uint8 levels, over `images` images of seeds 0, 1, ...
 
-    too_large: the name of weights that it cannot hold, where there are such; no images were made then.
+    precision: what is stored, 'fp16' or 'fp32'. too_large: the name of weights that half precision cannot hold, or ''. If there
+    are such weights, no images were compared.
     """
 
     images: int
@@ -80,10 +81,10 @@ def published_card(
     scores: Sequence[EvaluationResult],
     sheet_command: str,
 ) -> str:
-    """README.md of a published bundle, with a header that Hugging Face reads.
+    """The text of README.md of a published bundle, with a header that Hugging Face reads.
 
-    rounding: what half precision changes (`publish.Rounding`), None where nothing was rounded. scores: what `evaluate --json`
-    printed, one a command.
+    rounding: what half precision changes; None if that was not recorded. scores: one for each file of `evaluate --json`.
+    sheet_command: the command that makes samples.png.
     """
     spec, parity = bundle.spec, record.parity
     channels, height, width = spec.image_shape
@@ -108,7 +109,7 @@ def published_card(
 
 
 def teacher_weights(rounding: Rounding) -> str:
-    """The part of a published teacher's card on its weights."""
+    """The section on weights in the card of a published teacher."""
     if rounding.too_large:
         return f"## Weights\n{_too_large(rounding)}\n"
     return (
@@ -142,7 +143,10 @@ def _too_large(rounding: Rounding) -> str:
 
 
 def _scores(scores: Sequence[EvaluationResult], weights_sha256: str) -> str:
-    """A column for each set of seeds, before them mean and spread where there are several; a row for each metric; commands."""
+    """The table of scores, and the commands that measure them, in Markdown.
+
+    The table has a row per metric and a column per set of seeds. If there are several sets, mean and spread come first.
+    """
     if not scores:
         return "Nothing was measured; `uni-instruct evaluate . --reference DATA` does."
     columns = [column for facts in scores for column in _columns(facts)]
@@ -158,7 +162,7 @@ def _scores(scores: Sequence[EvaluationResult], weights_sha256: str) -> str:
 
 
 def _columns(facts: EvaluationResult) -> list[tuple[str, dict[str, str]]]:
-    """Heads, and values by metric: of several sets the mean with its spread, then each set's own."""
+    """The columns of one evaluation, each a heading and values by metric: mean and spread of several sets, then each set."""
     roles, seeds = facts["scores"], facts["seeds"]
     main = {}
     for role, score in roles.items():
@@ -182,7 +186,7 @@ def _row(role: str, metric: str) -> str:
 
 
 def _seeds_of_set(seeds: str, number: int, sets: int) -> str:
-    """'0-14999' -> '5000-9999' for the second of three; of seeds that are not consecutive, which set it is."""
+    """The seeds of one of several sets: of '0-14999', '5000-9999' for the second of three. 'of set 2' if seeds are no range."""
     first, dash, last = seeds.partition("-")
     if not (dash and first.isdecimal() and last.isdecimal()):
         return f"of set {number + 1}"
@@ -191,10 +195,10 @@ def _seeds_of_set(seeds: str, number: int, sets: int) -> str:
 
 
 def _extractors(scores: Sequence[EvaluationResult]) -> str:
-    """What turned images into features: numbers of another one do not compare."""
+    """Text that names the feature extractors used: scores compare only if they are of the same extractor."""
     found = {(facts.get("extractor") or {}).get("sha256"): facts for facts in scores}
     texts = [
-        f"Features: {facts['extractor']['name']}, sha256 {digest[:16]}. Numbers compare where that hash is the same. The "
+        f"Features: {facts['extractor'].get('name')}, sha256 {digest[:16]}. Numbers compare where that hash is the same. The "
         "classifiers for generators that ship come with the package; others are trained where they are needed."
         for digest, facts in found.items()
         if digest
@@ -204,7 +208,7 @@ def _extractors(scores: Sequence[EvaluationResult]) -> str:
 
 def _command(facts: EvaluationResult) -> str:
     generator = facts["scores"]["generator"]
-    # Of colour, and so by default, InceptionV3 would be asked for features.
+    # The default extractor may be another one: for colour images it is InceptionV3.
     judged = any("-classifier)" in name for name in generator["values"])
     options = {
         "--sets": facts.get("sets", 1) if facts.get("sets", 1) > 1 else None,
@@ -222,7 +226,7 @@ def _training(provenance: Mapping[str, object]) -> str:
     if not isinstance(recipe, Mapping):
         origin = yaml.safe_dump({key: value for key, value in provenance.items() if key != "published"}, sort_keys=False)
         return f"```yaml\n{origin}```\n"
-    # Recipes of before the objective had a section of its own are read no longer.
+    # Recipes without a section `objective` are of an earlier version, and can no longer be read.
     commands = f"\n```\nuni-instruct train recipe.yaml --out RUN\nuni-instruct publish RUN --out {recipe.get('name')}\n```\n"
     outdated = "objective" not in recipe
     note = provenance.get("note") or ("in the form of an earlier version, which is read no longer" if outdated else "")

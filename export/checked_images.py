@@ -1,24 +1,31 @@
-"""How many images and which classes a check makes: for engines (parity.py) and for weights in half precision alike."""
+"""How many images a check makes, and of which classes: for engines (parity.py) and for weights in half precision."""
 
 import numpy as np
 
 from uni_instruct.spec import ModelSpec
 
-# Of a heavy network 64 images take a CPU longer than the engine's making. Nor can each of a thousand classes be tried: that
-# would be hours.
+# Limits for heavy networks: there, 64 images on a CPU take longer than building the engine, and one image of each of a thousand
+# classes would take hours.
 HEAVY_IMAGES, HEAVY_CLASSES = 16, 32
 
 
 def checked_images(spec: ModelSpec, wanted: int) -> int:
-    """So many images, and at least one of each class; of a heavy network HEAVY_IMAGES, and one of each of HEAVY_CLASSES."""
+    """How many images to check: `wanted`, but at least one per class.
+
+    For a heavy network (`flops.is_heavy`): HEAVY_IMAGES, but at least one for each of at most HEAVY_CLASSES classes. Fewer if
+    the decoder makes large pictures (`ModelSpec.images_for_check`).
+    """
     from uni_instruct.networks.flops import is_heavy
 
     images, classes = (HEAVY_IMAGES, min(spec.num_classes, HEAVY_CLASSES)) if is_heavy(spec) else (wanted, spec.num_classes)
-    return spec.affordable_images(max(images, classes))
+    return spec.images_for_check(max(images, classes))
 
 
-def checked_classes(spec: ModelSpec, count: int) -> np.ndarray | None:
-    """A class for each of so many images: all in turn, or evenly spaced ones. int64 [count], None without classes."""
+def check_class_ids(spec: ModelSpec, count: int) -> np.ndarray | None:
+    """A class for each image: all classes in turn; evenly spaced ones if there are fewer images than classes.
+
+    int64 [count]; None without classes.
+    """
     if not spec.num_classes:
         return None
     places = np.arange(count, dtype=np.int64)

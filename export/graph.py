@@ -1,4 +1,4 @@
-"""Bundle -> ONNX graph, through torch.export: the whole one-step map, from N(0, 1) noise and class ids to uint8 pixels."""
+"""Write a bundle's ONNX graph, by torch.export: the whole map from N(0, 1) noise and class ids to uint8 pixels."""
 
 import gc
 import json
@@ -24,34 +24,35 @@ from uni_instruct.networks.denoiser import MixedClasses
 from uni_instruct.networks.one_step import load_one_step, to_uint8
 from uni_instruct.processes import release_freed_memory
 
-# The newest that keeps group normalisation in a form that CPU runtimes are fast at.
+# The newest opset that keeps group normalisation in a form for which CPU runtimes have fast kernels.
 OPSET = 20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# A protobuf message, and so a file that holds its weights, ends here.
+# The largest protobuf message, and so the largest ONNX file that contains its weights.
 MAX_FILE_BYTES = 2**31 - 1
-# A smaller tensor is not worth a node, or a place of its own.
-MIN_HALVED_SIZE = 1024
+# Smaller tensors stay in the graph's message, and are not stored as float16: it would save too little for a Cast node each.
+MIN_FLOAT16_SIZE = 1024
 
 
 class WithPixels(nn.Module):
-    """z -> (uint8 pixels [B, H, W, C], the images before rounding [B, C, H, W]): the two outputs of the graph.
+    """Adds the conversion to pixels: z -> (uint8 pixels [B, H, W, C], images before rounding float32 [B, C, H, W]).
 
-    bytes_last: nothing is done to bytes but to hand them out, as TensorRT wants it; else they are what is transposed.
+    cast_last: transpose first and convert to uint8 last, as TensorRT needs it. By default the uint8 values are transposed.
     """
 
-    def __init__(self, generator: nn.Module, bytes_last: bool = False):
+    def __init__(self, generator: nn.Module, cast_last: bool = False):
         super().__init__()
-        self.generator, self.bytes_last = generator, bytes_last
+        self.generator, self.cast_last = generator, cast_last
 
     def forward(
         self, noise: Tensor, class_ids: Tensor | None = None, other_ids: Tensor | None = None, share: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """noise float32 [B, C, H, W], N(0, 1); the classes as in `ClassMixture`, None for an unconditional generator."""
+        """Both outputs. noise: float32 [B, *noise_shape], N(0, 1). Classes: as in `ClassMixture`; None without classes."""
         if class_ids is None or other_ids is None or share is None:
             images = self.generator(noise, class_ids)
         else:
             images = self.generator(noise, MixedClasses(class_ids, other_ids, share))
-        if self.bytes_last:
+        if self.cast_last:
+            # `to_uint8` in another order: floats are transposed, not bytes.
             return (images * 127.5 + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8), images
         return to_uint8(images), images
 
@@ -64,17 +65,18 @@ def write_graph(
     weights: str = "exact",
     precision: str = "fp32",
     opset: int = OPSET,
-    bytes_last: bool = False,
+    cast_last: bool = False,
     optional_mixture: bool = False,
 ) -> dict[str, str]:
-    """Writes the bundle's graph to `path`, weights inline. Returns the versions of the tools.
+    """Write the bundle's graph to `path`, with its weights in the same file. Returns the versions of the tools.
 
-    norm: the form of group normalisation that the runtime is fast at. weights: stored as float16 where float16 holds them
-    ('exact'), all of them ('rounded', for engines that compute in less by themselves), none ('wide'). precision: what the graph
-    itself says that the network computes in. bytes_last: as in `WithPixels`. optional_mixture: who feeds noise and class ids
-    alone gets those classes unmixed.
-    Raises RequestError for weights that do not fit into one file.
+    norm: converts group normalisation to the form for which the runtime is fast. weights: which are stored as float16: those
+    that float16 holds exactly ('exact'), all, rounded if need be ('rounded', for engines that round to 16 bits anyway), or none
+    ('wide'). precision: the type that the network computes in, according to the graph. cast_last: as in `WithPixels`.
+    optional_mixture: give the inputs for mixtures a default, so that a caller may feed noise and class ids only.
+    Raises RequestError if the weights do not fit into one file.
     """
+    # The bound is on float32 weights, as the exporter makes them: a file in half precision counts twice.
     size = (bundle.path / WEIGHTS).stat().st_size * (2 if bundle.stored_precision() == "fp16" else 1)
     size += (bundle.path / DECODER).stat().st_size if bundle.spec.decoder else 0
     if size > MAX_FILE_BYTES:
@@ -82,8 +84,8 @@ def write_graph(
             f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {MAX_FILE_BYTES}",
             remedy="use the torch engine for it",
         )
-    model, arrays = _export(bundle, norm, DTYPES[precision], opset, bytes_last)
-    gc.collect()  # what the exporter holds in cycles
+    model, arrays = _export(bundle, norm, DTYPES[precision], opset, cast_last)
+    gc.collect()  # objects of the exporter that refer to each other
     _strip(model)
     if weights != "wide":
         _store_in_half(model, arrays, round_weights=weights == "rounded")
@@ -96,22 +98,22 @@ def write_graph(
 
 
 def _export(
-    bundle: Bundle, norm: NormFactory, dtype: torch.dtype, opset: int, bytes_last: bool
+    bundle: Bundle, norm: NormFactory, dtype: torch.dtype, opset: int, cast_last: bool
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """The graph without its large weights, and those by name: torch's own memory, as there shall be no second copy."""
+    """The graph without its large weights, and these weights by name. They share torch's memory, to avoid a second copy."""
     generator = CanonicalOneStep(load_one_step(bundle), norm).in_precision(dtype)
-    release_freed_memory()  # of folding
-    # Two images: a batch of one would be taken for a constant.
+    release_freed_memory()  # what folding took
+    # Example inputs of two images: the exporter would take a batch size of 1 for a constant.
     example = [torch.zeros(2, *bundle.spec.noise_shape)]
     names = [NOISE]
     if bundle.spec.num_classes:
         example += [torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.zeros(2)]
         names += [CLASS_IDS, OTHER_IDS, SHARE]
     with warnings.catch_warnings():
-        # The exporter warns of its own deprecated calls, and that all inputs share the name of their batch axis.
+        # The exporter warns of deprecated calls within itself, and that all inputs have the same name for the batch axis.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            WithPixels(generator, bytes_last).eval(),
+            WithPixels(generator, cast_last).eval(),
             tuple(example),
             dynamo=True,
             opset_version=opset,
@@ -126,10 +128,10 @@ def _export(
 
 
 def _give_defaults(model: onnx.ModelProto) -> None:
-    """Makes the ports of mixtures optional, which in ONNX means: an initializer has the same name.
+    """Make the inputs for mixtures optional. In ONNX an input has a default if an initializer has the same name.
 
-    One zero does for a whole batch. So these ports, and what follows from them alone, have a size of their own: a runtime that
-    took it for the batch's would give both the same memory.
+    The default is one zero for the whole batch. So these inputs, and all that is computed from them alone, get another name for
+    their first dimension: a runtime that took it for the batch size would let tensors of different sizes share memory.
     """
     graph, alone, batched = model.graph, {OTHER_IDS, SHARE}, {NOISE, CLASS_IDS}
     for node in graph.node:
@@ -147,18 +149,18 @@ def _give_defaults(model: onnx.ModelProto) -> None:
 
 
 def _take_weights(program: torch.onnx.ONNXProgram) -> dict[str, np.ndarray]:
-    """Takes the large weights out of the graph."""
+    """Remove the large weights from the graph, and return them by name."""
     graph, found = program.model.graph, dict[str, np.ndarray]()
     for name, value in list(graph.initializers.items()):
-        if value.const_value is not None and value.const_value.size >= MIN_HALVED_SIZE:
+        if value.const_value is not None and value.const_value.size >= MIN_FLOAT16_SIZE:
             found[name] = value.const_value.numpy()
             del graph.initializers[name]
-            value.const_value = None  # the exporter's rewriting rules, which live on, remember the graph
+            value.const_value = None  # the exporter keeps a reference to the graph after the export
     return found
 
 
 def _check(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> None:
-    """Raises what onnx does where types or shapes do not fit. Large weights are inputs: onnx would copy them."""
+    """Raises what onnx raises if types or shapes do not fit. Large weights count as inputs here, as onnx would copy them."""
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
     for name, array in weights.items():
@@ -168,10 +170,11 @@ def _check(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def _store_in_half(model: onnx.ModelProto, weights: dict[str, np.ndarray], round_weights: bool) -> None:
-    """Stores as float16, with a Cast behind it, each weight that float16 holds: those of a bundle in half precision.
+    """Store weights as float16, each with a Cast to float32 behind it: of a bundle in half precision, these are all large ones.
 
-    Exactly, or times one of the factors that folding multiplied it by; with round_weights all of them, as near as it goes.
-    Runtimes fold what stands behind when they load the file, so that the graph computes what it did, from half the bytes.
+    Only weights that float16 holds exactly are stored so, also if folding has multiplied them by one of FACTORS: then a Mul
+    follows the Cast. With round_weights, all weights are stored as the nearest float16. Runtimes compute Cast and Mul once,
+    when they load the file. So the graph computes the same from a file of half the size.
     """
     graph, nodes = model.graph, []
     for name in [name for name, array in weights.items() if array.dtype == np.float32]:
@@ -191,7 +194,7 @@ def _store_in_half(model: onnx.ModelProto, weights: dict[str, np.ndarray], round
 
 
 def _as_half(array: np.ndarray) -> tuple[np.ndarray | None, float]:
-    """(half, factor) with array = factor * half to the last bit of float32; (None, 1) where there is no such half."""
+    """(half, factor) such that array = factor * half within one bit of float32; (None, 1) if there is no such float16 array."""
     for factor in FACTORS:
         with np.errstate(over="ignore", invalid="ignore"):
             half = (array.astype(np.float64) / factor).astype(np.float16)
@@ -201,7 +204,7 @@ def _as_half(array: np.ndarray) -> tuple[np.ndarray | None, float]:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Removes what the exporter notes on every node: stack traces with local paths, and a dump of the torch program."""
+    """Remove the exporter's notes on every node: stack traces with paths of this machine, and a dump of the torch program."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("doc_string")

@@ -1,7 +1,7 @@
-"""Which layers of OpenVINO's graph keep float32 where the engine computes in bf16: marks in the graph, and what keeps them.
+"""Mark the layers of OpenVINO's graph that keep float32 in an engine that computes in bf16, in a form that keeps the marks.
 
-Left to itself OpenVINO stores whatever lies between two layers in bf16, which costs most accuracy (docs/export.md, "bf16").
-So only large convolutions and matrix products round; sums, normalisation and what is sensitive keep 32 bits.
+By default OpenVINO stores all activations in bf16, which costs most of the accuracy (docs/export.md, "bf16"). Here only large
+convolutions and matrix products round to bf16. Sums, normalisation and sensitive convolutions keep float32.
 """
 
 import xml.etree.ElementTree as ElementTree
@@ -17,14 +17,16 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.openvino_file import weight_name
 from uni_instruct.engines.sensitive_layers import sensitive_layers
 
-# OpenVINO's attribute for a layer that must not be computed in less; its CPU plugin then leaves bf16 out as well
+# OpenVINO's attribute for a layer that must not be computed in fp16. Its CPU plugin then does not use bf16 for it either
 # (openvino 2026.4, src/plugins/intel_cpu/src/node.cpp, keepOriginalPrecision).
 MARK = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
+# Types of layers that compute nothing, and so need no mark.
 _NO_ARITHMETIC = ("Parameter", "Const", "Result", "Convert")
-# What may stand between a norm and a large convolution, which rounds what it reads in any case.
+# Types of layers before a convolution that may be in bf16 too: a convolution in bf16 rounds its input in any case.
 _PASSES_ROUNDED = ("Swish", "Interpolate", "AvgPool", "FakeQuantize")
-# Far above what any layer gives: a clamp to it changes nothing.
+# Far above any activation, so that a clamp to it changes nothing.
 _LIMIT = 1e30
+# Attributes of Interpolate, in its version of opset 4, for upsampling by repeating pixels.
 _NEAREST = {
     "mode": "nearest",
     "shape_calculation_mode": "scales",
@@ -38,7 +40,10 @@ _NEAREST = {
 
 
 def convolutions(model: openvino.Model) -> list[openvino.Node]:
-    """The network's own, in the order of their work: without those that sum a normalisation's means, of one pixel."""
+    """The network's convolutions, in the order in which they run.
+
+    Convolutions of one pixel are left out: they belong to `FourDimensionalNorm`, which sums means over groups with them.
+    """
     found = [layer for layer in model.get_ordered_ops() if layer.get_type_name() == "Convolution"]
     return [layer for layer in found if [str(size) for size in layer.get_input_partial_shape(0)][2:] != ["1", "1"]]
 
@@ -46,7 +51,7 @@ def convolutions(model: openvino.Model) -> list[openvino.Node]:
 def rounded_convolutions(
     model: openvino.Model, bundle: Bundle, *, last_block: bool = False, first_block: bool = True
 ) -> set[str]:
-    """Names of the convolutions that round well. The blocks that are kept: as in `sensitive_layers`."""
+    """Names of the convolutions that may run in bf16. last_block, first_block: as in `sensitive_layers`."""
     layers = convolutions(model)
     named = [(weight_name(layer), tuple(layer.input(1).get_shape())) for layer in layers]
     kept = sensitive_layers(named, bundle.spec, last_block=last_block, first_block=first_block)
@@ -54,10 +59,11 @@ def rounded_convolutions(
 
 
 def prepare(model: openvino.Model, rounded: Collection[str]) -> None:
-    """Puts the graph into the form in which marks hold; rounded: the names of the convolutions that may round.
+    """Change the graph, in place, so that OpenVINO keeps the marks. rounded: names of the convolutions that may run in bf16.
 
-    OpenVINO replaces some layers by others when it compiles, and a mark is lost with its layer. What it would replace is
-    replaced here; where it cannot be, a clamp that does nothing, marked, fused into the layer, says what precision comes out.
+    When OpenVINO compiles a graph, it replaces some layers by others, and their marks are lost. So these layers are replaced
+    here, before marks are set. If that is impossible, a clamp that changes no value is put behind the layer. The clamp is
+    marked; when OpenVINO fuses it into the layer, its mark makes the layer's output float32.
     """
     apply_moc_transformations(model, False)
     rounded = set(rounded)
@@ -65,14 +71,17 @@ def prepare(model: openvino.Model, rounded: Collection[str]) -> None:
         if layer.get_type_name() == "Interpolate":
             _replace(layer, _nearest(layer))
         elif layer.get_type_name() == "Convolution" and layer.get_friendly_name() in rounded:
-            _give_32_bits(layer)
+            _keep_output_float32(layer)
         elif layer.get_type_name() == "Swish" and not _readers(layer) & rounded:
             insert_neutral_clamp(layer)
     model.validate_nodes_and_infer_types()
 
 
 def with_float32_marks(graph: bytes, rounded: Collection[str]) -> bytes:
-    """The graph's XML with every layer marked but those convolutions, matrix products, and what only such convolutions read."""
+    """The graph's XML, with a mark on every layer except those that may be in bf16.
+
+    These are the convolutions in `rounded`, matrix products, and layers of _PASSES_ROUNDED that only such layers read.
+    """
     root = ElementTree.fromstring(graph)
     layers = {layer.attrib["id"]: layer for layer in root.iter("layer")}
     readers: dict[str, set[str]] = {}
@@ -80,6 +89,7 @@ def with_float32_marks(graph: bytes, rounded: Collection[str]) -> bytes:
         readers.setdefault(edge.attrib["from-layer"], set()).add(edge.attrib["to-layer"])
     free = {i for i, layer in layers.items() if layer.attrib["name"] in rounded}
     size = 0
+    # Repeat until nothing is added: a chain of such layers is freed from its end to its beginning.
     while size < len(free):
         size = len(free)
         passing = {i for i, layer in layers.items() if layer.attrib["type"] in _PASSES_ROUNDED}
@@ -95,17 +105,20 @@ def _readers(layer: openvino.Node) -> set[str]:
     return {port.get_node().get_friendly_name() for port in layer.output(0).get_target_inputs()}
 
 
-def _give_32_bits(convolution: openvino.Node) -> None:
-    """Behind the bias, which becomes part of the convolution and leaves it as it is: nothing else says what comes out."""
+def _keep_output_float32(convolution: openvino.Node) -> None:
+    """Make the output of a convolution in bf16 float32, by a neutral clamp behind its bias.
+
+    OpenVINO fuses the bias into the convolution, and the bias's mark is lost. The clamp's mark takes its place.
+    """
     readers = [port.get_node() for port in convolution.output(0).get_target_inputs()]
     if len(readers) == 1 and readers[0].get_type_name() == "Add":
         behind = [port.get_node() for port in readers[0].output(0).get_target_inputs()]
-        if len(behind) > 1 or behind[0].get_type_name() != "Add":  # a sum that is marked is fused as well
+        if len(behind) > 1 or behind[0].get_type_name() != "Add":  # a marked sum is fused, and does the same
             insert_neutral_clamp(readers[0])
 
 
 def insert_neutral_clamp(layer: openvino.Node) -> None:
-    """Puts a clamp behind the layer that changes no value, but that OpenVINO's transformations do not look through."""
+    """Insert a clamp behind the layer that changes no value, but that OpenVINO's transformations do not see through."""
     readers = list(layer.output(0).get_target_inputs())
     clamp = ops.clamp(layer, -_LIMIT, _LIMIT)
     clamp.set_friendly_name(f"{layer.get_friendly_name()}/float32")
@@ -114,7 +127,7 @@ def insert_neutral_clamp(layer: openvino.Node) -> None:
 
 
 def _nearest(layer: openvino.Node) -> openvino.Node:
-    """The same upsampling by 2 in the version that OpenVINO's CPU plugin computes; a newer one it replaces."""
+    """The same upsampling by 2, in the operator's version that OpenVINO's CPU plugin runs. It would replace a newer one."""
     sizes, scales, axes = np.array([1, 1], np.int32), np.array([2, 2], np.float32), np.array([2, 3], np.int32)
     inputs = [layer.input_value(0), *(ops.constant(values).output(0) for values in (sizes, scales, axes))]
     return NodeFactory("opset4").create("Interpolate", inputs, _NEAREST)
@@ -130,6 +143,6 @@ def _mark(layer: ElementTree.Element) -> None:
     notes = layer.find("rt_info")
     if notes is None:
         notes = ElementTree.Element("rt_info")
-        # OpenVINO writes the notes behind a layer's data, before its ports.
+        # OpenVINO's order: a layer's data, its rt_info, its ports.
         layer.insert(1 if layer.find("data") is not None else 0, notes)
     ElementTree.SubElement(notes, "attribute", MARK)

@@ -1,20 +1,20 @@
-"""An ONNX file written part by part: a message that holds all weights would be a second copy of them, its bytes a third."""
+"""Write an ONNX file in parts, to save memory: a protobuf message of all weights would be a second copy, its bytes a third."""
 
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-# Of onnx.proto: the fields that hold a model's graph, a graph's initializers, a tensor's bytes.
+# Field numbers in onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
 _GRAPH, _INITIALIZER, _BYTES = 7, 5, 9
-# Protobuf's wire type of a field with a length.
+# Protobuf's wire type of length-delimited fields.
 _WITH_LENGTH = 2
 
 
 def write_model(model: onnx.ModelProto, weights: dict[str, np.ndarray], path: Path) -> None:
-    """Writes the model with these initializers behind its own. Takes them out of the dict as they are written.
+    """Write the model with these weights as further initializers. Removes each from the dict once it is written.
 
-    A message of protobuf is its fields one after the other, in any order: what is left out of `model` can follow it.
+    A protobuf message is a sequence of fields in any order. So the weights can follow the bytes of `model`'s graph.
     """
     rest = onnx.ModelProto()
     rest.CopyFrom(model)
@@ -30,7 +30,7 @@ def write_model(model: onnx.ModelProto, weights: dict[str, np.ndarray], path: Pa
 
 
 def _head_of_tensor(name: str, array: np.ndarray) -> bytes:
-    """What stands before the array's bytes."""
+    """The bytes of an initializer up to the array's own: field heads, name, shape and type."""
     about = onnx.TensorProto(
         name=name, dims=array.shape, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     ).SerializeToString()
@@ -39,11 +39,11 @@ def _head_of_tensor(name: str, array: np.ndarray) -> bytes:
 
 
 def _head(field: int, length: int) -> bytes:
-    """What stands before a field's content: its number and wire type, and its length."""
+    """The bytes before a length-delimited field's content: field number and wire type, then the length."""
     return _varint(field << 3 | _WITH_LENGTH) + _varint(length)
 
 
 def _varint(number: int) -> bytes:
-    """Protobuf's integers: seven bits a byte, the lowest first, the eighth set where more follow."""
+    """A protobuf varint: seven bits per byte, lowest first; the eighth bit is set if more bytes follow."""
     low, high = number & 0x7F, number >> 7
     return bytes([low | 0x80]) + _varint(high) if high else bytes([low])

@@ -1,10 +1,11 @@
-"""The engines for OpenVINO: everything four-dimensional, as it pays for every change of layout.
+"""Build the engines for OpenVINO. All tensors have four dimensions, as OpenVINO loses time at every change of layout.
 
-In fp32 the file stays ONNX, which OpenVINO reads as it is. bf16 and int8 need what ONNX cannot say: which layers keep float32,
-and which are quantized. So they are OpenVINO's own two files in one zip (engines/openvino_file.py).
+In fp32 the file is ONNX, which OpenVINO reads as it is. bf16 and int8 need facts that ONNX cannot hold: which layers keep
+float32, and which are quantized. So their file is OpenVINO's own two files in one zip (engines/openvino_file.py).
 
-How much may be bf16 depends on the generator, and what float32 costs on the processor: where matrix units do convolutions, the
-rest is half of the time. So there are several ways, from the fastest to the most exact, and the first that agrees is taken.
+How many layers can be bf16 depends on the generator. What float32 layers cost depends on the processor: if matrix units run the
+convolutions, the other layers take half of the time. So there are several ways to build an engine, from the fastest to the most
+exact. The export uses the first whose engine agrees with torch.
 """
 
 import logging
@@ -20,30 +21,33 @@ from uni_instruct.engines.worker_process import run_worker
 from uni_instruct.errors import CompilationError
 from uni_instruct.export.canonical_blocks import FourDimensionalNorm
 from uni_instruct.export.graph import write_graph
-from uni_instruct.export.openvino_worker import EVERYTHING, KEPT, SPARING
+from uni_instruct.export.openvino_worker import ALL_BF16, FIRST_QUARTER_BF16, FLOAT32_CONVOLUTIONS
 from uni_instruct.export.quantize import check_installed, versions
 from uni_instruct.processes import release_freed_memory
 
-# Precision -> its ways, from the fastest to the most exact.
-WAYS = {"bf16": (EVERYTHING, *KEPT), "int8": (EVERYTHING, "convolutions in bf16", SPARING)}
-# Precision -> how the graph that its file is made of stores weights. Of int8 as they are: NNCF finds those of a convolution
-# only where nothing stands between them, as behind weights in half.
+# Precision -> the ways to build it, from the fastest engine to the most exact.
+WAYS = {"bf16": (ALL_BF16, *FLOAT32_CONVOLUTIONS), "int8": (ALL_BF16, "convolutions in bf16", FIRST_QUARTER_BF16)}
+# Precision -> how the ONNX graph stores weights (`write_graph`). int8 needs them as plain float32: NNCF finds a convolution's
+# weights only if no other node, such as the cast of float16 weights, is between them.
 _WEIGHTS = {"bf16": "rounded", "int8": "wide"}
 _log = logging.getLogger(__name__)
 
 
 def check_machine(precision: str) -> None:
-    """Raises RequestError where this processor does not have the precision: an engine is admitted where it has run."""
+    """Raises RequestError if this processor lacks the precision: an engine must run here to be checked.
+
+    Raises MissingExtraError without OpenVINO, or for int8 without NNCF.
+    """
     if precision == "int8":
         check_installed()
     check_precision(EngineId("openvino", precision))
 
 
 def build(bundle: Bundle, path: Path, precision: str, way: str = "") -> dict[str, str]:
-    """Writes the engine's file. Returns the versions of the tools.
+    """Write the engine's file. Returns the versions of the tools.
 
-    way: one of WAYS[precision], where there are any. Raises RequestError for weights too large for one file, MissingExtraError
-    without NNCF, CompilationError where OpenVINO or NNCF fails.
+    way: one of WAYS[precision]; '' for fp32, which has only one way. Raises RequestError if the weights do not fit into one
+    file, MissingExtraError without NNCF, CompilationError if OpenVINO or NNCF fails.
     """
     if precision == "int8":
         check_installed()
@@ -51,7 +55,7 @@ def build(bundle: Bundle, path: Path, precision: str, way: str = "") -> dict[str
         graph = Path(scratch, "graph.onnx") if precision in WAYS else path
         tools = write_graph(bundle, graph, FourDimensionalNorm, weights=_WEIGHTS.get(precision, "exact"))
         if precision in WAYS:
-            release_freed_memory()  # the worker has the weights now
+            release_freed_memory()  # the worker needs memory for the weights now
             _run_worker(bundle, precision, way, graph, path)
     return {**tools, **(versions() if precision == "int8" else {}), "openvino": openvino.__version__}
 

@@ -1,4 +1,4 @@
-"""Does an exported engine agree with torch? The engine runs in a fresh process, through the class that serves it."""
+"""Check that an exported engine agrees with torch. The engine runs in a new process, with the class that serving uses."""
 
 import os
 import subprocess
@@ -16,26 +16,32 @@ from uni_instruct.class_mixture import ClassMixture
 from uni_instruct.engines.outputs import TOLERANCES, Tolerance, min_psnr_db, relative_l2
 from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import DiskError, ParityError
-from uni_instruct.export.checked_images import checked_classes, checked_images
+from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.export.feature_shift import MAX_SHIFT, feature_shift
 from uni_instruct.files import disk_errors
 from uni_instruct.noise import Inputs, draw_inputs
 from uni_instruct.processes import die_with_parent, release_freed_memory
 from uni_instruct.spec import ModelSpec
 
-# One, two, an odd one, and the largest, which sees every class.
+# Batch sizes to check: one, two, an odd one, and the largest. Only the largest runs all images, and so every class.
 BATCHES = (1, 2, 7, 64)
-# Of a heavy network 16 images at once take more memory than its weights.
+# The largest batch for a heavy network: 16 images at once would take more memory than its weights.
 HEAVY_BATCH = 8
-# One image in so many is a mixture of two classes. Three is prime to the numbers of classes that divide 64, and to ten.
+# Every third image is a mixture of two classes. Three has no factor in common with powers of two and ten: with so many classes,
+# mixtures are not always of the same ones.
 MIXED_EVERY = 3
-# The share of the tolerance that an engine may use up which could be built more exactly.
+# The share of the tolerance that an engine may use if there is a more exact way to build it.
 MARGIN = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """How an engine's images differ from torch's, the worst of all batch sizes. Before rounding, images are in [-1, 1]."""
+    """How an engine's images differ from torch's: the worst values over all batch sizes.
+
+    relative_l2, largest_difference, mean_difference and feature_shift are of images before rounding, in about [-1, 1]; the
+    other differences are of uint8 pixels. worst_seed: seed of the image with the largest difference. latency_ms: batch size ->
+    milliseconds per batch.
+    """
 
     first_seed: int
     images: int
@@ -59,17 +65,18 @@ class Report:
 def verify(
     bundle: Bundle, record: EngineRecord, folder: Path, device: str | None = None, *, with_margin: bool = False
 ) -> ParityReport:
-    """The report on the engine in `folder`, for engine.json.
+    """Compare the engine in `folder` with torch. Returns the report for engine.json.
 
-    with_margin: for an engine that can be built more exactly, a part of the tolerance is left to other images and processors.
-    Raises ParityError where it is out of tolerance: it names the worst seed and, where it can, the first layer that strays.
+    with_margin: also require a margin to the tolerance, for other images and processors; for an engine that can be built more
+    exactly. Raises ParityError if the engine is out of tolerance. The error names the worst seed, and the first layer that
+    differs, if it can be found.
     """
     from uni_instruct.export.wrong_layer import first_wrong_layer
     from uni_instruct.networks.reference import reference_outputs
 
     seeds, class_ids = fresh_inputs(bundle.spec, record.file_sha256)
     z = draw_inputs(bundle.spec, seeds, class_ids).noise
-    release_freed_memory()  # the worker has another copy of the weights
+    release_freed_memory()  # the worker needs memory for its own copy of the weights
     results = run_worker(bundle, record.id, folder, z, class_ids, device)
     pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
@@ -89,13 +96,14 @@ def verify(
 
 
 def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], ClassMixture | None]:
-    """Seeds that nothing was tuned on (they follow from the engine's hash), and classes that cover what is affordable.
+    """Seeds and classes for the check. The seeds follow from the engine's hash, so nothing can have been tuned on them.
 
-    Every third is a mixture with the class after it, a quarter, half or three quarters of the way; the others are whole.
+    All classes are used if that many images are affordable (`check_class_ids`). Every third image mixes its class with the next
+    one, in shares of a quarter, half or three quarters; the others have one class.
     """
     first, count = int(file_sha256[:15], 16), checked_images(spec, max(BATCHES))
     seeds, places = list(range(first, first + count)), np.arange(count)
-    class_ids = checked_classes(spec, count)
+    class_ids = check_class_ids(spec, count)
     if class_ids is None:
         return seeds, None
     share = np.where(places % MIXED_EVERY == 1, (places // MIXED_EVERY % 3 + 1) / 4, 0)
@@ -103,26 +111,26 @@ def fresh_inputs(spec: ModelSpec, file_sha256: str) -> tuple[list[int], ClassMix
 
 
 def batches(spec: ModelSpec) -> tuple[int, ...]:
-    """The batch sizes to try: those of BATCHES that are affordable, the largest smaller where the network is heavy."""
+    """The batch sizes to check: those of BATCHES that are affordable; at most HEAVY_BATCH if the network is heavy."""
     from uni_instruct.networks.flops import is_heavy
 
     largest = HEAVY_BATCH if is_heavy(spec) else max(BATCHES)
-    affordable = spec.affordable_images(max(BATCHES))
+    affordable = spec.images_for_check(max(BATCHES))
     return tuple(dict.fromkeys(min(batch, largest) for batch in BATCHES if batch <= affordable))
 
 
 def run_worker(
     bundle: Bundle, engine_id: EngineId, folder: Path, z: np.ndarray, class_ids: ClassMixture | None, device: str | None = None
 ) -> dict[str, np.ndarray]:
-    """What `parity_worker` writes: images, denoised and latency for each batch size.
+    """Run `parity_worker` and return what it writes: images, denoised and latency for each batch size, and the machine.
 
-    Raises ParityError where it fails, DiskError where there is no room for temporary files.
+    Raises ParityError if it fails, DiskError if there is no room for temporary files.
     """
     with tempfile.TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         inputs, outputs = Path(scratch, "inputs.npz"), Path(scratch, "outputs.npz")
         labels = {} if class_ids is None else class_ids.arrays()
         np.savez(inputs, allow_pickle=False, noise=z, batches=np.array(batches(bundle.spec)), **labels)
-        command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: not what lies in the current folder
+        command = [sys.executable, "-P", "-m", "uni_instruct.export.parity_worker"]  # -P: ignore modules in the current folder
         arguments = [str(bundle.path), str(folder), str(engine_id), device or "", str(inputs), str(outputs)]
         ends = die_with_parent(os.getpid())
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, preexec_fn=ends)
@@ -143,7 +151,7 @@ def compare(
     denoised: np.ndarray,
     tolerance: Tolerance,
 ) -> Report:
-    """The report on the worker's results against torch's images. Where a value is not finite, so are the distances."""
+    """Compare the worker's results with torch's images. If any value is not finite, `finite` is False."""
     tried = batches(spec)
     found = {batch: results[f"denoised_{batch}"].astype(np.float64) for batch in tried}
     errors = {batch: images - denoised[: len(images)] for batch, images in found.items()}
@@ -172,12 +180,13 @@ def compare(
 
 
 def _has_margin(engine_id: EngineId, report: Report) -> bool:
+    # A way that depends on the batch size is not used either, if a more exact one is left.
     tight = replace(report, tolerance=report.tolerance.tightened(MARGIN))
     return report.batch_invariant and not _problem(engine_id, tight)
 
 
 def _problem(engine_id: EngineId, report: Report) -> str:
-    """What is out of tolerance, in words; '' for nothing."""
+    """What is out of tolerance, in words; '' if nothing is."""
     tolerance = report.tolerance
     if not report.finite:
         return f"the {engine_id} engine or torch gives values that are not finite"

@@ -1,7 +1,7 @@
-"""Runs one exported engine in a process of its own, as a server would: no torch, everything from the files on disk.
+"""Runs one exported engine in a process of its own, as a server would: without torch, from the files on disk alone.
 
-Called by `parity.run_worker` as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER ENGINE_ID DEVICE INPUTS OUTPUTS`,
-the last two being npz files; an empty DEVICE leaves the choice to the engine.
+`parity.run_worker` calls it as `python -m uni_instruct.export.parity_worker BUNDLE FOLDER ENGINE_ID DEVICE INPUTS OUTPUTS`.
+INPUTS and OUTPUTS are npz files. With an empty DEVICE, the engine's default device is used.
 """
 
 import platform
@@ -22,12 +22,14 @@ from uni_instruct.errors import DiskError, UniInstructError
 from uni_instruct.files import disk_errors
 from uni_instruct.processes import release_large_blocks
 
+# Batch sizes other than the largest run at least this many images.
 SHORT = 8
-TIMED_ROUNDS, TIMED_MS = 5, 2000.0  # whatever comes first
+# For the latency, batches are repeated until this many are timed, or until this much time has passed.
+TIMED_ROUNDS, TIMED_MS = 5, 2000.0
 
 
 def main(bundle_path: str, folder: str, engine_id: str, device: str, inputs: str, outputs: str) -> None:
-    """Writes, for each batch size b of the inputs, images_b, denoised_b and latency_ms_b (one batch, median); and machine."""
+    """Run the inputs at each batch size b, and write images_b, denoised_b, latency_ms_b (median, of one batch), and machine."""
     bundle = Bundle.open(bundle_path)
     stored = bundle.engine_in(Path(folder), EngineId.parse(engine_id))
     open_engine = partial(load_engine, bundle, stored, device=device or None)
@@ -37,13 +39,14 @@ def main(bundle_path: str, folder: str, engine_id: str, device: str, inputs: str
         class_ids = ClassMixture(data["class_ids"], data["other_ids"], data["share"]) if "share" in data else None
     results: dict[str, np.ndarray] = {}
     for batch in batches:
-        if batch > 1 and batch == max(batches):  # a runtime may hold the weights once for few images and once for many
+        # A runtime may hold one copy of the weights for small batches and one for large ones: open it again to hold only one.
+        if batch > 1 and batch == max(batches):
             engine.close()
             engine = open_engine()
-        # The largest batch size sees all images, the others a few batches' worth.
+        # Only the largest batch size runs all images; the others run one batch, or a few small ones.
         count = len(noise) if batch == max(batches) else max(batch, SHORT)
         parts = [slice(start, start + batch) for start in range(0, count, batch)]
-        # Where no image of a call is mixed, it is made as most are: without a word of mixtures.
+        # A batch without mixtures is called as it usually is, with plain class ids.
         calls = [(noise[part], None if class_ids is None else class_ids[part].simplified()) for part in parts]
         found, times_ms = zip(*(_timed(engine, *call) for call in calls), strict=True)
         results[f"images_{batch}"] = np.concatenate([one.pixels for one in found])
@@ -62,7 +65,7 @@ def _timed(engine: Engine, noise: np.ndarray, class_ids: ClassIds | None) -> tup
 
 
 def _latency_ms(engine: Engine, times_ms: list[float], noise: np.ndarray, class_ids: ClassIds | None) -> float:
-    """Median of the calls that were made, without the first one, which allocates, and of more where they were short."""
+    """Median time of a batch, without the first call, which allocates. Makes further calls if those of times_ms are too few."""
     while len(times_ms) <= TIMED_ROUNDS and sum(times_ms) < TIMED_MS:
         times_ms.append(_timed(engine, noise, class_ids)[1])
     return statistics.median(times_ms[1:] or times_ms)
@@ -72,7 +75,7 @@ if __name__ == "__main__":
     release_large_blocks()
     try:
         main(*sys.argv[1:])
-    except DiskError as error:  # no fault of the engine's
+    except DiskError as error:  # not the engine's fault: `run_worker` tells it by the exit code
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except UniInstructError as error:

@@ -1,4 +1,4 @@
-"""int8 by NNCF: the large 3x3 convolutions, their scales measured on the generator's own noise and classes."""
+"""Quantize the large 3x3 convolutions to int8 with NNCF. Scales are calibrated on the generator's own noise and classes."""
 
 import importlib.util
 import logging
@@ -16,37 +16,38 @@ from uni_instruct.errors import MissingExtraError
 from uni_instruct.export.mixed_precision import convolutions, insert_neutral_clamp, rounded_convolutions
 from uni_instruct.noise import draw_inputs, round_robin_class_ids
 
-# Calibration's images. A scale follows from the mean of the ranges of so many of them, and of a range's images so many are
-# made at a time: between a network's layers 8 hold more than its weights (docs/export.md, "int8" and "Memory").
-CALIBRATED, BATCH, PART = 128, 8, 2
-# Seeds far from those of the reference and, but for one chance in a billion, of the check.
+# Calibration uses CALIBRATION_IMAGES images in batches of BATCH. NNCF computes a scale from the mean of the batches' ranges.
+# PART images run at a time: the activations of 8 take more memory than the weights (docs/export.md, "int8" and "Memory").
+CALIBRATION_IMAGES, BATCH, PART = 128, 8, 2
+# Calibration must not use the seeds of later checks. Those of reference.npz are small. Those of the export's check start at a
+# number below 2^60 (`parity.fresh_inputs`).
 FIRST_SEED = 1 << 61
 PACKAGE = "nncf"
 
 
 def check_installed() -> None:
-    """Raises MissingExtraError without NNCF."""
+    """Raises MissingExtraError if NNCF is not installed."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise MissingExtraError(PACKAGE, extra="export")
 
 
 def versions() -> dict[str, str]:
-    """NNCF's version."""
+    """The version of NNCF, by package name."""
     return {PACKAGE: version(PACKAGE)}
 
 
-def quantized(model: openvino.Model, bundle: Bundle, spared: float = 0.0) -> openvino.Model:
-    """The graph with int8 in its large 3x3 convolutions, activations in the mixed preset. Raises MissingExtraError.
+def quantized(model: openvino.Model, bundle: Bundle, skip_share: float = 0.0) -> openvino.Model:
+    """Quantize the graph's large 3x3 convolutions to int8, with NNCF's mixed preset. Raises MissingExtraError without NNCF.
 
-    spared: the share of them, the first in the order of their work, that is left as it was.
+    skip_share: the share of these convolutions, in the order in which they run, that is not quantized.
     """
     check_installed()
     import nncf
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    # All 8 bits of the weights, and one file for all processors. Without VNNI two products are added in 16 bits, which may
-    # overflow: what that costs the check sees, and NNCF's remedy, weights of 7 bits, cost more (docs/export.md, "int8").
+    # No overflow fix, as it limits weights to 7 bits. Without VNNI, processors add two products in 16 bits, which can overflow.
+    # That has cost less accuracy than 7 bits (docs/export.md, "int8"), and the checks would see it.
     more = AdvancedQuantizationParameters(overflow_fix=OverflowFix.DISABLE)
     with _calibrating_in_parts():
         made: openvino.Model = nncf.quantize(
@@ -54,8 +55,8 @@ def quantized(model: openvino.Model, bundle: Bundle, spared: float = 0.0) -> ope
             nncf.Dataset(list(_calibration(bundle))),
             preset=nncf.QuantizationPreset.MIXED,
             target_device=nncf.TargetDevice.CPU,
-            subset_size=CALIBRATED // BATCH,
-            ignored_scope=nncf.IgnoredScope(names=sorted(_left_out(model, bundle, spared))),
+            subset_size=CALIBRATION_IMAGES // BATCH,
+            ignored_scope=nncf.IgnoredScope(names=sorted(_ignored_layers(model, bundle, skip_share))),
             advanced_parameters=more,
         )
     _keep_scales(made)
@@ -63,10 +64,10 @@ def quantized(model: openvino.Model, bundle: Bundle, spared: float = 0.0) -> ope
 
 
 def _keep_scales(model: openvino.Model) -> None:
-    """Puts an idle clamp behind each quantized convolution that no bias follows.
+    """Insert a neutral clamp behind each quantized convolution that has no bias.
 
-    OpenVINO (2026.4) moves the scale of its 8 bits on through what follows, and loses it in a normalisation made of means: the
-    block's second convolution then gives zeros (docs/export.md, "int8").
+    OpenVINO (2026.4) moves the scale of the 8 bits on to the layers that follow, and loses it in a `FourDimensionalNorm`. The
+    block's second convolution then returns zeros (docs/export.md, "int8"). A clamp stops that.
     """
     for layer in model.get_ordered_ops():
         if layer.get_type_name() != "Convolution" or layer.input_value(0).get_node().get_type_name() != "FakeQuantize":
@@ -83,34 +84,35 @@ def _adds_constant(layer: openvino.Node) -> bool:
 
 @contextmanager
 def _calibrating_in_parts() -> Iterator[None]:
-    """Within the block NNCF runs PART images at a time where it asks for the ranges of BATCH of them.
+    """Within the block, NNCF runs PART images at a time to find the range of values of a batch of BATCH images.
 
-    It has no setting for that. A smaller batch means other scales, which cost 0.5 to 2.6 dB.
+    NNCF has no setting for that, so its engine factory is replaced. A smaller BATCH would also save memory, but it changes the
+    scales, which cost 0.5 to 2.6 dB of PSNR.
     """
     from nncf.common.factory import EngineFactory
 
     create: Callable[[openvino.Model], Any] = EngineFactory.create
-    EngineFactory.create = staticmethod(lambda model: _InParts(create(model), model))
+    EngineFactory.create = staticmethod(lambda model: _PartwiseEngine(create(model), model))
     try:
         yield
     finally:
         EngineFactory.create = staticmethod(create)
 
 
-class _InParts:
-    """An engine of NNCF's that runs a batch part by part: the least of the parts' least values is the batch's."""
+class _PartwiseEngine:
+    """An engine of NNCF that runs a batch in parts. A batch's minimum is the minimum of its parts' minima; so with maxima."""
 
     _joined: Mapping[str, Callable[..., np.ndarray]] = {"ReduceMin": np.minimum, "ReduceMax": np.maximum}
 
     def __init__(self, engine: Any, model: openvino.Model):
         self._engine = engine
         self._sources = {name: port.get_node().input_value(0).get_node() for port in model.outputs for name in port.get_names()}
-        # Bias corrections run single layers, and ask for means.
+        # For bias correction, NNCF runs single layers and asks for means, which `_joined` does not cover: these run whole.
         read = {source.get_type_name() for name, source in self._sources.items() if name not in (IMAGES, DENOISED)}
         self._can_be_parted = read <= self._joined.keys() and {NOISE} <= {port.any_name for port in model.inputs}
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What every output of the graph gives for the batch, by name. Of images, those of the last part: NNCF reads none."""
+        """Run a batch; returns the graph's outputs by name. Images are those of the last part only: NNCF does not read them."""
         if not self._can_be_parted:
             return dict(self._engine.infer(feeds))
         found: dict[str, np.ndarray] = {}
@@ -123,18 +125,18 @@ class _InParts:
 
 
 def _calibration(bundle: Bundle) -> Iterator[dict[str, np.ndarray]]:
-    count = bundle.spec.affordable_images(CALIBRATED)
+    count = bundle.spec.images_for_check(CALIBRATION_IMAGES)
     class_ids = round_robin_class_ids(bundle.spec, count)
     inputs = draw_inputs(bundle.spec, list(range(FIRST_SEED, FIRST_SEED + count)), class_ids)
     yield from map(graph_feeds, inputs.parts(BATCH))
 
 
-def _left_out(model: openvino.Model, bundle: Bundle, spared: float) -> set[str]:
-    """Every layer but the 3x3 convolutions that round well, and of these the first."""
+def _ignored_layers(model: openvino.Model, bundle: Bundle, skip_share: float) -> set[str]:
+    """Names of the layers that NNCF must ignore: all but the large 3x3 convolutions, and the first `skip_share` of these."""
     rounded = rounded_convolutions(model, bundle, last_block=True)
     names = [layer.get_friendly_name() for layer in convolutions(model) if _is_3x3(layer)]
     chosen = [name for name in names if name in rounded]
-    chosen = chosen[round(spared * len(chosen)) :]
+    chosen = chosen[round(skip_share * len(chosen)) :]
     passive = ("Constant", "Parameter", "Result")
     layers = (layer for layer in model.get_ordered_ops() if layer.get_type_name() not in passive)
     return {layer.get_friendly_name() for layer in layers} - set(chosen)

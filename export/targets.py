@@ -1,4 +1,4 @@
-"""What a bundle can be exported to, and the one way there: build, verify, admit."""
+"""The engines that can be built from a bundle (TARGETS). Each is built, checked, and only then stored in the bundle."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 import uni_instruct
 from uni_instruct.bundle import Bundle
 from uni_instruct.engines.hardware.cuda import gpus
-from uni_instruct.engines.record import EngineId, EngineRecord, former_folder
+from uni_instruct.engines.record import EngineId, EngineRecord, format_1_folder
 from uni_instruct.engines.tensorrt import PACKAGES
 from uni_instruct.errors import MissingExtraError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.capabilities import BATCH_PROFILE, CAPABILITIES
@@ -21,6 +21,7 @@ from uni_instruct.export.parity import verify
 from uni_instruct.files import atomic_folder, sha256
 from uni_instruct.progress import ProgressFactory, silent
 
+# (bundle, path of the file to write, precision) -> versions of the tools.
 Builder = Callable[[Bundle, Path, str], dict[str, str]]
 ALL = "all"
 _SM = re.compile(r"sm\d{2,3}")
@@ -28,14 +29,13 @@ _SM = re.compile(r"sm\d{2,3}")
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One engine to build: the module whose `build(bundle, path, precision) -> versions` writes its file, and what it needs.
+    """An engine that can be built: the module that builds it, and what that needs.
 
-    A module with a table WAYS, precision -> names, knows several ways to build it, from the fastest engine to the most exact
-    one; its build takes `way` as well.
-
-    packages are what it takes, by the extra that brings them. Where the engine is built for one compute capability of GPUs, sms
-    are those it can have, build takes `runtime` and `sm` as well, and the id names one: `for_gpu` makes it of the table's row.
-    only_with_gpu: on a machine without one it is built only where its precision is asked for.
+    module: its `build(bundle, path, precision) -> versions` writes the engine's file. If it has a table WAYS (precision ->
+    names), there are several ways to build an engine, from the fastest to the most exact, and `build` also takes `way`.
+    packages: the Python packages that it needs; `extra` installs them. sms: for an engine that is built for one kind of GPU,
+    the compute capabilities it can be built for. Its `build` also takes `runtime` and `sm`; `for_gpu` makes the target for one.
+    only_with_gpu: on a machine without a GPU, it is built only if its precision is asked for.
     """
 
     engine_id: EngineId
@@ -49,11 +49,11 @@ class Target:
 
     @property
     def sm(self) -> int:
-        """The compute capability that it is built for, times ten; 0 where it runs on any device."""
+        """The compute capability that it is built for, times ten; 0 if it is not built for one."""
         return int(self.engine_id.target.removeprefix("sm") or 0)
 
     def for_gpu(self, sm: int) -> "Target":
-        """The same for one compute capability. Raises RequestError where it cannot take the precision."""
+        """The target for one compute capability. Raises RequestError if the precision is not available for it."""
         if sm not in self.sms:
             raise RequestError(
                 f"{self.engine_id.runtime} has no {self.engine_id.precision} for sm{sm}",
@@ -63,7 +63,10 @@ class Target:
         return replace(self, engine_id=replace(self.engine_id, target=f"sm{sm}"))
 
     def builders(self) -> dict[str, Builder]:
-        """Way -> build function, '' where there is one way; in their order. Raises MissingExtraError for a missing package."""
+        """Way -> build function, from the fastest engine to the most exact; '' is the key if there is only one way.
+
+        Raises MissingExtraError for a missing package.
+        """
         self.check_packages()
         module = importlib.import_module(self.module)
         ways: Sequence[str] = getattr(module, "WAYS", {}).get(self.engine_id.precision, ())
@@ -72,15 +75,15 @@ class Target:
         return {"": partial(module.build, runtime=self.engine_id.runtime, sm=self.sm) if self.sms else module.build}
 
     def check_packages(self) -> None:
-        """Raises MissingExtraError where a package that the target needs is not installed."""
+        """Raises MissingExtraError if a package that the target needs is not installed."""
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 raise MissingExtraError(package, extra="export" if package in BUILD_PACKAGES else self.extra)
 
     def check_machine(self) -> None:
-        """Raises MissingExtraError for a missing package, RequestError where this machine cannot build it.
+        """Raises MissingExtraError for a missing package, RequestError if this machine cannot build the engine.
 
-        What it builds it can also run, but for plans that need no GPU to be built.
+        A machine that can build an engine can also run it, except for plans that are built without their GPU.
         """
         self.check_packages()
         module = importlib.import_module(self.module)
@@ -90,18 +93,18 @@ class Target:
             module.check_machine(self.engine_id.precision)
 
     def can_be_tried(self) -> bool:
-        """Whether this machine has the device that the engine is for."""
+        """Whether this machine has a device that can run the engine."""
         return not self.sms or any(gpu.sm == self.sm for gpu in gpus())
 
     def file_name(self, bundle: Bundle) -> str:
-        """The engine file's name: model, resolution, engine id."""
+        """The name of the engine's file, from the model's name, the resolution and the engine's id."""
         _, height, width = bundle.spec.image_shape
         model = re.sub(r"[^A-Za-z0-9._]+", "-", bundle.spec.name).strip("-.") or "generator"
         return f"{model}-{height}x{width}-{self.engine_id}.{self.suffix}"
 
 
 BUILD_PACKAGES = ("torch", "onnx", "onnxscript")
-# Rows whose engines are built for one compute capability have none yet: `Target.for_gpu`.
+# All targets by engine id. Those for one compute capability are here without one: `Target.for_gpu` adds it.
 TARGETS = {
     str(target.engine_id): target
     for target in (
@@ -151,7 +154,7 @@ TARGETS = {
 
 
 def check_exportable(bundle: Bundle) -> None:
-    """Raises RequestError for a many-step teacher (an engine holds one evaluation of the network), and for latents."""
+    """Raises RequestError for a many-step teacher, as an engine is one evaluation of the network, and for latents."""
     bundle.check_makes_pictures()
     if bundle.spec.steps > 1:
         raise RequestError(
@@ -161,14 +164,14 @@ def check_exportable(bundle: Bundle) -> None:
         )
 
 
-# What --to takes: every engine of a runtime, or of all.
+# The values of --to: a runtime, for all of its engines, or 'all'.
 TO = (*dict.fromkeys(target.engine_id.runtime for target in TARGETS.values()), ALL)
 
 
 def choose_targets(to: Sequence[str], precisions: Sequence[str] = (), sms: Sequence[int] = ()) -> list[Target]:
-    """The targets of these runtimes, of all precisions unless some are given, for these GPUs or those of this machine.
+    """The targets of these runtimes, in these precisions (default: all), for these GPUs (default: those of this machine).
 
-    Raises RequestError where a runtime has no such precision, or not for such a GPU.
+    Raises RequestError if a runtime lacks a precision, or lacks it for one of the GPUs.
     """
     chosen: dict[str, Target] = {}
     for runtime in to:
@@ -186,7 +189,10 @@ def choose_targets(to: Sequence[str], precisions: Sequence[str] = (), sms: Seque
 
 
 def _for_gpus(row: Target, sms: Sequence[int], precision_given: bool, all_given: bool) -> list[Target]:
-    """The row's targets for these GPUs. What cannot take the precision is left out where no precision was asked for."""
+    """The row's targets for these GPUs. Without --precision, GPUs that lack the row's precision are left out.
+
+    Raises RequestError for a GPU that the runtime does not support, and if no GPU is here or named, except for --to all.
+    """
     known = sorted(
         {sm for target in TARGETS.values() if target.engine_id.runtime == row.engine_id.runtime for sm in target.sms}
     )
@@ -207,7 +213,7 @@ def _for_gpus(row: Target, sms: Sequence[int], precision_given: bool, all_given:
 
 
 def targets_here() -> list[Target]:
-    """The targets that this machine can build and try, those for its GPUs among them."""
+    """The targets that this machine can build and run, including those for its GPUs."""
     here = sorted({gpu.sm for gpu in gpus()})
     rows = [t for row in TARGETS.values() for t in ([row.for_gpu(sm) for sm in here if sm in row.sms] if row.sms else [row])]
     return [target for target in rows if _is_possible(target)]
@@ -222,7 +228,7 @@ def _is_possible(target: Target) -> bool:
 
 
 def find_target(engine_id: str) -> Target:
-    """The target of that id. Raises RequestError where there is none."""
+    """The target with that id. Raises RequestError if there is none."""
     parsed = EngineId.parse(engine_id)
     row = TARGETS.get(str(replace(parsed, target="")))
     if row is None or not (_SM.fullmatch(parsed.target) if row.sms else not parsed.target):
@@ -230,15 +236,16 @@ def find_target(engine_id: str) -> Target:
     return row.for_gpu(int(parsed.target[2:])) if row.sms else row
 
 
-def export_engine(bundle: Bundle, engine_id: str, device: str | None = None, shows: ProgressFactory = silent) -> EngineRecord:
-    """Builds the engine beside its place, verifies it there, and only then lets it take the place of an older one.
+def export_engine(
+    bundle: Bundle, engine_id: str, device: str | None = None, with_progress: ProgressFactory = silent
+) -> EngineRecord:
+    """Build an engine in a temporary folder, check it there, and only then put it into the bundle, in place of an older one.
 
-    device: where it is verified, a GPU where it can use one unless told. A bundle of an older format is then brought up to
-    date, with reference.npz beside the weights.
-    Of several ways to build it, the fastest that agrees with something to spare is taken, or else the most exact one.
-    Raises RequestError for a teacher, MissingExtraError where a tool is missing, CompilationError where one fails,
-    ParityError where the engine does not agree with torch, DiskError where it cannot be written; in all of these the bundle
-    stays as it was.
+    If there are several ways to build it, the first that agrees with torch with a margin is used, or else the most exact one.
+    device: where it is checked; by default a GPU if the engine can use one. Afterwards a bundle of an older format is brought
+    up to date, and gets a reference.npz. Raises RequestError for a teacher or an unknown id, MissingExtraError if a tool is
+    missing, CompilationError if one fails, ParityError if the engine does not agree with torch, DiskError if it cannot be
+    written. In all these cases the bundle stays as it was.
     """
     check_exportable(bundle)
     target = find_target(engine_id)
@@ -250,29 +257,29 @@ def export_engine(bundle: Bundle, engine_id: str, device: str | None = None, sho
         for left, (way, build) in zip(reversed(range(len(builders))), builders.items(), strict=True):
             label = f"export {engine_id}{f', {way}' if way else ''}"
             try:
-                with shows(label, 2, "steps (build, check)") as shown, atomic_folder(place) as folder:
+                with with_progress(label, 2, "steps (build, check)") as bar, atomic_folder(place) as folder:
                     record = _build(bundle, target, build, folder, way)
-                    shown.advance(1)
-                    # Where its GPU is not at hand, the machine that runs it admits it, by reference.npz.
+                    bar.advance(1)
+                    # Without its GPU it cannot be checked here: the machine that runs it then tries it first, on reference.npz.
                     if device is not None or target.can_be_tried():
                         record = replace(record, parity=verify(bundle, record, folder, device, with_margin=left > 0))
                     record.write(folder)
-                    shown.advance(1)
+                    bar.advance(1)
                 break
             except ParityError:
                 if not left:
                     raise
     finally:
-        with suppress(OSError):  # an empty engines folder, where nothing was admitted
+        with suppress(OSError):  # remove the engines folder if it is empty, as no engine passed
             place.parent.rmdir()
-    bundle.bring_up_to_date(make_reference)
-    _remove_former(bundle, target.engine_id)
+    bundle.upgrade_format(make_reference)
+    _remove_format_1_engine(bundle, target.engine_id)
     return EngineRecord.read(place)
 
 
-def _remove_former(bundle: Bundle, engine_id: EngineId) -> None:
-    """Format 1 kept the engine in another folder: the new one has taken its place."""
-    name = former_folder(engine_id)
+def _remove_format_1_engine(bundle: Bundle, engine_id: EngineId) -> None:
+    """Remove the engine that format 1 kept in another folder, as the new one replaces it."""
+    name = format_1_folder(engine_id)
     if name:
         shutil.rmtree(bundle.engine_folder(engine_id).with_name(name), ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Where an engine goes astray: its convolutions held against those of the folded module, one image, in the order of work."""
+"""Find the first layer whose output is wrong: compare an engine's convolutions with the folded module's, for one image."""
 
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,24 @@ from uni_instruct.noise import Inputs
 
 
 def first_wrong_layer(bundle: Bundle, file: Path, precision: str, inputs: Inputs, limit: float) -> str | None:
-    """The name of the first convolution whose output differs by more than `limit` (relative L2), and by how much, in words.
+    """The first convolution whose output differs by more than `limit` (relative L2), as text: its name and the distance.
 
-    inputs are those of one image. None where there is none, or OpenVINO, which can show every layer, cannot run the file.
+    inputs: of one image. OpenVINO runs the file, whatever the engine's runtime, as it can return the output of every layer.
+    None if no convolution differs, or if OpenVINO cannot run the file.
     """
     try:
         found = _of_engine(file, precision, inputs)
-    except Exception:  # the engine has failed already: this only adds to what is said of it
+    except Exception:  # the engine has already failed: this only adds detail to the error
         return None
     truth = _of_module(bundle, inputs)
     for name, expected in truth.items():
-        if name in found and not (distance := relative_l2(found[name], expected)) <= limit:  # NaN is not
+        if name in found and not (distance := relative_l2(found[name], expected)) <= limit:  # `not <=`, as NaN is wrong too
             return f"{name.removesuffix('.weight')} ({distance:.1e})"
     return None
 
 
 def _of_engine(file: Path, precision: str, inputs: Inputs) -> dict[str, np.ndarray]:
-    """What each convolution gives, before its bias, by the name of its weights."""
+    """The output of each convolution, before its bias, by the name of its weights."""
     import openvino
 
     from uni_instruct.engines.openvino import precision_hint
@@ -45,7 +46,7 @@ def _of_engine(file: Path, precision: str, inputs: Inputs) -> dict[str, np.ndarr
     model = core.read_model(_without_defaults(file)) if file.suffix == ".onnx" else read_model(core, file)
     layers = [layer for layer in model.get_ordered_ops() if layer.get_type_name() == "Convolution"]
     names = [weight_name(layer).partition("generator.")[2] for layer in layers]
-    first = len(model.outputs)  # what is added stands behind the graph's own
+    first = len(model.outputs)  # the added outputs follow the graph's own
     model.add_outputs([layer.output(0) for layer in layers])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision_hint(precision)})
     result = compiled(graph_feeds(inputs))
@@ -53,7 +54,7 @@ def _of_engine(file: Path, precision: str, inputs: Inputs) -> dict[str, np.ndarr
 
 
 def _without_defaults(file: Path) -> bytes:
-    """The ONNX graph with every input to be fed: OpenVINO takes an input that has a default for a constant."""
+    """The ONNX graph without defaults for its inputs, as OpenVINO takes an input with a default for a constant."""
     model = onnx.load(file)
     kept = [initializer for initializer in model.graph.initializer if initializer.name not in (OTHER_IDS, SHARE)]
     model.graph.ClearField("initializer")
@@ -70,7 +71,7 @@ def _of_module(bundle: Bundle, inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes what each convolution gives, before its bias."""
+    """Records the output of each convolution, before its bias, by the name of its weights."""
 
     def __init__(self, names: dict[int, str]):
         super().__init__()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAME = "uni-instruct"
 # How many requests Ray may send to a replica at once. Its default of 5 would never fill a batch of 64 images.
 _MAX_ONGOING_REQUESTS = 1000
-_LOOK_S = 0.1
+_POLL_INTERVAL_S = 0.1
 _CHECK_EVERY_S = 5.0
 
 
@@ -70,7 +70,7 @@ class Generators:
         """Wait until the server is ready; Ray sends no requests before. Raises RuntimeError if only a restart helps."""
         models = self.app.state.models
         while models.alive and not models.ready:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_INTERVAL_S)
         if not models.alive:
             raise RuntimeError("no generator could be loaded, or its queue is no longer served; the replica's log says why")
 

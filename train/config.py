@@ -8,7 +8,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.extractors import EXTRACTORS
 from uni_instruct.evaluate.scores import MIN_SAMPLES
 from uni_instruct.networks.build import NETWORKS, check_patch
-from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, check_name
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.recipe_file import steps_in
 from uni_instruct.train.recipe_keys import (
@@ -199,6 +199,7 @@ class LoopConfig:
         check_ranges("loop", self)
         for tracker in self.trackers:
             one_of("loop.trackers", tracker, TRACKER_NAMES)
+        _refuse_twice("loop.trackers", self.trackers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +218,12 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         until = [phase.until_kimg for phase in self.schedule]
-        if until != sorted(until) or (until and until[-1] >= self.distillation.duration_kimg):
+        if until != sorted(set(until)) or (until and until[-1] >= self.distillation.duration_kimg):
             raise RequestError(
                 f"schedule's until_kimg {until} do not rise to below duration_kimg {self.distillation.duration_kimg:g}",
-                remedy="give them in order",
+                remedy=f"give numbers that rise and stay below {self.distillation.duration_kimg:g}",
                 param="recipe",
             )
         for shared in ("discriminator", "ratio_bins"):
@@ -271,9 +273,9 @@ class Recipe:
         )
 
 
-def _refuse_twice(key: str, values: tuple[float, ...]) -> None:
-    """Raises RequestError where two averages would have one name, in which a number has six digits."""
-    names = [f"{value:g}" for value in values]
+def _refuse_twice(key: str, values: tuple[float, ...] | tuple[str, ...]) -> None:
+    """Raises RequestError where two averages would have one name, in which a number has six digits, or two trackers."""
+    names = [value if isinstance(value, str) else f"{value:g}" for value in values]
     if len(set(names)) < len(names):
         raise RequestError(f"{key} has {max(names, key=names.count)} twice", remedy="give each once", param="recipe")
 

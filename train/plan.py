@@ -9,7 +9,7 @@ import torch
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.import_bundle import open_or_import
-from uni_instruct.class_map import match_classes, numbered_as
+from uni_instruct.class_map import match_classes, renumber_labels
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.build import build_denoiser, load_denoiser
@@ -44,7 +44,7 @@ def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
     dataset = open_dataset(recipe.data) if recipe.data else None
     if dataset is not None:
         with suppress(RequestError):  # if classes were added or removed, check_same_data raises a better error later
-            dataset = numbered_as(dataset, classes, "the run")
+            dataset = renumber_labels(dataset, classes, "the run")
     latents = dataset is not None and dataset.latents
     given = open_or_import(recipe.teacher.bundle, "teacher", latents) if recipe.teacher.bundle else None
     if given is not None:
@@ -186,7 +186,7 @@ def _fitted_to_teacher(teacher: Bundle, dataset: Dataset, needs_labels: bool) ->
     if not needs_labels or not teacher.spec.num_classes:
         return dataset
     if dataset.num_classes:  # names are compared before numbers, because their error says which classes differ
-        dataset = numbered_as(dataset, teacher.spec.class_names, f"teacher {teacher.path}")
+        dataset = renumber_labels(dataset, teacher.spec.class_names, f"teacher {teacher.path}")
     if teacher.spec.num_classes != dataset.num_classes:
         raise RequestError(
             f"teacher {teacher.path} has {teacher.spec.num_classes} classes, data set '{dataset.name}' {dataset.num_classes}",

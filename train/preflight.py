@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from uni_instruct.checkpoints.import_bundle import open_or_import
-from uni_instruct.class_map import numbered_as
+from uni_instruct.class_map import renumber_labels
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.networks.build import load_denoiser
@@ -122,7 +122,7 @@ def _teacher(preflight: Preflight) -> str:
     clean = torch.from_numpy(dataset.floats(indices, [int(index) for index in indices])).permute(0, 3, 1, 2)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     with suppress(RequestError):  # if the classes do not match, the plan raises an error when they are needed
-        dataset = numbered_as(dataset, bundle.spec.class_names, "the teacher")
+        dataset = renumber_labels(dataset, bundle.spec.class_names, "the teacher")
     fits = dataset.num_classes == bundle.spec.num_classes
     conditional = bundle.spec.num_classes and dataset.labels is not None and fits
     class_ids = torch.from_numpy(dataset.labels[indices]) if conditional and dataset.labels is not None else None

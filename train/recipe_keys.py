@@ -54,11 +54,19 @@ def check_ranges(section: str, config: Any) -> None:
                 raise out_of_range(f"{section}.{field.name}", number, within)
 
 
+def brief(value: object) -> str:
+    """What a recipe holds there, cut: it may be a megabyte, or a list that holds itself."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
 def one_of(key: str, value: object, allowed: Iterable[str]) -> None:
     """Raise RequestError, which lists the names, unless the value is one of them."""
     names = list(allowed)
     if value not in names:
-        shown = value if isinstance(value, str) else reprlib.repr(value)
+        shown = value if isinstance(value, str) and len(value) < 60 else brief(value).strip("'")
         raise RequestError(f"{key} '{shown}' is unknown", remedy=f"choose one of {', '.join(names)}", param="recipe")
 
 
@@ -76,4 +84,4 @@ def out_of_range(key: str, value: float, within: Range) -> RequestError:
 
 def _number(value: float) -> str:
     """Whole numbers in full, as a recipe takes them for a count; one with a thousand digits is cut."""
-    return reprlib.repr(value) if isinstance(value, int) else f"{value:g}"
+    return brief(value) if isinstance(value, int) else f"{value:g}"

@@ -1,15 +1,15 @@
 """One-step image generators: train, export, serve, sample and evaluate.
 
-The core (this package without its stages `train`, `export` and `serve`) says what a one-step generator is and how one is run.
-What a notebook needs is exported here and documented in docs/python.md; importing it costs nothing until it is used.
+The core is this package without its stages `train`, `export` and `serve`. It defines what a one-step generator is and runs it.
+The names that a notebook needs are exported here and documented in docs/python.md. Each is imported at its first use.
 """
 
 import importlib
 
 __version__ = "0.1.0"
 
-# Name -> the module that has it, imported when the name is first used. None is called as a module is: importing
-# `uni_instruct.generate` would otherwise put the module in the function's place. Types are in __init__.pyi.
+# Name -> the module that defines it. No name may equal a module's name: Python binds an imported submodule, such as
+# `uni_instruct.generate`, to the package, where it would replace the function. Types are in __init__.pyi.
 _EXPORTED = {
     "Bundle": "uni_instruct.bundle",
     "open_engine": "uni_instruct.engine",

@@ -1,4 +1,4 @@
-"""`python -m uni_instruct`."""
+"""Entry point of `python -m uni_instruct`."""
 
 from uni_instruct.cli import main
 

@@ -1,4 +1,4 @@
-"""A generator on disk: a folder that is also a valid Hugging Face model repository."""
+"""A generator on disk: one folder, which is also a valid Hugging Face model repository."""
 
 import copy
 import hashlib
@@ -20,20 +20,22 @@ from uni_instruct.reference import REFERENCE, Reference
 from uni_instruct.spec import ModelSpec
 from uni_instruct.weights_file import read_weights, stored_precision, write_weights
 
+# Format 2 has noise_shape, latents and decoder in config.json, and reference.npz. Format 1 can still be read.
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD, SAMPLES = "config.json", "model.safetensors", "README.md", "samples.png"
 DECODER, ENGINES = "decoder.safetensors", "engines"
-# What is served where nothing is named: the first of these that ships.
+# The default generator is the first of these that ships with the package.
 PREFERRED_GENERATORS = ("fashion-mnist", "digits")
-# The VAE whose latents EDM2's networks make, in diffusers' form on the hub.
+# The VAE of EDM2's latents, in diffusers' format on the hub.
 USUAL_VAE = "hf://stabilityai/sd-vae-ft-mse"
 
 
 class Bundle:
-    """A generator's folder, checked when opened: format version, spec, and the hash of the weights.
+    """A generator's folder. `open` checks its format version, its spec and the hash of its weights.
 
-    origin is its path, or its address on the hub with the commit that it was taken from. weights_sha256 tells its images from
-    another bundle's: with a decoder, whose weights make them too, it is the hash of both files' hashes.
+    origin: the path, or the address on the hub with the commit that was downloaded.
+    weights_sha256: identifies the weights that make the images. With a decoder it is the hash of both files' hashes, because
+    the decoder's weights make the images too.
     """
 
     def __init__(self, path: Path, spec: ModelSpec, weights_sha256: str, origin: str = ""):
@@ -44,11 +46,11 @@ class Bundle:
 
     @classmethod
     def open(cls, source: str | Path) -> "Bundle":
-        """A folder, the name of a generator or teacher that ships with this package, or an address on the hub.
+        """Open a folder, a generator or teacher that ships with this package (by name), or an address on the hub.
 
         An address is hf://owner/name[@revision].
 
-        Raises RequestError where there is none, BundleError where it is incomplete, altered, or of a newer version.
+        Raises RequestError if there is no bundle, BundleError if it is incomplete, altered, or of a newer format version.
         """
         path, origin = find_bundle(source)
         config = _read_config(path / CONFIG)
@@ -71,15 +73,18 @@ class Bundle:
         decoder: Mapping[str, np.ndarray] | None = None,
         reference: "MakeReference | None" = None,
     ) -> "Bundle":
-        """Writes the bundle whole or not at all; one that stood there is replaced, its engines with it.
+        """Write the bundle atomically. An existing bundle at `path` is replaced with its engines; anything else is not.
 
-        samples: a PNG. precision: one of WEIGHT_PRECISIONS, of the network's file alone: whoever reads it computes in float32.
-        decoder: the weights of the spec's decoder, given exactly where it has one. reference: makes the bundle's reference.npz
-        from its stored weights, `networks.reference.make_reference` where torch is at hand. Raises DiskError where the disk is
-        full or read-only.
+        samples: a PNG.
+        precision: one of WEIGHT_PRECISIONS. It sets how the network's weights are stored; readers still compute in float32.
+        decoder: the decoder's weights. Required if the spec has a decoder, otherwise None.
+        reference: makes reference.npz from the stored weights; `networks.reference.make_reference`, which needs torch.
+
+        Raises DiskError if the disk is full or read-only.
         """
         assert (decoder is None) == (spec.decoder is None), "a decoder has weights"
         path = Path(path)
+        check_place(path)
         with atomic_folder(path) as partial:
             if decoder is not None and spec.decoder is not None:
                 write_weights(partial / DECODER, decoder)
@@ -95,21 +100,21 @@ class Bundle:
         return cls(path, spec, digest)
 
     def weights_bytes(self) -> int:
-        """The size of the file of weights. Raises BundleError where it has gone since the bundle was opened."""
+        """The size of the weights file in bytes. Raises BundleError if the file was deleted after the bundle was opened."""
         if not (self.path / WEIGHTS).is_file():
             raise _gone(self.path / WEIGHTS)
         return (self.path / WEIGHTS).stat().st_size
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The parameters by name, as in EDM: float32, whatever the file stores."""
+        """The network's parameters by EDM's names: float32, even if the file stores float16."""
         return read_weights(self.path / WEIGHTS)
 
     def decoder_weights(self) -> dict[str, np.ndarray] | None:
-        """The decoder's parameters by name, as in diffusers: float32; None where the bundle has no decoder."""
+        """The decoder's parameters by diffusers' names: float32; None if the bundle has no decoder."""
         return None if self.spec.decoder is None else read_weights(self.path / DECODER)
 
     def with_steps(self, steps: int) -> "Bundle":
-        """The same teacher, whose images take so many steps of the sampler. Raises RequestError for a one-step generator."""
+        """The same teacher, sampled with `steps` steps. Raises RequestError for a one-step generator and more than one step."""
         if self.spec.steps == 1 and steps > 1:
             problem = f"{self.path} is a one-step generator, which has no sampler to take {steps} steps"
             raise RequestError(problem, remedy="leave --steps out, or give a teacher", param="steps")
@@ -118,7 +123,7 @@ class Bundle:
         return found
 
     def check_makes_pictures(self) -> None:
-        """Raises RequestError where the network makes latents and no decoder stands in the bundle; the remedy adds one."""
+        """Raise RequestError if the network makes latents and the bundle has no decoder. The remedy adds a decoder."""
         if not self.spec.makes_pictures:
             raise RequestError(
                 f"{self.origin} makes a VAE's latents, no pictures",
@@ -128,18 +133,22 @@ class Bundle:
             )
 
     def stored_precision(self) -> str:
-        """fp16 where the file holds matrices in half precision, else fp32. Raises BundleError as `weights` does."""
+        """'fp16' if the file stores matrices in half precision, else 'fp32'. Raises BundleError for a damaged file."""
         return stored_precision(self.path / WEIGHTS)
 
     def reference(self) -> Reference | None:
-        """Images to hold engines against; None for teachers and bundles of format 1. Raises BundleError for a damaged file."""
+        """Torch's images, to compare engines with; None if the bundle has none: teachers, latents, format 1.
+
+        Raises BundleError for a damaged file.
+        """
         path = self.path / REFERENCE
         return Reference.read(path, self.spec, self.weights_sha256) if path.is_file() else None
 
-    def bring_up_to_date(self, reference: "MakeReference") -> None:
-        """Writes what a bundle of this format has, and one of format 1, or with a damaged reference.npz, lacks; else nothing.
+    def upgrade_format(self, reference: "MakeReference") -> None:
+        """Write a missing or damaged reference.npz, and convert a config.json of format 1 to this version's format.
 
-        Raises DiskError where it cannot be written; the bundle can be opened at any time in between.
+        A current bundle is left as it is. The bundle can be opened at any moment meanwhile. Raises DiskError if a file cannot
+        be written.
         """
         if not self._reference_is_current() and (made := reference(self)):
             with atomic_file(self.path / REFERENCE) as partial:
@@ -150,7 +159,7 @@ class Bundle:
                 partial.write_text(_config_text(self.spec, config["weights_sha256"]))
 
     def rename(self, name: str, card: str) -> "Bundle":
-        """The same weights and engines under another name, in the recipe that made them too. Raises DiskError."""
+        """Rename the bundle in place, also in the recipe of its provenance; weights and engines stay. Raises DiskError."""
         recipe = self.spec.provenance.get("recipe")
         named = {"recipe": {**recipe, "name": name}} if isinstance(recipe, dict) else {}
         spec = replace(self.spec, name=name, provenance={**self.spec.provenance, **named})
@@ -166,25 +175,25 @@ class Bundle:
             return False
 
     def engines(self) -> dict[EngineId, StoredEngine]:
-        """The exported engines that stand in the bundle, by id, those of format 1 among them. Nothing in them is read yet."""
+        """The exported engines in the bundle, by id, including those of format 1. Their files are not read yet."""
         found: dict[EngineId, StoredEngine] = {}
         for record in sorted((self.path / ENGINES).glob(f"[!.]*/{RECORD}")):
             engine_id = id_of_folder(record.parent.name)
-            # Where an engine stands twice, the folder of its id is the newer.
+            # Format 1 named folders otherwise. If an engine is there under both names, the folder with the id's name is newer.
             if engine_id and (engine_id not in found or record.parent.name == str(engine_id)):
                 found[engine_id] = self.engine_in(record.parent, engine_id)
         return found
 
     def engine_in(self, folder: Path, engine_id: EngineId) -> StoredEngine:
-        """The engine in that folder, in its place or being built beside it."""
+        """The engine in that folder, which is its final place or a temporary one during an export."""
         return StoredEngine(engine_id=engine_id, folder=folder, bundle=self.path, weights_sha256=self.weights_sha256)
 
     def engine_folder(self, engine_id: EngineId) -> Path:
-        """Where `export` puts the engine."""
+        """The folder that `export` writes the engine to."""
         return self.path / ENGINES / str(engine_id)
 
 
-# What makes a bundle's reference: needs torch, as the core does not.
+# A function that makes a bundle's reference. It is passed in because it needs torch, which the core does not import.
 MakeReference = Callable[[Bundle], Reference | None]
 
 
@@ -194,7 +203,7 @@ def shipped_generators() -> list[str]:
 
 
 def shipped_teachers() -> list[str]:
-    """Names of the teachers that ship with this package, to distil from and to compare with."""
+    """Names of the teachers that ship with this package, for distillation and comparison."""
     return sorted(_shipped("teachers"))
 
 
@@ -204,24 +213,30 @@ def _shipped(kind: str) -> dict[str, Path]:
 
 
 def default_generator() -> str:
-    """The generator that is served where none is named."""
+    """The name of the generator that is used by default."""
     shipped = shipped_generators()
     return next((name for name in PREFERRED_GENERATORS if name in shipped), PREFERRED_GENERATORS[-1])
 
 
 def is_bundle(source: str | Path) -> bool:
-    """Whether the source is meant for a bundle: a folder of one, one that ships, or a repository on the hub."""
+    """Whether the source names a bundle: a bundle's folder, one that ships by name, or a repository on the hub."""
     on_hub = is_on_hub(source) and not names_file(source)
     return on_hub or (Path(source) / CONFIG).is_file() or str(source) in (*shipped_generators(), *shipped_teachers())
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether the source is the folder of a training, whose bundles lie in it."""
+    """Whether the source is the folder of a training run, which contains its bundles."""
     return (Path(source) / "recipe.yaml").is_file() and not (Path(source) / CONFIG).is_file()
 
 
+def check_place(path: Path) -> None:
+    """Raises RequestError where a folder holds something else than a bundle: photographs, a training, another's work."""
+    if path.is_dir() and not (path / CONFIG).is_file() and any(path.iterdir()):
+        raise RequestError(f"{path} holds something that is no bundle", remedy="name another folder", param="out")
+
+
 def find_bundle(source: str | Path) -> tuple[Path, str]:
-    """The folder of a bundle and its origin. Raises RequestError where there is none."""
+    """The folder of a bundle and its origin. Raises RequestError if there is none."""
     if is_on_hub(source):
         download = fetch(str(source))
         return download.path, download.origin
@@ -262,7 +277,7 @@ def _gone(path: Path) -> BundleError:
 
 
 class _Config(TypedDict):
-    """What config.json has beside the spec."""
+    """The fields of config.json that are not part of the spec."""
 
     format_version: int
     weights_sha256: str

@@ -1,11 +1,15 @@
-"""What a model card says of use, whoever writes the card."""
+"""The usage section that all model cards share."""
 
 from uni_instruct.bundle import USUAL_VAE
 from uni_instruct.spec import ModelSpec
 
 
 def usage(spec: ModelSpec) -> str:
-    """Commands for the bundle's folder, a line each: of latents, how they are written and how they get a decoder."""
+    """Commands to run in the bundle's folder, one a line.
+
+    For pictures: generate and, for a one-step generator, serve. For latents: save them and, for a one-step generator, add a
+    decoder.
+    """
     out, more = (
         ("images/", "serve .") if spec.makes_pictures else ("latents.npz", f"import . --decoder {USUAL_VAE} --out pictures")
     )

@@ -1,4 +1,4 @@
-"""Classes by name: models and data sets number the same classes differently, so an id means nothing outside its own."""
+"""Match classes by name. Models and data sets may number the same classes differently, so an id is valid only in its own."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -13,38 +13,40 @@ _SHOWN = 12  # names in a message; ImageNet has a thousand
 
 
 def has_names(names: Sequence[str]) -> bool:
-    """Whether classes are told apart by more than their numbers: '0', '1', ... name nothing."""
+    """Whether the classes have real names. The digits '0', '1', ... that stand in for missing names do not count."""
     return bool(names) and tuple(names) != number_names(len(names))
 
 
 def ids_by_name(names: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
-    """The id among the others of each name, int64 [len(names)]; None where one is missing. Unicode's compositions are alike."""
-    known = {_composed(other): number for number, other in enumerate(others)}
-    ids = [known.get(_composed(name), -1) for name in names]
+    """The index in `others` of each name: int64 [len(names)]; None if one is missing. Names are compared in Unicode's NFC."""
+    known = {_nfc(other): number for number, other in enumerate(others)}
+    ids = [known.get(_nfc(name), -1) for name in names]
     return None if -1 in ids else np.array(ids, dtype=np.int64)
 
 
 def match_classes(names: Sequence[str], others: Sequence[str], whose: str, others_whose: str) -> np.ndarray | None:
-    """The id among the others of each class, int64 [len(names)], found by name; None where either has numbers only.
+    """The index in `others` of each class, by name: int64 [len(names)]; None if either side has numbers only.
 
-    Raises RequestError, with both lists, where both have names and they are not the same ones.
+    whose, others_whose: the owners of the two lists, for the error. Raises RequestError, which shows both lists, if the names
+    are not the same set.
     """
     if not has_names(names) or not has_names(others):
         return None
     ids = ids_by_name(names, others)
     if ids is None or len(names) != len(others):
         raise RequestError(
-            f"{whose} has the classes {shown_classes(names)}, {others_whose} {shown_classes(others)}",
+            f"{whose} has the classes {format_class_names(names)}, {others_whose} {format_class_names(others)}",
             remedy="give both the same classes, in any order",
             param="classes",
         )
     return ids
 
 
-def numbered_as(dataset: Dataset, names: Sequence[str], whose: str) -> Dataset:
-    """The data set with its classes in the order of these names; itself where that is its own, or numbers are all there is.
+def renumber_labels(dataset: Dataset, names: Sequence[str], whose: str) -> Dataset:
+    """The data set with its labels renumbered to the order of `names`.
 
-    Raises RequestError, with both lists, where the names are not the same ones.
+    The data set itself is returned if its order is the same already, or if either side has numbers only. Raises RequestError,
+    which shows both lists, if the names are not the same set.
     """
     ids = match_classes(dataset.class_names, names, f"data set '{dataset.name}'", whose)
     if ids is None or dataset.labels is None or (ids == np.arange(len(ids))).all():
@@ -52,12 +54,12 @@ def numbered_as(dataset: Dataset, names: Sequence[str], whose: str) -> Dataset:
     return replace(dataset, labels=ids[dataset.labels], class_names=tuple(names))
 
 
-def shown_classes(names: Sequence[str]) -> str:
-    """A list of classes for a message."""
+def format_class_names(names: Sequence[str]) -> str:
+    """The class names for a message, shortened if there are many."""
     more = f", ... ({len(names):,} in all)" if len(names) > _SHOWN else ""
     return f"({', '.join(names[:_SHOWN])}{more})"
 
 
-def _composed(name: str) -> str:
-    """As NFC: a Mac's file names have accents apart from their letters."""
+def _nfc(name: str) -> str:
+    """The name in Unicode's NFC. macOS stores accents in file names as separate characters (NFD)."""
     return unicodedata.normalize("NFC", name)

@@ -1,4 +1,4 @@
-"""Classes between two others: what an engine takes in place of class ids where an image is to be a mixture. NumPy only."""
+"""Mixtures of two classes, which an engine takes in place of class ids. NumPy only."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class ClassMixture:
-    """The class of each image, between two: class_ids and other_ids int64 [B], share float32 [B] in [0, 1].
+    """A mixture of two classes for each image: class_ids and other_ids int64 [B], share float32 [B] in [0, 1].
 
-    Image i is of class class_ids[i] at share 0, to the byte, and of other_ids[i] at share 1. Between them the network's
-    embeddings of both are interpolated: e = (1 - share) e(class_ids) + share e(other_ids). Stands wherever class ids do.
+    The network's embeddings of both classes are interpolated: e = (1 - share) e(class_ids) + share e(other_ids). At share 0
+    image i is exactly the image of class class_ids[i]; at share 1, of other_ids[i]. Accepted wherever class ids are.
     """
 
     class_ids: np.ndarray
@@ -19,24 +19,24 @@ class ClassMixture:
 
     @classmethod
     def of(cls, class_ids: np.ndarray) -> "ClassMixture":
-        """Those classes, unmixed: class_ids int64 [B]."""
+        """Plain classes as mixtures of share 0: class_ids int64 [B]."""
         return cls(class_ids, class_ids, np.zeros(len(class_ids), np.float32))
 
     def __len__(self) -> int:
         return len(self.class_ids)
 
     def __getitem__(self, rows: slice | np.ndarray) -> "ClassMixture":
-        """The classes of those images, so that a mixture is cut into batches as ids are."""
+        """The mixtures of those images, so that batches are sliced in the same way as class ids."""
         return ClassMixture(self.class_ids[rows], self.other_ids[rows], self.share[rows])
 
     def simplified(self) -> "ClassIds":
-        """The ids alone where no image is mixed: what then runs does nothing for mixtures."""
+        """The plain ids if every share is 0, so that engines skip the work for mixtures; else self."""
         return self if self.share.any() else self.class_ids
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The three by name."""
+        """The three arrays by field name."""
         return {"class_ids": self.class_ids, "other_ids": self.other_ids, "share": self.share}
 
 
-# What says of which class each image is: ids int64 [B], or mixtures of two.
+# The class of each image: ids int64 [B], or mixtures of two classes.
 ClassIds = np.ndarray | ClassMixture

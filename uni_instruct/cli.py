@@ -1,4 +1,4 @@
-"""The command line. Sub-commands are named as strings and imported when called, so that help is instant."""
+"""The command line. Sub-commands are named as strings and imported when called, so that `--help` stays fast."""
 
 import importlib
 import io
@@ -10,11 +10,11 @@ from click.exceptions import Exit
 
 from uni_instruct import __version__
 from uni_instruct.errors import UniInstructError
-from uni_instruct.files import unusable
+from uni_instruct.files import as_path_error
 from uni_instruct.processes import is_nonzero_rank, sleep_while_waiting
-from uni_instruct.progress import show_log
+from uni_instruct.progress import log_to_stderr
 
-# Name -> where the command is and what it does, in the order of a first use.
+# Name -> (import path, summary), in the order in which a new user needs them.
 COMMANDS = {
     "quickstart": (
         "uni_instruct.commands.quickstart:quickstart",
@@ -71,7 +71,7 @@ COMMANDS = {
 
 
 class LazyCommand(click.RichCommand):
-    """Stands for a command in the group's help; the real one is imported when it is called."""
+    """A placeholder for a command in the group's help. The real command is imported when it is called."""
 
     def __init__(self, name: str, target: str, summary: str):
         super().__init__(name=name, help=summary, short_help=summary)
@@ -87,14 +87,14 @@ class LazyCommand(click.RichCommand):
 
 
 class LazyGroup(click.RichGroup):
-    """A group that knows its commands by name and summary only."""
+    """A group that lists its commands from the table COMMANDS, without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order of the table."""
+        """The names in the order of COMMANDS."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """What stands for the command, None for an unknown name."""
+        """The command's placeholder; None for an unknown name."""
         return LazyCommand(cmd_name, *COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
 
 
@@ -108,13 +108,13 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: the project's errors as one line on standard error, with their exit code."""
+    """Entry point. Prints the project's errors as one line on standard error and exits with their exit code."""
     sleep_while_waiting()
     _print_any_name()
     if not is_nonzero_rank():
-        show_log("uni_instruct.engines.trials.trial")
-        show_log("uni_instruct.engines.compiled.cache")
-        show_log("uni_instruct.export.openvino")
+        log_to_stderr("uni_instruct.engines.trials.trial")
+        log_to_stderr("uni_instruct.engines.compiled.cache")
+        log_to_stderr("uni_instruct.export.openvino")
     try:
         cli.main(standalone_mode=False)
     except Exit as error:
@@ -126,7 +126,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; run the same command again to go on", 130)
     except OSError as error:
-        if (refused := unusable(error)) is None:
+        if (refused := as_path_error(error)) is None:
             raise
         _fail(str(refused), refused.exit_code)
     except ModuleNotFoundError as error:
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def _print_any_name() -> None:
-    """Lets names of files that are no text be printed, with their bytes escaped, as Python does on standard error alone."""
+    """Escape bytes that are not valid text, such as in file names. Python itself does so on standard error only."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Downloads that are checked before they are kept."""
+"""Downloads whose checksum is verified before the file is kept."""
 
 import logging
 import urllib.request
@@ -12,11 +12,12 @@ TIMEOUT_S = 60
 _log = logging.getLogger(__name__)
 
 
-def download(url: str, path: Path, is_right: Callable[[bytes], bool], what: str, remedy: str) -> None:
-    """The URL's content in `path`, whole and right or not at all.
+def download(url: str, path: Path, is_valid: Callable[[bytes], bool], what: str, remedy: str) -> None:
+    """Download the URL to `path`, atomically.
 
-    is_right is told the content and compares it with a known checksum. what names the thing in the errors: RequestError, with
-    that remedy, where it cannot be had or is not right; DiskError where it cannot be written.
+    is_valid: takes the content and compares it with a known checksum. what: the file's name in errors. remedy: of the errors.
+
+    Raises RequestError if the download fails or `is_valid` returns False, DiskError if the file cannot be written.
     """
     _log.info("downloading %s to %s", url, path)
     try:
@@ -26,7 +27,7 @@ def download(url: str, path: Path, is_right: Callable[[bytes], bool], what: str,
         reason = getattr(error, "reason", error)
         text = getattr(reason, "strerror", None) or reason
         raise RequestError(f"{what} cannot be downloaded ({text})", remedy=remedy) from error
-    if not is_right(content):
+    if not is_valid(content):
         raise RequestError(f"{what} from {url} has another checksum than it should", remedy=remedy)
     with atomic_file(path) as partial:
         partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Engine: whatever turns noise into images. The caller never learns which runtime it holds."""
+"""Select and open an engine: the object that turns noise into images. All runtimes have the same interface."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +21,20 @@ from uni_instruct.progress import Progress
 __all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "EngineStatus", "Outputs", "Runtime", "Selection"]
 __all__ += ["available_engines", "engine_status", "load_engine", "open_engine", "select_engine"]
 
-# The engine that every bundle has: the weights themselves, as trained.
+# Every bundle has this engine: torch runs the weights as trained, so it needs no export.
 TORCH = EngineId("torch", "fp32")
-# The same with its large convolutions in bf16: tried as exported engines are, and chosen only where it is asked for.
+# The same with its large convolutions in bf16. It is tried like an exported engine, but used only if it is asked for by name.
 TORCH_BF16 = EngineId("torch", "bf16")
-# Both as machine code, which takes minutes to make: for whoever asks for it.
+# Both compiled to machine code. Compiling takes minutes, so they too are used only if they are asked for by name.
 TORCH_COMPILED, TORCH_BF16_COMPILED = EngineId("torch", "fp32", COMPILED), EngineId("torch", "bf16", COMPILED)
-# How many times as fast another engine must be to be preferred to one that stands before it in RUNTIMES: times vary, and torch
-# takes seconds to load and gives other last bits in other batches.
+# An engine is preferred to one before it in RUNTIMES only if it is this many times as fast: measured times are noisy. torch is
+# the last in RUNTIMES, as it takes seconds to load and its last bits depend on the batch size.
 MIN_SPEEDUP = 1.25
 _log = logging.getLogger(__name__)
 
 
 class EngineStatusFacts(TypedDict):
-    """A `EngineStatus` for JSON; what is not known is None."""
+    """An `EngineStatus` as JSON; unknown values are None."""
 
     engine_id: str
     state: str
@@ -46,11 +46,11 @@ class EngineStatusFacts(TypedDict):
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """How an engine of a bundle stands on this machine, and why, in words; trial is what it did here, where it was tried.
+    """Whether an engine of a bundle can be used on this machine, and why. trial is the result of its trial, if there was one.
 
-    state: 'trusted'; 'refused', as its trial found; 'untried'; 'absent' where its package, its device or its compiler is not
-    there, or fails, as error says; 'unknown' where this version has no such runtime. device is where it runs, '' where it does
-    not. note is the file that keeps a refusal: without it the engine is tried again.
+    state: 'trusted'; 'refused': its trial failed; 'untried'; 'absent': its package, device or compiler is missing or fails, and
+    error has the details; 'unknown': this version has no such runtime. device is where it runs, '' if it cannot run. note is
+    the cache file that records a refusal; delete it to have the engine tried again.
     """
 
     engine_id: EngineId
@@ -62,7 +62,7 @@ class EngineStatus:
     error: UniInstructError | None = None
 
     def facts(self) -> EngineStatusFacts:
-        """The same for JSON."""
+        """The status as a dict for JSON."""
         trial = self.trial or Trial()
         return {
             "engine_id": str(self.engine_id),
@@ -76,7 +76,7 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class Selection:
-    """The engine that was chosen, the device that it runs on, and how it and the others that came into question stand."""
+    """The chosen engine, its device, and the statuses of all candidates, the chosen one among them."""
 
     engine_id: EngineId
     device: str
@@ -84,19 +84,20 @@ class Selection:
 
     @property
     def refused(self) -> list[EngineStatus]:
-        """Those that cannot be trusted on this machine."""
+        """The candidates that cannot be trusted on this machine."""
         return [status for status in self.statuses if status.state == "refused"]
 
 
 def open_engine(
     bundle: Bundle | str | Path, engine: str | EngineId | None = None, *, device: str | None = None, spin: bool = True
 ) -> Engine:
-    """The bundle's engine of that id; of a bare runtime, or without a word, the fastest that can be trusted on this machine.
+    """Open an engine of the bundle, ready to run.
 
-    device: 'cpu', 'cuda' or 'cuda:1'; without a word a GPU where the engine can use one. spin: whether its threads may keep
-    their cores while they wait for each other. They do where a core is to spare for each at this moment; where others will want
-    the cores, as in a server, give False (docs/engines.md, "Threads"). torch goes by OMP_WAIT_POLICY.
-    Raises as `select_engine` does, and BundleError where a file does not match its hash.
+    engine: an id such as 'onnx-fp32', or a runtime such as 'onnx' for the fastest of its engines that can be trusted on this
+    machine; by default the fastest of all. device: 'cpu', 'cuda' or 'cuda:1'; by default a GPU if the engine can use one.
+    spin: whether threads that wait for each other may keep their cores. They do so only if each thread has a core to spare when
+    the engine is opened. Pass False if others need the cores, as in a server (docs/engines.md, "Threads"); torch follows
+    OMP_WAIT_POLICY. Raises what `select_engine` raises, and BundleError if a file does not match its hash.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
@@ -112,40 +113,41 @@ def load_engine(
     spin: bool = True,
     streams: int | None = None,
 ) -> Engine:
-    """That engine of the bundle, by its id where it runs the weights themselves, whether or not it can be trusted here.
+    """Load this engine of the bundle, without checking whether it can be trusted here.
 
-    streams: for a runtime that has them, always so many; without a word the engine decides by the batch.
-    Raises RequestError without its device.
+    stored: an exported engine, or the id of an engine that runs the weights themselves. streams: a fixed number of streams, for
+    a runtime that has them; by default the engine decides by the batch size. Raises RequestError if its device is missing.
     """
     engine_id = stored if isinstance(stored, EngineId) else stored.engine_id
     runtime = RUNTIMES[engine_id.runtime]
     device = runtime.device_for(engine_id, checked_device(device) if device is not None else None)
-    Threads.here(spin).before_torch()
+    Threads.here(spin).before_torch()  # the class may import torch
     engine_class = runtime.load_class()
     if isinstance(stored, EngineId):
         return engine_class(bundle, device=device, precision=engine_id.precision, target=engine_id.target)
-    shared_out = {} if streams is None else {"streams": streams}
-    return engine_class(bundle, stored, device=device, spin=spin, **shared_out)
+    stream_options = {} if streams is None else {"streams": streams}  # only classes with streams take the argument
+    return engine_class(bundle, stored, device=device, spin=spin, **stream_options)
 
 
 def available_engines(bundle: Bundle) -> list[EngineId]:
-    """What this bundle is opened with where none is named, in the order of RUNTIMES and precision. Torch needs no export."""
+    """The engines that `select_engine` chooses from by default, in the order of RUNTIMES and PRECISIONS, torch included."""
     order = list(RUNTIMES)
-    # Latents are floats: no exported engine hands them out.
+    # Exported graphs return uint8 pixels, and latents are floats.
     exported = bundle.engines() if bundle.spec.makes_pictures else ()
     known = [engine_id for engine_id in (*exported, TORCH) if engine_id.runtime in RUNTIMES]
     return sorted(known, key=lambda engine_id: (order.index(engine_id.runtime), PRECISIONS.index(engine_id.precision)))
 
 
 def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: str | None = None) -> Selection:
-    """The engine that open_engine would open, without loading it, and how the others that fit stand on this machine.
+    """Choose the engine that `open_engine` would open, without loading it. Also returns the statuses of the other candidates.
 
-    An exported engine is tried before its first use here (engines/trials/trial.py). Of those that answer as torch does, torch among
-    them where it is installed, the fastest is chosen; torch takes the place of those that do not. An engine asked for by its id
-    is that one or an error, and so is a device.
+    An exported engine is tried on this machine before its first use (engines/trials/trial.py). The fastest of those that agree
+    with torch is chosen; torch itself is a candidate if it is installed, and replaces engines that do not agree. An engine or a
+    device that is asked for by name is never replaced by another.
 
-    Raises RequestError for an unknown engine or device, one that was not exported or does not run there, MissingExtraError
-    without its package, EngineRefusedError where none can be trusted here, BundleError where files of the bundle are damaged.
+    Raises RequestError if the engine or device is unknown, if the engine was not exported, or if it does not run on the device;
+    MissingExtraError if its package is missing; EngineRefusedError if no candidate can be trusted here; BundleError if files of
+    the bundle are damaged.
     """
     device = checked_device(device) if device is not None else None
     candidates = _candidates(bundle, wanted, device)
@@ -154,7 +156,7 @@ def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: 
         return Selection(TORCH, place, (EngineStatus(TORCH, "trusted", device=place),))
     statuses = [_status_after_trial(bundle, engine_id, device) for engine_id in candidates if engine_id != TORCH]
     if TORCH in candidates:
-        # Where torch alone is left, nothing depends on its speed.
+        # If torch is the only one left, its speed does not matter, so its trial is skipped.
         contested = any(status.state == "trusted" for status in statuses)
         statuses.append(_status_after_trial(bundle, TORCH, device) if contested else _torch_alone(device))
     trusted = [status for status in statuses if status.state == "trusted"]
@@ -169,9 +171,9 @@ def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: 
 
 
 def engine_status(bundle: Bundle, engine_id: EngineId) -> EngineStatus:
-    """How that engine of the bundle stands on this machine, by the trial on record; nothing is run.
+    """The status of the engine on this machine, from the recorded trial. Runs nothing.
 
-    Raises BundleError where the engine's record is damaged.
+    Raises BundleError if the engine's record is damaged.
     """
     return (
         _status(bundle, engine_id, None, recorded_trial)
@@ -180,22 +182,23 @@ def engine_status(bundle: Bundle, engine_id: EngineId) -> EngineStatus:
     )
 
 
-def wanted_engines(bundle: Bundle, wanted: Sequence[str], device: str | None) -> list[EngineId]:
-    """The engines of the bundle that are meant by ids or runtimes, all that no word is needed for without one, in their order.
+def resolve_engines(bundle: Bundle, wanted: Sequence[str], device: str | None) -> list[EngineId]:
+    """The engines of the bundle that these ids or runtimes name, in the bundle's order; by default all `available_engines`.
 
-    Raises RequestError for an unknown engine, or a device that is not there.
+    Raises RequestError for an unknown engine or a missing device.
     """
     device = checked_device(device) if device is not None else None
     if not wanted:
         return available_engines(bundle)
     chosen = {engine_id for word in wanted for engine_id in _candidates(bundle, word, device)}
-    return [engine_id for engine_id in (*available_engines(bundle), *_only_asked_for(bundle)) if engine_id in chosen]
+    return [engine_id for engine_id in (*available_engines(bundle), *_opt_in_engines(bundle)) if engine_id in chosen]
 
 
 def statuses(bundle: Bundle, engines: Sequence[EngineId], device: str | None, bar: Progress) -> list[EngineStatus]:
-    """How these engines of the bundle stand here, after their trials; bar advances by 1 for each.
+    """The statuses of these engines on this machine. Those without a recorded trial are tried, except torch in fp32.
 
-    What cannot run on the device is 'absent'. Raises RequestError where the device is not there.
+    bar advances by 1 per engine.
+    An engine that cannot run on the device is 'absent'. Raises RequestError if the device is missing.
     """
     device, found = checked_device(device) if device is not None else None, []
     for engine_id in engines:
@@ -205,7 +208,7 @@ def statuses(bundle: Bundle, engines: Sequence[EngineId], device: str | None, ba
 
 
 def record_speeds(bundle: Bundle, speeds: Mapping[EngineStatus, float], benchmark: str) -> bool:
-    """Has `select_engine` choose by these images/s of a benchmark; whether the user's cache took them all."""
+    """Record a benchmark's images/s, by which `select_engine` then chooses. Returns whether all could be written."""
     taken = []
     for status, images_per_s in speeds.items():
         key = trial_key(bundle, status.engine_id, RUNTIMES[status.engine_id.runtime].version(), status.device)
@@ -214,21 +217,21 @@ def record_speeds(bundle: Bundle, speeds: Mapping[EngineStatus, float], benchmar
 
 
 def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | None) -> list[EngineId]:
-    """The engines of the bundle that fit what is wanted; at least one. Raises RequestError where there is none."""
+    """The engines of the bundle that `wanted` names: at least one. Raises RequestError if there is none."""
     present = available_engines(bundle)
     if wanted is None:
         return [engine_id for engine_id in present if _runs_on(engine_id, device)]
-    known = f"choose one of {', '.join([*RUNTIMES, *map(str, present), *map(str, _only_asked_for(bundle))])}"
+    known = f"choose one of {', '.join([*RUNTIMES, *map(str, present), *map(str, _opt_in_engines(bundle))])}"
     if str(wanted) in RUNTIMES:
         runtime = str(wanted)
         fitting = [engine_id for engine_id in present if engine_id.runtime == runtime]
     else:
         engine_id = _parse(str(wanted), known)
-        runtime, fitting = engine_id.runtime, [engine_id] if engine_id in (*present, *_only_asked_for(bundle)) else []
+        runtime, fitting = engine_id.runtime, [engine_id] if engine_id in (*present, *_opt_in_engines(bundle)) else []
     if not fitting:
         others = any(engine_id.runtime == runtime for engine_id in present)
-        # A teacher is not exported, so that what it has is all that it can have.
-        there = f"choose one of {', '.join(map(str, (*present, *_only_asked_for(bundle))))}"
+        # A teacher cannot be exported: no command could add the engine, so the remedy lists those that exist.
+        there = f"choose one of {', '.join(map(str, (*present, *_opt_in_engines(bundle))))}"
         alone = others or bundle.spec.steps > 1
         wish = f"--to {runtime}" if str(wanted) in RUNTIMES else engine_id.export_options()
         remedy = there if alone else f"uni-instruct export {quote(str(bundle.path))} {wish}"
@@ -236,8 +239,8 @@ def _candidates(bundle: Bundle, wanted: str | EngineId | None, device: str | Non
     return fitting
 
 
-def _only_asked_for(bundle: Bundle) -> list[EngineId]:
-    """Engines that no export makes and no choice falls on. There must be images to hold them against."""
+def _opt_in_engines(bundle: Bundle) -> list[EngineId]:
+    """Engines that need no export but are used only by name. A one-step generator of latents has no images to check them on."""
     if bundle.spec.steps > 1:
         return [TORCH_COMPILED]
     return [TORCH_BF16, TORCH_COMPILED, TORCH_BF16_COMPILED] if bundle.spec.makes_pictures else []
@@ -258,11 +261,11 @@ def _parse(text: str, known: str) -> EngineId:
 
 
 def _status_after_trial(bundle: Bundle, engine_id: EngineId, device: str | None) -> EngineStatus:
-    """How the engine stands here, after its trial where it had none."""
+    """The status of the engine on this machine. Tries it first if it has no recorded trial."""
 
     def tried(key: TrialKey) -> Trial:
         if engine_id.target == COMPILED and recorded_trial(key) is None:
-            ensure_compiled(bundle, engine_id)  # first, as it may take longer than a trial may
+            ensure_compiled(bundle, engine_id)  # before the trial: compiling may take longer than the trial's timeout
         return try_engine(bundle, engine_id, key)
 
     return _status(bundle, engine_id, device, tried)
@@ -281,15 +284,15 @@ def _status(
         trial = look_up(key)
     except CompilationError as error:
         return EngineStatus(engine_id, "absent", error.problem, error=error)
-    if engine_id == TORCH:  # what others are held against: only its speed is of interest
+    if engine_id == TORCH:  # the reference: the others are compared with it, so only its speed matters
         return EngineStatus(TORCH, "trusted", trial=trial, device=device)
     if trial is None:
         return EngineStatus(engine_id, "untried", device=device)
     if trial.problem:
-        return EngineStatus(engine_id, "refused", trial.problem, trial, key.existing_note(), device)
+        return EngineStatus(engine_id, "refused", trial.problem, trial, key.existing_path(), device)
     compared = key.reference_sha256 or trial.relative_l2 is not None
     stored, reason = bundle.engines().get(engine_id), "" if compared else "no reference.npz to hold it against"
-    if reason and stored and not stored.record().parity:  # built for a GPU that was not there: nobody has ever compared it
+    if reason and stored and not stored.record().parity:  # exported without its GPU, so it was never compared with torch
         return EngineStatus(engine_id, "refused", f"untried where it was built, and {reason}", trial, device=device)
     return EngineStatus(engine_id, "trusted", reason, trial, device=device)
 
@@ -302,7 +305,7 @@ def _torch_alone(device: str | None) -> EngineStatus:
 
 
 def _fastest(statuses: list[EngineStatus]) -> EngineStatus:
-    """The first that no other outruns by MIN_SPEEDUP; of those that one benchmark compared, the fastest."""
+    """The first one that no other beats by a factor of MIN_SPEEDUP; the fastest if one benchmark has measured them all."""
     trials = [status.trial or Trial() for status in statuses]
     speeds, benchmarks = [trial.images_per_s or 0.0 for trial in trials], {trial.benchmark for trial in trials}
     margin = 1.0 if len(benchmarks) == 1 and "" not in benchmarks else MIN_SPEEDUP
@@ -310,7 +313,7 @@ def _fastest(statuses: list[EngineStatus]) -> EngineStatus:
 
 
 def refusal(statuses: list[EngineStatus]) -> UniInstructError:
-    """Why none of them can be used, and what to do about it."""
+    """The error to raise if none of these engines can be used, with its remedy."""
     refused = [status for status in statuses if status.state == "refused"]
     if not refused:
         return next(status.error for status in statuses if status.error is not None)

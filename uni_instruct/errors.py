@@ -1,28 +1,41 @@
-"""The errors that users meet. Each message gives the problem with its value, then the remedy, in one line."""
+"""The errors that users see. Each message states the problem with its value, then the remedy, in one line."""
 
 from uni_instruct.printable import printable
 
+MAX_PROBLEM_LENGTH = 1000  # characters of a problem
+
 
 class UniInstructError(Exception):
-    """Something failed while running. `param` names the argument at fault, where there is one.
+    """The base of all errors that users see.
 
-    `exit_code` is what the command line returns, `http_status` what the server answers.
+    problem, remedy: the two halves of the message. param: the argument at fault, if there is one.
+    exit_code: the exit status of the command line. http_status: the status of the server's response.
     """
 
     exit_code = 1
     http_status = 500
 
     def __init__(self, problem: str, *, remedy: str, param: str | None = None):
-        # A path may hold a newline, and bytes that are no text.
-        problem, remedy = printable(problem), printable(remedy)
+        # A path in the message may contain a newline, or bytes that are not valid text.
+        problem, remedy = _cut(printable(problem)), printable(remedy)
         super().__init__(f"{problem}; {remedy}")
         self.problem = problem
         self.remedy = remedy
         self.param = param
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions are pickled as their message alone, which no constructor here takes. Workers send theirs.
+        # Worker processes send their errors pickled. By default an exception is pickled as its message, which does not fit
+        # these constructors.
         return _rebuilt, (type(self), self.problem, self.remedy, self.param)
+
+
+def _cut(problem: str) -> str:
+    """Without its middle where it is longer than anybody reads: a value in it may be a megabyte of somebody's file."""
+    return (
+        problem
+        if len(problem) <= MAX_PROBLEM_LENGTH
+        else f"{problem[: MAX_PROBLEM_LENGTH // 2]} ... {problem[-MAX_PROBLEM_LENGTH // 2 :]}"
+    )
 
 
 def _rebuilt(kind: type[UniInstructError], problem: str, remedy: str, param: str | None) -> UniInstructError:
@@ -32,18 +45,18 @@ def _rebuilt(kind: type[UniInstructError], problem: str, remedy: str, param: str
 
 
 class RequestError(UniInstructError):
-    """The request was wrong: an unknown name, a bad value, a missing file."""
+    """The request is wrong: an unknown name, a bad value, a missing file."""
 
     exit_code = 2
     http_status = 400
 
 
 class FileFormatError(RequestError):
-    """A file is corrupt, truncated, or not what it was taken for."""
+    """A file is corrupt, truncated, or of another format than expected."""
 
 
 class BundleError(FileFormatError):
-    """A bundle is incomplete, altered, or written by a newer version."""
+    """A bundle is incomplete, altered, invalid, or written by a newer version."""
 
 
 class MissingExtraError(RequestError):
@@ -56,7 +69,7 @@ class MissingExtraError(RequestError):
 
 
 class EngineRefusedError(UniInstructError):
-    """An engine does not run on this machine, or answers otherwise than torch."""
+    """An engine does not run on this machine, or its images differ from torch's."""
 
 
 class CompilationError(UniInstructError):
@@ -64,10 +77,10 @@ class CompilationError(UniInstructError):
 
 
 class ParityError(UniInstructError):
-    """An exported engine does not agree with torch."""
+    """An exported engine's images differ from torch's by more than the tolerance."""
 
 
 class DiskError(UniInstructError):
-    """Writing failed: the disk is full or the folder is not writable."""
+    """A file cannot be written: the disk is full, or the folder is not writable."""
 
     exit_code = 2

@@ -1,4 +1,4 @@
-"""What a file is, by what it holds. Names are not asked: pytorch_model.bin is a checkpoint, samples.dat may be an .npz."""
+"""Detect a file's type by its content, since names mislead: pytorch_model.bin is a checkpoint, samples.dat may be an .npz."""
 
 import zipfile
 from enum import Enum
@@ -8,15 +8,15 @@ from typing import BinaryIO
 from uni_instruct.zip_entry import SIGNATURE, entry_start
 
 _HEAD = 512
-HEAD = 16  # bytes that `begins_as_image` and `begins_as_heic` look at
-# Arrays that tools of this field write; a zip of other .npy files is a data set's latents.
+HEAD = 16  # bytes that `begins_as_image` and `begins_as_heic` need
+# Array names that tools of this field use in .npz files. A zip of .npy files with other names is a data set of latents.
 _ARRAYS = frozenset({"arr_0", "images", "mu", "sigma", "mean", "cov", "pool_3", "feats", "class_ids", "labels"})
 _TAR_AT, _TAR, _GZIP, _IDX = 257, b"ustar", b"\x1f\x8b", b"\x00\x00\x08"
 _LAST_PROTOCOL = 5
 
 
 class FileType(Enum):
-    """Kinds of files that commands take or should name."""
+    """Types of files that commands accept, or name in their errors. The values are the words for messages."""
 
     TORCH = "a checkpoint"
     PICKLE = "a pickle"
@@ -34,14 +34,14 @@ CHECKPOINTS = frozenset({FileType.TORCH, FileType.PICKLE, FileType.SAFETENSORS})
 
 
 def file_type(path: Path) -> FileType:
-    """The kind of a file that is there. Nothing in it is run; of a zip the first entry is read, and its directory in doubt."""
+    """The type of an existing file. No code in it is run. A zip's directory is read only if its first entry does not decide."""
     with path.open("rb") as file:
         head, size = file.read(_HEAD), path.stat().st_size
         if head.startswith(SIGNATURE):
             return _type_of_zip(path, _first_entry(file))
     if not head:
         return FileType.EMPTY
-    # Before pickles: a file of safetensors begins with a length, whose first byte may be a pickle's.
+    # Checked before pickles: safetensors files begin with a length, whose first bytes may equal a pickle's.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return FileType.SAFETENSORS
     if head[0] == 0x80 and len(head) > 1 and head[1] <= _LAST_PROTOCOL:
@@ -50,20 +50,20 @@ def file_type(path: Path) -> FileType:
         return FileType.TAR if head[_TAR_AT:].startswith(_TAR) or _is_tar(path) else FileType.OTHER
     if head.startswith(_IDX):
         return FileType.IDX
-    # Its directory is at its end, so that a zip need not begin as one.
+    # A zip's directory is at its end, so other bytes may come before its first entry.
     if zipfile.is_zipfile(path):
         return FileType.ZIP
     return FileType.IMAGE if begins_as_image(head[:HEAD]) else FileType.OTHER
 
 
 def begins_as_image(head: bytes) -> bool:
-    """Whether a file's first 16 bytes are those of PNG, JPEG, GIF, WebP, AVIF or JPEG 2000."""
+    """Whether these first 16 bytes of a file are those of PNG, JPEG, GIF, WebP, AVIF or JPEG 2000."""
     boxes = (b"ftypavif", b"jP  \r\n\x87\n")
     return head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8")) or head[8:12] == b"WEBP" or head[4:12] in boxes
 
 
 def begins_as_heic(head: bytes) -> bool:
-    """Whether a file's first 16 bytes are those of a photograph in HEIC or HEIF, as phones take them."""
+    """Whether these first 16 bytes of a file are those of HEIC or HEIF, the format of phone photographs."""
     return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
@@ -79,11 +79,11 @@ def _type_of_zip(path: Path, first: str) -> FileType:
         return FileType.TORCH
     if first.lower().endswith((".png", ".jpg", ".jpeg")) or (first.endswith(".npy") and "/" in first):
         return FileType.ZIP
-    # Only where the first entry leaves a doubt: the directory of a large data set takes seconds.
+    # Only if the first entry does not decide it: reading the directory of a large data set takes seconds.
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except Exception:  # zipfile raises anything over a damaged directory; who opens the file next says what is wrong
+    except Exception:  # zipfile raises many types for a damaged directory; the code that opens the file next reports it
         return FileType.NPZ if path.suffix.lower() == ".npz" else FileType.ZIP
     if any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
         return FileType.TORCH

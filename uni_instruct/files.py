@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of files and folders, file locks, and disk errors in words."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from uni_instruct.errors import DiskError, RequestError
 
-# What json raises of text that is none, or nests deeper than Python reads.
+# What json raises for text that is not JSON, or is nested too deeply for Python's recursion limit.
 JSON_ERRORS = (ValueError, RecursionError)
 _UNWRITABLE = {
     errno.ENOSPC,
@@ -30,14 +30,15 @@ _UNWRITABLE = {
     errno.EINVAL,
     errno.EIO,
 }
-# Said of whatever is written, by --out, --grid, --plot or into the cache: so no option is named. Otherwise: write elsewhere.
+# Remedies for writing. They name no option, since the path may come from --out, --grid, --plot or be in the cache. The default
+# is "write elsewhere".
 _REMEDIES = {
     errno.ENOSPC: "free space, or write elsewhere",
     errno.EDQUOT: "free space, or write elsewhere",
     errno.EFBIG: "raise the limit of 'ulimit -f', or write elsewhere",
     errno.ENAMETOOLONG: "give a shorter name",
 }
-# What the system says of files that somebody named, and what helps.
+# Remedies for paths that the user gave and the system refuses.
 _UNUSABLE = {
     errno.EACCES: "give what you may read, or make it readable",
     errno.EPERM: "give what you may read, or make it readable",
@@ -49,10 +50,10 @@ _UNUSABLE = {
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A path to write to, beside the real one; moved onto it on success, removed on failure."""
+    """Yield a temporary path beside `path`. On success it is moved to `path`; on failure it is removed. Raises DiskError."""
     partial = _partial(path)
     with disk_errors(path):
-        _check_replaceable(path)
+        _refuse_other(path, path.is_file() or path.is_dir(), "file")  # of a folder the system says so itself
         make_folder(path.parent, path)
         try:
             yield partial
@@ -64,35 +65,37 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, beside the real one; it takes the place of what was there on success, is removed on failure.
+    """Yield an empty temporary folder beside `path`. On success it replaces `path`; on failure it is removed.
 
-    What a process that was killed has left there is removed by the next one.
+    Temporary folders that killed processes left there are removed first. Raises DiskError.
     """
-    partial, old = _partial(path), path.with_name(f".{path.name}.{os.getpid()}.old")
+    partial = _partial(path)
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     with disk_errors(path):
-        _check_replaceable(path)
+        _refuse_other(path, path.is_dir(), "folder")
         make_folder(path.parent, path)
         _remove_abandoned(path)
         try:
             with _filling(partial, path):
                 yield partial
-                if path.exists():
+                if path.exists():  # moved away first, because a rename cannot replace a folder that is not empty
                     os.replace(path, old)
                 os.replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if old.exists() and not path.exists():
+            if old.exists() and not path.exists():  # interrupted between both renames: put the old folder back
                 os.replace(old, path)
             shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def folder_made_once(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, beside the real one; moved to `path` on success, unless another process's stands there by then.
+def atomic_folder_if_absent(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`. On success it is moved to `path`, unless `path` exists by then.
 
-    For what is the same whoever writes it, and may be in use as soon as it is there: what stands at `path` is never moved.
+    For content that is the same whichever process writes it. An existing `path` is never moved, because other processes may
+    be using it. Raises DiskError.
     """
-    # Processes in two containers may share the disk and have the same id.
+    # A random name, not the process id: two containers that share the disk may use the same ids.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with disk_errors(path):
         make_folder(path.parent, path)
@@ -108,27 +111,28 @@ def folder_made_once(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _refuse_other(path: Path, may_go: bool, what: str) -> None:
+    """Raises RequestError where something else stands at `path` than what is to take its place."""
+    # A pipe or a device is somebody's, as a file in a folder's place is: /dev/null would be gone for the whole machine.
+    if path.exists() and not may_go:
+        raise RequestError(f"{path} is no {what}, and is not replaced by one", remedy="write elsewhere", param="out")
+
+
 def make_folder(folder: Path, wanted: Path) -> None:
-    """Makes a folder and those above it, for what is going to be written. Raises DiskError that names `wanted`."""
+    """Create a folder and its parents, so that `wanted` can be written. Raises DiskError that names `wanted`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # what the kernel says of /proc/x: nothing can be made there
+    except FileNotFoundError as error:  # the kernel's answer below /proc, where no folder can be created
         raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="write elsewhere") from error
-
-
-def _check_replaceable(path: Path) -> None:
-    """Raises DiskError if `path` is a device, a pipe or a socket."""
-    # Renaming onto it would remove it: as root, `--out /dev/null` would take /dev/null away from the whole machine.
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise DiskError(f"cannot write {path}: it is neither a file nor a folder", remedy="write elsewhere")
 
 
 @contextmanager
 def _filling(partial: Path, path: Path) -> Iterator[None]:
-    """Within the block the empty folder is there and locked, by which it is told from one that a killed process has left."""
+    """Create the empty folder and hold its lock within the block. A folder without a held lock counts as abandoned."""
     while True:
         make_folder(partial, path)
-        with suppress(FileNotFoundError):  # another process took it for abandoned before it was locked
+        # Before it is locked, another process may remove it as abandoned. Then it is created again.
+        with suppress(FileNotFoundError):
             file = os.open(partial, os.O_RDONLY)
             try_lock(file, wait=True)
             with suppress(FileNotFoundError):
@@ -142,10 +146,10 @@ def _filling(partial: Path, path: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes the folders that killed processes have left half filled beside `path`: nobody holds their locks."""
+    """Remove partly filled folders beside `path` that killed processes left. No process holds their locks."""
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
     found: list[Path] = []
-    with suppress(OSError):  # a folder that may be written, and not be read
+    with suppress(OSError):  # the parent folder may be writable but not readable
         found = [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name) and entry.is_dir()]
     for left in found:
         with suppress(OSError):
@@ -159,11 +163,11 @@ def _remove_abandoned(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a folder without write permission as a DiskError that names the path."""
+    """Raise a full disk, a folder without write permission and their like as a DiskError that names the path."""
     try:
         yield
     except OSError as error:
-        # The kernel says so of a new file in /proc. Of any other file it is a fault, and not for lack of space.
+        # The kernel answers ENOENT for a new file in /proc. For any other file ENOENT is a bug of ours, so it is raised as is.
         nowhere = error.errno == errno.ENOENT and str(error.filename).startswith(str(path.parent / f".{path.name}."))
         if error.errno not in _UNWRITABLE and not nowhere:
             raise
@@ -171,9 +175,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DiskError(f"cannot write {path}: {os.strerror(error.errno or 0)}", remedy=remedy) from error
 
 
-def unusable(error: OSError) -> RequestError | None:
-    """The system's refusal of a file by its name or its permissions, as a user's error; None for any other: a fault."""
-    # Where a name may be a path among other things, each asks the system in turn: one answer for all, at the top.
+def as_path_error(error: OSError) -> RequestError | None:
+    """A RequestError for a path that the system refuses for its name or permissions; None for any other error.
+
+    Called once, at the top of the command line: many arguments may be a path or something else, and all of them try the path.
+    """
+    # No file name, or another error number: a bug of ours, which keeps its traceback.
     if error.filename is None or error.errno not in _UNUSABLE:
         return None
     return RequestError(
@@ -182,10 +189,11 @@ def unusable(error: OSError) -> RequestError | None:
 
 
 def try_lock(file: int, *, shared: bool = False, wait: bool = False) -> bool | None:
-    """Whether the lock of an open file, open for writing, is held now; None where its file system has no locks.
+    """Lock an open file (flock) and return whether this process holds the lock now; None if the file system has no locks.
 
-    The kernel takes it back when the file is closed or the process ends, however it ends. shared: others may share it. wait:
-    until it is free.
+    The kernel releases the lock when the file is closed or the process ends, even if it is killed.
+
+    file: a file descriptor. shared: take a shared lock. wait: block until the lock is free.
     """
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     try:
@@ -197,9 +205,10 @@ def try_lock(file: int, *, shared: bool = False, wait: bool = False) -> bool | N
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within the block this process alone holds the lock file at `path`, which is made if need be.
+    """Hold the exclusive lock of the file at `path` within the block. The file is created if it is missing.
 
-    on_wait is called where another holds it. Without locks (see `try_lock`) nobody waits. Raises DiskError.
+    on_wait: called before waiting for another process. On a file system without locks (see `try_lock`) there is no waiting.
+    Raises DiskError.
     """
     with disk_errors(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -213,15 +222,18 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hex."""
+    """The file's SHA-256 digest in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
-    """Where downloads and what can be computed again are kept: $XDG_CACHE_HOME/uni-instruct, or below ~/.cache."""
+    """The folder of downloads and other files that can be made again: $XDG_CACHE_HOME/uni-instruct or ~/.cache/uni-instruct."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uni-instruct"
 
 
 def _partial(path: Path) -> Path:
+    # What has no name of its own, as '.' and '/', can be no file, and '..' is what others stand in.
+    if path.name in ("", ".."):
+        raise RequestError(f"{path} has no name that can be written", remedy="name a file or folder in it", param="out")
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

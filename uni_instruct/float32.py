@@ -1,10 +1,11 @@
-"""float32 that is float32 on GPUs too."""
+"""Full float32 precision on GPUs, without TF32."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The setting is the process's, so blocks of several threads count as one: who leaves last puts back what the first one found.
+# torch has one setting for the whole process. So the blocks of all threads are counted: the first block to begin saves the
+# setting, the last one to end restores it.
 _lock = threading.Lock()
 _inside = 0
 _before: list[str] = []
@@ -12,10 +13,10 @@ _before: list[str] = []
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within the block, GPUs multiply and convolve float32 in all of its 24 bits; afterwards the settings are what they were.
+    """Make GPUs compute float32 products and convolutions with all 24 bits of precision within the block.
 
-    By default cuDNN's convolutions take TF32 where a GPU has it, which keeps 11 bits of each factor. Needs torch. Blocks may
-    overlap in any way, in one thread or in several.
+    By default cuDNN convolves in TF32 on GPUs that have it, which keeps 11 bits of each factor. The settings are restored when
+    the last block ends. Blocks may nest and overlap, in one thread or in several. Needs torch.
     """
     _enter()
     try:
@@ -41,7 +42,7 @@ def _leave() -> None:
 
 
 def _exchange(precisions: list[str]) -> list[str]:
-    """Sets what cuDNN's convolutions and cuBLAS round float32 to; returns what it was."""
+    """Set the float32 precision of cuDNN's convolutions and cuBLAS; return the previous settings."""
     import torch
 
     settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]

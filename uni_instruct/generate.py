@@ -1,7 +1,7 @@
 """Seeds and classes to images: the one pipeline that command line, HTTP, demo, training, export and evaluation share.
 
-`input_batches` checks what is asked for, once and before anything is made, and draws it batch by batch. What makes images of a
-batch is an engine here, in training the weights at hand.
+`input_batches` checks seeds and classes once, before any image is made, and draws the inputs batch by batch. Here an engine
+makes the images of a batch; training uses its current weights instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,18 +25,20 @@ from uni_instruct.spec import ModelSpec
 
 BATCH = 64
 
-# Ids or names, one for all images or one for each; None: each seed draws its own.
+# Ids or names, one for all images or one for each; None: each image's class is drawn from its seed.
 Classes = int | str | Sequence[int | str] | np.ndarray | None
 
 
 def generate_images(
     engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes | ClassMixture = None, batch: int = BATCH
 ) -> np.ndarray:
-    """Images of the seeds, in their order: uint8 [N, H, W, C]; float32 latents [N, C, H, W] where the spec makes no pictures.
+    """The images of the seeds, in the seeds' order: uint8 [N, H, W, C], or float32 [N, C, H, W] if the model makes latents.
 
-    classes: ids or names, one for all seeds or one for each, or what `mix_classes` gives; where none is given, each seed draws
-    its own class.
-    batch: images at once. Raises RequestError, whatever the engine, for what is no seed, class or batch size.
+    classes: ids or names, one for all seeds or one for each, or mixtures from `mix_classes`. By default each image's class is
+    drawn from its seed.
+    batch: images at once.
+
+    Raises RequestError for an invalid seed, class or batch size.
     """
     parts = list(generate_batches(engine, seeds, classes, batch))
     size, dtype = sample_format(engine.spec)
@@ -46,7 +48,7 @@ def generate_images(
 def generate_batches(
     engine: Engine, seeds: Sequence[int] | np.ndarray, classes: Classes | ClassMixture = None, batch: int = BATCH
 ) -> Iterator[np.ndarray]:
-    """The same, batch by batch: each uint8 [<=batch, H, W, C], or float32 latents [<=batch, C, H, W]."""
+    """As `generate_images`, but batch by batch: each uint8 [<=batch, H, W, C], or float32 latents [<=batch, C, H, W]."""
     batches = input_batches(engine.spec, seeds, classes, batch)
     if engine.spec.makes_pictures:
         return (engine(*inputs) for inputs in batches)
@@ -56,12 +58,12 @@ def generate_batches(
 def input_batches(
     spec: ModelSpec, seeds: Sequence[int] | np.ndarray, classes: Classes | ClassMixture = None, batch: int = BATCH
 ) -> Iterator[Inputs]:
-    """Noise and class ids of the seeds, batch by batch. Raises RequestError now, not at the first batch."""
+    """Noise and class ids of the seeds, batch by batch. Raises RequestError when it is called, not at the first batch."""
     seeds = checked_seeds(seeds)
     class_ids: ClassIds | None
     if isinstance(classes, ClassMixture):
         _check_number(len(classes), len(seeds))
-        # One for all seeds, as of classes.
+        # A single mixture is used for all seeds, as a single class is.
         mixed = classes[np.zeros(len(seeds), dtype=np.int64)] if len(classes) == 1 else classes
         class_ids = checked_class_ids(spec, mixed, len(seeds))
     else:
@@ -75,14 +77,15 @@ def input_batches(
 def resolve_class_ids(
     spec: ModelSpec, seeds: Sequence[int] | np.ndarray, classes: Classes = None, shares: np.ndarray | None = None
 ) -> np.ndarray | None:
-    """A class id per seed, int64 [N]; None for an unconditional generator.
+    """A class id for each seed: int64 [N]; None for an unconditional generator.
 
-    classes: ids or names, one for all seeds or one for each; where none is given, each seed draws its own class: all alike, or
-    as often as `shares` [num_classes] says.
+    classes: ids or names, one for all seeds or one for each. By default each class is drawn from its seed, uniformly or in
+    proportion to `shares` [num_classes].
+
     Raises RequestError for seeds out of range, unknown classes, or a number of classes that is neither 1 nor N.
     """
     seeds = checked_seeds(seeds)
-    given = _listed(classes)
+    given = _as_sequence(classes)
     if not len(given):
         return random_class_ids(seeds, spec.num_classes, shares) if spec.num_classes else None
     if not spec.num_classes:
@@ -99,8 +102,9 @@ def mix_classes(
     end: int | str | Sequence[int | str] | np.ndarray,
     share: ArrayLike,
 ) -> ClassMixture:
-    """A mixture for each share, from 0, which is `start`, to 1, which is `end`: ids or names, one for all or one for each.
+    """A mixture of the classes `start` and `end` for each share; share 0 is `start`, share 1 is `end`.
 
+    start, end: ids or names, one for all shares or one for each. share: a number or numbers in [0, 1].
     `generate_images` takes one mixture for all its seeds, or one for each.
 
     Raises RequestError for unknown classes, for shares outside 0..1, and for a generator without classes.
@@ -113,9 +117,9 @@ def mix_classes(
 
 
 def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:
-    """The classes in equal shares of the seeds, one after the other: row r of a sheet with a row for each is class r.
+    """A class id for each seed, ascending, equally many for each class. So in a sheet with one row a class, row r is class r.
 
-    Raises RequestError where there are no classes, or the seeds cannot be shared out equally.
+    Raises RequestError if there are no classes, or the number of seeds is not a multiple of the number of classes.
     """
     if not spec.num_classes:
         raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave --by-class out", param="by_class")
@@ -129,7 +133,7 @@ def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:
 
 
 def sample_format(spec: ModelSpec) -> tuple[tuple[int, int, int], np.dtype]:
-    """Size and type of one sample: uint8 [H, W, C] of a picture, float32 [C, H, W] of latents."""
+    """Shape and dtype of one sample: uint8 [H, W, C] for a picture, float32 [C, H, W] for latents."""
     if spec.makes_pictures:
         return image_size(spec), np.dtype(np.uint8)
     return spec.noise_shape, np.dtype(np.float32)
@@ -148,8 +152,8 @@ def _check_number(classes: int, seeds: int) -> None:
         )
 
 
-def _listed(classes: Classes) -> Sequence[int | str] | np.ndarray:
-    """What was given, as a sequence."""
+def _as_sequence(classes: Classes) -> Sequence[int | str] | np.ndarray:
+    """The classes as a sequence; empty for None."""
     if classes is None:
         return []
     if isinstance(classes, np.ndarray) and classes.ndim:

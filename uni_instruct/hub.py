@@ -1,4 +1,7 @@
-"""Bundles and checkpoints on the Hugging Face hub: 'hf://owner/name[@revision]', 'hf://owner/name/file.pkl[@revision]'."""
+"""Bundles and checkpoints on the Hugging Face hub: 'hf://owner/name[@revision]', 'hf://owner/name/file.pkl[@revision]'.
+
+Downloads are in huggingface_hub's own cache.
+"""
 
 import re
 from dataclasses import dataclass
@@ -8,9 +11,9 @@ from uni_instruct.errors import MissingExtraError, RequestError
 
 SCHEME = "hf://"
 _NAME = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
-# Licence -> the tag that the hub knows it by.
+# Licence -> the hub's tag for it.
 LICENCE_TAGS = {"CC-BY-4.0": "cc-by-4.0", "MIT": "mit", "Apache-2.0": "apache-2.0", "OFL-1.1": "ofl-1.1"}
-# A bundle's own files: whatever else lies in the repository stays there.
+# The files of a bundle. Other files of the repository are not downloaded.
 BUNDLE_FILES = [
     "config.json",
     "model.safetensors",
@@ -24,7 +27,7 @@ BUNDLE_FILES = [
 
 @dataclass(frozen=True)
 class Download:
-    """Where it lies now, and its address with the commit that it was taken from."""
+    """path: the local folder or file. origin: its address on the hub, with the downloaded commit."""
 
     path: Path
     origin: str
@@ -36,16 +39,18 @@ def is_on_hub(source: str | Path) -> bool:
 
 
 def names_file(source: str | Path) -> bool:
-    """Whether the source is an address of one file on the hub."""
+    """Whether the source is the address of a single file on the hub."""
     match = _NAME.fullmatch(str(source).removeprefix(SCHEME))
     return is_on_hub(source) and match is not None and match["file"] is not None
 
 
 def fetch(source: str) -> Download:
-    """The repository's bundle, or its one file, in huggingface_hub's cache; from the cache alone with HF_HUB_OFFLINE=1.
+    """Download the repository's bundle, or the single file that the address names, to huggingface_hub's cache.
 
-    Raises RequestError where the address is not one, the repository, file or revision is not there, or the hub cannot be
-    reached and the cache lacks it; MissingExtraError without huggingface_hub.
+    With HF_HUB_OFFLINE=1 only the cache is used.
+
+    Raises RequestError if the address is invalid, if the repository, file or revision does not exist, or if the hub cannot be
+    reached and the cache lacks the files. Raises MissingExtraError without huggingface_hub.
     """
     try:
         import huggingface_hub
@@ -69,7 +74,7 @@ def fetch(source: str) -> Download:
 
 
 def _snapshots(path: Path) -> Path:
-    """huggingface_hub keeps commits in <cache>/models--owner--name/snapshots/<commit>/."""
+    """The folder of snapshots: huggingface_hub keeps a commit in <cache>/models--owner--name/snapshots/<commit>/."""
     return next(parent for parent in path.parents if parent.name == "snapshots")
 
 

@@ -1,4 +1,4 @@
-"""Pixels to files: encode one image, lay many out in a grid."""
+"""Encode one image as a file; arrange many images in a grid."""
 
 import io
 import struct
@@ -18,17 +18,17 @@ _ENCODERS: dict[str, tuple[str, dict[str, int | bool]]] = {
     "webp": ("WEBP", {"lossless": True, "method": 0}),
 }
 IMAGE_FORMATS = tuple(_ENCODERS)
-# Up to so many bytes of pixels, PNGs are written here: Pillow takes four times as long, most of it before the first pixel.
-# Larger ones are left to it: it chooses a filter for each line, which makes files a tenth smaller.
+# PNGs of at most this many bytes of pixels are written here: Pillow takes four times as long, most of it before the first
+# pixel. Larger ones are left to Pillow, which chooses a filter for each line: its files are a tenth smaller.
 _SMALL = 64 * 64 * 3
-# Up to so many bytes are not compressed.
+# At most this many bytes are stored without compression.
 _TINY = 256
-# Of a contact sheet: the lines' grey level and width, and the height that small images are enlarged to.
+# Contact sheets: the grey level and width of the lines, and the height in pixels that small images are enlarged to.
 SHEET_GREY, SHEET_LINE, SHEET_PIXELS = 72, 2, 64
 
 
 def checked_images(images: ArrayLike) -> np.ndarray:
-    """The images, uint8 [N, H, W, C]. Raises RequestError for anything else: floats would pass for pixels and be none."""
+    """The images as uint8 [N, H, W, C]. Raises RequestError for anything else: casting floats would make wrong pixels."""
     array = np.asarray(images)
     if array.dtype == np.uint8 and array.ndim == 4:
         return array
@@ -42,7 +42,9 @@ def checked_images(images: ArrayLike) -> np.ndarray:
 
 
 def encode(image: np.ndarray, format: str = "png", quality: int | None = None) -> bytes:
-    """A file of one image, uint8 [H, W, 1 or 3]. quality: 0 to 100, of jpeg and webp, which is then lossy too.
+    """The bytes of an image file. image: uint8 [H, W, 1 or 3].
+
+    format: one of IMAGE_FORMATS. quality: 0 to 100, for jpeg and webp; a webp with a quality is lossy, without one lossless.
 
     Raises RequestError for floats, or a format outside IMAGE_FORMATS.
     """
@@ -55,7 +57,7 @@ def encode(image: np.ndarray, format: str = "png", quality: int | None = None) -
         )
     name, options = _ENCODERS[format]
     if quality is not None and format != "png":
-        options = {"quality": max(1, quality), "method": 0}  # JPEG takes 0 for "as usual"
+        options = {"quality": max(1, quality), "method": 0}  # for JPEG, Pillow reads quality 0 as its default
     if format == "png" and 0 < image.size <= _SMALL and image.shape[2] in _PNG_COLOURS:
         return _small_png(image)
     buffer = io.BytesIO()
@@ -64,9 +66,9 @@ def encode(image: np.ndarray, format: str = "png", quality: int | None = None) -
 
 
 def _small_png(image: np.ndarray) -> bytes:
-    """A PNG of one image uint8 [H, W, 1 or 3]: 8 bits a channel, lines without a filter (PNG specification, 3rd ed.)."""
+    """A PNG file of one image uint8 [H, W, 1 or 3]: 8 bits a channel, lines without a filter (PNG specification, 3rd ed.)."""
     height, width, channels = image.shape
-    lines = np.zeros((height, 1 + width * channels), dtype=np.uint8)  # each begins with the number of its filter: 0, none
+    lines = np.zeros((height, 1 + width * channels), dtype=np.uint8)  # each line begins with its filter type: 0, none
     lines[:, 1:] = image.reshape(height, width * channels)
     return b"".join((_png_head(width, height, channels), _png_chunk(b"IDAT", _deflated(lines.tobytes())), _PNG_END))
 
@@ -74,10 +76,10 @@ def _small_png(image: np.ndarray) -> bytes:
 def _deflated(data: bytes) -> bytes:
     """A zlib stream of the data (RFC 1950)."""
     if len(data) > _TINY:
-        # Looking for repeated bytes alone finds more in such pictures than looking for repeated stretches, and sooner.
+        # Run-length matching compresses such small pictures better than zlib's string matching, and is faster.
         packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
         return packer.compress(data) + packer.flush()
-    # One block as it is (RFC 1951, 3.2.4): a compressor takes ten times as long to begin, and makes 150 bytes 8 fewer.
+    # One stored block (RFC 1951, 3.2.4): starting a compressor takes ten times as long, and saves 8 of 150 bytes.
     return b"\x78\x01\x01" + struct.pack("<HH", len(data), len(data) ^ 0xFFFF) + data + struct.pack(">I", zlib.adler32(data))
 
 
@@ -95,12 +97,14 @@ _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", _png_chunk(b"IEND", b"")
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """uint8 [H, W, 1 or 3] as a grey or RGB picture."""
+    """uint8 [H, W, 1 or 3] as a grey or RGB image of Pillow."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np.ndarray:
-    """Images uint8 [N, H, W, C], row by row, as one picture; near square unless columns are given. Empty cells are black.
+    """Arrange images uint8 [N, H, W, C] row by row in one picture uint8 [H', W', C]. Empty cells are black.
+
+    columns: by default chosen so that the grid is nearly square. padding: black pixels right of and below each image.
 
     Raises RequestError for floats.
     """
@@ -115,7 +119,9 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 0) -> np
 
 
 def contact_sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """A grid to look at, uint8 [H', W', 1 or 3]: a grey line round every image, small images enlarged to 64 pixels or so.
+    """A grid for viewing, uint8 [H', W', 1 or 3], with a grey line around each image.
+
+    Images smaller than SHEET_PIXELS are enlarged by the largest whole factor that keeps their height within it.
 
     Raises RequestError for floats.
     """
@@ -128,9 +134,10 @@ def contact_sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 
 def latent_preview(latents: np.ndarray) -> np.ndarray:
-    """Something to see of a VAE's latents float32 [N, C, H, W], for a glance at a training: uint8 [N, H, W, 1 or 3].
+    """A rough preview of a VAE's latents float32 [N, C, H, W], to watch a training run: uint8 [N, H, W, 1 or 3].
 
-    The first channels as colours, black and white at two deviations (`vae_latents.FINAL_STD`). No picture, and no samples.
+    The first channels are shown as colours. Black and white are at -2 and +2 standard deviations (`vae_latents.FINAL_STD`).
+    These are not decoded pictures.
     """
     shown = latents[:, : 3 if latents.shape[1] >= 3 else 1]
     return (np.nan_to_num(shown) * 127.5 + 128).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)

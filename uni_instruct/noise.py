@@ -1,6 +1,6 @@
-"""What goes into a generator: noise and classes of seeds, checked alike for every engine. NumPy only.
+"""A generator's inputs: the noise and classes of seeds, and the checks that all engines share. NumPy only.
 
-One seed is one image, whatever the engine, batch, order or machine.
+A seed makes the same image with any engine, batch, order or machine, up to rounding.
 """
 
 import threading
@@ -14,51 +14,52 @@ from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.errors import RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
 
-SEED_LIMIT = 2**63
-MAX_SEEDS = 10_000_000
-MAX_DIGITS = 40  # Python refuses to read numbers of thousands of digits
+SEED_LIMIT = 2**63  # seeds fit into int64
+MAX_SEEDS = 10_000_000  # of one text of seeds, whose list must fit into memory
+MAX_DIGITS = 40  # of one number in a list of seeds; `int` raises ValueError for thousands of digits
+# Noise and class of a seed are drawn from separate streams, so that they are independent.
 _NOISE_STREAM, _CLASS_STREAM = 0, 1
 # Sine of the angle below which two noises count as parallel: a straight line is then as good as an arc.
 _PARALLEL = 1e-6
 
 
 class Inputs(NamedTuple):
-    """What an engine is called with: noise float32 [B, *noise_shape]; class_ids int64 [B] or mixtures, None without classes."""
+    """An engine's inputs: noise float32 [B, *noise_shape]; class_ids int64 [B] or mixtures, None for an unconditional model."""
 
     noise: np.ndarray
     class_ids: ClassIds | None
 
     def parts(self, size: int | None) -> Iterator["Inputs"]:
-        """The same in parts of at most `size` rows; whole where there is no size."""
+        """The inputs in parts of at most `size` rows; in one part if size is None."""
         size = size or max(1, len(self.noise))
         for start in range(0, len(self.noise), size):
             part = slice(start, start + size)
             yield Inputs(self.noise[part], None if self.class_ids is None else self.class_ids[part])
 
     def padded(self, size: int) -> "Inputs":
-        """The same in `size` rows: the last one is repeated."""
+        """The inputs extended to `size` rows by repeating the last row."""
         rows = np.minimum(np.arange(size), len(self.noise) - 1)
         return Inputs(self.noise[rows], None if self.class_ids is None else self.class_ids[rows])
 
 
 class Between(NamedTuple):
-    """A place on the way from one seed's noise to another's: position 0 is the first, 1 the second."""
+    """A point on the path from one seed's noise to another's: position 0 is the start's noise, 1 the end's."""
 
     start: int
     end: int
     position: float
 
 
-# What noise can be drawn of: a seed, or a place between two.
+# A point that noise can be drawn for: a seed, or a point between two seeds.
 NoisePoint = int | Between
 
 
 def draw_inputs(spec: ModelSpec, points: Sequence[NoisePoint], class_ids: ClassIds | None) -> Inputs:
-    """The inputs of seeds, or of places between seeds, and their classes.
+    """The inputs for seeds, or points between seeds, and their classes.
 
-    Both are known to be good: `generate.input_batches` and `walk_points` check first.
+    Nothing is checked here: `generate.input_batches` and `walk_points` have done it.
     """
-    return Inputs(noise_of_points(points, spec.noise_shape), class_ids)
+    return Inputs(noise_at_points(points, spec.noise_shape), class_ids)
 
 
 def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
@@ -69,8 +70,8 @@ def noise(seeds: Sequence[int], shape: ImageShape) -> np.ndarray:
     return out
 
 
-def noise_of_points(points: Sequence[NoisePoint], shape: ImageShape) -> np.ndarray:
-    """The noise of each point: float32 [len(points), *shape]. A seed's is `noise`'s, bit for bit, also at the end of a way."""
+def noise_at_points(points: Sequence[NoisePoint], shape: ImageShape) -> np.ndarray:
+    """The noise of each point: float32 [len(points), *shape]. For seeds, and at positions 0 and 1, it equals `noise`."""
     out = np.empty((len(points), *shape), dtype=np.float32)
     for row, point in zip(out, points, strict=True):
         if isinstance(point, Between):
@@ -82,16 +83,19 @@ def noise_of_points(points: Sequence[NoisePoint], shape: ImageShape) -> np.ndarr
 
 
 def slerp(start: np.ndarray, end: np.ndarray, position: float) -> np.ndarray:
-    """Spherical interpolation from one noise to another, both float32 of one shape; position in [0, 1]: float32, same shape.
+    """Spherical interpolation between two noises, both float32 of one shape: float32 of that shape.
 
-    The direction turns at constant speed (Shoemake 1985) and the norm changes linearly, so that every place has the norm of
-    noise: z(t) = ((1 - t) |a| + t |b|) (sin((1 - t) w) a/|a| + sin(t w) b/|b|) / sin w, w the angle between a and b. A straight
-    line would pass nearer to 0, where a generator has never been. Both ends are exact. Opposite directions have no way
-    between them that is nearer than the others: the noise then stays on the straight line.
+    position: t in [0, 1]. With w the angle between a (start) and b (end),
+
+        z(t) = ((1 - t) |a| + t |b|) (sin((1 - t) w) a/|a| + sin(t w) b/|b|) / sin w.
+
+    The direction turns at constant speed (Shoemake 1985) and the norm changes linearly, so every z(t) has a norm that is
+    typical of noise. A straight line would pass closer to 0, where the generator was not trained. Both ends are exact. For
+    parallel or opposite directions the formula is undefined, and the straight line is used.
     """
     if position <= 0.0 or position >= 1.0:
         return (start if position <= 0.0 else end).copy()
-    # In double precision: sin w is a small difference of large numbers where the two are nearly parallel.
+    # In double precision: the angle of nearly parallel vectors is lost to rounding in float32.
     a, b = start.astype(np.float64), end.astype(np.float64)
     norms = np.linalg.norm(a), np.linalg.norm(b)
     cosine = np.vdot(a, b) / (norms[0] * norms[1]) if all(norms) else 1.0
@@ -104,16 +108,16 @@ def slerp(start: np.ndarray, end: np.ndarray, position: float) -> np.ndarray:
 
 
 def walk_points(seeds: Sequence[int], positions: Sequence[float]) -> list[NoisePoint]:
-    """Places on the way through the seeds, one for each position: 0 is the first seed, 1.5 half-way from second to third.
+    """A point for each position on the path through the seeds: 0 is the first seed, 1.5 is half-way from second to third.
 
-    Whole positions are the seeds themselves. Raises RequestError for fewer than one seed, and a position outside the way.
+    A whole position returns its seed. Raises RequestError for an empty list of seeds, or a position outside the path.
     """
     seeds, last = checked_seeds(seeds), len(seeds) - 1
     if last < 0:
         raise RequestError("the way has no seeds", remedy="give at least one, such as [7, 8]", param="seeds")
     points: list[NoisePoint] = []
     for position in positions:
-        if not 0.0 <= position <= last:  # not true of nan either
+        if not 0.0 <= position <= last:  # written so that nan is refused too
             raise RequestError(
                 f"position {position:g} is not on the way", remedy=f"choose positions from 0 to {last}", param="positions"
             )
@@ -123,20 +127,21 @@ def walk_points(seeds: Sequence[int], positions: Sequence[float]) -> list[NoiseP
 
 
 def random_class_ids(seeds: Sequence[int], num_classes: int, shares: np.ndarray | None = None) -> np.ndarray:
-    """A class for each seed, on 0..num_classes-1 and independent of the seed's noise: int64 [len(seeds)].
+    """A class id in 0..num_classes-1 for each seed, independent of the seed's noise: int64 [len(seeds)].
 
-    Uniform, or as often as `shares` [num_classes] says, which need not sum to 1.
+    Classes are drawn uniformly, or in proportion to `shares` [num_classes], which need not sum to 1.
     """
     if shares is None:
         return np.array([_generator(seed, _CLASS_STREAM).integers(num_classes) for seed in seeds], dtype=np.int64)
-    # u uniform on [0, 1): class k where (s_0 + .. + s_(k-1)) / s <= u < (s_0 + .. + s_k) / s.
+    # Inverse transform sampling with u uniform on [0, 1) and s the sum of all shares:
+    # class k if (s_0 + .. + s_(k-1)) / s <= u < (s_0 + .. + s_k) / s.
     ends = np.cumsum(shares, dtype=np.float64)
     drawn = np.array([_generator(seed, _CLASS_STREAM).random() for seed in seeds])
     return np.searchsorted(ends / ends[-1], drawn, side="right").astype(np.int64)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds from '7', '0-63' or '1,5,10-12' (both ends included). Raises RequestError for anything else."""
+    """Parse seeds from '7', '0-63' or '1,5,10-12' (both ends included). Raises RequestError for anything else."""
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = (number.strip() for number in part.partition("-"))
@@ -155,13 +160,13 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def checked_seeds(seeds: Sequence[int] | np.ndarray) -> Sequence[int]:
-    """The seeds as a sequence. Raises RequestError unless it is one, of integers in [0, 2**63)."""
+    """The seeds as a sequence. Raises RequestError unless they are a sequence of integers in [0, 2**63)."""
     seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
     if isinstance(seeds, str | bytes) or not isinstance(seeds, Sequence):
         raise RequestError(
             f"seeds {str(seeds)[:60]!r} are no list", remedy="give integers, such as [7, 8] or range(64)", param="seeds"
         )
-    # What lies between the ends of a range need not be looked at: it may be millions.
+    # Of a range only both ends are checked: it may have millions of seeds.
     for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < SEED_LIMIT:
             raise RequestError(
@@ -173,7 +178,7 @@ def checked_seeds(seeds: Sequence[int] | np.ndarray) -> Sequence[int]:
 
 
 def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | ClassMixture | None, count: int) -> ClassIds | None:
-    """The ids as int64 [count], or the mixtures of so many; None exactly for an unconditional generator.
+    """The ids as int64 [count], or `count` mixtures; None if and only if the generator is unconditional.
 
     Raises RequestError for anything else.
     """
@@ -194,7 +199,7 @@ def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | ClassMixture | Non
 
 
 def checked_ids(spec: ModelSpec, class_ids: ArrayLike, count: int) -> np.ndarray:
-    """The ids of a generator with classes as int64 [count]. Raises RequestError for anything else."""
+    """The class ids as int64 [count], for a generator with classes. Raises RequestError for a wrong type, number or range."""
     ids = _array(class_ids, "class ids")
     if ids.dtype.kind not in "iu" or ids.shape != (count,):
         raise RequestError(
@@ -204,12 +209,12 @@ def checked_ids(spec: ModelSpec, class_ids: ArrayLike, count: int) -> np.ndarray
         )
     outside = (ids < 0) | (ids >= spec.num_classes)
     if outside.any():
-        spec.class_id(int(ids[outside][0]))  # raises
-    return _own(ids.astype(np.int64, copy=False))
+        spec.class_id(int(ids[outside][0]))  # raises the error for an unknown class
+    return _contiguous(ids.astype(np.int64, copy=False))
 
 
 def checked_share(share: ArrayLike, count: int | None = None) -> np.ndarray:
-    """Shares of mixtures as float32 [count], or as many as there are.
+    """The shares of mixtures as float32 [count]. If count is None, any number of shares is accepted.
 
     Raises RequestError unless they are numbers in [0, 1], one for each image.
     """
@@ -223,21 +228,21 @@ def checked_share(share: ArrayLike, count: int | None = None) -> np.ndarray:
             remedy="give one for each image, from 0 to 1",
             param="share",
         )
-    inside = (shares >= 0) & (shares <= 1)  # not true of nan either
+    inside = (shares >= 0) & (shares <= 1)  # written so that nan is refused too
     if not inside.all():
         raise RequestError(
             f"share {shares[~inside][0]:g} is outside 0..1",
             remedy="0 is the one class, 1 the other, 0.5 half of each",
             param="share",
         )
-    return _own(shares.astype(np.float32, copy=False))
+    return _contiguous(shares.astype(np.float32, copy=False))
 
 
 def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | ClassMixture | None) -> Inputs:
-    """What every engine's call begins with. Raises RequestError unless these are the inputs of B >= 1 images of the spec.
+    """Check an engine's inputs. Raises RequestError unless they are the noise and class ids of B >= 1 images of the spec.
 
-    Class ids may be any integers, in a list or an array, or mixtures of two. Noise must be float32: a cast could hide that it
-    is something else.
+    Class ids may be a list or an array of any integer type, or mixtures of two classes. Noise must be float32: a silent cast
+    could hide that the array is not noise.
     """
     z = _array(noise, "noise")
     if z.dtype != np.float32:
@@ -248,29 +253,32 @@ def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | Cla
             remedy="make it with uni_instruct.noise.noise(seeds, spec.noise_shape)",
             param="noise",
         )
-    return Inputs(_own(z), checked_class_ids(spec, class_ids, len(z)))
+    return Inputs(_contiguous(z), checked_class_ids(spec, class_ids, len(z)))
 
 
 def round_robin_class_ids(spec: ModelSpec, count: int) -> np.ndarray | None:
-    """0, 1, ... and round again, so that `count` images see every class where they can: int64 [count], None without classes."""
+    """Class ids 0, 1, ..., repeated cyclically to `count`, so that all classes occur if possible: int64 [count], or None."""
     return np.arange(count, dtype=np.int64) % spec.num_classes if spec.num_classes else None
 
 
 def _array(values: ArrayLike, name: str) -> np.ndarray:
     try:
         return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; a torch tensor on a GPU, or with a gradient
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; a torch tensor on a GPU, or one with a gradient
         reason = " ".join(str(error).split())[:100]
         raise RequestError(f"{name} cannot be read as an array: {reason}", remedy="give a NumPy array", param=name) from error
 
 
-def _own(array: np.ndarray) -> np.ndarray:
-    """As runtimes want it, who share its memory: torch warns of what it must not write to, and refuses negative strides."""
+def _contiguous(array: np.ndarray) -> np.ndarray:
+    """The array itself if it is C-contiguous and writable, else a copy.
+
+    Runtimes share its memory: torch warns about read-only arrays and refuses negative strides.
+    """
     return array if array.flags.carray else array.copy()
 
 
 class _Philox(threading.local):
-    """One generator a thread, set to a key and to the beginning of its stream: a new one takes twenty times as long."""
+    """One Philox generator per thread, reset to a key and to the start of its stream. A new one takes twenty times as long."""
 
     def __init__(self) -> None:
         self._bits = np.random.Philox(key=0)
@@ -288,5 +296,5 @@ _philox = _Philox()
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:
-    """The counter-based generator of (seed, stream), at its beginning; the thread's next call sets it to another."""
+    """The counter-based generator with key (seed, stream), at its start. The thread's next call resets the same object."""
     return _philox.at(seed, stream)

@@ -1,4 +1,4 @@
-"""Whether a server can listen where it is asked to, before anything long is started for it."""
+"""Check that a server can listen on its address, before slow work such as loading models begins."""
 
 import errno
 import socket
@@ -7,7 +7,7 @@ from uni_instruct.errors import RequestError
 
 
 def free_address(host: str, port: int) -> str:
-    """The IP address of the host, after a trial that the port can be had there. Raises RequestError where it cannot."""
+    """The IP address of the host, after binding the port once as a check. Raises RequestError if that fails."""
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror:
@@ -19,7 +19,7 @@ def free_address(host: str, port: int) -> str:
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             problem = f"port {port} is taken" if taken else f"cannot listen on {host}:{port}: {error.strerror}"
-            # An address that is not this machine's has no port that is free.
+            # On an address of another machine no port works, so the host is at fault.
             wrong = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
             raise RequestError(problem, remedy=f"choose another --{wrong}", param=wrong) from None
     return str(place[0])

@@ -1,13 +1,14 @@
-"""Text of others (names of files, of classes) in one line that any terminal, JSON and HTTP take."""
+"""Escape text from outside (file names, class names), so that it is one line and valid in terminals, JSON and HTTP."""
 
 import unicodedata
 
-# What ends a line, moves a terminal's cursor, or stands for a byte that is no text: control characters, surrogates, separators.
+# Unicode categories of characters that end a line, control a terminal, or stand for an undecodable byte: control characters,
+# surrogates, line and paragraph separators.
 _ESCAPED = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def printable(text: str) -> str:
-    """The text with such characters written as Python escapes them; all else, such as joined emoji, as it is."""
+    """The text with control characters, surrogates and line separators escaped as in Python. Emoji and all else are kept."""
     if text.isprintable():
         return text
     return "".join(_escape(character) if unicodedata.category(character) in _ESCAPED else character for character in text)

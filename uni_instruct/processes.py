@@ -1,4 +1,4 @@
-"""How a process of ours behaves on a machine that it shares, and which of several processes speaks to the user."""
+"""Settings of this process for a shared machine: waiting threads, freed memory, signals, and which rank prints."""
 
 import ctypes
 import gc
@@ -9,33 +9,33 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# glibc's malloc.h: parameters of mallopt.
+# Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
 _LARGE_BLOCK = 2**20
 _TOP_PAD = 64 * 2**20
-# Linux's prctl.h.
+# Linux's prctl.h: the option that sets the signal a process gets when its parent dies.
 _PR_SET_PDEATHSIG = 1
 
 
 def is_nonzero_rank() -> bool:
-    """Whether this is one of the processes that work for the first."""
+    """Whether this is a distributed process other than rank 0, which alone prints."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0
 
 
 def sleep_while_waiting() -> None:
-    """Lets OpenMP's threads sleep while they wait for each other, unless the environment says otherwise.
+    """Let OpenMP's threads sleep while they wait for each other, unless OMP_WAIT_POLICY is set already.
 
-    Must come before torch is imported. Spinning threads cost nothing on an idle machine; where another process holds a core,
-    a step of training takes four to a thousand times as long.
+    Call it before torch is imported. By default the threads spin, which costs nothing on an idle machine. If another process
+    uses a core, spinning makes a training step take four to a thousand times as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep memory that was freed, for a process that allocates the same sizes over and over.
+    """Make glibc keep freed memory, for a process that allocates the same sizes over and over.
 
     By default every large tensor is mapped, zeroed page by page and unmapped again, which took a fifth of a training step.
-    Elsewhere than on Linux with glibc this does nothing.
+    Does nothing unless on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -45,14 +45,14 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, _TOP_PAD)
-    mallopt(_M_ARENA_MAX, 1)  # other arenas end at 64 MB and would map again
+    mallopt(_M_ARENA_MAX, 1)  # other arenas have at most 64 MB, beyond which memory is mapped again
 
 
 def release_large_blocks() -> None:
-    """Has glibc give every block of a MiB and more back to the system as soon as it is freed, for a process that lives shortly.
+    """Make glibc return each block of at least 1 MiB to the system when it is freed, for a short-lived process.
 
-    By default such blocks are kept once the first one was freed, and what is small and stays lies between them.
-    Elsewhere than on Linux with glibc this does nothing.
+    By default glibc raises this limit after the first free. Later large blocks are then kept, and small blocks that are still
+    in use between them prevent their return. Does nothing unless on Linux with glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is not None:
@@ -61,9 +61,9 @@ def release_large_blocks() -> None:
 
 
 def release_freed_memory() -> None:
-    """Has glibc hand freed memory back to the system, which it keeps where something still in use lies above it.
+    """Make glibc return freed memory to the system, which it otherwise keeps if a block above it is still in use.
 
-    For what comes between two large steps. Elsewhere than on Linux with glibc this does nothing.
+    Call it between two memory-intensive steps. Does nothing unless on Linux with glibc.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
@@ -72,10 +72,10 @@ def release_freed_memory() -> None:
 
 
 @contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Within the block SIGTERM, which schedulers send, ends it as Ctrl-C does: with what it has half written removed.
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Turn SIGTERM, which schedulers send, into KeyboardInterrupt within the block, so that partly written files are removed.
 
-    In another thread than the first, which signals do not reach, this does nothing.
+    Does nothing outside the main thread, the only one in which Python handles signals.
     """
 
     def interrupt(*_: object) -> None:
@@ -92,22 +92,23 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 def die_with_parent(parent: int) -> Callable[[], None]:
-    """What a child process calls first, so that it gets SIGTERM when its parent, whose id is given, ends in whatever way.
+    """A function for a child process to call first, so that it gets SIGTERM when its parent ends, even if that was killed.
 
-    Linux tells nobody of the death of a process that was killed, unless asked to. Elsewhere this does nothing.
+    parent: the parent's process id. By default Linux does not notify children of their parent's end. Does nothing on other
+    systems.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
     def ask() -> None:
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-            if os.getppid() != parent:  # it has ended already
+            if os.getppid() != parent:  # the parent ended before the call above, so no signal will come
                 os.kill(os.getpid(), signal.SIGTERM)
 
     return ask
 
 
 def die_with_group() -> None:
-    """From now on SIGTERM ends this process with all others of its group, where it leads one: with all that it has started."""
+    """Make SIGTERM kill the whole process group, with all child processes in it, if this process is the group's leader."""
     if os.getpgrp() == os.getpid():
         signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere. Written to standard error."""
+"""Progress of long work on standard error: a bar with rate and remaining time on a terminal, plain lines otherwise."""
 
 import logging
 import sys
@@ -13,27 +13,30 @@ LINE_EVERY_S = 10.0
 
 
 class Progress(Protocol):
-    """Told how far the work is."""
+    """A display of progress. Code that does long work calls it as the work advances."""
 
     def advance(self, amount: int, note: str | None = None) -> None:
-        """Another amount done; note is a short state to show, such as a loss; None keeps the last."""
+        """Add `amount` units of finished work. note: a short state to show, such as a loss; None keeps the previous one."""
         ...
 
 
-# How a library is told to show its long work: `progress` below, or `silent`.
+# Library functions take one of these to report their progress: `progress` below shows it, `silent` does not.
 ProgressFactory = Callable[[str, int, str], AbstractContextManager[Progress]]
 
 
 @contextmanager
 def silent(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """Shows nothing."""
+    """Show nothing."""
     yield _Silent()
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    """Shows `label` until the block ends; done is what an earlier run had finished."""
-    label = printable(label)  # it may have a path
+    """Show progress with this label until the block ends.
+
+    total: the amount of work, in `unit`. done: how much of it an earlier run has finished; it does not count in the rate.
+    """
+    label = printable(label)  # a label may contain a path
     if sys.stderr.isatty():
         yield from _bar(label, total, unit, done)
     else:
@@ -45,8 +48,8 @@ class _OnStandardError(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def show_log(name: str) -> None:
-    """From now on what that logger tells as information is a line on standard error: for the command line."""
+def log_to_stderr(name: str) -> None:
+    """Print this logger's messages of level INFO and above as lines on standard error, for the command line."""
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _OnStandardError) for handler in logger.handlers):
@@ -74,7 +77,7 @@ class _Lines:
             return
         self.last_line = now
         line = f"{self.label}: {self.done}/{self.total} {self.unit}"
-        if self.done > self.first:  # before the first is done nobody knows the rate
+        if self.done > self.first:  # without any finished work there is no rate
             rate = (self.done - self.first) / max(now - self.start, 1e-9)
             line += f", {rate:.1f} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
         print(f"{line}, {self.note}" if self.note else line, file=sys.stderr, flush=True)

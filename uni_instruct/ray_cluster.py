@@ -1,4 +1,4 @@
-"""A Ray of this machine, or a cluster: found, started, and given what its nodes lack."""
+"""Connect to a Ray cluster or start a local Ray, check its nodes' versions, and send files that the nodes lack."""
 
 import hashlib
 import importlib
@@ -11,22 +11,22 @@ from types import ModuleType
 from uni_instruct import __version__
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
-from uni_instruct.files import cache_folder, folder_made_once, sha256
+from uni_instruct.files import atomic_folder_if_absent, cache_folder, sha256
 
-# The address that means a Ray of our own on this machine.
+# The address that means: start a new Ray on this machine.
 LOCAL = "local"
 _CONNECT_S = 10.0
-# Ray gives itself 30 s to start, which a busy machine may exceed once.
-_STARTS = 3
+# Attempts to start Ray. Its own timeout is 30 s, which a busy machine may exceed once.
+_START_ATTEMPTS = 3
 _QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
-# What stands at a path: a name for it, by its content, and its files by their place in it.
-Contents = tuple[str, dict[str, bytes]]
+# A copy of a file or folder: a name with the hash of its content, and the files' bytes by relative path ('' for a single file).
+PackedFiles = tuple[str, dict[str, bytes]]
 
 
 def import_ray() -> ModuleType:
-    """Ray. Raises MissingExtraError."""
+    """Import Ray, with its usage statistics off. Raises MissingExtraError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns otherwise where an actor has no GPU
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray 2.60 warns for actors without a GPU
     try:
         return importlib.import_module("ray")
     except ModuleNotFoundError as error:
@@ -34,7 +34,7 @@ def import_ray() -> ModuleType:
 
 
 def import_ray_serve() -> ModuleType:
-    """Ray Serve. Raises MissingExtraError where it, or what it needs, is not installed."""
+    """Import Ray Serve. Raises MissingExtraError if it or one of its dependencies is not installed."""
     import_ray()
     try:
         return importlib.import_module("ray.serve")
@@ -43,7 +43,12 @@ def import_ray_serve() -> ModuleType:
 
 
 def connect(ray: ModuleType, address: str, count: int | None) -> bool:
-    """Connects this process; whether the connection is ours to end. Raises RequestError."""
+    """Connect this process to Ray; return whether the caller must close the connection (False if one was open already).
+
+    address: LOCAL, 'auto', HOST:PORT or ray://HOST:PORT. count: CPUs of a local Ray; by default all that this process may use.
+
+    Raises RequestError if there is no such cluster or its version differs, UniInstructError if a local Ray does not start.
+    """
     if ray.is_initialized():
         return False
     if address == LOCAL:
@@ -65,11 +70,11 @@ def connect(ray: ModuleType, address: str, count: int | None) -> bool:
 
 
 def _start_local(ray: ModuleType, cpus: int) -> None:
-    for left in reversed(range(_STARTS)):
+    for left in reversed(range(_START_ATTEMPTS)):
         try:
             ray.init(address="local", include_dashboard=False, num_cpus=cpus, **_QUIET)
             return
-        except Exception as error:  # of no class of its own
+        except Exception as error:  # Ray has no error class of its own for this
             ray.shutdown()
             if not left:
                 reason = " ".join(str(error).split())[:300]
@@ -77,7 +82,7 @@ def _start_local(ray: ModuleType, cpus: int) -> None:
 
 
 def _check_listens(address: str) -> None:
-    """Raises RequestError where nothing listens: Ray would try for minutes."""
+    """Raise RequestError if nothing listens at the address. Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         if address != "auto" and not address.startswith("ray://"):
@@ -98,7 +103,7 @@ def _no_cluster(address: str, reason: str) -> RequestError:
 
 
 def check_version(version: str) -> None:
-    """On a node: raises RequestError unless this package is there in the version that asks."""
+    """Raise RequestError if this node's uni-instruct differs from `version`, the caller's. Runs on the cluster's nodes."""
     if version != __version__:
         raise RequestError(
             f"a node of the cluster has uni-instruct {__version__}, this machine {version}",
@@ -106,8 +111,8 @@ def check_version(version: str) -> None:
         )
 
 
-def contents(path: Path) -> Contents:
-    """A name for what stands at a path, by its content, and the files: of a folder by their place in it, of a file under ''."""
+def contents(path: Path) -> PackedFiles:
+    """The file or folder at `path` as PackedFiles: '<first 32 digits of its hash>/<its name>', and its files' bytes."""
     files = {"": path} if path.is_file() else {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
     digest = hashlib.sha256()
     for name, file in files.items():
@@ -115,13 +120,14 @@ def contents(path: Path) -> Contents:
     return f"{digest.hexdigest()[:32]}/{path.name}", {name: file.read_bytes() for name, file in files.items()}
 
 
-def place_contents(sent: Contents) -> Path:
-    """Where the files stand on this node, written by the first actor that needs them; the same for all of them."""
+def unpack_files(sent: PackedFiles) -> Path:
+    """The path of the files on this node. The first actor that needs them writes them to the cache; others reuse them."""
     name, files = sent
     place = cache_folder() / "ray" / name
     if not place.exists():
-        # Actors of one node come here at the same time, and the first may be reading already when the second is done.
-        with folder_made_once(place.parent) as partial:
+        # Several actors of a node may write at once. When the second is done, the first may be reading its files already, so
+        # an existing folder is never replaced.
+        with atomic_folder_if_absent(place.parent) as partial:
             for part, content in files.items():
                 file = partial / place.name / part if part else partial / place.name
                 file.parent.mkdir(parents=True, exist_ok=True)

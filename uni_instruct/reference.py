@@ -1,4 +1,4 @@
-"""reference.npz: seeds of a bundle and torch's images of them. Engines on any machine are held against them, without torch."""
+"""reference.npz: seeds of a bundle and torch's images of them, to check engines on any machine without torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,16 @@ from uni_instruct.spec import ModelSpec
 
 REFERENCE = "reference.npz"
 REFERENCE_IMAGES = 16
-# What an npz begins with.
+# The first bytes of an .npz file, which is a zip.
 _ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """seeds int64 [N]; class_ids int64 [N], None without classes; images float32 [N, C, H, W], torch's, in fp32 on the CPU.
+    """The content of reference.npz: seeds, and the images that torch made of them in fp32 on a CPU.
 
-    weights_sha256 is the hash of the stored weights that made them.
+    seeds: int64 [N]. class_ids: int64 [N], None for an unconditional model. images: float32 [N, C, H, W].
+    weights_sha256: the hash of the stored weights that made the images.
     """
 
     seeds: np.ndarray
@@ -33,19 +34,20 @@ class Reference:
         return noise(self.seeds.tolist(), spec.noise_shape)
 
     def write(self, path: Path) -> None:
-        """Writes the file; the same reference gives the same bytes."""
+        """Write the file. The same reference always makes the same bytes."""
         classes = {} if self.class_ids is None else {"class_ids": self.class_ids}
         arrays = {"seeds": self.seeds, **classes, "images": self.images, "weights_sha256": np.array(self.weights_sha256)}
-        with path.open("wb") as file:  # given a name, NumPy appends .npz to it
+        with path.open("wb") as file:  # an open file, because NumPy appends .npz to the temporary names given here
             np.savez(file, allow_pickle=False, **arrays)
 
     @classmethod
     def read(cls, path: Path, spec: ModelSpec, weights_sha256: str) -> "Reference":
-        """The reference of a model of those weights. Raises BundleError where the file is damaged or of anything else."""
+        """Read and check the file. Raises BundleError if it is damaged, or does not belong to this model and these weights."""
         remedy = f"'uni-instruct export {quote(str(path.parent))} --to onnx' writes it anew"
         try:
             with path.open("rb") as file:
-                if file.read(len(_ZIP)) != _ZIP:  # NumPy would take it for a pickle, and say how to run it
+                # NumPy would take any other file for a pickle, and its error would suggest to allow pickles.
+                if file.read(len(_ZIP)) != _ZIP:
                     raise ValueError("it is no npz file")
             with np.load(path, allow_pickle=False) as data:
                 found = cls(
@@ -54,7 +56,7 @@ class Reference:
                     images=data["images"],
                     weights_sha256=str(data["weights_sha256"]),
                 )
-        except Exception as error:  # the parsers of zip and npy fail in any way that code can, for want of memory too
+        except Exception as error:  # the zip and npy parsers raise many types for damaged files, MemoryError among them
             raise BundleError(f"{path} cannot be read: {' '.join(str(error).split())[:100]}", remedy=remedy) from error
         if found.weights_sha256 != weights_sha256:
             raise BundleError(f"{path} is of other weights than those beside it", remedy=remedy)
@@ -75,11 +77,12 @@ class Reference:
 
 
 def reference_inputs(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray | None]:
-    """Seeds and class ids of a reference, int64 [REFERENCE_IMAGES]: of every class, or of as many as there is room for.
+    """The seeds of a reference and their class ids, int64 [N] with N <= REFERENCE_IMAGES; no ids without classes.
 
-    Of the large pictures that a decoder makes there are fewer: four of 512x512 are 12 MB, and minutes of a CPU.
+    The images cover all classes, or classes at equal distances if there are more classes than images. For the large pictures
+    of a decoder N is smaller: four of 512x512 are 12 MB and take a CPU minutes.
     """
-    count = spec.affordable_images(2 * REFERENCE_IMAGES) // 2
+    count = spec.images_for_check(2 * REFERENCE_IMAGES) // 2
     seeds = np.arange(count, dtype=np.int64)
     if not spec.num_classes:
         return seeds, None

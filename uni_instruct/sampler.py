@@ -13,11 +13,11 @@ from uni_instruct.spec import TEACHER_STEPS
 
 
 class SampledDenoiser(Protocol):
-    """D(x; sigma) as the sampler calls it: a `Denoiser`, or compiled code of one."""
+    """D(x; sigma) as the sampler calls it: a `Denoiser`, or its compiled form."""
 
     @property
     def preconditioning(self) -> Preconditioning:
-        """Knows the noise levels."""
+        """The denoiser's preconditioning, which defines its range of noise levels."""
         ...
 
     def __call__(self, x: Tensor, sigma: Tensor, class_ids: ClassLabels | None) -> Tensor:
@@ -27,8 +27,12 @@ class SampledDenoiser(Protocol):
 
 @torch.no_grad()
 def heun_sample(denoiser: SampledDenoiser, noise: Tensor, class_ids: ClassLabels | None, steps: int = TEACHER_STEPS) -> Tensor:
-    """Images [B, C, H, W] in about [-1, 1] from N(0, 1) noise, with 2 * steps - 1 network evaluations."""
-    sigmas = known_sigmas(denoiser.preconditioning, steps)
+    """Images float32 [B, C, H, W] in about [-1, 1] from N(0, 1) noise, with 2 * steps - 1 network evaluations.
+
+    From sigma to s: d = (x - D(x; sigma)) / sigma; the Euler step x' = x + (s - sigma) d; then Heun's correction
+    x + (s - sigma) (d + (x' - D(x'; s)) / s) / 2, unless s = 0. The state x is float64, as in EDM.
+    """
+    sigmas = supported_sigmas(denoiser.preconditioning, steps)
     x = noise.double() * sigmas[0]
 
     def slope(x: Tensor, sigma: float) -> Tensor:
@@ -42,8 +46,8 @@ def heun_sample(denoiser: SampledDenoiser, noise: Tensor, class_ids: ClassLabels
     return x.float()
 
 
-def known_sigmas(preconditioning: Preconditioning, steps: int) -> list[float]:
-    """The sampler's noise levels, decreasing to 0: [steps + 1], of those that the network knows."""
+def supported_sigmas(preconditioning: Preconditioning, steps: int) -> list[float]:
+    """The sampler's noise levels, decreasing to 0: [steps + 1]. All but the 0 are in the network's range or table of levels."""
     low, high = max(SIGMA_MIN, preconditioning.sigma_min), min(SIGMA_MAX, preconditioning.sigma_max)
     sigmas = torch.from_numpy(sampling_sigmas(steps, low, high)[:-1])
     return [*preconditioning.round_sigma(sigmas).tolist(), 0.0]

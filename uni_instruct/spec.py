@@ -1,4 +1,4 @@
-"""ModelSpec: what noise goes into a model, what picture comes out, and where the model is from."""
+"""ModelSpec: a model's noise and image shapes, classes, network and provenance. DecoderSpec: the decoder of a VAE."""
 
 import difflib
 import math
@@ -9,20 +9,21 @@ from typing import Any
 
 from uni_instruct.errors import BundleError, RequestError
 
-# [C, H, W] of one image, or of the noise that it is made of.
+# [C, H, W] of one image, or of its noise.
 ImageShape = tuple[int, int, int]
 
-# The noise level that SiD starts one-step generators from (arXiv 2404.04057); EDM's number of steps for images of 32x32.
+# SiD's noise level for one-step generators (arXiv 2404.04057); EDM's number of sampling steps for images of 32x32.
 DEFAULT_SIGMA_INIT, TEACHER_STEPS = 2.5, 18
 
-# The one kind of decoder there is, by diffusers' name for it.
+MAX_NAME_LENGTH = 100  # of a model, in characters
+# The only supported decoder, by diffusers' name.
 AUTOENCODER_KL = "AutoencoderKL"
-# A decoder needs up to a kilobyte for each pixel that it makes: two pictures of 512x512 at once.
+# Decoding needs up to a kilobyte of memory a pixel. This limit allows two pictures of 512x512 at once.
 _PIXELS_AT_ONCE = 2 * 512 * 512
-# Far beyond any decoder's; what is larger would not fit into memory.
+# Upper limits for a decoder's configuration, far above any real one. A larger decoder would not fit into memory.
 _WIDEST, _MAX_LEVELS, _MAX_LAYERS = 8192, 10, 32
 
-# What config.json may hold: the type of each field, and of the entries of a list.
+# The fields of config.json: the type of each, and the type of the entries if it is a list.
 _FIELD_TYPES: dict[str, tuple[Any, Any]] = {
     "name": (str, ()),
     "noise_shape": (tuple, int),
@@ -55,11 +56,13 @@ _DECODER_TYPES: dict[str, tuple[Any, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A VAE's decoder D, and how the network's latents z lie beside those that it was trained on.
+    """A VAE's decoder D, and the scale and shift from the network's latents z to D's.
 
-    picture = pixel_scale D(latent_scale z + latent_shift) + pixel_shift, in about [-1, 1]; latent_scale and latent_shift have a
-    value for each channel. The other names are those of diffusers' config.json; block_out_channels goes from the finest level
-    to the coarsest, each of half the resolution. weights_sha256: of the file in the bundle. source: where that came from.
+    picture = pixel_scale D(latent_scale z + latent_shift) + pixel_shift, in about [-1, 1]
+
+    latent_scale and latent_shift have one value for each latent channel. block_out_channels goes from the finest level to the
+    coarsest; each level has half the resolution of the one before. weights_sha256: the hash of the weights file in the bundle.
+    source: where the weights come from. The other names are those of diffusers' config.json.
     """
 
     architecture: str = AUTOENCODER_KL
@@ -95,37 +98,38 @@ class DecoderSpec:
 
     @classmethod
     def from_config(cls, config: object) -> "DecoderSpec":
-        """The decoder that a config.json describes. Raises TypeError or BundleError for what is none."""
+        """The decoder in a config.json. Raises TypeError or BundleError if it does not describe one."""
         if not isinstance(config, Mapping):
             raise TypeError(f"decoder is {str(config)[:40]!r}")
         return cls(**_values(config, _DECODER_TYPES))
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents."""
+        """The number of channels of the latents."""
         return len(self.latent_scale)
 
     def image_shape(self, noise_shape: ImageShape) -> ImageShape:
-        """[C, H, W] of the pictures that are made of latents of that shape."""
+        """[C, H, W] of the pictures that are decoded from latents of shape `noise_shape`."""
         _, height, width = noise_shape
         factor = 2 ** (len(self.block_out_channels) - 1)
         return self.out_channels, factor * height, factor * width
 
 
 def evaluations(steps: int) -> int:
-    """How often an image of that many steps evaluates the network: once, or with Heun's sampler (EDM, arXiv 2206.00364)."""
-    # Heun's method evaluates twice a step, but for the last, which ends at noise level 0 where there is nothing to denoise.
+    """The number of network evaluations for one image: 1 for one step, more for Heun's sampler (EDM, arXiv 2206.00364)."""
+    # Heun's method evaluates the network twice a step. The last step ends at noise level 0 and needs one evaluation only.
     return 2 * steps - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What is needed to run a model and to say where it comes from.
+    """What is needed to run a model, and where it comes from.
 
-    noise_shape is [C, H, W] of the noise, and of what the network makes of it. latents: that is a VAE's latents, no picture;
-    decoder makes pictures of them, None where they are handed out as they are.
-    num_classes is 0 for an unconditional model. sigma_init is the noise level that a one-step generator's noise is scaled to.
-    steps is 1 for a one-step generator; a teacher has more and is sampled with EDM's Heun sampler.
+    noise_shape: [C, H, W] of the noise and of the network's output.
+    latents: whether the network's output is a VAE's latents. decoder: decodes them to pictures; None to return the latents.
+    num_classes: 0 for an unconditional model.
+    sigma_init: the noise level that a one-step generator's noise is scaled to.
+    steps: 1 for a one-step generator; a teacher has more and is sampled with EDM's Heun sampler.
     """
 
     name: str
@@ -142,7 +146,7 @@ class ModelSpec:
     licence: str = "unknown"
 
     def __post_init__(self) -> None:
-        # One form of Unicode everywhere: macOS writes accents apart from their letters, and such names look alike but differ.
+        # NFC, because macOS stores accents as separate characters: such names look the same but compare as different.
         object.__setattr__(self, "class_names", tuple(unicodedata.normalize("NFC", name) for name in self.class_names))
         if len(self.noise_shape) != 3 or min(self.noise_shape) < 1:
             raise BundleError(f"shape {self.noise_shape} is not [C, H, W]", remedy="give three positive sizes")
@@ -166,29 +170,31 @@ class ModelSpec:
 
     @property
     def makes_pictures(self) -> bool:
-        """Whether what is handed out is a picture. Else it is a VAE's latents: floats, which no one rounds to bytes."""
+        """Whether the output is a picture. Otherwise it is a VAE's latents: float32, never rounded to bytes."""
         return not self.latents or self.decoder is not None
 
     @property
     def image_shape(self) -> ImageShape:
-        """[C, H, W] of what is handed out: the picture, or the latents unless `makes_pictures`."""
+        """[C, H, W] of the output: of the picture if `makes_pictures`, else of the latents."""
         return self.noise_shape if self.decoder is None else self.decoder.image_shape(self.noise_shape)
 
     @property
-    def images_at_once(self) -> int | None:
-        """How many images an engine may make at once, so that a decoder's memory stays in bounds; None without a decoder."""
+    def max_decoder_batch(self) -> int | None:
+        """The most images that an engine may decode at once, to bound the decoder's memory; None without a decoder."""
         _, height, width = self.image_shape
         return None if self.decoder is None else max(1, _PIXELS_AT_ONCE // (height * width))
 
-    def affordable_images(self, wanted: int) -> int:
-        """How many images a check makes: so many, or of a decoder's large ones, which take a CPU seconds, 8 of 512x512."""
-        return wanted if self.images_at_once is None else min(wanted, 4 * self.images_at_once)
+    def images_for_check(self, wanted: int) -> int:
+        """The number of images for a check: `wanted`, or fewer with a decoder (8 of 512x512), whose images take seconds."""
+        return wanted if self.max_decoder_batch is None else min(wanted, 4 * self.max_decoder_batch)
 
     def class_id(self, label: int | str) -> int:
-        """The id of a class given by name, by id, or by an id in digits. Raises RequestError for any other.
+        """The id of a class that is given by its name, its id, or its id in digits.
 
-        A name wins over an id. Digits are no id where all names are numbers (1, 2, 3 for the ids 0, 1, 2), and a name that
-        several classes have says none of them.
+        If a label is both a name and an id, the name counts. If all names are numbers (1, 2, 3 for the ids 0, 1, 2), digits are
+        read as names only.
+
+        Raises RequestError for an unknown class, or a name that several classes share.
         """
         name = unicodedata.normalize("NFC", label) if isinstance(label, str) else None
         if name in self.class_names:
@@ -218,23 +224,23 @@ class ModelSpec:
         return ids[0]
 
     def _nearest(self, label: str) -> str:
-        """The names that a class's name may be a slip of, for a message; empty where none is near."""
+        """The class names that are most similar to a misspelt label, for an error's remedy; empty if none is similar."""
         by_folded = {name.casefold(): name for name in self.class_names}
         near = difflib.get_close_matches(label[:100].casefold(), by_folded, n=3, cutoff=0.5)
         return f"the nearest are {', '.join(by_folded[name] for name in near)}; " if near else ""
 
     def class_name(self, class_id: int) -> str:
-        """The name of a class, or its id in digits where classes have no names."""
+        """The name of a class, or its id in digits if the classes have no names."""
         return self.class_names[class_id] if self.class_names else str(class_id)
 
     def to_config(self) -> dict[str, object]:
-        """The fields as config.json holds them; image_shape is said as well, for those who read the file."""
+        """The fields for config.json. image_shape is added for human readers of the file; `from_config` computes it again."""
         values = asdict(self)
         return {"name": values.pop("name"), "image_shape": list(self.image_shape), **values}
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> "ModelSpec":
-        """The spec that a config.json of any format version describes. Raises TypeError or BundleError for what is no spec."""
+        """The spec in a config.json of any format version. Raises TypeError or BundleError if it does not describe one."""
         config = _as_format_2(config) if config.get("format_version") == 1 else config
         decoder = config.get("decoder")
         values = _values(config, _FIELD_TYPES)
@@ -242,7 +248,10 @@ class ModelSpec:
 
 
 def _as_format_2(config: Mapping[str, object]) -> dict[str, object]:
-    """Format 1 had one shape for noise and image, and did not say what makes latents: four channels did."""
+    """A config of format 1 in format 2. Format 1 had one shape for noise and image, and no field for latents.
+
+    In format 1, models with a number of channels other than 1 or 3 made latents.
+    """
     if "image_shape" not in config:
         raise TypeError("image_shape is missing")
     shape = config["image_shape"]
@@ -251,11 +260,19 @@ def _as_format_2(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _values(config: Mapping[str, object], types: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """The fields that have a type, lists as tuples. Raises TypeError for a value of another type."""
+    """The config's values for the fields in `types`, with lists as tuples. Raises TypeError for a value of a wrong type."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in types}
     for name, value in values.items():
         _check_type(name, value, *types[name])
     return values
+
+
+def check_name(name: str) -> None:
+    """Raises RequestError unless a new model's name is a line of text: it stands in cards, JSON and file names."""
+    if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+        shown = name if len(name) <= MAX_NAME_LENGTH else f"{name[:40]}..."
+        remedy = f"give a line of text of up to {MAX_NAME_LENGTH} characters, such as mine"
+        raise RequestError(f"name '{shown}' is none", remedy=remedy, param="name")
 
 
 def _check_type(name: str, value: Any, type_: Any, entries: Any) -> None:

@@ -1,4 +1,4 @@
-"""A bundle's weights: a file of safetensors, written and read one array after the other, so that memory holds them once."""
+"""Read and write a bundle's weights as safetensors, one array after the other, so that memory holds them only once."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,15 +8,18 @@ import numpy as np
 
 from uni_instruct.errors import BundleError
 
-# How a file stores matrices and filters -> safetensors' name and NumPy's.
+# How matrices and convolution filters are stored -> the name of the type in safetensors and in NumPy.
 WEIGHT_PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
 _DAMAGED = "copy the whole folder again"
 
 
 def write_weights(path: Path, weights: Mapping[str, np.ndarray], precision: str = "fp32") -> None:
-    """Arrays as safetensors, one after the other: safetensors' own `save` holds a second copy of them all."""
-    # Biases and scales keep 32 bits: they are 1 % of the bytes, and on digits half of what rounding changes. They come first,
-    # so that every array begins at a multiple of its own item size.
+    """Write the arrays as safetensors. safetensors' own `save` would hold a second copy of all arrays in memory.
+
+    precision: a key of WEIGHT_PRECISIONS, for arrays with more than one dimension.
+    """
+    # Biases and scales stay float32: they are 1 % of the bytes, and on digits half of the change that rounding makes. They are
+    # written first, so that every array begins at a multiple of its item size.
     stored = {name: WEIGHT_PRECISIONS[precision if array.ndim > 1 else "fp32"] for name, array in weights.items()}
     ordered = sorted(weights, key=lambda name: stored[name] == WEIGHT_PRECISIONS["fp16"])
     header, end = {}, 0
@@ -24,7 +27,7 @@ def write_weights(path: Path, weights: Mapping[str, np.ndarray], precision: str 
         start, end = end, end + weights[name].size * np.dtype(stored[name][1]).itemsize
         header[name] = {"dtype": stored[name][0], "shape": list(weights[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the format asks that the data begin at a multiple of eight
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
@@ -32,11 +35,11 @@ def write_weights(path: Path, weights: Mapping[str, np.ndarray], precision: str 
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """The arrays by name, float32. Raises BundleError for a damaged file."""
+    """The arrays by name, as float32. Raises BundleError for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy"):  # which checks the header, and that the file is as long as it says
+        with safe_open(path, framework="numpy"):  # checks the header and the file's length
             pass
         return {name: array.astype(np.float32, copy=False) for name, array in _read_arrays(path)}
     except (SafetensorError, FileNotFoundError, TypeError) as error:
@@ -44,9 +47,9 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays of a sound file of safetensors. Raises TypeError for types that a bundle does not have.
+    """Yield the names and arrays of a valid safetensors file. Raises TypeError for a type that bundles do not use.
 
-    safetensors itself maps the file, whose pages then stand in memory beside all the arrays.
+    safetensors itself maps the file, so that its pages take memory in addition to the arrays.
     """
     types = {**dict(WEIGHT_PRECISIONS.values()), "F64": "<f8"}
     with path.open("rb") as file:
@@ -64,7 +67,7 @@ def _read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def stored_precision(path: Path) -> str:
-    """fp16 where the file holds matrices in half precision, else fp32. Raises BundleError for a damaged file."""
+    """'fp16' if the file stores matrices in half precision, else 'fp32'. Raises BundleError for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,1 +1,1 @@
-"""The sub-commands of this stage."""
+"""The sub-commands `export`, `publish` and `card`."""

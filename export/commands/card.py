@@ -1,4 +1,4 @@
-"""uni-instruct card: the model card of a published generator made again, with its numbers."""
+"""uni-instruct card: rewrite the model card of a published generator, with new scores."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from uni_instruct.commands.worker_options import ray_option, worker_options_of, 
 from uni_instruct.evaluate import EXTRACTORS, PRETRAINED
 from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.scores import MIN_SAMPLES
-from uni_instruct.export.publish import ENGINE, read_scores, renew_card
+from uni_instruct.export.publish import ENGINE, read_scores, rewrite_card
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -42,9 +42,9 @@ def card(
     workers: int | None,
     ray_address: str | None,
 ) -> None:
-    """Write the model card of a published BUNDLE anew: score it, and put every number beside the command that gives it.
+    """Rewrite the model card of a published BUNDLE: score it, and list every score with the command that measures it.
 
-    The bundle is scored by the engine that ships with it. Its weights and its engine stay as they are.
+    The bundle is scored with the engine that ships with it. Its weights and its engine do not change.
 
     Example: uni-instruct card published/emoji --reference emoji --extractor classifier --samples 5000
     """
@@ -55,4 +55,4 @@ def card(
             reference=reference, sets=sets, samples=samples, extractor=extractor, engine=ENGINE, workers=options, device="cpu"
         )
         measured = score_bundles([Bundle.open(folder)], scoring, None)
-    click.echo(f"card: {renew_card(folder, [*measured, *read])}")
+    click.echo(f"card: {rewrite_card(folder, [*measured, *read])}")

@@ -1,4 +1,4 @@
-"""uni-instruct export: compile a generator to engines that are proven equal to torch."""
+"""uni-instruct export: build engines from a generator, and check that they agree with torch."""
 
 import json
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from uni_instruct.engines.hardware.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import CompilationError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
-from uni_instruct.processes import release_large_blocks, terminated_as_interrupted
+from uni_instruct.processes import release_large_blocks, sigterm_as_interrupt
 from uni_instruct.progress import progress, silent
 
 
@@ -45,12 +45,13 @@ def export(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Compile a one-step generator to engines, each admitted only when it agrees with torch on fresh seeds.
+    """Build engines from a one-step generator. Each is kept only if it agrees with torch on new seeds.
 
-    An engine and its parity report (engine.json) go to BUNDLE/engines. An older engine of the same id stays until
-    the new one has passed; a failed check leaves no engine and exits with 1, once the others are built.
+    Engines and their parity reports (engine.json) are written to BUNDLE/engines. An older engine with the same id is
+    replaced only if the new one passes. If a check fails, that engine is not stored; the others are still built, and
+    the exit code is 1.
 
-    An engine for a GPU that is not here is stored untried: the machine that runs it checks it first.
+    An engine for a GPU that this machine lacks is stored unchecked: the machine that runs it checks it first.
 
     \b
     Example: uni-instruct export runs/digits/generator --to onnx
@@ -79,15 +80,15 @@ def export(
 def _build(
     opened: Bundle, targets: list[Target], device: str | None, as_json: bool
 ) -> tuple[list[EngineRecord], list[UniInstructError]]:
-    """The engines that were admitted, and what the others failed of."""
+    """Build the targets. Returns the records of the engines that passed, and the errors of the others."""
     release_large_blocks()
     records: list[EngineRecord] = []
     failures: list[UniInstructError] = []
     for target in targets:
         try:
-            with terminated_as_interrupted():
+            with sigterm_as_interrupt():
                 records.append(export_engine(opened, str(target.engine_id), device, silent if as_json else progress))
-        # The others may do: what a processor rounds away is a matter of the precision, and so are the tools that build it.
+        # Go on with the others: another precision may pass, and needs other tools.
         except (CompilationError, ParityError) as error:
             failures.append(error)
             continue
@@ -97,7 +98,7 @@ def _build(
 
 
 def _sms(text: str | None, runtimes: tuple[str, ...]) -> list[int]:
-    """Compute capabilities as 80,89. Raises RequestError for anything else, and where no runtime reads them."""
+    """Parse compute capabilities such as '80,89'. Raises RequestError for other text, and if no runtime asked for uses them."""
     if text is None:
         return []
     if ALL not in runtimes and not any(target.sms and target.engine_id.runtime in runtimes for target in TARGETS.values()):
@@ -109,7 +110,7 @@ def _sms(text: str | None, runtimes: tuple[str, ...]) -> list[int]:
 
 
 def _say_what_is_for_gpus(targets: list[Target], precisions: tuple[str, ...]) -> None:
-    """What `choose_targets` has left out on a machine without a GPU, and how it is built all the same."""
+    """Tell the user which targets `choose_targets` left out, as this machine has no GPU, and how to build them here."""
     for row in TARGETS.values():
         if row.only_with_gpu and not precisions and row.engine_id not in {target.engine_id for target in targets}:
             precision = row.engine_id.precision
@@ -119,7 +120,7 @@ def _say_what_is_for_gpus(targets: list[Target], precisions: tuple[str, ...]) ->
 
 
 def _can_be_built(target: Target) -> bool:
-    """Whether this machine can build and run it; says why not."""
+    """Whether this machine can build the target. If not, tells the user why."""
     try:
         target.check_machine()
     except UniInstructError as error:
@@ -129,7 +130,7 @@ def _can_be_built(target: Target) -> bool:
 
 
 class ExportPlan(TypedDict):
-    """What an export would write."""
+    """What an export of one engine would write, for --dry-run. replaces: whether the bundle already has that engine."""
 
     engine_id: str
     path: str
@@ -139,7 +140,10 @@ class ExportPlan(TypedDict):
 
 
 def plan(bundle: Bundle, target: Target, device: str | None = None) -> ExportPlan:
-    """What an export would write. Raises MissingExtraError where a tool is missing, RequestError where the device is."""
+    """What an export would write. Raises MissingExtraError if a tool is missing, RequestError if the device is.
+
+    about_bytes is the size of the bundle's weights, as an engine's file is about as large.
+    """
     target.check_machine()
     if device is not None:
         RUNTIMES[target.engine_id.runtime].device_for(target.engine_id, checked_device(device))

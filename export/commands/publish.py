@@ -1,4 +1,4 @@
-"""uni-instruct publish: a trained generator made ready to ship."""
+"""uni-instruct publish: make a trained generator ready to ship."""
 
 import json
 from dataclasses import asdict
@@ -10,7 +10,7 @@ import rich_click as click
 from uni_instruct.bundle import WEIGHTS
 from uni_instruct.export.publish import Publication
 from uni_instruct.export.publish import publish as publish_generator
-from uni_instruct.processes import terminated_as_interrupted
+from uni_instruct.processes import sigterm_as_interrupt
 from uni_instruct.progress import progress, silent
 
 
@@ -27,16 +27,16 @@ from uni_instruct.progress import progress, silent
 def publish(source: str, out: Path, scores: tuple[Path, ...], as_json: bool) -> None:
     """Make a generator ready to ship: weights in half precision, engine, samples and model card.
 
-    Half precision is taken where it changes no pixel of 512 images by more than one level, else the weights stay as they are.
-    Every class is among them. Of networks that take a CPU seconds an image, 16 are made, or one of each of 32 classes.
-    A teacher (RUN/teacher) is stored in half precision, to be distilled from.
-    The same command with --scores writes the card anew, with the scores in it.
+    Weights are stored in half precision if that changes no pixel of 512 images by more than one level; else they stay float32.
+    The images cover every class. For networks that take a CPU seconds per image, 16 images are compared, or one of each of 32
+    classes. A teacher (RUN/teacher) is always stored in half precision, unless its weights are too large for that.
+    Run the same command again with --scores to add scores to the card.
 
     Example: uni-instruct publish runs/digits --out digits --scores scores.json
     """
     if not as_json:
         click.echo("comparing half precision with float32, then building the engine and checking it ...", err=True)
-    with terminated_as_interrupted():
+    with sigterm_as_interrupt():
         published = publish_generator(source, out, scores, silent if as_json else progress)
     print(json.dumps(asdict(published), indent=2) if as_json else _summary(published, bool(scores)))
 

@@ -23,7 +23,7 @@ from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.engine import Engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
-from uni_instruct.noise import NoisePoint, noise_of_points
+from uni_instruct.noise import NoisePoint, noise_at_points
 from uni_instruct.serve.batching.batch_sizes import BatchSizes
 from uni_instruct.serve.batching.deadlines import Deadlines
 from uni_instruct.serve.batching.device_thread import DeviceThread, EngineCall
@@ -145,7 +145,7 @@ class Batcher:
     def _enqueue(self, seeds: Sequence[NoisePoint], class_ids: ClassIds | None, timeout_s: float) -> QueuedRequest:
         loop = asyncio.get_running_loop()
         shape = self._engine.spec.noise_shape
-        drawn = noise_of_points(seeds, shape) if len(seeds) * math.prod(shape) <= _MAX_EARLY_NOISE else None
+        drawn = noise_at_points(seeds, shape) if len(seeds) * math.prod(shape) <= _MAX_EARLY_NOISE else None
         mixture = class_ids if isinstance(class_ids, ClassMixture) else None
         first_ids = class_ids.class_ids if isinstance(class_ids, ClassMixture) else class_ids
         request = QueuedRequest(seeds, first_ids, mixture, drawn, loop.create_future(), timeout_s, left=len(seeds))

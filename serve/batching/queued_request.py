@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uni_instruct.class_mixture import ClassIds, ClassMixture
-from uni_instruct.noise import Inputs, NoisePoint, noise_of_points
+from uni_instruct.noise import Inputs, NoisePoint, noise_at_points
 from uni_instruct.spec import ModelSpec
 
 
@@ -47,7 +47,7 @@ def batch_inputs(spec: ModelSpec, items: Sequence[QueuedImage], mixing: bool) ->
     noise = np.empty((len(items), *spec.noise_shape), dtype=np.float32)
     for row, (request, index) in zip(noise, items, strict=True):
         drawn = request.noise
-        row[...] = drawn[index] if drawn is not None else noise_of_points([request.seeds[index]], spec.noise_shape)[0]
+        row[...] = drawn[index] if drawn is not None else noise_at_points([request.seeds[index]], spec.noise_shape)[0]
     return Inputs(noise, class_ids)
 
 

@@ -42,7 +42,7 @@ from uni_instruct.engines.record import RECORD, EngineId
 from uni_instruct.engines.runtime import RUNTIMES
 from uni_instruct.export.api import export_bundle
 from uni_instruct.export.openvino import _run_worker
-from uni_instruct.export.publish import _check_replaceable, check_scores, publish, read_scores, renew_card
+from uni_instruct.export.publish import _check_replaceable, check_scores, publish, read_scores, rewrite_card
 from uni_instruct.export.targets import export_engine
 from uni_instruct.generate import mix_classes
 from uni_instruct.networks import autoencoder
@@ -267,7 +267,7 @@ def without_its_teacher(tmp: Path) -> object:
 
 def benchmarked(batches: tuple[int, ...]) -> object:
     """A benchmark on a machine where a batch of 2 is too much."""
-    plan = BenchmarkPlan(bundle=Bundle.open(_exported()), batches=batches, least_s=0.001, rounds=1, engines=("torch",))
+    plan = BenchmarkPlan(bundle=Bundle.open(_exported()), batches=batches, min_s=0.001, rounds=1, engines=("torch",))
     from uni_instruct.engines.benchmark import comparison
 
     original = comparison.draw_inputs
@@ -326,7 +326,7 @@ ENGINES = [
     Value(PB, "{} holds no scores", lambda tmp: read_scores(scores(tmp, values=None)), lambda remedy, tmp: evaluated(tmp, remedy)),
 ]  # fmt: skip
 RUN = [
-    Value(PB, "{} is not the folder of a published", lambda _: renew_card(Path("digits"), []), lambda remedy, tmp: renew_card(Path(publish(re.findall(r"publish (\w+) --out", remedy)[0], tmp / "p").path), [])),
+    Value(PB, "{} is not the folder of a published", lambda _: rewrite_card(Path("digits"), []), lambda remedy, tmp: rewrite_card(Path(publish(re.findall(r"publish (\w+) --out", remedy)[0], tmp / "p").path), [])),
     Value(PB, "{} does not say what was scored", lambda tmp: read_scores(scores(tmp, weights_sha256=7)), lambda remedy, tmp: said(remedy, "--json' printed", read_scores(scores(tmp)))),
     Value(PB, "scores of {} are of other weights", lambda tmp: of_weights(tmp, "b" * 64), lambda remedy, tmp: of_weights(tmp, said(remedy, "evaluate what is published", None))),
     Value(PB, "(_publish_teacher)", lambda tmp: publish(random_bundle(tmp / "t", 1, steps=2).path, tmp / "o", [scores(tmp)]), lambda remedy, tmp: publish(tmp / "t", tmp / "o", said(remedy, "leave --scores out", ()))),

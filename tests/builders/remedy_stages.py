@@ -33,7 +33,7 @@ from uni_instruct.serve.load_test import TargetServer
 from uni_instruct.serve.model_sources import sources_by_name
 from uni_instruct.serve.ray_serve import parse
 from uni_instruct.serve.settings import Settings, settings_from_environment
-from uni_instruct.spec import ModelSpec
+from uni_instruct.spec import ModelSpec, check_name
 from uni_instruct.train.lab.experiments import parse_variants, plan_lab
 from uni_instruct.train.monitoring.trackers import check_trackers
 from uni_instruct.train.objective.config import ObjectiveConfig
@@ -80,8 +80,8 @@ def recipe(tmp: Path, text: str) -> object:
     return load_recipe(str(tmp / "r.yaml"), ())
 
 
-def plan(tmp: Path, least_s: float = 0.2, steps: int = 1) -> BenchmarkPlan:
-    return BenchmarkPlan(bundle=random_bundle(tmp / f"b{steps}", 1, steps), batches=(1,), least_s=least_s)
+def plan(tmp: Path, min_s: float = 0.2, steps: int = 1) -> BenchmarkPlan:
+    return BenchmarkPlan(bundle=random_bundle(tmp / f"b{steps}", 1, steps), batches=(1,), min_s=min_s)
 
 
 # Of two shards.
@@ -153,6 +153,8 @@ TRAINING = [
           lambda remedy, _: ObjectiveConfig(divergence_scale=said(remedy, "a value above 0", 1.0))),
     Value("train/objective/config.py", "method '{}' needs a reward", lambda _: ObjectiveConfig(reward_scale=1.0),
           lambda remedy, tmp: ObjectiveConfig(reward_scale=1.0, reward=f"{tmp}/{found(r'reward=(.*?),', remedy)}")),
+    Value("uni_instruct/spec.py", "name '{}' is none", lambda _: check_name("a\nb"),
+          lambda remedy, _: check_name(found(r"such as (\w+)$", remedy)) or "taken"),
     Value("train/optimization/ema.py", "no half-life", lambda _: averages(), lambda remedy, _: averages(said(remedy, "at least one", 5.0))),
     Value("train/optimization/ema.py", "two of the averages", lambda _: averages(5.0, 5.0), lambda remedy, _: averages(said(remedy, "each once", 5.0))),
     Value("train/optimization/ema.py", "width {} of a power-function average", lambda _: power_exponent(0.5),
@@ -162,7 +164,12 @@ TRAINING = [
     Value(R, "--set key '{}' is unknown", lambda _: load_recipe("digits", ["sead=1"]),
           lambda remedy, _: load_recipe("digits", [f"{found(r' (loop.seed)', remedy)}=1"])),
     Value(R, "recipe key '{}{}' is unknown", lambda tmp: recipe(tmp, "name: x\ndata: digits\ndate: 3\n"),
-          lambda remedy, tmp: recipe(tmp, f"name: x\n{found(r', (data),', remedy)}: digits\n")),
+          lambda remedy, tmp: recipe(tmp, f"name: x\n{found('one of (data)$', remedy)}: digits\n")),
+    Value(R, "recipe key '{}{}' is unknown", lambda tmp: recipe(tmp, "name: x\ndata: digits\ntmin: 3\n"),
+          lambda remedy, tmp: recipe(tmp, "name: x\ndata: digits\n{1}:\n  {0}: 3\n".format(*re.findall(r"'(\w+):?'", remedy)))),
+    Value(R, "(_entry)", lambda tmp: recipe(tmp, "name: x\ndata: digits\nschedule: [{until_kimg: 1}]\n"),
+          lambda remedy, tmp: recipe(tmp, said(
+              remedy, "in a line of its own", "name: x\ndata: digits\nschedule: [{until_kimg: 1, objective: {}}]\n"))),
     Value(R, "recipe has no '{}{}'", lambda tmp: recipe(tmp, "data: digits\n"),
           lambda remedy, tmp: recipe(tmp, said(remedy, "in a line of its own", "name: x\ndata: digits\n"))),
     Value(R, "recipe key '{}' is empty", lambda tmp: recipe(tmp, "name: x\ndata: digits\nloop:\n  seed:\n"),

@@ -162,6 +162,17 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
+def test_a_bundle_takes_the_place_of_a_bundle_and_of_nothing_else(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"mine")
+    with pytest.raises(RequestError, match="photos holds something that is no bundle; name another folder"):
+        Bundle.write(tmp_path / "photos", tiny_bundle.spec, tiny_bundle.weights(), "")
+    assert (tmp_path / "photos" / "a.png").read_bytes() == b"mine"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        Bundle.write(tmp_path / "empty", tiny_bundle.spec, tiny_bundle.weights(), "")
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text()) | changes

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.class_map import has_names, ids_by_name, match_classes, numbered_as
+from uni_instruct.class_map import has_names, ids_by_name, match_classes, renumber_labels
 from uni_instruct.data import ArrayReader, Dataset, open_dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.sample_source import reference_class_ids
@@ -93,17 +93,17 @@ def test_an_accent_is_the_same_however_it_is_composed() -> None:
 
 def test_a_renumbered_data_set_keeps_every_images_name() -> None:
     dataset = data_of(DATAS, [0, 1, 2, 2, 0])
-    renumbered = numbered_as(dataset, TEACHERS, "teacher t")
+    renumbered = renumber_labels(dataset, TEACHERS, "teacher t")
     assert renumbered.class_names == TEACHERS
     assert names_of_images(renumbered) == names_of_images(dataset)
     assert renumbered.labels.tolist() == [1, 2, 0, 0, 1]
-    assert numbered_as(dataset, DATAS, "teacher t") is dataset
+    assert renumber_labels(dataset, DATAS, "teacher t") is dataset
 
 
 @pytest.mark.parametrize("others", [("cat", "dog", "wolf"), ("cat", "dog", "red fox", "wolf"), ("cat", "dog")])
 def test_other_classes_are_refused_with_both_lists(others: tuple[str, ...]) -> None:
     with pytest.raises(RequestError) as refused:
-        numbered_as(data_of(DATAS, [0, 1, 2]), others, "teacher t")
+        renumber_labels(data_of(DATAS, [0, 1, 2]), others, "teacher t")
     assert f"data set 'made' has the classes (dog, red fox, cat), teacher t ({', '.join(others)})" in str(refused.value)
 
 

@@ -180,10 +180,10 @@ def test_engines_decode_in_bounded_memory(decoded: Bundle, runtime: str, monkeyp
     seeds = list(range(5))
     class_ids = resolve_class_ids(decoded.spec, seeds)
     engine = open_engine(decoded, runtime)
-    assert decoded.spec.images_at_once == 2048
+    assert decoded.spec.max_decoder_batch == 2048
     whole = engine.outputs(noise(seeds, (4, 8, 8)), class_ids)
     monkeypatch.setattr(spec_module, "_PIXELS_AT_ONCE", 2 * 16 * 16)
-    assert [len(z) for z, _ in Inputs(noise(seeds, (4, 8, 8)), class_ids).parts(decoded.spec.images_at_once)] == [2, 2, 1]
+    assert [len(z) for z, _ in Inputs(noise(seeds, (4, 8, 8)), class_ids).parts(decoded.spec.max_decoder_batch)] == [2, 2, 1]
     parts = engine.outputs(noise(seeds, (4, 8, 8)), class_ids)
     assert np.allclose(parts.images, whole.images, atol=1e-4)
     assert difference(parts.pixels, whole.pixels) <= (1, 0.002)
@@ -205,7 +205,7 @@ def test_checks_of_large_pictures_are_short() -> None:
     wide = vae_spec(block_out_channels=(128, 256, 512, 512), norm_num_groups=32)
     spec = ModelSpec(name="img512", noise_shape=(4, 64, 64), latents=True, decoder=wide, num_classes=1000)
     seeds, class_ids = fresh_inputs(spec, "0" * 64)
-    assert (len(seeds), batches(spec), spec.images_at_once) == (8, (1, 2, 7), 2)
+    assert (len(seeds), batches(spec), spec.max_decoder_batch) == (8, (1, 2, 7), 2)
     assert class_ids is not None
     assert len(reference_inputs(spec)[0]) == 4
     small = dataclasses.replace(spec, noise_shape=(4, 8, 8), decoder=vae_spec())

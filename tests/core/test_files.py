@@ -5,13 +5,15 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from builders.machine import files_of_at_most
-from uni_instruct.errors import DiskError
-from uni_instruct.files import atomic_file, atomic_folder, folder_made_once, sha256
+from uni_instruct.errors import DiskError, RequestError
+from uni_instruct.files import atomic_file, atomic_folder, atomic_folder_if_absent, sha256
 
 
 def test_a_file_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> None:
@@ -41,6 +43,33 @@ def test_a_folder_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("writing", [atomic_file, atomic_folder])
+def test_a_pipe_is_not_replaced_and_not_waited_for(
+    tmp_path: Path, writing: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    """As root, /dev/null would become a folder for everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RequestError, match=r"pipe is no (file|folder), and is not replaced by one; write elsewhere"):
+        writing(tmp_path / "pipe").__enter__()
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_file_does_not_become_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(RequestError, match="notes is no folder, and is not replaced by one"):
+        atomic_folder(tmp_path / "notes").__enter__()
+    assert (tmp_path / "notes").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["notes"]
+
+
+@pytest.mark.parametrize("writing", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("path", ["", ".", "..", "/", "x/.."])
+def test_what_has_no_name_is_not_written(path: str, writing: Callable[[Path], AbstractContextManager[Path]]) -> None:
+    with pytest.raises(RequestError, match="has no name that can be written; name a file or folder in it"):
+        writing(Path(path)).__enter__()
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_fills_is_not(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     fill = "from uni_instruct.files import atomic_folder\nfrom pathlib import Path\nimport sys\n"
@@ -67,21 +96,21 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_fill
 
 def test_of_two_that_make_a_folder_once_the_first_s_stays(tmp_path: Path) -> None:
     path = tmp_path / "folder"
-    with folder_made_once(path) as late:
+    with atomic_folder_if_absent(path) as late:
         (late / "a").write_text("late")
-        with folder_made_once(path) as early:
+        with atomic_folder_if_absent(path) as early:
             (early / "a").write_text("early")
         before = path.stat().st_ino
     assert path.stat().st_ino == before
     assert (path / "a").read_text() == "early"
     assert os.listdir(tmp_path) == ["folder"]
-    with pytest.raises(KeyError), folder_made_once(tmp_path / "other") as partial:
+    with pytest.raises(KeyError), atomic_folder_if_absent(tmp_path / "other") as partial:
         _break_off(partial / "b", KeyError)
     assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(small_disk: Path) -> None:
-    for kind in (atomic_file, atomic_folder, folder_made_once):
+    for kind in (atomic_file, atomic_folder, atomic_folder_if_absent):
         with pytest.raises(DiskError, match="No space left on device; free space") as caught, kind(small_disk / "x") as p:
             (p / "y" if p.is_dir() else p).write_bytes(b"1" * 200_000)
         assert caught.value.exit_code == 2
@@ -98,7 +127,7 @@ def test_the_remedy_names_no_option_and_fits_the_fault(tmp_path: Path) -> None:
 
 
 def test_a_limit_on_file_size_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
-    for kind in (atomic_file, atomic_folder, folder_made_once):
+    for kind in (atomic_file, atomic_folder, atomic_folder_if_absent):
         with (
             files_of_at_most(10_000),
             pytest.raises(DiskError, match=os.strerror(errno.EFBIG)),
@@ -110,23 +139,9 @@ def test_a_limit_on_file_size_is_one_error_and_leaves_nothing(tmp_path: Path) ->
 
 def test_a_parent_that_is_a_file_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for kind in (atomic_file, atomic_folder, folder_made_once):
+    for kind in (atomic_file, atomic_folder, atomic_folder_if_absent):
         with pytest.raises(DiskError, match="cannot write"), kind(tmp_path / "file" / "x"):
             pytest.fail("nothing can be written there")
-
-
-def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
-    """A pipe stands for /dev/null, which a rename by root would remove from the machine."""
-    pipe, link = tmp_path / "pipe", tmp_path / "link"
-    os.mkfifo(pipe)
-    link.symlink_to(pipe)
-    for kind in (atomic_file, atomic_folder):
-        for path in (pipe, link):
-            with pytest.raises(DiskError, match="it is neither a file nor a folder; write elsewhere"), kind(path):
-                pytest.fail("nothing may be written")
-    assert pipe.is_fifo()
-    assert link.is_symlink()
-    assert sorted(tmp_path.iterdir()) == [link, pipe]
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:

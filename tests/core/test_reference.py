@@ -54,7 +54,7 @@ def test_it_sees_every_class_or_as_many_as_it_has_images(classes: int) -> None:
 
 def test_without_classes_there_are_no_class_ids(tmp_path: Path) -> None:
     odd = random_bundle(tmp_path / "odd", seed=3, num_classes=0, image_shape=(3, 12, 8))
-    odd.bring_up_to_date(make_reference)
+    odd.upgrade_format(make_reference)
     reference = odd.reference()
     assert reference is not None
     assert reference.class_ids is None
@@ -120,14 +120,14 @@ def test_a_damaged_one_is_told_and_written_anew(damage: str, bundle: Bundle) -> 
     with pytest.raises(BundleError) as caught:
         bundle.reference()
     assert re.search(message, caught.value.problem)
-    bundle.bring_up_to_date(make_reference)
+    bundle.upgrade_format(make_reference)
     assert (bundle.path / REFERENCE).read_bytes() == whole
 
 
 def test_format_1_is_brought_up_to_date_once(tmp_path: Path) -> None:
     former = Bundle.open(shutil.copytree(FORMAT_1, tmp_path / "digits"))
     assert former.reference() is None
-    former.bring_up_to_date(make_reference)
+    former.upgrade_format(make_reference)
     now = Bundle.open(former.path)
     assert json.loads((now.path / CONFIG).read_text())["format_version"] == 2
     assert (now.spec, now.weights_sha256) == (former.spec, former.weights_sha256)
@@ -136,7 +136,7 @@ def test_format_1_is_brought_up_to_date_once(tmp_path: Path) -> None:
     def never(bundle: Bundle) -> None:
         raise AssertionError("nothing is left to do")
 
-    now.bring_up_to_date(never)
+    now.upgrade_format(never)
 
 
 def test_another_generators_reference_is_refused(bundle: Bundle, tmp_path: Path) -> None:

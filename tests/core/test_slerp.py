@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uni_instruct.errors import RequestError
-from uni_instruct.noise import Between, noise, noise_of_points, slerp, walk_points
+from uni_instruct.noise import Between, noise, noise_at_points, slerp, walk_points
 
 SHAPE = (1, 8, 8)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -45,11 +45,11 @@ def test_the_ends_are_the_seeds_noise_bit_for_bit(first: int, second: int) -> No
     np.testing.assert_array_equal(slerp(a, b, 1.0), b)
     assert slerp(a, b, 0.0) is not a  # the caller's own
     points = [first, Between(first, second, 0.0), Between(first, second, 1.0), second]
-    np.testing.assert_array_equal(noise_of_points(points, SHAPE), noise([first, first, second, second], SHAPE))
+    np.testing.assert_array_equal(noise_at_points(points, SHAPE), noise([first, first, second, second], SHAPE))
 
 
 def test_noise_on_the_way_is_still_standard_normal() -> None:
-    z = noise_of_points([Between(2 * n, 2 * n + 1, 0.5) for n in range(2000)], SHAPE).astype(np.float64)
+    z = noise_at_points([Between(2 * n, 2 * n + 1, 0.5) for n in range(2000)], SHAPE).astype(np.float64)
     assert abs(z.mean()) < 4 / np.sqrt(z.size)
     # A straight line would halve it here.
     assert abs(z.var() - 1) < 0.02

@@ -81,7 +81,7 @@ def test_a_batch_in_parts_gives_the_same_scales(graph: Path, tmp_path: Path, mon
     """On shipped weights, as they are stored: whole batches, and two images at a time, which hold less memory."""
     openvino = pytest.importorskip("openvino")
     nncf_factory = pytest.importorskip("nncf.common.factory")
-    monkeypatch.setattr(quantize, "CALIBRATED", 16)
+    monkeypatch.setattr(quantize, "CALIBRATION_IMAGES", 16)
     before, stored = nncf_factory.EngineFactory.create, {}
     for part in (quantize.BATCH, 2):
         monkeypatch.setattr(quantize, "PART", part)

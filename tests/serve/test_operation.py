@@ -1,4 +1,4 @@
-"""The server as a process in bad company: silent and slow connections, being stopped and being killed."""
+"""The server as a process: silent and slow connections, being stopped and being killed."""
 
 import contextlib
 import io

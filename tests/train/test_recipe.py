@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels
@@ -19,6 +20,7 @@ from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.reward import open_reward
 from uni_instruct.train.optimization.optimizer import DECAYS
+from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import all_keys, load_recipe, parse_recipe
 from uni_instruct.train.recipe_help import explained_keys
 
@@ -113,7 +115,7 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"objective": {"metod": "sid"}}, "recipe key 'objective.metod' is unknown; choose one of method, family"),
+        ({"objective": {"metod": "sid"}}, "recipe key 'objective.metod' is unknown; choose one of method"),
         ({"objective": {"family": "forward"}}, "objective.family 'forward' is unknown; choose one of expanded, integral"),
         ({"objective": {"di": False, "fgm": False, "sim": False}}, "objective.di, fgm and sim are all false"),
         ({"objective": {"tmin": 800}}, "objective.tmin 800"),
@@ -208,3 +210,37 @@ def test_a_folder_of_pictures_in_place_of_a_recipe_is_told_how_to_become_its_dat
     assert advised is not None
     (tmp_path / "mine.yaml").write_text("\n".join(advised.groups()))
     assert load_recipe(str(tmp_path / "mine.yaml")).data == str(pictures)
+
+
+def test_a_folder_without_classes_becomes_a_recipe_without_classes(tmp_path: Path) -> None:
+    pictures = tmp_path / "photos"
+    pictures.mkdir()
+    for number in range(2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(pictures / f"{number}.png")
+    with pytest.raises(RequestError, match="is a folder, not a recipe") as refused:
+        load_recipe(str(pictures))
+    advised = re.findall(r"'([^']*)'", str(refused.value).partition("; ")[2])
+    (tmp_path / "mine.yaml").write_text("\n".join(advised))
+    recipe = load_recipe(str(tmp_path / "mine.yaml"))
+    assert (recipe.data, recipe.network.conditional) == (str(pictures), False)
+    assert make_plan(recipe).dataset is not None  # which refuses classes that the data do not have
+
+
+def test_a_recipe_that_says_nothing_of_its_objective_has_one_that_trains() -> None:
+    """The exact reverse KL, whether the section is missing or empty; a section with any key has Uni-Instruct's own defaults."""
+    for values in ({}, {"objective": None}, {"objective": {}}):
+        objective = parse_recipe({"name": "x", "data": "digits"} | values).objective
+        assert (objective.method, objective.divergence, objective.alpha) == ("sid", "reverse-kl", 0.5)
+        assert not objective.needs_discriminator
+    assert parse_recipe({"name": "x", "data": "digits", "objective": {"tmin": 150}}).objective.divergence == "forward-kl"
+
+
+def test_what_was_measured_is_not_said_of_a_changed_recipe() -> None:
+    measured = load_recipe("digits").measured
+    assert "FD(digits-classifier)" in measured
+    for kept in (["name=mine"], ["loop.samples=100"]):
+        assert load_recipe("digits", kept).measured == measured
+    for changed in (["data=other.zip"], ["learning_rate=1e-4"], ["method=dmd2"], ["alpha=0.5", "name=mine"]):
+        overrides = [word.replace("learning_rate", "teacher.learning_rate") for word in changed]
+        assert load_recipe("digits", overrides).measured == "unmeasured"
+    assert load_recipe("digits", ["alpha=1", "measured=FD 2"]).measured == "FD 2"

@@ -167,7 +167,7 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
         ),
         (
             ["train", "digits", "--set", "method=di++"],
-            "method 'di++' needs a reward function, because reward_scale is 1; --set reward=file.py:function",
+            "method 'di++' needs a reward function, because objective.reward_scale is 1; --set reward=file.py:function",
         ),
         (["train", "digits", "--set", "method=di-star", "--set", "reward=nowhere:f"], "reward 'nowhere:f' cannot be imported"),
         (["train", "digits", "--set", "data="], "a teacher is trained from data, and the recipe has none; --set data=..."),
@@ -183,7 +183,7 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
         ),
         (["train", "digits", "--set", "batch=64"], "--set key 'batch' is ambiguous; write teacher.batch or distillation.batch"),
         (["train", "digits", "--set", "alpha"], "--set alpha has no value; write --set key=value"),
-        (["train", "digits", "--set", "alpha=high"], "recipe key 'objective.alpha' is 'high'; give a value of type float"),
+        (["train", "digits", "--set", "alpha=high"], "recipe key 'objective.alpha' is 'high'; give a number"),
         (["train", "digits", "--set", "teacher.batch=0"], "teacher.batch 0 is out of range; give 1"),
         (["train", "digits", "--set", "channel_mult=[1,1,1,1,1]"], "resolution 8x8 is not divisible by 16"),
         (["train", "digits", "--set", "data=digit"], "there is no data set digit; give one of digits"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from uni_instruct.errors import RequestError
-from uni_instruct.files import unusable
+from uni_instruct.files import as_path_error
 
 LONG = "a" * 300
 COMMANDS = (
@@ -45,12 +45,12 @@ def test_a_name_that_is_too_long_is_one_line(words: str, cli: Callable[..., tupl
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG])
 def test_what_the_system_says_of_a_file_is_a_request_error(number: int) -> None:
-    refused = unusable(OSError(number, os.strerror(number), b"caf\xe9.json"))
+    refused = as_path_error(OSError(number, os.strerror(number), b"caf\xe9.json"))
     assert isinstance(refused, RequestError)
     assert refused.problem == f"caf\\udce9.json cannot be used: {os.strerror(number)}"
 
 
 def test_other_errors_of_the_system_are_faults() -> None:
-    assert unusable(OSError(errno.ENOENT, "gone", "x")) is None
-    assert unusable(OSError(errno.EACCES, "no file is named")) is None
-    assert unusable(OSError("not from the system")) is None
+    assert as_path_error(OSError(errno.ENOENT, "gone", "x")) is None
+    assert as_path_error(OSError(errno.EACCES, "no file is named")) is None
+    assert as_path_error(OSError("not from the system")) is None

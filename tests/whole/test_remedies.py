@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,9 +38,9 @@ def renamed(bundle: Bundle, folder: Path, names: tuple[str, ...]) -> Path:
     return Bundle.write(folder, named, bundle.weights(), "# named\n").path
 
 
-def result(path: Path, weights: str, **other: str) -> Path:
+def result(path: Path, weights: str, distance: float = 1.0, **other: str) -> Path:
     """What 'evaluate --json' writes, as far as 'compare' reads it."""
-    values = {"FD(digits)": 1.0, "recall": 0.5}
+    values = {"FD(digits)": distance, "recall": 0.5}
     generator = {"weights_sha256": weights, "samples": 64, "values": values, "by_set": [values, values]}
     facts = {"reference": {"name": "digits", "samples": 1797}, "extractor": {"sha256": "e"}, "classes": "data"}
     path.write_text(json.dumps(facts | {"scores": {"generator": generator}} | other))
@@ -71,6 +70,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, tiny_t
         "begun_run": folder / "begun_run",
         "result": result(folder / "result.json", "a"),
         "other": result(folder / "other.json", "b"),
+        "endless": result(folder / "endless.json", "a", float("inf")),
         "uniform": result(folder / "uniform.json", "b", classes="uniform"),
     }
 
@@ -86,8 +86,6 @@ def places(tmp_path: Path, shared: dict[str, Path]) -> dict[str, Path]:
     (own["run"] / "log.jsonl").write_text("")
     own["bento"] = tmp_path / "there.bento"
     own["bento"].write_text("mine")
-    own["pipe"] = tmp_path / "pipe.png"
-    os.mkfifo(own["pipe"])
     shutil.copytree(shared["tiny"], own["run"] / "generator")
     shutil.copytree(shared["tiny"], own["copy"])
     partial = tmp_path / ".begun.partial"

@@ -18,7 +18,7 @@ import yaml
 
 from uni_instruct import __version__
 from uni_instruct.files import atomic_file
-from uni_instruct.ray_cluster import LOCAL, Contents, check_version, connect, contents, import_ray, place_contents
+from uni_instruct.ray_cluster import LOCAL, PackedFiles, check_version, connect, contents, import_ray, unpack_files
 from uni_instruct.sampling.pool import MAX_DEATHS, failure
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.lab.processes import Training, start_training
@@ -148,7 +148,7 @@ class RemoteTraining:
 class TrainingActor:
     """The Ray actor: runs one call of `train` on its node."""
 
-    def begin(self, training: Training, before: Files | None, teacher: Contents | None, version: str) -> None:
+    def begin(self, training: Training, before: Files | None, teacher: PackedFiles | None, version: str) -> None:
         """Start the training in its folder, or, if `before` is given, in a new folder of this node with those files.
 
         teacher: the teacher's files, if they have to be placed on this node. version: the lab's version of this package.
@@ -159,7 +159,7 @@ class TrainingActor:
             training = dataclasses.replace(training, folder=self._own / "run")
             apply_progress(TrainingProgress(before or {}, [], None), training)
         if teacher is not None:
-            training = dataclasses.replace(training, recipe=_with_teacher(training.recipe, str(place_contents(teacher))))
+            training = dataclasses.replace(training, recipe=_with_teacher(training.recipe, str(unpack_files(teacher))))
             _set_teacher(training)
         self._training, self._seen = training, _stamps(training) if self._own else {}
         self._process = start_training(training, jobs=1)  # Ray sets OMP_NUM_THREADS for an actor itself

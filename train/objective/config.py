@@ -19,7 +19,10 @@ GUIDANCE = Range(0, 100, "1 is none")
 class ObjectiveConfig:
     """What the generator minimises, and what is learned beside it (docs/objective.md)."""
 
-    method: str = key("uni-instruct", "a published method (docs/objective.md), which sets the keys that define it")
+    method: str = key(
+        "uni-instruct",
+        "a published method, which sets its keys; without a section objective: sid, alpha 0.5",
+    )
     family: str = key("expanded", "expanded (Uni-Instruct, SiD) or integral (Diff-Instruct, DMD, f-distill)")
     divergence: str = key("reverse-kl", "a name, or your own f: an expression in r, or file.py:function")
     order: float = key(DEFAULT_ORDER, "order of the alpha family: 0 is the reverse KL, 1 the forward KL", Range(-10, 10))
@@ -87,7 +90,7 @@ class ObjectiveConfig:
             )
         if self.reward_scale and not self.reward:
             raise RequestError(
-                f"method '{self.method}' needs a reward function, because reward_scale is {self.reward_scale:g}",
+                f"method '{self.method}' needs a reward function, because objective.reward_scale is {self.reward_scale:g}",
                 remedy="--set reward=file.py:function, a function from images to rewards",
                 param="reward",
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct import __version__
-from uni_instruct.bundle import CARD, CONFIG, Bundle
+from uni_instruct.bundle import CARD, CONFIG, Bundle, check_place
 from uni_instruct.card_usage import usage
 from uni_instruct.checkpoints.autoencoder_kl import StoredDecoder, read_decoder
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
@@ -19,7 +19,7 @@ from uni_instruct.errors import RequestError
 from uni_instruct.files import cache_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import ProgressFactory, silent
-from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec
+from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec, check_name
 
 # Networks of a training state that denoise at every noise level, and so are teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
@@ -75,13 +75,16 @@ class ImportRequest:
     decoder: str | None = None
 
 
-def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, shows: ProgressFactory = silent) -> Bundle:
-    """Writes the file's network as a bundle into `out`. shows: progress of a decoder's reference images.
+def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, with_progress: ProgressFactory = silent) -> Bundle:
+    """Writes the file's network as a bundle into `out`. with_progress: progress of a decoder's reference images.
 
     Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
     """
     from uni_instruct.networks.reference import make_reference
 
+    _check_place(out)
+    if request.name is not None:
+        check_name(request.name)
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
     translation = translate(stored, request.patch)
@@ -92,20 +95,22 @@ def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, shows:
     if latents is None or request.decoder is None:
         return Bundle.write(out, spec, translation.weights, _card(spec), reference=make_reference)
     decoder = read_decoder(request.decoder, latents)
-    return _write_decoded(out, spec, translation.weights, _card(spec), decoder, shows)
+    return _write_decoded(out, spec, translation.weights, _card(spec), decoder, with_progress)
 
 
-def attach_decoder(bundle: Bundle, decoder: str, out: Path, shows: ProgressFactory = silent) -> Bundle:
+def attach_decoder(bundle: Bundle, decoder: str, out: Path, with_progress: ProgressFactory = silent) -> Bundle:
     """The bundle with that decoder, in `out`, which may be its own folder; engines are left behind.
 
     decoder: what `read_decoder` takes. Raises RequestError where the bundle makes pictures by itself, and as `read_decoder`.
     """
     if not bundle.spec.latents:
         raise RequestError(f"{bundle.origin} makes pictures by itself", remedy="leave --decoder out", param="decoder")
+    if out.resolve() != bundle.path.resolve():
+        _check_place(out)
     stored = read_decoder(decoder, stated_latent_map(bundle.spec.provenance))
     # A former decoder's section is the last of the card.
     card = (bundle.path / CARD).read_text().partition(f"\n{_DECODER_TITLE}")[0]
-    return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, shows, bundle.stored_precision())
+    return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, with_progress, bundle.stored_precision())
 
 
 def _write_decoded(
@@ -114,7 +119,7 @@ def _write_decoded(
     weights: Mapping[str, np.ndarray],
     card: str,
     decoder: StoredDecoder,
-    shows: ProgressFactory,
+    with_progress: ProgressFactory,
     precision: str = "fp32",
 ) -> Bundle:
     from uni_instruct.networks.reference import make_reference
@@ -127,7 +132,7 @@ def _write_decoded(
         card.replace(usage(spec), usage(decoded)) + _DECODER_CARD.format(source=decoder.spec.source),
         precision=precision,
         decoder=decoder.weights,
-        reference=partial(make_reference, shows=shows),
+        reference=partial(make_reference, with_progress=with_progress),
     )
 
 
@@ -157,6 +162,13 @@ def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
             if not (folder / CONFIG).is_file():
                 bundle_from_checkpoint(path, folder, ImportRequest(role=role, origin=origin, latents=True))
     return Bundle.open(folder)
+
+
+def _check_place(out: Path) -> None:
+    """Raises RequestError where an import would replace what no import made: a training cannot be had again so."""
+    check_place(out)
+    if (out / CONFIG).is_file() and "imported" not in Bundle.open(out).spec.provenance:
+        raise RequestError(f"{out} holds a bundle that no import made", remedy="name another folder", param="out")
 
 
 def choose_network(checkpoint: Checkpoint, name: str | None) -> StoredNetwork:

@@ -1,1 +1,1 @@
-"""The core's sub-commands, one file each. A stage keeps its own in its `commands/`."""
+"""The core's sub-commands, one file each. The stages (train, export, serve) have `commands/` folders of their own."""

@@ -1,4 +1,4 @@
-"""`uni-instruct benchmark`: every engine of a bundle side by side on this machine."""
+"""`uni-instruct benchmark`: measure all engines of a bundle side by side on this machine."""
 
 import json
 import os
@@ -51,10 +51,11 @@ def benchmark(
     plot_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure every engine of BUNDLE that runs here, in turns, beside torch eager and this machine's convolution peak.
+    """Measure every engine of BUNDLE that runs on this machine.
 
-    Figures are medians over the rounds, with quartiles; ratios are taken within a round. Afterwards every command takes the
-    engine that was the fastest, unless --engine left some out.
+    Their speed is compared with eager torch and with this machine's peak in convolutions. The engines take turns. Figures are
+    medians over the rounds, with quartiles; ratios are computed within a round. Afterwards all commands use the fastest engine
+    by default, unless --engine left some out.
 
     Example: uni-instruct benchmark fashion-mnist --batches 1,16,64 --plot speed.png
     """
@@ -67,7 +68,7 @@ def benchmark(
         engines=engines,
         device=device,
         rounds=rounds,
-        least_s=seconds,
+        min_s=seconds,
         spin=threads == "alone",
     )
     load = os.getloadavg()[0]
@@ -101,9 +102,9 @@ def _facts(plan: BenchmarkPlan, load: float, threads: str) -> BenchmarkFacts:
         "image_shape": spec.image_shape,
         "weights_sha256": plan.bundle.weights_sha256,
         "rounds": plan.rounds,
-        "seconds_per_figure": plan.least_s,
+        "seconds_per_figure": plan.min_s,
         "threads": {"count": usable_cpus(), "policy": threads},
-        # The machine's own other work: figures under load are no property of an engine, their ratios nearly are.
+        # The machine's other work. Figures that are measured under load describe the load too; their ratios hardly do.
         "load_average": {"before": load, "after": os.getloadavg()[0]},
         "machine": machine_facts(),
         "versions": _versions(),

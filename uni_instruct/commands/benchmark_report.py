@@ -1,4 +1,4 @@
-"""What `uni-instruct benchmark` shows: a table, and a plot of images a second by batch."""
+"""The output of `uni-instruct benchmark`: a table, and a plot of images a second over the batch size."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -8,25 +8,25 @@ from uni_instruct.engines.hardware.machine import MachineFacts
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.files import atomic_file
 
-WIDTH = 120  # where there is no terminal to say its own
+WIDTH = 120  # of the table if the output is not a terminal
 
 
 class ThreadFacts(TypedDict):
-    """How many threads, and whether they share the machine or have it alone."""
+    """The number of threads, and the policy of --threads: 'alone' or 'shared'."""
 
     count: int
     policy: str
 
 
 class LoadFacts(TypedDict):
-    """The machine's load average on either side of the measurement."""
+    """The machine's load average before and after the measurement."""
 
     before: float
     after: float
 
 
 class BenchmarkFacts(TypedDict):
-    """What was measured, where and by which versions; the figures are an `EngineComparison`."""
+    """What was measured, on which machine and with which versions. The figures themselves are an `EngineComparison`."""
 
     command: str
     generator: str
@@ -41,7 +41,10 @@ class BenchmarkFacts(TypedDict):
 
 
 def check_plot(path: Path | None) -> None:
-    """Raises RequestError for a file that is no PNG's, MissingExtraError without matplotlib: before minutes of measuring."""
+    """Check --plot before minutes of measuring. Raises RequestError unless it is a PNG, MissingExtraError without matplotlib.
+
+    Raises DiskError if the file cannot be written.
+    """
     if path is None:
         return
     if path.suffix.lower() != ".png":
@@ -50,14 +53,14 @@ def check_plot(path: Path | None) -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtraError("matplotlib", extra="benchmark") from error
-    with atomic_file(path) as partial:  # a folder that cannot be written is better known now
+    with atomic_file(path) as partial:  # writes the file once, to detect a folder that is not writable
         partial.write_bytes(path.read_bytes() if path.is_file() else b"")
     if not path.stat().st_size:
         path.unlink()
 
 
 def show(found: EngineComparison, facts: BenchmarkFacts) -> None:
-    """Prints the table, and under it what it was measured on."""
+    """Print the table, and below it the machine and the versions."""
     from rich.console import Console
     from rich.table import Table
 
@@ -76,7 +79,7 @@ def show(found: EngineComparison, facts: BenchmarkFacts) -> None:
 
 
 def plot(found: EngineComparison, facts: BenchmarkFacts, path: Path) -> None:
-    """Writes the PNG: a line an engine, with its quartiles. Raises DiskError where it cannot be written."""
+    """Write the PNG, with a line and the quartiles for each engine. Raises DiskError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

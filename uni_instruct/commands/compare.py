@@ -1,6 +1,7 @@
-"""`uni-instruct compare`: whether one generator, or one recipe, scores better than another."""
+"""`uni-instruct compare`: decide whether one generator, or one recipe, scores better than another."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,19 +19,19 @@ from uni_instruct.evaluate.comparison import (
     LEVEL,
     RETRAINING_TO_RESAMPLING,
     Difference,
-    Trained,
+    TrainingScores,
     compare_recipes,
     compare_weights,
 )
-from uni_instruct.evaluate.result import EvaluationResult, RoleScores
+from uni_instruct.evaluate.result import RoleScores, parse_result
 from uni_instruct.evaluate.scores import MIN_SAMPLES, metric_key
 from uni_instruct.files import JSON_ERRORS
 
-# Sets of seeds of a bundle: the least that have a spread worth the name.
+# Sets of seeds for each bundle: the fewest that give a useful estimate of the spread.
 SETS = 3
 
-# What must be alike, or two numbers have nothing to do with each other: where it stands in a result, and its name.
-_ALIKE = (
+# What must be equal in two results, or their scores are not comparable: its place in a result, and its name for the error.
+_MUST_MATCH = (
     (("reference", "name"), "reference"),
     (("reference", "samples"), "number of reference images"),
     (("extractor", "sha256"), "extractor"),
@@ -58,16 +59,16 @@ _ALIKE = (
 @ray_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -> None:
-    """Say whether A is better or worse than B, or that it cannot be said.
+    """Decide whether A is better or worse than B, or that the difference is inconclusive.
 
-    A and B are bundles or runs, which are scored here against --reference, or results of 'evaluate --json'; or several of them
-    with commas between: one for each training of the same recipe.
+    A and B are bundles or runs, which are scored here against --reference, or result files of 'evaluate --json'. To compare
+    recipes, give several of them separated by commas, one for each training of the recipe.
 
     Example: uni-instruct compare runs/a1,runs/a2,runs/a3 runs/b1,runs/b2,runs/b3 --reference digits
     """
     sides = _opened(a, b, metric, scoring)
     for result in [*sides[0], *sides[1]]:
-        _check_alike(result, sides[0][0])
+        _check_comparable(result, sides[0][0])
     name = sides[0][0].name_of(metric)
     trained = [[result.values(name) for result in side] for side in sides]
     differences = {"weights": compare_weights(name, *trained), "recipes": compare_recipes(name, *trained)}
@@ -78,34 +79,44 @@ def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -
 
 
 class _Result:
-    """A result as `evaluate --json` prints it; source: its file, or the bundle that was scored."""
+    """A result of `evaluate --json`. source: its file, or the bundle that was scored."""
 
     def __init__(self, source: str, facts: Any):
         self.source = source
         try:
-            self.facts: EvaluationResult = facts
-            self.generator: RoleScores = facts["scores"]["generator"]
-            self.sets: list[dict[str, float]] = self.generator.get("by_set", [self.generator["values"]])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _no_result(source) from error
+            self.facts = parse_result(facts)
+        except ValueError as error:
+            raise _no_result(source, error) from error
+        self.generator: RoleScores = self.facts["scores"]["generator"]
+        self.sets: list[dict[str, float]] = self.generator.get("by_set", [self.generator["values"]])
 
     def name_of(self, metric: str | None) -> str:
-        """The metric as it is printed here: by its own name or its key; without either the first, the Frechet distance."""
+        """The full name in this result of a metric that is given by full name or key; by default the first, the distance."""
         known = list(self.sets[0])
         if metric is None:
             return known[0]
-        return next((name for name in known if metric in METRICS and metric_key(name) == metric), metric)
+        if metric in METRICS:
+            return next((name for name in known if metric_key(name) == metric), metric)
+        wanted = metric.casefold()  # FD is enough for FD(digits-classifier)
+        return next((name for name in known if wanted in (name.casefold(), name.partition("(")[0].casefold())), metric)
 
-    def values(self, name: str) -> Trained:
-        """The metric's values by set. Raises RequestError where it was not measured."""
+    def values(self, name: str) -> TrainingScores:
+        """The metric's values, one for each set of seeds. Raises RequestError if it was not measured."""
         if name not in self.sets[0]:
             known = ", ".join(self.sets[0])
             raise RequestError(f"{self.source} has no {name}", remedy=f"choose one of {known}", param="metric")
-        return Trained(tuple(values[name] for values in self.sets))
+        values = tuple(values[name] for values in self.sets)
+        if not all(map(math.isfinite, values)):
+            raise RequestError(
+                f"{self.source} has {name} {', '.join(map(str, values))}, which compares with nothing",
+                remedy="evaluate it with more --samples, or choose another --metric",
+                param="metric",
+            )
+        return TrainingScores(values)
 
 
 def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> list[list[_Result]]:
-    """The results of either side: read, or of bundles measured, all of them by one evaluator."""
+    """The results of both sides: read from files, or measured for bundles, all with the same evaluator."""
     names = [[text] if Path(text).exists() else text.split(",") for text in (a, b)]
     bundles = {name: Bundle.open(found) for name in names[0] + names[1] if (found := _bundle_at(name)) is not None}
     results = {name: _read(name) for name in names[0] + names[1] if name not in bundles}
@@ -124,7 +135,7 @@ def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> l
 
 
 def _bundle_at(name: str) -> str | Path | None:
-    """The bundle that is meant: of a run its generator; None where it is a result's file."""
+    """The bundle at this name; for the folder of a run, its generator; None if it is not a bundle or a folder."""
     of_run = Path(name) / "generator"
     if is_bundle(of_run) and not is_bundle(name):
         return of_run
@@ -134,9 +145,10 @@ def _bundle_at(name: str) -> str | Path | None:
 def _scored(bundles: Mapping[str, Bundle], metric: str | None, options: dict[str, Any]) -> dict[str, _Result]:
     if "reference" not in options:
         raise RequestError("bundles are scored against a reference", remedy="give --reference DATA", param="reference")
+    key = metric_key("fd" if metric is None else metric)  # an unknown metric is refused before anything is scored
     workers = worker_options_of(options.pop("workers", None), options.pop("ray_address", None), options.get("device"))
     scoring = Scoring(**{"sets": SETS} | options, workers=workers)
-    found = score_bundles(list(bundles.values()), scoring, [metric_key(metric or "fd")])
+    found = score_bundles(list(bundles.values()), scoring, [key])
     return {name: _Result(name, facts) for name, facts in zip(bundles, found, strict=True)}
 
 
@@ -146,14 +158,15 @@ def _read(name: str) -> _Result:
             f"there is no result or bundle {name}", remedy="write one: uni-instruct evaluate ... --json > FILE", param="a"
         )
     try:
-        return _Result(name, json.loads(Path(name).read_text()))
+        facts = json.loads(Path(name).read_text())
     except JSON_ERRORS as error:
-        raise _no_result(name) from error
+        raise _no_result(name, error) from error
+    return _Result(name, facts)
 
 
-def _no_result(name: str) -> FileFormatError:
+def _no_result(name: str, error: Exception) -> FileFormatError:
     return FileFormatError(
-        f"{name} is no result of a generator", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
+        f"{name} is no result of a generator ({error})", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
     )
 
 
@@ -164,8 +177,8 @@ def _check_trainings(text: str, weights: Sequence[str]) -> None:
         )
 
 
-def _note(trained: Sequence[Sequence[Trained]]) -> str | None:
-    """Of what one training says, None where there are several of either side."""
+def _note(trained: Sequence[Sequence[TrainingScores]]) -> str | None:
+    """A note on what a single training can tell; None if both sides have several trainings."""
     if all(len(side) > 1 for side in trained):
         return None
     return (
@@ -174,8 +187,8 @@ def _note(trained: Sequence[Sequence[Trained]]) -> str | None:
     )
 
 
-def _check_alike(result: _Result, first: _Result) -> None:
-    for place, what in _ALIKE:
+def _check_comparable(result: _Result, first: _Result) -> None:
+    for place, what in _MUST_MATCH:
         found = [_at(facts, place) for facts in (result.facts, first.facts)]
         if found[0] != found[1]:
             raise RequestError(
@@ -190,7 +203,7 @@ def _at(facts: object, place: tuple[str, ...]) -> object:
     return facts
 
 
-def _means(side: list[Trained]) -> list[float]:
+def _means(side: list[TrainingScores]) -> list[float]:
     return [run.mean for run in side]
 
 

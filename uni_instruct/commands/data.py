@@ -1,4 +1,4 @@
-"""`uni-instruct data`: makes EDM's zip of a data set, or says what is wrong with one."""
+"""`uni-instruct data`: convert a data set to EDM's zip, or check one for faults."""
 
 import json
 from pathlib import Path
@@ -41,13 +41,13 @@ def prepare(
 ) -> None:
     """Write SOURCE as a zip that `train`, `evaluate` and EDM's tools read.
 
-    SOURCE is digits, fashion-mnist, fashion-mnist-test or emoji (emoji:FILE of another colour font); a folder or zip of images
-    (classes are its folders) or of EDM2's latents, an .npz with arr_0, a folder of IDX files, cifar-10-python.tar.gz; or
-    several of them with commas between, such as a.zip,b.zip, which become one.
+    SOURCE is digits, fashion-mnist, fashion-mnist-test or emoji (or emoji:FILE for another colour font); a folder or zip of
+    images (its folders are the classes) or of EDM2's latents; an .npz with arr_0; a folder of IDX files; or
+    cifar-10-python.tar.gz. Several of them, separated by commas as in a.zip,b.zip, are merged into one data set.
 
     Example: uni-instruct data prepare photos/ --resolution 64 --out photos.zip
     """
-    # Before the data set is opened, which may take minutes or a download.
+    # Checked before the data set is opened, which may take minutes or a download.
     if out.suffix.lower() != ".zip" or out.is_dir():
         raise RequestError(f"--out {out} is not the name of a zip", remedy="give a file such as data.zip", param="out")
     dataset = open_dataset(source, resolution, num_classes, channels)
@@ -64,7 +64,7 @@ def prepare(
 @click.option("--channels", type=click.IntRange(1, 3), help="Images will be made grey (1) or of colour (3).")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check(source: str, resolution: int | None, channels: int | None, as_json: bool) -> None:
-    """Read every image and label of SOURCE and name each file that is wrong; the exit code is then 2.
+    """Read every image and label of SOURCE and list the faulty files. The exit code is 2 if there are any.
 
     Example: uni-instruct data check data.zip
     """
@@ -77,9 +77,9 @@ def check(source: str, resolution: int | None, channels: int | None, as_json: bo
         click.echo("\n".join(one.problem for one in found.wrong))
     else:
         click.echo(f"nothing is wrong: {describe(open_dataset(source, resolution, channels=channels))}")
-    # Last, as an error and not as text: a script that checks before it trains goes by the exit code.
+    # Raised as an error, after the list is printed, because scripts that check before they train use the exit code.
     if found.wrong:
-        # A file may be named twice, for its size and for its label.
+        # A file may be listed twice, once for its size and once for its label.
         files = len({(one.source, one.file) for one in found.wrong})
         raise FileFormatError(
             f"{source}: {files} file{'s are' if files > 1 else ' is'} wrong, {found.images} images were read",
@@ -88,7 +88,7 @@ def check(source: str, resolution: int | None, channels: int | None, as_json: bo
 
 
 def describe(dataset: Dataset) -> str:
-    """A data set in one line."""
+    """A description of the data set in one line."""
     channels, height, width = dataset.image_shape
     content = "latents" if dataset.latents else f"{_COLOURS[channels]} images"
     classes = f"{dataset.num_classes} classes" if dataset.num_classes else "no classes"

@@ -1,4 +1,4 @@
-"""`uni-instruct evaluate`: how far generated images are from a data set."""
+"""`uni-instruct evaluate`: score generated images against a data set."""
 
 import json
 import math
@@ -35,9 +35,10 @@ from uni_instruct.sampling.forms import check_finished
 from uni_instruct.sampling.workers import WorkerOptions
 
 BATCH = 64
-# A larger number is taken for a slip of the keys.
+# A larger number is assumed to be a typing error.
 MAX_SAMPLES = 10_000_000
-# Without a word there are three sets where no more pixels than these are to be made for one, and a covariance is not singular.
+# By default QUICK_SETS sets of seeds are scored if one set has at most QUICK_VALUES pixel values (times steps), and enough
+# images for a covariance that is not singular. Otherwise one set is scored.
 QUICK_SETS, QUICK_VALUES, MIN_SAMPLES_OF_SETS = 3, 500_000, 1000
 
 
@@ -108,14 +109,14 @@ def evaluate(
     save_statistics: Path | None,
     as_json: bool,
 ) -> None:
-    """Score a generator, or images that are there (a folder, zip or npz), against a reference.
+    """Score a generator, or existing images (a folder, zip or npz), against a reference.
 
-    Colour images from 32 pixels on are compared by InceptionV3 (FID, KID, IS, precision, recall), others by a small classifier
-    of the reference, which ships with shipped generators and is else trained once: its distances are named after it, not FID.
+    Colour images of at least 32 pixels are compared with InceptionV3 (FID, KID, IS, precision, recall). Others are compared
+    with a small classifier, which ships with the package or is trained once: its distances are named after it and not FID.
 
     Example: uni-instruct evaluate runs/digits/generator --reference digits --teacher runs/digits/teacher
     """
-    # Whatever can be wrong is refused before anything long begins: the reference is read whole, and may train a classifier.
+    # Checks come as early as possible, because the rest is slow: all of the reference is read, and it may train a classifier.
     names, worker_options, bundle = _names(metrics), worker_options_of(workers, ray_address, device), _bundle(images)
     _check_statistics_path(save_statistics)
     given = {"--teacher": teacher, "--steps": steps, "--seed": seed, "--seeds": seeds_text, "--classes": classes}
@@ -139,7 +140,7 @@ def _bundle(images: str) -> Bundle | None:
 
 
 def _sampled_in(steps: int | None, bundle: Bundle | None, teacher: Bundle | None) -> dict[str, Bundle]:
-    """The bundles by role; of the teacher, which may be the only one, in so many steps of its sampler, if that is said."""
+    """The bundles by role. `steps` applies to the teacher: to the last bundle, which may be the only one."""
     found = {role: each for role, each in (("generator", bundle), ("teacher", teacher)) if each is not None}
     if steps is not None and found:
         last = list(found)[-1]
@@ -183,7 +184,7 @@ def _bundle_sources(
 def _teacher_samples(
     teacher: Bundle, seeds: list[int], batch: int, reference: Dataset | Statistics, how: str, device: str | None
 ) -> SampleSource:
-    # Seeds and classes as the generator's, so that the ratio of their distances does not depend on luck.
+    # The same seeds and classes as the generator's, so that chance does not affect the ratio of their distances.
     drawn = draw_classes(teacher.spec, seeds, reference, how if how and teacher.spec.num_classes else None)
     return bundle_samples(teacher, seeds, None, batch, reference, drawn.class_ids, device)
 
@@ -195,7 +196,7 @@ def _evaluator(
     metrics: list[str] | None,
     sets: int,
 ) -> Evaluator:
-    """The evaluator. Raises RequestError for whatever would make the sources' scores impossible, before any image is made."""
+    """The evaluator. Raises RequestError, before any image is made, if the sources cannot be scored."""
     for source in sources.values():
         if isinstance(reference, Dataset):
             check_shape(source.image_shape, reference.image_shape)
@@ -230,7 +231,7 @@ def _open_images(images: str) -> Dataset:
 
 
 def _check_images_options(bundle: Bundle | None, options: Mapping[str, object]) -> None:
-    """Raises RequestError for an option that only a bundle can follow."""
+    """Raise RequestError for an option that applies to bundles only, if images were given."""
     given = next((name for name, value in options.items() if value is not None), None)
     if given and bundle is None:
         raise RequestError(f"{given} needs a bundle, and images were given", remedy=f"leave {given} out", param=given)
@@ -248,7 +249,7 @@ def _check_statistics_path(path: Path | None) -> None:
 def _sets(
     wanted: int | None, seeds: str | None, samples: int | None, bundle: Bundle | None, reference: Dataset | Statistics
 ) -> int:
-    """How many sets of seeds are scored: as many as asked for, else several where their images take seconds."""
+    """The number of sets of seeds: `wanted`, or by default several if the images take seconds, else one."""
     if wanted is not None or bundle is None or seeds is not None:
         return wanted or 1
     count = samples or len(reference) or PUBLISHED_SAMPLES
@@ -259,7 +260,7 @@ def _sets(
 def choose_seeds(
     text: str | None, first: int | None, samples: int | None, reference: Dataset | Statistics, sets: int
 ) -> list[int]:
-    """The seeds of all sets, in their order. Raises RequestError where they cannot be divided into so many."""
+    """The seeds of all sets, in order. Raises RequestError if they cannot be divided into `sets` equal and disjoint sets."""
     if text is not None:
         if first is not None or samples is not None:
             raise RequestError("--seeds already says which and how many", remedy="leave --seed and --samples out")
@@ -270,14 +271,14 @@ def choose_seeds(
             )
         if sets > 1 and len(set(seeds)) < len(seeds):
             raise RequestError("sets of seeds that share some are not disjoint", remedy="give each seed once", param="seeds")
-        check_count(len(seeds) // sets)  # before features of a reference are made, which may take minutes
+        check_count(len(seeds) // sets)  # before the reference's features are computed, which may take minutes
         return seeds
-    # By default as many as the reference has, or as publications use: a Frechet distance depends on the number of images.
+    # By default as many images as the reference has, or as publications use: a Frechet distance depends on their number.
     start, count = first or 0, samples or len(reference) or PUBLISHED_SAMPLES
     return parse_seeds(f"{start}-{start + count * sets - 1}")
 
 
 def seeds_text_of(seeds: list[int]) -> str:
-    """'0-1796' where the seeds are consecutive, else how many there are."""
+    """The seeds for the report: '0-1796' if they are consecutive, else their number and range."""
     consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     return f"{seeds[0]}-{seeds[-1]}" if consecutive else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"

@@ -1,4 +1,4 @@
-"""What `evaluate` prints: scores, and all that they depend on."""
+"""The output of `evaluate`: scores, and what they depend on."""
 
 import sys
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ def score_facts(
     seeds: str | None,
     drawn: DrawnClasses,
 ) -> EvaluationResult:
-    """The result as `--json` prints it. scores: of each role one for every set of seeds."""
+    """The result for `--json`. scores: for each role, one Scores for each set of seeds."""
     extractor, reference = evaluator.extractor, evaluator.reference
-    # Named, as the images may have notes of the same kind.
+    # The reference's note begins with its name, since the images may have a similar note.
     of_reference = f"{reference.name}: {reference.note}" if isinstance(reference, Dataset) and reference.note else ""
     notes = [drawn.note, of_reference]
     notes += [note for role in sources for note in (*scores[role][0].notes, sources[role].note) if note]
@@ -53,7 +53,10 @@ def score_facts(
 
 
 def over_sets(scores: Sequence[Scores], source: SampleSource, samples: int) -> RoleScores:
-    """Means over sets of seeds; of several sets also the standard deviation (divided by n - 1), all values, and the least."""
+    """The means over sets of seeds. For several sets also standard deviations (divided by n - 1), all values, and minima.
+
+    samples: the number of images in a set.
+    """
     by_set = [score.values for score in scores]
     columns = {name: [values[name] for values in by_set] for name in by_set[0]}
     found: RoleScores = {
@@ -72,8 +75,8 @@ def over_sets(scores: Sequence[Scores], source: SampleSource, samples: int) -> R
 
 
 def _ratio(scores: dict[str, list[Scores]], distance: str) -> float | None:
-    """The generator's Frechet distance over its teacher's; None where either was not measured."""
-    # A distance alone says little; beside the teacher's it says how much the distillation lost.
+    """The generator's Frechet distance divided by its teacher's; None if one was not measured or the teacher's is 0."""
+    # A distance alone says little. Compared with the teacher's it shows how much quality the distillation lost.
     roles = [scores[role] for role in ("generator", "teacher") if role in scores]
     if len(roles) < 2 or any(distance not in score.values for role in roles for score in role):
         return None
@@ -84,7 +87,7 @@ def _ratio(scores: dict[str, list[Scores]], distance: str) -> float | None:
 
 
 def print_scores(facts: EvaluationResult) -> None:
-    """Prints the result: a table on a terminal, lines elsewhere."""
+    """Print the result: scores as a table on a terminal, otherwise as lines."""
     roles = facts["scores"]
     for role, score in roles.items():
         classes = f", classes {facts['classes']}" if facts["classes"] else ""
@@ -100,7 +103,7 @@ def print_scores(facts: EvaluationResult) -> None:
     skill = "" if accuracy is None else f", right on {accuracy:.1%} of held-out images"
     resizing = f", images resized {extractor['resizing']}" if extractor.get("resizing") else ""
     click.echo(f"extractor: {extractor['name']}{skill}, sha256 {extractor['sha256'][:16]}{resizing}")
-    # A table for eyes, lines for grep.
+    # A table is for reading, lines are for grep.
     (_print_table if sys.stdout.isatty() else _print_lines)(roles)
     if facts["distance_to_teacher_ratio"] is not None:
         click.echo(f"distance to the reference: {facts['distance_to_teacher_ratio']:.2f} times the teacher's")
@@ -131,7 +134,7 @@ def _value(score: RoleScores, name: str) -> str:
 
 
 def _print_least(roles: dict[str, RoleScores]) -> None:
-    """The least distance of several sets, which many papers print as theirs."""
+    """Print the smallest distance of several sets, which many papers report as their result."""
     for role, score in roles.items():
         for name, value in score.get("least", {}).items():
             if name == "FID" or name.startswith("FD("):

@@ -1,4 +1,4 @@
-"""uni-instruct generate: images of seeds, as a folder of PNGs or tar shards, an npz or a zip."""
+"""`uni-instruct generate`: make the images of seeds, as a folder of PNGs or tar shards, an npz or a zip."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,15 @@ from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import parse_seeds
 from uni_instruct.progress import progress
-from uni_instruct.sampling import SampleRequest, SampleRun, is_finished, noted_engine, open_run, read_samples, remove_leftovers
+from uni_instruct.sampling import (
+    SampleRequest,
+    SampleRun,
+    is_finished,
+    open_run,
+    read_samples,
+    recorded_engine,
+    remove_leftovers,
+)
 from uni_instruct.sampling.pool import ImageJob
 from uni_instruct.sampling.shards import WHOLE, Part
 from uni_instruct.sampling.workers import WorkerOptions
@@ -23,7 +31,7 @@ from uni_instruct.spec import ModelSpec
 
 BATCH = 64
 UNIFORM, DATA = "uniform", "data"
-# More would be a picture that few programs open.
+# With more images, few programs could open the picture.
 GRID_IMAGES = 1024
 
 
@@ -86,9 +94,9 @@ def generate(
     part_text: str | None,
     as_json: bool,
 ) -> None:
-    """Make the images of seeds. One seed is one image, whatever the engine, the batch or the machine.
+    """Make the images of seeds. A seed makes the same image with any engine, batch size or machine, up to rounding.
 
-    Interrupted, the same command goes on where it was. An --out that holds something else is never overwritten.
+    If it is interrupted, run the same command again to continue. An --out with other content is never overwritten.
 
     Example: uni-instruct generate digits --seeds 0-159 --by-class --out samples --grid samples.png
     """
@@ -138,7 +146,10 @@ def _check_classes(by_classes: bool, classes: tuple[str, ...], shares: str | Non
 
 
 def _shares(spec: ModelSpec, wanted: str | None) -> np.ndarray | None:
-    """How often each class is to be drawn, None for all alike. Raises RequestError where the bundle does not say it."""
+    """The frequencies of classes for --classes data, from the bundle; None for uniform ones.
+
+    Raises RequestError if the bundle does not record them, or has no classes.
+    """
     if wanted and not spec.num_classes:
         raise RequestError(f"generator '{spec.name}' has no classes", remedy="leave --classes out", param="classes")
     if wanted != DATA:
@@ -155,17 +166,17 @@ def _shares(spec: ModelSpec, wanted: str | None) -> np.ndarray | None:
 
 
 def _engine_id(bundle: Bundle, wanted: str | None, out: Path | None, device: str | None) -> str:
-    """The engine to use. A set that stands at `out`, or was begun, keeps its own, unless another is asked for."""
-    noted = noted_engine(out) if out is not None else None
+    """The engine to use. A set that exists at `out` or was started keeps its engine, unless another one is requested."""
+    noted = recorded_engine(out) if out is not None else None
     if noted and (wanted is None or wanted in (noted, EngineId.parse(noted).runtime)):
         return noted
     return str(select_engine(bundle, wanted, device).engine_id)
 
 
 def _write_set(request: SampleRequest, out: Path, worker_options: WorkerOptions, part: Part | None, device: str | None) -> bool:
-    """Writes the set, or what an interrupted run left to do of it; True where it was complete already.
+    """Write the set, or complete an interrupted one; return whether it was complete already.
 
-    Of a part: makes its images, and writes the set where all others are there.
+    With a part, make its images, and write the set if the images of all other parts exist.
     """
     if is_finished(request, out):
         remove_leftovers(request, out)
@@ -180,7 +191,7 @@ def _write_set(request: SampleRequest, out: Path, worker_options: WorkerOptions,
 
 def _fill(run: SampleRun, worker_options: WorkerOptions, device: str | None, label: str) -> None:
     request = run.request
-    # Before the bar: what is wrong with a bundle is one line.
+    # The engine is opened before the progress bar starts, so that an error is a single line.
     engine = None if worker_options.wanted else open_engine(request.bundle, request.engine, device=device)
     with progress(label, run.count, "images", done=run.done) as bar:
         if engine is not None:
@@ -190,7 +201,7 @@ def _fill(run: SampleRun, worker_options: WorkerOptions, device: str | None, lab
             bundle=request.bundle.path, engine=request.engine, batch=request.batch, steps=request.spec.steps, device=device
         )
         with worker_options.pool(job) as pool:
-            run.fill_with(pool, bar)
+            run.fill_with_pool(pool, bar)
 
 
 def _check_paths(out: Path | None, grid: Path | None, count: int) -> None:

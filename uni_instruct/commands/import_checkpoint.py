@@ -1,4 +1,4 @@
-"""`uni-instruct import`: another project's checkpoint as a bundle."""
+"""`uni-instruct import`: convert another project's checkpoint to a bundle."""
 
 import json
 from pathlib import Path
@@ -64,8 +64,8 @@ def import_checkpoint(
 ) -> None:
     """Make a bundle of CHECKPOINT: a file of EDM, EDM2, SiD, SiDA or Uni-Instruct, a state dict, or hf://owner/name/file.
 
-    Nothing in the file is ever run. Every weight must be found and fit, or nothing is written. docs/checkpoints.md has the
-    formats; `uni-instruct inspect` shows what a file holds. With --decoder, CHECKPOINT may be a bundle that makes latents.
+    No code in the file is run. Every weight must be present and fit, or nothing is written. docs/checkpoints.md lists the
+    formats; `uni-instruct inspect` shows what a file contains. With --decoder, CHECKPOINT may be a bundle that makes latents.
 
     Example: uni-instruct import cifar10-sid.pkl --out bundles/cifar10
     """
@@ -75,7 +75,7 @@ def import_checkpoint(
         bundle = attach_decoder(Bundle.open(checkpoint), _decoder_alone(checkpoint, decoder), out, progress)
         _report(bundle, guessed=False, as_json=as_json)
         return
-    # The card names the address and its commit, not the place in the cache.
+    # The model card should name the address and its commit, not the path in the cache.
     path, origin = Path(checkpoint), ""
     if is_on_hub(checkpoint):
         download = fetch(checkpoint)
@@ -96,7 +96,7 @@ def import_checkpoint(
 
 
 def _decoder_alone(bundle: str, decoder: str | None) -> str:
-    """The decoder for a bundle. Raises RequestError without one, or where an option says what the bundle says itself."""
+    """The decoder to add to a bundle. Raises RequestError without one, or for an option whose value the bundle determines."""
     if decoder is None:
         remedy = "give --decoder VAE to add one, or a checkpoint's file"
         raise RequestError(f"{bundle} is a bundle already", remedy=remedy, param="checkpoint")

@@ -1,4 +1,4 @@
-"""`uni-instruct inspect`: what is in a bundle, a data set or a checkpoint."""
+"""`uni-instruct inspect`: show what is in a bundle, a data set or a checkpoint."""
 
 import json
 import sys
@@ -28,22 +28,22 @@ CLASSES_SHOWN = 20
 @click.option("--data", "as_data", is_flag=True, help="Take SOURCE for a data set, where a generator has the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(source: str, as_data: bool, as_json: bool) -> None:
-    """Say what is in SOURCE.
+    """Show what is in SOURCE.
 
-    A bundle (a folder, a shipped generator, hf://owner/name), a data set (a folder, zip, npz or name), or another project's
-    checkpoint (a pickle, torch's file, safetensors, hf://owner/name/file), which is read without running anything in it.
+    SOURCE is a bundle (a folder, a shipped generator, hf://owner/name), a data set (a folder, zip, npz or name), or another
+    project's checkpoint (a pickle, torch's file, safetensors, hf://owner/name/file). No code in a checkpoint is run.
 
     Example: uni-instruct inspect runs/digits/generator
     """
-    facts, rows = _looked_into(source, as_data)
+    facts, rows = _facts_and_rows(source, as_data)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
         _show(rows)
 
 
-def _looked_into(source: str, as_data: bool) -> tuple[Mapping[str, object], list[Row]]:
-    """What is there, for JSON and in words."""
+def _facts_and_rows(source: str, as_data: bool) -> tuple[Mapping[str, object], list[Row]]:
+    """The facts about SOURCE, for JSON and in words."""
     path = fetch(source).path if names_file(source) else Path(source)
     if is_checkpoint(path):
         checkpoint = checkpoint_facts(path)
@@ -63,7 +63,7 @@ def _looked_into(source: str, as_data: bool) -> tuple[Mapping[str, object], list
 
 
 class EngineFacts(TypedDict, total=False):
-    """An engine as its record has it, with its size and status here; of one that cannot be used, its id and the error."""
+    """An engine's record, its size and its status on this machine; for an engine that cannot be used, its id and the error."""
 
     engine_id: str
     error: str
@@ -76,7 +76,7 @@ class EngineFacts(TypedDict, total=False):
 
 
 class BundleFacts(TypedDict):
-    """A bundle: its spec as config.json has it, and what its files hold."""
+    """A bundle: its spec as in config.json, and the contents of its files."""
 
     kind: str
     path: str
@@ -125,7 +125,7 @@ def bundle_facts(bundle: Bundle) -> BundleFacts:
         "path": bundle.origin,
         **bundle.spec.to_config(),
         "makes_pictures": bundle.spec.makes_pictures,
-        # Resampling filters are stored with the weights, but they are constants.
+        # Resampling filters are stored with the weights, but are constants and so no parameters.
         "parameters": sum(array.size for name, array in weights.items() if not name.endswith("resample_filter")),
         "tensors": len(weights),
         "weights_precision": bundle.stored_precision(),
@@ -202,14 +202,14 @@ def data_rows(facts: DataFacts) -> list[Row]:
 def _engine_facts(bundle: Bundle, stored: StoredEngine) -> EngineFacts:
     try:
         size = stored.file().stat().st_size
-        bundle.reference()  # damaged, it is an error of every engine's first use
+        bundle.reference()  # if it is damaged, the first use of every engine fails
     except BundleError as error:
         return {"engine_id": str(stored.engine_id), "error": str(error)}
     here = engine_status(bundle, stored.engine_id).facts()
     return cast(EngineFacts, {**asdict(stored.record()), "file_bytes": size, "here": here})
 
 
-# Parity is shown beside each engine, so that nobody has to trust that it agrees with torch.
+# Parity is shown beside each engine, so that users can see how closely it agrees with torch.
 def _engine_text(engine: EngineFacts) -> str:
     if "error" in engine:
         return f"cannot be used: {engine['error']}"
@@ -264,7 +264,7 @@ def _text(value: object) -> str:
 
 
 def _show(rows: list[Row]) -> None:
-    """A table on a terminal, lines elsewhere."""
+    """Print the rows: as a table on a terminal, otherwise as lines."""
     if not sys.stdout.isatty():
         print("\n".join(f"{name}: {printable(text)}" for name, text in rows))
         return

@@ -1,4 +1,4 @@
-"""What `inspect` says about another project's checkpoint, which is read but not imported."""
+"""The part of `inspect` for other projects' checkpoints, which are read but not imported."""
 
 from pathlib import Path
 from shlex import quote
@@ -9,14 +9,14 @@ from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
 if TYPE_CHECKING:
     from uni_instruct.checkpoints.checkpoint import StoredNetwork
 
-# Of a damaged file the name alone says what it was, and reading it then says what is wrong.
+# A damaged file is recognised by its suffix only. Reading it then reports what is wrong.
 _SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
-# A fact, and what to print for it. Facts without a row are for --json alone.
+# The name of a fact and the text to print. Facts without a row are in --json only.
 Row = tuple[str, str]
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a file that is one by its content, or is named as checkpoints are and no other kind known here."""
+    """Whether the path is a checkpoint's file: by its content, or by its suffix if the content is of no known type."""
     if not path.is_file():
         return False
     kind = file_type(path)
@@ -25,7 +25,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """Format, networks and facts of a checkpoint, for JSON. A network that cannot be imported has an `error`."""
-    # Imported here: of all that `inspect` shows, only checkpoints need it.
+    # Imported here, because `inspect` needs these modules for checkpoints only.
     from uni_instruct.checkpoints.checkpoint import read_checkpoint
     from uni_instruct.checkpoints.import_bundle import choose_network, likely_role
 
@@ -44,7 +44,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_rows(facts: dict[str, Any]) -> list[Row]:
-    """A checkpoint's facts in words, and the import that takes it, unless that has just been refused."""
+    """A checkpoint's facts in words, and the command that imports it, if a network can be imported."""
     errors = {network["role"]: network.get("error") for network in facts["networks"]}
     chosen, path = facts["imported_network"], quote(facts["path"])
     others = [role for role, error in errors.items() if error is None]
@@ -77,7 +77,8 @@ def _network_facts(stored: "StoredNetwork") -> dict[str, Any]:
         "values": sum(array.size for array in stored.tensors.values()),
         "types": sorted({str(array.dtype) for array in stored.tensors.values()}),
     }
-    # One network of a training state may be foreign and another importable, so an error ends neither the list nor the command.
+    # A training state may have a network of an unknown architecture beside one that can be imported. So an error is listed, and
+    # does not end the command.
     try:
         translation = translate(stored)
     except UniInstructError as error:

@@ -1,4 +1,4 @@
-"""`uni-instruct quickstart`: runs the other commands in turn, and shows each as a user would type it."""
+"""`uni-instruct quickstart`: run the other commands in turn, and print each as a user would type it."""
 
 import os
 import shlex
@@ -20,13 +20,13 @@ from uni_instruct.processes import die_with_parent
 def quickstart(out: Path, no_serve: bool, port: int) -> None:
     """Train a generator of handwritten digits, export it, score it against its teacher, and serve it.
 
-    Needs no download: the digits come with scikit-learn. Takes minutes on two CPU cores; interrupted, the same command goes on
-    where it was.
+    It needs no download: the digits come with scikit-learn. It takes minutes on two CPU cores. If it is interrupted, run the
+    same command again to continue.
 
     Example: uni-instruct quickstart --out runs/quickstart
     """
     if not no_serve:
-        free_address("127.0.0.1", port)  # a taken port is refused now, not after minutes of training
+        free_address("127.0.0.1", port)  # report a used port now, not after minutes of training
     generator = out / "generator"
     _train("digits-jeffreys", "--out", out)
     for arguments in (
@@ -40,24 +40,24 @@ def quickstart(out: Path, no_serve: bool, port: int) -> None:
 
 
 def _train(*arguments: object) -> None:
-    """In a process of its own, as it shares the cores out among others that it starts with its own arguments."""
+    """Run `train` in a separate process, because it may start further processes with its own command-line arguments."""
     words = _shown("train", *arguments)
-    # A group of its own, so that Ctrl-C reaches it once: from here.
+    # A separate process group, so that Ctrl-C reaches the training only once, through `terminate` below.
     command, parent = [sys.executable, "-m", "uni_instruct", *words], os.getpid()
     process = subprocess.Popen(command, process_group=0, preexec_fn=die_with_parent(parent))
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.terminate()  # it saves its state first
+        process.terminate()  # the training saves its state before it ends
         process.wait()
         raise
     if code:
-        sys.exit(code)  # it has said why
+        sys.exit(code)  # the training has printed the error
 
 
 def _run(*arguments: object) -> None:
     words = _shown(*arguments)
-    # In this process, which has paid for importing torch already. Errors pass through to the one `main`.
+    # In this process, so that torch is imported only once. Errors are raised to the `main` that runs the quickstart.
     cli.main(words, prog_name="uni-instruct", standalone_mode=False)
 
 

@@ -1,4 +1,4 @@
-"""Several bundles scored alike: one reference, one extractor, the same seeds."""
+"""Score several bundles in the same way: one reference, one extractor, the same seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How bundles are scored; every field is as the option of `evaluate` of that name."""
+    """How bundles are scored. Each field corresponds to the option of `evaluate` with that name."""
 
     reference: str
     sets: int
@@ -35,9 +35,9 @@ class Scoring:
 
 
 def score_bundles(bundles: Sequence[Bundle], scoring: Scoring, metrics: Sequence[str] | None) -> list[EvaluationResult]:
-    """What `evaluate --json` prints of each. metrics: names from METRICS, None for all that apply.
+    """Score each bundle; the results are those of `evaluate --json`. metrics: names from METRICS, None for all that apply.
 
-    Raises RequestError, before any image is made, where a bundle does not fit the reference, or has no such metric.
+    Raises RequestError, before any image is made, if a bundle does not fit the reference or a metric cannot be measured.
     """
     reference = open_reference(scoring.reference)
     seeds = choose_seeds(None, scoring.seed, scoring.samples, reference, scoring.sets)

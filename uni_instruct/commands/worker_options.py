@@ -1,4 +1,4 @@
-"""The options that say who does the work, alike for every command that has them."""
+"""The options --workers and --ray, shared by all commands that have them."""
 
 import rich_click as click
 
@@ -20,7 +20,7 @@ ray_option = click.option(
 
 
 def worker_options_of(workers: int | None, ray_address: str | None, device: str | None) -> WorkerOptions:
-    """Who was asked for. Raises RequestError where workers cannot all run on that device."""
+    """The options as WorkerOptions. Raises RequestError if the workers cannot all run on that device."""
     options = WorkerOptions(workers, ray_address)
     options.check_device(device)
     return options

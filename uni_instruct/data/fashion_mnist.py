@@ -66,11 +66,11 @@ def with_fashion_mnist_names(dataset: Dataset) -> Dataset:
 
 
 def _fetch(name: str, path: Path) -> None:
-    def is_right(content: bytes) -> bool:
+    def is_valid(content: bytes) -> bool:
         try:
             return hashlib.sha256(gzip.decompress(content)).hexdigest() == _SHA256[name]
         except (OSError, EOFError, zlib.error):
             return False
 
     remedy = "install Debian's dataset-fashion-mnist, or give a folder that holds the IDX files"
-    download(f"{URL}/{name}.gz", path, is_right, "Fashion-MNIST", remedy)
+    download(f"{URL}/{name}.gz", path, is_valid, "Fashion-MNIST", remedy)

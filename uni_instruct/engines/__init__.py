@@ -1,6 +1,6 @@
-"""One file per runtime; each holds one `Engine`."""
+"""The engines, one file per runtime, and what they share."""
 
 import os
 
-# ONNX Runtime (1.32) keeps a device id and a database of events in the user's cache, from the moment it is imported.
+# On import, ONNX Runtime (1.32) writes a device id and a telemetry database into the user's cache. This must come before that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

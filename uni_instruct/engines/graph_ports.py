@@ -1,4 +1,4 @@
-"""The interface of every exported graph: what `export` writes, and what engines feed and read."""
+"""The inputs and outputs of every exported graph: `export` writes them, engines feed and read them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.spec import ModelSpec
 
 NOISE, CLASS_IDS = "noise", "class_ids"
-# What makes the class a mixture (class_mixture.py): graphs of earlier versions have neither port.
+# The inputs for mixtures of two classes (class_mixture.py). Graphs of earlier versions have neither.
 OTHER_IDS, SHARE = "other_ids", "share"
 IMAGES, DENOISED = "images", "denoised"
-# What engines of format 1 call their noise.
-FORMER_NOISE = "latents"
+# Engines of format 1 call the noise input this.
+FORMAT_1_NOISE = "latents"
 
 
 @dataclass(frozen=True)
 class GraphPorts:
-    """What a graph is fed: the name of its noise, and whether it mixes classes."""
+    """The inputs that a graph takes: the name of its noise input, and whether it has inputs for mixtures of classes."""
 
     spec: ModelSpec
     stored: StoredEngine
@@ -30,7 +30,10 @@ class GraphPorts:
     mixes_classes: bool
 
     def checked(self, noise: ArrayLike, class_ids: ArrayLike | ClassMixture | None) -> Inputs:
-        """What the call of an exported engine begins with: `checked_inputs`, and RequestError for what it cannot mix."""
+        """Check the arguments of an engine's call, as `checked_inputs` does. Every exported engine calls this first.
+
+        Raises RequestError also for a mixture of classes, if the graph has no inputs for it.
+        """
         inputs = checked_inputs(self.spec, noise, class_ids)
         if isinstance(inputs.class_ids, ClassMixture) and not self.mixes_classes:
             raise RequestError(
@@ -41,13 +44,13 @@ class GraphPorts:
         return inputs
 
     def feeds(self, inputs: Inputs, *, only_needed: bool = False) -> dict[str, np.ndarray]:
-        """As `graph_feeds`. only_needed: without those of a mixture where there is none, for a graph that has defaults."""
+        """As `graph_feeds`. only_needed: leave out a mixture's inputs if no class is mixed, for a graph that has defaults."""
         mixes = isinstance(inputs.class_ids, ClassMixture) or (self.mixes_classes and not only_needed)
         return graph_feeds(inputs, self.noise, mixes_classes=mixes)
 
 
 def graph_feeds(inputs: Inputs, noise: str = NOISE, *, mixes_classes: bool = True) -> dict[str, np.ndarray]:
-    """The arrays that a graph is fed, by port; with those of a mixture where it mixes classes and has any."""
+    """The arrays to feed a graph, by input name. mixes_classes: plain class ids are fed as mixtures of a class with itself."""
     feeds, classes = {noise: inputs.noise}, inputs.class_ids
     if classes is None:
         return feeds
@@ -61,11 +64,11 @@ def graph_feeds(inputs: Inputs, noise: str = NOISE, *, mixes_classes: bool = Tru
 def check_interface(
     spec: ModelSpec, stored: StoredEngine, inputs: Mapping[str, Sequence[int | str]], outputs: Collection[str]
 ) -> GraphPorts:
-    """What the engine's graph is fed; inputs are its shapes by name, the batch first.
+    """Check a loaded graph against the spec. inputs: shapes by name, batch first; outputs: names. Returns its ports.
 
-    Raises BundleError unless these are the ports of the spec's generator.
+    Raises BundleError unless these are the inputs and outputs of the spec's generator.
     """
-    noise = FORMER_NOISE if FORMER_NOISE in inputs else NOISE
+    noise = FORMAT_1_NOISE if FORMAT_1_NOISE in inputs else NOISE
     expected = {noise, CLASS_IDS} if spec.num_classes else {noise}
     mixes = bool(spec.num_classes) and set(inputs) == expected | {OTHER_IDS, SHARE}
     fits = mixes or set(inputs) == expected

@@ -1,4 +1,4 @@
-"""ONNX Runtime: one file that holds the whole one-step map, from N(0, 1) noise to uint8 pixels. Needs no torch."""
+"""The ONNX Runtime engine: runs one file that maps N(0, 1) noise to uint8 pixels. Needs no torch."""
 
 import importlib
 import threading
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CUDA_PROVIDER, TENSORRT, TENSORRT_RTX = "CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
-# Provider of ONNX Runtime -> the kind of device it runs on. Of a kind the first that is installed is taken where none is asked
-# for; the last comes with a package of its own, beside ONNX Runtime's CPU build.
+# Execution provider -> the kind of device it runs on. The default for a device is the first of its kind that is installed.
+# TENSORRT_RTX is a plugin: a separate package beside ONNX Runtime's CPU build.
 PROVIDERS = {"CPUExecutionProvider": CPU, CUDA_PROVIDER: CUDA, TENSORRT: CUDA, TENSORRT_RTX: CUDA}
 RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
-# On a GPU every batch has a size of its own CUDA graph: 1, 2, 4, up to this. More images at once are split.
+# On a GPU batches are padded to 1, 2, 4 and so on up to this, with one CUDA graph per size. Larger batches are split.
 MAX_BATCH_SIZE = 64
 
 
 class OnnxEngine:
-    """Runs a bundle's exported graph; on the CPU results do not depend on the batch (measured when it was exported).
+    """Runs a bundle's exported graph. On the CPU an image does not depend on its batch (checked at export: batch_invariant).
 
-    provider: what runs it, one of PROVIDERS that the device has. spin: as in `open_engine`. Raises BundleError where the
-    engine's files do not match engine.json or the bundle's weights, RequestError where ONNX Runtime does not use the device or
-    the provider that was asked for.
+    provider: the execution provider, one of PROVIDERS that runs on the device. spin: as in `open_engine`. Raises BundleError if
+    the engine's files do not match engine.json or the bundle's weights, RequestError if ONNX Runtime cannot use the device or
+    the provider.
     """
 
     def __init__(
@@ -55,24 +55,26 @@ class OnnxEngine:
         self._batches = None if device_type(device) == CPU else BoundBatches(session, device, MAX_BATCH_SIZE)
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
-        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, C, H, W]."""
+        """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]."""
         (pixels,) = self._run([IMAGES], noise, class_ids)
         return pixels
 
     def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
-        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
+        """The pixels, and the images before rounding: float32 [B, C, H, W] in about [-1, 1]."""
         return Outputs(*self._run([IMAGES, DENOISED], noise, class_ids))
 
     def close(self) -> None:
-        """Frees the session, once what runs in other threads is done."""
+        """Frees the session, as soon as calls in other threads have finished."""
         self._session = self._batches = None
 
     def _run(self, outputs: list[str], noise: np.ndarray, class_ids: ClassIds | None) -> list[np.ndarray]:
         session, batches = self._session, self._batches
         assert session is not None, "the engine was closed"
         inputs = self._ports.checked(noise, class_ids)
-        # A decoder makes large pictures a few at a time, or their activations would fill the memory.
-        most = self.spec.images_at_once if batches is None else min(batches.most, self.spec.images_at_once or batches.most)
+        # With a decoder, max_decoder_batch limits the memory that the activations of large pictures take.
+        most = (
+            self.spec.max_decoder_batch if batches is None else min(batches.most, self.spec.max_decoder_batch or batches.most)
+        )
         results: list[list[np.ndarray]] = []
         for part in inputs.parts(most):
             feeds = self._ports.feeds(part, only_needed=batches is None)
@@ -81,9 +83,9 @@ class OnnxEngine:
 
 
 class BoundBatches:
-    """Runs a session with its inputs and outputs in fixed places on the device, as CUDA graphs want it, at fixed batch sizes.
+    """Runs a session with its inputs and outputs at fixed addresses on the device and fixed batch sizes, as CUDA graphs need.
 
-    A batch is padded to the next power of two. Safe from several threads, one of which runs at a time.
+    A batch is padded to the next power of two, `most` at most. Safe to call from several threads; they run one at a time.
     """
 
     def __init__(self, session: "onnxruntime.InferenceSession", device: str, most: int):
@@ -92,10 +94,10 @@ class BoundBatches:
         self._bound: dict[int, _Bound] = {}
 
     def run(self, part: Inputs, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Those outputs of at most `most` images, as arrays of the caller's own; feeds are the part's arrays by port."""
+        """Run a part of at most `most` images; feeds: its arrays by input name. Returns a fresh array per name in `outputs`."""
         count = len(part.noise)
-        size = min(self.most, 1 << (count - 1).bit_length())
-        rows = np.minimum(np.arange(size), count - 1)
+        size = min(self.most, 1 << (count - 1).bit_length())  # the next power of two
+        rows = np.minimum(np.arange(size), count - 1)  # pads by repeating the last row
         with self._lock:
             if size not in self._bound:
                 self._bound[size] = _Bound(self._session, size, self._place)
@@ -103,7 +105,7 @@ class BoundBatches:
 
 
 class _Bound:
-    """Memory on the device for one batch size, and the CUDA graph that ONNX Runtime captures under that number."""
+    """Device memory for one batch size, bound to inputs and outputs. Its CUDA graph in ONNX Runtime has the size as its id."""
 
     def __init__(self, session: "onnxruntime.InferenceSession", size: int, place: tuple[str, int]):
         runtime = _package()
@@ -130,11 +132,11 @@ class _Bound:
 
 
 def _inputs_of(session: "onnxruntime.InferenceSession") -> "list[onnxruntime.NodeArg]":
-    """All of a graph's inputs; ONNX Runtime tells those that have a default apart."""
+    """All of a graph's inputs. ONNX Runtime lists those with a default separately, as overridable initializers."""
     return [*session.get_inputs(), *session.get_overridable_initializers()]
 
 
-# ONNX Runtime's word for a port's type -> NumPy's.
+# ONNX Runtime's name of a port's type -> NumPy's dtype.
 _DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
 
 
@@ -166,21 +168,21 @@ def _session(
 ) -> "onnxruntime.InferenceSession":
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads.count
-    options.inter_op_num_threads = 1
+    options.inter_op_num_threads = 1  # layers run one after the other, each on all threads
     for key, value in threads.for_onnxruntime().items():
         options.add_session_config_entry(key, value)
-    options.log_severity_level = 3
-    providers = None  # a plugin is in the options already
+    options.log_severity_level = 3  # errors only: it would warn of every input that has a default
+    providers = None  # a plugin provider is added to the options instead
     if provider == TENSORRT_RTX:
         _add_plugin(runtime, options, index)
     else:
         providers = [(provider, _provider_options(provider, index))]
     try:
         session = runtime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # its errors share no class but this one
+    except Exception as error:  # ONNX Runtime's errors have no narrower common class
         problem = " ".join(str(error).split())[:200]
         raise BundleError(f"ONNX Runtime cannot load {path}: {problem}", remedy="export the engine again") from error
-    # ONNX Runtime falls back to the CPU without an error.
+    # If a provider cannot be used, ONNX Runtime falls back to the CPU without an error.
     if session.get_providers()[0] != provider:
         raise RequestError(
             f"ONNX Runtime uses {session.get_providers()[0]}, not {provider}",
@@ -191,7 +193,7 @@ def _session(
 
 
 def _provider_options(provider: str, index: int) -> dict[str, str]:
-    """CUDA graphs, for which everything must be on the GPU, and float32 that is float32."""
+    """Options that turn CUDA graphs on and TF32 off; for TensorRT, fp16 and a cache of its plans."""
     if provider == CUDA_PROVIDER:
         return {"device_id": str(index), "enable_cuda_graph": "1", "use_tf32": "0"}
     if provider != TENSORRT:
@@ -200,13 +202,13 @@ def _provider_options(provider: str, index: int) -> dict[str, str]:
     try:
         folder = cache_folder() / "onnxruntime-tensorrt"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # its plans, which take minutes, are then made at each start
+    except (OSError, RuntimeError):  # without a cache, TensorRT builds its plans at each start, which takes minutes
         return settings
     return settings | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
 
 
 def _add_plugin(runtime: "types.ModuleType", options: "onnxruntime.SessionOptions", index: int) -> None:
-    """Lets the session run on the TensorRT-RTX provider, which is a library of its own."""
+    """Add the TensorRT-RTX provider, a library of its own, to the session's options. index: the GPU's number."""
     try:
         plugin = importlib.import_module(RTX_PLUGIN)
     except ModuleNotFoundError as error:

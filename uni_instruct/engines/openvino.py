@@ -1,4 +1,4 @@
-"""OpenVINO: the generator's graph on the CPU, in fp32, the processor's bf16, or with convolutions in int8. Needs no torch."""
+"""The OpenVINO engine: the generator's graph on the CPU, in fp32, in bf16, or with convolutions in int8. Needs no torch."""
 
 import threading
 from collections.abc import Iterable, Mapping
@@ -23,22 +23,22 @@ from uni_instruct.files import cache_folder
 if TYPE_CHECKING:
     import openvino
 
-# Precision -> OpenVINO's word for it, and for what a processor must be able to do.
-# It takes bf16 by itself where the processor has it, so that fp32 has to be asked for as well.
-# int8 is in the graph itself; what it leaves out is bf16 where the processor has it, but for what is marked, and else fp32.
+# Precision -> (OpenVINO's precision hint, the capability that the processor must have).
+# fp32 needs a hint too: by default OpenVINO computes in bf16 if the processor has it.
+# int8 is part of the graph. Its other layers run in bf16 if the processor has it, except those marked; else in fp32.
 _HINTS = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
-# More images at once gain nothing: what lies between two layers then leaves the cache.
+# The most images of one call: with more, the activations between two layers no longer fit into the CPU's cache.
 MAX_PART = 16
-# From so many images a stream on, several streams of one thread are faster than one stream of several threads.
+# With at least this many images per stream, several streams of one thread are faster than one stream of several threads.
 MIN_PART = 4
 
 
 class OpenVinoEngine:
-    """Runs a bundle's graph: few images by all threads together, many shared out among one stream a thread.
+    """Runs a bundle's graph: small batches in one stream of all threads, large ones split among one stream per thread.
 
-    streams: always so many, each with its share of the threads. spin is not read: OpenVINO's threads sleep while they wait.
-    Raises BundleError where the engine's files do not match engine.json or the bundle's weights, RequestError where this
-    processor does not have the engine's precision.
+    streams: use this number of streams for every batch, each with its share of the threads. spin is ignored: OpenVINO's threads
+    sleep after a short wait in any case. Raises BundleError if the engine's files do not match engine.json or the bundle's
+    weights, RequestError if this processor does not support the engine's precision.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class OpenVinoEngine:
     ):
         assert device == CPU, device
         self.spec, self.id, self.device = bundle.spec, stored.engine_id, device
-        self._file, self._threads, self._always = stored.file(), usable_cpus(), streams
-        self._together: _Streams | None = _Streams(self._file, self.id, streams or 1)
-        self._ports = check_interface(self.spec, stored, self._together.inputs, self._together.outputs)
+        self._file, self._threads, self._fixed_streams = stored.file(), usable_cpus(), streams
+        self._single_stream: _Streams | None = _Streams(self._file, self.id, streams or 1)
+        self._ports = check_interface(self.spec, stored, self._single_stream.inputs, self._single_stream.outputs)
         self.mixes_classes = self._ports.mixes_classes
-        self._apart: _Streams | None = None
+        self._multi_stream: _Streams | None = None
         self._lock = threading.Lock()
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
@@ -58,43 +58,43 @@ class OpenVinoEngine:
         return self.outputs(noise, class_ids).pixels
 
     def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
-        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
+        """The pixels, and the images before rounding: float32 [B, C, H, W] in about [-1, 1]."""
         inputs = self._ports.checked(noise, class_ids)
         streams = self._streams_for(len(inputs.noise))
         found = streams.run(map(self._ports.feeds, inputs.parts(self._part_size(len(inputs.noise), streams.count))))
         return found[0] if len(found) == 1 else Outputs(*map(np.concatenate, zip(*found, strict=True)))
 
     def close(self) -> None:
-        """Frees the graph, once what runs in other threads is done."""
+        """Frees the compiled graphs, as soon as calls in other threads have finished."""
         with self._lock:
-            for streams in (self._together, self._apart):
+            for streams in (self._single_stream, self._multi_stream):
                 if streams is not None:
                     streams.close()
-            self._together = self._apart = None
+            self._single_stream = self._multi_stream = None
 
     def _streams_for(self, images: int) -> "_Streams":
         with self._lock:
-            assert self._together is not None, "the engine was closed"
-            if self._always or self._threads == 1 or images < MIN_PART * self._threads:
-                return self._together
-            if self._apart is None:  # compiled when first needed: who makes one image at a time never waits for it
-                self._apart = _Streams(self._file, self.id, self._threads)
-            return self._apart
+            assert self._single_stream is not None, "the engine was closed"
+            if self._fixed_streams or self._threads == 1 or images < MIN_PART * self._threads:
+                return self._single_stream
+            if self._multi_stream is None:  # compiled on first use: a process that makes one image at a time never needs it
+                self._multi_stream = _Streams(self._file, self.id, self._threads)
+            return self._multi_stream
 
     def _part_size(self, images: int, streams: int) -> int:
-        """Equal parts, as many as a multiple of the streams."""
-        largest = min(MAX_PART, self.spec.images_at_once or MAX_PART)
+        """Images per part. The number of parts is a multiple of `streams` if possible, so that no stream is idle."""
+        largest = min(MAX_PART, self.spec.max_decoder_batch or MAX_PART)
         rounds = -(-images // (streams * largest))
         return -(-images // (streams * rounds))
 
 
-# OpenVINO looks NumPy's functions up when the first array comes. Two threads that come first wait for each other for ever: one
-# has Python's lock and waits for the look-up, which waits for Python's lock (openvino 2026.4: a first batch in two streams).
+# OpenVINO imports NumPy's functions on the first array. If two threads pass the first arrays at once, they deadlock: one holds
+# the GIL and waits for the import, which waits for the GIL (openvino 2026.4: a first batch in two streams).
 _first_use = threading.Lock()
 
 
 class _Streams:
-    """The graph compiled for so many requests at a time."""
+    """The graph, compiled for `count` inference requests at a time."""
 
     def __init__(self, file: Path, engine_id: EngineId, count: int):
         self.count = count
@@ -107,11 +107,11 @@ class _Streams:
         self._pool = ThreadPoolExecutor(count, "openvino") if count > 1 else None
 
     def run(self, parts: Iterable[Mapping[str, np.ndarray]]) -> list[Outputs]:
-        """What each part gives, in their order; a part is its arrays by port."""
+        """Run each part, its arrays by input name; returns the outputs in the order of the parts."""
         return list((map if self._pool is None else self._pool.map)(self._run_one, parts))
 
     def close(self) -> None:
-        """Waits for what runs."""
+        """Wait for running requests."""
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -119,13 +119,13 @@ class _Streams:
         request = self._idle.get()
         try:
             result = request.infer(feeds)
-            return Outputs(result[IMAGES].copy(), result[DENOISED].copy())  # the request's own memory is written to again
+            return Outputs(result[IMAGES].copy(), result[DENOISED].copy())  # copies, as the request reuses its memory
         finally:
             self._idle.put(request)
 
 
 def check_precision(engine_id: EngineId) -> None:
-    """Raises RequestError where this processor does not have the engine's precision, MissingExtraError without OpenVINO."""
+    """Raises RequestError if this processor does not support the engine's precision, MissingExtraError without OpenVINO."""
     core, (_, ability) = _core(), _HINTS[engine_id.precision]
     if ability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise RequestError(
@@ -136,8 +136,9 @@ def check_precision(engine_id: EngineId) -> None:
 
 
 def precision_hint(precision: str) -> str:
-    """OpenVINO's word for what the graph of an engine of that precision is computed in here."""
+    """OpenVINO's hint for the precision in which this processor computes the graph of such an engine."""
     hint, _ = _HINTS[precision]
+    # In an int8 engine, bf16 for the other layers costs little accuracy: 8 bits round more.
     return "bf16" if precision == "int8" and "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else hint
 
 
@@ -160,7 +161,7 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
     try:
         core = _core()
         model = core.compile_model(read_model(core, file), "CPU", settings | _cache())
-    except Exception as error:  # its errors share no class but RuntimeError, and not all of them that
+    except Exception as error:  # most of OpenVINO's errors are RuntimeErrors, but not all
         problem = " ".join(str(error).split())[:200]
         raise BundleError(f"OpenVINO cannot load {file}: {problem}", remedy="export the engine again") from error
     found = model.get_property("INFERENCE_PRECISION_HINT").to_string()
@@ -177,11 +178,11 @@ def _import_numpy_first() -> None:
 
 
 def _cache() -> dict[str, str]:
-    """Where compiled graphs are kept, which cuts the next start; nowhere if the user's cache cannot be written."""
+    """The setting for a cache of compiled graphs, which makes the next start faster; {} if it cannot be written."""
     try:
         folder = cache_folder() / "openvino"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
+        (folder / ".writable").touch()  # raises in a folder that exists but is read-only
     except (OSError, RuntimeError):
         return {}
     return {"CACHE_DIR": str(folder)}

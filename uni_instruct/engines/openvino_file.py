@@ -1,6 +1,6 @@
-"""OpenVINO's files: ONNX as it is, or OpenVINO's own two files, graph and weights, side by side in one zip. Needs no torch.
+"""The file of an OpenVINO engine: ONNX, or OpenVINO's own two files, graph and weights, in one zip. Needs no torch.
 
-The zip keeps an engine one file with one hash; unpacked, any OpenVINO program reads it.
+The zip makes the engine one file with one hash. Unpacked, any OpenVINO program can read it.
 """
 
 import zipfile
@@ -15,7 +15,7 @@ SUFFIX = "zip"
 
 
 def read_model(core: "openvino.Core", file: Path) -> "openvino.Model":
-    """The graph of an engine's file. Raises what OpenVINO, zipfile and the file system raise."""
+    """Read the graph from an engine's file. Raises what OpenVINO, zipfile and the file system raise."""
     if file.suffix != f".{SUFFIX}":
         return core.read_model(file)
     with zipfile.ZipFile(file) as archive:
@@ -23,10 +23,10 @@ def read_model(core: "openvino.Core", file: Path) -> "openvino.Model":
 
 
 def pack(graph: bytes, weights: Path, file: Path) -> None:
-    """Writes the zip; the same graph and weights give the same bytes."""
+    """Write the zip. The same graph and weights always yield the same bytes."""
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in ((GRAPH, graph), (WEIGHTS, weights)):
-            # Stored, with a fixed time: weights do not compress, and the hash is to say what is inside.
+            # Not compressed, as weights do not shrink. ZipInfo's fixed date keeps the hash a function of the content alone.
             entry = zipfile.ZipInfo(name)
             with archive.open(entry, "w", force_zip64=True) as target:
                 if isinstance(content, bytes):
@@ -38,7 +38,7 @@ def pack(graph: bytes, weights: Path, file: Path) -> None:
 
 
 def weight_name(layer: "openvino.Node") -> str:
-    """The name of the constant that a layer's weights are, behind what widens or quantizes them when the file is loaded."""
+    """The name of a layer's weights: of the constant before the nodes that widen or quantize it when the file is loaded."""
     source = layer.input_value(1).get_node()
     while source.get_type_name() != "Constant" and source.get_input_size():
         source = source.input_value(0).get_node()

@@ -1,4 +1,4 @@
-"""Which engine an exported file is (EngineId), and what it was built from and how well it agrees with torch (engine.json)."""
+"""EngineId names an engine. EngineRecord is its engine.json: what it was built from, and how well it agrees with torch."""
 
 import json
 import math
@@ -13,24 +13,27 @@ from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.files import JSON_ERRORS, sha256
 
 RECORD = "engine.json"
+# The order in which engines of one runtime are listed and preferred.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 # The target of engines that are compiled on the machine that runs them.
 COMPILED = "compiled"
 _ID = re.compile(rf"(?P<runtime>[a-z][a-z0-9-]*?)-(?P<precision>{'|'.join(PRECISIONS)})(?:-(?P<target>[a-z0-9]+))?")
-# Format 1 knew one engine a runtime, in a folder of its name, and other words in its report.
-_FORMER_FOLDERS = {"onnx": "onnx-fp32"}
-# The most bytes of an engine.json that are read: it has about two thousand.
+# Bundles of format 1 had one engine per runtime, in a folder with the runtime's name: folder -> engine id.
+_FORMAT_1_FOLDERS = {"onnx": "onnx-fp32"}
+# A larger engine.json is not read, so that a damaged one cannot fill the memory. A real one has about two thousand bytes.
 _MAX_RECORD_BYTES = 1 << 20
+# The usual limit of file systems, in bytes.
 _MAX_NAME_LENGTH = 255
-_FORMER_WORDS = {"largest_level_difference": "largest_pixel_difference", "levels": "pixel_difference"}
+# Keys in the reports of format 1 -> the keys that replaced them.
+_FORMAT_1_KEYS = {"largest_level_difference": "largest_pixel_difference", "levels": "pixel_difference"}
 
 
 @dataclass(frozen=True)
 class EngineId:
-    """(runtime, precision, target), written onnx-fp32, torch-fp32-compiled, tensorrt-fp16-sm90: the one name of an engine.
+    """The name of an engine: runtime, precision and target, as in onnx-fp32, torch-fp32-compiled or tensorrt-fp16-sm90.
 
-    The same word stands in `--engine`, as folder in a bundle's engines/, in headers, metrics, reports and engine.json. target
-    is the device that an engine was built for, empty where it runs on any; COMPILED where its code is made on the machine.
+    `--engine`, folders in a bundle's engines/, headers, metrics, reports and engine.json all use this text. target is the kind
+    of GPU that the engine was built for, such as sm90; COMPILED if its code is compiled on the machine that runs it; else ''.
     """
 
     runtime: str
@@ -39,7 +42,7 @@ class EngineId:
 
     @classmethod
     def parse(cls, text: str) -> "EngineId":
-        """Reads what `str` writes. Raises RequestError for anything else."""
+        """Parse the text that `str` writes. Raises RequestError for anything else."""
         match = _ID.fullmatch(text)
         if match is None:
             raise RequestError(
@@ -53,20 +56,23 @@ class EngineId:
         return "-".join(part for part in (self.runtime, self.precision, self.target) if part)
 
     def export_options(self) -> str:
-        """What `uni-instruct export BUNDLE` is told to build it and nothing else."""
+        """The options with which `uni-instruct export BUNDLE` builds this engine and no other."""
         of_gpu = f" --sm {self.target[2:]}" if re.fullmatch(r"sm\d+", self.target) else ""
         return f"--to {self.runtime} --precision {self.precision}{of_gpu}"
 
 
 class ParityTolerance(TypedDict):
-    """The most that was allowed (`engines/outputs.py`)."""
+    """The tolerance that an export applied, as engine.json stores it (`Tolerance` in engines/outputs.py)."""
 
     relative_l2: float
     pixel_difference: int
 
 
 class ParityReport(TypedDict, total=False):
-    """What export/parity.py found, as far as it is read again; earlier versions wrote less. latency_ms is by batch size."""
+    """The values of an export's parity report that are read again. Earlier versions wrote fewer. latency_ms is by batch size.
+
+    `export/parity.py` writes it, as `Report`.
+    """
 
     images: int
     batches: list[int]
@@ -81,11 +87,11 @@ class ParityReport(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """The engine's id, file and hash, the hash of the weights it was built from, tool versions, parity report.
+    """The content of engine.json: the engine's id, its file, hashes of the file and of the weights, tool versions, parity.
 
-    batch_profile is (least, best, most) images at once of an engine that was built for a range of them, () for any. parity is
-    empty where the engine could not be tried where it was built, for want of its GPU. way says which of several ways to build
-    it was taken, '' where there is one.
+    batch_profile: (smallest, optimal, largest) batch of an engine built for a range of batch sizes; () if it takes any. parity:
+    empty if the engine was built on a machine without its GPU, and so was not checked there. way: which of several ways to
+    build it was used; '' if there is only one.
     """
 
     engine_id: str
@@ -104,13 +110,13 @@ class EngineRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "EngineRecord":
-        """The record of an engine's folder. Raises BundleError where it is missing or is not one."""
+        """Read the record from an engine's folder. Raises BundleError if it is missing or malformed."""
         path = folder / RECORD
         try:
             if path.stat().st_size > _MAX_RECORD_BYTES:
                 raise ValueError(path)
             values = _as_format_2(json.loads(path.read_text()))
-            # Engines that run any batch have no profile; those of earlier versions have neither that nor a way.
+            # JSON has no tuples. Records of earlier versions lack batch_profile and way.
             values = {"way": "", **values, "batch_profile": tuple(values.get("batch_profile", ()))}
             record = cls(**{f.name: values[f.name] for f in fields(cls)})
             EngineId.parse(record.engine_id)
@@ -125,20 +131,20 @@ class EngineRecord:
         return record
 
     def is_whole(self) -> bool:
-        """Whether what was read is of the right types, the report's numbers among them."""
+        """Whether all values have the right types, those of the report too."""
         texts = (self.file_sha256, self.weights_sha256, self.way, *_texts_of(self.versions))
         return all(isinstance(text, str) for text in texts) and _is_report(self.parity) and _is_profile(self.batch_profile)
 
     def write(self, folder: Path) -> None:
-        """Writes engine.json into the engine's folder."""
+        """Write engine.json to the engine's folder."""
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredEngine:
-    """An engine that stands in a bundle's engines/, or is being built beside its place. Nothing of it has been read yet.
+    """An exported engine in a bundle's engines/, or in the folder where it is being built. Its files are not read until needed.
 
-    bundle and weights_sha256 are the path of its bundle and the hash of the bundle's weights.
+    bundle and weights_sha256: the path of its bundle, and the hash of the bundle's weights.
     """
 
     engine_id: EngineId
@@ -147,7 +153,7 @@ class StoredEngine:
     weights_sha256: str
 
     def record(self) -> EngineRecord:
-        """What engine.json says. Raises BundleError where it is damaged, or describes another engine or other weights."""
+        """Read engine.json. Raises BundleError if it is damaged, or describes another engine or other weights."""
         try:
             record = EngineRecord.read(self.folder)
         except BundleError as error:
@@ -160,9 +166,9 @@ class StoredEngine:
         return record
 
     def file(self) -> Path:
-        """The engine's file, after its hash was compared with engine.json.
+        """The path of the engine's file, once its hash is found to match engine.json.
 
-        Raises BundleError where the file is missing or altered, and what `record` raises.
+        Raises BundleError if the file is missing or altered, and what `record` raises.
         """
         record = self.record()
         path = self.folder / record.file
@@ -173,38 +179,39 @@ class StoredEngine:
         return path
 
     def export_again(self) -> str:
-        """The remedy for what is wrong with its files, in words."""
+        """The remedy for damaged files, as an error states it: the command that exports the engine again."""
         return f"run 'uni-instruct export {quote(str(self.bundle))} {self.engine_id.export_options()}' again"
 
 
 def id_of_folder(name: str) -> EngineId | None:
-    """The id of the engine that a folder of that name holds; None for a folder of anything else."""
-    match = _ID.fullmatch(_FORMER_FOLDERS.get(name, name))
+    """The id of the engine that a folder of that name holds; None if it is not an engine's folder."""
+    match = _ID.fullmatch(_FORMAT_1_FOLDERS.get(name, name))
     return EngineId.parse(match[0]) if match else None
 
 
-def former_folder(engine_id: EngineId) -> str | None:
-    """The name of the folder that format 1 kept that engine in."""
-    return next((folder for folder, written in _FORMER_FOLDERS.items() if written == str(engine_id)), None)
+def format_1_folder(engine_id: EngineId) -> str | None:
+    """The name of the engine's folder in bundles of format 1; None if format 1 did not have that engine."""
+    return next((folder for folder, written in _FORMAT_1_FOLDERS.items() if written == str(engine_id)), None)
 
 
 def _is_file_name(name: object) -> bool:
-    """Whether it can be the name of a file in the engine's folder, and of nothing outside it."""
+    """Whether the name is valid for a file in the engine's folder, and cannot lead outside it."""
     usual = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= _MAX_NAME_LENGTH
     return usual and name != ".." and Path(str(name)).name == name
 
 
 def _texts_of(versions: object) -> tuple[object, ...]:
-    """What should be texts in a table of versions; None, which is none, of anything else."""
+    """The values of a table of versions, which must be strings. (None,) for anything else, so that the caller's check fails."""
     return tuple(versions.values()) if isinstance(versions, dict) else (None,)
 
 
 def _is_report(parity: Any) -> bool:
-    """Whether it is a report as far as it is read again, or the empty one of an engine that could not be tried."""
+    """Whether this is a parity report with all that is read again, or the empty one of an engine that was not checked."""
     if not parity:
         return isinstance(parity, dict)
     if not isinstance(parity, dict) or not isinstance(parity.get("latency_ms"), dict):
         return False
+    # Only what is read again is checked. `type(...) in`, as isinstance would take True for an int.
     numbers: list[Any] = [parity.get(key) for key in ("images", "relative_l2", "equal_pixels")] + [
         *parity["latency_ms"].values()
     ]
@@ -219,9 +226,9 @@ def _is_profile(profile: tuple[Any, ...]) -> bool:
 
 
 def _as_format_2(values: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 wrote runtime and precision apart, and named a report's levels otherwise."""
+    """Convert a record of format 1, which had runtime and precision as two keys, and other keys in its report."""
     if "engine_id" in values:
         return values
-    report = {_FORMER_WORDS.get(key, key): value for key, value in values["parity"].items()}
-    tolerance = {_FORMER_WORDS.get(key, key): value for key, value in report.get("tolerance", {}).items()}
+    report = {_FORMAT_1_KEYS.get(key, key): value for key, value in values["parity"].items()}
+    tolerance = {_FORMAT_1_KEYS.get(key, key): value for key, value in report.get("tolerance", {}).items()}
     return {**values, "engine_id": f"{values['kind']}-{values['precision']}", "parity": {**report, "tolerance": tolerance}}

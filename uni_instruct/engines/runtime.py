@@ -1,4 +1,4 @@
-"""What runs engines: the Engine protocol, and the one table of runtimes."""
+"""The Engine protocol, and RUNTIMES, the table of the runtimes that implement it."""
 
 import importlib
 import importlib.util
@@ -20,10 +20,10 @@ from uni_instruct.spec import ModelSpec
 
 
 class Engine(Protocol):
-    """A generator, ready to run on one device. May be called from several threads; what it returns is the caller's own.
+    """A generator, ready to run on one device. Safe to call from several threads. Returns fresh arrays, never its own buffers.
 
-    noise: float32 [B, *noise_shape], N(0, 1), of any batch B >= 1; class_ids: int64 [B] in range, None exactly for an
-    unconditional spec. Where the engine mixes_classes also a `ClassMixture` of B images; RequestError where it does not.
+    noise: float32 [B, *noise_shape], N(0, 1), with any batch size B >= 1. class_ids: int64 [B] in range, or None if and only if
+    the spec has no classes. If `mixes_classes`, a `ClassMixture` of B images is accepted too; else it raises RequestError.
     """
 
     spec: ModelSpec
@@ -32,26 +32,28 @@ class Engine(Protocol):
     mixes_classes: bool
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
-        """Images, uint8 [B, H, W, C]. Raises RequestError where the spec makes latents, no pictures."""
+        """Make the images: uint8 [B, H, W, C]. Raises RequestError if the spec makes latents instead of pictures."""
         ...
 
     def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
-        """The images, and the same before rounding; latents, which have no pixels, as they are."""
+        """Make the images, and return them both as pixels and before rounding. Latents have no pixels (`Outputs`)."""
         ...
 
     def close(self) -> None:
-        """Gives back what the engine holds. It cannot be called afterwards."""
+        """Free the engine's memory. It cannot be called afterwards."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What runs engines: the class, 'module:name', imported when an engine is opened, and the package behind it.
+    """A runtime: its engine class, as 'module:name' that is imported when an engine is opened, and the package it needs.
 
-    distributions are the names that the package is installed under, one of them at a time; extra is that of this package that
-    brings it. devices are the kinds that it can run on; on a GPU only with one of cuda_distributions, of a build that has CUDA.
-    The class takes `(bundle, stored, device=..., spin=...)`, or `(bundle, device=..., precision=..., target=...)` where it runs
-    the weights themselves; with has_streams also `streams=...`, into how many parts at a time it shares out a batch.
+    distributions: the names under which the package can be installed; only one of them may be. extra: the extra of this package
+    that installs it. devices: the kinds of device it runs on; 'cuda' needs one of cuda_distributions, in a build with CUDA.
+    has_streams: whether it can split a batch into parts that run at the same time.
+
+    The class takes `(bundle, stored, device=..., spin=...)`; with has_streams also `streams=...`, the number of those parts.
+    A class that runs the weights themselves takes `(bundle, device=..., precision=..., target=...)`.
     """
 
     name: str
@@ -67,19 +69,19 @@ class Runtime:
         """Whether its package can be imported."""
         try:
             return importlib.util.find_spec(self.package) is not None
-        except (ImportError, ValueError):  # somebody blocks it: sys.modules holds None, or a finder raises
+        except (ImportError, ValueError):  # the import is blocked: sys.modules holds None, or a finder raises
             return False
 
     def version(self) -> str:
-        """Its name and version, 'onnxruntime 1.32.0'."""
+        """Name and version of its package, as 'onnxruntime 1.32.0'; the name alone if the version is not known."""
         found = _installed(self.distributions)
         return found[0] if found else self.package
 
     def device_for(self, engine_id: EngineId, wanted: str | None) -> str:
-        """Where it would run that engine: on the wanted device, 'cpu' or 'cuda:1', or without a word on a GPU where it can.
+        """The device on which it runs that engine: the wanted one ('cpu' or 'cuda:1'); by default a GPU if it can use one.
 
-        Raises MissingExtraError where its package is missing, RequestError where it does not run there, or a compiler is
-        missing: never another device than the wanted one.
+        Raises MissingExtraError if its package is missing. Raises RequestError if the engine does not run on the wanted device
+        (it never falls back to another one), or if it needs a compiler and there is none.
         """
         if not self.is_installed():
             raise MissingExtraError(self.package, extra=self.extra)
@@ -99,11 +101,11 @@ class Runtime:
         return device
 
     def _devices(self, engine_id: EngineId) -> tuple[str, ...]:
-        # Compiled code has not been seen on a GPU, where CUDA graphs do what it would do.
+        # Compiled code has not been tested on a GPU, where CUDA graphs serve the same purpose.
         return (CPU,) if engine_id.target == COMPILED else self.devices
 
     def _has_cuda(self) -> bool:
-        # torch's builds say it behind a plus: 2.13.0+cpu.
+        # torch has CPU and CUDA builds under one name. A CPU build's version ends with +cpu, as in 2.13.0+cpu.
         return any(not name.endswith("+cpu") for name in _installed(self.cuda_distributions))
 
     def _check_device(self, engine_id: EngineId, device: str) -> None:
@@ -136,13 +138,13 @@ class Runtime:
             )
 
     def load_class(self) -> Callable[..., Engine]:
-        """The class, imported now."""
+        """Import the engine class."""
         module, _, name = self.engine_class.partition(":")
         found: Callable[..., Engine] = getattr(importlib.import_module(module), name)
         return found
 
 
-# The one table of runtimes; the order is the order of preference where nothing else decides.
+# All runtimes by name. Their order is the order of preference between engines of similar speed.
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
@@ -195,12 +197,12 @@ RUNTIMES = {
 
 
 def _fitting_gpu(engine_id: EngineId) -> int:
-    """The first GPU that the engine was built for; the first of all where none is, or it runs on any."""
+    """The index of the first GPU of the kind that the engine was built for; 0 if there is none, or if it runs on any."""
     return next((index for index, gpu in enumerate(gpus()) if engine_id.target == f"sm{gpu.sm}"), 0)
 
 
 def _installed(distributions: tuple[str, ...]) -> list[str]:
-    """Name and version of those that are installed."""
+    """Name and version of each of these distributions that is installed."""
     found = []
     for distribution in distributions:
         try:

@@ -1,6 +1,6 @@
-"""TensorRT and TensorRT-RTX: a plan for one kind of GPU. Their Python packages are alike, so that one class runs both.
+"""The TensorRT and TensorRT-RTX engines: plans for one kind of GPU. One class serves both packages, as their APIs match.
 
-Needs no torch: memory and stream come from the driver (hardware/cuda.py).
+Needs no torch: memory and stream come from NVIDIA's driver (hardware/cuda.py).
 """
 
 import importlib
@@ -26,19 +26,20 @@ from uni_instruct.files import atomic_file, cache_folder
 if TYPE_CHECKING:
     import types
 
-# Runtime -> the package that it is, and the extra of this one that brings it.
+# Runtime -> its Python package; runtime -> the extra of this package that installs it.
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "tensorrt-rtx"}
-# Activations begin at multiples of this.
+# Activations begin at multiples of this many bytes. Also the smallest buffer for them, as CUDA allocates none of 0 bytes.
 _ALIGNMENT = 256
+# TensorRT reports why a call failed only to its logger: the last errors are kept for messages.
 _errors: deque[str] = deque(maxlen=8)
 
 
 class TensorRtEngine:
-    """Runs a bundle's plan: whole batches of 1, 2, 4, ..., each a CUDA graph; what is more than the plan's profile is split.
+    """Runs a bundle's plan. Batches are padded to 1, 2, 4, ..., each a CUDA graph; those above the plan's profile are split.
 
-    spin is not read. Raises BundleError where the engine's files do not match engine.json or the bundle's weights, or the plan
-    is not one that this TensorRT runs here.
+    spin is ignored. Raises BundleError if the engine's files do not match engine.json or the bundle's weights, or if the
+    installed TensorRT cannot run the plan on this GPU.
     """
 
     def __init__(self, bundle: Bundle, stored: StoredEngine, *, device: str, spin: bool = True):
@@ -63,11 +64,11 @@ class TensorRtEngine:
         return self._run([IMAGES], noise, class_ids)[0]
 
     def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
-        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]."""
+        """The pixels, and the images before rounding: float32 [B, C, H, W] in about [-1, 1]."""
         return Outputs(*self._run([IMAGES, DENOISED], noise, class_ids))
 
     def close(self) -> None:
-        """Frees the GPU's memory, once what runs in other threads is done."""
+        """Frees the GPU's memory, as soon as calls in other threads have finished."""
         with self._lock:
             if self._program is not None:
                 with self._stream.current():
@@ -76,17 +77,17 @@ class TensorRtEngine:
 
     def _run(self, wanted: Sequence[str], noise: np.ndarray, class_ids: ClassIds | None) -> list[np.ndarray]:
         inputs = self._ports.checked(noise, class_ids)
-        # One stream, one set of buffers: a GPU gains nothing from two callers at once.
+        # One caller at a time: a second stream with buffers of its own would not make the GPU faster.
         with self._lock:
             assert self._program is not None, "the engine was closed"
-            most = min(self._program.most, self.spec.images_at_once or self._program.most)
+            most = min(self._program.most, self.spec.max_decoder_batch or self._program.most)
             with self._stream.current():
                 found = [self._program.run(self._ports.feeds(part), wanted) for part in inputs.parts(most)]
         return [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)]
 
 
 class _Program:
-    """A plan on its GPU: buffers for its largest batch, and a context for each batch size that was asked for."""
+    """A plan loaded on its GPU, with buffers for its largest batch, and one execution context per batch size used so far."""
 
     def __init__(self, trt: "types.ModuleType", engine: Any, stream: CudaStream, cache_file: Path | None):
         self._trt, self._engine, self._stream = trt, engine, stream
@@ -102,19 +103,20 @@ class _Program:
             size = self.most * row.nbytes
             self._hosts[name] = stream.host_buffer(size).view(row.dtype).reshape(self.most, *row.shape)
             self._addresses[name] = stream.device_buffer(size)
-        # All contexts share it: one runs at a time.
+        # All contexts share this memory, as only one runs at a time.
         self._activations = stream.device_buffer(max(_ALIGNMENT, engine.device_memory_size_v2))
         self._kernels = _KernelCache(trt, engine, cache_file) if hasattr(trt, "CudaGraphStrategy") else None
         self._calls: dict[int, _Call] = {}
 
     def run(self, feeds: Mapping[str, np.ndarray], wanted: Sequence[str]) -> list[np.ndarray]:
-        """Those outputs of at most `most` images, as arrays of the caller's own; feeds are the part's arrays by port."""
+        """Run a part of at most `most` images; feeds: its arrays by input name. Returns a fresh array per name in `wanted`."""
         count = len(feeds[NOISE])
-        size = min(self.most, 1 << (count - 1).bit_length())
-        rows = np.minimum(np.arange(size), count - 1)  # the last one is repeated
+        size = min(self.most, 1 << (count - 1).bit_length())  # the next power of two
+        rows = np.minimum(np.arange(size), count - 1)  # pads by repeating the last row
         for name, values in feeds.items():
             self._hosts[name][:size] = values[rows]
             self._stream.upload(self._addresses[name], self._hosts[name][:size])
+        # A new size: making its _Call runs it once, so there is no call of run().
         if size not in self._calls:
             self._calls[size] = _Call(self._context(size), self._stream, captured=self._kernels is None)
             if self._kernels is not None:
@@ -128,7 +130,7 @@ class _Program:
         return [self._hosts[name][:count].copy() for name in wanted]
 
     def _context(self, size: int) -> Any:
-        """A context of that batch size: what a CUDA graph holds must not be given other shapes."""
+        """A new context for that batch size. Each size has its own, as a context in a CUDA graph must not change its shapes."""
         own_memory = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(
             own_memory if self._kernels is None else self._kernels.config(own_memory)
@@ -145,7 +147,7 @@ class _Program:
 
 
 class _Call:
-    """One batch size's way through the network. The first run is done when it is made: TensorRT finishes its set-up there."""
+    """One batch size's pass through the network. The constructor already runs it once, as TensorRT finishes its set-up then."""
 
     def __init__(self, context: Any, stream: CudaStream, captured: bool):
         self._context, self._stream, self._graph = context, stream, 0
@@ -155,7 +157,7 @@ class _Call:
             self._graph = stream.capture(self._enqueue)
 
     def run(self) -> None:
-        """Begins to run it."""
+        """Start a run on the stream, without waiting for it."""
         if self._graph:
             self._stream.launch(self._graph)
         else:
@@ -167,26 +169,29 @@ class _Call:
 
 
 class _KernelCache:
-    """TensorRT-RTX compiles its kernels where they run, which is kept for the next process. It captures graphs by itself."""
+    """Keeps the kernels that TensorRT-RTX compiles on this machine, in a file for the next process.
+
+    Also has TensorRT-RTX capture CUDA graphs by itself, so that `_Call` need not.
+    """
 
     def __init__(self, trt: "types.ModuleType", engine: Any, file: Path | None):
         self._trt, self._engine, self._file = trt, engine, file
         self._cache = engine.create_runtime_config().create_runtime_cache()
         if file is not None and file.is_file():
-            self._cache.deserialize(file.read_bytes())  # refused, and compiled anew, where it is another GPU's or version's
+            self._cache.deserialize(file.read_bytes())  # if it is another GPU's or version's, it is ignored
 
     def config(self, memory: Any) -> Any:
-        """How a context is to run."""
+        """The configuration for a context whose memory is allocated in that way."""
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(memory)
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        # Kernels of the very shape, compiled before the first run and not some time later beside others.
+        # Compile kernels for the exact shapes before the first run; by default that happens later, in the background.
         config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.set_runtime_cache(self._cache)
         return config
 
     def keep(self) -> None:
-        """Writes what is compiled by now, where the user's cache can be written."""
+        """Write the kernels compiled so far to the file; do nothing if it cannot be written."""
         if self._file is None:
             return
         try:
@@ -197,7 +202,7 @@ class _KernelCache:
 
 
 def load_package(engine_id: EngineId) -> "types.ModuleType":
-    """The package that runs it. Raises MissingExtraError without it."""
+    """Import the package that runs the engine. Raises MissingExtraError if it is not installed."""
     package = PACKAGES[engine_id.runtime]
     try:
         return importlib.import_module(package)
@@ -206,7 +211,7 @@ def load_package(engine_id: EngineId) -> "types.ModuleType":
 
 
 def check_version(record: EngineRecord, installed: str) -> None:
-    """Raises BundleError where another version built the plan: TensorRT runs its own alone."""
+    """Raises BundleError if another version of TensorRT built the plan: each version runs only its own plans."""
     package = PACKAGES[record.id.runtime]
     built = record.versions.get(package, "none on record")
     if built != installed:
@@ -217,15 +222,15 @@ def check_version(record: EngineRecord, installed: str) -> None:
 
 
 def deserialised(trt: "types.ModuleType", file: Path) -> Any:
-    """The plan of the file, on the current GPU. Raises BundleError, with TensorRT's words, where it is none for here."""
+    """Load the file's plan on the current GPU. Raises BundleError with TensorRT's reason if it cannot run here."""
     _errors.clear()
     runtime, plan = trt.Runtime(logger(trt)), file.read_bytes()
-    if hasattr(runtime, "get_engine_validity"):  # it reads the header alone, and says what does not fit
+    if hasattr(runtime, "get_engine_validity"):  # reads only the plan's header, and says what does not fit
         validity, diagnostics = runtime.get_engine_validity(plan)
         reasons = [name for name, flag in trt.EngineInvalidityDiagnostics.__members__.items() if int(diagnostics) & int(flag)]
         if validity == trt.EngineValidity.INVALID and reasons:
             raise _unfit(trt, file, ", ".join(reason.lower().replace("_", " ") for reason in reasons))
-    engine = runtime.deserialize_cuda_engine(plan)  # None, and no exception, where it fails
+    engine = runtime.deserialize_cuda_engine(plan)  # None if it fails, not an exception
     if engine is None:
         raise _unfit(trt, file, last_error())
     return engine
@@ -233,7 +238,7 @@ def deserialised(trt: "types.ModuleType", file: Path) -> Any:
 
 @cache
 def logger(trt: "types.ModuleType") -> Any:
-    """The one logger of a package in this process: a second would be ignored. It keeps errors for `last_error`."""
+    """The process's only logger for that package, as TensorRT would ignore a second one. It keeps errors for `last_error`."""
 
     class Log(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -247,7 +252,7 @@ def logger(trt: "types.ModuleType") -> Any:
 
 
 def last_error() -> str:
-    """What TensorRT last complained of."""
+    """The last error that TensorRT logged."""
     return _errors[-1][:300] if _errors else "it does not say why"
 
 
@@ -264,5 +269,5 @@ def _failed(what: str) -> UniInstructError:
 def _cache_file(record: EngineRecord) -> Path | None:
     try:
         return cache_folder() / "tensorrt-rtx" / f"{record.file_sha256[:16]}.cache"
-    except RuntimeError:  # no home to have one in
+    except RuntimeError:  # there is no home directory
         return None

@@ -1,4 +1,4 @@
-"""torch: the reference engine, the weights as trained; teachers too, with their many-step sampler. In 16 bits, and compiled."""
+"""The torch engine: runs the weights as trained, and is the reference for all others. Also teachers, 16 bits, compiled code."""
 
 from collections.abc import Callable
 
@@ -17,22 +17,23 @@ from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.errors import RequestError
 from uni_instruct.float32 import full_float32
 from uni_instruct.networks.blocks import Conv2d
-from uni_instruct.networks.cuda_graphs import CapturedBatches
+from uni_instruct.networks.cuda_graphs import CudaGraphRunner
 from uni_instruct.networks.denoiser import ClassLabels
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample
 
-# Precision -> what the large convolutions are computed in.
+# Precision -> the dtype of the large convolutions.
 _SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEngine:
-    """Runs a bundle's weights on the CPU or a GPU ('cuda:0'), there through CUDA graphs.
+    """Runs a bundle's weights on the CPU, or on a GPU such as 'cuda:0'. On a GPU, one-step generators run as CUDA graphs.
 
-    precision: 'fp32', without TF32, or what the large convolutions are computed in, 'bf16' or 'fp16'. target: COMPILED for
-    machine code that inductor makes of the network, on the CPU; '' for torch's own kernels, layer by layer.
-    Raises RequestError for 16 bits of a teacher, whose many steps add up what each one rounds; CompilationError.
+    precision: 'fp32', without TF32; or 'bf16' or 'fp16' for the large convolutions. target: COMPILED for machine code that
+    torch's inductor makes of the network, on the CPU only; '' for torch's own kernels, layer by layer.
+    Raises RequestError for a teacher in 16 bits: rounding errors would add up over its many steps. Raises CompilationError if
+    the compiler fails.
     """
 
     def __init__(self, bundle: Bundle, *, device: str = CPU, precision: str = "fp32", target: str = ""):
@@ -42,44 +43,45 @@ class TorchEngine:
         self._make: Callable[[Tensor, ClassLabels | None], Tensor] | None = self._maker()
 
     def _maker(self) -> Callable[[Tensor, ClassLabels | None], Tensor]:
-        """What makes images [B, C, H, W] of noise and class ids; it alone holds the weights."""
+        """The function from noise and class ids to images [B, C, H, W]. Only this function holds the weights."""
         if self.id.target == COMPILED:
             return compiled_images(self._bundle, self.id)
         generator, steps = load_generator(self._bundle, self.id.precision).to(self.device), self.spec.steps
-        if steps > 1:  # many evaluations, each of other noise levels: no CUDA graphs
+        if steps > 1:  # the noise level changes at every evaluation, so no CUDA graphs
             return lambda z, labels: generator.decode(heun_sample(generator.denoiser, z, labels, steps))
-        return CapturedBatches(generator) if device_type(self.device) == CUDA else generator
+        return CudaGraphRunner(generator) if device_type(self.device) == CUDA else generator
 
     def __call__(self, noise: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
         """Images uint8 [B, H, W, C] of N(0, 1) noise float32 [B, *noise_shape]. Raises RequestError for latents."""
         self._bundle.check_makes_pictures()
-        parts = checked_inputs(self.spec, noise, class_ids).parts(self.spec.images_at_once)
+        parts = checked_inputs(self.spec, noise, class_ids).parts(self.spec.max_decoder_batch)
         return np.concatenate([to_uint8(self._images(part)).cpu().numpy() for part in parts])
 
     def outputs(self, noise: np.ndarray, class_ids: ClassIds | None) -> Outputs:
-        """The images, and before rounding: float32 [B, C, H, W] in about [-1, 1]; latents as they are."""
+        """The pixels, and the images before rounding: float32 [B, C, H, W] in about [-1, 1], or latents in their own range."""
         inputs = checked_inputs(self.spec, noise, class_ids)
-        parts = [self._images(part) for part in inputs.parts(self.spec.images_at_once)]
+        parts = [self._images(part) for part in inputs.parts(self.spec.max_decoder_batch)]
+        # Latents have no pixels: images[:0] makes an empty array of the right shape.
         pixels = [to_uint8(images if self.spec.makes_pictures else images[:0]).cpu().numpy() for images in parts]
         return Outputs(np.concatenate(pixels), np.concatenate([images.cpu().numpy() for images in parts]))
 
     def close(self) -> None:
-        """Frees the weights, once what runs in other threads is done."""
+        """Frees the weights, as soon as calls in other threads have finished."""
         self._make = None
 
     @torch.inference_mode()
     def _images(self, inputs: Inputs) -> Tensor:
         make = self._make
         assert make is not None, "the engine was closed"
-        # This engine is what the others are held against: on a GPU its convolutions would take TF32 otherwise.
+        # The other engines are compared with this one. Without this block, a GPU would round its convolutions to TF32.
         with full_float32():
             return make(*as_tensors(inputs, self.device))
 
 
 def load_generator(bundle: Bundle, precision: str) -> OneStep:
-    """The bundle's network with its decoder, on the CPU, its large convolutions in that precision.
+    """Load the bundle's network and its decoder to the CPU, with the large convolutions in that precision.
 
-    Raises RequestError for 16 bits of a teacher.
+    Raises RequestError for a teacher in 16 bits.
     """
     generator = load_one_step(bundle)
     if precision in _SIXTEEN_BITS:
@@ -88,9 +90,9 @@ def load_generator(bundle: Bundle, precision: str) -> OneStep:
 
 
 def _round_convolutions(generator: OneStep, bundle: Bundle, dtype: torch.dtype) -> None:
-    """The large convolutions in 16 bits, channels last, which is what processors and GPUs are fast at; the rest as it is.
+    """Change the large convolutions, in place, to 16 bits and channels-last layout, for which CPUs and GPUs have fast kernels.
 
-    Sums, normalisation and attention stay float32: stored in bf16 they cost four times the error (docs/export.md, "bf16").
+    Sums, normalisation and attention stay float32: in bf16 as well, the error is four times as large (docs/export.md, "bf16").
     """
     if bundle.spec.steps > 1:
         raise RequestError(
@@ -107,7 +109,7 @@ def _round_convolutions(generator: OneStep, bundle: Bundle, dtype: torch.dtype) 
     for module in (module for i, (_, module) in enumerate(found) if i not in kept):
         module.register_forward_pre_hook(rounded_input)
         module.register_forward_hook(_wide_output)
-        if isinstance(module, Conv2d) and module.weight is not None:  # EDM2's normalise their weights first, in float32
+        if isinstance(module, Conv2d) and module.weight is not None:  # EDM2's layers need float32 weights, to normalise them
             module.to(dtype)
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 

@@ -1,4 +1,4 @@
-"""Processes that do one thing for an engine, try it or compile it, while whoever waits is told that they run."""
+"""Run a step of an engine's preparation (a trial, a compilation, a build) in a process of its own, with progress calls."""
 
 import os
 import signal
@@ -10,38 +10,38 @@ from contextlib import suppress
 
 from uni_instruct.processes import die_with_parent
 
-TELL_EVERY_S = 10
+PROGRESS_INTERVAL_S = 10
 
 
 def run_worker(
     module: str,
     arguments: Sequence[str],
-    tell: Callable[[float], None],
+    on_progress: Callable[[float], None],
     *,
     timeout_s: float | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str] | None:
-    """`python -m module arguments` when it has ended, None where it was stopped after timeout_s.
+    """Run `python -m module arguments` to its end; returns None if it was stopped after timeout_s.
 
-    tell is called with the seconds so far, every ten of them. environment: variables beside those of this process.
-    However this process ends, the other one ends with it; one that starts processes itself calls `die_with_group`.
+    on_progress is called every ten seconds with the seconds so far. environment: variables to add to those of this process.
+    The child is killed however this process ends. A module that starts processes itself must call `die_with_group`.
     """
-    # -P: not what lies in the current folder.
+    # -P: a file in the current folder must not shadow a module.
     command = [sys.executable, "-P", "-m", module, *arguments]
     variables, start = {**os.environ, **(environment or {})}, time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # A group of its own: what it has started goes with it.
+    # A process group of its own, so that processes that the child has started are killed with it.
     ends = {"process_group": 0, "preexec_fn": die_with_parent(os.getpid())}
     with subprocess.Popen(command, env=variables, text=True, **pipes, **ends) as process:  # type: ignore[call-overload]
         try:
             while timeout_s is None or time.monotonic() - start < timeout_s:
-                left_s = TELL_EVERY_S if timeout_s is None else timeout_s - (time.monotonic() - start)
+                left_s = PROGRESS_INTERVAL_S if timeout_s is None else timeout_s - (time.monotonic() - start)
                 with suppress(subprocess.TimeoutExpired):
-                    output, errors = process.communicate(timeout=max(0.0, min(TELL_EVERY_S, left_s)))
+                    output, errors = process.communicate(timeout=max(0.0, min(PROGRESS_INTERVAL_S, left_s)))
                     return subprocess.CompletedProcess(command, process.returncode, output, errors)
-                tell(time.monotonic() - start)
+                on_progress(time.monotonic() - start)
         finally:
             if process.returncode is None:
-                with suppress(OSError):  # it has ended meanwhile
+                with suppress(OSError):  # it has just ended by itself
                     os.killpg(process.pid, signal.SIGKILL)
     return None

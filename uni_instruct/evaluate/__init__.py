@@ -1,4 +1,4 @@
-"""Scores of generated images against a data set, through torch-fidelity. Imports without torch; scoring needs it."""
+"""Score generated images against a data set, with torch-fidelity. Scoring needs torch; importing this package does not."""
 
 from uni_instruct.evaluate.evaluator import Evaluator, evaluate_images
 from uni_instruct.evaluate.extractors import EXTRACTORS, PRETRAINED, Extractor, Features

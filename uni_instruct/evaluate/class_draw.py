@@ -1,4 +1,4 @@
-"""Which classes images are made of: evenly drawn, or as often as in the data that a generator is to imitate."""
+"""Draw the classes of the images to score: uniformly, or with the frequencies of the reference data."""
 
 from typing import NamedTuple
 
@@ -12,14 +12,14 @@ from uni_instruct.generate import resolve_class_ids
 from uni_instruct.spec import ModelSpec
 
 UNIFORM, DATA = "uniform", "data"
-# Where the largest class has more than so many times the images of the smallest, a set that is drawn evenly is another
-# distribution than the data's, and a distance to them is one of class shares. Below, what that adds is small, and results stay
-# comparable with earlier ones.
-UNBALANCED = 1.5
+# If the largest class has more than this many times the images of the smallest, classes are drawn with the data's frequencies.
+# Uniform classes would then be another distribution than the data's, and the distance would measure class frequencies. Below
+# this ratio the effect is small, and a uniform draw keeps results comparable with earlier ones.
+MAX_BALANCED_RATIO = 1.5
 
 
 class DrawnClasses(NamedTuple):
-    """A class id for each seed, int64 [N], None without classes; how they were drawn ('' without); what to say of it."""
+    """Class ids int64 [N], None without classes; how they were drawn ('uniform', 'data', '' without classes); a note or ''."""
 
     class_ids: np.ndarray | None
     how: str
@@ -27,9 +27,9 @@ class DrawnClasses(NamedTuple):
 
 
 def class_counts(spec: ModelSpec, reference: Dataset | Statistics | None) -> np.ndarray | None:
-    """How many images of the reference each of the model's classes has, by name: int64 [K].
+    """The number of the reference's images in each of the model's classes, matched by name: int64 [K].
 
-    None where either has no classes, or the model has one that the reference lacks.
+    None if the model or the reference has no classes, or the model has a class that the reference lacks.
     """
     if not spec.num_classes or not isinstance(reference, Dataset) or reference.labels is None:
         return None
@@ -44,9 +44,12 @@ def class_counts(spec: ModelSpec, reference: Dataset | Statistics | None) -> np.
 def draw_classes(
     spec: ModelSpec, seeds: range | list[int], reference: Dataset | Statistics | None, how: str | None = None
 ) -> DrawnClasses:
-    """The seeds' classes: 'uniform', or as in the reference ('data'); None chooses the latter where it is unbalanced.
+    """Draw a class for each seed.
 
-    Raises RequestError where the reference does not say how often each class occurs, or there are no classes.
+    how: 'uniform', or 'data' for the frequencies of the reference. None chooses 'data' if the reference is unbalanced, else
+    'uniform'.
+
+    Raises RequestError for 'data' if the reference has no class frequencies, and for any `how` if the model has no classes.
     """
     if not spec.num_classes:
         if how is not None:
@@ -59,7 +62,7 @@ def draw_classes(
             remedy="give a data set that has them as --reference, or --classes uniform",
             param="classes",
         )
-    unbalanced = counts is not None and counts.max() > UNBALANCED * counts.min()
+    unbalanced = counts is not None and counts.max() > MAX_BALANCED_RATIO * counts.min()
     if counts is None or how == UNIFORM or (how is None and not unbalanced):
         return DrawnClasses(resolve_class_ids(spec, seeds), UNIFORM)
     note = f"classes are drawn as often as in the reference ({counts.min():,} to {counts.max():,} images each)"

@@ -1,8 +1,8 @@
-"""A small classifier, trained on a data set to judge images of its kind: where InceptionV3 says little.
+"""A small classifier that is trained on a data set, to score images for which InceptionV3's features say little.
 
-The recipe is one and fixed: the same data gives the same weights on the same machine, and slightly other ones elsewhere. For
-generators that ship the classifiers of their data do so too (uni_instruct/classifiers), which makes their distances the same
-everywhere. All others are cached by the data's hash.
+There is one fixed recipe. The same data makes the same weights on the same machine, and slightly different weights on another.
+The classifiers for the shipped generators' data ship too (uni_instruct/classifiers), so that their distances are the same
+on all machines. All others are cached by the hash of the data.
 """
 
 import json
@@ -37,20 +37,20 @@ from uni_instruct.spec import ImageShape
 
 SEED = 20505
 BATCH = 64
-STEPS, MAX_STEPS, EPOCHS = 1000, 3000, 3  # at least STEPS, more for large data sets, at most MAX_STEPS
+STEPS, MAX_STEPS, EPOCHS = 1000, 3000, 3  # train for EPOCHS, but at least STEPS and at most MAX_STEPS steps
 LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 3e-3, 1e-2, 0.05
 WIDTH = 24
-MAX_SIDE = 32  # larger images are averaged down to this
-SHIFT = 1 / 16  # of the image's side, either way, for every other image of a batch
+MAX_SIDE = 32  # larger images are downsampled to this by averaging
+SHIFT = 1 / 16  # augmentation: every other image of a batch is shifted by up to this part of its side, in any direction
 HOLD_OUT_EVERY = 10
 MIN_IMAGES, MAX_PROBE = 50, 10_000
 _log = logging.getLogger(__name__)
 
 
 class Classifier(nn.Module):
-    """Four convolutions and two linear layers; FEATURES are read before the last.
+    """Four convolutions and two linear layers. The input of the last layer, of size FEATURES, is used as features.
 
-    `scale` brings the features of the training data to a mean variance of 1, so that a Frechet distance has a unit.
+    `scale` scales the features of the training data to a mean variance of 1, so that Frechet distances have a common unit.
     """
 
     scale: Tensor
@@ -68,45 +68,45 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(features [B, FEATURES], logits [B, K]) of float [B, C, H, W] in [-1, 1]."""
-        if x.shape[2:] != self.size:  # to the same size it is a copy
+        if x.shape[2:] != self.size:  # pooling to the same size would only copy
             x = F.adaptive_avg_pool2d(x, self.size)
         for convs in (self.convs1, self.convs2):
             for conv in convs:
-                x = F.silu(conv(x), inplace=not torch.is_grad_enabled())  # memory is what takes the time
+                x = F.silu(conv(x), inplace=not torch.is_grad_enabled())  # in place, because memory limits the speed
             x = F.avg_pool2d(x, 2, ceil_mode=True)
         hidden = F.silu(self.hidden(x.flatten(1)))
         return hidden * self.scale, self.out(hidden)
 
 
 class ClassifierFeatures(nn.Module):
-    """What an evaluation asks of a classifier, fast on a CPU."""
+    """The classifier as evaluations call it, on bytes and in the memory layout that is fast on a CPU."""
 
     def __init__(self, classifier: Classifier, channels: int):
         super().__init__()
         self.classifier, self.channels = classifier, channels
-        # On a CPU channels that lie last take two thirds of the time of channels that lie first.
+        # On a CPU channels_last takes two thirds of the time of the default layout.
         for parameter in classifier.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(features [B, FEATURES], logits [B, K]) of images uint8 [B, C, H, W]."""
-        # torch-fidelity reads every file as RGB; a grey image's channels are equal, and the first is the image.
+        # torch-fidelity reads every file as RGB. A grey image's channels are equal there, and the first one is enough.
         pixels = (images[:, : self.channels] / 127.5 - 1).to(memory_format=torch.channels_last)
         features, logits = self.classifier(pixels)
         return features, logits
 
 
 def open_features(path: Path) -> ClassifierFeatures:
-    """Those of the classifier in that file. Raises FileFormatError where it is none or corrupt."""
+    """The classifier in that file, for evaluation. Raises FileFormatError if the file is corrupt or not a classifier's."""
     classifier, info = load_classifier(path)
     return ClassifierFeatures(classifier, info.image_shape[0])
 
 
 def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Path:
-    """The file of the data set's classifier: the one that ships, else the cache's, which is trained now if it is not there.
+    """The file of the data set's classifier: the shipped one, or the cached one, which is trained now if it is missing.
 
-    Raises RequestError where the data has no classes or too few images, or the cache cannot be written.
+    Raises RequestError if the data has fewer than 2 classes or too few images, or if the cache cannot be written.
     """
     if dataset.num_classes < 2 or len(dataset) < MIN_IMAGES:
         raise RequestError(
@@ -121,11 +121,11 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
     if _is_whole(path):
         return path
     lock = path.with_name(f".{path.name}.lock")
-    # Before the training, which would be in vain if its result could not be written.
+    # Before the training, which would be wasted if its result could not be written.
     with _cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-    # Trainings that are started together want the same classifier: the first makes it, the others wait.
+    # Trainings that are started together need the same classifier: the first process makes it, the others wait for it.
     with locked(lock, lambda: _log.warning("waiting for the classifier of '%s', which another training makes", dataset.name)):
         try:
             if not _is_whole(path):
@@ -136,7 +136,7 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a classifier can be read there."""
+    """Whether there is a valid classifier at this path."""
     if not path.is_file():
         return False
     try:
@@ -148,7 +148,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _train_into(path: Path, dataset: Dataset, fingerprint: str, with_progress: ProgressFactory) -> None:
-    # The order in which sums are rounded depends on the number of threads, and so small a network gains nothing from more.
+    # One thread, because rounding depends on the number of threads. So small a network gains nothing from more.
     with one_torch_thread():
         model, heldout_accuracy = train_classifier(dataset, with_progress)
     info = ClassifierInfo(
@@ -164,7 +164,7 @@ def _train_into(path: Path, dataset: Dataset, fingerprint: str, with_progress: P
 
 
 def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
-    """A classifier in evaluation mode. Raises FileFormatError for a file that is no such classifier or corrupt."""
+    """The classifier in evaluation mode, and its metadata. Raises FileFormatError if the file is invalid."""
     weights, info = read_classifier(path)
     try:
         model = _blank(info.image_shape, info.num_classes)
@@ -175,13 +175,13 @@ def load_classifier(path: Path) -> tuple[Classifier, ClassifierInfo]:
 
 
 def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> tuple[Classifier, float]:
-    """Trains the classifier on nine tenths of the data; also returns its accuracy on the other tenth.
+    """Train the classifier on nine tenths of the data. Returns it and its accuracy on the other tenth.
 
-    On the CPU, all randomness from SEED. Images are read as they are needed.
+    It runs on the CPU, and all random numbers come from SEED. Images are read when they are needed.
     """
     indices = torch.arange(len(dataset))
     held_out = indices % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
-    training, probe = indices[~held_out], _spread(indices[held_out])
+    training, probe = indices[~held_out], _evenly_spaced(indices[held_out])
     rng = torch.Generator().manual_seed(SEED)
     model = _initialised(_blank(dataset.image_shape, dataset.num_classes), rng)
     steps = min(MAX_STEPS, max(STEPS, EPOCHS * len(training) // BATCH))
@@ -196,8 +196,8 @@ def train_classifier(dataset: Dataset, with_progress: ProgressFactory = silent) 
             loss.backward()
             optimizer.step()
             progress.advance(1, f"loss {loss.item():.3f}")
-    features, _ = _outputs(model, dataset, _spread(training))
-    # Features times s, s = (mean over features of their variance)^(-1/2): distances of two data sets have the same unit.
+    features, _ = _outputs(model, dataset, _evenly_spaced(training))
+    # scale = (mean over features of their variance)^(-1/2), so that the distances of two data sets have the same unit.
     model.scale.fill_(1 / features.double().var(dim=0).mean().clamp(min=1e-12).sqrt())
     _, logits = _outputs(model, dataset, probe)
     return model.eval(), (logits.argmax(1) == _labels(dataset, probe)).double().mean().item()
@@ -208,7 +208,7 @@ def _conv(channels_in: int, channels_out: int) -> nn.Conv2d:
 
 
 def _blank(image_shape: ImageShape, num_classes: int) -> Classifier:
-    """A classifier whose weights are still to be set; torch's global random state is left as it was."""
+    """A classifier whose weights the caller sets. torch's global random state is preserved."""
     with torch.random.fork_rng(devices=[]):
         return Classifier(image_shape, num_classes)
 
@@ -223,15 +223,15 @@ def _initialised(model: Classifier, rng: torch.Generator) -> Classifier:
     return model
 
 
-# Rate at progress t: t / 0.1 up to 0.1, then (1 + cos(pi (t - 0.1) / 0.9)) / 2 (Loshchilov and Hutter 2017, arXiv 1608.03983).
+# At progress t: t / 0.1 up to 0.1, then (1 + cos(pi (t - 0.1) / 0.9)) / 2 (Loshchilov and Hutter 2017, arXiv 1608.03983).
 def _schedule(done: float) -> float:
-    """Linear warm-up over the first tenth, then a cosine to zero."""
+    """The factor of the learning rate: linear warm-up over the first tenth, then cosine decay to zero."""
     return done / 0.1 if done < 0.1 else (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
 
 
 def _shifted(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Every other image moved by up to SHIFT of its side, by interpolation; the rest stay sharp."""
-    # affine_grid measures in half sides: [-1, 1] is the whole image.
+    """Shift every other image by up to SHIFT of its side, with interpolation. The others stay sharp."""
+    # Times 2, because affine_grid measures in half sides: [-1, 1] is the whole image.
     offsets = (torch.rand(len(images), 2, generator=rng) * 2 - 1) * 2 * SHIFT
     offsets[::2] = 0
     affine = torch.cat([torch.eye(2).expand(len(images), 2, 2), offsets[:, :, None]], dim=2)
@@ -244,7 +244,7 @@ def _images(dataset: Dataset, indices: Tensor) -> Tensor:
 
 
 def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
-    assert dataset.labels is not None  # it has classes
+    assert dataset.labels is not None  # `trained_classifier` has checked that there are classes
     return torch.from_numpy(dataset.labels[indices.numpy()])
 
 
@@ -254,14 +254,14 @@ def _outputs(model: Classifier, dataset: Dataset, indices: Tensor) -> tuple[Tens
     return torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
-def _spread(indices: Tensor) -> Tensor:
-    """At most MAX_PROBE of them, evenly spaced."""
+def _evenly_spaced(indices: Tensor) -> Tensor:
+    """At most MAX_PROBE of the indices, evenly spaced."""
     return indices[:: math.ceil(len(indices) / MAX_PROBE)]
 
 
 @contextmanager
 def _cache_errors(path: Path) -> Iterator[None]:
-    """Within the block, a cache that cannot be written is a RequestError that says how to choose another."""
+    """Raise DiskErrors as RequestErrors, whose remedy is to choose another cache folder."""
     try:
         with disk_errors(path):
             yield

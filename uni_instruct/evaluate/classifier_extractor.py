@@ -1,4 +1,4 @@
-"""The classifier as a feature extractor that torch-fidelity finds by name. Importing this module registers it."""
+"""The classifier as a feature extractor of torch-fidelity. Importing this module registers it by the name CLASSIFIER."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ _LAYERS = ("features", "logits")
 
 
 class ClassifierExtractor(_fidelity.FeatureExtractorBase):  # type: ignore[name-defined]
-    """Layers 'features' and 'logits' of the classifier whose file is given as feature_extractor_weights_path."""
+    """The layers 'features' and 'logits' of the classifier in the file feature_extractor_weights_path."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **options: object):
-        # options: what torch-fidelity passes to every extractor, such as whether to compile it.
+        # torch-fidelity passes `options` to every extractor, such as whether to compile it. This one needs none of them.
         super().__init__(name, features_list)
         self.network = open_features(Path(feature_extractor_weights_path))
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the layers."""
+        """The names of the layers."""
         return _LAYERS
 
     @staticmethod
@@ -32,15 +32,15 @@ class ClassifierExtractor(_fidelity.FeatureExtractorBase):  # type: ignore[name-
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """It is too small to gain."""
+        """False: the network is too small to gain from compiling."""
         return False
 
     @staticmethod
     def get_dummy_input_for_compile() -> None:
-        """None, as it cannot be compiled."""
+        """None, since the network cannot be compiled."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The requested layers, in order, of images uint8 [B, C, H, W]."""
+        """The requested layers' outputs for images uint8 [B, C, H, W], in the order of the request."""
         outputs = dict(zip(_LAYERS, self.network(images), strict=True))
         return tuple(outputs[layer] for layer in self.features_list)
 

@@ -1,4 +1,4 @@
-"""A classifier's file: where it is kept, what it was trained for, and its weights' hash. NumPy only."""
+"""A classifier's file: its path, its metadata, and the hash of its weights. NumPy only."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from uni_instruct.errors import FileFormatError
 from uni_instruct.files import cache_folder
 from uni_instruct.spec import ImageShape
 
-RECIPE = 1  # counts up with every change to the network or its training, and is part of the cached file's name
+RECIPE = 1  # increased with every change to the network or its training; it is part of the cached file's name
 FEATURES = 64
 # The key of the file's metadata.
 METADATA = "classifier"
@@ -22,7 +22,7 @@ METADATA = "classifier"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierInfo:
-    """What a classifier was trained for and how well it does on images it has not seen (every tenth)."""
+    """What a classifier was trained on, and its accuracy on held-out images (every tenth of the data)."""
 
     recipe: int
     image_shape: ImageShape
@@ -32,18 +32,21 @@ class ClassifierInfo:
 
 
 def classifier_path(fingerprint: str) -> Path:
-    """Where the classifier of the data set with that fingerprint ships, or where the cache has, or would have, it."""
+    """The path of the classifier for the data set with that fingerprint: the shipped file, or else a path in the cache.
+
+    The file in the cache need not exist.
+    """
     return shipped_classifier(fingerprint) or cached_classifier(fingerprint)
 
 
 def shipped_classifier(fingerprint: str) -> Path | None:
-    """The file that ships, None where none does."""
+    """The file of the classifier that ships for that data set; None if there is none."""
     folder = Path(str(files("uni_instruct") / "classifiers"))
     return next(folder.glob(f"*-{_file_name(fingerprint)}"), None)
 
 
 def cached_classifier(fingerprint: str) -> Path:
-    """Where the cache has, or would have, it."""
+    """The path of the classifier in the cache, whether or not it exists."""
     return cache_folder() / "classifiers" / _file_name(fingerprint)
 
 
@@ -52,7 +55,7 @@ def _file_name(fingerprint: str) -> str:
 
 
 def read_classifier(path: Path) -> tuple[dict[str, np.ndarray], ClassifierInfo]:
-    """Its weights by name. Raises FileFormatError for a file that is no classifier's or corrupt."""
+    """The weights by name, and the metadata. Raises FileFormatError if the file is corrupt or not a classifier's."""
     try:
         with safe_open(path, framework="np") as file:
             values = json.loads((file.metadata() or {})[METADATA])
@@ -63,12 +66,12 @@ def read_classifier(path: Path) -> tuple[dict[str, np.ndarray], ClassifierInfo]:
 
 
 def not_a_classifier(path: Path, error: Exception) -> FileFormatError:
-    """The error, as the user is told it."""
+    """The error for a file that cannot be read as a classifier."""
     return FileFormatError(f"{path} is not a classifier: {' '.join(str(error).split())[:200]}", remedy="remove that file")
 
 
 def weights_sha256(weights: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names and values of all weights, in hex."""
+    """The SHA-256 of the names and values of all weights, in hexadecimal."""
     digest = hashlib.sha256()
     for name, values in sorted(weights.items()):
         digest.update(name.encode() + values.tobytes())

@@ -1,4 +1,4 @@
-"""Evaluator: scores images against one reference, whose features are computed once."""
+"""Evaluator: scores any number of image sets against one reference, whose features are computed once."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,21 +23,23 @@ from uni_instruct.evaluate.extractors import (
 from uni_instruct.evaluate.reference_cache import ReferenceCache, ReferenceFeatures
 from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicable, score
 from uni_instruct.evaluate.statistics import Statistics, open_reference
-from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, joined, summed_up
+from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, concatenate_parts, summarise_features
 from uni_instruct.images import checked_images
 from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
 
 BATCH = 256
-# A reference's features that stay in memory, all of them, and images whose features are summed up at once.
+# All features of a reference stay in memory if they take at most REFERENCE_BYTES. _SHARD_IMAGES are summed up at once.
 REFERENCE_BYTES, _FLOAT_BYTES, _SHARD_IMAGES = 2**29, 4, 1024
 
 
 class Evaluator:
     """Scores images against a data set or its statistics.
 
-    extractor: one of EXTRACTORS or PRETRAINED, or an Extractor; statistics bring their own. with_progress shows long work.
-    Raises RequestError where the extractor is unknown or cannot be had, or the data set holds latents.
+    extractor: one of EXTRACTORS or PRETRAINED, or an Extractor. Statistics determine their extractor, so 'auto' fits them.
+    with_progress: shows the progress of long work.
+
+    Raises RequestError if the extractor is unknown or not available, or if the data set contains latents.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Evaluator:
                 self._read(reference, progress)
 
     def _read(self, reference: Dataset, progress: Progress) -> None:
-        """Features and statistics of the reference; of a large one only evenly spaced features stay in memory."""
+        """Compute or load the reference's features and statistics. For a large reference only evenly spaced ones are kept."""
         known = ReferenceCache(reference, self.extractor)
         found = known.read()
         if found is None:
@@ -68,7 +70,7 @@ class Evaluator:
             for start in range(0, len(reference), _SHARD_IMAGES):
                 indices = np.arange(start, min(start + _SHARD_IMAGES, len(reference)))
                 features = self.extractor([reference.images(indices)])
-                part = summed_up(features, plan, start)
+                part = summarise_features(features, plan, start)
                 parts.append(features.features.numpy() if keeps_all else part.kept[0])
                 progress.advance(len(indices))
                 if summary is None:
@@ -76,38 +78,42 @@ class Evaluator:
                 else:
                     summary.add(part)
             assert summary is not None  # a data set has images
-            found = ReferenceFeatures(joined(parts), *summary.moments())
+            found = ReferenceFeatures(concatenate_parts(parts), *summary.moments())
             known.write(found)
         self._all = found.features if len(found.features) == len(reference) else None
+        # Evenly spaced features, at most KEPT_IMAGES, for the metrics that compare single images.
         self.kept, self.mu, self.sigma = found.features[:: -(-len(found.features) // KEPT_IMAGES)], found.mu, found.sigma
 
     def check(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> None:
-        """Raises RequestError for a metric that is unknown or does not apply to so many images. Call it before making any."""
+        """Raise RequestError for a metric that is unknown or cannot be measured. Call it before the images are made.
+
+        images: how many will be scored. has_class_ids: whether their classes will be known.
+        """
         self.asked(metrics, images, has_class_ids)
 
     def asked(self, metrics: Sequence[str] | None, images: int, has_class_ids: bool) -> list[str]:
-        """The metrics that are measured of so many images: those named, or all that apply. Raises as `check`."""
+        """The metrics that will be measured: those named, or all that apply. Arguments and errors as in `check`."""
         return applicable(metrics, Available(self.extractor, images, self.reference_images, has_class_ids))
 
     @property
     def features(self) -> Features | None:
-        """The reference's features; None where it is statistics, or so large that not all are kept. No logits."""
+        """The reference's features, without logits; None if it is statistics, or too large to keep all features."""
         import torch
 
         return None if self._all is None else Features(torch.from_numpy(self._all), torch.empty(len(self._all), 0))
 
     @property
-    def known_shape(self) -> ImageShape | None:
-        """The [C, H, W] that images must have, None where any do."""
+    def required_shape(self) -> ImageShape | None:
+        """The [C, H, W] that images must have; None if any shape is accepted."""
         return self.reference.image_shape if isinstance(self.reference, Dataset) else self.extractor.image_shape
 
     @property
     def reference_images(self) -> int:
-        """How many images of the reference there are; 0 where it is statistics."""
+        """The number of images in the reference; 0 if it is statistics."""
         return len(self.reference) if self.kept is not None else 0
 
     def __call__(self, images: np.ndarray, class_ids: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> Scores:
-        """Scores of images uint8 [N, H, W, C]; see `score_batches`."""
+        """Score images uint8 [N, H, W, C]; see `score_batches`."""
         images = checked_images(images)
         return self.score_batches((images[i : i + BATCH] for i in range(0, len(images), BATCH)), class_ids, metrics)
 
@@ -117,11 +123,13 @@ class Evaluator:
         class_ids: np.ndarray | None = None,
         metrics: Sequence[str] | None = None,
     ) -> Scores:
-        """Scores of images that come in batches uint8 [B, H, W, C]; only their features stay in memory.
+        """Score images that are passed in batches uint8 [B, H, W, C]. Only their features are kept in memory.
 
-        class_ids: int64 [N], the class each image should have, in the reference's numbering. metrics: names from METRICS; by
-        default all that apply. Raises RequestError for images of another shape than the reference's, fewer than 4 of them,
-        floats in place of pixels, names in place of ids, or a metric that is unknown or does not apply.
+        class_ids: int64 [N], the true class of each image in the reference's numbering.
+        metrics: names from METRICS; by default all that apply.
+
+        Raises RequestError for images whose shape is not the reference's, fewer than 4 images, floats in place of pixels, names
+        in place of ids, or a metric that is unknown or does not apply.
         """
         if class_ids is not None:
             class_ids = np.asarray(class_ids)
@@ -136,7 +144,7 @@ class Evaluator:
                     remedy="give ids in its numbering, or none",
                     param="class_ids",
                 )
-        features = self.extractor(checked_batches(batches, self.known_shape))
+        features = self.extractor(checked_batches(batches, self.required_shape))
         if class_ids is not None and len(class_ids) != len(features):
             raise RequestError(
                 f"{len(class_ids)} class ids were given for {len(features)} images",
@@ -145,17 +153,17 @@ class Evaluator:
             )
         wanted = metrics is None or "is" in metrics
         plan = SummaryPlan(total=len(features), with_scores=wanted and self.extractor.is_inception)
-        return self.score_summary(summed_up(features, plan, 0, class_ids), class_ids is not None, metrics)
+        return self.score_summary(summarise_features(features, plan, 0, class_ids), class_ids is not None, metrics)
 
     def score_summary(self, summary: Summary, has_class_ids: bool, metrics: Sequence[str] | None = None) -> Scores:
-        """Scores of images that were summed up. Raises RequestError as `score_batches` does."""
+        """Score images from their summary. Raises RequestError for too few images and for metrics, as `score_batches` does."""
         comparison = Comparison(
             generated=summary, mu=self.mu, sigma=self.sigma, reference=self.kept, has_class_ids=has_class_ids
         )
         return score(self.extractor, comparison, metrics, self.reference.name)
 
     def statistics(self) -> Statistics:
-        """The reference's mean and covariance, which take its place in later evaluations."""
+        """The reference's mean and covariance. Later evaluations can use them in place of the reference."""
         return Statistics(
             name=self.reference.name,
             mu=self.mu,
@@ -175,12 +183,15 @@ def evaluate_images(
     metrics: Sequence[str] | None = None,
     extractor: str = "auto",
 ) -> Scores:
-    """Scores of images uint8 [N, H, W, C] against a reference: `values` by full name, with what they depend on.
+    """Score images uint8 [N, H, W, C] against a reference. The result has `values` by full name, and what they depend on.
 
-    reference: a data set or statistics, or what `--reference` takes: a name, folder, zip or file of statistics. class_ids: the
-    class that each image should have, in the reference's numbering. metrics, extractor: as `evaluate --help` lists them; by
-    default all metrics that apply. The reference's features are computed anew at each call: to score several sets, keep an
-    `uni_instruct.evaluate.Evaluator`. Raises RequestError for floats in place of pixels, or what does not fit the reference.
+    reference: a data set or statistics, or an argument of `--reference`: a name, folder, zip or file of statistics.
+    class_ids: the true class of each image, in the reference's numbering.
+    metrics, extractor: as `evaluate --help` lists them; by default all metrics that apply.
+
+    Each call loads or computes the reference's features again. To score several sets, keep an
+    `uni_instruct.evaluate.Evaluator`.
+    Raises RequestError for floats in place of pixels, and for images that do not fit the reference.
     """
     pixels = checked_images(images)
     opened = open_reference(str(reference)) if isinstance(reference, str | Path) else reference
@@ -190,9 +201,9 @@ def evaluate_images(
     return Evaluator(opened, extractor)(pixels, ids, metrics)
 
 
-# While they come, not at the end: a wrong shape should not cost an hour of generating.
+# Each batch is checked as it arrives, so that a wrong shape is reported at once and not after an hour of generating.
 def checked_batches(batches: Iterable[np.ndarray], shape: ImageShape | None) -> Iterator[np.ndarray]:
-    """The same batches, uint8 [B, H, W, C]. Raises RequestError at one that holds no pixels, or is of another [C, H, W]."""
+    """Yield the batches unchanged. Raises RequestError at one that is not uint8 [B, H, W, C], or not of `shape` [C, H, W]."""
     for images in map(checked_images, batches):
         if shape is not None:
             check_shape((images.shape[3], *images.shape[1:3]), shape)
@@ -200,7 +211,7 @@ def checked_batches(batches: Iterable[np.ndarray], shape: ImageShape | None) -> 
 
 
 def check_shape(shape: ImageShape, reference: ImageShape) -> None:
-    """Raises RequestError unless images of [C, H, W] are of the reference's shape."""
+    """Raise RequestError unless images of shape [C, H, W] have the reference's shape."""
     if tuple(shape) != tuple(reference):
         raise RequestError(
             f"images of shape {list(shape)} cannot be compared with a reference of {list(reference)}",
@@ -210,8 +221,8 @@ def check_shape(shape: ImageShape, reference: ImageShape) -> None:
 
 
 def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
-    """The extractor that made the statistics. Raises RequestError where another is asked for, or it cannot be had."""
-    # Features of two extractors have nothing in common: a distance between them would be a number without meaning.
+    """The extractor that made the statistics. Raises RequestError if another one is requested, or it is not available."""
+    # The features of two extractors are not comparable: a distance between them would be meaningless.
     if not isinstance(asked, str):
         return asked
     makers = {INCEPTION: "inception"} | {name: name for name in PRETRAINED}
@@ -231,7 +242,7 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
         extractor = open_classifier(classifier_path(statistics.fingerprint), statistics.extractor)
     except FileFormatError as error:
         raise RequestError(f"{statistics.extractor} is not in the cache", remedy=remedy, param="reference") from error
-    # Trained on another machine, a classifier of the same data has slightly other weights, and so other features.
+    # A classifier that was trained on another machine has slightly different weights, so its features differ.
     if extractor.sha256 != statistics.extractor_sha256:
         raise RequestError(
             f"the statistics of {statistics.name} were made by another {statistics.extractor} than this machine has",

@@ -1,4 +1,4 @@
-"""What turns images into the features that are compared: InceptionV3, or a classifier that is trained on the reference."""
+"""Feature extractors: InceptionV3, a classifier trained on the reference, or CLIP and DINOv2."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,14 +23,14 @@ from uni_instruct.spec import ImageShape
 if TYPE_CHECKING:
     import torch
 
-# What training and evaluation choose from; evaluation also has networks whose weights the user brings (pretrained.py).
+# The extractors for training and evaluation. Evaluation also has networks whose weights the user provides (pretrained.py).
 EXTRACTORS = ("auto", "inception", "classifier")
 PRETRAINED = (
     *("clip-vit-b-32", "clip-vit-b-16", "clip-vit-l-14", "clip-vit-l-14-336px"),
     *("dinov2-vit-s-14", "dinov2-vit-b-14", "dinov2-vit-l-14"),
 )
 INCEPTION = "inception-v3"
-INCEPTION_REGISTERED = "inception-v3-compat"
+INCEPTION_REGISTERED = "inception-v3-compat"  # its name in torch-fidelity
 INCEPTION_DIM = 2048
 INCEPTION_MIN_SIDE = 32
 _BATCH = 64
@@ -49,8 +49,10 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorFile:
-    """What a worker opens an extractor from: its weights, who reads them ('inception', 'classifier' or one of PRETRAINED), and
-    their SHA-256, or of a classifier its name.
+    """What a worker needs to open an extractor.
+
+    path: of its weights. maker: 'inception', 'classifier' or one of PRETRAINED. label: the weights' SHA-256; for a classifier,
+    its name.
     """
 
     path: Path
@@ -58,42 +60,44 @@ class ExtractorFile:
     label: str
 
     def open(self) -> "Extractor":
-        """The extractor. Raises FileFormatError where the file is corrupt."""
+        """Open the extractor. Raises FileFormatError if the file is corrupt."""
         if self.maker in PRETRAINED:
             return open_pretrained(self.maker, self.path, self.label)
         return open_inception(self.path, self.label) if self.maker == "inception" else open_classifier(self.path, self.label)
 
 
-class WhenCalled:
-    """A network that is loaded when it is first called: who leaves the work to others needs neither it nor torch."""
+class LazyNetwork:
+    """A network that is loaded at its first call. A process that leaves the work to workers needs neither it nor torch."""
 
     def __init__(self, load: "Callable[[], torch.nn.Module]"):
         self._load = load
 
     @cached_property
     def network(self) -> "torch.nn.Module":
-        """The network."""
+        """The network, loaded at the first access."""
         return self._load()
 
     def __call__(self, pixels: "torch.Tensor") -> "Sequence[torch.Tensor]":
-        """What it gives."""
+        """The network's outputs."""
         found: Sequence[torch.Tensor] = self.network(pixels)
         return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Extractor:
-    """A network that gives (features, logits) of images uint8 [B, C, H, W], ready to run.
+    """A network from images uint8 [B, C, H, W] to (features, logits), ready to run.
 
-    image_shape is [C, H, W] where it takes only such images, else None. num_classes is the reference's, 0 where the logits are
-    of other classes. heldout_accuracy is a trained classifier's, on images it has not seen. takes_colour: grey images are
-    shown to it as colour; resizing says how it enlarges images, as other tools do it in other ways.
+    image_shape: the only [C, H, W] that it accepts, or None for any.
+    num_classes: of the reference; 0 if the logits are of other classes.
+    heldout_accuracy: of a trained classifier, on held-out images.
+    takes_colour: grey images are repeated to three channels.
+    resizing: how it resizes images, in words. Tools differ in this, and with it their scores.
     """
 
     name: str
     sha256: str
     dim: int
-    module: "torch.nn.Module | WhenCalled"
+    module: "torch.nn.Module | LazyNetwork"
     device: str = "cpu"
     image_shape: ImageShape | None = None
     num_classes: int = 0
@@ -105,52 +109,52 @@ class Extractor:
 
     @property
     def is_inception(self) -> bool:
-        """Whether the field's names (FID, KID, IS) are right for what it measures."""
+        """Whether it is InceptionV3, so that its scores may be called FID, KID and IS."""
         return self.name == INCEPTION
 
     def required_file(self) -> ExtractorFile:
-        """What a worker opens it from. Raises RequestError for one that is in this process alone."""
+        """What workers open it from. Raises RequestError if it has no file, but exists in this process only."""
         if self.file is None:
             raise RequestError(f"extractor {self.name} is in no file", remedy="score without workers", param="extractor")
         return self.file
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Features:
-        """Features of images uint8 [B, H, W, C], the same whatever their batches and memory layout.
+        """The features of images uint8 [B, H, W, C]. They do not depend on the batches or the memory layout.
 
-        Raises RequestError where there are no images, or floats in place of pixels.
+        Raises RequestError if there are no images, or for floats in place of pixels.
         """
         import torch
 
         features, logits = [], []
         for images in _rebatched(map(checked_images, batches)):
-            # Contiguous: the last bits of a convolution depend on the memory layout.
+            # Always contiguous, because the last bits of a convolution depend on the memory layout.
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format).to(self.device)
             if self.takes_colour and pixels.shape[1] == 1:
                 pixels = pixels.expand(-1, 3, -1, -1)
-            # Published FIDs are of float32; with TF32, cuDNN's default, a GPU gives other features than a CPU.
+            # Published FIDs use float32. With TF32, cuDNN's default, a GPU's features differ from a CPU's.
             with torch.inference_mode(), full_float32():
                 first, second = self.module(pixels)
             features.append(first.cpu())
             logits.append(second.cpu())
         if not features:
             raise RequestError("there are no images to score", remedy="give at least one", param="images")
-        # Cloned outside inference mode: torch-fidelity's metrics compute with what would be inference tensors.
+        # Cloned outside inference mode, because torch-fidelity's metrics cannot use inference tensors.
         with torch.inference_mode(False):
             return Features(torch.cat(features).clone(), torch.cat(logits).clone())
 
 
 def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
-    """The extractor of that name (EXTRACTORS, PRETRAINED) for a reference.
+    """The extractor of that name (one of EXTRACTORS or PRETRAINED) for a reference.
 
-    auto: InceptionV3 for colour images from 32 pixels on, or where there are no classes; else the classifier.
-    Raises RequestError for an unknown name, or where InceptionV3's weights cannot be had.
+    'auto' is InceptionV3 for colour images of at least 32 pixels a side and for data without classes, else the classifier.
+    Raises RequestError for an unknown name, or if the weights are not available.
     """
     if name in PRETRAINED:
         return pretrained(name)
     if name not in EXTRACTORS:
         raise RequestError(f"extractor '{name}' is unknown", remedy=f"choose one of {', '.join(EXTRACTORS)}", param="extractor")
     if name == "auto":
-        # InceptionV3 has seen colour photographs, enlarged to 299 pixels: of smaller or grey images its features say little.
+        # InceptionV3 was trained on colour photographs of 299 pixels. Its features say little about grey or tiny images.
         channels, *sides = dataset.image_shape
         suits = channels == 3 and min(sides) >= INCEPTION_MIN_SIDE
         name = "inception" if suits or dataset.num_classes < 2 else "classifier"
@@ -158,10 +162,10 @@ def choose_extractor(name: str, dataset: Dataset, with_progress: ProgressFactory
 
 
 def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Extractor:
-    """The data set's own classifier, shipped, from the cache or trained now; it is always named after the data set."""
+    """The data set's classifier: the shipped one, the cached one, or one that is trained now. It has the data set's name."""
     path = classifier_path(dataset.fingerprint())
     try:
-        read_classifier(path)  # one that is there is read without torch
+        read_classifier(path)  # an existing file can be read without torch
     except FileFormatError:
         from uni_instruct.evaluate.classifier import trained_classifier
 
@@ -170,7 +174,7 @@ def classifier(dataset: Dataset, with_progress: ProgressFactory = silent) -> Ext
 
 
 def open_classifier(path: Path, name: str) -> Extractor:
-    """A classifier from its file. Raises FileFormatError where it is corrupt."""
+    """A classifier from its file. Raises FileFormatError if it is corrupt."""
     weights, info = read_classifier(path)
 
     def network() -> "torch.nn.Module":
@@ -182,7 +186,7 @@ def open_classifier(path: Path, name: str) -> Extractor:
         name=name,
         sha256=weights_sha256(weights),
         dim=FEATURES,
-        module=WhenCalled(network),
+        module=LazyNetwork(network),
         image_shape=info.image_shape,
         num_classes=info.num_classes,
         heldout_accuracy=info.heldout_accuracy,
@@ -192,19 +196,19 @@ def open_classifier(path: Path, name: str) -> Extractor:
 
 
 def inception(has_classes: bool = False) -> Extractor:
-    """InceptionV3 with the weights that FID is defined by. has_classes: whether its error may offer the classifier instead.
+    """InceptionV3 with the weights that define FID. has_classes: whether the error may suggest the classifier instead.
 
-    Raises RequestError where the weights are neither on this machine nor can be downloaded.
+    Raises RequestError if the weights are not on this machine and cannot be downloaded.
     """
     return open_inception(*inception_weights(", or use --extractor classifier" if has_classes else ""))
 
 
 def open_inception(path: Path, digest: str) -> Extractor:
-    """InceptionV3 from a file with that SHA-256, on the GPU where there is one."""
+    """InceptionV3 from a file with that SHA-256, on a GPU if there is one."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # It draws weights before it loads them; the caller's random state stays as it was.
+    # The network draws random weights before it loads the real ones. The fork preserves the caller's random state.
     with torch.random.fork_rng(devices=[]):
         module = create_extractor(INCEPTION_REGISTERED, [str(INCEPTION_DIM), "logits_unbiased"], path).to(device)
     file = ExtractorFile(path=path, maker="inception", label=digest)
@@ -221,10 +225,10 @@ def open_inception(path: Path, digest: str) -> Extractor:
 
 
 def pretrained(name: str, path: Path | None = None) -> Extractor:
-    """CLIP's or DINOv2's, by a name from PRETRAINED; path: of its weights, else where torch and CLIP keep theirs.
+    """CLIP or DINOv2, by a name from PRETRAINED. path: of its weights; by default the caches of torch and CLIP are searched.
 
-    Raises RequestError, in a line that says which file to put where, when they are not there; FileFormatError where a file is
-    another.
+    Raises RequestError if there are no weights; it names the file and the folder to put it in. Raises FileFormatError for a
+    wrong file.
     """
     from uni_instruct.evaluate.pretrained import find_weights
 
@@ -232,7 +236,7 @@ def pretrained(name: str, path: Path | None = None) -> Extractor:
 
 
 def open_pretrained(name: str, path: Path, digest: str) -> Extractor:
-    """CLIP or DINOv2 from a file with that SHA-256, on a GPU where there is one. Raises FileFormatError for another file."""
+    """CLIP or DINOv2 from a file with that SHA-256, on a GPU if there is one. Raises FileFormatError for a wrong file."""
     import torch
 
     from uni_instruct.evaluate.pretrained import open_network
@@ -252,16 +256,16 @@ def open_pretrained(name: str, path: Path, digest: str) -> Extractor:
 
 
 def inception_weights(otherwise: str = "") -> tuple[Path, str]:
-    """The weights' file in torch's hub folder, downloaded where it is missing, and its SHA-256.
+    """The weights file in torch's hub folder, which is downloaded if it is missing, and its SHA-256.
 
-    otherwise: what else the user may do, for the error. Raises RequestError where the file cannot be had, FileFormatError where
-    it is corrupt.
+    otherwise: an alternative remedy for the error. Raises RequestError if the download fails, FileFormatError if the file is
+    corrupt.
     """
     import torch
 
     url: str = fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     name = url.rsplit("/", 1)[1]
-    start = Path(name).stem.rsplit("-", 1)[1]  # the name ends in the first digits of the SHA-256
+    start = Path(name).stem.rsplit("-", 1)[1]  # the file's name ends in the first digits of its SHA-256
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         remedy = f"put {name} from {url} into {path.parent}{otherwise}"
@@ -273,7 +277,7 @@ def inception_weights(otherwise: str = "") -> tuple[Path, str]:
 
 
 def _rebatched(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same images in batches of _BATCH: the last bits of features depend on the size of the batch."""
+    """Regroup the images in batches of _BATCH, because the last bits of features depend on the batch size."""
     waiting: list[np.ndarray] = []
     for images in batches:
         waiting.append(images)

@@ -1,4 +1,4 @@
-"""torch-fidelity, imported also where torchvision's compiled operators cannot be loaded."""
+"""Import torch-fidelity, even if torchvision's compiled operators cannot be loaded."""
 
 import importlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from uni_instruct.errors import MissingExtraError
 if TYPE_CHECKING:
     import torch
 
-# Operators that torchvision registers shape functions for when it is imported, whether or not its library was loaded.
+# torchvision registers shape functions for these operators when it is imported, even if its compiled library is not loaded.
 _TORCHVISION_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -18,7 +18,7 @@ _TORCHVISION_SCHEMAS = (
 
 
 def fidelity(module: str = "") -> ModuleType:
-    """torch-fidelity or one of its modules, such as 'metric_fid'. Raises MissingExtraError where it is not installed."""
+    """Import torch-fidelity or one of its modules, such as 'metric_fid'. Raises MissingExtraError if it is not installed."""
     try:
         _import_torchvision()
         return importlib.import_module(f"torch_fidelity.{module}" if module else "torch_fidelity")
@@ -27,7 +27,7 @@ def fidelity(module: str = "") -> ModuleType:
 
 
 def create_extractor(registered: str, layers: list[str], weights: Path) -> "torch.nn.Module":
-    """One of torch-fidelity's registered extractors, which gives those layers, with weights from a file."""
+    """One of torch-fidelity's registered extractors, which returns those layers, with weights from a file."""
     module: torch.nn.Module = fidelity("utils").create_feature_extractor(
         registered, layers, cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
     )
@@ -35,10 +35,11 @@ def create_extractor(registered: str, layers: list[str], weights: Path) -> "torc
 
 
 def _import_torchvision() -> None:
-    """Imports torchvision, which torch-fidelity needs for nothing that is used here but imports at once.
+    """Import torchvision, which torch-fidelity imports although nothing that is used here needs it.
 
-    A torchvision that was built for another torch (for CUDA, beside one for the CPU) cannot load its operators, and its import
-    then fails because they are unknown. Declaring their schemas is enough: nothing here calls them, and a call raises.
+    A torchvision that was built for another torch (one for CUDA beside a torch for the CPU) cannot load its operators. Its
+    import then fails because they are undefined. It is enough to declare their schemas: nothing here calls them, and a call
+    would raise an error.
     """
     import torch
 

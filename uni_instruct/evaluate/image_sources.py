@@ -1,4 +1,4 @@
-"""Where the images of a task come from: a bundle's engine, or a data set. Both can be pickled to a worker."""
+"""Sources of a task's images: a bundle's engine, or a data set. Both can be pickled and sent to workers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,15 +12,15 @@ from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_batches
 from uni_instruct.sampling.pool import Task
 
-# Gives a task's images in batches, uint8 [B, H, W, C].
+# A function that yields a task's images in batches uint8 [B, H, W, C].
 ReadTask = Callable[[Task], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleImages:
-    """The images that an engine of a bundle makes of seeds, in so many steps of the sampler.
+    """Images that a bundle's engine makes from seeds. steps: of a teacher's sampler, 1 for a one-step generator.
 
-    device as `open_engine` takes it, of each worker by itself.
+    device: as for `open_engine`, which each worker calls itself.
     """
 
     bundle: Path
@@ -30,38 +30,41 @@ class BundleImages:
     device: str | None = None
 
     def open(self, *, alone: bool) -> ReadTask:
-        """alone: whether this process has the machine to itself."""
+        """Open the engine. alone: whether this is the only process at work, so that its threads may spin while they wait."""
         engine = open_engine(Bundle.open(self.bundle).with_steps(self.steps), self.engine, device=self.device, spin=alone)
         return lambda task: generate_batches(engine, task.seeds, task.class_ids, self.batch)
 
     def paths(self) -> list[Path]:
-        """The bundle."""
+        """The bundle's folder."""
         return [self.bundle]
 
-    def moved(self, places: Mapping[Path, Path]) -> "BundleImages":
-        """The same where the bundle stands elsewhere."""
+    def with_paths(self, places: Mapping[Path, Path]) -> "BundleImages":
+        """The same source with the bundle's path replaced."""
         return replace(self, bundle=places.get(self.bundle, self.bundle))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetImages:
-    """The images of a data set, by their indices; source as `open_dataset` takes it. Workers read it where it is."""
+    """Images of a data set by their indices. source: as for `open_dataset`; workers must be able to read the same path.
+
+    opened: the opened data set, for use in this process.
+    """
 
     source: str
     batch: int
     opened: Dataset | None = None
 
     def open(self, *, alone: bool) -> ReadTask:
-        """The data set is opened here unless it is at hand."""
+        """Open the data set, unless `opened` has it."""
         dataset = self.opened or open_dataset(self.source)
         return lambda task: (
             dataset.images(task.seeds[start : start + self.batch]) for start in range(0, len(task.seeds), self.batch)
         )
 
     def paths(self) -> list[Path]:
-        """Nothing: a data set is too large to be sent about."""
+        """No paths: a data set is too large to be sent to workers."""
         return []
 
-    def moved(self, places: Mapping[Path, Path]) -> "DatasetImages":
-        """The same."""
+    def with_paths(self, places: Mapping[Path, Path]) -> "DatasetImages":
+        """Itself, since `paths` is empty."""
         return self

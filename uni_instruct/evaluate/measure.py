@@ -1,4 +1,4 @@
-"""Scores of many images, summed up shard by shard, here or where workers make them. No image is stored."""
+"""Score many images shard by shard, in this process or in workers. No image is stored."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from uni_instruct.evaluate.extractors import Extractor, ExtractorFile
 from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages, ReadTask
 from uni_instruct.evaluate.sample_source import SampleSource
 from uni_instruct.evaluate.scores import Scores
-from uni_instruct.evaluate.summary import Summary, SummaryPlan, summed_up
+from uni_instruct.evaluate.summary import Summary, SummaryPlan, summarise_features
 from uni_instruct.processes import keep_freed_memory
 from uni_instruct.progress import Progress, ProgressFactory
 from uni_instruct.sampling.pool import Pool, Task
@@ -21,19 +21,19 @@ from uni_instruct.sampling.shards import SHARD_IMAGES, Shard
 from uni_instruct.sampling.workers import WorkerOptions
 from uni_instruct.spec import ImageShape
 
-# Features come in batches of so many: a shard of whole ones gives the bits that all images at once would give.
+# Features are computed in batches of this size. Shards of whole batches make the same bits as all images in one go.
 EXTRACTOR_BATCH = 64
-# How many summaries may wait for the one before them: each has D^2 numbers.
+# The most summaries in progress or waiting for an earlier one: each has D^2 numbers.
 _WAITING = 16
-# A shard is at most this part of the images that are left.
+# A shard has at most 1/_LEFT of the remaining images.
 _LEFT = 16
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryJob:
-    """Summaries of tasks, for workers: see `sampling.pool.WorkerJob`."""
+    """The job of workers that summarise tasks; see `sampling.pool.WorkerJob`."""
 
     images: BundleImages | DatasetImages
     extractor: ExtractorFile
@@ -41,18 +41,18 @@ class SummaryJob:
     shape: ImageShape | None
 
     def open(self) -> Callable[[Task], Summary]:
-        """Opens the images' source and the extractor."""
-        keep_freed_memory()  # a third of the features' time went into pages that were mapped anew for each batch
+        """Open the images' source and the extractor; return the function from a task to its summary."""
+        keep_freed_memory()  # without it a third of the features' time goes into mapping memory again for each batch
         return _summariser(self.images.open(alone=False), self.extractor.open(), self.plan, self.shape)
 
     def paths(self) -> list[Path]:
-        """The bundle, and the extractor's weights."""
+        """The paths of the images' source, and the extractor's weights."""
         return [*self.images.paths(), self.extractor.path]
 
-    def moved(self, places: Mapping[Path, Path]) -> "SummaryJob":
+    def with_paths(self, places: Mapping[Path, Path]) -> "SummaryJob":
         """See WorkerJob."""
         path = places.get(self.extractor.path, self.extractor.path)
-        return replace(self, images=self.images.moved(places), extractor=replace(self.extractor, path=path))
+        return replace(self, images=self.images.with_paths(places), extractor=replace(self.extractor, path=path))
 
 
 def measure(
@@ -63,9 +63,9 @@ def measure(
     with_progress: ProgressFactory,
     label: str,
 ) -> list[Scores]:
-    """Scores of sources of one kind and size that differ in their seeds alone: one progress, one set of workers for all.
+    """Score sources that differ only in their seeds. All share one progress display and one set of workers.
 
-    The same whoever works: shards are fixed, and their sums are added in order.
+    The scores do not depend on the workers: shards are fixed, and their sums are added in order.
     """
     first, total = sources[0], sum(source.count for source in sources)
     wants_scores = "is" in evaluator.asked(metrics, first.count, first.expected is not None)
@@ -73,14 +73,14 @@ def measure(
     with with_progress(label, total, "images") as progress:
         if not workers.wanted:
             read = _shown(first.images.open(alone=True), progress)
-            make = _summariser(read, evaluator.extractor, plan, evaluator.known_shape)
+            make = _summariser(read, evaluator.extractor, plan, evaluator.required_shape)
             summaries = [_added(map(make, _tasks(source, first.images.batch))) for source in sources]
         else:
             job = SummaryJob(
                 images=replace(first.images, opened=None) if isinstance(first.images, DatasetImages) else first.images,
                 extractor=evaluator.extractor.required_file(),
                 plan=plan,
-                shape=evaluator.known_shape,
+                shape=evaluator.required_shape,
             )
             with workers.pool(job) as pool:
                 summaries = [_added(in_order(pool, _tasks(source, first.images.batch), progress)) for source in sources]
@@ -91,7 +91,7 @@ def measure(
 
 
 def in_order(pool: Pool[T], tasks: Iterable[Task], progress: Progress) -> Iterator[T]:
-    """The tasks' results in their order, made by the pool's workers."""
+    """Yield the tasks' results in the order of the tasks, computed by the pool's workers."""
     left, waiting, due = iter(tasks), dict[int, T](), list[Shard]()
     more = True
     while more or due:
@@ -102,7 +102,7 @@ def in_order(pool: Pool[T], tasks: Iterable[Task], progress: Progress) -> Iterat
             else:
                 due.append(task.shard)
                 pool.submit(task)
-        for shard, result in pool.wait(_LOOK_S) if due or more else []:
+        for shard, result in pool.wait(_POLL_INTERVAL_S) if due or more else []:
             waiting[shard.start] = result
             progress.advance(len(shard))
         while due and due[0].start in waiting:
@@ -110,11 +110,11 @@ def in_order(pool: Pool[T], tasks: Iterable[Task], progress: Progress) -> Iterat
 
 
 def shards_of(count: int, batch: int) -> Iterator[Shard]:
-    """The shards of so many images: smaller towards the end, so that no worker is left with a large one while others wait.
+    """The shards of `count` images. They get smaller towards the end, so that the last one does not keep other workers waiting.
 
-    They follow from the images alone, never from the workers.
+    They depend on the number of images and the batch size, never on the workers.
     """
-    # Whole batches of the engine's, and where that is not too many of the extractor's too.
+    # A shard has whole batches of the engine. It has whole batches of the extractor too, unless that would make it too large.
     unit, start = math.lcm(batch, EXTRACTOR_BATCH), 0
     unit = unit if unit <= 4 * SHARD_IMAGES else batch
     while start < count:
@@ -135,7 +135,7 @@ def _summariser(read: ReadTask, extractor: Extractor, plan: SummaryPlan, shape: 
 
     def summarise(task: Task) -> Summary:
         features = extractor(checked_batches(read(task), shape))
-        return summed_up(features, plan, task.shard.start, task.expected, splits)
+        return summarise_features(features, plan, task.shard.start, task.expected, splits)
 
     return summarise
 

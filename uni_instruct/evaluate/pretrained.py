@@ -1,7 +1,7 @@
-"""CLIP's and DINOv2's features, where their weights are on this machine. Nothing is downloaded: they are up to 900 MB large.
+"""CLIP's and DINOv2's features, if their weights are on this machine. They are up to 900 MB large and are not downloaded.
 
-Both see images as torch-fidelity shows them: enlarged to the network's size by bilinear interpolation as TensorFlow 1 has it,
-without antialiasing, and normalised as the network was trained. EDM2 and dgm-eval resize otherwise, so their numbers differ.
+Images are prepared as in torch-fidelity: resized to the network's input by TensorFlow 1's bilinear interpolation without
+antialiasing, and normalised as in the network's training. EDM2 and dgm-eval resize differently, so their numbers differ.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 DINO_SIDE = 224
-# ImageNet's, of values 0..255.
+# ImageNet's mean and standard deviation by channel, for values 0..255.
 _MEAN, _DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """Where a network's weights are looked for, in that order, whence they can be had, and their SHA-256 ('' if unknown)."""
+    """A network's weights. places: paths to search, in this order. url: the download. sha256: '' if it is unknown."""
 
     places: tuple[Path, ...]
     url: str
@@ -30,7 +30,10 @@ class WeightFile:
 
 
 class PretrainedNetwork(NamedTuple):
-    """Images uint8 [B, 3, H, W] to features float32 [B, dim] and logits of no class; side: pixels that it enlarges them to."""
+    """A module from images uint8 [B, 3, H, W] to features float32 [B, dim] and empty logits [B, 0].
+
+    side: the height and width in pixels to which it resizes images.
+    """
 
     module: "torch.nn.Module"
     dim: int
@@ -38,7 +41,10 @@ class PretrainedNetwork(NamedTuple):
 
 
 def find_weights(name: str, path: Path | None = None) -> tuple[Path, str]:
-    """The file of a network's weights and its SHA-256; path: of the user's own. Raises as `extractors.pretrained` does."""
+    """The file with a network's weights, and its SHA-256. path: the user's file; by default the usual places are searched.
+
+    Raises RequestError if there is no file, FileFormatError if its SHA-256 is not the published one.
+    """
     file = weight_file(name)
     found = path or next((place for place in file.places if place.is_file()), None)
     if found is None or not found.is_file():
@@ -59,24 +65,24 @@ def find_weights(name: str, path: Path | None = None) -> tuple[Path, str]:
 
 
 def open_network(name: str, path: Path) -> PretrainedNetwork:
-    """The network with the weights of a file. Raises FileFormatError where they are another's."""
+    """The network with the weights of a file. Raises FileFormatError if they are not this network's."""
     import torch
 
-    # Networks draw weights before they load them; the caller's random state stays as it was.
+    # The networks draw random weights before they load the real ones. The fork preserves the caller's random state.
     with torch.random.fork_rng(devices=[]):
         network, dim, side = _clip(name, path) if name.startswith("clip") else _dino(path)
     return PretrainedNetwork(_without_logits(network), dim, side)
 
 
 def weight_file(name: str) -> WeightFile:
-    """The weights of an extractor."""
+    """Where the weights of an extractor are, by its name."""
     import torch
 
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     if name.startswith("clip"):
         clip = fidelity("feature_extractor_clip")
         facts = clip.MODEL_METADATA[name]
-        own = Path.home() / ".cache" / "clip" / f"{facts['filename']}.pt"  # where OpenAI's package keeps it
+        own = Path.home() / ".cache" / "clip" / f"{facts['filename']}.pt"  # the cache of OpenAI's package
         return WeightFile(places=(hub / f"{name}-{facts['hash']}.pt", own), url=clip.MODEL_URLS[name], sha256=facts["hash"])
     model = name.removeprefix("dinov2-vit-").replace("-", "")  # 'b14'
     file = f"dinov2_vit{model}_pretrain.pth"
@@ -84,20 +90,20 @@ def weight_file(name: str) -> WeightFile:
 
 
 def _clip(name: str, path: Path) -> tuple["torch.nn.Module", int, int]:
-    # The file is a TorchScript archive, which could hold code; it is opened once its hash is the published one.
+    # The file is a TorchScript archive, which can contain code. `find_weights` has verified the published hash before.
     network: Any = create_extractor(name, ["clip"], path)
     return network, int(network.model.visual.output_dim), int(network.resolution)
 
 
 def _dino(path: Path) -> tuple["torch.nn.Module", int, int]:
-    """DINOv2 on images 0..255. torch-fidelity's runs code from the network; this one reads a file of weights alone."""
+    """DINOv2 for images 0..255. torch-fidelity's version downloads and runs code; this one only reads a weights file."""
     import torch
 
     from uni_instruct.networks.dinov2 import DinoV2
 
     try:
         network = DinoV2.from_weights(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # of unpickling, of names, of shapes
+    except Exception as error:  # from unpickling, missing names or wrong shapes
         raise FileFormatError(
             f"{path} holds no weights of DINOv2: {' '.join(str(error).split())[:120]}",
             remedy="give dinov2_vits14, vitb14 or vitl14_pretrain.pth",
@@ -120,7 +126,7 @@ def _dino(path: Path) -> tuple["torch.nn.Module", int, int]:
 
 
 def _without_logits(network: "torch.nn.Module") -> "torch.nn.Module":
-    """The network's features, beside logits of no class."""
+    """Wrap the network to return its features and empty logits, as extractors must."""
     import torch
 
     class WithoutLogits(torch.nn.Module):

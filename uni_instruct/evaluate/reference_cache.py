@@ -1,4 +1,4 @@
-"""A reference's features, computed once and kept by content: the data's fingerprint and the extractor's hash."""
+"""A cache of references' features on disk. The key is the data's fingerprint and the extractor's hash."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +14,7 @@ from uni_instruct.files import atomic_file, cache_folder
 
 
 class ReferenceFeatures(NamedTuple):
-    """features float32 [K, D], of all images or of evenly spaced ones; mu float64 [D], sigma float64 [D, D] of all."""
+    """features: float32 [K, D] of all images or of evenly spaced ones. mu, sigma: float64 [D] and [D, D] of all images."""
 
     features: np.ndarray
     mu: np.ndarray
@@ -22,17 +22,17 @@ class ReferenceFeatures(NamedTuple):
 
 
 class ReferenceCache:
-    """The file of one reference under one extractor. An extractor without a hash has none."""
+    """The cached file of one reference with one extractor. Nothing is cached for an extractor without a hash."""
 
     def __init__(self, reference: Dataset, extractor: Extractor):
         self.path: Path | None = None
         if extractor.sha256:
-            # Features of a GPU and of a CPU differ in their last bits.
+            # The device is in the name because features from a GPU and a CPU differ in their last bits.
             name = f"{reference.fingerprint()[:32]}-{extractor.sha256[:16]}-{extractor.device}.npz"
             self.path = cache_folder() / "references" / name
 
     def read(self) -> ReferenceFeatures | None:
-        """What was kept, None where nothing was, or it is damaged."""
+        """The cached features; None if there are none, or the file is damaged."""
         if self.path is None:
             return None
         try:
@@ -42,7 +42,7 @@ class ReferenceCache:
             return None
 
     def write(self, found: ReferenceFeatures) -> None:
-        """Keeps it, where there is room: it can be computed again."""
+        """Write the features. A full or read-only disk is not an error, because they can be computed again."""
         if self.path is None:
             return
         with suppress(DiskError), atomic_file(self.path) as partial, partial.open("wb") as file:

@@ -1,17 +1,18 @@
-"""What `evaluate --json` writes, and `compare` and `publish` read."""
+"""The structure of the JSON file that `evaluate --json` writes, and `compare` and `publish` read."""
 
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import NotRequired, TypedDict, cast
 
 
 class ReferenceFacts(TypedDict):
-    """The data set that was scored against; samples is how many images it has."""
+    """The reference data set. samples: its number of images."""
 
     name: str
     samples: int
 
 
 class ExtractorFacts(TypedDict):
-    """What made the features; heldout_accuracy is a classifier's, None for InceptionV3."""
+    """The extractor of the features. heldout_accuracy: of a trained classifier, None for other extractors."""
 
     name: str
     sha256: str
@@ -20,10 +21,11 @@ class ExtractorFacts(TypedDict):
 
 
 class RoleScores(TypedDict):
-    """One role's scores by metric: values are means over the sets of seeds. The last three are there for several sets alone.
+    """One role's scores by metric.
 
-    engine, weights_sha256 and steps (of a teacher's sampler, else 1) are None for images that were made elsewhere; results of
-    earlier versions have no steps. samples is the size of a set.
+    engine, weights_sha256, steps (of a teacher's sampler, else 1): None for images that were made elsewhere. Results of earlier
+    versions have no steps. samples: the number of images in a set.
+    values: means over the sets of seeds. spread, by_set, least: only present if there are several sets.
     """
 
     source: str
@@ -38,7 +40,7 @@ class RoleScores(TypedDict):
 
 
 class EvaluationResult(TypedDict):
-    """The whole result. scores has the roles generator and teacher, or images; seeds and classes are None for the last."""
+    """The whole result. The roles in `scores` are generator and teacher, or images; for images, seeds and classes are None."""
 
     reference: ReferenceFacts
     extractor: ExtractorFacts
@@ -49,3 +51,58 @@ class EvaluationResult(TypedDict):
     distance_to_teacher_ratio: float | None
     notes: list[str]
     versions: dict[str, str]
+
+
+def parse_result(facts: object) -> EvaluationResult:
+    """What JSON gave, checked as far as anybody reads it. Raises ValueError unless it is the result of a generator.
+
+    Results of earlier versions lack some of the keys; values may be inf or nan, as some metrics of few images are.
+    """
+    found = _mapping(facts)
+    scores, reference, extractor = (_mapping(found.get(key) or {}) for key in ("scores", "reference", "extractor"))
+    if "generator" not in scores:
+        raise ValueError("no generator was scored")
+    for role in scores.values():
+        _check_role(_mapping(role))
+    _check(reference, "name", str)
+    _check(extractor, "name", str)
+    _check(extractor, "sha256", str)
+    _check(found, "seeds", str)
+    _check(found, "classes", str)
+    if not isinstance(found.get("sets", 1), int):
+        raise ValueError("sets is no whole number")
+    return cast(EvaluationResult, found)
+
+
+def _check_role(role: Mapping[str, object]) -> None:
+    values = _numbers(role.get("values"))
+    by_set = role.get("by_set", [values])
+    if not isinstance(by_set, list) or not by_set:
+        raise ValueError("its sets of seeds are no list")
+    for part in (*by_set, role.get("spread", values)):
+        if _numbers(part).keys() != values.keys():
+            raise ValueError("its sets of seeds have different metrics")
+    for key in ("source", "engine", "weights_sha256"):
+        _check(role, key, str)
+
+
+def _numbers(part: object) -> Mapping[str, object]:
+    values = _mapping(part)
+    for name, value in values.items():
+        # Within what a mean of many can hold; a comparison with nan and inf is false, and lets both through.
+        if isinstance(value, bool) or not isinstance(value, int | float) or (abs(value) > 1e100 and value * 0 == 0):
+            raise ValueError(f"{str(name)[:40]} is no number")
+    if not values:
+        raise ValueError("nothing was measured")
+    return values
+
+
+def _mapping(part: object) -> Mapping[str, object]:
+    if not isinstance(part, dict):
+        raise ValueError("it is no result")
+    return part
+
+
+def _check(part: Mapping[str, object], key: str, kind: type) -> None:
+    if part.get(key) is not None and not isinstance(part[key], kind):
+        raise ValueError(f"{key} is no {kind.__name__}")

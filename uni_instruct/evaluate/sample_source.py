@@ -1,4 +1,4 @@
-"""What is scored: the images that a bundle makes of seeds, or images that exist already."""
+"""The images to score: those that a bundle makes from seeds, or images that exist already."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.class_map import has_names, ids_by_name, shown_classes
+from uni_instruct.class_map import format_class_names, has_names, ids_by_name
 from uni_instruct.data import Dataset
 from uni_instruct.engine import TORCH, TORCH_COMPILED, select_engine
 from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages
@@ -17,11 +17,13 @@ from uni_instruct.spec import ImageShape
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleSource:
-    """Images to score, and where they are from.
+    """Images to score, and where they come from.
 
-    seeds int64 [count] are the seeds, or of images that exist already their indices; class_ids int64 [count] are the
-    generator's, or None. expected int64 [count] are the classes in the reference's numbering, or None; note then says why,
-    where there are classes. engine and weights_sha256 are empty, and steps is 0, for images that exist already.
+    seeds: int64 [count], the seeds; for existing images, their indices.
+    class_ids: int64 [count], the class ids for the generator, or None.
+    expected: int64 [count], the classes in the reference's numbering, or None. If the images have classes that the reference
+    lacks, it is None and `note` says why.
+    engine, weights_sha256, steps: empty, empty and 0 for existing images.
     """
 
     source: str
@@ -37,7 +39,7 @@ class SampleSource:
     note: str = ""
 
     def parts(self, sets: int) -> "list[SampleSource]":
-        """As many sets of equal size, each of the seeds that follow the last one's."""
+        """Divide the images into `sets` consecutive sets of equal size. A remainder is left out."""
         size = self.count // sets
         rows = [slice(start, start + size) for start in range(0, size * sets, size)]
         return [
@@ -61,11 +63,13 @@ def bundle_samples(
     class_ids: np.ndarray | None = None,
     device: str | None = None,
 ) -> SampleSource:
-    """The images of those seeds, of those classes; without them each of its seed's class, all drawn alike.
+    """The images that the bundle makes from the seeds.
 
-    A teacher always runs on torch, which alone has its sampler; compiled where that engine is asked for.
+    class_ids: by default each image's class is drawn from its seed, uniformly.
+    engine: as for `open_engine`. A teacher always runs on torch, compiled if that engine is requested: no other runtime has
+    its sampler.
 
-    Raises RequestError where the bundle makes latents, or has no such engine on that device.
+    Raises RequestError if the bundle makes latents, or has no such engine on that device.
     """
     bundle.check_makes_pictures()
     of_teacher = TORCH_COMPILED if engine == str(TORCH_COMPILED) else TORCH
@@ -91,9 +95,9 @@ def bundle_samples(
 def dataset_samples(
     dataset: Dataset, samples: int | None, batch: int, reference: Dataset | Statistics, opened_as: str = ""
 ) -> SampleSource:
-    """All images of a data set, or so many of them. opened_as: what `open_dataset` was given, for workers."""
+    """Images of a data set: `samples` of them, evenly spaced, or all. opened_as: what workers pass to `open_dataset`."""
     count = min(samples or len(dataset), len(dataset))
-    # Evenly spaced: folders are sorted by class, so that the first thousand might be of one.
+    # Evenly spaced, because folders are sorted by class: the first thousand images might all be of one class.
     chosen = np.arange(count) * len(dataset) // count
     labels = None if dataset.labels is None else dataset.labels[chosen]
     mapped, note = reference_class_ids(labels, dataset.class_names, reference)
@@ -113,9 +117,10 @@ def dataset_samples(
 def reference_class_ids(
     class_ids: np.ndarray | None, names: tuple[str, ...], reference: Dataset | Statistics
 ) -> tuple[np.ndarray | None, str]:
-    """The class ids in the reference's numbering, found by name; (None, the reason) where a name is not among its classes.
+    """The class ids in the reference's numbering, matched by name, and ''. (None, the reason) if the reference lacks a name.
 
-    Numbers are taken as they are where classes have no names of their own, and where the reference keeps none (statistics).
+    The ids are returned unchanged if the classes have no names, or if the reference is statistics, which have no classes.
+    (None, '') if there are no class ids, or the reference is a data set without classes.
     """
     if class_ids is None or (isinstance(reference, Dataset) and not reference.num_classes):
         return None, ""
@@ -125,5 +130,5 @@ def reference_class_ids(
     ids = ids_by_name(names, theirs)
     if ids is None:
         unknown = next(name for name in names if ids_by_name([name], theirs) is None)
-        return None, f"no class_accuracy: class '{unknown}' is not among the reference's {shown_classes(theirs)}"
+        return None, f"no class_accuracy: class '{unknown}' is not among the reference's {format_class_names(theirs)}"
     return ids[class_ids], ""

@@ -1,4 +1,7 @@
-"""From features to numbers. torch-fidelity computes what compares single images; names say which extractor measured."""
+"""Compute scores from features. torch-fidelity computes the metrics that compare single images.
+
+The names of values include the extractor, unless it is InceptionV3.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,18 +17,22 @@ from uni_instruct.evaluate.summary import KEPT_IMAGES, SPLITS, Summary
 if TYPE_CHECKING:
     import torch
 
+# The defaults of torch-fidelity: subsets of KID, and k of precision and recall.
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
-MIN_SAMPLES = NEIGHBOURS + 1
-POOR_ACCURACY = 0.8
-# Rows of a distance matrix that are in memory at once; fewer where they are long: torch-fidelity holds several copies of them.
+MIN_SAMPLES = NEIGHBOURS + 1  # an image has k neighbours only among k + 1
+POOR_ACCURACY = 0.8  # below this accuracy of the classifier, a note warns
+# Rows of a distance matrix that are in memory at once, and the most values in them: torch-fidelity holds several copies.
 _NEIGHBOUR_BATCH, _NEIGHBOUR_VALUES = 2000, 2**24
-PUBLISHED_SAMPLES = 50_000
+PUBLISHED_SAMPLES = 50_000  # the number of images in published FIDs
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The values of metrics by their full names, and what they depend on. notes: limits that a reader should know about."""
+    """The values of metrics by their full names, and what they depend on.
+
+    extractor, reference: names. samples: the number of scored images. notes: limitations that a reader should know.
+    """
 
     extractor: str
     samples: int
@@ -37,10 +44,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
-    """What a metric compares: generated images, summed up, and the reference.
+    """The input of a metric: the summary of generated images, and the reference.
 
-    mu and sigma are the reference's statistics; `reference` holds features of its images [K, D], at most KEPT_IMAGES, None
-    where it is statistics alone. has_class_ids: whether it is known which class each generated image should have.
+    mu, sigma: the reference's statistics. reference: features [K, D] of at most KEPT_IMAGES of its images; None if the
+    reference is statistics. has_class_ids: whether the true class of each generated image is known.
     """
 
     generated: Summary
@@ -52,9 +59,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is measured, and what it lacks.
+    """The functions of a metric.
 
-    measure: values by full name. missing: why it cannot be measured with what is available, None where it can.
+    measure: returns values by full name. missing: returns why the metric cannot be measured, None if it can.
     """
 
     measure: Callable[[Extractor, Comparison], dict[str, float]]
@@ -63,7 +70,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Available:
-    """What there is to measure with. images: how many were generated. reference_images: 0 where the reference is statistics."""
+    """What decides which metrics can be measured. images, reference_images: numbers; the latter is 0 for statistics."""
 
     extractor: Extractor
     images: int
@@ -72,9 +79,9 @@ class Available:
 
 
 def score(extractor: Extractor, comparison: Comparison, metrics: Sequence[str] | None, reference: str) -> Scores:
-    """The metrics of those names (METRICS), or all that apply.
+    """Measure the named metrics (keys of METRICS), or all that apply. reference: its name, for the result.
 
-    Raises RequestError for one that is unknown or cannot be measured, and for too few images.
+    Raises RequestError for a metric that is unknown or cannot be measured, and for too few images.
     """
     count = comparison.generated.count
     check_count(count)
@@ -86,7 +93,7 @@ def score(extractor: Extractor, comparison: Comparison, metrics: Sequence[str] |
 
 
 def check_count(count: int) -> None:
-    """Raises RequestError for fewer images than a score can be made of."""
+    """Raise RequestError if there are fewer than MIN_SAMPLES images."""
     if count < MIN_SAMPLES:
         raise RequestError(
             f"{count} images are too few to score", remedy=f"give at least {MIN_SAMPLES}, better 1000", param="samples"
@@ -94,8 +101,8 @@ def check_count(count: int) -> None:
 
 
 def check_metrics(names: Sequence[str]) -> list[str]:
-    """The names, once each. Raises RequestError for an unknown one, or none."""
-    if isinstance(names, str):  # whose letters would be taken for names
+    """The names without duplicates. Raises RequestError for an unknown name, or an empty list."""
+    if isinstance(names, str):  # otherwise each letter would be read as a name
         raise RequestError(f"metrics {names!r} are no list", remedy="give names in one, such as ['fd', 'pr']", param="metrics")
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
@@ -105,17 +112,17 @@ def check_metrics(names: Sequence[str]) -> list[str]:
 
 
 def metric_key(printed: str) -> str:
-    """The key in METRICS of a value's printed name: 'fd' of 'FID' and of 'FD(digits-classifier)'; of a key itself, the same.
+    """The key in METRICS for a printed name: 'fd' for 'FID' and 'FD(digits-classifier)'. A key is returned unchanged.
 
-    Raises RequestError for a name that none prints.
+    Raises RequestError for an unknown name.
     """
     return check_metrics([_PRINTED.get(printed.partition("(")[0], printed)])[0]
 
 
 def applicable(names: Sequence[str] | None, available: Available) -> list[str]:
-    """The named metrics, or all that can be measured with what is available.
+    """The named metrics without duplicates, or all metrics that can be measured.
 
-    Raises RequestError for a named one that cannot be measured.
+    Raises RequestError for a named metric that is unknown or cannot be measured.
     """
     if names is None:
         return [name for name, metric in METRICS.items() if metric.missing(available) is None]
@@ -132,28 +139,28 @@ def moments(features: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
     return statistics["mu"], statistics["sigma"]
 
 
-# d^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) for N(mu_1, S_1) and N(mu_2, S_2): Dowson and Landau 1982; for FID
-# Heusel et al. 2017, arXiv 1706.08500, equation 6.
+# d^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) for N(mu_1, S_1) and N(mu_2, S_2) (Dowson and Landau 1982). For FID
+# it is equation 6 of Heusel et al. 2017, arXiv 1706.08500.
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """The squared Frechet distance of two Gaussians with means [D] and covariances [D, D]."""
-    # tr (S_1 S_2)^(1/2) is the sum of the singular values of S_1^(1/2) S_2^(1/2). Unlike the square roots of the product's
-    # eigenvalues these are exact to rounding where covariances are singular, and nothing here can turn complex.
+    """The squared Frechet distance between two Gaussians with means [D] and covariances [D, D]."""
+    # tr (S_1 S_2)^(1/2) is the sum of the singular values of S_1^(1/2) S_2^(1/2). They are accurate for singular covariances
+    # too and always real, unlike the square roots of the eigenvalues of S_1 S_2.
     product = symmetric_root(sigma1) @ symmetric_root(sigma2)
     cross = np.linalg.svd(product, compute_uv=False).sum()
     difference = mu1 - mu2
     distance = float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
-    return max(distance, 0.0)  # rounding can leave a little less than 0
+    return max(distance, 0.0)  # rounding can make it slightly negative
 
 
 def symmetric_root(matrix: np.ndarray) -> np.ndarray:
-    """The symmetric square root of a covariance [D, D]; what rounding has made negative counts as 0."""
+    """The symmetric square root of a covariance [D, D]. Eigenvalues that are negative from rounding count as 0."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     root: np.ndarray = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     return root
 
 
 def frechet_name(extractor: Extractor) -> str:
-    """'FID' for InceptionV3 alone, which defines it; with any other extractor the name says which."""
+    """The printed name of the Frechet distance: 'FID' for InceptionV3, otherwise 'FD(extractor)'."""
     return "FID" if extractor.is_inception else f"FD({extractor.name})"
 
 
@@ -162,7 +169,7 @@ def _frechet(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     return {frechet_name(extractor): distance}
 
 
-# MMD^2 with the kernel (x . y / D + 1)^3, the mean over subsets (Binkowski et al. 2018, arXiv 1801.01401, section 4).
+# MMD^2 with the kernel (x . y / D + 1)^3, averaged over subsets (Binkowski et al. 2018, arXiv 1801.01401, section 4).
 def _kernel(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     metric_kid = fidelity("metric_kid")
     generated, reference = _tensors(comparison)
@@ -172,19 +179,19 @@ def _kernel(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     return {"KID" if extractor.is_inception else f"KD({extractor.name})": distance}
 
 
-# The share of images within the reach of a reference's k-th neighbour, and of references within an image's (Kynkaanniemi et al.
-# 2019, arXiv 1904.06991, equations 1 and 2).
+# Precision: the share of generated images that are closer to some reference image than that image's k-th nearest reference
+# neighbour. Recall: the same with the roles exchanged (Kynkaanniemi et al. 2019, arXiv 1904.06991, equations 1 and 2).
 def _precision_recall(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     metric_prc = fidelity("metric_prc")
     generated, reference = _tensors(comparison)
-    # save_cpu_ram keeps a few rows of the distance matrix in memory, not all of it.
+    # save_cpu_ram keeps only prc_batch_size rows of the distance matrix in memory.
     rows = max(1, min(_NEIGHBOUR_BATCH, _NEIGHBOUR_VALUES // max(len(generated), len(reference))))
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": rows, "save_cpu_ram": True}
     values = metric_prc.prc_features_to_metric(generated, reference, verbose=False, **options)
     return {name: values[name] for name in (metric_prc.KEY_METRIC_PRECISION, metric_prc.KEY_METRIC_RECALL)}
 
 
-# exp(E_x KL(p(y|x) || p(y))), the mean over splits (Salimans et al. 2016, arXiv 1606.03498, section 4).
+# exp(E_x KL(p(y|x) || p(y))), averaged over splits (Salimans et al. 2016, arXiv 1606.03498, section 4).
 def _inception_score(extractor: Extractor, comparison: Comparison) -> dict[str, float]:
     return {"IS": comparison.generated.inception_score()}
 
@@ -194,10 +201,10 @@ def _class_accuracy(extractor: Extractor, comparison: Comparison) -> dict[str, f
 
 
 def _tensors(comparison: Comparison) -> "tuple[torch.Tensor, torch.Tensor]":
-    """The images' features and the reference's."""
+    """The features of the generated images and of the reference."""
     import torch
 
-    assert comparison.reference is not None  # not missing
+    assert comparison.reference is not None  # `missing` has checked it
     return torch.from_numpy(comparison.generated.kept_features()), torch.from_numpy(comparison.reference)
 
 
@@ -223,7 +230,7 @@ def _class_ids(available: Available) -> str | None:
     return None if available.has_class_ids else "it is not known which class each image should have"
 
 
-# Name, as --metrics takes it -> how it is measured and what it needs.
+# Name of a metric in --metrics -> its functions.
 METRICS = {
     "fd": Metric(_frechet, _nothing),
     "kd": Metric(_kernel, _reference_images),
@@ -232,7 +239,7 @@ METRICS = {
     "class_accuracy": Metric(_class_accuracy, _class_ids),
 }
 
-# How values are printed, up to the extractor's name -> the metric that they are of.
+# Printed name of a value, without the extractor's -> name of the metric.
 _PRINTED = {"FID": "fd", "FD": "fd", "KID": "kd", "KD": "kd", "IS": "is", "precision": "pr", "recall": "pr"}
 
 

@@ -1,4 +1,4 @@
-"""A reference as mean and covariance alone: EDM's .npz of mu and sigma, to which ours adds what made them, or EDM2's .pkl."""
+"""A reference as the mean and covariance of its features: EDM's .npz, ours (which adds their origin), or EDM2's .pkl."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from uni_instruct.files import atomic_file
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Statistics:
-    """mu float64 [D] and sigma float64 [D, D] (divided by N - 1) of a reference's features.
+    """The mean mu float64 [D] and covariance sigma float64 [D, D] (divided by N - 1) of a reference's features.
 
-    samples is 0 where it is not known. fingerprint is that of the data set whose classifier made them, empty for InceptionV3.
+    samples: the number of images; 0 if it is unknown. fingerprint: of the data set whose classifier is the extractor; empty for
+    other extractors.
     """
 
     name: str
@@ -37,12 +38,14 @@ class Statistics:
 
 
 def open_reference(source: str | Path) -> Dataset | Statistics:
-    """What images are compared with: a data set as `open_dataset` takes it, or a file of statistics, known by its content.
+    """Open what images are compared with: a data set, as `open_dataset` does, or a file of statistics.
 
-    Those are mu and sigma (or mean and cov), or InceptionV3's features themselves (pool_3, feats), in an .npz; EDM2's pickle;
-    and torch-fidelity's .pt. Where an .npz holds images as well (OpenAI's reference batches), mu and sigma are taken: they are
-    of the whole data set, the images are a part of it. Nothing in a file is executed. Raises RequestError for latents,
-    FileFormatError for a file that is corrupt or holds neither.
+    Statistics are recognised by the file's content: an .npz of mu and sigma (or mean and cov), an .npz of InceptionV3's
+    features (pool_3, feats, features), EDM2's pickle, or torch-fidelity's .pt. If an .npz has images too, as OpenAI's reference
+    batches do, its mu and sigma are used: they are of the whole data set, while the images are a part of it. No code in a file
+    is run.
+
+    Raises RequestError for latents, FileFormatError for a file that is corrupt or contains neither images nor statistics.
     """
     path = Path(source)
     kind = file_type(path) if path.is_file() and "," not in str(source) else None
@@ -59,7 +62,7 @@ def open_reference(source: str | Path) -> Dataset | Statistics:
 
 
 def write_statistics(statistics: Statistics, path: Path) -> None:
-    """Writes the .npz whole or not at all; EDM's tools read its mu and sigma. Raises DiskError."""
+    """Write the .npz atomically. EDM's tools can read its mu and sigma. Raises DiskError."""
     with atomic_file(Path(path)) as partial, partial.open("wb") as file:
         np.savez(
             file,
@@ -74,7 +77,10 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
 
 
 def _pickled_statistics(path: Path) -> Statistics:
-    """EDM2's {'fid': {mu, sigma}, 'fd_dinov2': {mu, sigma}, num_images}, or torch-fidelity's {mu, sigma}, of InceptionV3."""
+    """InceptionV3's statistics from a pickle of EDM2 or torch-fidelity.
+
+    EDM2's is {'fid': {mu, sigma}, 'fd_dinov2': {mu, sigma}, num_images}, torch-fidelity's {mu, sigma}.
+    """
     content = read_plain(path, _LIMITS)
     parts = content if isinstance(content, dict) else {}
     fid = parts if "mu" in parts else parts.get("fid")
@@ -84,18 +90,18 @@ def _pickled_statistics(path: Path) -> Statistics:
             f"{path} holds no reference statistics but {found}",
             remedy="give a file that EDM2's calculate_metrics.py wrote, or an .npz of mu and sigma",
         )
-    # Its num_images is left out. It is all of ImageNet, and `evaluate` would generate as many; 50,000 are the custom.
+    # EDM2's num_images is not used. It counts all of ImageNet, and `evaluate` would generate as many; 50,000 are customary.
     return _statistics(path, {name: fid[name] for name in ("mu", "sigma") if name in fid})
 
 
-# In pickles of protocol 2 a sigma of 2048 x 2048 is text, 50 MB of it, which is turned into bytes.
+# Pickles of protocol 2 store an array's bytes as text: 50 MB for a sigma of 2048 x 2048. So the limit for text is raised.
 _LIMITS = Limits(text_bytes=256 << 20)
-# What other tools call InceptionV3's features of every image: OpenAI's evaluator and pytorch-fid's kin, clean-fid's for KID.
+# Other tools' names for InceptionV3's features of all images: pool_3 in OpenAI's evaluator, feats in clean-fid for KID.
 _FEATURES = ("pool_3", "feats", "features")
 
 
 def _of_other_tools(path: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """mu and sigma under their usual names, computed from features where those are given. Raises FileFormatError."""
+    """Rename other tools' arrays to mu and sigma, or compute these from features. Raises FileFormatError for bad features."""
     named = dict(arrays)
     for usual, other in (("mu", "mean"), ("sigma", "cov")):
         if usual not in named and other in named:
@@ -113,7 +119,10 @@ def _of_other_tools(path: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _statistics(path: Path, arrays: Mapping[str, Any]) -> Statistics:
-    """Statistics of those arrays. Without the names that `write_statistics` adds they are EDM's, made by InceptionV3."""
+    """Statistics from arrays by name. Without the additional names of `write_statistics`, they must be InceptionV3's.
+
+    Raises FileFormatError for missing, non-finite or wrongly shaped arrays.
+    """
     try:
         mu, sigma = (np.asarray(arrays.get(name, 0.0), dtype=np.float64) for name in ("mu", "sigma"))
     except (TypeError, ValueError) as error:
@@ -123,7 +132,7 @@ def _statistics(path: Path, arrays: Mapping[str, Any]) -> Statistics:
             f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}", remedy="give finite mu [D] and sigma [D, D]"
         )
     extractor = str(arrays.get("extractor", INCEPTION))
-    # Files of other extractors (DINOv2's, 768 or 1024) look the same otherwise.
+    # Statistics of other extractors (DINOv2's with 768 or 1024 features) differ from InceptionV3's in size only.
     if extractor == INCEPTION and len(mu) != INCEPTION_DIM:
         raise FileFormatError(
             f"{path} has {len(mu)} features, {INCEPTION} has {INCEPTION_DIM}", remedy="write it with --save-statistics"

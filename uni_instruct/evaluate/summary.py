@@ -1,6 +1,6 @@
-"""What is kept of many images' features: sums, from which most metrics follow, and a bounded number of the features themselves.
+"""Summaries of many images' features: sums, which most metrics are computed from, and a bounded number of features.
 
-Sums of consecutive images are added in their order, so that a score does not depend on who computed which.
+Sums of consecutive images are added in order, so that a score does not depend on which worker computed which sum.
 """
 
 import copy
@@ -12,27 +12,27 @@ import numpy as np
 if TYPE_CHECKING:
     from uni_instruct.evaluate.extractors import Features
 
-# Metrics of single images' neighbours (kd, pr) see at most so many, evenly spaced: of more they would take days and all memory.
+# The metrics that compare single images (kd, pr) use at most this many, evenly spaced: more would take days and all memory.
 KEPT_IMAGES = 50_000
-# The inception score's, and the shuffle that torch-fidelity makes before it splits.
+# The number of splits of the inception score, and the seed of torch-fidelity's shuffle before it splits.
 SPLITS, _SHUFFLE_SEED = 10, 2020
 
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryPlan:
-    """How the images 0..total-1 are summed up. with_scores: whether sums for the inception score are wanted."""
+    """How the images 0..total-1 are summed up. with_scores: whether to compute the sums for the inception score."""
 
     total: int
     with_scores: bool = False
 
     @property
     def stride(self) -> int:
-        """Of so many images the features of one are kept."""
+        """The features of every stride-th image are kept."""
         return -(-self.total // KEPT_IMAGES)
 
     def splits(self) -> np.ndarray:
-        """The split of the inception score that each image falls into: int64 [total]."""
-        # As torch-fidelity shuffles: its place i gets the image order[i], and split s has the places from s N / 10 on.
+        """The split of the inception score that each image belongs to: int64 [total]."""
+        # As in torch-fidelity: position i of its shuffle has image order[i], and split s has N / 10 positions from s N / 10 on.
         order = np.random.RandomState(_SHUFFLE_SEED).permutation(self.total)
         ends = np.arange(1, SPLITS + 1) * self.total // SPLITS
         split = np.empty(self.total, dtype=np.int64)
@@ -42,11 +42,11 @@ class SummaryPlan:
 
 @dataclass(eq=False)
 class Summary:
-    """Sums over `count` images.
+    """Sums over `count` images with features x.
 
-    first float64 [D] and second float64 [D, D] are the sums of x and x x^T. kept has features float32 [K, D]. right counts
-    images that the extractor takes for the class they should have. Of the inception score: probabilities float64 [SPLITS, C],
-    negative entropies and numbers of images [SPLITS] by split, None where they are not wanted.
+    first: float64 [D], the sum of x. second: float64 [D, D], the sum of x x^T. kept: features float32 [K, D], in parts.
+    right: the number of images that the extractor classifies correctly.
+    probabilities float64 [SPLITS, C], negative_entropy and split_counts [SPLITS]: sums for the inception score, or None.
     """
 
     count: int
@@ -59,7 +59,7 @@ class Summary:
     split_counts: np.ndarray | None = None
 
     def add(self, later: "Summary") -> None:
-        """Takes in the sums of the images that follow."""
+        """Add the sums of the images that follow these."""
         self.count += later.count
         self.first += later.first
         self.second += later.second
@@ -70,12 +70,12 @@ class Summary:
         self.split_counts = _sum(self.split_counts, later.split_counts)
 
     def owned(self) -> "Summary":
-        """The same in memory of its own: what comes out of Ray's store cannot be written to, and keeps its place there."""
+        """A copy in new memory. Arrays from Ray's object store are read-only, and stay in the store while they are used."""
         return copy.deepcopy(self)
 
     def kept_features(self) -> np.ndarray:
-        """Features float32 [K, D]."""
-        self.kept = [joined(self.kept)]
+        """The kept features: float32 [K, D]."""
+        self.kept = [concatenate_parts(self.kept)]
         return self.kept[0]
 
     # mu = sum x / N, sigma = (sum x x^T - N mu mu^T) / (N - 1), as EDM's fid.py has them.
@@ -84,9 +84,9 @@ class Summary:
         mu = self.first / self.count
         return mu, (self.second - self.count * np.outer(mu, mu)) / max(1, self.count - 1)
 
-    # exp(mean over x of KL(p(y|x) || p(y))) of each split, and the mean of those: Salimans et al. 2016.
+    # exp(mean over x of KL(p(y|x) || p(y))) for each split, then the mean over splits (Salimans et al. 2016).
     def inception_score(self) -> float:
-        """The mean over splits. Needs sums for it."""
+        """The inception score, the mean over splits. It needs a summary with_scores."""
         assert self.probabilities is not None
         assert self.negative_entropy is not None
         assert self.split_counts is not None
@@ -94,13 +94,13 @@ class Summary:
         for probabilities, negative_entropy, count in zip(
             self.probabilities, self.negative_entropy, self.split_counts, strict=True
         ):
-            marginal = (probabilities / count).clip(np.finfo(np.float64).tiny)  # 0 log 0 is 0
+            marginal = (probabilities / count).clip(np.finfo(np.float64).tiny)  # so that 0 log 0 is 0, not nan
             scores.append(np.exp(negative_entropy / count - (marginal * np.log(marginal)).sum()))
         return float(np.mean(scores))
 
 
-def joined(parts: list[np.ndarray]) -> np.ndarray:
-    """The parts one after the other; the list is emptied on the way, so that nothing is in memory twice."""
+def concatenate_parts(parts: list[np.ndarray]) -> np.ndarray:
+    """Concatenate the parts. The list is emptied meanwhile, so that no part is in memory twice for long."""
     if len(parts) == 1:
         return parts.pop()
     whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
@@ -116,14 +116,17 @@ def _sum(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | No
     return None if first is None or second is None else first + second
 
 
-def summed_up(
+def summarise_features(
     features: "Features",
     plan: SummaryPlan,
     start: int = 0,
     expected: np.ndarray | None = None,
     splits: np.ndarray | None = None,
 ) -> Summary:
-    """The summary of the images start, start + 1, ...; expected: the class that each should have. splits: `plan.splits()`."""
+    """The summary of the images start, start + 1, ...
+
+    expected: the true class of each image, or None. splits: `plan.splits()`, computed here if it is not given.
+    """
     values, logits = features.features.numpy(), features.logits.numpy()
     exact = values.astype(np.float64)
     indices = np.arange(start, start + len(values))

@@ -1,1 +1,1 @@
-"""The networks: parameter names and numerics as in EDM (Karras et al. 2022, arXiv 2206.00364)."""
+"""The networks, with the parameter names and numerics of their publications: EDM, EDM2, diffusers' AutoencoderKL, DINOv2."""

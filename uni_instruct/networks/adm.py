@@ -1,4 +1,4 @@
-"""ADM (Dhariwal and Nichol 2021, arXiv 2105.05233) in EDM's form."""
+"""ADM (Dhariwal and Nichol 2021, arXiv 2105.05233) as EDM implements it."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,10 +24,10 @@ EPS = 1e-5
 
 
 class ADM(Network):
-    """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i].
+    """The U-Net F(x; noise label, class, augmentation). Level i: resolution >> i, model_channels * channel_mult[i] channels.
 
-    The embedding scales and shifts what the blocks normalise. Attention has a head for every channels_per_head channels; a
-    level with fewer channels has none. out_channels is the image's where not given.
+    The embedding scales and shifts normalised features (adaptive group normalisation). Attention has one head for every
+    channels_per_head channels; levels with fewer channels have no attention. out_channels: by default the image's.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class ADM(Network):
         self.map_label = Linear(num_classes, emb_channels, bias=False, init=_normal_) if num_classes else None
 
         block = partial(UNetBlock, emb_channels=emb_channels, style=_style(channels_per_head), dropout=dropout)
-        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, attend_often=True)
+        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, full_decoder_attention=True)
         self.enc = layout.encoder(Conv2d(image_shape[0], plan[0].channels, 3, init=fan_in_))
         self.bottleneck_channels = skip_channels(self.enc)[-1]
         self.dec = layout.decoder(self.enc)
         self.out_norm = GroupNorm(plan[0].channels, EPS)
-        # Zero at the start, so that D(x) begins as c_skip x.
+        # Zero weights, so that D(x) starts as c_skip x.
         self.out_conv = Conv2d(plan[0].channels, out_channels or image_shape[0], 3, init=zero_)
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
         """The embedding that every block reads: [B, emb_channels]."""
-        # EDM adds the augmentation before the layers that noise goes through, and the class behind them.
+        # As in EDM, the augmentation is added before the layers of the noise label, the class after them.
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -75,7 +75,7 @@ class ADM(Network):
         return F.silu(emb)
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Every encoder output, the bottleneck's last."""
+        """All encoder outputs; the last is the bottleneck's."""
         features = []
         for block in self.enc.values():
             x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
@@ -83,7 +83,7 @@ class ADM(Network):
         return features
 
     def decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
-        """The encoder's outputs to F(x): [B, C, H, W]."""
+        """F(x) from the encoder's outputs: [B, C, H, W]."""
         skips, x = list(features), features[-1]
         for block in self.dec.values():
             assert isinstance(block, UNetBlock)
@@ -106,5 +106,5 @@ def _style(channels_per_head: int) -> BlockStyle:
 
 
 def _normal_(weight: Tensor, _: Tensor | None) -> None:
-    """N(0, 1) weights: a class's vector has unit variance, however many classes there are."""
+    """N(0, 1) weights, so that a class's embedding has unit variance for any number of classes."""
     nn.init.normal_(weight)

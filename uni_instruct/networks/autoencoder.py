@@ -1,4 +1,4 @@
-"""The decoder of a VAE, AutoencoderKL: diffusers' parameter names and numerics, so that its weights load unchanged."""
+"""The decoder of the VAE AutoencoderKL, with diffusers' parameter names and numerics, so that its weights load unchanged."""
 
 from itertools import pairwise
 
@@ -11,12 +11,12 @@ from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.networks.blocks import attention
 from uni_instruct.spec import DecoderSpec
 
-# AutoencoderKL's throughout, whatever its config.json says.
+# Of all normalisations. AutoencoderKL has it hard-coded: its config.json does not set it.
 _EPS = 1e-6
 
 
 class LatentDecoder(nn.Module):
-    """Latents as the network makes them to pictures: pixel_scale D(latent_scale z + latent_shift) + pixel_shift."""
+    """From the network's latents z to pictures: pixel_scale D(latent_scale z + latent_shift) + pixel_shift."""
 
     latent_scale: Tensor
     latent_shift: Tensor
@@ -25,6 +25,7 @@ class LatentDecoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.vae = AutoencoderDecoder(spec)
+        # Not persistent, because they come from the spec: the weights file has the VAE's parameters only.
         for name in ("latent_scale", "latent_shift"):
             values = torch.tensor(getattr(spec, name), dtype=torch.float32, device="cpu").reshape(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -37,7 +38,7 @@ class LatentDecoder(nn.Module):
 
 
 class AutoencoderDecoder(nn.Module):
-    """D: raw latents to what the VAE was trained to give back. The half of AutoencoderKL that its `decode` runs."""
+    """D: from the VAE's own latents to images. This is the half of AutoencoderKL that its `decode` runs."""
 
     def __init__(self, spec: DecoderSpec):
         super().__init__()
@@ -52,7 +53,7 @@ class AutoencoderDecoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the coarsest level to the finest, each of layers_per_block + 1 residual blocks."""
+    """The levels from the coarsest to the finest, each with layers_per_block + 1 residual blocks."""
 
     def __init__(self, spec: DecoderSpec):
         super().__init__()
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """A residual block, attention where there is one, a residual block."""
+    """A residual block, optional attention, and another residual block."""
 
     def __init__(self, channels: int, groups: int, *, attend: bool):
         super().__init__()
@@ -87,7 +88,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W], the same shape."""
+        """[B, channels, H, W] -> the same shape."""
         x = self.resnets[0](x)
         for layer in self.attentions:
             x = layer(x)
@@ -96,7 +97,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """The residual blocks of one level, then twice the resolution unless it is the finest."""
+    """The residual blocks of one level, then upsampling to twice the resolution, except at the finest level."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, layers: int, *, upsample: bool):
         super().__init__()
@@ -112,7 +113,7 @@ class UpBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Every pixel four times, then a convolution."""
+    """Repeat each pixel 2x2 times, then convolve."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -125,7 +126,7 @@ class Upsample(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + f(x); x goes through a 1x1 convolution where the number of channels changes."""
+    """x + f(x), where a 1x1 convolution is applied to the first x if the number of channels changes."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -153,7 +154,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W], the same shape."""
+        """[B, channels, H, W] -> the same shape."""
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [B, 1, H W, channels]
         attended = attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels))
         out: Tensor = x + self.to_out[0](attended)[:, 0].transpose(1, 2).reshape(x.shape)
@@ -161,7 +162,7 @@ class Attention(nn.Module):
 
 
 def load_decoder(bundle: Bundle) -> LatentDecoder | None:
-    """The bundle's decoder with its weights, in evaluation mode; None without one. Raises BundleError where they do not fit."""
+    """The bundle's decoder with its weights, in evaluation mode; None without one. Raises BundleError if they do not fit."""
     weights = bundle.decoder_weights()
     if bundle.spec.decoder is None or weights is None:
         return None
@@ -177,7 +178,7 @@ def load_decoder(bundle: Bundle) -> LatentDecoder | None:
 
 
 def build_decoder(spec: DecoderSpec) -> LatentDecoder:
-    """The decoder with fresh weights. Raises RequestError for arguments that make none."""
+    """The decoder with freshly initialised weights. Raises RequestError if the spec's values do not fit together."""
     try:
         return LatentDecoder(spec)
     except (ValueError, RuntimeError) as error:
@@ -185,7 +186,7 @@ def build_decoder(spec: DecoderSpec) -> LatentDecoder:
 
 
 def decoder_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """The decoder's parameters by diffusers' names, and their shapes; no memory is taken for them."""
+    """The shapes of the decoder's parameters, by diffusers' names. No memory is allocated for the parameters."""
     with torch.device("meta"):
         decoder = build_decoder(spec)
     return {name: tuple(tensor.shape) for name, tensor in decoder.vae.state_dict().items()}

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from uni_instruct.errors import RequestError
 from uni_instruct.networks.group_norm import GroupNorm
 
-# Fills a weight, and a bias where there is one.
+# A function that initialises a weight and, unless it is None, a bias, in place.
 Init = Callable[[Tensor, Tensor | None], None]
 
 
 # U(-b, b), b = gain sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010).
 def xavier_(weight: Tensor, bias: Tensor | None, gain: float = 1.0) -> None:
-    """Xavier-uniform with fans over the whole kernel, times gain; zero biases. DDPM++ and NCSN++ start so."""
+    """Xavier-uniform weights with fans over the whole kernel, times gain; zero biases. Used by DDPM++ and NCSN++."""
     nn.init.xavier_uniform_(weight)
     with torch.no_grad():
         weight.mul_(gain)
@@ -26,9 +26,10 @@ def xavier_(weight: Tensor, bias: Tensor | None, gain: float = 1.0) -> None:
         nn.init.zeros_(bias)
 
 
+# U(-b, b), b = 1 / sqrt(fan_in).
 @torch.no_grad()
 def fan_in_(weight: Tensor, bias: Tensor | None) -> None:
-    """Weights and biases uniform within 1 / sqrt(fan-in): Kaiming's with a gain of sqrt(1/3). ADM starts so."""
+    """Weights and biases uniform within 1 / sqrt(fan-in): Kaiming's with a gain of sqrt(1/3). Used by ADM."""
     bound = math.prod(weight.shape[1:]) ** -0.5
     for parameter in (weight, bias):
         if parameter is not None:
@@ -37,7 +38,7 @@ def fan_in_(weight: Tensor, bias: Tensor | None) -> None:
 
 @torch.no_grad()
 def zero_(weight: Tensor, bias: Tensor | None) -> None:
-    """Zero weights and biases, for layers that end a branch in ADM: each block starts as the identity."""
+    """Zero weights and biases, for the last layer of each branch in ADM, so that each block starts as the identity."""
     for parameter in (weight, bias):
         if parameter is not None:
             parameter.zero_()
@@ -51,14 +52,15 @@ class Linear(nn.Linear):
         init(self.weight, self.bias)
 
     def reset_parameters(self) -> None:
-        """Called by the base class when built; left to `init`."""
+        """Do nothing: the base class's constructor calls this, but `init` sets the weights."""
 
 
 class Conv2d(nn.Module):
-    """Convolution after optional resampling by a separable filter (nearest and average for the default filter).
+    """Convolution with optional resampling by a separable filter before it.
 
-    kernel 0 resamples only. convolve_first convolves before it halves, with outputs just outside the border, which the filter
-    reaches (EDM's fused_resample).
+    up, down: double or halve the resolution. The default filter (1, 1) repeats pixels or averages four.
+    kernel: 0 resamples only. convolve_first: convolve before halving (EDM's fused_resample). The convolution then computes a
+    margin beyond the border, which the filter needs.
     """
 
     resample_filter: Tensor | None
@@ -83,11 +85,11 @@ class Conv2d(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels)) if kernel else None
         if self.weight is not None:
             init(self.weight, self.bias)
-        # On the CPU always: arithmetic on "meta" would import a second of compiler.
+        # Always on the CPU: arithmetic on the "meta" device imports torch's compiler, which takes a second.
         taps = torch.tensor(resample_filter, dtype=torch.float32, device="cpu")
         taps = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
         self.register_buffer("resample_filter", taps if up or down else None)
-        # The default filter repeats a pixel or averages four, which CPUs do many times as fast as a depthwise convolution.
+        # The default filter repeats a pixel or averages four. Without a depthwise convolution, CPUs do this many times faster.
         self._repeats = tuple(resample_filter) == (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class Conv2d(nn.Module):
             return F.interpolate(x, scale_factor=2.0) if self.up else F.avg_pool2d(x, 2)
         channels = x.shape[1]
         depthwise = taps.expand(channels, 1, -1, -1)
-        # Times 4: of the taps, whose sum is 1, each output meets a quarter, as zeros stand between the inputs.
+        # Times 4: the taps sum to 1, but the zeros between the inputs leave a quarter of that sum for each output.
         if self.up:
             return F.conv_transpose2d(x, depthwise * 4, stride=2, padding=padding, groups=channels)
         return F.conv2d(x, depthwise, stride=2, padding=padding, groups=channels)
@@ -121,7 +123,7 @@ class Conv2d(nn.Module):
 class PositionalEmbedding(nn.Module):
     """Sinusoids of the noise label at geometric frequencies from 1 to 1/10000: [B] -> [B, channels].
 
-    endpoint: whether 1/10000 is the last frequency, or the first that is left out.
+    endpoint: whether 1/10000 is the last frequency; otherwise the sequence stops one frequency before it.
     """
 
     def __init__(self, channels: int, *, endpoint: bool = True, cosines_first: bool = False):
@@ -139,7 +141,7 @@ class PositionalEmbedding(nn.Module):
 
 # sin(2 pi f c), cos(2 pi f c), f ~ N(0, 16^2) (Tancik et al. 2020, arXiv 2006.10739; Song et al. 2021, arXiv 2011.13456).
 class FourierEmbedding(nn.Module):
-    """Sines, then cosines, of the noise label at fixed random frequencies of deviation 16: [B] -> [B, channels]."""
+    """Sines, then cosines, of the noise label at fixed random frequencies with standard deviation 16: [B] -> [B, channels]."""
 
     freqs: Tensor
 
@@ -155,12 +157,13 @@ class FourierEmbedding(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStyle:
-    """What the blocks of one architecture have in common.
+    """The settings that all blocks of one architecture share.
 
-    adaptive_scale: the embedding scales and shifts after the second normalisation; else it is added before it.
-    channels_per_head: of the attention, at the least; None is one head. skip_scale: of the sum of a branch and its input.
-    project_resampled: the input of a block that resamples goes through a 1x1 convolution even where the channels stay.
-    init, init_qkv, init_last: initial weights in general, of the attention's first layer, of the last layer of either branch.
+    adaptive_scale: the embedding scales and shifts the output of the second normalisation; otherwise it is added before it.
+    channels_per_head: the minimum for an attention head; None means a single head.
+    skip_scale: factor of the sum of a branch and its input. eps: of the normalisations.
+    project_resampled: a resampling block's skip path has a 1x1 convolution even if the number of channels does not change.
+    init: initial weights. init_qkv: of the attention's first layer. init_last: of the last layer of each branch.
     """
 
     adaptive_scale: bool
@@ -173,12 +176,12 @@ class BlockStyle:
     init_last: Init
 
     def heads(self, channels: int) -> int:
-        """How many heads attend; none where channels are fewer than a head's, as in EDM."""
+        """The number of attention heads; 0 if there are fewer channels than one head needs, as in EDM."""
         heads = channels // self.channels_per_head if self.channels_per_head else 1
         if heads and channels % heads:
             raise RequestError(
                 f"{channels} channels do not divide into {heads} heads",
-                # Of 32, too: a normalisation has up to 32 groups.
+                # A multiple of 32 too, because a normalisation has up to 32 groups.
                 remedy=f"make model_channels a multiple of {math.lcm(self.channels_per_head or 1, 32)}",
                 param="network",
             )
@@ -186,7 +189,7 @@ class BlockStyle:
 
 
 class UNetBlock(nn.Module):
-    """Residual block that reads the embedding, with optional resampling and self-attention."""
+    """Residual block conditioned on the embedding, with optional resampling and self-attention."""
 
     def __init__(
         self,
@@ -240,7 +243,7 @@ class UNetBlock(nn.Module):
         assert self.norm2 is not None
         assert self.qkv is not None
         assert self.proj is not None
-        # EDM interleaves q, k and v in every head: channel c of a head's q is output 3 c of its part of qkv.
+        # EDM interleaves q, k and v within each head: output 3 c of a head's part of qkv is channel c of its q.
         qkv = self.qkv(self.norm2(x)).unflatten(1, (self.heads, self.out_channels // self.heads, 3)).flatten(4)
         q, k, v = qkv.transpose(2, 4).unbind(3)
         return self.proj(attention(q, k, v).transpose(2, 3).reshape(x.shape))
@@ -248,7 +251,7 @@ class UNetBlock(nn.Module):
 
 # softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of queries, keys and values [B, heads, N, C]: of the same shape."""
+    """Attention of queries, keys and values [B, heads, N, C]: returns the same shape."""
     if q.dtype == torch.bfloat16 and q.device.type != "cuda":
         # Torch's fused CPU kernel takes three times as long as these products, forward and backward.
         weights = (q @ k.transpose(2, 3)).mul(q.shape[-1] ** -0.5).softmax(dim=3)

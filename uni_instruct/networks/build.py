@@ -1,4 +1,4 @@
-"""From a spec to its denoiser: the network, what stands around it, and its weights."""
+"""Build a spec's denoiser: the network, its preconditioning and patches, and its weights."""
 
 import dataclasses
 import reprlib
@@ -24,16 +24,18 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "edm2": EDM2,
 }
 
-# Sides of the square of pixels that a network may see as one.
+# Allowed values of network.patch: patch x patch pixels become the channels of one pixel of the network's input.
 PATCHES = (1, 2, 4)
 
 
 def build_denoiser(spec: ModelSpec) -> Denoiser:
-    """The spec's denoiser with fresh weights. Raises RequestError for an unknown network or argument.
+    """The spec's denoiser with freshly initialised weights.
 
-    Of network_args, `sigma_data`, `preconditioning` and `patch` describe what stands around the network: preconditioning is a
-    name of PRECONDITIONINGS or {"name": ..., and its constants}, EDM's where it is not given; patch is one of PATCHES. The rest
-    are the network's own.
+    Three keys of network_args belong to the denoiser: `sigma_data` (default 0.5), `preconditioning` (a name of PRECONDITIONINGS
+    or {"name": ..., and its constants}; default EDM's) and `patch` (one of PATCHES; default 1). The others are arguments of the
+    network.
+
+    Raises RequestError for an unknown network or an invalid argument.
     """
     if spec.network not in NETWORKS:
         raise RequestError(
@@ -53,7 +55,7 @@ def build_denoiser(spec: ModelSpec) -> Denoiser:
         preconditioning = build_preconditioning(args.pop("preconditioning", "edm"), sigma_data)
         patch = args.pop("patch", 1)
         shape = patched_shape(spec.noise_shape, patch)
-        # iDDPM's networks also predict a variance.
+        # iDDPM's networks predict a variance too, in additional output channels.
         if preconditioning.out_factor > 1:
             args["out_channels"] = preconditioning.out_factor * shape[0]
         model = NETWORKS[spec.network](shape, spec.num_classes, **args)
@@ -65,7 +67,7 @@ def build_denoiser(spec: ModelSpec) -> Denoiser:
 
 
 def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:
-    """[C, H, W] as the network sees it. Raises RequestError for a patch that is no such side or does not divide the image."""
+    """[C, H, W] of the network's input. Raises RequestError if the patch is not in PATCHES or does not divide the image."""
     channels, height, width = image_shape
     check_patch(patch)
     if height % patch or width % patch:
@@ -78,14 +80,14 @@ def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:
 
 
 def check_patch(patch: object) -> None:
-    """Raises RequestError unless the patch is one of PATCHES."""
-    if type(patch) is not int or patch not in PATCHES:  # True and 1.0 equal 1
+    """Raise RequestError unless the patch is one of PATCHES."""
+    if type(patch) is not int or patch not in PATCHES:  # `in` alone would accept True and 1.0, which equal 1
         known = ", ".join(map(str, PATCHES))
         raise RequestError(f"network.patch is {reprlib.repr(patch)}", remedy=f"choose one of {known}", param="network")
 
 
 def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> RequestError:
-    """The error for levels that cannot halve the network's input, in terms of the image and its patch."""
+    """The error for an input that has too few halvings for the levels, restated for the image and its patch."""
     if patch == 1:
         return RequestError(error.problem, remedy=error.remedy, param="network")
     _, height, width = image_shape
@@ -100,18 +102,18 @@ def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> 
 
 
 def _fitting(image_shape: ImageShape, divisor: int) -> str:
-    """The patches that leave a resolution which the divisor divides, in words; '' for none."""
+    """The patches whose resolution is a multiple of the divisor, in words; '' if there are none."""
     return " or ".join(str(p) for p in PATCHES if all(size % (p * divisor) == 0 for size in image_shape[1:]))
 
 
 def build_preconditioning(asked: str | Mapping[str, object], sigma_data: float = 0.5) -> Preconditioning:
-    """The preconditioning of that name, or of {"name": ..., and its constants}.
+    """The preconditioning from its name, or from {"name": ..., and its constants}.
 
-    Raises RequestError for an unknown name or constant.
+    Raises RequestError for an unknown name or constant, or a constant out of range.
     """
     constants = dict(asked) if isinstance(asked, Mapping) else {"name": asked}
     name = constants.pop("name", None)
-    if name not in tuple(PRECONDITIONINGS):  # whatever a file holds there, hashable or not
+    if name not in tuple(PRECONDITIONINGS):  # a tuple, because a file may hold an unhashable value there
         raise RequestError(
             f"preconditioning '{name}' is unknown",
             remedy=f"choose one of {', '.join(PRECONDITIONINGS)}",
@@ -128,8 +130,8 @@ def build_preconditioning(asked: str | Mapping[str, object], sigma_data: float =
 
 
 def load_denoiser(bundle: Bundle) -> Denoiser:
-    """The bundle's denoiser with its weights, in evaluation mode. Raises BundleError unless every weight is accounted for."""
-    with torch.device("meta"):  # no first weights, which nobody reads: they take the time and memory of the real ones
+    """The bundle's denoiser with its weights, in evaluation mode. Raises BundleError if a weight is missing or unexpected."""
+    with torch.device("meta"):  # skips the initial weights, which would cost time and memory and be replaced at once
         denoiser = build_denoiser(bundle.spec)
     weights = {name: torch.from_numpy(array) for name, array in bundle.weights().items()}
     try:

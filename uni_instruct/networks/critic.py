@@ -13,17 +13,17 @@ from uni_instruct.networks.group_norm import GroupNorm
 
 
 class CriticOutput(NamedTuple):
-    """The fake score's denoised images [B, C, H, W] and the logits [B], real against fake; None where not asked for."""
+    """The fake score's denoised images [B, C, H, W], and the discriminator's logits [B]; None for what was not requested."""
 
     denoised: Tensor | None
     logits: Tensor | None
 
 
 class Critic(nn.Module):
-    """Denoises the student's samples and, with a discriminator, tells them from data at the same noise level.
+    """Denoises the student's samples and, with a discriminator, distinguishes them from data at the same noise level.
 
-    discriminator: 'shared' puts a head on the fake score's encoder (as SiDA does), 'own' gives the head an encoder of its own
-    that starts from the fake score's, None leaves it out.
+    discriminator: 'shared' puts a head on the fake score's encoder, as SiDA does. 'own' gives the head a separate encoder,
+    initialised with a copy of the fake score's. None: no discriminator.
     """
 
     def __init__(self, fake_score: Denoiser, discriminator: str | None):
@@ -43,8 +43,8 @@ class Critic(nn.Module):
         denoise: bool = True,
         discriminate: bool = True,
     ) -> CriticOutput:
-        """CriticOutput of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]; what is not asked for costs nothing."""
-        # With a shared encoder both answers cost one pass through it, which is why they are asked for together.
+        """CriticOutput for x [B, C, H, W] at noise levels sigma [B, 1, 1, 1]. Only the requested outputs are computed."""
+        # One call returns both outputs, because with a shared encoder they cost a single pass through it.
         discriminate = discriminate and self.head is not None
         denoised = logits = None
         shared = None
@@ -62,7 +62,10 @@ class Critic(nn.Module):
 
 
 class DiscriminatorHead(nn.Module):
-    """Bottleneck features [B, C, H, W] and embedding [B, E] to one logit a sample: the log density ratio, real over fake."""
+    """One logit a sample from the bottleneck features [B, C, H, W] and the embedding [B, E].
+
+    The optimal logit is the log density ratio, log p_real - log p_fake.
+    """
 
     def __init__(self, channels: int, emb_channels: int):
         super().__init__()
@@ -70,19 +73,19 @@ class DiscriminatorHead(nn.Module):
         self.conv = Conv2d(channels, channels, 3)
         self.hidden = Linear(channels + emb_channels, channels)
         self.logit = nn.Linear(channels, 1)
-        # Zero, so that every ratio starts at exp(0) = 1, and no image is preferred before anything is learnt.
+        # Zero weights, so that every density ratio starts at exp(0) = 1 and an untrained head prefers no image.
         nn.init.zeros_(self.logit.weight)
         nn.init.zeros_(self.logit.bias)
 
     def forward(self, features: Tensor, emb: Tensor) -> Tensor:
-        """Logits [B]."""
+        """The logits: [B]."""
         pooled = F.silu(self.conv(F.silu(self.norm(features)))).mean(dim=(2, 3))
         hidden = F.silu(self.hidden(torch.cat([pooled, emb], dim=1)))
         return self.logit(hidden).flatten()
 
 
 def _encoder_of(denoiser: Denoiser) -> Denoiser:
-    """A copy without its decoder."""
+    """A copy of the denoiser without its decoder."""
     encoder = copy.deepcopy(denoiser)
     encoder.model.dec = nn.ModuleDict()
     return encoder

@@ -1,4 +1,4 @@
-"""CUDA graphs of a torch function: one launch where there were hundreds, at batch sizes of 1, 2, 4 and so on."""
+"""CUDA graphs of a torch function: one launch in place of hundreds. There is a graph for each batch size 1, 2, 4 and so on."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from uni_instruct.networks.denoiser import ClassLabels, MixedClasses
 
-# Runs before a capture, in which libraries choose their kernels and take their memory.
+# Runs before a capture, in which libraries choose their kernels and allocate their memory.
 _WARM_UP = 3
 
 
 class _Captured(NamedTuple):
-    """A graph, and the places that it reads from and writes to."""
+    """A graph with its static input and output tensors."""
 
     graph: torch.cuda.CUDAGraph
     noise: Tensor
@@ -22,11 +22,11 @@ class _Captured(NamedTuple):
     images: Tensor
 
 
-class CapturedBatches:
-    """The function of noise [B, *noise_shape] and class ids [B] or None, replayed from graphs; larger batches are split.
+class CudaGraphRunner:
+    """A function of noise [B, *noise_shape] and class ids [B] (or None), replayed from CUDA graphs.
 
-    Mixtures of classes have graphs of their own, so that images of one class do no work for them.
-    Safe from several threads. What a graph was captured with (rounding, autocast) it keeps.
+    Batches larger than `most` are split. Mixtures of classes have separate graphs, so that plain classes do not pay for them.
+    Thread-safe. Settings at the time of the capture, such as float32 precision and autocast, stay in effect for the graph.
     """
 
     def __init__(self, function: Callable[[Tensor, ClassLabels | None], Tensor], most: int = 64):
@@ -34,7 +34,7 @@ class CapturedBatches:
         self._captured: dict[tuple[int, bool], _Captured] = {}
 
     def __call__(self, noise: Tensor, class_ids: ClassLabels | None) -> Tensor:
-        """What the function gives, as a tensor of the caller's own."""
+        """The function's result, as a new tensor that later calls do not overwrite."""
         starts = range(0, len(noise), self._most)
         parts = [slice(start, start + self._most) for start in starts]
         with self._lock, torch.cuda.device(noise.device):
@@ -48,7 +48,7 @@ class CapturedBatches:
         if kind not in self._captured:
             self._captured[kind] = self._capture(size, noise, class_ids)
         captured = self._captured[kind]
-        # Rows beyond count keep what an earlier batch left there: valid inputs, whose images nobody reads.
+        # Rows from count on keep an earlier batch's inputs, which are valid. Their images are dropped below.
         captured.noise[:count].copy_(noise)
         for place, values in zip(_tensors(captured.class_ids), _tensors(class_ids), strict=True):
             place[:count].copy_(values)
@@ -58,12 +58,13 @@ class CapturedBatches:
     def _capture(self, size: int, noise: Tensor, class_ids: ClassLabels | None) -> _Captured:
         z = noise.new_zeros(size, *noise.shape[1:])
         labels = _like(class_ids, [part.new_zeros(size) for part in _tensors(class_ids)])
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        # The warm-up must run on a side stream, as torch asks before a capture.
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(_WARM_UP):
                 self._function(z, labels)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             images = self._function(z, labels)
@@ -71,14 +72,14 @@ class CapturedBatches:
 
 
 def _tensors(class_ids: ClassLabels | None) -> tuple[Tensor, ...]:
-    """What a graph reads of the classes."""
+    """The tensors of the classes that a graph reads."""
     if class_ids is None:
         return ()
     return tuple(class_ids) if isinstance(class_ids, MixedClasses) else (class_ids,)
 
 
 def _like(class_ids: ClassLabels | None, tensors: Sequence[Tensor]) -> ClassLabels | None:
-    """Classes of the same kind, of other tensors."""
+    """The tensors as classes of the same type as class_ids."""
     if class_ids is None:
         return None
     return MixedClasses(*tensors) if isinstance(class_ids, MixedClasses) else tensors[0]
@@ -89,5 +90,5 @@ def _rows(class_ids: ClassLabels | None, part: slice) -> ClassLabels | None:
 
 
 def padded_size(count: int, most: int) -> int:
-    """The next power of two, at most `most`."""
+    """The smallest power of two that is at least count; at most `most`."""
     return min(most, 1 << (count - 1).bit_length())

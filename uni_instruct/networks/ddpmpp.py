@@ -1,4 +1,4 @@
-"""DDPM++ and NCSN++ (Song et al. 2021, arXiv 2011.13456) in EDM's form."""
+"""DDPM++ and NCSN++ (Song et al. 2021, arXiv 2011.13456) as EDM implements them."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -19,13 +19,13 @@ from uni_instruct.networks.blocks import (
 )
 from uni_instruct.networks.group_norm import GroupNorm
 from uni_instruct.networks.network import Network
-from uni_instruct.networks.unet import Level, UNetLayout, levels, no_modules, run_decoder_block, skip_channels
+from uni_instruct.networks.unet import Level, UNetLayout, levels, no_extra_modules, run_decoder_block, skip_channels
 from uni_instruct.spec import ImageShape
 
 STYLE = BlockStyle(
     adaptive_scale=False,
     channels_per_head=None,
-    skip_scale=math.sqrt(0.5),  # the sum of two independent branches keeps their variance
+    skip_scale=math.sqrt(0.5),  # keeps the variance: the sum of two independent branches has twice theirs
     eps=1e-6,
     project_resampled=True,
     init=xavier_,
@@ -35,11 +35,13 @@ STYLE = BlockStyle(
 
 
 class SongUNet(Network):
-    """The U-Net F(x; noise label, class, augmentation). Level i works at resolution >> i with channels * channel_mult[i].
+    """The U-Net F(x; noise label, class, augmentation). Level i: resolution >> i, model_channels * channel_mult[i] channels.
 
-    The defaults are DDPM++; `NCSNPP` holds those of NCSN++. encoder_type 'skip' adds the image, made smaller, to the input of
-    every level; 'residual' adds a path of strided convolutions beside the whole encoder. decoder_type 'skip' sums an image from
-    every level. resample_filter is of even length. out_channels is the image's where not given.
+    The defaults are DDPM++; `NCSNPP` holds those of NCSN++.
+
+    encoder_type: 'skip' adds the downsampled image to the input of every level; 'residual' adds a path of strided convolutions
+    parallel to the encoder. decoder_type: 'skip' sums an image from every level. resample_filter: an even number of taps.
+    out_channels: by default the image's.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class SongUNet(Network):
         block = partial(UNetBlock, emb_channels=self.emb_channels, style=STYLE, dropout=dropout)
         block = partial(block, resample_filter=resample_filter)
         plan = levels(image_shape, model_channels, channel_mult, attn_resolutions)
-        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, attend_often=False)
+        layout = UNetLayout(levels=plan, num_blocks=num_blocks, block=block, full_decoder_attention=False)
         self.map_noise = EMBEDDINGS[embedding_type](noise_channels)
         self.map_label = Linear(num_classes, noise_channels) if num_classes else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
@@ -78,8 +80,8 @@ class SongUNet(Network):
         self.map_layer1 = Linear(self.emb_channels, self.emb_channels)
 
         resample, image_channels = partial(Conv2d, resample_filter=resample_filter), image_shape[0]
-        beside = partial(ENCODERS[encoder_type], resample, image_channels)
-        self.enc = layout.encoder(Conv2d(image_channels, model_channels, 3), beside)
+        extra_modules = partial(ENCODERS[encoder_type], resample, image_channels)
+        self.enc = layout.encoder(Conv2d(image_channels, model_channels, 3), extra_modules)
         self.bottleneck_channels = skip_channels(self.enc)[-1]
         output = partial(DECODERS[decoder_type], resample, out_channels or image_channels, plan)
         self.dec = layout.decoder(self.enc, output)
@@ -88,14 +90,14 @@ class SongUNet(Network):
         """The embedding that every block reads: [B, emb_channels]."""
         emb = self.map_noise(noise_labels)
         if self.map_label is not None and class_labels is not None:
-            # A one-hot vector of K classes times sqrt(K) has a mean square of 1, as the layer's initial weights expect.
+            # Times sqrt(K), a one-hot vector of K classes has a mean square of 1, as the layer's initial weights expect.
             emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Every encoder output that the decoder reads, the bottleneck's last."""
+        """All encoder outputs that the decoder reads; the last is the bottleneck's."""
         features: list[Tensor] = []
         aux = x
         for name, block in self.enc.items():
@@ -108,7 +110,7 @@ class SongUNet(Network):
         return features
 
     def decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
-        """The encoder's outputs to F(x): [B, C, H, W]."""
+        """F(x) from the encoder's outputs: [B, C, H, W]."""
         skips, x = list(features), features[-1]
         image = normed = None
         for name, block in self.dec.items():
@@ -158,8 +160,8 @@ def _outputs(resample: _Resample, out_channels: int, plan: list[Level], level: L
 
 
 EMBEDDINGS: dict[str, Callable[[int], nn.Module]] = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
-# What makes the modules that stand beside a level's blocks: on the way down, and on the way up.
-ENCODERS: dict[str, Callable[..., _Modules]] = {"standard": no_modules, "skip": _skip_path, "residual": _residual_path}
+# Functions that make a level's additional modules, for the encoder and for the decoder.
+ENCODERS: dict[str, Callable[..., _Modules]] = {"standard": no_extra_modules, "skip": _skip_path, "residual": _residual_path}
 DECODERS: dict[str, Callable[..., _Modules]] = {"standard": _output, "skip": _outputs}
 
 
@@ -168,7 +170,7 @@ def _join_residual(block: nn.Module, x: Tensor, aux: Tensor) -> tuple[Tensor, Te
     return total, total
 
 
-# Layer beside the encoder -> what becomes of the encoder's last feature x and of the path beside it, aux.
+# Kind of additional encoder layer -> the new values of the encoder's last feature x and of the parallel path aux.
 _AUX_STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "down": lambda block, x, aux: (x, block(aux)),
     "skip": lambda block, x, aux: (x + block(aux), aux),

@@ -1,4 +1,4 @@
-"""A denoiser: a network with its preconditioning, class labels, and the encoder's view that a discriminator takes."""
+"""A denoiser: a network with its preconditioning and class labels. Its encoder can run alone, for a discriminator."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from uni_instruct.spec import ImageShape
 
 
 class Encoded(NamedTuple):
-    """What an encoder hands on: each of its outputs [B, C_i, H_i, W_i], the bottleneck's last, and the embedding [B, E]."""
+    """An encoder's outputs [B, C_i, H_i, W_i], the last of which is the bottleneck's, and the embedding [B, E]."""
 
     features: list[Tensor]
     emb: Tensor
@@ -27,12 +27,12 @@ class MixedClasses(NamedTuple):
     share: Tensor
 
 
-# The class of each image: ids int64 [B], of a Denoiser also -1 for none; or between two.
+# The class of each image: ids int64 [B], where a Denoiser reads -1 as no class; or mixtures of two classes.
 ClassLabels = Tensor | MixedClasses
 
 
 def interpolated(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    """(1 - s) first + s second, rows [B, E] and shares [B]: exact at both ends, which first + s (second - first) is not."""
+    """(1 - s) first + s second, for rows [B, E] and shares [B]. Exact at both ends, unlike first + s (second - first)."""
     s = share[:, None].to(first.dtype)
     return first * (1 - s) + second * s
 
@@ -40,8 +40,8 @@ def interpolated(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): the expected clean image (arXiv 2206.00364, equation 7).
 
-    The network sees patch x patch pixels as the channels of one: [B, C patch^2, H / patch, W / patch]. That only reorders
-    pixels, so noise, preconditioning and every formula are the same as at full resolution.
+    patch: the network's input has patch x patch pixels as the channels of one: [B, C patch^2, H / patch, W / patch]. That only
+    reorders values, so noise, preconditioning and all formulas are those of the full resolution.
     """
 
     def __init__(
@@ -63,30 +63,30 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """The expected clean image of x [B, C, H, W] at noise levels sigma [B, 1, 1, 1].
 
-        class_ids: int64 [B], or mixtures of two; -1, or None for all, is the zero label.
+        class_ids: int64 [B], or mixtures of two classes. -1 is no class, None is no class for all images: the label is zero.
         """
         return self.decode(self.encode(x, sigma, class_ids, augment_labels), x, sigma)
 
     def encode(
         self, x: Tensor, sigma: Tensor, class_ids: ClassLabels | None = None, augment_labels: Tensor | None = None
     ) -> Encoded:
-        """The first half of the network; its bottleneck is what a discriminator sees."""
+        """Run the first half of the network. Its bottleneck is the input of a discriminator."""
         c = self.preconditioning(sigma)
         emb = self._embed(c.c_noise.flatten(), class_ids, x, augment_labels)
         return Encoded(self.model.encode(self._unshuffled(c.c_in * x), emb), emb)
 
     def decode(self, encoded: Encoded, x: Tensor, sigma: Tensor) -> Tensor:
-        """The second half: the expected clean image."""
+        """Run the second half of the network: the expected clean image [B, C, H, W]."""
         c = self.preconditioning(sigma)
         out = self._shuffled(self.model.decode(encoded.features, encoded.emb))
-        if out.shape[1] != x.shape[1]:  # iDDPM's predicted variance follows, which no sampler here reads
+        if out.shape[1] != x.shape[1]:  # the other channels are iDDPM's predicted variance, which no sampler here uses
             out = out[:, : x.shape[1]]
         return c.c_skip * x + c.c_out * out
 
-    # A patch of 1 is left out: torch would copy the images, and exporters would write a node.
+    # A patch of 1 returns early: torch would copy the images, and exporters would write a node.
 
     def _unshuffled(self, x: Tensor) -> Tensor:
-        """What the network sees of images [B, C, H, W]."""
+        """The network's input from images [B, C, H, W]: [B, C patch^2, H / patch, W / patch]."""
         return x if self.patch == 1 else F.pixel_unshuffle(x, self.patch)
 
     def _shuffled(self, out: Tensor) -> Tensor:
@@ -95,31 +95,35 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def renumber_classes(self, ids: np.ndarray) -> None:
-        """Class i becomes what was class ids[i]: every network takes its classes through one layer, a column for each."""
+        """Permute the classes in place: class i becomes what was class ids[i].
+
+        Every network reads its class labels with one linear layer, whose columns are the classes.
+        """
         for name, weight in self.model.named_parameters():
             if name in ("map_label.weight", "emb_label.weight"):
                 weight.copy_(weight[:, torch.from_numpy(ids)])
 
     @property
     def sigma_data(self) -> float:
-        """The deviation of the data."""
+        """The standard deviation of the data."""
         return self.preconditioning.sigma_data
 
     def _embed(self, c_noise: Tensor, class_ids: ClassLabels | None, x: Tensor, augment_labels: Tensor | None) -> Tensor:
-        """The embedding [B, E]; of a mixture the interpolation of both classes' embeddings.
+        """The embedding [B, E]. For mixtures, both classes' embeddings are interpolated.
 
-        Not of their labels: the layers that an embedding goes through are not linear, what blocks make of it is. So half-way
-        between two embeddings lies half-way for every block, and a table of finished rows (export/canonical.py) mixes alike.
+        The labels are not interpolated, because the layers from label to embedding are not linear. Blocks read the embedding
+        linearly, so a mixture of embeddings is the same mixture for every block. The export, which replaces embeddings by a
+        table of precomputed rows (export/canonical.py), can then mix rows with the same result.
         """
         if not isinstance(class_ids, MixedClasses):
             return self.model.embed(c_noise, self._class_labels(class_ids, x), augment_labels)
-        # One after the other: products of twice as many rows are not summed alike, to the last bit.
+        # Not in one batch: matrix products of twice as many rows differ in the last bit.
         ids = (class_ids.class_ids, class_ids.other_ids)
         first, second = (self.model.embed(c_noise, self._class_labels(part, x), augment_labels) for part in ids)
         return interpolated(first, second, class_ids.share)
 
     def _class_labels(self, class_ids: Tensor | None, x: Tensor) -> Tensor | None:
-        """One-hot float32 [B, num_classes], zeros where the class is -1 or not given; None without classes."""
+        """One-hot float32 [B, num_classes], zeros for class -1 or None; None for an unconditional model."""
         if not self.num_classes:
             return None
         if class_ids is None:

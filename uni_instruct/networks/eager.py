@@ -1,6 +1,6 @@
-"""The weights run as the peers' sampling scripts run them: torch eager, float32, contiguous, torch's default settings.
+"""Run the weights as other projects' sampling scripts do: eager torch, float32, contiguous, with torch's default settings.
 
-What every engine's speed is a ratio to. No engine: nothing of it is tuned, or held to full float32 on a GPU.
+This is the baseline for the speed of all engines. It is not an engine itself: nothing is tuned, and GPUs may use TF32.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from uni_instruct.noise import Inputs
 
 
 def eager(bundle: Bundle, device: str) -> Callable[[Inputs], np.ndarray]:
-    """Noise and class ids to uint8 [B, H, W, C]; latents, which have no pixels, to float32 [B, C, H, W]."""
+    """A function from noise and class ids to images uint8 [B, H, W, C], or to latents float32 [B, C, H, W]."""
     generator = load_one_step(bundle).to(device)
 
     @torch.no_grad()
     def images(inputs: Inputs) -> np.ndarray:
         parts = []
-        for part in inputs.parts(bundle.spec.images_at_once):
+        for part in inputs.parts(bundle.spec.max_decoder_batch):
             made = generator(*as_tensors(part, device))
             if bundle.spec.makes_pictures:
-                # EDM's generate.py and SiD's: https://github.com/NVlabs/edm, "images_np".
+                # As in EDM's generate.py ("images_np" in https://github.com/NVlabs/edm) and SiD's.
                 made = (made * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
             parts.append(made.cpu().numpy())
         return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""Group normalisation as in EDM, with an implementation of our own where torch has no fast one."""
+"""Group normalisation as in EDM, with an implementation for the case in which torch's is slow."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(max(1, min(32, channels // 4)), channels, eps=eps)
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        """[B, C, H, W], normalised; with silu, through SiLU as well."""
+        """Normalise x [B, C, H, W]; with silu, apply SiLU too."""
         if _lacks_kernel(x):
             out: Tensor = ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
             return out
@@ -23,7 +23,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _lacks_kernel(x: Tensor) -> bool:
-    """Whether torch has no fast kernel for x and goes through it element by element (torch 2.13: up to 20 times as long)."""
+    """Whether torch has no fast kernel for x: bfloat16, channels_last, on the CPU. Torch 2.13 takes up to 20 times as long."""
     on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
     return on_cpu and x.is_contiguous(memory_format=torch.channels_last)
 
@@ -31,15 +31,18 @@ def _lacks_kernel(x: Tensor) -> bool:
 # y = (x - mean) / sqrt(var + eps), with mean and variance over the channels of a group and all pixels; the result is
 # weight y + bias (Wu and He 2018, arXiv 1803.08494).
 class ChannelsLastGroupNorm(torch.autograd.Function):
-    """Group normalisation of bfloat16 [B, C, H, W] in channels_last on the CPU, by whole rows; statistics have 32 bits."""
+    """Group normalisation of bfloat16 [B, C, H, W] in channels_last on the CPU, in whole rows of channels.
+
+    The statistics are float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-        """With silu, through SiLU as well."""
+        """Normalise x; with silu, apply SiLU too."""
         pixels = _rows(x)
         batch, number, channels = pixels.shape
         count = number * channels // groups
-        # var = E[x^2] - E[x]^2, from sums over whole rows of channels in 32 bits.
+        # var = E[x^2] - E[x]^2, from float32 sums over whole rows of channels.
         wide = pixels.float()
         mean = _by_group(wide.sum(1), groups).sum(2, keepdim=True) / count
         square = _by_group(pixels.float().square_().sum(1), groups).sum(2, keepdim=True) / count
@@ -55,15 +58,18 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """With y = (x - mean) rstd and g the gradient of weight y + bias: rstd (w g - mean(w g) - y mean(w g y))."""
+        """The gradients of x, bias and weight.
+
+        With y = (x - mean) rstd, w the weight and g the gradient of w y + bias, x's is rstd (w g - mean(w g) - y mean(w g y)).
+        """
         pixels, normed, weight, mean, rstd = ctx.saved_tensors
         image, grad = grad, _rows(grad)
         if ctx.silu:
             grad = torch.ops.aten.silu_backward(grad, normed)
         groups, count = mean.shape[1], pixels[0].numel() // mean.shape[1]
         weight = weight.view(groups, -1)
-        # first = sum of g and second = sum of g y over pixels: all that the formula above needs, and the gradients of bias and
-        # weight. The formula is then one multiply-add a pixel: slope x + offset + scale g.
+        # first and second are the sums of g and g y over the pixels. Summed over the batch they are the gradients of bias and
+        # weight. With them the formula above becomes slope x + offset + scale g for each pixel.
         first = _by_group(grad.sum(1, dtype=torch.float32), groups)
         second = (_by_group((grad * pixels).sum(1, dtype=torch.float32), groups) - mean * first) * rstd
         slope = -(rstd**2) * (weight * second).sum(2, keepdim=True) / count

@@ -1,4 +1,4 @@
-"""What every U-Net here has in common: an embedding of noise level and class, an encoder and a decoder."""
+"""The interface of all U-Nets here: an embedding of noise level and class, an encoder and a decoder."""
 
 from abc import ABC, abstractmethod
 
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class Network(nn.Module, ABC):
-    """F(x; noise label, class, augmentation).
+    """A U-Net F(x; noise label, class, augmentation).
 
-    A discriminator reads the embedding and the encoder's last output, which have emb_channels and bottleneck_channels. `enc`
-    and `dec` hold the blocks of either half.
+    emb_channels: size of the embedding. bottleneck_channels: channels of the encoder's last output. A discriminator reads both
+    tensors. enc, dec: the blocks of the encoder and the decoder, by name.
     """
 
     emb_channels: int
@@ -22,19 +22,19 @@ class Network(nn.Module, ABC):
     ) -> Tensor:
         """F(x): [B, C, H, W].
 
-        x [B, C, H, W], noise_labels [B], class_labels one-hot [B, num_classes], augment_labels [B, augment_dim].
+        x: [B, C, H, W]. noise_labels: [B]. class_labels: one-hot [B, num_classes]. augment_labels: [B, augment_dim].
         """
         emb = self.embed(noise_labels, class_labels, augment_labels)
         return self.decode(self.encode(x, emb), emb)
 
     @abstractmethod
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
-        """The embedding that every block reads: [B, emb_channels]. class_labels is None without classes."""
+        """The embedding that every block reads: [B, emb_channels]. class_labels is None for an unconditional model."""
 
     @abstractmethod
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Every encoder output that the decoder reads, the bottleneck's last."""
+        """All encoder outputs that the decoder reads; the last is the bottleneck's."""
 
     @abstractmethod
     def decode(self, features: list[Tensor], emb: Tensor) -> Tensor:
-        """The encoder's outputs to F(x): [B, C, H, W]."""
+        """F(x) from the encoder's outputs: [B, C, H, W]."""

@@ -1,4 +1,4 @@
-"""Preconditionings: what stands around a network so that it denoises at every noise level.
+"""Preconditionings: the scaling of a network's input and output that makes it a denoiser at every noise level.
 
 The coefficients of EDM, VP, VE and iDDPM are those of Karras et al. 2022, arXiv 2206.00364, table 1, in its symbols.
 """
@@ -17,7 +17,7 @@ from uni_instruct.errors import RequestError
 
 
 class Coefficients(NamedTuple):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise); all [B, 1, 1, 1]."""
+    """The coefficients of D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), each [B, 1, 1, 1]."""
 
     c_skip: Tensor
     c_out: Tensor
@@ -27,10 +27,11 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Preconditioning(ABC):
-    """How a network's input is scaled and its output is read.
+    """How a network's input and output are scaled, and its range of noise levels.
 
-    sigma_data is the data's deviation, which the training losses read. The network's output has out_factor times the image's
-    channels, of which the first are read. Raises RequestError for constants that give no range of noise levels.
+    sigma_data: the standard deviation of the data, which the training losses read too.
+    out_factor: the network's output has out_factor times the image's channels, of which only the first ones are used.
+    Raises RequestError for invalid constants, or if they give no range of noise levels.
     """
 
     name: ClassVar[str]
@@ -47,21 +48,21 @@ class Preconditioning(ABC):
     @property
     @abstractmethod
     def sigma_min(self) -> float:
-        """The lowest noise level that the network knows."""
+        """The lowest noise level that the network supports."""
 
     @property
     @abstractmethod
     def sigma_max(self) -> float:
-        """The highest noise level that the network knows."""
+        """The highest noise level that the network supports."""
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest noise levels that the network knows: of the same shape and type."""
+        """The nearest noise levels that the network supports, with the shape and type of sigma. By default sigma itself."""
         return sigma
 
 
 @dataclass(frozen=True, kw_only=True)
 class EDM(Preconditioning):
-    """EDM's: the network's input and target have unit variance at every noise level."""
+    """EDM's preconditioning: the network's input and target have unit variance at every noise level."""
 
     name: ClassVar[str] = "edm"
     sigma_min: float = 0.0
@@ -85,9 +86,9 @@ class EDM(Preconditioning):
 
 @dataclass(frozen=True, kw_only=True)
 class VP(Preconditioning):
-    """That of variance-preserving diffusions (Song et al. 2021, arXiv 2011.13456): the network predicts the noise.
+    """Preconditioning of variance-preserving diffusion (Song et al. 2021, arXiv 2011.13456): the network predicts the noise.
 
-    It is told the time t in [epsilon_t, 1], times M - 1.
+    Its noise label is (M - 1) t, with the time t in [epsilon_t, 1].
     """
 
     name: ClassVar[str] = "vp"
@@ -118,18 +119,18 @@ class VP(Preconditioning):
 
     # sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1).
     def _sigma(self, time: float) -> float:
-        # In 32 bits, as in the files of such networks: sigma(1e-5) is 2 % lower than in 64.
+        # In float32, as in the checkpoints of such networks: there sigma(1e-5) is 2 % lower than in float64.
         t = torch.tensor(time, dtype=torch.float32, device="cpu")
         return float(((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt())
 
-    # Its inverse, t = (sqrt(beta_min^2 + 2 beta_d ln(1 + sigma^2)) - beta_min) / beta_d.
+    # The inverse, t = (sqrt(beta_min^2 + 2 beta_d ln(1 + sigma^2)) - beta_min) / beta_d.
     def _time(self, sigma: Tensor) -> Tensor:
         return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
 
 
 @dataclass(frozen=True, kw_only=True)
 class VE(Preconditioning):
-    """That of variance-exploding diffusions (arXiv 2011.13456): the network predicts the noise times -1."""
+    """Preconditioning of variance-exploding diffusion (arXiv 2011.13456): the network predicts the noise times -1."""
 
     name: ClassVar[str] = "ve"
     sigma_min: float = 0.02
@@ -148,9 +149,9 @@ class VE(Preconditioning):
 
 @dataclass(frozen=True, kw_only=True)
 class IDDPM(Preconditioning):
-    """That of improved DDPM (arXiv 2102.09672): the network predicts the noise at M noise levels, and a variance.
+    """Preconditioning of improved DDPM (arXiv 2102.09672): the network predicts the noise at M noise levels, and a variance.
 
-    The variance is not read.
+    The variance is not used.
     """
 
     name: ClassVar[str] = "iddpm"
@@ -172,7 +173,7 @@ class IDDPM(Preconditioning):
 
     @property
     def table(self) -> Tensor:
-        """The noise levels that it knows, the highest first, then 0: float32 [M + 1]. EDM's files hold it as buffer `u`."""
+        """The supported noise levels, the highest first, then 0: float32 [M + 1]. EDM's checkpoints have it as buffer `u`."""
         return torch.from_numpy(_iddpm_table(self.M, self.C_1, self.C_2).copy())
 
     @property
@@ -186,7 +187,7 @@ class IDDPM(Preconditioning):
         return float(_iddpm_table(self.M, self.C_1, self.C_2)[0])
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest levels of the table: of the same shape and type."""
+        """The nearest levels of the table, with the shape and type of sigma."""
         return self.table.to(sigma.device)[self._nearest(sigma)].to(sigma.dtype)
 
     def _nearest(self, sigma: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ PRECONDITIONINGS: dict[str, type[Preconditioning]] = {kind.name: kind for kind i
 
 # c_skip = 1, c_out = -s, c_in = 1 / sqrt(s^2 + 1).
 def _noise_prediction(sigma: Tensor, c_noise: Tensor) -> Coefficients:
-    """Coefficients of a network that predicts the noise, with an input of unit variance for data of unit variance."""
+    """Coefficients of a network that predicts the noise. Its input has unit variance if the data have unit variance."""
     return Coefficients(c_skip=torch.ones_like(sigma), c_out=-sigma, c_in=1 / (sigma**2 + 1).sqrt(), c_noise=c_noise)
 
 
@@ -207,8 +208,8 @@ def _noise_prediction(sigma: Tensor, c_noise: Tensor) -> Coefficients:
 @lru_cache(maxsize=8)
 def _iddpm_table(steps: int, c_1: float, c_2: float) -> np.ndarray:
     """EDM's u_j, j = 0..steps: float32 [steps + 1]."""
-    # In 32 bits throughout, as in EDM's files: 64 bits differ by up to 5e-4. On the CPU, and handed out as an array, as it is
-    # kept for ever: a tensor made under "meta" or inference mode would stay one.
+    # In float32 throughout, as in EDM's checkpoints: float64 differs by up to 5e-4. On the CPU and as a NumPy array, because
+    # lru_cache keeps it: a tensor made on the "meta" device or in inference mode would be unusable for later callers.
     angles = 0.5 * math.pi * torch.arange(steps + 1, device="cpu") / steps / (c_2 + 1)
     alpha_bar = angles.sin() ** 2
     ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=c_1)

@@ -1,4 +1,4 @@
-"""The forms of a finished sample set: a folder of PNGs or tars, an npz, a zip. Each is written whole or not at all."""
+"""The output forms of a finished sample set: a folder of PNGs or tars, an npz, a zip. All are written atomically."""
 
 import hashlib
 import json
@@ -24,15 +24,19 @@ from uni_instruct.sampling.sample_set import RequestFacts, Samples, SampleSet
 from uni_instruct.sampling.tar_shards import read_tar_folder, request_of_tar_folder, write_tar_folder
 from uni_instruct.spec import ModelSpec
 
-# What an npz calls the images, and what stands there in their place where no decoder made any.
+# The name of the images in an npz, or of a VAE's latents if there is no decoder.
 IMAGES, LATENTS = "arr_0", "latents"
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same set gives the same bytes
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date, so that the same set always makes the same bytes
 _FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".pt", ".tar", ".gz", ".json"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How a set is written, and how it, or its request alone, is read back. `read` takes how many images, None for all."""
+    """The functions of one output form.
+
+    check: raises RequestError if the form cannot hold these samples. write: writes a set to a path.
+    read_request: reads the request only. read: reads the set, or its first images if a count is given.
+    """
 
     check: Callable[[ModelSpec, Sequence[int]], None]
     write: Callable[[SampleSet, Path], None]
@@ -42,7 +46,7 @@ class Form:
 
 
 def form_of(out: Path) -> Form:
-    """The form that the suffix of `out` tells. Raises RequestError for a suffix that is neither a folder's nor known."""
+    """The form for the suffix of `out`; a folder for no or an unknown suffix. Raises RequestError for other file types."""
     suffix = out.suffix.lower()
     if suffix in _FILE_SUFFIXES:
         tars = ", or for tar shards a folder that ends in .wds" if suffix == ".tar" else ""
@@ -52,7 +56,7 @@ def form_of(out: Path) -> Form:
 
 
 def finished_request(out: Path) -> RequestFacts | None:
-    """The request whose finished set stands at `out`, None where something else does."""
+    """The request of the finished set at `out`; None if there is something else or nothing."""
     try:
         found = form_of(out).read_request(out)
     except (OSError, *JSON_ERRORS, KeyError, EOFError, zipfile.BadZipFile):
@@ -61,12 +65,12 @@ def finished_request(out: Path) -> RequestFacts | None:
 
 
 def work_folder(out: Path) -> Path:
-    """Where a set's shards wait until all of them are done."""
+    """The folder that holds a set's shards until all of them are done."""
     return out.resolve().with_name(f".{out.resolve().name}.partial")
 
 
 def check_finished(path: Path) -> None:
-    """Raises RequestError where `generate` has begun a set that is not there yet."""
+    """Raise RequestError if `generate` has started this set and not finished it."""
     if not path.exists() and work_folder(path).is_dir():
         raise RequestError(
             f"the samples of {path} are not finished, and wait in {work_folder(path)}",
@@ -76,9 +80,11 @@ def check_finished(path: Path) -> None:
 
 
 def read_samples(path: str | Path, count: int | None = None) -> Samples:
-    """The set that `generate` wrote there, a folder of PNGs or tars, npz or zip; count: only its first images.
+    """Read a set that `generate` wrote: a folder of PNGs or tars, an npz or a zip.
 
-    Raises RequestError where there is none, FileFormatError where it is damaged.
+    count: read only the first images; None for all.
+
+    Raises RequestError if there is no finished set, FileFormatError if it is damaged.
     """
     path = Path(path)
     check_finished(path)
@@ -97,7 +103,10 @@ def read_samples(path: str | Path, count: int | None = None) -> Samples:
 
 
 def write_folder(samples: SampleSet, out: Path) -> None:
-    """PNGs named by seed, classes in dataset.json as EDM's tools read them, seeds and each file's SHA-256 in samples.json."""
+    """Write a folder of PNGs named by seed.
+
+    dataset.json has the classes, in EDM's format. samples.json has the request, the seeds and each file's SHA-256.
+    """
     names, hashes = _names_by_seed(samples.seeds), []
     with atomic_folder(out) as partial:
         pictures = (image for part in samples.parts() for image in part)
@@ -110,7 +119,7 @@ def write_folder(samples: SampleSet, out: Path) -> None:
 
 
 def write_zip_file(samples: SampleSet, out: Path) -> None:
-    """EDM's zip, as `data prepare` writes it, with samples.json."""
+    """Write a zip in EDM's format, as `data prepare` does, with an additional samples.json."""
     with atomic_file(out) as partial:
         write_zip(samples.dataset(), partial)
         with zipfile.ZipFile(partial, "a") as archive:
@@ -118,9 +127,9 @@ def write_zip_file(samples: SampleSet, out: Path) -> None:
 
 
 def write_npz(samples: SampleSet, out: Path) -> None:
-    """arr_0 (uint8 [N, H, W, C], as ADM's evaluator reads it), seeds, class_ids and the request.
+    """Write an npz with arr_0 (uint8 [N, H, W, C], as ADM's evaluator reads it), seeds, class_ids and the request.
 
-    A VAE's latents stand under a name of their own, float32 [N, C, H, W]: nobody takes them for images.
+    A VAE's latents are stored as `latents`, float32 [N, C, H, W], so that no tool mistakes them for images.
     """
     arrays = {"seeds": np.array(samples.seeds, dtype=np.int64), "request": np.array(json.dumps(samples.request))}
     if samples.class_ids is not None:
@@ -137,7 +146,7 @@ def write_npz(samples: SampleSet, out: Path) -> None:
 
 
 def write_npy(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
-    """An .npy, part by part. Unlike NumPy's own writer it tells a full disk by its errno."""
+    """Write an .npy file part by part. If the disk is full, the OSError has its errno, unlike that of NumPy's own writer."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     for part in parts:
@@ -184,7 +193,7 @@ def _read_npz(out: Path, count: int | None) -> Samples:
         class_ids = file["class_ids"][:count] if "class_ids" in file.files else None
         seeds, request = file["seeds"][:count], json.loads(str(file["request"]))
         name = LATENTS if LATENTS in file.files else IMAGES
-    # NumPy would read all of the images to give the first.
+    # Read from the zip directly: NumPy would read all images, even if only the first ones are needed.
     with zipfile.ZipFile(out) as archive, archive.open(f"{name}.npy") as member:
         np.lib.format.read_magic(member)
         shape, _, dtype = np.lib.format.read_array_header_1_0(member)
@@ -225,10 +234,10 @@ def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:
 
 
 def _check_nothing(spec: ModelSpec, seeds: Sequence[int]) -> None:
-    """An npz holds images and latents of any shape and order, and so do tars."""
+    """Accept everything: an npz and tars can hold images and latents of any shape, and repeated seeds."""
 
 
-# Suffix of the output -> its form; any other is a folder.
+# Suffix of the output -> its form. Suffixes that are not here and not in _FILE_SUFFIXES belong to folders.
 FORMS = {
     "": Form(
         check=_check_named_by_seed, write=write_folder, read_request=_request_of_folder, read=_read_folder, is_folder=True

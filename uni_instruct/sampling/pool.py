@@ -1,7 +1,7 @@
-"""Workers that each open a job once and then work off its tasks: the seam between what is to be done and who does it.
+"""Interfaces of worker pools: each worker opens a job once, then processes tasks. They separate the work from where it runs.
 
-A pool loses no task: what a dead worker held is given to another. It knows nothing of files; whoever hands out tasks keeps
-account of what is done, so that a pool that ends with its machine costs no more than the tasks under way.
+A pool loses no task: if a worker dies, its task is given to another worker. A pool handles no output files. Its caller records
+which tasks are done, so if the pool's machine fails, only the tasks in progress are lost.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,15 +20,15 @@ from uni_instruct.sampling.shards import Shard
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
-# How many workers may die over the same task before it is given up: one that fills the memory would kill them all.
+# A task is given up after it has killed this many workers. One that exhausts the memory would kill all of them.
 MAX_DEATHS = 5
 
 
 class Task(NamedTuple):
-    """The images of a shard: their seeds int64 [N], and their classes int64 [N] or None.
+    """The images of a shard.
 
-    Where the images exist already the seeds are their indices. expected: the class that each should be taken for, as scores
-    need it, in the reference's numbering.
+    seeds: int64 [N]; for images that exist already, their indices. class_ids: int64 [N] or None.
+    expected: the true class of each image in the reference's numbering, for scores that need it.
     """
 
     shard: Shard
@@ -38,46 +38,46 @@ class Task(NamedTuple):
 
 
 class WorkerJob(Protocol[T_co]):
-    """What workers do. It is pickled to them, so it holds names and numbers, and opens what it needs where they run."""
+    """The work of all workers. It is pickled, so it holds names and numbers only; `open` loads the rest in each worker."""
 
     def open(self) -> Callable[[Task], T_co]:
-        """What makes the result of a task; called once a worker."""
+        """Load what the work needs; return the function from a task to its result. Called once in each worker."""
         ...
 
     def paths(self) -> list[Path]:
-        """Files and folders that it reads, for workers on machines that do not have them."""
+        """Files and folders that the job reads. They are sent to machines that may not have them."""
         ...
 
-    def moved(self, places: Mapping[Path, Path]) -> "WorkerJob[T_co]":
-        """The same job where those paths stand elsewhere."""
+    def with_paths(self, places: Mapping[Path, Path]) -> "WorkerJob[T_co]":
+        """The job with its paths replaced by their new places."""
         ...
 
 
 class Pool(Protocol[T]):
-    """Workers on one job."""
+    """A pool of workers for one job."""
 
     @property
     def idle(self) -> bool:
-        """Whether a worker waits for a task."""
+        """Whether a worker is waiting for a task."""
         ...
 
     def submit(self, task: Task) -> None:
-        """Gives an idle worker a task."""
+        """Give the task to an idle worker."""
         ...
 
     def wait(self, timeout_s: float) -> list[tuple[Shard, T]]:
-        """What has been done since the last call, in any order; returns at once where something has.
+        """The results since the last call, in any order. Waits for at most timeout_s, and only if there is no result yet.
 
-        Raises UniInstructError where a task fails, or kills MAX_DEATHS workers.
+        Raises UniInstructError if a task fails or has killed MAX_DEATHS workers.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageJob:
-    """Images of seeds, by a bundle's engine: uint8 [N, H, W, C], or latents float32 [N, C, H, W].
+    """Make the images of seeds with a bundle's engine: uint8 [N, H, W, C], or latents float32 [N, C, H, W].
 
-    steps: of a teacher's sampler, None for its own. device is as `open_engine` takes it, of each worker by itself.
+    steps: of a teacher's sampler; None for the bundle's number. device: as for `open_engine`, which each worker calls itself.
     """
 
     bundle: Path
@@ -88,17 +88,17 @@ class ImageJob:
 
     def open(self) -> Callable[[Task], np.ndarray]:
         """See WorkerJob."""
-        # Other workers want the cores as well.
+        # spin=False below, because several workers share the cores.
         bundle = Bundle.open(self.bundle)
         bundle = bundle if self.steps is None else bundle.with_steps(self.steps)
         engine = open_engine(bundle, self.engine, device=self.device, spin=False)
         return lambda task: np.concatenate(list(generate_batches(engine, task.seeds, task.class_ids, self.batch)))
 
     def paths(self) -> list[Path]:
-        """The bundle."""
+        """The bundle's folder."""
         return [self.bundle]
 
-    def moved(self, places: Mapping[Path, Path]) -> "ImageJob":
+    def with_paths(self, places: Mapping[Path, Path]) -> "ImageJob":
         """See WorkerJob."""
         return replace(self, bundle=places.get(self.bundle, self.bundle))
 
@@ -110,7 +110,7 @@ class Deaths(Generic[T]):
     counts: dict[Shard, int]
 
     def count(self, shard: Shard, how: str) -> None:
-        """One more. Raises UniInstructError where it is one too many."""
+        """Count one more. Raises UniInstructError if the task has killed MAX_DEATHS workers."""
         self.counts[shard] = self.counts.get(shard, 0) + 1
         if self.counts[shard] >= MAX_DEATHS:
             raise UniInstructError(
@@ -120,7 +120,7 @@ class Deaths(Generic[T]):
 
 
 def failure(shard: Shard | None, error: BaseException) -> UniInstructError:
-    """An error of a worker as the user is told it."""
+    """A worker's error for the user: as it is if it is the project's own, otherwise wrapped with what was being done."""
     if isinstance(error, UniInstructError):
         return error
     what = f"images {shard.start} to {shard.stop - 1} failed" if shard else "a worker cannot start"

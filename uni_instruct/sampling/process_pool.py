@@ -16,21 +16,21 @@ from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import UniInstructError
 from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
 
-# Workers that may die one after the other before any has started, each.
+# For each worker of the pool, the number of deaths in a row that may happen before any worker has opened the job.
 MAX_FAILED_STARTS = 5
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 class ProcessPool(Generic[T]):
-    """`count` processes, each with its share of the cores and, where there are any, a GPU in turn.
+    """`count` processes, which share the CPU cores equally. If there are GPUs, they are assigned in turn, one to a process.
 
-    A process that dies is replaced. When this process ends, however it ends, they end too.
+    A process that dies is replaced. All processes end when this one does, even if it is killed.
     """
 
     def __init__(self, job: WorkerJob[T], count: int):
         self._job, self._deaths, self._failed_starts = job, Deaths[T]({}), 0
         self._again: deque[Task] = deque()
-        # Fresh processes, not forks: a fork of a process with threads (torch, ONNX Runtime) can hang.
+        # Spawned, not forked: the fork of a process with threads (torch, ONNX Runtime) can hang.
         self._context = multiprocessing.get_context("spawn")
         self._environments = [_environment(number, count) for number in range(count)]
         with _quiet_interrupts():
@@ -77,7 +77,7 @@ class ProcessPool(Generic[T]):
         for worker in self._workers:
             if self._again and worker.is_idle:
                 worker.task = self._again.popleft()
-                with suppress(OSError):  # it has just died: `wait` finds that out
+                with suppress(OSError):  # the worker has just died; `wait` detects that and submits the task again
                     worker.pipe.send(worker.task)
 
     def _replace(self, worker: "_Worker") -> None:
@@ -97,7 +97,7 @@ class ProcessPool(Generic[T]):
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(theirs, self._job, environment), daemon=True)
         process.start()
-        theirs.close()  # or its end would not be seen here
+        theirs.close()  # with this copy open, the pipe would not report the end of the process
         return _Worker(process, ours)
 
 
@@ -112,8 +112,8 @@ class _Worker:
         return self.started and self.task is None
 
     def end(self) -> str:
-        """Ends the process; says how it ended."""
-        self.pipe.close()
+        """End the process, by force if need be; return how it ended, for messages."""
+        self.pipe.close()  # an idle worker ends when its pipe closes; a busy one is killed
         self.process.join(0.2)
         if self.process.is_alive():
             self.process.kill()
@@ -123,8 +123,8 @@ class _Worker:
 
 
 def _work(pipe: Connection, job: WorkerJob[T], environment: dict[str, str]) -> None:
-    """A worker's life: opens the job, says so, and answers each task until the other end is closed."""
-    os.environ.update(environment)  # before torch or a runtime is loaded
+    """The main function of a worker: open the job, report that, then answer each task until the pipe is closed."""
+    os.environ.update(environment)  # must be before torch or a runtime is loaded
     shard: Shard | None = None
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
@@ -148,7 +148,7 @@ def _environment(number: int, count: int) -> dict[str, str]:
 
 
 def _visible_gpus() -> list[str]:
-    """CUDA's names of the GPUs that this process may use."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
@@ -157,7 +157,7 @@ def _visible_gpus() -> list[str]:
 
 @contextmanager
 def _quiet_interrupts() -> Iterator[None]:
-    """What is started meanwhile ignores Ctrl-C, which a terminal sends to all: this process answers for them."""
+    """Processes started within the block ignore Ctrl-C. A terminal sends it to all processes; only this one should react."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A pool of Ray actors: the same on a laptop's own Ray and on a cluster."""
+"""A pool of Ray actors, on a local Ray or on a cluster."""
 
 from collections import deque
 from collections.abc import Callable
@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any, Generic
 
 from uni_instruct import __version__
-from uni_instruct.ray_cluster import LOCAL, check_version, connect, contents, import_ray, place_contents
+from uni_instruct.ray_cluster import LOCAL, check_version, connect, contents, import_ray, unpack_files
 from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
 
 
 class RayPool(Generic[T]):
-    """Actors that hold the opened job each; one that dies, with its node or alone, is replaced and its task given to another.
+    """Ray actors that have each opened the job. An actor that dies is replaced, and its task is given to another actor.
 
-    address: of a cluster, as Ray writes it (HOST:PORT, ray://HOST:PORT, auto), or LOCAL. count: actors; by default one a GPU,
-    or where the cluster has none one a CPU. Nodes need this package in this version; what the job reads is sent to them.
-    Raises MissingExtraError without Ray, RequestError where there is no such cluster or one of another version.
+    address: a cluster's, in Ray's format (HOST:PORT, ray://HOST:PORT, auto), or LOCAL.
+    count: number of actors; by default one for each GPU of the cluster, or one for each CPU if it has no GPU.
+    All nodes need this package in this version. The files that the job reads are sent to them.
+
+    Raises MissingExtraError without Ray, RequestError if there is no such cluster or its version differs.
     """
 
     def __init__(self, job: WorkerJob[T], count: int | None, address: str = LOCAL):
@@ -24,13 +26,13 @@ class RayPool(Generic[T]):
         resources = self._ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
         self._count = count or gpus or cpus
-        # More workers than cores or GPUs share them, as processes on one machine do.
+        # If there are more workers than cores or GPUs, they share them, as a ProcessPool's do.
         options = {"num_cpus": min(1.0, cpus / self._count), "num_gpus": min(1.0, gpus / self._count), "max_restarts": 0}
         self._actor = self._ray.remote(Actor).options(**options)
         files = {path: self._ray.put(contents(path)) for path in job.paths()} if address != LOCAL else {}
         self._job, self._files = self._ray.put(job), files
         self._deaths, self._again = Deaths[T]({}), deque[Task]()
-        self._starting: dict[Any, Any] = {}  # what an actor answers when it has opened the job -> the actor
+        self._starting: dict[Any, Any] = {}  # reference to the result of an actor's `open` -> the actor
         self._free: list[Any] = []
         self._busy: dict[Any, tuple[Any, Task]] = {}
         self._failed_starts = 0
@@ -60,7 +62,7 @@ class RayPool(Generic[T]):
         """See Pool."""
         answers = [*self._starting, *self._busy]
         ready, _ = self._ray.wait(answers, num_returns=1, timeout=timeout_s) if answers else ([], [])
-        if ready:  # whatever else has come meanwhile
+        if ready:  # collect all other results that are available by now
             ready, _ = self._ray.wait(answers, num_returns=len(answers), timeout=0)
         done = list[tuple[Shard, T]]()
         for answer in ready:
@@ -101,7 +103,7 @@ class RayPool(Generic[T]):
             result: T = self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as error:
             raise failure(task.shard, error.cause) from error
-        except self._ray.exceptions.RayError as error:  # the actor died, or its node with what it had made
+        except self._ray.exceptions.RayError as error:  # the actor died, or its node with the result
             self._deaths.count(task.shard, type(error).__name__)
             self._again.appendleft(task)
             self._ray.kill(actor)
@@ -112,14 +114,17 @@ class RayPool(Generic[T]):
 
 
 class Actor:
-    """What lives in a Ray worker: the opened job."""
+    """The Ray actor: holds the opened job."""
 
     def open(self, job: WorkerJob[Any], files: list[tuple[str, Any]], version: str) -> None:
-        """Puts the files in their place, once a node, and opens the job. Raises RequestError for another version of ours."""
+        """Write the job's files on this node, unless they are there, and open the job.
+
+        version: the caller's version of this package. Raises RequestError if this node's differs.
+        """
         check_version(version)
         ray = import_ray()
-        places = {Path(path): place_contents(ray.get(content)) for path, content in files}
-        self._make: Callable[[Task], Any] = job.moved(places).open()
+        places = {Path(path): unpack_files(ray.get(content)) for path, content in files}
+        self._make: Callable[[Task], Any] = job.with_paths(places).open()
 
     def make(self, task: Task) -> Any:
         """The result of a task."""

@@ -1,7 +1,7 @@
-"""A request on its way to a set of samples on disk, by one process or by several that share the output's folder.
+"""Make a request's set of samples on disk, with one process or with several that share the output's folder.
 
-Finished shards wait in a folder beside the output (`.NAME.partial`); the output appears whole, at the end. The same request
-again goes on where an interrupted one was.
+Finished shards are kept in a work folder beside the output (`.NAME.partial`). The output itself appears at the end, complete.
+After an interruption the same request continues from the finished shards.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ from uni_instruct.spec import ModelSpec
 log = logging.getLogger(__name__)
 
 REQUEST = "request.json"
-# Held while a process works here; and while it changes what all of them rely on: the request, and the finished set.
+# Each process holds the first lock while it works in the folder, and the second while it writes the request or the output.
 WORKERS_LOCK, REQUEST_LOCK = "workers.lock", "request.lock"
-# How often a process that has nothing left to claim looks whether the others are done, or dead.
-LOOK_S = 0.2
-# Engines of sets that were begun before engines had ids.
+# A process with nothing left to claim checks at this interval whether the other processes have finished or died.
+POLL_INTERVAL_S = 0.2
+# Engine names in sets that were started before engines had ids -> their ids.
 _FORMER_ENGINES = {"onnx": "onnx-fp32", "torch": "torch-fp32"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """What is asked for. The batch size is part of it: some engines' last float bit depends on the batch."""
+    """The images to make. The batch size is part of the request, since with some engines the last float bit depends on it."""
 
     bundle: Bundle
     engine: str
@@ -53,11 +53,11 @@ class SampleRequest:
 
     @property
     def spec(self) -> ModelSpec:
-        """What the generator is."""
+        """The generator's spec."""
         return self.bundle.spec
 
     def facts(self) -> RequestFacts:
-        """What tells this request from another, for JSON."""
+        """The values that identify this request, for JSON."""
         labels = None if self.class_ids is None else _digest(self.class_ids)
         facts: RequestFacts = {
             "generator": self.spec.name,
@@ -74,9 +74,9 @@ class SampleRequest:
 
 
 class SampleRun:
-    """A request's work folder: `fill` makes the shards that nobody has made, `finish` writes the set.
+    """A request's work folder: `fill` makes the missing shards, `finish` writes the set.
 
-    part: which of the shards this process is to make; whoever finds all of them there writes the set.
+    part: the shards that this process makes. A process that finds all shards of the request done writes the set.
     """
 
     def __init__(self, request: SampleRequest, out: Path, shards: Shards, part: Part = WHOLE):
@@ -84,23 +84,23 @@ class SampleRun:
 
     @property
     def count(self) -> int:
-        """Images of the part."""
+        """The number of images in the part."""
         return sum(map(len, self.part.of(self.shards.all())))
 
     @property
     def done(self) -> int:
-        """Images of the part that are made already, by anybody. Where it is all of them no engine is needed."""
+        """The number of the part's images that exist already, from any process. If all exist, no engine is needed."""
         return self.count - sum(map(len, self._missing()))
 
     @property
     def is_complete(self) -> bool:
-        """Whether every image of the request is made, so that `finish` can write the set."""
+        """Whether all images of the request exist, so that `finish` can write the set."""
         return is_finished(self.request, self.out) or not self.shards.missing()
 
     def fill(self, engine: Engine, progress: Progress) -> None:
-        """Makes what is missing, beside others that do, until all of it is done.
+        """Make the part's missing shards, together with other processes, until all of them are done.
 
-        A shard that another process has claimed is waited for, and taken over where that process dies.
+        If another process has claimed a shard, this one waits for it, and takes the shard over if that process dies.
         """
         left = self._missing()
         while left:
@@ -114,11 +114,11 @@ class SampleRun:
                     else:
                         others.append(shard)
             if len(others) == len(left):
-                time.sleep(LOOK_S)
+                time.sleep(POLL_INTERVAL_S)
             left = others
 
-    def fill_with(self, pool: Pool[np.ndarray], progress: Progress) -> None:
-        """The same by the workers of a pool: this process claims shards, hands them out and writes what comes back."""
+    def fill_with_pool(self, pool: Pool[np.ndarray], progress: Progress) -> None:
+        """As `fill`, with the workers of a pool: this process claims shards, submits them and writes the results."""
         left, claims = deque(self._missing()), dict[Shard, ExitStack]()
         with ExitStack() as held:
             while left or claims:
@@ -126,6 +126,7 @@ class SampleRun:
                     if not pool.idle:
                         break
                     shard = left.popleft()
+                    # A claim is held until its shard is written. `held` releases all claims if an error ends this loop.
                     claim = held.enter_context(ExitStack())
                     if claim.enter_context(self.shards.claimed(shard)):
                         claims[shard] = claim
@@ -135,7 +136,7 @@ class SampleRun:
                     else:
                         claim.close()
                         left.append(shard)
-                for shard, images in pool.wait(LOOK_S):
+                for shard, images in pool.wait(POLL_INTERVAL_S):
                     self.shards.write(shard, images)
                     claims.pop(shard).close()
                     progress.advance(len(shard))
@@ -145,7 +146,7 @@ class SampleRun:
         return Task(shard, np.array(self.request.seeds[shard.rows], dtype=np.int64), class_ids)
 
     def finish(self) -> None:
-        """Writes the set whole, unless another process has. Raises DiskError where it cannot be written."""
+        """Write the complete set, unless another process has done so. Raises DiskError if it cannot be written."""
         request, folder = self.request, self.shards.folder
         with locked(folder / REQUEST_LOCK):
             if is_finished(request, self.out):
@@ -157,14 +158,14 @@ class SampleRun:
                 reader=self.shards,
                 request=request.facts(),
             )
-            # First among the shards: what a kill leaves half-written there goes when the run is done.
+            # Written to the work folder first: what a killed process leaves of it is removed with that folder.
             staged = folder / self.out.name
             form_of(self.out).write(samples, staged)
             with disk_errors(self.out):
                 os.replace(staged, self.out)
 
     def _missing(self) -> list[Shard]:
-        """Nothing once the set is there: whoever wrote it may have removed the shards."""
+        """The part's missing shards; none if the set is written, since the shards may have been removed by then."""
         return [] if is_finished(self.request, self.out) else self.shards.missing(self.part)
 
     def _make(self, shard: Shard, engine: Engine, progress: Progress) -> None:
@@ -179,11 +180,13 @@ class SampleRun:
 
 @contextmanager
 def open_run(request: SampleRequest, out: Path, *, shared: bool = False, part: Part = WHOLE) -> Iterator[SampleRun]:
-    """The request's run, at the point where others left it or are. What is done survives a failure.
+    """Open the request's run, new or with the shards that earlier or other processes have made. They survive a failure.
 
-    shared: several processes, of any machines that see the folder, may open the same run at once, each with the same request;
-    otherwise one has it to itself. part: what of it this process is to make. Raises RequestError where `out` or its run hold
-    another request, cannot hold this one, or are another's; DiskError where nothing can be written.
+    shared: several processes, on all machines that see the folder, may open the same run at once, with the same request.
+    Otherwise the run is exclusive to this process. part: what this process makes.
+
+    Raises RequestError if `out` or its work folder belongs to another request, if the form of `out` cannot hold these samples,
+    or if another process has the run. Raises DiskError if nothing can be written.
     """
     form_of(out).check(request.spec, request.seeds)
     folder = work_folder(out)
@@ -192,7 +195,7 @@ def open_run(request: SampleRequest, out: Path, *, shared: bool = False, part: P
     try:
         with locked(folder / REQUEST_LOCK):
             _note_request(folder, request, per_shard)
-        # Nothing from here to the form looks at values: of latents, size and type alone are others.
+        # The shards do not depend on the values: latents differ from pictures in size and type only.
         size, dtype = sample_format(request.spec)
         yield SampleRun(request, out, Shards(folder, size, dtype, len(request.seeds), per_shard), part)
     finally:
@@ -200,10 +203,7 @@ def open_run(request: SampleRequest, out: Path, *, shared: bool = False, part: P
 
 
 def is_finished(request: SampleRequest, out: Path) -> bool:
-    """Whether `out` is this request's finished set, of which no work is then left.
-
-    Raises RequestError where something else stands there.
-    """
+    """Whether `out` is this request's finished set. False if there is nothing yet; RequestError if there is something else."""
     if _is_empty(out):
         return False
     found = _with_ids(finished_request(out))
@@ -213,19 +213,19 @@ def is_finished(request: SampleRequest, out: Path) -> bool:
     raise RequestError(f"{out} holds {holds}", remedy="choose another --out or delete it", param="out")
 
 
-def noted_engine(out: Path) -> str | None:
-    """The id of the engine that made what stands at `out`, or has begun to; None where nothing of ours does."""
+def recorded_engine(out: Path) -> str | None:
+    """The id of the engine that made the set at `out`, or has started it; None if there is no such set."""
     found = _with_ids(_noted_request(work_folder(out)) if _is_empty(out) else finished_request(out))
     engine = found["engine"] if found else None
     return str(engine) if engine else None
 
 
 def remove_leftovers(request: SampleRequest, out: Path) -> None:
-    """Removes the work folder of a finished set, where a run was killed after its last step but one."""
+    """Remove the work folder of a finished set, which remains if a process was killed between writing and removing."""
     folder = work_folder(out)
     found = _with_ids(_noted_request(folder))
     if found and {**found, "images_per_shard": 0} == {**request.facts(), "images_per_shard": 0}:
-        with suppress(RequestError):  # others are still in it, and the last of them removes it
+        with suppress(RequestError):  # raised while other processes use the folder; the last of them removes it
             _leave(_enter(folder, out, shared=False), request, out, shared=False)
 
 
@@ -235,7 +235,7 @@ def _is_empty(out: Path) -> bool:
 
 
 def _enter(folder: Path, out: Path, shared: bool) -> int:
-    """The open lock that says that a process works in the folder, which is made if need be."""
+    """Create the work folder if needed and take the lock that marks this process as working there. Returns the open file."""
     path = folder / WORKERS_LOCK
     while True:
         with disk_errors(folder):
@@ -243,27 +243,28 @@ def _enter(folder: Path, out: Path, shared: bool) -> int:
             try:
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
-                continue  # whoever finished the set has just removed the folder
+                continue  # the process that finished the set has just removed the folder
         held = try_lock(file, shared=shared)
         if held is False:
             os.close(file)
-            if shared and not _is_empty(out):  # it is finished, and whoever finished it is removing the folder
-                time.sleep(LOOK_S)
+            if shared and not _is_empty(out):  # the set is finished, and another process is removing the folder
+                time.sleep(POLL_INTERVAL_S)
                 continue
             raise RequestError(f"another process is writing {out}", remedy="wait for it or choose another --out", param="out")
         if held is None:
             log.warning("%s is on a file system without locks: processes may make the same images twice", folder)
         with suppress(FileNotFoundError):
+            # Before the lock was taken, another process may have removed the folder, and the locked file with it.
             if os.path.samestat(os.fstat(file), path.stat()):
                 return file
         os.close(file)
 
 
 def _leave(lock: int, request: SampleRequest, out: Path, shared: bool) -> None:
-    """Removes the work folder where it is of no more use and nobody else is in it."""
+    """Release the lock; remove the work folder if it is no longer needed and no other process uses it."""
     folder = work_folder(out)
     try:
-        # Without locks (None) nobody knows who else is there.
+        # On a file system without locks (None) other processes cannot be detected.
         alone = try_lock(lock) is True or not shared
         finished = not _is_empty(out) and _with_ids(finished_request(out)) == request.facts()
         if alone and (finished or not any(folder.glob("*.npy"))):
@@ -280,7 +281,7 @@ def _noted_request(folder: Path) -> RequestFacts | None:
 
 
 def _note_request(folder: Path, request: SampleRequest, per_shard: int) -> None:
-    """Notes the request in its folder, or compares it with the one noted there; shards of an unknown one are dropped."""
+    """Write the request to its work folder, or compare it with the one written there. Shards without a request are deleted."""
     found = _with_ids(_noted_request(folder))
     wanted: RequestFacts = {**request.facts(), "images_per_shard": per_shard}
     if found is None:
@@ -288,7 +289,7 @@ def _note_request(folder: Path, request: SampleRequest, per_shard: int) -> None:
             orphan.unlink()
         with atomic_file(folder / REQUEST) as partial:
             partial.write_text(json.dumps(wanted))
-    # A run of before shards had fixed ranges says nothing of them: those that have today's are taken, the others made anew.
+    # Older versions did not record images_per_shard. Their shards are kept if they have today's ranges, otherwise made again.
     elif {**found, "images_per_shard": found.get("images_per_shard", per_shard)} != wanted:
         what = _difference(found, request.facts()) or _difference(found, wanted)
         raise RequestError(
@@ -299,14 +300,14 @@ def _note_request(folder: Path, request: SampleRequest, per_shard: int) -> None:
 
 
 def _with_ids(facts: RequestFacts | None) -> RequestFacts | None:
-    """The facts with an engine's id in place of its former name."""
+    """The facts with the engine's id in place of its name in older versions."""
     if not facts:
         return facts
     return {**facts, "engine": _FORMER_ENGINES.get(str(facts.get("engine")), facts.get("engine", ""))}
 
 
 def _difference(found: Mapping[str, object], wanted: Mapping[str, object]) -> str:
-    """What differs, in words: 'batch 64 there, 32 here'."""
+    """The differences in words, such as 'batch 64 there, 32 here'."""
     texts = []
     for name in (name for name in wanted if found.get(name) != wanted[name]):
         hashed = name.endswith("_sha256")

@@ -1,4 +1,4 @@
-"""A set of samples: the one that is about to be written, and one that was read back."""
+"""Sets of samples: `SampleSet` before it is written, `Samples` after it is read."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ READ_BATCH = 256
 
 
 class RequestFacts(TypedDict):
-    """What tells one request from another. steps are a teacher's; images_per_shard is there while the set is unfinished."""
+    """The values that identify a request. steps: for teachers only. images_per_shard: only while the set is unfinished."""
 
     generator: str
     weights_sha256: str
@@ -30,7 +30,7 @@ class RequestFacts(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """Images of seeds, or a VAE's latents, in the order of the seeds; class_ids int64 [N], None without classes."""
+    """A set of samples to write: images or a VAE's latents in the order of the seeds; class_ids int64 [N] or None."""
 
     spec: ModelSpec
     seeds: Sequence[int] = field(repr=False)
@@ -39,7 +39,7 @@ class SampleSet:
     request: RequestFacts
 
     def dataset(self) -> Dataset:
-        """The set as a data set, for those who train on it or score it."""
+        """The set as a data set, for training on it or scoring it."""
         spec = self.spec
         return Dataset(
             name=f"{spec.name}-samples",
@@ -57,17 +57,17 @@ class SampleSet:
         return json.dumps({"request": self.request, "seeds": list(self.seeds)} | more)
 
     def parts(self) -> Iterator[np.ndarray]:
-        """The images in order, each part uint8 [<=READ_BATCH, H, W, C]; of latents float32 [<=READ_BATCH, C, H, W]."""
+        """The images in order and in parts: uint8 [<=READ_BATCH, H, W, C], or latents float32 [<=READ_BATCH, C, H, W]."""
         for start in range(0, len(self.reader), READ_BATCH):
             yield self.reader.read(np.arange(start, min(start + READ_BATCH, len(self.reader))))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples:
-    """A set that was read back: images uint8 [N, H, W, C] of seeds int64 [N] in the order that they were asked for.
+    """A set of samples that was read from disk, in the order of the request.
 
-    Of a generator of latents, images are those: float32 [N, C, H, W]. class_ids is int64 [N], None without classes; request
-    says what made them.
+    images: uint8 [N, H, W, C], or latents float32 [N, C, H, W]. seeds: int64 [N]. class_ids: int64 [N], None without classes.
+    request: what made the images.
     """
 
     images: np.ndarray = field(repr=False)

@@ -1,7 +1,7 @@
-"""Shards: fixed ranges of a request's images, each a file that any of several processes claims, makes, and is done with.
+"""Shards: fixed ranges of a request's images. Each is a file that one of several processes claims and writes.
 
-Done is what stands in the work folder under a shard's name. It appears there whole, by a rename, so that no shard is ever
-half done, and shards may be done in any order, by anybody. Their ranges follow from the request alone.
+A shard is done if its file is in the work folder. The file is moved there by a rename, so it is always complete. Processes may
+make shards in any order. The ranges depend on the request alone.
 """
 
 import os
@@ -17,7 +17,7 @@ from uni_instruct.files import atomic_file, disk_errors, try_lock
 from uni_instruct.sampling.forms import write_npy
 from uni_instruct.spec import ModelSpec
 
-# A shard is what a killed process loses: this many images, or fewer where they are large or take many steps.
+# A killed process loses the shard in progress. So a shard has this many images, or fewer if they are large or take many steps.
 SHARD_IMAGES, SHARD_BYTES = 1024, 2**20
 
 
@@ -33,20 +33,20 @@ class Shard:
 
     @property
     def rows(self) -> slice:
-        """Its part of whatever has one entry an image."""
+        """The shard's slice of an array with one entry for each image."""
         return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` of `count` of a request, 1..count: what one job of a batch system makes."""
+    """Part `number` (1..count) of a request that is divided into `count` parts, one for each job of a batch system."""
 
     number: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> "Part":
-        """'3/16'. Raises RequestError for anything else, and for a part out of range."""
+        """Parse text such as '3/16'. Raises RequestError for anything else, and for a part out of range."""
         first, slash, second = text.partition("/")
         if not slash or not (first.isdecimal() and second.isdecimal()) or max(len(first), len(second)) > 9:
             raise RequestError(f"--shard {text[:40]!r} cannot be read", remedy="write it as 3/16", param="shard")
@@ -57,7 +57,7 @@ class Part:
         return part
 
     def of(self, shards: Sequence[Shard]) -> Sequence[Shard]:
-        """Its shards: consecutive ones, as many as any other part's give or take one."""
+        """The part's shards. They are consecutive, and the sizes of any two parts differ by at most one shard."""
         return shards[len(shards) * (self.number - 1) // self.count : len(shards) * self.number // self.count]
 
 
@@ -65,13 +65,19 @@ WHOLE = Part(1, 1)
 
 
 def images_per_shard(spec: ModelSpec, batch: int) -> int:
-    """A whole number of batches, so that every batch is the same whoever makes it: some engines' last bit depends on that."""
+    """The number of images in a shard: a multiple of the batch size.
+
+    So every process makes the same batches. With some engines the last bit of an image depends on its batch.
+    """
     affordable = min(SHARD_IMAGES, SHARD_BYTES // (int(np.prod(spec.image_shape)) * spec.steps))
     return max(1, -(-affordable // batch)) * batch
 
 
 class Shards:
-    """The shards of a work folder, as images [total, *size] of dtype; what is done can be read as an ImageReader's."""
+    """The shards of a work folder, which together are images [total, *size] of dtype.
+
+    The images of finished shards can be read through the interface of an ImageReader.
+    """
 
     def __init__(self, folder: Path, size: tuple[int, int, int], dtype: np.dtype, total: int, per_shard: int):
         self.folder, self.size, self.dtype, self.total, self.per_shard = folder, size, dtype, total, per_shard
@@ -82,43 +88,43 @@ class Shards:
         return self.total
 
     def all(self) -> list[Shard]:
-        """Every shard, in order."""
+        """All shards, in order."""
         starts = range(0, self.total, self.per_shard)
         return [Shard(start, min(start + self.per_shard, self.total)) for start in starts]
 
     def missing(self, part: Part = WHOLE) -> list[Shard]:
-        """The shards of that part that nobody is done with yet, in their order."""
+        """The shards of that part that are not done yet, in order."""
         return [shard for shard in part.of(self.all()) if not self.is_done(shard)]
 
     def is_done(self, shard: Shard) -> bool:
-        """Whether its file is there and whole: the crash of a machine may cut a file short."""
+        """Whether the shard's file exists and is complete. A machine's crash may have truncated it."""
         if shard not in self._done and self._load(shard) is not None:
             self._done.add(shard)
         return shard in self._done
 
     @contextmanager
     def claimed(self, shard: Shard) -> Iterator[bool]:
-        """Whether the shard is this process's to make, until the block ends; not where it is done or another is at it."""
-        # A claim is a kernel lock on a file of its own. It ends with its process, however that ends, so a dead one's shard is
-        # free at once, with no heartbeat to keep and no age to guess. Of a machine that dies, NFS frees the locks when the
-        # client's lease runs out (some 90 s); until then its shards wait. A file system without locks, or with locks that
-        # other machines do not see (NFS with local_lock, Lustre with localflock), has no claims between them: machines then
-        # make the same shards. That costs time, never images: a shard is the same whoever makes it, and appears by a rename.
+        """Try to claim the shard for the block. Yields True if this process must make it, False if it is done or claimed."""
+        # A claim is a kernel lock (flock) on a separate file. It ends with its process, even a killed one, so the shard is
+        # free again at once and needs no heartbeat or timeout. If a machine dies, NFS frees its locks when the client's lease
+        # expires (some 90 s); its shards wait until then. On file systems without locks, or with locks that other machines do
+        # not see (NFS with local_lock, Lustre with localflock), two machines may make the same shard. That costs time but is
+        # harmless: a shard's content does not depend on who makes it, and it appears by a rename.
         path = self.folder / f"{shard.start:09d}.claim"
         with self._missing_folder_is_told():
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Looked at after the lock is held: whoever held it before may have finished just now.
+            # is_done is checked after the lock is taken, because the lock's last holder may have just finished the shard.
             held = try_lock(file) is not False
             yield held and not self.is_done(shard)
             if held and self.is_done(shard):
-                # Not before: of two processes with locks on two files of this name, both would take the shard for theirs.
+                # Only when the shard is done. Otherwise another process could create a new file of this name and lock it too.
                 path.unlink(missing_ok=True)
         finally:
             os.close(file)
 
     def write(self, shard: Shard, images: np.ndarray) -> None:
-        """The shard's images, on disk when this returns."""
+        """Write the shard's images. The file is in place when this returns. Raises DiskError."""
         assert images.shape == (len(shard), *self.size)
         assert images.dtype == self.dtype
         with atomic_file(self._path(shard)) as partial, partial.open("wb") as file:
@@ -126,7 +132,7 @@ class Shards:
         self._done.add(shard)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Those images, a fresh array; no more than the shards they lie in are read. Raises FileFormatError for a lost one."""
+        """The images at these indices, as a new array. Only their shards are read. Raises FileFormatError if one is missing."""
         indices = np.asarray(indices)
         out = np.empty((len(indices), *self.size), dtype=self.dtype)
         starts = indices - indices % self.per_shard

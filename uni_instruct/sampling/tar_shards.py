@@ -1,7 +1,7 @@
-"""A set as a folder of tar shards, as webdataset reads them, with a manifest of their hashes.
+"""A sample set as a folder of tar shards in webdataset's format, with a manifest of their hashes.
 
-An image is the members NUMBER.png (.npy where it is no picture), NUMBER.cls (its class id, where there are classes) and
-NUMBER.json (its seed). Which images are in which tar follows from their size alone, and a tar's bytes from its images.
+Each image has the members NUMBER.png (or .npy for latents and other shapes), NUMBER.json (its seed) and, with classes,
+NUMBER.cls (its class id). The division into tars depends only on the images' size, and a tar's bytes only on its images.
 """
 
 import io
@@ -21,13 +21,13 @@ from uni_instruct.generate import sample_format
 from uni_instruct.images import encode
 from uni_instruct.sampling.sample_set import READ_BATCH, Samples, SampleSet
 
-# A tar holds at most so many images, and about so many bytes of pixels: large enough to be read in one go, small enough that
-# there are some for every worker of a training.
+# The most images of a tar, and about the most bytes of pixels. Large enough for fast sequential reads, small enough that each
+# data loading worker of a training gets some tars.
 TAR_IMAGES, TAR_BYTES = 10_000, 2**28
 
 
 def write_tar_folder(samples: SampleSet, out: Path) -> None:
-    """The tars, then the manifest: {request, dataset, seeds, files: [{name, images, bytes, sha256}]}."""
+    """Write the tars, then the manifest: {library, request, dataset, files: [{name, images, bytes, sha256}], seeds}."""
     size, dtype = sample_format(samples.spec)
     per_tar = max(1, min(TAR_IMAGES, TAR_BYTES // (int(np.prod(size)) * dtype.itemsize)))
     total = len(samples.reader)
@@ -45,12 +45,12 @@ def write_tar_folder(samples: SampleSet, out: Path) -> None:
 
 
 def request_of_tar_folder(out: Path) -> object:
-    """The request that its manifest holds."""
+    """The request in the folder's manifest."""
     return json.loads((out / MANIFEST).read_text())["request"]
 
 
 def read_tar_folder(out: Path, count: int | None) -> Samples:
-    """The set, or its first images. Raises FileFormatError where a tar is not the one that the manifest names."""
+    """Read the set, or its first `count` images. Raises FileFormatError if a tar's hash differs from the manifest's."""
     manifest = json.loads((out / MANIFEST).read_text())
     left = len(manifest["seeds"]) if count is None else count
     for file in manifest["files"]:
@@ -68,7 +68,7 @@ def read_tar_folder(out: Path, count: int | None) -> Samples:
 
 
 def _described(samples: SampleSet) -> dict[str, object]:
-    """What the set is; classes of images stand beside them."""
+    """The description of the set for the manifest. It omits the labels, which are beside each image in its tar."""
     described = dataset_meta(samples.dataset(), [str(index) for index in range(len(samples.reader))])
     return {name: value for name, value in described.items() if name != "labels"}
 
@@ -88,7 +88,7 @@ def _add_image(archive: tarfile.TarFile, samples: SampleSet, index: int, image: 
         facts |= {"class_id": class_id, "class_name": samples.spec.class_name(class_id)}
     members["json"] = json.dumps(facts).encode()
     for suffix, content in members.items():
-        entry = tarfile.TarInfo(f"{index:09d}.{suffix}")  # its time is 0: the same set gives the same bytes
+        entry = tarfile.TarInfo(f"{index:09d}.{suffix}")  # its time is 0, so that the same set always makes the same bytes
         entry.size = len(content)
         archive.addfile(entry, io.BytesIO(content))
 

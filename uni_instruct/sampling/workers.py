@@ -1,4 +1,4 @@
-"""Who does the work: this process, several on this machine, or a Ray cluster's actors."""
+"""Options that choose where tasks run: in this process, in several on this machine, or in actors of a Ray cluster."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,9 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """workers: how many, None for as many as usual. ray_address: where Ray is to be found, None for processes.
+    """The number and kind of workers.
 
-    Raises MissingExtraError where Ray is asked for and not installed.
+    workers: their number; None for the pool's default. ray_address: the address of a Ray cluster or LOCAL; None for processes.
+
+    Raises MissingExtraError if there is a ray_address and Ray is not installed.
     """
 
     workers: int | None = None
@@ -32,11 +34,11 @@ class WorkerOptions:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody but this process is asked for."""
+        """Whether workers are requested, instead of running everything in this process."""
         return self.workers is not None or self.ray_address is not None
 
     def check_device(self, device: str | None) -> None:
-        """Raises RequestError where workers are asked for and one GPU by its number: each sees a GPU of its own."""
+        """Raise RequestError if workers are combined with a GPU's number, such as cuda:1: each worker is assigned a GPU."""
         if self.wanted and device is not None and ":" in device:
             raise RequestError(
                 f"workers take the GPUs in turn, and {device} is one",
@@ -45,7 +47,7 @@ class WorkerOptions:
             )
 
     def pool(self, job: WorkerJob[T]) -> AbstractContextManager[Pool[T]]:
-        """The workers, opening the job."""
+        """Start the workers of these options on the job."""
         if self.ray_address is not None:
             return RayPool(job, self.workers, self.ray_address)
         return ProcessPool(job, self.workers or 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ def test_what_is_imported_computes_what_the_file_did(cli: Cli, tmp_path: Path, n
     said = bundle.spec.provenance["imported"]
     assert (said["file"], said["network"], said["class"]) == ("snapshot.pkl", "ema", PEERS[name][0])
     assert said["left_out"] == (["logvar_linear.weight"] if name == "EDM2" else ["u"] if "iDDPM" in name else [])
+
+
+def test_an_import_replaces_what_an_import_made_and_nothing_else(cli: Cli, tmp_path: Path, tiny_bundle: Bundle) -> None:
+    """A training's folder, or its generator, cannot be had again so."""
+    run, weights = tmp_path / "run", tiny_bundle.path / "model.safetensors"
+    shutil.copytree(tiny_bundle.path, run / "generator")
+    (run / "recipe.yaml").write_text("name: x\ndata: digits\n")
+    for out, said in ((run, "holds something that is no bundle"), (run / "generator", "holds a bundle that no import made")):
+        code, _, errors = cli("import", weights, "--out", out)
+        assert (code, errors) == (2, f"error: {out} {said}; name another folder\n")
+    assert Bundle.open(run / "generator").spec == tiny_bundle.spec
+    for _ in range(2):
+        assert cli("import", weights, "--out", tmp_path / "bundle")[0] == 0
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -1,14 +1,19 @@
 """`compare`: intervals against closed forms and against simulated trainings; what cannot be compared is refused."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from uni_instruct.evaluate.comparison import Trained, compare_recipes, compare_weights, student_quantile
+from uni_instruct.bundle import Bundle
+from uni_instruct.errors import FileFormatError
+from uni_instruct.evaluate.comparison import TrainingScores, compare_recipes, compare_weights, student_quantile
+from uni_instruct.export.card import _scores
+from uni_instruct.export.publish import read_scores
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -23,30 +28,32 @@ def test_quantiles_are_scipys(freedom: float) -> None:
 def test_the_interval_of_weights_is_welchs() -> None:
     stats = pytest.importorskip("scipy.stats")
     a, b = (1.02, 0.98, 1.01), (1.30, 1.24, 1.31)
-    found = compare_weights("FID", [Trained(a)], [Trained(b)])
+    found = compare_weights("FID", [TrainingScores(a)], [TrainingScores(b)])
     truth = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     assert found.interval == pytest.approx((truth.low, truth.high), rel=1e-4)
     assert found.verdict == "better"
-    assert compare_weights("FID", [Trained(b)], [Trained(a)]).verdict == "worse"
-    assert compare_weights("recall", [Trained(b)], [Trained(a)]).verdict == "better"
+    assert compare_weights("FID", [TrainingScores(b)], [TrainingScores(a)]).verdict == "worse"
+    assert compare_weights("recall", [TrainingScores(b)], [TrainingScores(a)]).verdict == "better"
 
 
 def test_one_training_tells_weights_apart_and_not_recipes() -> None:
-    a, b = [Trained((1.00, 0.96, 1.04))], [Trained((1.15, 1.11, 1.19))]
+    a, b = [TrainingScores((1.00, 0.96, 1.04))], [TrainingScores((1.15, 1.11, 1.19))]
     assert compare_weights("FID", a, b).verdict == "better"
     recipes = compare_recipes("FID", a, b)
     assert recipes.verdict == "inconclusive"
     assert "3.2 times" in recipes.basis
-    several = [[Trained((mean - 0.01, mean + 0.01)) for mean in means] for means in ((1.0, 1.02, 0.98), (1.5, 1.47, 1.53))]
+    several = [
+        [TrainingScores((mean - 0.01, mean + 0.01)) for mean in means] for means in ((1.0, 1.02, 0.98), (1.5, 1.47, 1.53))
+    ]
     assert compare_recipes("FID", *several).verdict == "better"
-    assert compare_recipes("FID", [Trained((1.0,))], b).verdict == "inconclusive"
+    assert compare_recipes("FID", [TrainingScores((1.0,))], b).verdict == "inconclusive"
 
 
 def test_recipes_that_are_the_same_are_told_apart_as_rarely_as_said() -> None:
     """Four trainings of either side, drawn from one distribution: at most 5 % of the verdicts are wrong."""
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(400):
-        sides = [[Trained(tuple(rng.normal(rng.normal(1, 0.05), 0.015, 3))) for _ in range(4)] for _ in range(2)]
+        sides = [[TrainingScores(tuple(rng.normal(rng.normal(1, 0.05), 0.015, 3))) for _ in range(4)] for _ in range(2)]
         wrong += compare_recipes("FID", *sides).verdict != "inconclusive"
     assert wrong <= 32  # 20 expected, deviation 4.4
 
@@ -83,7 +90,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, cli: Cli) -> None:
         (a, other): "differ in their extractor: e and f; evaluate both alike",
         (a, classes): "differ in their draw of classes: uniform and data",
         (a, tmp_path / "none.json"): "there is no result or bundle",
-        (a, tmp_path / "d.json"): "is no result of a generator; write one: uni-instruct evaluate BUNDLE",
+        (a, tmp_path / "d.json"): "is no result of a generator (it is no result); write one: uni-instruct evaluate BUNDLE",
         (a, f"{a},{a}"): "has the same weights twice",
         (a, a, "--sets", "3"): "--sets is for bundles, and results were given; leave it out",
         (a, a, "--ray"): "--ray is for bundles, and results were given; leave it out",
@@ -92,3 +99,62 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, cli: Cli) -> None:
     for arguments, message in wrong.items():
         code, _, err = cli("compare", *arguments)
         assert (code, message in err) == (2, True), err
+
+
+ODD = [None, True, 10**400, "x", [], {}, [1], {"FD(x)": "1"}, {"FD(x)": True}, [{"FD(x)": 1.0}, {}]]
+
+
+def places(facts: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield at
+    for key, inner in facts.items() if isinstance(facts, dict) else enumerate(facts) if isinstance(facts, list) else ():
+        yield from places(inner, (*at, key))
+
+
+def changed(facts: Any, at: tuple[Any, ...], value: object) -> Any:
+    """A copy with another value at one place; without it, where that is LEFT_OUT."""
+    if not at:
+        return value
+    copied, (key, *rest) = facts.copy(), at
+    if value is LEFT_OUT and not rest:
+        del copied[key]
+    else:
+        copied[key] = changed(facts[key], tuple(rest), value)
+    return copied
+
+
+LEFT_OUT = object()
+
+
+def test_an_edited_result_is_one_line_wherever_it_is_edited(tmp_path: Path, cli: Cli) -> None:
+    a, b = (result(tmp_path / f"{name}.json", name, [1.0, 1.1], seeds="0-9", sets=2) for name in "ab")
+    facts, refused = json.loads(a.read_text()), 0
+    for at in places(facts):
+        for value in (*ODD, *[LEFT_OUT] * bool(at)):
+            a.write_text(json.dumps(changed(facts, at, value)))
+            code, _, err = cli("compare", a, b)
+            assert code in (0, 2), (at, value, err)
+            assert code == 0 or (err.count("\n") == 1 and "; " in err and len(err) < 500), err
+            refused += code == 2
+            with suppress(FileFormatError):  # what a card is made of is read by the same rules, and stricter
+                assert _scores([read_scores(a)], "a")
+    assert refused > 100
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_finite_number_is_not_compared(tmp_path: Path, cli: Cli, value: float) -> None:
+    a, b = (result(tmp_path / f"{name}.json", name, [1.0, number]) for name, number in (("a", 1.1), ("b", value)))
+    code, _, err = cli("compare", a, b)
+    assert (code, f"has FD(x) 1.0, {value}, which compares with nothing; evaluate it with more --samples" in err) == (2, True)
+    assert cli("compare", a, b, "--metric", "recall")[0] == 0
+
+
+@pytest.mark.parametrize("metric", ["FD(x)", "FD", "fd", "fd(X)"])
+def test_a_metric_may_be_named_without_its_extractor(tmp_path: Path, cli: Cli, metric: str) -> None:
+    a, b = (result(tmp_path / f"{name}.json", name, [1.0, 1.1]) for name in "ab")
+    assert json.loads(cli("compare", a, b, "--metric", metric, "--json")[1])["metric"] == "FD(x)"
+
+
+@pytest.mark.parametrize("metric", ["", "beauty"])
+def test_an_unknown_metric_is_told_before_anything_is_scored(tiny_bundle: Bundle, cli: Cli, metric: str) -> None:
+    code, _, err = cli("compare", tiny_bundle.path, "digits", "--reference", "digits", "--metric", metric)
+    assert (code, err) == (2, f"error: metric '{metric}' is unknown; choose from fd, kd, pr, is, class_accuracy\n")

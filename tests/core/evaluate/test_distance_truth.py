@@ -8,7 +8,7 @@ import pytest
 
 from uni_instruct.evaluate.extractors import Features
 from uni_instruct.evaluate.scores import frechet_distance
-from uni_instruct.evaluate.summary import SPLITS, Summary, SummaryPlan, joined, summed_up
+from uni_instruct.evaluate.summary import SPLITS, Summary, SummaryPlan, concatenate_parts, summarise_features
 
 torch = pytest.importorskip("torch")
 
@@ -26,7 +26,7 @@ def summary_of(features: np.ndarray, logits: np.ndarray | None = None, size: int
     logits = np.zeros((len(features), 2), np.float32) if logits is None else logits
     for start in range(0, len(features), size):
         part = Features(torch.from_numpy(features[start : start + size]), torch.from_numpy(logits[start : start + size]))
-        summary = summed_up(part, plan, start)
+        summary = summarise_features(part, plan, start)
         if total is None:
             total = summary
         else:
@@ -104,7 +104,7 @@ def test_kept_features_are_in_memory_once() -> None:
     size = 40 * 500 * 256 * 4
     tracemalloc.start()
     parts = [np.ones((500, 256), np.float32) for _ in range(40)]
-    whole = joined(parts)
+    whole = concatenate_parts(parts)
     whole_and_last = np.ones_like(whole)  # only fits below the bound where the parts are gone
     _, peak = tracemalloc.get_traced_memory()
     del whole_and_last

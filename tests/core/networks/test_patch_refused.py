@@ -51,8 +51,8 @@ def test_one_is_what_is_not_given() -> None:
         (27, ["network.patch=2"], "network.patch 2 does not divide images of 27x27; choose 1, or resize the data"),
         (28, ["network.patch=3"], "network.patch is 3; choose one of 1, 2, 4"),
         (28, ["network.patch=0"], "network.patch is 0; choose one of 1, 2, 4"),
-        (28, ["network.patch=true"], "recipe key 'network.patch' is True; give a value of type int"),
-        (28, ['network.patch="2"'], "recipe key 'network.patch' is '2'; give a value of type int"),
+        (28, ["network.patch=true"], "recipe key 'network.patch' is True; give a whole number"),
+        (28, ['network.patch="2"'], "recipe key 'network.patch' is '2'; write 2"),
     ],
 )
 def test_a_patch_that_does_not_fit_is_refused_before_anything_is_written(

@@ -19,7 +19,7 @@ from uni_instruct.networks.build import build_denoiser, build_preconditioning, l
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.network import Network
 from uni_instruct.networks.preconditioning import EDM, IDDPM, PRECONDITIONINGS, VE, VP, Preconditioning
-from uni_instruct.sampler import heun_sample, known_sigmas
+from uni_instruct.sampler import heun_sample, supported_sigmas
 from uni_instruct.spec import ModelSpec
 
 LEVELS = torch.logspace(-1.9, 1.8, 40).reshape(-1, 1, 1, 1)
@@ -41,7 +41,7 @@ def test_noise_levels_are_those_of_edm(recorded: dict[str, Any]) -> None:
 def test_sampler_goes_the_way_of_edm(name: str) -> None:
     recorded, (x, _, class_ids, _) = RECORDED["sampler"][name], inputs(name)
     denoiser = filled(name)
-    seen = [sigma for sigma in known_sigmas(denoiser.preconditioning, 6) for _ in range(2)][1:-2]
+    seen = [sigma for sigma in supported_sigmas(denoiser.preconditioning, 6) for _ in range(2)][1:-2]
     assert seen == pytest.approx(recorded["sigmas"], rel=1e-6)
     images = heun_sample(denoiser, wave(tuple(x.shape), 0.2, 1.4), class_ids, steps=6).flatten(1)
     assert images.norm(dim=1).tolist() == pytest.approx(recorded["norms"], rel=1e-5)
@@ -51,7 +51,7 @@ def test_sampler_goes_the_way_of_edm(name: str) -> None:
 
 
 def test_sampler_stays_within_what_the_network_knows() -> None:
-    sigmas = known_sigmas(EDM(sigma_min=0.01, sigma_max=50.0), 7)
+    sigmas = supported_sigmas(EDM(sigma_min=0.01, sigma_max=50.0), 7)
     assert (sigmas[0], sigmas[-2], sigmas[-1]) == (pytest.approx(50), pytest.approx(0.01), 0)
 
 

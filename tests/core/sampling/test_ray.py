@@ -17,7 +17,7 @@ import pytest
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.ray_cluster import contents, place_contents
+from uni_instruct.ray_cluster import contents, unpack_files
 from uni_instruct.sampling.pool import ImageJob, Task
 from uni_instruct.sampling.shards import Shard
 
@@ -109,7 +109,7 @@ def test_actors_of_a_node_place_a_bundle_once(tmp_path: Path, monkeypatch: pytes
         return write(path, content)
 
     def place() -> None:
-        found = place_contents(sent)
+        found = unpack_files(sent)
         seen.append(found.stat().st_ino)
         assert Bundle.open(found).weights_sha256 == bundle.weights_sha256
 

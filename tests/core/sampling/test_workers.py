@@ -227,5 +227,5 @@ class DeadlyJob:
     def paths(self) -> list[Path]:
         return []
 
-    def moved(self, places: object) -> "DeadlyJob":
+    def with_paths(self, places: object) -> "DeadlyJob":
         return self

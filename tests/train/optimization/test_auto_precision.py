@@ -119,7 +119,7 @@ def test_a_later_process_takes_what_the_first_has_noted(tmp_path: Path, monkeypa
     [
         ("loop.precision=fp8", "loop.precision 'fp8' is unknown; choose one of auto, 32-true, bf16-mixed, 16-mixed"),
         ("loop.channels_last=maybe", "loop.channels_last is 'maybe'; give true, false or auto"),
-        ("loop.channels_last=1", "recipe key 'loop.channels_last' is 1; give a value of type bool"),
+        ("loop.channels_last=1", "recipe key 'loop.channels_last' is 1; give true or false"),
         ("loop.extractor=dino", "loop.extractor 'dino' is unknown; choose one of auto, inception, classifier"),
     ],
 )

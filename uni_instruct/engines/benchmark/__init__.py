@@ -1,1 +1,1 @@
-"""Speeds of engines, compared within one run."""
+"""Benchmarks that compare engines within one run."""

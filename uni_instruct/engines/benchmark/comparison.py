@@ -1,4 +1,4 @@
-"""Every engine of a bundle side by side, beside torch eager and the machine's own peak; the fastest is chosen afterwards."""
+"""Benchmark all engines of a bundle in one run, beside torch eager and the machine's peak, and record which is the fastest."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +13,11 @@ from uni_instruct.engine import (
     load_engine,
     record_speeds,
     refusal,
+    resolve_engines,
     select_engine,
     statuses,
-    wanted_engines,
 )
-from uni_instruct.engines.benchmark.measure import Contender, Seconds, Spread, ratio, take_turns, turns
+from uni_instruct.engines.benchmark.measure import Contender, Seconds, Spread, measure_interleaved, ratio, turns
 from uni_instruct.engines.benchmark.peak import Convolutions, convolutions
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.engines.runtime import RUNTIMES
@@ -32,9 +32,9 @@ EAGER = "eager fp32"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkPlan:
-    """What to measure. engines: ids or runtimes, empty for all; rounds figures of at least least_s of calls each.
+    """What to measure: for each engine and batch size, one figure per round, each from calls that take min_s seconds or more.
 
-    spin: as in `open_engine`: as batch sampling runs an engine, or as a server does.
+    engines: ids or runtimes; empty for all. spin: as in `open_engine`: True as in batch sampling, False as in a server.
     """
 
     bundle: Bundle
@@ -42,7 +42,7 @@ class BenchmarkPlan:
     engines: tuple[str, ...] = ()
     device: str | None = None
     rounds: int = 7
-    least_s: float = 0.2
+    min_s: float = 0.2
     spin: bool = True
 
     def __post_init__(self) -> None:
@@ -52,15 +52,16 @@ class BenchmarkPlan:
                 remedy="give a one-step generator, such as digits",
                 param="bundle",
             )
-        if not math.isfinite(self.least_s):  # --seconds nan passes every comparison with a bound
-            raise RequestError(f"{self.least_s} seconds for a figure", remedy="give a number such as 0.2", param="seconds")
+        if not math.isfinite(self.min_s):  # inf would measure forever, nan passes any bound
+            raise RequestError(f"{self.min_s} seconds for a figure", remedy="give a number such as 0.2", param="seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedRow:
-    """One engine at one batch. images_per_s: median and quartiles over the rounds; ratios are medians of those within a round.
+    """One engine at one batch size. images_per_s: median and quartiles over the rounds.
 
-    streams: 0 where the engine decides, or has none. to_eager and share_of_peak are None where there is nothing to compare.
+    streams: 0 if the engine decides, or has none. to_eager (speed relative to torch eager) and share_of_peak (FLOPs/s relative
+    to the machine's peak) are medians of the ratios within each round; None if there is nothing to compare with.
     """
 
     engine: str
@@ -75,7 +76,11 @@ class SpeedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineComparison:
-    """left_out: engine -> why it was not measured. chosen: what open_engine takes now, '' where nothing was recorded."""
+    """The result of a benchmark.
+
+    peaks: the peak of each precision and device, by name. left_out: engine -> why it was not measured. chosen: the engine that
+    `open_engine` now chooses, '' if the speeds were not recorded. remarks: sentences to print below the table.
+    """
 
     rows: tuple[SpeedRow, ...]
     peaks: Mapping[str, Mapping[str, str | float]]
@@ -87,7 +92,7 @@ class EngineComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A contender that makes images, and where it stands in the table."""
+    """An engine to be measured, and what its row of the table says of it."""
 
     name: str
     engine: str
@@ -98,9 +103,9 @@ class _Entry:
 
 
 def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
-    """Measures, and notes what `open_engine` chooses by. An engine that is not trusted here is not measured.
+    """Run the benchmark, and record the speeds by which `open_engine` chooses. Engines that are not trusted here are left out.
 
-    Raises RequestError for unknown engines or devices, EngineRefusedError where none is trusted, UniInstructError where one
+    Raises RequestError for unknown engines or devices, EngineRefusedError if no engine is trusted, UniInstructError if one
     fails while it is measured.
     """
     found, entries, peaks = _prepare(plan, progress)
@@ -108,7 +113,7 @@ def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
     contenders += [_peak_contender(name, peak) for name, peak in peaks.items()]
     steps = turns(contenders, plan.batches, plan.rounds)
     with progress("benchmark", steps, "figures") as bar:
-        seconds = take_turns(contenders, plan.batches, plan.rounds, plan.least_s, bar)
+        seconds = measure_interleaved(contenders, plan.batches, plan.rounds, plan.min_s, bar)
     flops = _flops(plan.bundle)
     rows = tuple(_row(entry, batch, seconds, peaks, flops) for batch in plan.batches for entry in entries)
     trusted = [status for status in found if status.state == "trusted"]
@@ -130,8 +135,8 @@ def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
 def _prepare(
     plan: BenchmarkPlan, progress: ProgressFactory
 ) -> tuple[list[EngineStatus], list[_Entry], dict[str, Convolutions]]:
-    """Tries, opens and warms up; a bar shows it."""
-    wanted = wanted_engines(plan.bundle, plan.engines, plan.device)
+    """Try and open the engines and find the peaks, with progress bars: the statuses, what to measure, and the peaks by name."""
+    wanted = resolve_engines(plan.bundle, plan.engines, plan.device)
     with progress("try engines", len(wanted), "engines") as bar:
         found = statuses(plan.bundle, wanted, plan.device, bar)
     trusted = [status for status in found if status.state == "trusted"]
@@ -154,7 +159,7 @@ def _prepare(
 
 
 def _entries(plan: BenchmarkPlan, status: EngineStatus) -> list[_Entry]:
-    """The engine as open_engine opens it; where its runtime has streams also with one, and with one a CPU."""
+    """The engine as `open_engine` opens it. If its runtime has streams, also with one stream, and with one stream per CPU."""
     engine_id = status.engine_id
     several = RUNTIMES[engine_id.runtime].has_streams and usable_cpus() > 1
     entries = []
@@ -200,7 +205,7 @@ def _contender(plan: BenchmarkPlan, entry: _Entry) -> Contender:
         def call() -> object:
             try:
                 return entry.images(inputs)
-            except Exception as error:  # a runtime's errors share no class but this one
+            except Exception as error:  # the runtimes' errors have no narrower common class
                 problem = " ".join(str(error).split())[:200]
                 raise UniInstructError(
                     f"{entry.name} failed at batch {batch}: {type(error).__name__}: {problem}",
@@ -213,7 +218,7 @@ def _contender(plan: BenchmarkPlan, entry: _Entry) -> Contender:
 
 
 def _peak_contender(name: str, peak: Convolutions) -> Contender:
-    """Measured beside every batch, whose shares are of the peak at that moment."""
+    """The peak as a contender. It is measured again beside every batch size, so that each share refers to the same moment."""
     return Contender(name=name, prepare=lambda batch: peak.call)
 
 
@@ -221,7 +226,7 @@ def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convol
     own, base = seconds[entry.name, batch], seconds.get((EAGER, batch))
     share, name = None, _peak_name(entry.precision, entry.device)
     if flops is not None and name in peaks:
-        # (FLOPs of the batch / its seconds) / (FLOPs of the convolutions / theirs).
+        # share = (FLOPs of the batch / its seconds) / (FLOPs of the peak's convolutions / their seconds)
         share = batch * flops / peaks[name].flops * ratio(seconds[name, batch], own)
     speed = Spread.of([batch / time_s for time_s in own])
     return SpeedRow(
@@ -237,10 +242,10 @@ def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convol
 
 
 def _note(plan: BenchmarkPlan, trusted: Sequence[EngineStatus], rows: Sequence[SpeedRow]) -> tuple[str, list[str]]:
-    """What open_engine takes after this benchmark, and what is to be said of it."""
+    """Record the speeds. Returns the engine that `open_engine` then chooses ('' if nothing was recorded), and remarks on it."""
     if plan.engines:
         return "", ["only some engines were measured: what open_engine chooses stays as it was"]
-    # An engine is chosen before anyone knows its batches: by that of a trial, or the nearest one.
+    # An engine is chosen before its batch sizes are known. So use the batch size of trials, or the measured one nearest to it.
     batch = min(plan.batches, key=lambda size: (abs(size - REFERENCE_IMAGES), size))
     medians = {row.engine: row.images_per_s.median for row in rows if row.batch == batch and not row.streams}
     stamp = datetime.now(UTC).isoformat(timespec="seconds")

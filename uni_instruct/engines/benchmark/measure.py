@@ -1,4 +1,4 @@
-"""Speeds side by side: contenders take turns, round by round, so that what else the machine does falls on all of them alike."""
+"""Time several contenders side by side. They take turns in rounds, so that other load on the machine slows all alike."""
 
 import statistics
 import time
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from uni_instruct.progress import Progress
 
-# (contender's name, batch) -> seconds of a call, one figure a round.
+# (contender's name, batch size) -> seconds per call, one figure per round.
 Seconds = dict[tuple[str, int], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Something to be timed. prepare gives the call that makes a batch of so many images; its inputs exist beforehand."""
+    """Something to be timed. prepare(batch) returns a call that makes one batch of that size from inputs made in advance."""
 
     name: str
     prepare: Callable[[int], Callable[[], object]]
@@ -29,7 +29,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """The spread of one or more values."""
         if len(values) == 1:
             return cls(median=values[0], low=values[0], high=values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -37,47 +37,49 @@ class Spread:
 
 
 def turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: int) -> int:
-    """How many steps `take_turns` advances its progress by: a first call of each, and one figure of each a round."""
+    """How many steps the bar of `measure_interleaved` has: per contender and batch size, a first call and one per round."""
     return len(contenders) * len(batches) * (rounds + 1)
 
 
-def take_turns(contenders: Sequence[Contender], batches: Sequence[int], rounds: int, least_s: float, bar: Progress) -> Seconds:
-    """Seconds of a call of each contender at each batch, `rounds` figures of calls that take least_s together.
+def measure_interleaved(
+    contenders: Sequence[Contender], batches: Sequence[int], rounds: int, min_s: float, bar: Progress
+) -> Seconds:
+    """Measure the seconds per call of each contender at each batch size: `rounds` figures, each over calls of min_s in total.
 
-    Those of one batch follow each other, forwards and backwards in turn: none has always the same one before it, whose
-    threads or caches could disturb it. What a contender raises is not caught.
+    The contenders of one batch size follow each other. Every other round runs in reverse order, so that no contender always
+    follows the same one, whose threads or caches could slow it. A contender's exceptions are not caught.
     """
     calls = [(one.name, batch, one.prepare(batch)) for batch in batches for one in contenders]
-    for name, batch, call in calls:  # compiles, allocates, reads weights: no figure
+    for name, batch, call in calls:  # compiles, allocates and reads weights, so it is not timed
         call()
         bar.advance(1, f"{name}, batch {batch}")
     found: Seconds = {(name, batch): [] for name, batch, _ in calls}
     for number in range(rounds):
         for name, batch, call in calls[:: -1 if number % 2 else 1]:
-            found[name, batch].append(seconds_of(call, least_s))
+            found[name, batch].append(median_seconds(call, min_s))
             bar.advance(1, f"{name}, batch {batch}")
     return found
 
 
-def seconds_of(call: Callable[[], object], least_s: float) -> float:
-    """Median over calls that take least_s together, after one that finds the caches full of others' data.
+def median_seconds(call: Callable[[], object], min_s: float) -> float:
+    """Median seconds of calls that take min_s in total. A first call, which finds other data in the caches, is not counted.
 
-    A call that takes as long by itself is counted at once: caches are a small part of it.
+    If the first call alone takes min_s, it is the result: caches then matter little.
     """
     times = [_timed(call)]
-    if times[0] < least_s:
+    if times[0] < min_s:
         times = []
-    while sum(times) < least_s:
+    while sum(times) < min_s:
         times.append(_timed(call))
     return statistics.median(times)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within one round: what slowed a round down slowed both."""
+    """Median over the rounds of the ratio within each round. Load that slows a round slows both, and cancels in the ratio."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def _timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
-    return max(time.perf_counter() - start, 1e-9)
+    return max(time.perf_counter() - start, 1e-9)  # never 0, as speeds divide by it

@@ -1,6 +1,6 @@
-"""What this machine can do at most: a chain of large 3x3 convolutions, of which generators are mostly made, and nothing else.
+"""The peak FLOPs/s that this machine reaches in practice: in a chain of large 3x3 convolutions, the main work of generators.
 
-torch or OpenVINO runs it, whichever is faster here; an engine's arithmetic is then a share of it.
+torch or OpenVINO runs it, whichever is faster here. An engine's FLOPs/s are then given as a share of this peak.
 """
 
 from collections.abc import Callable
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uni_instruct.engines.benchmark.measure import seconds_of
+from uni_instruct.engines.benchmark.measure import median_seconds
 from uni_instruct.engines.hardware.device import CPU, device_type
 from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.runtime import RUNTIMES
 
 CHANNELS, SIZE, LAYERS = 128, 32, 4
-# A GPU needs far more images to be busy.
+# Images per call. A GPU needs far more than a CPU to be fully used.
 PEAK_IMAGES = {"cpu": 8, "cuda": 512}
 _TRY_S = 0.2
-# Precision -> OpenVINO's hint, and its word for what a processor must be able to do. int8 is quantized by nodes in the graph.
+# Precision -> (OpenVINO's precision hint, the capability that the processor must have). Nodes in the graph quantize to int8.
 _OPENVINO = {"fp32": ("f32", "FP32"), "bf16": ("bf16", "BF16"), "int8": ("f32", "INT8")}
 _TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convolutions:
-    """One call is so many FLOPs (a multiplication with its addition counts as 2); by names what runs it, in words."""
+    """The convolutions to time. flops: per call; a multiply-add counts as 2. by: the runtime and what it computes, in words."""
 
     precision: str
     device: str
@@ -34,13 +34,14 @@ class Convolutions:
 
 
 def convolutions(precision: str, device: str) -> Convolutions | None:
-    """The faster of torch's and OpenVINO's; None where neither is installed, or neither has that precision on that device."""
+    """The convolutions by torch or by OpenVINO, whichever is faster. None if neither can run that precision on that device."""
     calls = {name: call for name, make in _MAKERS.items() if (call := make(precision, device)) is not None}
     if not calls:
         return None
-    seconds = {name: seconds_of(call, _TRY_S) for name, call in calls.items()}
+    seconds = {name: median_seconds(call, _TRY_S) for name, call in calls.items()}
     fastest = min(seconds, key=lambda name: seconds[name])
     images = PEAK_IMAGES[device_type(device)]
+    # Each of the 9 taps of a 3x3 filter is one multiply-add, per pair of input and output channel, pixel, image and layer.
     flops = 2.0 * 9 * CHANNELS**2 * SIZE**2 * images * LAYERS
     what = f"{LAYERS} layers of {CHANNELS} channels, {SIZE}x{SIZE}, {images} images"
     by = f"{RUNTIMES[fastest].version()}: {what}"
@@ -48,7 +49,7 @@ def convolutions(precision: str, device: str) -> Convolutions | None:
 
 
 def _weights() -> np.ndarray:
-    # Of this size values neither grow from layer to layer nor die away into denormals, which are slow.
+    # Standard deviation 1 / sqrt(9 CHANNELS): values keep their size from layer to layer. Denormals would be slow.
     rng = np.random.default_rng(0)
     return (rng.standard_normal((CHANNELS, CHANNELS, 3, 3)) / (3 * CHANNELS**0.5)).astype(np.float32)
 
@@ -100,7 +101,7 @@ def _by_openvino(precision: str, device: str) -> Callable[[], object] | None:
     request.set_input_tensor(tensor)
 
     def call() -> None:
-        # The request holds neither of them: what it reads would be freed.
+        # The request refers to both but does not keep them alive, so this closure must.
         assert compiled
         assert tensor
         request.infer()

@@ -1,1 +1,1 @@
-"""Engines that are compiled on this machine."""
+"""Engines whose code torch's inductor compiles on this machine."""

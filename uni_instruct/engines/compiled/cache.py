@@ -1,6 +1,7 @@
-"""Compiled engines: machine code that torch's inductor makes of the weights, kept in the user's cache. Needs no torch.
+"""The cache of compiled engines: machine code that torch's inductor makes of a network and its weights. Needs no torch.
 
-A process of its own compiles: the compiler's hundreds of megabytes go with it, and torch's settings of other threads stay.
+A process of its own compiles. So the compiler's hundreds of megabytes are freed at its end, and settings that it changes in
+torch do not affect other threads.
 """
 
 import hashlib
@@ -27,9 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 def ensure_compiled(bundle: Bundle, engine_id: EngineId) -> Path | None:
-    """The compiled file in the user's cache, made now where it is not there; None where the cache cannot be written.
+    """Compile the engine unless the user's cache has it. Returns the path in the cache; None if the cache cannot be written.
 
-    Raises CompilationError where the compiler fails.
+    Raises CompilationError if the compiler fails.
     """
     try:
         path = compiled_path(bundle, engine_id)
@@ -37,12 +38,12 @@ def ensure_compiled(bundle: Bundle, engine_id: EngineId) -> Path | None:
             return path
         with disk_errors(path):
             make_folder(path.parent, path)
-        # The workers of a server would all compile the same at once.
+        # Without a lock, all worker processes of a server would compile the same engine at once.
         with locked(path.with_suffix(".lock"), on_wait=lambda: _log.info("another process compiles %s ...", engine_id)):
             if not path.is_file():
                 with atomic_file(path) as partial:
                     _compile(bundle, engine_id, partial)
-    except (DiskError, RuntimeError) as error:  # RuntimeError: there is no home to have a cache in
+    except (DiskError, RuntimeError) as error:  # RuntimeError: there is no home directory
         _log.info("engine %s cannot be kept, every process compiles it anew: %s", engine_id, error)
         return None
     return path
@@ -50,7 +51,7 @@ def ensure_compiled(bundle: Bundle, engine_id: EngineId) -> Path | None:
 
 @contextmanager
 def compiled_file(bundle: Bundle, engine_id: EngineId) -> Iterator[Path]:
-    """Within the block the compiled file is there: the cache's, or one of this block. Once loaded it is not read again."""
+    """Within the block, the compiled file exists: in the cache, or as a temporary file. Once loaded it is not read again."""
     kept = ensure_compiled(bundle, engine_id)
     if kept is not None:
         yield kept
@@ -62,11 +63,11 @@ def compiled_file(bundle: Bundle, engine_id: EngineId) -> Iterator[Path]:
 
 
 def compiled_path(bundle: Bundle, engine_id: EngineId) -> Path:
-    """Where the cache has it. Raises RuntimeError where there is no home to have one in.
+    """The engine's path in the cache. Raises RuntimeError if there is no home directory.
 
-    The name holds everything that the code depends on: weights and network, torch's version, the processor, the threads.
+    Its name holds a hash of all that the code depends on: weights, network, torch's version, processor, number of threads.
     """
-    # A teacher's file is its denoiser, whatever the number of steps; names and origins are in no code.
+    # Of a teacher only the denoiser is compiled, so the number of steps does not matter. Nor do names and provenance.
     steps = min(bundle.spec.steps, 2)
     spec = replace(bundle.spec, steps=steps, name="", class_names=(), provenance={}, licence="")
     facts = {
@@ -83,7 +84,7 @@ def compiled_path(bundle: Bundle, engine_id: EngineId) -> Path:
 
 
 def _compile(bundle: Bundle, engine_id: EngineId, path: Path) -> None:
-    """Writes the file. What inductor leaves beside it, in a folder of its own, goes with the block."""
+    """Compile the engine to `path`. Inductor's other files go into a temporary folder."""
     _log.info("compiling engine %s for this processor, once; it takes half a minute to several ...", engine_id)
     with tempfile.TemporaryDirectory(prefix="uni-instruct-compiling-") as scratch:
         made = Path(scratch) / "engine.so"

@@ -1,4 +1,4 @@
-"""The C++ compiler behind compiled engines. Needs no torch."""
+"""The C++ compiler that compiled engines need. Needs no torch."""
 
 import os
 import shutil
@@ -6,12 +6,12 @@ import sys
 
 from uni_instruct.errors import RequestError
 
-# What torch's inductor takes where CXX does not name another.
+# torch's inductor uses this one unless the variable CXX names another.
 _DEFAULT = "clang++" if sys.platform == "darwin" else "g++"
 
 
 def check_compiler() -> None:
-    """Raises RequestError where there is none: torch would say so only after it has traced the whole network."""
+    """Raises RequestError if there is no compiler. torch itself would only say so after tracing the whole network."""
     compiler = os.environ.get("CXX", _DEFAULT)
     if shutil.which(compiler) is None:
         raise RequestError(

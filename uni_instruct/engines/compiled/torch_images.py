@@ -1,4 +1,4 @@
-"""A bundle's network as compiled code: noise to images, for torch's engine."""
+"""From noise to images with a bundle's compiled network, for the torch engine."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,9 +17,10 @@ from uni_instruct.sampler import heun_sample
 
 
 def compiled_images(bundle: Bundle, engine_id: EngineId) -> Callable[[Tensor, ClassLabels | None], Tensor]:
-    """Noise float32 [B, *noise_shape] and classes, None without any -> float32 [B, C, H, W], by code that is made if need be.
+    """Load the compiled network, compiling it first if the cache does not have it. Returns a function from noise to images.
 
-    Raises CompilationError where the compiler fails, UniInstructError where the kept file is damaged.
+    The function takes noise float32 [B, *noise_shape] and classes (None without classes), and returns float32 [B, C, H, W].
+    Raises CompilationError if the compiler fails, UniInstructError if the cached file is damaged.
     """
     library, spec = _load(bundle, engine_id), bundle.spec
     if spec.steps == 1:
@@ -35,7 +36,7 @@ def compiled_images(bundle: Bundle, engine_id: EngineId) -> Callable[[Tensor, Cl
 
 
 class CompiledDenoiser:
-    """D(x; sigma) as the sampler calls it: float32 [B, *noise_shape] of the same and of sigma [B, 1, 1, 1]."""
+    """The denoiser D(x; sigma), with the interface that the sampler needs: the call, and `preconditioning`."""
 
     def __init__(self, library: CompiledLibrary, bundle: Bundle):
         self._library = library
@@ -43,7 +44,7 @@ class CompiledDenoiser:
             self.preconditioning = build_denoiser(bundle.spec).preconditioning
 
     def __call__(self, x: Tensor, sigma: Tensor, class_ids: ClassLabels | None) -> Tensor:
-        """The expected clean image."""
+        """The expected clean image of x, float32 [B, *noise_shape], at noise level sigma [B, 1, 1, 1]; same shape as x."""
         return self._library([x, sigma, *_mixture(class_ids)], x.shape)
 
 
@@ -59,7 +60,7 @@ def _load(bundle: Bundle, engine_id: EngineId) -> CompiledLibrary:
 
 
 def _mixture(class_ids: ClassLabels | None) -> Sequence[Tensor]:
-    """What the code is given of the classes: always a mixture, as it has one form."""
+    """The classes as inputs of the compiled code: none, or a mixture's three, as the code is compiled for mixtures only."""
     if class_ids is None:
         return ()
     if isinstance(class_ids, MixedClasses):

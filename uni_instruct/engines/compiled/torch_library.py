@@ -1,8 +1,8 @@
 """Runs a library that torch's inductor compiled ahead of time, through its C interface.
 
-torch's own loader holds Python's interpreter while the code runs: the event loop of a server would stand still for as long as a
-batch takes. ctypes lets go of it. The declarations are those of torch/csrc/inductor/aoti_runtime/interface.h and
-aoti_torch/c/shim.h, which torch keeps stable for libraries that were compiled earlier.
+torch's own loader holds the GIL while the code runs, so a server's event loop would stop for as long as a batch takes. ctypes
+releases the GIL. The declarations are those of torch/csrc/inductor/aoti_runtime/interface.h and aoti_torch/c/shim.h, which
+torch keeps stable for libraries that were compiled earlier.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# How many threads may be in the code at a time; others wait. Each of them uses all cores.
-_AT_ONCE = 2
+# How many threads may run the code at a time; others wait. Each of them uses all cores.
+_MAX_CONCURRENT_CALLS = 2
 _FUNCTIONS: dict[str, list[object]] = {
     "AOTInductorModelContainerCreateWithDevice": [POINTER(c_void_p), c_size_t, c_char_p, c_char_p],
     "AOTInductorModelContainerDelete": [c_void_p],
@@ -35,14 +35,15 @@ _FUNCTIONS: dict[str, list[object]] = {
 
 
 class CompiledLibrary:
-    """The compiled function of some tensors on the CPU, whose result is one float32 tensor. Safe from several threads.
+    """A compiled function from tensors to one float32 tensor, on the CPU. Safe to call from several threads.
 
-    Raises OSError where the file is no library that this torch can load, RuntimeError where the code fails.
+    Raises OSError if this torch cannot load the file as a library, AttributeError if the library lacks a function, RuntimeError
+    if the code fails.
     """
 
     def __init__(self, path: Path):
         self._container = c_void_p()
-        # What the file calls of torch is found through it as well.
+        # torch's functions (aoti_torch_...) are found through this handle too, as the library is linked to torch.
         self._library = ctypes.CDLL(str(path))
         for name, arguments in _FUNCTIONS.items():
             function = getattr(self._library, name)
@@ -52,15 +53,15 @@ class CompiledLibrary:
             torch.int64: self._library.aoti_torch_dtype_int64(),
         }
         create = self._library.AOTInductorModelContainerCreateWithDevice
-        self._check(create(byref(self._container), _AT_ONCE, b"cpu", None))
+        self._check(create(byref(self._container), _MAX_CONCURRENT_CALLS, b"cpu", None))
 
     def __call__(self, inputs: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """The result, of that shape, as a tensor of the caller's own. inputs: float32 or int64."""
-        # Sets OpenMP's number of threads in this thread, which the compiled code and oneDNN ask for.
+        """Run the function on float32 or int64 tensors. Returns its result, of that shape, as a fresh tensor."""
+        # This call sets OpenMP's number of threads for this thread, which the compiled code and oneDNN then use.
         torch.get_num_threads()
-        given = [tensor.contiguous() for tensor in inputs]  # the code reads their memory, and must find it until it ends
+        given = [tensor.contiguous() for tensor in inputs]  # keeps their memory alive while the code runs
         result = torch.empty(*shape)
-        # The code takes over what it is given, whether or not it fails.
+        # The code takes ownership of these handles, even if it fails, so they are not deleted below.
         handles = (c_void_p * len(given))(*map(self._handle, given))
         made, into = (c_void_p * 1)(), c_void_p(self._handle(result))
         try:
@@ -74,12 +75,13 @@ class CompiledLibrary:
         return result
 
     def __del__(self) -> None:
-        # A thread that is in the code holds this object. The code itself stays loaded: OpenMP's threads may still be in it.
+        # No call can be running, as each call holds a reference to this object. The library itself is never unloaded: OpenMP's
+        # threads may still be in its code.
         if self._container:
             self._library.AOTInductorModelContainerDelete(self._container)
 
     def _handle(self, tensor: Tensor) -> int:
-        """What the C interface calls the tensor's memory."""
+        """A handle of the C interface for the tensor's memory, which is not copied."""
         handle, numbers = c_void_p(), c_int64 * tensor.dim()
         sizes, strides = numbers(*tensor.shape), numbers(*tensor.stride())
         place = self._library.aoti_torch_device_type_cpu()
@@ -90,5 +92,5 @@ class CompiledLibrary:
 
     @staticmethod
     def _check(failed: int) -> None:
-        if failed:  # it has written what failed to standard error
+        if failed:  # the library has printed the reason to standard error
             raise RuntimeError("the compiled code failed, as standard error says")

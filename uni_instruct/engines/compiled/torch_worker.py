@@ -17,17 +17,17 @@ from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.denoiser import MixedClasses
 from uni_instruct.processes import die_with_group
 
-# Any batch but one would do: of a batch of one the tracer takes the size for a constant.
-_EXAMPLES = 4
+# The batch size of the example inputs. Any but 1 would do: the tracer takes a size of 1 for a constant.
+_EXAMPLE_BATCH = 4
 
 
 def main(bundle_path: str, engine: str, path: str) -> None:
-    """Writes the file. Raises UniInstructError for bundles that cannot be opened, RuntimeError where inductor fails."""
+    """Compile to `path`. Raises UniInstructError if the bundle cannot be opened, RuntimeError if inductor fails."""
     bundle, engine_id = Bundle.open(bundle_path), EngineId.parse(engine)
     module, inputs = _traceable(bundle, engine_id.precision)
     batch = torch.export.Dim("batch", min=1)
-    # With no_grad and freezing weights are constants, which are laid out for the processor once; and what depends on the noise
-    # level alone is computed now (networks/one_step.py gives one level to a whole exported batch).
+    # With no_grad and freezing, weights are constants, so inductor lays them out for the processor now. It also computes now
+    # whatever depends on the noise level alone (networks/one_step.py uses one level for the whole batch when it is exported).
     with torch.no_grad():
         program = torch.export.export(module, tuple(inputs), dynamic_shapes=(({0: batch},) * len(inputs),))
         options = {"freezing": True, "aot_inductor.output_path": path}
@@ -35,15 +35,15 @@ def main(bundle_path: str, engine: str, path: str) -> None:
     _check_no_callbacks(Path(path).parent)
 
 
-class _Listed(nn.Module):
-    """The same function of as many tensors as there are: None is no input of compiled code, and a mixture is three."""
+class _TensorInputs(nn.Module):
+    """Wraps a module so that all inputs are tensors, as compiled code needs: no None, and a mixture as its three tensors."""
 
     def __init__(self, function: nn.Module, has_classes: bool):
         super().__init__()
         self.function, self.has_classes = function, has_classes
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """As the module that it wraps."""
+        """Call the wrapped module. With classes, the last three inputs are class_ids, other_ids and share."""
         if self.has_classes:
             *inputs_alone, class_ids, other_ids, share = inputs
             out: Tensor = self.function(*inputs_alone, MixedClasses(class_ids, other_ids, share))
@@ -53,24 +53,24 @@ class _Listed(nn.Module):
 
 
 def _traceable(bundle: Bundle, precision: str) -> tuple[nn.Module, Sequence[Tensor]]:
-    """What is compiled, with examples of its inputs: G(z) of a one-step generator, a teacher's denoiser D(x; sigma)."""
+    """The module to compile, with example inputs: G(z) of a one-step generator, or a teacher's denoiser D(x; sigma)."""
     spec, generator = bundle.spec, load_generator(bundle, precision)
-    noise, ids = torch.zeros(_EXAMPLES, *spec.noise_shape), torch.zeros(_EXAMPLES, dtype=torch.int64)
-    classes = [ids, ids.clone(), torch.zeros(_EXAMPLES)] if spec.num_classes else []
+    noise, ids = torch.zeros(_EXAMPLE_BATCH, *spec.noise_shape), torch.zeros(_EXAMPLE_BATCH, dtype=torch.int64)
+    classes = [ids, ids.clone(), torch.zeros(_EXAMPLE_BATCH)] if spec.num_classes else []
     if spec.steps == 1:
-        return _Listed(generator, bool(classes)).eval(), [noise, *classes]
-    return _Listed(generator.denoiser, bool(classes)).eval(), [noise, torch.ones(_EXAMPLES, 1, 1, 1), *classes]
+        return _TensorInputs(generator, bool(classes)).eval(), [noise, *classes]
+    return _TensorInputs(generator.denoiser, bool(classes)).eval(), [noise, torch.ones(_EXAMPLE_BATCH, 1, 1, 1), *classes]
 
 
 def _check_no_callbacks(folder: Path) -> None:
-    """Raises RuntimeError where the code would call operators through Python, which `torch_library.py` does not offer."""
-    # Inductor lists such operators beside the source of the code, and writes no list where there are none.
+    """Raises RuntimeError if the code would call operators through Python, which `torch_library.py` does not support."""
+    # Inductor lists such operators in a file beside the code's source, and writes this file only if there are any.
     if any(folder.rglob("*.wrapper.json")):
         raise RuntimeError("this network has operators that inductor does not compile")
 
 
 if __name__ == "__main__":
-    die_with_group()  # the compiler is a process of its own
+    die_with_group()  # so that the compiler, a child process, ends with this one
     try:
         main(*sys.argv[1:])
     except UniInstructError as error:

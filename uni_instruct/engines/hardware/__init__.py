@@ -1,1 +1,1 @@
-"""Devices, processors and threads of this machine."""
+"""What this machine has: devices, processors, and how threads use them."""

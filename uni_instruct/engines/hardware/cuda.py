@@ -1,7 +1,7 @@
-"""NVIDIA's GPUs through the driver itself: which there are, their memory, a stream. Needs neither torch nor CUDA's toolkit.
+"""NVIDIA's GPUs, their memory and streams, through the driver's own API. Needs neither torch nor the CUDA toolkit.
 
-The driver's library is there wherever a GPU can be used, its calls are stable, and 25 of them are all that an engine needs;
-every package that wraps them is tied to a version of CUDA.
+The driver's library exists wherever a GPU can be used, and its API is stable. An engine needs only 25 of its functions. The
+packages that wrap them are each tied to a version of CUDA.
 """
 
 import ctypes
@@ -16,13 +16,14 @@ import numpy as np
 from uni_instruct.errors import UniInstructError
 
 LIBRARY = "libcuda.so.1"
-# cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; a stream that does not wait for the default one; a capture
-# that other threads' calls do not break.
+# cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 _MAJOR, _MINOR = 75, 76
+# cuda.h: CU_STREAM_NON_BLOCKING, a stream that does not wait for the default stream; CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, a
+# capture that calls of other threads do not invalidate.
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1
 _NAME_BYTES = 128
 _HANDLE = POINTER(c_void_p)
-# cuda.h's declarations: each returns a CUresult, 0 for success; CUdeviceptr has 64 bits, every handle is a pointer.
+# The declarations in cuda.h. Each function returns a CUresult, 0 for success. A CUdeviceptr has 64 bits, a handle is a pointer.
 _ARGUMENTS = {
     "cuInit": (c_uint,),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
@@ -53,7 +54,7 @@ _ARGUMENTS = {
 
 
 class Gpu(NamedTuple):
-    """A GPU's name, and its compute capability times ten: 89 for 8.9."""
+    """A GPU's name and its compute capability times ten, as 89 for 8.9."""
 
     name: str
     sm: int
@@ -61,9 +62,9 @@ class Gpu(NamedTuple):
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, in CUDA's order; none without the driver.
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in CUDA's order; empty without the driver.
 
-    A process that has asked must not fork and use a GPU in its child: start the child anew.
+    CUDA does not survive a fork. A process that has called this must spawn, not fork, a child that is to use a GPU.
     """
     try:
         driver = _driver()
@@ -71,21 +72,21 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     count = c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(byref(count)):
-        return ()  # no device, or a driver that does not answer: either way there is none to use
+        return ()  # no device, or a driver that does not work: no GPU can be used
     return tuple(_gpu(index) for index in range(count.value))
 
 
 class CudaStream:
-    """A stream of one GPU, with memory on both sides, for one caller at a time. Raises UniInstructError where CUDA fails.
+    """A stream of one GPU, with buffers on the GPU and on the host. Raises UniInstructError if a CUDA call fails.
 
-    Whoever calls anything but `close` is inside `current`, in whatever thread.
+    Not thread-safe: one caller at a time, from any thread. All methods but `close` must be called within `current`.
     """
 
     def __init__(self, index: int):
         self._device, self._context, stream = c_int(), c_void_p(), c_void_p()
         _call("cuInit", 0)
         _call("cuDeviceGet", byref(self._device), index)
-        # The primary context is the one that CUDA's runtime, torch and TensorRT use.
+        # The primary context, as the CUDA runtime, torch and TensorRT share it.
         _call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
         self._memory: list[Callable[[], None]] = []
         with self.current():
@@ -94,7 +95,7 @@ class CudaStream:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Within the block, this thread's CUDA calls go to the GPU; afterwards to where they went before."""
+        """Within the block, CUDA calls of this thread go to this GPU; afterwards, to where they went before."""
         _call("cuCtxPushCurrent_v2", self._context)
         try:
             yield
@@ -102,33 +103,33 @@ class CudaStream:
             _call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def device_buffer(self, size: int) -> int:
-        """The address of so many bytes on the GPU."""
+        """Allocate `size` bytes on the GPU, until `close`. Returns the address."""
         address = c_uint64()
         _call("cuMemAlloc_v2", byref(address), size)
         self._memory.append(lambda: _call("cuMemFree_v2", address))
         return address.value
 
     def host_buffer(self, size: int) -> np.ndarray:
-        """So many bytes of this machine's memory that the GPU can read by itself: uint8 [size], until `close`."""
+        """Allocate `size` bytes of pinned host memory, which the GPU can access by itself, until `close`: uint8 [size]."""
         address = c_void_p()
         _call("cuMemHostAlloc", byref(address), size, 0)
         self._memory.append(lambda: _call("cuMemFreeHost", address))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address.value or 0))
 
     def upload(self, address: int, source: np.ndarray) -> None:
-        """Begins to copy a contiguous array to the GPU."""
+        """Start to copy a contiguous array to the GPU, without waiting for the end."""
         _call("cuMemcpyHtoDAsync_v2", address, source.ctypes.data, source.nbytes, self.handle)
 
     def download(self, target: np.ndarray, address: int) -> None:
-        """Begins to copy from the GPU into a contiguous array."""
+        """Start to copy from the GPU into a contiguous array, without waiting for the end."""
         _call("cuMemcpyDtoHAsync_v2", target.ctypes.data, address, target.nbytes, self.handle)
 
     def synchronize(self) -> None:
-        """Waits for all that was begun."""
+        """Wait until everything on the stream has finished."""
         _call("cuStreamSynchronize", self.handle)
 
     def capture(self, enqueue: Callable[[], None]) -> int:
-        """What enqueue puts on the stream as one CUDA graph, for `launch`. Nothing of it runs yet."""
+        """Capture what `enqueue` puts on the stream as a CUDA graph, without running it. Returns a handle for `launch`."""
         graph, executable = c_void_p(), c_void_p()
         _call("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
         try:
@@ -141,11 +142,11 @@ class CudaStream:
         return executable.value or 0
 
     def launch(self, graph: int) -> None:
-        """Begins to run what was captured."""
+        """Start to run a captured graph, without waiting for the end."""
         _call("cuGraphLaunch", graph, self.handle)
 
     def close(self) -> None:
-        """Frees all memory and graphs, once what runs is done."""
+        """Wait for what runs, then free all memory and graphs."""
         with self.current():
             self.synchronize()
             while self._memory:

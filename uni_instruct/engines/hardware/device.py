@@ -1,4 +1,4 @@
-"""Which device an engine runs on: 'cpu', 'cuda' or 'cuda:1', checked against what this machine has. Needs no torch."""
+"""Names of devices: 'cpu', 'cuda' or 'cuda:1', checked against what this machine has. Needs no torch."""
 
 import re
 
@@ -10,7 +10,7 @@ _FORM = re.compile(r"cpu|cuda(?::(?P<index>[0-9]{1,3}))?")
 
 
 def checked_device(text: str) -> str:
-    """'cpu', or 'cuda:<index>' of a GPU that is there. Raises RequestError for anything else."""
+    """Normalise a device's name to 'cpu' or 'cuda:<index>'. Raises RequestError if it is unknown or there is no such GPU."""
     match = _FORM.fullmatch(text)
     if match is None:
         raise RequestError(f"device '{text[:60]}' is unknown", remedy="use cpu, cuda or cuda:1", param="device")
@@ -30,10 +30,10 @@ def checked_device(text: str) -> str:
 
 
 def device_type(device: str) -> str:
-    """'cpu' or 'cuda'."""
+    """The kind of a device: 'cpu' or 'cuda'."""
     return device.partition(":")[0]
 
 
 def device_index(device: str) -> int:
-    """The number of a CUDA device, as this process counts them."""
+    """The index of a CUDA device among those that this process sees (CUDA_VISIBLE_DEVICES); 0 for 'cuda' and 'cpu'."""
     return int(device.partition(":")[2] or 0)

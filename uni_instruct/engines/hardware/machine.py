@@ -1,4 +1,4 @@
-"""Which machine this is, as far as it decides what an engine answers and how fast: the processor, and NVIDIA's GPUs."""
+"""What identifies this machine for engines: the processor and NVIDIA GPUs, which decide an engine's results and speed."""
 
 import hashlib
 import os
@@ -9,20 +9,24 @@ from typing import TypedDict
 CPUINFO = Path("/proc/cpuinfo")
 GPUS = Path("/proc/driver/nvidia/gpus")
 DRIVER = Path("/proc/driver/nvidia/version")
-# What a processor can do decides which kernels a runtime takes; a virtual machine may hide some of it.
-_ABILITIES = ("flags", "Features", "isa")
-# Those that decide how fast a network is, by Linux's names.
-_TELLING = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8")
+# Keys of /proc/cpuinfo with the processor's features, by architecture. They decide which kernels a runtime uses. A virtual
+# machine may hide some of them, so the model's name alone is not enough.
+_FEATURE_KEYS = ("flags", "Features", "isa")
+# The features that matter most for a network's speed, by Linux's names.
+_SPEED_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8")
 _NAMES = ("model name", "Model", "uarch", "CPU implementer", "CPU part", "model", "stepping")
 
 
 def machine() -> str:
-    """Processor and GPUs in words: 'x86_64 AMD EPYC ... (abilities 1f2e3d4c)'. Equal on machines that run engines alike."""
+    """Processor and GPUs in words, as 'x86_64 AMD EPYC ... (abilities 1f2e3d4c)'. Equal texts mean that engines run alike.
+
+    The number is a hash of the processor's features.
+    """
     return "; ".join([_processor(), *_gpus()])
 
 
 class MachineFacts(TypedDict):
-    """A machine, for a report: its processor, abilities that others of its kind lack, and its cores."""
+    """A machine, for a report: processor and GPUs, features that matter for speed, CPUs, system, Python version."""
 
     machine: str
     abilities: list[str]
@@ -33,11 +37,11 @@ class MachineFacts(TypedDict):
 
 
 def machine_facts() -> MachineFacts:
-    """For a report: the processor, what it can do beyond every other of its kind, its cores, the GPUs, the system."""
+    """This machine, for a report."""
     flags = _first_core().get("flags", "").split()
     return {
         "machine": machine(),
-        "abilities": [name for name in _TELLING if name in flags],
+        "abilities": [name for name in _SPEED_FEATURES if name in flags],
         "cpus_of_machine": os.cpu_count() or 1,
         "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": platform.platform(),
@@ -46,18 +50,18 @@ def machine_facts() -> MachineFacts:
 
 
 def _processor() -> str:
-    """By what Linux says of the first core; elsewhere by what the platform says."""
+    """The processor in words: from Linux's facts on the first core; on other systems, from `platform`."""
     facts = _first_core()
     if not facts:
         return f"{platform.machine()} {platform.processor()}".strip()
     name = " ".join(facts[key] for key in _NAMES if key in facts)
-    able = " ".join(sorted(facts[key] for key in _ABILITIES if key in facts))
+    able = " ".join(sorted(facts[key] for key in _FEATURE_KEYS if key in facts))
     digest = hashlib.sha256(" ".join(sorted(able.split())).encode()).hexdigest()[:8]
     return f"{platform.machine()} {name} (abilities {digest})"
 
 
 def _first_core() -> dict[str, str]:
-    """What Linux says of it; nothing elsewhere."""
+    """Linux's facts on the first core, from /proc/cpuinfo; {} on other systems."""
     try:
         first, _, _ = CPUINFO.read_text(errors="replace").partition("\n\n")
     except OSError:
@@ -66,7 +70,7 @@ def _first_core() -> dict[str, str]:
 
 
 def _gpus() -> list[str]:
-    """The models that NVIDIA's driver knows, its version, and which of them this process may see."""
+    """The GPU models that NVIDIA's driver lists, the driver's version, and CUDA_VISIBLE_DEVICES if set; [] without GPUs."""
     try:
         files = sorted(GPUS.glob("*/information"))
         models = [line.partition(":")[2].strip() for file in files for line in file.read_text().splitlines() if "Model" in line]

@@ -1,1 +1,1 @@
-"""Engines tried on this machine before they are trusted."""
+"""Trials: each engine is run once on this machine and compared with torch before it is used."""

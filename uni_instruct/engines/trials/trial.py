@@ -1,7 +1,7 @@
-"""An engine's trial on this machine: does it answer as torch does, and how fast? The user's cache keeps the result.
+"""The trial of an engine on this machine: does it agree with torch, and how fast is it? The user's cache keeps the result.
 
-Reduced precision is known to be silently wrong, or to crash, on some processors; what passed where it was built proves nothing
-here. So a process of its own, which may die, runs the engine on the bundle's reference.npz. None of this needs torch.
+On some processors, reduced precision silently returns wrong values or crashes, whatever a check on another machine has found.
+So the engine is run on the bundle's reference.npz here, in a process of its own, as it may crash. Needs no torch.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ from uni_instruct.files import atomic_file, cache_folder, sha256
 from uni_instruct.reference import REFERENCE
 
 TIMEOUT_S = 600
-# Whoever sends these means the process, not the engine.
-_SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Signals that a user or the system sends to a process: death by one of them says nothing about the engine.
+_EXTERNAL_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _one_at_a_time = threading.Lock()
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialKey:
-    """What a trial's result depends on: where any of it changes, the engine is tried again.
+    """All that a trial's result depends on. If any of it changes, the engine is tried again.
 
-    file_sha256 is the engine file's hash, for torch that of the weights; reference_sha256 is '' where there is no such file;
-    device is where it runs, 'cpu' or 'cuda:0'.
+    file_sha256: hash of the engine's file; for torch, of the weights. reference_sha256: '' if there is no reference.npz.
+    runtime: its name and version. device: where the engine runs, 'cpu' or 'cuda:0'. uni_instruct: this package's version.
     """
 
     engine_id: str
@@ -46,12 +46,12 @@ class TrialKey:
     uni_instruct: str
 
     def note(self) -> Path:
-        """The file in the user's cache that holds the result. Raises RuntimeError where there is no home to have one in."""
+        """The path of the result in the user's cache. Raises RuntimeError if there is no home directory to hold one."""
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
         return cache_folder() / "engines" / f"{self.engine_id}-{digest}.json"
 
-    def existing_note(self) -> Path | None:
-        """The same where it stands."""
+    def existing_path(self) -> Path | None:
+        """The path of the result if the file exists, else None."""
         try:
             return self.note() if self.note().is_file() else None
         except (OSError, RuntimeError):
@@ -60,11 +60,11 @@ class TrialKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What an engine did here. problem says why it is not to be used, '' where it is.
+    """The result of a trial. problem: why the engine must not be used; '' if it can be.
 
-    relative_l2 and pixel_difference are the distance from torch's images, None where there was nothing to compare.
-    images_per_s is that of one batch of the reference's images; or, where benchmark is not '', what the benchmark of that time
-    measured. lasting: whether another trial would end the same way.
+    relative_l2 and pixel_difference: the distance from torch's images; None if there was nothing to compare with.
+    images_per_s: of one batch of the reference's images; if benchmark is not '', as measured by the benchmark at that time.
+    lasting: whether another trial would end the same way. Only such results are recorded.
     """
 
     problem: str = ""
@@ -76,9 +76,9 @@ class Trial:
 
 
 def trial_key(bundle: Bundle, engine_id: EngineId, runtime: str, device: str) -> TrialKey:
-    """The key of the bundle's engine on that device; runtime is its name and version.
+    """The key for the bundle's engine on that device. runtime: the runtime's name and version.
 
-    Raises BundleError where its record is damaged.
+    Raises BundleError if the engine's record is damaged.
     """
     stored, reference = bundle.engines().get(engine_id), bundle.path / REFERENCE
     return TrialKey(
@@ -93,11 +93,11 @@ def trial_key(bundle: Bundle, engine_id: EngineId, runtime: str, device: str) ->
 
 
 def recorded_trial(key: TrialKey) -> Trial | None:
-    """The result on record; None where there is none, or it is damaged."""
+    """The recorded result; None if there is none, or if its file is damaged."""
     try:
         values = json.loads(key.note().read_text())
         trial = Trial(**{field.name: values[field.name] for field in fields(Trial)})
-        # A file name is 64 bits of the key; the note says all of it.
+        # The file name holds only 64 bits of the key's hash, so compare the whole key.
         whole = {name: values[name] for name in asdict(key)} == asdict(key) and _is_plausible(trial)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: no home, or JSON nested too deeply
         return None
@@ -105,10 +105,11 @@ def recorded_trial(key: TrialKey) -> Trial | None:
 
 
 def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
-    """The result on record, or else that of a trial now, which is put on record if the cache can be written.
+    """The recorded result, or else that of a trial now, which is then recorded if it lasts and the cache can be written.
 
-    Raises BundleError where the engine's files or reference.npz are damaged: that is no matter of the machine.
+    Raises BundleError if the engine's files or reference.npz are damaged: that is no result about this machine.
     """
+    # Two trials at once would measure each other's load.
     with _one_at_a_time:
         trial = recorded_trial(key)
         if trial is not None:
@@ -127,7 +128,7 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
 
 
 def record_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchmark: str) -> bool:
-    """Notes what a benchmark measured in place of the trial's own speed; whether the cache could be written."""
+    """Record a benchmark's speed in place of the trial's own. Returns whether the cache could be written."""
     measured = replace(trial or Trial(), images_per_s=images_per_s, benchmark=benchmark)
     with _one_at_a_time:
         _note(key, measured)
@@ -135,15 +136,17 @@ def record_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchm
 
 
 def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
-    def tell(past_s: float) -> None:
+    def on_progress(past_s: float) -> None:
         _log.info("trying engine %s: %.0f s of at most %d", engine_id, past_s, TIMEOUT_S)
 
     arguments = [str(bundle.resolve()), str(engine_id), device]
-    done = run_worker("uni_instruct.engines.trials.worker", arguments, tell, timeout_s=TIMEOUT_S)
+    done = run_worker("uni_instruct.engines.trials.worker", arguments, on_progress, timeout_s=TIMEOUT_S)
     if done is None:
         return Trial(problem=f"it did not answer in {TIMEOUT_S} s", lasting=False)
     if done.returncode < 0:
-        return Trial(problem=f"it died of {signal.Signals(-done.returncode).name}", lasting=-done.returncode not in _SENT)
+        return Trial(
+            problem=f"it died of {signal.Signals(-done.returncode).name}", lasting=-done.returncode not in _EXTERNAL_SIGNALS
+        )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
@@ -163,6 +166,7 @@ def _is_plausible(trial: Trial) -> bool:
     def is_number(value: object) -> bool:
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
+    # A trial has either failed, or measured a speed.
     numbers = (trial.relative_l2, trial.pixel_difference, trial.images_per_s)
     texts = isinstance(trial.problem, str) and isinstance(trial.benchmark, str)
     return texts and all(map(is_number, numbers)) and bool(trial.problem or trial.images_per_s)

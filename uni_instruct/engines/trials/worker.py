@@ -1,6 +1,7 @@
-"""Runs one engine of a bundle on its reference images, in a process that may die of it. Needs no torch, unless torch is tried.
+"""Runs one engine of a bundle on its reference images, in a process of its own, as it may crash. Only torch engines need torch.
 
-`trial.try_engine` calls it as `python -m uni_instruct.engines.trials.worker BUNDLE ENGINE_ID DEVICE`; it prints a `Trial`.
+`trial.try_engine` calls it as `python -m uni_instruct.engines.trials.worker BUNDLE ENGINE_ID DEVICE`. The last line of its
+output is the `Trial` as JSON.
 """
 
 import json
@@ -19,12 +20,12 @@ from uni_instruct.errors import MissingExtraError, UniInstructError
 from uni_instruct.noise import noise
 from uni_instruct.reference import reference_inputs
 
-# The fastest of so many calls, or of those that fit into the time: other work on the machine only ever adds to it.
+# Time at most CALLS calls, and start none after CALLS_S seconds. The fastest counts, as other load only ever adds time.
 CALLS, CALLS_S = 5, 1.0
 
 
 def main(bundle_path: str, engine: str, device: str) -> Trial:
-    """What the engine did. Raises where that says nothing about it: a package is missing, memory is short."""
+    """Run the trial and return its result. Raises only what says nothing about the engine: no package, too little memory."""
     bundle, engine_id = Bundle.open(bundle_path), EngineId.parse(engine)
     try:
         opened = load_engine(bundle, bundle.engines().get(engine_id, engine_id), device=device)
@@ -33,7 +34,7 @@ def main(bundle_path: str, engine: str, device: str) -> Trial:
         raise
     except UniInstructError as error:
         return Trial(problem=error.problem)
-    except Exception as error:  # a runtime's errors share no class but this one
+    except Exception as error:  # the runtimes' errors have no narrower common class
         problem = " ".join(str(error).split())[:200]
         return Trial(problem=f"it raises {type(error).__name__}: {problem}")
 
@@ -45,10 +46,10 @@ def _try(bundle: Bundle, engine: Engine) -> Trial:
     truth = None if reference is None else reference.images
     if reference:
         z, class_ids = reference.noise(bundle.spec), reference.class_ids
-    elif engine.id.target == COMPILED:  # a teacher's, which torch itself is at hand to compare with
+    elif engine.id.target == COMPILED:  # a teacher has no reference.npz, but compiled engines have torch to compare with
         truth = load_engine(bundle, TORCH, device=engine.device).outputs(z, class_ids).images
     first = None if class_ids is None else class_ids[:1]
-    # Runtimes choose their kernels by the shape: many images and one are what a server runs.
+    # A runtime's kernels depend on the batch size, so try a large batch and a single image, as in a server.
     outputs = [engine.outputs(z, class_ids), engine.outputs(z[:1], first)]
     if not all(np.isfinite(found.images).all() for found in outputs):
         return Trial(problem="it gives values that are not finite")
@@ -57,7 +58,7 @@ def _try(bundle: Bundle, engine: Engine) -> Trial:
 
 
 def _compare(engine_id: EngineId, outputs: list[Outputs], truth: np.ndarray) -> Trial:
-    """The distance from torch's images; torch itself, on whatever device, is what others are measured by."""
+    """The distance from torch's images, and whether it is within tolerance. torch in fp32 is the reference, so it always is."""
     found = agreement(outputs, truth)
     problem = "" if engine_id == TORCH else found.problem(TOLERANCES[engine_id.precision])
     return Trial(problem=problem, relative_l2=found.relative_l2, pixel_difference=found.pixel_difference)

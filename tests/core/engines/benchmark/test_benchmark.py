@@ -15,7 +15,7 @@ from PIL import Image
 
 from builders.bundles import ONNX, random_bundle
 from uni_instruct.bundle import Bundle
-from uni_instruct.engine import TORCH, engine_status, select_engine, wanted_engines
+from uni_instruct.engine import TORCH, engine_status, resolve_engines, select_engine
 from uni_instruct.engines.benchmark import comparison, peak
 from uni_instruct.engines.record import RECORD, EngineId, EngineRecord
 from uni_instruct.files import sha256
@@ -64,10 +64,10 @@ def test_every_engine_beside_eager_and_the_peak(bundle: Bundle, cli: Cli, tmp_pa
 
 
 def test_what_is_measured_is_counted_by_engine_and_not_by_word(bundle: Bundle) -> None:
-    assert wanted_engines(bundle, (), None) == [ONNX, TORCH]
-    assert wanted_engines(bundle, ("torch", "torch-fp32"), None) == [TORCH]
+    assert resolve_engines(bundle, (), None) == [ONNX, TORCH]
+    assert resolve_engines(bundle, ("torch", "torch-fp32"), None) == [TORCH]
     compiled = EngineId("torch", "fp32", "compiled")
-    assert wanted_engines(bundle, (str(compiled), "onnx"), None) == [ONNX, compiled]
+    assert resolve_engines(bundle, (str(compiled), "onnx"), None) == [ONNX, compiled]
 
 
 def test_afterwards_the_fastest_is_chosen_however_small_its_lead(bundle: Bundle, cli: Cli, cache: Path) -> None:

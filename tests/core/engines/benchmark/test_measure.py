@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from uni_instruct.engines.benchmark import measure, peak
-from uni_instruct.engines.benchmark.measure import Contender, Spread, ratio, seconds_of, take_turns, turns
+from uni_instruct.engines.benchmark.measure import Contender, Spread, measure_interleaved, median_seconds, ratio, turns
 from uni_instruct.progress import silent
 
 
@@ -42,7 +42,7 @@ def test_contenders_take_turns_forwards_and_backwards_after_one_call_each(monkey
     contenders, steps = [contender("a", 1.0), contender("b", 2.0)], []
     with silent("", 0, "") as bar:
         bar.advance = lambda amount, note=None: steps.append(amount)  # type: ignore[method-assign]
-        found = take_turns(contenders, (1, 4), 2, 0.5, bar)
+        found = measure_interleaved(contenders, (1, 4), 2, 0.5, bar)
     once = [("a", 1), ("b", 1), ("a", 4), ("b", 4)]
     assert order == once + once + once[::-1]
     assert sum(steps) == turns(contenders, (1, 4), 2) == 12
@@ -51,13 +51,13 @@ def test_contenders_take_turns_forwards_and_backwards_after_one_call_each(monkey
 
 def test_a_short_call_is_repeated_after_one_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    assert seconds_of(clock.taking(0.4, 0.1, 0.3, 0.2, 9.0), least_s=0.5) == pytest.approx(0.2)
+    assert median_seconds(clock.taking(0.4, 0.1, 0.3, 0.2, 9.0), min_s=0.5) == pytest.approx(0.2)
     assert clock.now == pytest.approx(1.0)  # 0.4 is not counted, 0.1 + 0.3 + 0.2 reach half a second
 
 
 def test_a_long_call_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    assert seconds_of(clock.taking(3.0, 9.0), least_s=0.5) == 3.0
+    assert median_seconds(clock.taking(3.0, 9.0), min_s=0.5) == 3.0
     assert clock.now == 3.0
 
 

@@ -36,8 +36,8 @@ import sys
 import numpy as np
 from uni_instruct.engine import open_engine
 from uni_instruct.noise import round_robin_class_ids, noise
-from uni_instruct.progress import show_log
-show_log("uni_instruct.engines.compiled.cache")
+from uni_instruct.progress import log_to_stderr
+log_to_stderr("uni_instruct.engines.compiled.cache")
 engine = open_engine(sys.argv[1], sys.argv[2])
 np.save(sys.argv[3], engine(noise(range(5), engine.spec.noise_shape), round_robin_class_ids(engine.spec, 5)))
 assert "torch._inductor" not in sys.modules and "torch._dynamo" not in sys.modules

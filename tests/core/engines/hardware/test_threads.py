@@ -52,7 +52,7 @@ def test_threads_spin_only_where_a_core_is_to_spare_for_each(
     assert Threads.here(spin=True) == Threads(count=2, spin=spins)
     assert Threads.here(spin=False) == Threads(count=2, spin=False)
     monkeypatch.setattr(threads, "LOAD", tmp_path / "none")  # not on this system
-    assert threads.wanting_cpus() == 0
+    assert threads.runnable_threads() == 0
 
 
 def test_pinned_threads_get_a_core_each_as_onnx_runtime_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
