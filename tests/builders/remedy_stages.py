@@ -169,9 +169,9 @@ TRAINING = [
           lambda remedy, tmp: recipe(tmp, "name: x\ndata: digits\n{1}:\n  {0}: 3\n".format(*re.findall(r"'(\w+):?'", remedy)))),
     Value(R, "(_entry)", lambda tmp: recipe(tmp, "name: x\ndata: digits\nschedule: [{until_kimg: 1}]\n"),
           lambda remedy, tmp: recipe(tmp, said(
-              remedy, "in a line of its own", "name: x\ndata: digits\nschedule: [{until_kimg: 1, objective: {}}]\n"))),
-    Value(R, "recipe has no '{}{}'", lambda tmp: recipe(tmp, "data: digits\n"),
-          lambda remedy, tmp: recipe(tmp, said(remedy, "in a line of its own", "name: x\ndata: digits\n"))),
+              remedy, "add a line 'objective: ...'", "name: x\ndata: digits\nschedule: [{until_kimg: 1, objective: {}}]\n"))),
+    Value(R, "(_build)", lambda tmp: recipe(tmp, "data: digits\n"),
+          lambda remedy, tmp: recipe(tmp, said(remedy, "add a line 'name: ...'", "name: x\ndata: digits\n"))),
     Value(R, "recipe key '{}' is empty", lambda tmp: recipe(tmp, "name: x\ndata: digits\nloop:\n  seed:\n"),
           lambda remedy, tmp: recipe(tmp, said(remedy, "leave the line out", "name: x\ndata: digits\n"))),
     Value(R, "recipe key '{}' is {}", lambda tmp: recipe(tmp, "name: 7\ndata: digits\n"),

@@ -149,8 +149,8 @@ PLANS = [
           lambda remedy, tmp: rewarded(tmp, f"def f(images, ids): return images.mean((1, 2, 3))  # {said(remedy, 'returns differentiable rewards [B]', '')}")),
 ]  # fmt: skip
 DOCTOR = [
-    Value(F, "{} images of '{}' are all one colour", lambda tmp: examined("data", data(tmp, levels=(7, 7))), lambda remedy, tmp: said(remedy, "pictures that differ", examined("data", data(tmp)))),
-    Value(F, "{} of the {} classes of", lambda tmp: examined("data", data(tmp, [0, 1, 0, 1], num_classes=3)), lambda remedy, tmp: said(remedy, "the number of classes that it has", examined("data", data(tmp, [0, 1, 0, 1], num_classes=2)))),
+    Value(F, "(_data)", lambda tmp: examined("data", data(tmp, levels=(7, 7))), lambda remedy, tmp: said(remedy, "a data set of real pictures", examined("data", data(tmp)))),
+    Value(F, "{} of the {} classes of", lambda tmp: examined("data", data(tmp, [0, 1, 0, 1], num_classes=3)), lambda remedy, tmp: said(remedy, "whose labels have no unused classes", examined("data", data(tmp, [0, 1, 0, 1], num_classes=2)))),
     Value(F, "{}.batch {} is not divisible", lambda _: examined("devices", devices=3), lambda remedy, _: said(remedy, "choose another --devices", examined("devices", devices=2))),
     Value(F, "loop.precision 16-mixed", lambda _: examined("devices", "precision=16-mixed"), lambda remedy, _: examined("devices", found(r"--set (\S+)", remedy))),
     Value(F, "(_memory)", lambda _: examined("memory", *LARGE), lambda remedy, _: examined("memory", *LARGE, f"{found(r'lower (distillation.micro_batch)', remedy)}=64")),

@@ -123,13 +123,13 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
         ({"objective": {"mix": 1.5}}, "objective.mix 1.5 is out of range; give 0 to 1"),
         (
             {"schedule": [{"until_kimg": 500, "objective": {}}]},
-            "schedule's until_kimg [500.0] do not rise to below duration_kimg 200",
+            "schedule's until_kimg [500.0] do not rise, or reach duration_kimg 200",
         ),
         (
             {"schedule": [{"until_kimg": 5, "objective": {"discriminator": "own"}}]},
             "objective.discriminator differs between phases",
         ),
-        ({"schedule": [{"objective": {}}]}, "recipe has no 'schedule.until_kimg'"),
+        ({"schedule": [{"objective": {}}]}, "the recipe has no key 'schedule.until_kimg'"),
         ({"loop": {"trackers": ["clearml"]}}, "loop.trackers 'clearml' is unknown; choose one of tensorboard"),
         ({"distillation": {"ema_halflife_kimg": []}}, "distillation.ema_halflife_kimg is empty"),
         (
@@ -137,7 +137,7 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
             "divergence 'jeffreys' needs real data",
         ),
         ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sida"}}, "an adversarial term needs real data"),
-        ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sid"}}, "metric 'FD' compares with data"),
+        ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sid"}}, "metric 'FD' needs data to compare with"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_remedy(values: dict, message: str) -> None:

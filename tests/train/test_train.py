@@ -170,7 +170,10 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
             "method 'di++' needs a reward function, because objective.reward_scale is 1; --set reward=file.py:function",
         ),
         (["train", "digits", "--set", "method=di-star", "--set", "reward=nowhere:f"], "reward 'nowhere:f' cannot be imported"),
-        (["train", "digits", "--set", "data="], "a teacher is trained from data, and the recipe has none; --set data=..."),
+        (
+            ["train", "digits", "--set", "data="],
+            "the recipe names no data, which it needs to train the teacher; --set data=...",
+        ),
         (["train", "digits", "--set", "precision=16-mixed"], "loop.precision 16-mixed needs a GPU"),
         (["train", "digits", "--set", "conditional=false", "--set", "method=sid-lsg"], "guidance needs a teacher with classes"),
         (
@@ -258,7 +261,7 @@ def test_networks_of_another_shape_are_refused(
 def test_another_recipe_into_the_same_run_is_refused(finished: Path) -> None:
     done = call_cli(*train_command(finished, "objective.alpha=0.7"))
     assert done.returncode == 2
-    assert "holds a run with objective.alpha=0.5, not 0.7" in done.stderr
+    assert "contains a run with objective.alpha=0.5, which cannot change to 0.7" in done.stderr
 
 
 def test_corrupt_state_is_named(finished: Path, tmp_path: Path) -> None:
