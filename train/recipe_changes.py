@@ -152,7 +152,7 @@ def _refused(folder: Path, key: str, was: object, wanted: object) -> RequestErro
     remedy = f"leave it at {was}, or choose another --out"
     if key.startswith(("objective.", "schedule")) and all((folder / name).exists() for name in ("teacher", "generator")):
         remedy += f" with teacher={folder}/teacher distillation.start={folder}/generator, to start a new distillation from them"
-    problem = f"{folder} contains a run with {key}={was}, which cannot change to {wanted} when it is resumed"
+    problem = f"{folder} contains a run with {key}={was}, which a resumed run cannot change to {wanted}"
     return RequestError(problem, remedy=remedy, param="out")
 
 

@@ -76,7 +76,7 @@ def test_what_train_would_find_in_the_folder_is_found(tmp_path: Path) -> None:
     torch.save({"step": 3}, run / "state" / "teacher.pt")
     (run / "state" / "teacher.json").write_text('{"step": 3}')
     (run / "recipe.yaml").write_text("name: digits\ndata: digits\nnetwork: {model_channels: 48}\n")
-    with pytest.raises(RequestError, match=r"contains a run with network\.model_channels=48, which cannot change to 32"):
+    with pytest.raises(RequestError, match=r"with network\.model_channels=48, which a resumed run cannot change to 32"):
         CHECKS["run"](preflight)
     (run / "recipe.yaml").write_text(yaml.safe_dump(load_recipe("digits").to_dict()))
     assert CHECKS["run"](preflight) == f"{run} contains a run that will be resumed: teacher at step 3"

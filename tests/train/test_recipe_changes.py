@@ -128,25 +128,25 @@ def test_what_does_not_undo_training_may_change(tmp_path: Path, change: str) -> 
     [
         (
             "objective.alpha=0.7",
-            "objective.alpha=1.0, which cannot change to 0.7 when it is resumed; leave it at 1.0, or choose another --out",
+            "objective.alpha=1.0, which a resumed run cannot change to 0.7; leave it at 1.0, or choose another --out",
         ),
-        ("network.model_channels=64", "contains a run with network.model_channels=32, which cannot change to 64"),
-        ("distillation.batch=32", "contains a run with distillation.batch=64, which cannot change to 32"),
-        ("loop.seed=1", "contains a run with loop.seed=0, which cannot change to 1"),
-        ("distillation.ema_halflife_kimg=9", "ema_halflife_kimg=[8.0], not [9.0]"),
+        ("network.model_channels=64", "contains a run with network.model_channels=32, which a resumed run cannot change to 64"),
+        ("distillation.batch=32", "contains a run with distillation.batch=64, which a resumed run cannot change to 32"),
+        ("loop.seed=1", "contains a run with loop.seed=0, which a resumed run cannot change to 1"),
+        ("distillation.ema_halflife_kimg=9", "ema_halflife_kimg=[8.0], which a resumed run cannot change to [9.0]"),
         (
             "schedule=[{until_kimg: 3, objective: {method: sid}}]",
-            "contains a run with schedule[0].until_kimg=null, which cannot change to 3.0",
+            "contains a run with schedule[0].until_kimg=null, which a resumed run cannot change to 3.0",
         ),
         (
             "network.patch=2",
-            "contains a run with network.patch=null, which cannot change to 2 when it is resumed; leave it at null, or choose",
+            "contains a run with network.patch=null, which a resumed run cannot change to 2; leave it at null, or choose",
         ),
         (
             "teacher=fashion-mnist-teacher",
-            "teacher.bundle='', which cannot change to fashion-mnist-teacher when it is resumed; leave it at '', or",
+            "teacher.bundle='', which a resumed run cannot change to fashion-mnist-teacher; leave it at '', or",
         ),
-        ("data=fashion-mnist", "contains a run with data=digits, which cannot change to fashion-mnist"),
+        ("data=fashion-mnist", "contains a run with data=digits, which a resumed run cannot change to fashion-mnist"),
         (
             "distillation.duration_kimg=2",
             "duration_kimg=2.0: the run has already trained for 6.4 kimg; give more than 6.4, or leave it at 44.8",
@@ -176,7 +176,7 @@ def test_left_as_the_remedy_writes_it_a_run_goes_on(tmp_path: Path, wrong: str, 
 
 def test_a_discriminator_neither_comes_nor_goes(tmp_path: Path) -> None:
     folder, without = run_at(tmp_path / "run", generator=10), ["method=sid"]
-    with pytest.raises(RequestError, match=r"adversarial_scale=0.0, not 0.1"):
+    with pytest.raises(RequestError, match=r"adversarial_scale=0.0, which a resumed run cannot change to 0.1"):
         changed(folder, "adversarial_scale=0.1", base=without)
     assert changed(folder, "adversarial_scale=0.2") == {"objective.adversarial_scale": (0.1, 0.2)}
 

@@ -261,7 +261,7 @@ def test_networks_of_another_shape_are_refused(
 def test_another_recipe_into_the_same_run_is_refused(finished: Path) -> None:
     done = call_cli(*train_command(finished, "objective.alpha=0.7"))
     assert done.returncode == 2
-    assert "contains a run with objective.alpha=0.5, which cannot change to 0.7" in done.stderr
+    assert "contains a run with objective.alpha=0.5, which a resumed run cannot change to 0.7" in done.stderr
 
 
 def test_corrupt_state_is_named(finished: Path, tmp_path: Path) -> None:
