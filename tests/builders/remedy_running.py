@@ -320,7 +320,7 @@ ENGINES = [
     Value(F, "{} does not hold images of", lambda tmp: reference(tmp, images=np.zeros((1, 1, 4, 4), np.float32)), lambda remedy, tmp: anew(tmp, remedy)),
     Value("export/api.py", "target '{}' is several", lambda tmp: export_bundle(exported(tmp), "all"), lambda remedy, tmp: export_bundle(exported(tmp), first_choice(remedy))),
     Value("uni_instruct/evaluate/evaluator.py", "the statistics of {} were made by another", of_another_classifier, lambda remedy, _: scored(said(remedy, "the data set itself as --reference", "digits"))),
-    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher_only=said(remedy, "leave teacher.bundle empty", True))),
+    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher_only=said(remedy, "leave out teacher.bundle", True))),
     Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher(tmp), teacher_only=said(remedy, "leave out teacher.bundle or --teacher-only", False))),
     Value("train/pipeline.py", "{} is missing, although", without_its_teacher, lambda remedy, tmp: trained(tmp, said(remedy, "another --out", "other"), teacher_only=True)),
     Value(PB, "{} holds no scores", lambda tmp: read_scores(scores(tmp, values=None)), lambda remedy, tmp: evaluated(tmp, remedy)),
