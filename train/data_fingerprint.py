@@ -39,8 +39,8 @@ def check_same_data(folder: Path, dataset: Dataset, *, write: bool) -> None:
         return
     if noted != facts:
         raise RequestError(
-            f"data set '{dataset.source}' {_difference(noted, facts)} since the run in {folder} was begun",
-            remedy="give the data as they were, or choose another --out",
+            f"data set '{dataset.source}' {_difference(noted, facts)} since the run in {folder} was started",
+            remedy="restore the data that the run was started with, or choose another --out",
             param="data",
         )
 
@@ -70,4 +70,4 @@ def _difference(before: DataDescription, now: DataDescription) -> str:
         return f"has changed from {before.get('images')} images to {now['images']}"
     if before.get("image_shape") != now["image_shape"]:
         return f"has changed from {before.get('image_shape')} channels, height and width to {now['image_shape']}"
-    return "has got other images or labels"
+    return "has other images or labels"

@@ -29,7 +29,7 @@ from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.monitoring.health import Health
 from uni_instruct.train.monitoring.metrics import Metrics
-from uni_instruct.train.monitoring.scores import MAX_REFERENCE_FOR_PR, SELECTION_METRICS, metric_value
+from uni_instruct.train.monitoring.scores import SELECTION_METRICS, affords_pr, metric_value
 from uni_instruct.train.optimization.distributed import gather_to_first
 from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.rng import step_rng
@@ -207,7 +207,7 @@ class Loop:
         if self.evaluator is not None:
             asked = SELECTION_METRICS[self.config.metric].asked
             # Precision and recall compare all pairs of reference images, which takes too long for large references.
-            few = self.evaluator.reference_images <= MAX_REFERENCE_FOR_PR
+            few = affords_pr(self.evaluator.reference_images)
             scores = self.evaluator(images, class_ids, metrics=(asked, "pr") if few else (asked,)).values
             value = metric_value(scores, self.config.metric)
             self.run.log(stage.name, done, kimg, scores)
@@ -215,7 +215,7 @@ class Loop:
         if value <= self.best.value:
             self.best = Best(value, done, scores)
             self.keep(scores, images[: self.config.grid])
-        share = f"{self.run.clock.share(stage.name, 'evaluation'):.0%} of the time went into evaluation"
+        share = f"{self.run.clock.share(stage.name, 'evaluation'):.0%} of the stage's time was evaluation"
         return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), share])
 
     def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:

@@ -52,8 +52,8 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
     """
     start = time.monotonic()
     if teacher_only and recipe.teacher.bundle:
-        problem = f"the recipe's teacher is given ({recipe.teacher.bundle}), and only a teacher is to be trained"
-        raise RequestError(problem, remedy="leave teacher.bundle empty, or do without --teacher-only", param="teacher-only")
+        problem = f"--teacher-only trains a teacher, but the recipe already gives one ({recipe.teacher.bundle})"
+        raise RequestError(problem, remedy="leave out teacher.bundle or --teacher-only", param="teacher-only")
     plan = make_plan(recipe, saved_classes(out))
     recipe = _resolved_recipe(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
@@ -151,7 +151,12 @@ class _Session:
             write_report(self.run.folder, self.plan, self.evaluator, progress)
         except Exception as error:  # drawing, scoring and disks may raise anything
             file, name = self.run.folder / REPORT, type(error).__name__
-            log.warning("%s was not made: %s: %s; the training is complete, and 'train' again makes it", file, name, error)
+            log.warning(
+                "%s could not be written: %s: %s; the training is complete, run the same command again to write the report",
+                file,
+                name,
+                error,
+            )
 
     def _train(self, stage: Stage, spec: ModelSpec, name: str) -> Bundle:
         folder = self.run.folder / name
@@ -164,7 +169,7 @@ class _Session:
         best: Best = Loop(self.run, self.recipe.loop, self.fabric, spec, self.evaluator, keep)(stage)
         # A finished stage is not trained again, so a bundle that was removed cannot be written again.
         if not (folder / CONFIG).exists():
-            raise RequestError(f"{folder} is gone, but its training is finished", remedy="train into another --out")
+            raise RequestError(f"{folder} is missing, although its training is finished", remedy="train into another --out")
         log.info("%s: best after step %d: %s", name, best.step, best.scores)
         return self._named(Bundle.open(folder), spec.name, best.scores or {})
 

@@ -80,14 +80,15 @@ def examine(preflight: Preflight) -> list[Finding]:
 def _data(preflight: Preflight) -> str:
     dataset = preflight.dataset
     if dataset is None:
-        return "none named"
+        return "the recipe names none"
     sampled = dataset.check_sample()
     # Evenly spaced, because files are often sorted by class.
     indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
     values = dataset.floats(indices, [int(index) for index in indices])
     # Images of a single colour, such as masks from a wrong folder, would train without an error.
     if values.std() < 1e-3:
-        raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "give pictures that differ")
+        problem = f"{len(indices)} images of '{dataset.name}' all have the same single colour"
+        raise CheckFailed(problem, "give a data set of real pictures")
     classes = "no classes"
     if dataset.labels is not None:
         counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
@@ -95,7 +96,7 @@ def _data(preflight: Preflight) -> str:
         if not counts.min():
             raise CheckFailed(
                 f"{int((counts == 0).sum())} of the {dataset.num_classes} classes of '{dataset.name}' have no image",
-                "give all of the data, or data with the number of classes that it has",
+                "give the complete data set, or one whose labels have no unused classes",
             )
     channels, height, width = dataset.image_shape
     read = f"{sampled:,} of {len(dataset):,} images of {width}x{height}x{channels} read"
@@ -107,7 +108,7 @@ def _recipe(preflight: Preflight) -> str:
     if plan.start is not None:
         load_start(plan.start, plan.teacher_spec)
     trained = "trained first" if plan.given_teacher is None else f"given, {plan.given_teacher.spec.name}"
-    return f"{preflight.recipe.name}: the parts fit each other, teacher {trained}"
+    return f"{preflight.recipe.name}: recipe, data and teacher fit together; teacher: {trained}"
 
 
 def _teacher(preflight: Preflight) -> str:
@@ -117,7 +118,7 @@ def _teacher(preflight: Preflight) -> str:
     dataset = preflight.dataset
     bundle = open_or_import(preflight.recipe.teacher.bundle, "teacher", dataset is not None and dataset.latents)
     if dataset is None:
-        return f"{bundle.spec.name}: there are no data to try it on"
+        return f"{bundle.spec.name}: not tried, because the recipe names no data"
     indices = np.linspace(0, len(dataset) - 1, DENOISED).astype(np.int64)
     clean = torch.from_numpy(dataset.floats(indices, [int(index) for index in indices])).permute(0, 3, 1, 2)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
@@ -130,9 +131,11 @@ def _teacher(preflight: Preflight) -> str:
         denoised = load_denoiser(bundle)(clean + SIGMA * noise, torch.full((len(clean), 1, 1, 1), SIGMA), class_ids)
     # mean |D(x + sigma n) - x|^2 / sigma^2: the share of the noise that is left. A denoiser that returns its input leaves 1.
     left = float(((denoised - clean) ** 2).mean() / SIGMA**2)
-    seen = f"of noise of {SIGMA} on {len(clean)} images it leaves {left:.0%}"
+    seen = f"after denoising {len(clean)} images with noise level {SIGMA}, {left:.0%} of the noise is left"
     if not left < 1:
-        raise CheckFailed(f"{bundle.spec.name}: {seen}", "give the teacher of these data, whose pixels run from -1 to 1")
+        raise CheckFailed(
+            f"{bundle.spec.name}: {seen}", "give a teacher that was trained on this data, with pixels from -1 to 1"
+        )
     return f"{bundle.spec.name}: {seen}"
 
 
@@ -145,19 +148,21 @@ def _run(preflight: Preflight) -> str:
     out, recipe = preflight.out, preflight.recipe
     refuse_in_use(out)
     if not holds_training(out):
-        return f"{out} holds no training yet"
+        return f"{out} contains no run yet"
     if preflight.plan.dataset is not None:
         check_same_data(out, preflight.plan.dataset, write=False)
     with closing(Run(out, recipe, first_process=False)) as run:
         stages = [stage for stage in ("teacher", "generator") if run.load_state(stage) is not None]
     at = ", ".join(f"{stage} at step {saved_step(out, stage):,}" for stage in stages)
-    return f"{out} holds a run that goes on{f': {at}' if at else ''}"
+    return f"{out} contains a run that will be resumed{f': {at}' if at else ''}"
 
 
 def _devices(preflight: Preflight) -> str:
     gpus, asked = torch.cuda.device_count(), preflight.devices
     if gpus and asked > gpus:
-        raise CheckFailed(f"--devices {asked} is more than the {gpus} GPUs of this machine", "ask for fewer, or use torchrun")
+        raise CheckFailed(
+            f"--devices {asked} is more than the {gpus} GPUs of this machine", "give a smaller --devices, or use torchrun"
+        )
     if preflight.recipe.loop.precision == "16-mixed" and not gpus:
         raise CheckFailed("loop.precision 16-mixed needs a GPU, and this machine has none", "--set precision=bf16-mixed")
     for section in (preflight.recipe.teacher, preflight.recipe.distillation):
@@ -167,7 +172,7 @@ def _devices(preflight: Preflight) -> str:
             )
     days = preflight.cost.gpu_days(exact(preflight.recipe.loop).precision)
     on = f"{asked} of {gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else f"{asked} CPU processes, no GPU"
-    return f"{on}; the run takes about {days:.3g} days of one H100 (--dry-run says how that is reckoned)"
+    return f"{on}; the run takes about {days:.3g} days of one H100 (train --dry-run shows this estimate)"
 
 
 def _memory(preflight: Preflight) -> str:

@@ -173,7 +173,8 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     # A section that is there and empty has its defaults, here as elsewhere.
     missing = [name for name in required if values.get(name) is None and not (name in values and _is_section(hints[name]))]
     if missing:
-        raise RequestError(f"recipe has no '{prefix}{missing[0]}'", remedy="give it in a line of its own", param="recipe")
+        problem = f"the recipe has no key '{prefix}{missing[0]}'"
+        raise RequestError(problem, remedy=f"add a line '{missing[0]}: ...'", param="recipe")
     # The method's settings are defaults. Keys in the recipe override them.
     if cls is ObjectiveConfig:
         method = values.get("method", ObjectiveConfig.method)
@@ -259,7 +260,7 @@ _WANTED = {bool: "give true or false", int: "give a whole number", float: "give 
 def _of_wrong_type(kind: Any, value: Any, key: str) -> RequestError:
     if value is None:
         return RequestError(f"recipe key '{key}' is empty", remedy="give it a value, or leave the line out", param="recipe")
-    remedy = _WANTED.get(kind, "give a list, its entries below it with a '-' before each")
+    remedy = _WANTED.get(kind, "give a list: one entry per line below the key, each after a '-'")
     if kind is str and not isinstance(value, list | dict):  # a number, or true and false
         remedy = f"put it in quotes: '{brief(value)}'"
     elif kind is int and isinstance(value, str):

@@ -54,7 +54,7 @@ class Run:
         self._write_line({"stage": stage, "step": step, "changed": self._changes})
         self._write_recipe()
         for key, (was, now) in self._changes.items():
-            log.warning("%s, step %d: %s is %s from here on, it was %s", stage, step, key, now, was)
+            log.warning("%s, step %d: from here on %s is %s (before: %s)", stage, step, key, now, was)
         self._changes = {}
 
     def load_state(self, stage: str) -> dict[str, Any] | None:
@@ -65,7 +65,9 @@ class Run:
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch passes on any error of its zip and pickle readers
-            raise FileFormatError(f"state {file} cannot be read", remedy="delete it to train that stage anew") from error
+            raise FileFormatError(
+                f"state {file} cannot be read", remedy="delete it to train that stage again from the start"
+            ) from error
         return state
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:

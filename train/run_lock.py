@@ -87,7 +87,7 @@ class RunLock:
                 return False
             time.sleep(0.02)
         if held is None:
-            log.warning("%s is on a file system without locks: start no second training there", self.folder)
+            log.warning("%s is on a file system without file locks: do not start a second training in this folder", self.folder)
         return True
 
     def note(self, devices: int) -> None:
@@ -150,7 +150,7 @@ def in_use_error(folder: Path) -> RequestError:
     who = "another process" if worker is None else str(worker)
     stop = f", or stop it with 'kill {worker.pid}'" if worker is not None and worker.is_local else ""
     return RequestError(
-        f"{folder} is being trained by {who}", remedy=f"wait for it{stop}, or choose another --out", param="out"
+        f"{folder} is being trained by {who}", remedy=f"wait until it has finished{stop}, or choose another --out", param="out"
     )
 
 

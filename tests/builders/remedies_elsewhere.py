@@ -38,7 +38,7 @@ RULES = (
     Rule("asks for a package, as the table of trackers has it", path=r"trackers\.py", problem="needs package"),
     Rule("asks for a newer version of this package", remedy="^update uni-instruct"),
     Rule("asks for an account with Weights & Biases", remedy="wandb login"),
-    Rule("asks for another operating system", problem="this system has no"),
+    Rule("asks for another operating system", problem="not supported on this system"),
     Rule(
         "asks for a new copy of a damaged file",
         remedy=r"(copy|download|get|write) .*again",
@@ -76,7 +76,7 @@ RULES = (
         "followed by tests/core/engines, where each damage is made and the engine exported again",
         remedy="export the engine again",
     ),
-    Rule("asks to wait for another process, or a server", remedy=r"^wait for |the log above says|log says|^see "),
+    Rule("asks to wait for another process, or a server", remedy=r"^wait (for|until) |the log above says|log says|^see "),
     Rule("another process removed a file meanwhile, and the same command is to be run again", remedy="^run the same command"),
     Rule(
         "the server's own states: full, late, not ready, ending",
@@ -92,7 +92,10 @@ RULES = (
     Rule("asks for another machine or more GPUs", path=r"^train/optimization/(distributed|auto_precision)\.py"),
     Rule("asks for a file of 90 to 900 MB", path=r"^uni_instruct/evaluate/pretrained\.py"),
     Rule("needs an NVIDIA GPU", path=r"engines/(hardware/cuda|tensorrt)\.py|^export/tensorrt\.py"),
-    Rule("needs an NVIDIA GPU, or more of them", remedy=r"RTX GPU|^ask for fewer, or use torchrun|--to \{\} --sm|as --sm 89"),
+    Rule(
+        "needs an NVIDIA GPU, or more of them",
+        remedy=r"RTX GPU|^(ask for fewer|give a smaller --devices), or use torchrun|--to \{\} --sm|as --sm 89",
+    ),
     Rule("asks for another processor", path=r"engines/openvino\.py", error="RequestError"),
     Rule("needs a model whose weights fill 2 GB", path=r"^export/graph\.py"),
     Rule("asks for memory", remedy="^free memory"),

@@ -320,9 +320,9 @@ ENGINES = [
     Value(F, "{} does not hold images of", lambda tmp: reference(tmp, images=np.zeros((1, 1, 4, 4), np.float32)), lambda remedy, tmp: anew(tmp, remedy)),
     Value("export/api.py", "target '{}' names several engines", lambda tmp: export_bundle(exported(tmp), "all"), lambda remedy, tmp: export_bundle(exported(tmp), first_choice(remedy))),
     Value("uni_instruct/evaluate/evaluator.py", "the statistics of {} were made by a", of_another_classifier, lambda remedy, _: scored(said(remedy, "the data set itself as --reference", "digits"))),
-    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher_only=said(remedy, "leave teacher.bundle empty", True))),
-    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher(tmp), teacher_only=said(remedy, "or do without --teacher-only", False))),
-    Value("train/pipeline.py", "{} is gone", without_its_teacher, lambda remedy, tmp: trained(tmp, said(remedy, "another --out", "other"), teacher_only=True)),
+    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher_only=said(remedy, "leave out teacher.bundle", True))),
+    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher(tmp), teacher_only=said(remedy, "leave out teacher.bundle or --teacher-only", False))),
+    Value("train/pipeline.py", "{} is missing, although", without_its_teacher, lambda remedy, tmp: trained(tmp, said(remedy, "another --out", "other"), teacher_only=True)),
     Value(PB, "{} does not hold the scores", lambda tmp: read_scores(scores(tmp, values=None)), lambda remedy, tmp: evaluated(tmp, remedy)),
 ]  # fmt: skip
 RUN = [
@@ -343,5 +343,5 @@ RUN = [
     Value("uni_instruct/networks/autoencoder.py", "the decoder cannot be built", lambda _: built("sides do not fit"), lambda remedy, _: built(said(remedy, "give another VAE", ""))),
     Value("uni_instruct/commands/data.py", "{}: {} file{} wrong", lambda tmp: folder(tmp, a_png=GREY, b_png=b"text") and checked(tmp), lambda remedy, tmp: removed(tmp, remedy)),
     Value("uni_instruct/data/storage.py", "(_walk)", lambda tmp: listed_folder(tmp, PermissionError(13, "")), lambda remedy, tmp: listed_folder(tmp, said(remedy, "make it readable", None))),
-    Value("train/preflight.py", "(_teacher)", lambda tmp: examined("teacher", f"teacher.bundle={random_bundle(tmp / 'worse', 2, 4).path}"), lambda remedy, tmp: said(remedy, "the teacher of these data", shipped_teacher(tmp))),
+    Value("train/preflight.py", "(_teacher)", lambda tmp: examined("teacher", f"teacher.bundle={random_bundle(tmp / 'worse', 2, 4).path}"), lambda remedy, tmp: said(remedy, "a teacher that was trained on this data", shipped_teacher(tmp))),
 ]  # fmt: skip

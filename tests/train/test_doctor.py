@@ -35,9 +35,9 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
     ("arguments", "subject", "words"),
     [
         (["data=nowhere"], "data", "there is no data set nowhere"),
-        (["data={grey}"], "data", "64 images of 'grey' are all one colour; give pictures that differ"),
+        (["data={grey}"], "data", "64 images of 'grey' all have the same single colour; give a data set of real pictures"),
         (["data={gap}"], "data", "1 of the 3 classes of 'gap' have no image"),
-        (["teacher={random}"], "teacher", "give the teacher of these data, whose pixels run from -1 to 1"),
+        (["teacher={random}"], "teacher", "give a teacher that was trained on this data, with pixels from -1 to 1"),
         (["teacher=nowhere"], "teacher", "there is no bundle nowhere"),
         (["teacher={random}", "data=fashion-mnist"], "recipe", "makes images of shape [1, 8, 8]"),
         (["method=di++", "reward=nowhere:f"], "recipe", "reward 'nowhere:f' cannot be imported"),
@@ -71,15 +71,15 @@ def test_what_train_would_find_in_the_folder_is_found(tmp_path: Path) -> None:
 
     run = tmp_path / "run"
     preflight = Preflight(load_recipe("digits"), run, 1)
-    assert CHECKS["run"](preflight) == f"{run} holds no training yet"
+    assert CHECKS["run"](preflight) == f"{run} contains no run yet"
     (run / "state").mkdir(parents=True)
     torch.save({"step": 3}, run / "state" / "teacher.pt")
     (run / "state" / "teacher.json").write_text('{"step": 3}')
     (run / "recipe.yaml").write_text("name: digits\ndata: digits\nnetwork: {model_channels: 48}\n")
-    with pytest.raises(RequestError, match=r"holds a run with network\.model_channels=48, not 32"):
+    with pytest.raises(RequestError, match=r"with network\.model_channels=48, which a resumed run cannot change to 32"):
         CHECKS["run"](preflight)
     (run / "recipe.yaml").write_text(yaml.safe_dump(load_recipe("digits").to_dict()))
-    assert CHECKS["run"](preflight) == f"{run} holds a run that goes on: teacher at step 3"
+    assert CHECKS["run"](preflight) == f"{run} contains a run that will be resumed: teacher at step 3"
     (run / "state" / "teacher.pt").write_bytes(b"PK")
-    with pytest.raises(RequestError, match=r"teacher.pt cannot be read; delete it to train that stage anew"):
+    with pytest.raises(RequestError, match=r"teacher.pt cannot be read; delete it to train that stage again"):
         CHECKS["run"](preflight)

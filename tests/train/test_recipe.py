@@ -117,19 +117,19 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
     [
         ({"objective": {"metod": "sid"}}, "recipe key 'objective.metod' is unknown; choose one of method"),
         ({"objective": {"family": "forward"}}, "objective.family 'forward' is unknown; choose one of expanded, integral"),
-        ({"objective": {"di": False, "fgm": False, "sim": False}}, "objective.di, fgm and sim are all off"),
+        ({"objective": {"di": False, "fgm": False, "sim": False}}, "objective.di, fgm and sim are all false"),
         ({"objective": {"tmin": 800}}, "objective.tmin 800"),
-        ({"objective": {"method": "sid", "divergence_scale": 0}}, "every scale of the objective is 0; leave one term on"),
+        ({"objective": {"method": "sid", "divergence_scale": 0}}, "reward_scale are all 0; give one of them a value above 0"),
         ({"objective": {"mix": 1.5}}, "objective.mix 1.5 is out of range; give 0 to 1"),
         (
             {"schedule": [{"until_kimg": 500, "objective": {}}]},
-            "schedule's until_kimg [500.0] do not rise to below duration_kimg 200",
+            "schedule's until_kimg [500.0] do not rise, or reach duration_kimg 200",
         ),
         (
             {"schedule": [{"until_kimg": 5, "objective": {"discriminator": "own"}}]},
             "objective.discriminator differs between phases",
         ),
-        ({"schedule": [{"objective": {}}]}, "recipe has no 'schedule.until_kimg'"),
+        ({"schedule": [{"objective": {}}]}, "the recipe has no key 'schedule.until_kimg'"),
         ({"loop": {"trackers": ["clearml"]}}, "loop.trackers 'clearml' is unknown; choose one of tensorboard"),
         ({"distillation": {"ema_halflife_kimg": []}}, "distillation.ema_halflife_kimg is empty"),
         (
@@ -137,7 +137,7 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
             "divergence 'jeffreys' needs real data",
         ),
         ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sida"}}, "an adversarial term needs real data"),
-        ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sid"}}, "metric 'FD' compares with data"),
+        ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sid"}}, "metric 'FD' needs data to compare with"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_remedy(values: dict, message: str) -> None:
@@ -154,17 +154,17 @@ def test_a_teacher_alone_is_enough_where_nothing_needs_data() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return images.mean()", "gives shape [] for 2 images, not [2]"),
-        ("return images.mean(dim=1)", "gives shape [2, 8, 8] for 2 images, not [2]"),
-        ("return 3.0", "gives a float for 2 images, not [2]"),
+        ("return images.mean()", "returns shape [] for 2 images, not shape [2]"),
+        ("return images.mean(dim=1)", "returns shape [2, 8, 8] for 2 images, not shape [2]"),
+        ("return 3.0", "returns a float for 2 images, not shape [2]"),
         ("return images.mean(dim=(1, 2, 3)).detach()", "has no gradient to the images"),
-        ("return (images.sum(dim=(1, 2, 3)) / 0)", "gives [nan, nan] for two grey images"),
+        ("return (images.sum(dim=(1, 2, 3)) / 0)", "returns [nan, nan] for two grey images: rewards must be finite"),
         ("return images.mean(dim=(1, 2, 3)) @ images", "fails on images [2, 1, 8, 8]"),
     ],
 )
 def test_reward_is_tried_before_it_is_used(tmp_path: Path, body: str, message: str) -> None:
     (tmp_path / "bad.py").write_text(f"def reward(images, class_ids):\n    {body}\n")
-    with pytest.raises(RequestError, match="take images") as refused:
+    with pytest.raises(RequestError, match="write a function of images") as refused:
         open_reward(f"{tmp_path}/bad.py:reward", (1, 8, 8), 10)
     assert message in str(refused.value)
 

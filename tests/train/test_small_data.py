@@ -63,7 +63,7 @@ def data_of(count: int, classes: int, channels: int = 3, side: int = 32) -> Data
         (data_of(60, 2), "classifier", "as 60 images are fewer than InceptionV3's 2,048 features"),
         (data_of(5000, 2, channels=1), "classifier", "a classifier of 'mine' itself (loop.extractor=classifier)"),
         (data_of(5000, 10, side=8), "classifier", "a classifier of 'mine' itself"),
-        (data_of(40, 0), "none", "40 images of 0 classes are scored by nothing that is at hand, so the last weights are kept"),
+        (data_of(40, 0), "none", "40 images of 0 classes cannot be scored, so the last weights are kept"),
         (data_of(40, 2), "none", "so the last weights are kept (loop.metric=none): InceptionV3 weights cannot be downloaded"),
     ],
 )
@@ -115,7 +115,7 @@ def test_forty_photographs_train_without_a_word_of_setting(
 ) -> None:
     code, _, errors = cli("train", "digits", "--out", tmp_path / "run", "--set", f"data={photos}", *SHORT)
     assert code == 0, errors
-    assert "40 images of 0 classes are scored by nothing that is at hand" in caplog.text
+    assert "40 images of 0 classes cannot be scored" in caplog.text
     assert (tmp_path / "run" / "generator" / "model.safetensors").is_file()
 
 

@@ -69,5 +69,5 @@ def read_times(folder: Path) -> Times:
         stages = json.loads(file.read_text())
         return {stage: {name: float(seconds) for name, seconds in parts.items()} for stage, parts in stages.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        _log.warning("%s cannot be read and is begun anew: %s", file, error)
+        _log.warning("%s cannot be read and starts again from zero: %s", file, error)
         return {}

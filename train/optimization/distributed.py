@@ -65,7 +65,7 @@ def start_fabric(devices: int, precision: str) -> Fabric:
     if torch.cuda.is_available() and devices > torch.cuda.device_count():
         raise RequestError(
             f"--devices {devices} is more than the {torch.cuda.device_count()} GPUs of this machine",
-            remedy="ask for fewer, or use torchrun on several machines",
+            remedy="give a smaller --devices, or use torchrun on several machines",
             param="devices",
         )
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
@@ -142,7 +142,7 @@ def check_divides(processes: int, batch: int) -> None:
     if batch % processes:
         raise RequestError(
             f"a batch of {batch} cannot be divided among {processes} processes",
-            remedy="give a batch that their number divides",
+            remedy=f"choose a batch that is a multiple of {processes}, or another --devices",
             param="devices",
         )
 

@@ -50,7 +50,7 @@ def objective_section(inputs: ReportInputs) -> list[str]:
     """What the generator minimised and the critic learned, as text for each phase."""
     lines = []
     for phase in phases(inputs.plan.recipe):
-        alone = ", the critic alone" if phase.critic_alone else ""
+        alone = ", warm-up of the critic" if phase.critic_alone else ""
         lines += ["", f"**{phase.from_kimg:g} to {phase.until_kimg:g} kimg{alone}**", ""]
         lines += [f"- {text(line)}" for line in phase_lines(inputs.plan, phase)]
     return lines[1:]
@@ -82,5 +82,5 @@ def time_section(inputs: ReportInputs, report_s: float) -> list[str]:
         kimg = max((record.kimg for record in history.records), default=0.0)
         # A stage that this run did not train has neither.
         if steps_s and kimg:
-            lines += ["", f"{stage}: {1000 * kimg / steps_s:,.0f} images a second, evaluation and writing left out."]
-    return [*lines, "", "Calls that were interrupted or killed count too, and what they did that had to be done again."]
+            lines += ["", f"{stage}: {1000 * kimg / steps_s:,.0f} images a second, without evaluation and saving."]
+    return [*lines, "", "The times include interrupted and killed calls, and steps that had to be repeated after them."]

@@ -104,7 +104,9 @@ def test_each_process_takes_its_part_of_a_batch_that_they_divide() -> None:
     second = cast(Fabric, SimpleNamespace(world_size=2, global_rank=1))
     shard = BatchShard(second, batch=64, micro_batch=24)
     assert (shard.whole, shard.micro_batches) == (slice(32, 64), [slice(32, 56), slice(56, 64)])
-    with pytest.raises(RequestError, match="a batch of 63 cannot be divided among 2 processes; give a batch that their number"):
+    with pytest.raises(
+        RequestError, match="a batch of 63 cannot be divided among 2 processes; choose a batch that is a multiple of 2, or"
+    ):
         BatchShard(second, batch=63, micro_batch=0)
 
 
