@@ -28,7 +28,7 @@ from uni_instruct.train.judging import announce, choose_judge
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.auto_precision import settle_for_run
-from uni_instruct.train.optimization.distributed import BatchShard, check_divides, ended_together, start_fabric
+from uni_instruct.train.optimization.distributed import check_batches, ended_together, start_fabric
 from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
@@ -57,14 +57,12 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
     plan = make_plan(recipe, saved_classes(out))
     recipe = _settled(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
-    # Before there are others: the one that fails first would end this one before it has said why.
-    for config in (recipe.teacher, recipe.distillation):
-        check_divides(devices, config.batch)
+    # Both stages, though the second comes hours later. Before there are other processes: the one that fails first would end
+    # this one before it has said why. And after, as torchrun has its own number of them.
+    check_batches(recipe, devices)
     fabric = start_fabric(devices, recipe.loop.precision)
     with ended_together(fabric), arithmetic_of(recipe.loop.precision):
-        # Both stages, though the second comes hours later: a batch that does not divide is told now.
-        for config in (recipe.teacher, recipe.distillation):
-            BatchShard(fabric, config.batch, config.micro_batch)
+        check_batches(recipe, fabric.world_size)
         return _trained(plan, out, fabric, devices, start, teacher_only)
 
 

@@ -20,6 +20,7 @@ from uni_instruct.train.config import Recipe
 from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, settled
 from uni_instruct.train.judging import choose_judge
 from uni_instruct.train.optimization.auto_precision import exact
+from uni_instruct.train.optimization.distributed import check_batches
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.recipe_changes import holds_training, saved_step
 from uni_instruct.train.run import Run
@@ -160,11 +161,7 @@ def _devices(preflight: Preflight) -> str:
         raise CheckFailed(f"--devices {asked} is more than the {gpus} GPUs of this machine", "ask for fewer, or use torchrun")
     if preflight.recipe.loop.precision == "16-mixed" and not gpus:
         raise CheckFailed("loop.precision 16-mixed needs a GPU, and this machine has none", "--set precision=bf16-mixed")
-    for section in (preflight.recipe.teacher, preflight.recipe.distillation):
-        if section.batch % asked:
-            raise CheckFailed(
-                f"{section.section}.batch {section.batch} is not divisible by {asked}", "choose another --devices"
-            )
+    check_batches(preflight.recipe, asked)
     days = preflight.cost.gpu_days(exact(preflight.recipe.loop).precision)
     on = f"{asked} of {gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else f"{asked} CPU processes, no GPU"
     return f"{on}; the run takes about {days:.3g} days of one H100 (--dry-run says how that is reckoned)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from uni_instruct.checkpoints.import_bundle import open_or_import
 from uni_instruct.data import open_dataset
 from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.files import JSON_ERRORS
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.recipe import all_keys
 
@@ -69,7 +70,7 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
 
 def saved_step(folder: Path, stage: str) -> int:
     """The step of a stage's state; 0 where there is none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, *JSON_ERRORS, KeyError, TypeError, OverflowError):
         return int(json.loads((folder / "state" / f"{stage}.json").read_text())["step"])
     return 0
 

@@ -17,6 +17,7 @@ from uni_instruct.files import atomic_file, disk_errors
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.monitoring.clock import Clock
+from uni_instruct.train.monitoring.history import read_record
 from uni_instruct.train.monitoring.trackers import Tracker, open_trackers
 from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
@@ -107,13 +108,13 @@ class Run:
         file = self.folder / "log.jsonl"
         if not file.exists():
             return
-        lines = file.read_text().splitlines()
+        lines = file.read_bytes().splitlines()  # of a damaged one, no text
         kept = [line for line in lines if _line_precedes(line, stage, step)]
         # Most resumed runs have nothing to forget, and logs are long.
         if kept == lines:
             return
         with atomic_file(file) as partial:
-            partial.write_text("".join(line + "\n" for line in kept))
+            partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def save_samples(self, stage: str, kimg: float, images: np.ndarray) -> None:
         """A grid of images, uint8 [N, H, W, C], as samples/<stage>-<kimg>.png and to the trackers."""
@@ -151,9 +152,9 @@ def claimed(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
         yield lock
 
 
-def _line_precedes(line: str, stage: str, step: int) -> bool:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+def _line_precedes(line: bytes, stage: str, step: int) -> bool:
+    record = read_record(line)
+    if record is None:
         return False  # a line that a killed run left half written
-    return bool(record["stage"] != stage or record["step"] <= step)
+    at = record.get("step")
+    return record.get("stage") != stage or not isinstance(at, int) or at <= step

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.files import JSON_ERRORS
 
 LOCK = "run.lock"
 # Whoever asks for a run's status holds its lock for microseconds; a training that starts just then waits that out.
@@ -131,7 +132,7 @@ def read_worker(folder: Path) -> Worker | None:
         values = json.loads((folder / LOCK).read_text())
         # Whatever stands there: a note is a courtesy, and never a reason to fail.
         return Worker(**values | {"program": tuple(values["program"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, *JSON_ERRORS, TypeError, KeyError):
         return None
 
 

@@ -151,7 +151,7 @@ PLANS = [
 DOCTOR = [
     Value(F, "{} images of '{}' are all one colour", lambda tmp: examined("data", data(tmp, levels=(7, 7))), lambda remedy, tmp: said(remedy, "pictures that differ", examined("data", data(tmp)))),
     Value(F, "{} of the {} classes of", lambda tmp: examined("data", data(tmp, [0, 1, 0, 1], num_classes=3)), lambda remedy, tmp: said(remedy, "the number of classes that it has", examined("data", data(tmp, [0, 1, 0, 1], num_classes=2)))),
-    Value(F, "{}.batch {} is not divisible", lambda _: examined("devices", devices=3), lambda remedy, _: said(remedy, "choose another --devices", examined("devices", devices=2))),
+    Value("train/optimization/distributed.py", "{}.batch {} cannot be divided", lambda _: examined("devices", "teacher.batch=128", devices=3), lambda remedy, _: examined("devices", "distillation.batch=6", found(r"--set (\S+),", remedy), devices=3)),
     Value(F, "loop.precision 16-mixed", lambda _: examined("devices", "precision=16-mixed"), lambda remedy, _: examined("devices", found(r"--set (\S+)", remedy))),
     Value(F, "(_memory)", lambda _: examined("memory", *LARGE), lambda remedy, _: examined("memory", *LARGE, f"{found(r'lower (distillation.micro_batch)', remedy)}=64")),
     Value(F, "(_disk)", lambda _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "distillation.duration_kimg=44.8", "snapshot_kimg=1e-6"), lambda remedy, _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "distillation.duration_kimg=44.8", f"{found(r'raise (loop.snapshot_kimg)', remedy)}=0.1")),

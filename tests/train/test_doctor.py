@@ -42,7 +42,11 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
         (["teacher={random}", "data=fashion-mnist"], "recipe", "makes images of shape [1, 8, 8]"),
         (["method=di++", "reward=nowhere:f"], "recipe", "reward 'nowhere:f' cannot be imported"),
         (["precision=16-mixed"], "devices", "loop.precision 16-mixed needs a GPU, and this machine has none"),
-        (["--devices", "3"], "devices", "teacher.batch 128 is not divisible by 3"),
+        (
+            ["--devices", "3"],
+            "devices",
+            "teacher.batch 128 cannot be divided among 3 processes; --set teacher.batch=129, or --devices 2",
+        ),
         (["network.model_channels=4096", "distillation.batch=8192"], "memory", "lower distillation.micro_batch"),
         (["distillation.ema_power_std=[0.05, 0.1]", "snapshot_kimg=1e-5"], "disk", "raise loop.snapshot_kimg"),
     ],

@@ -136,25 +136,29 @@ def arranged(module: Module, loop: LoopConfig) -> Module:
     return module
 
 
-def check_divides(processes: int, batch: int) -> None:
-    """Raises RequestError where so many processes cannot share a batch out equally."""
-    if batch % processes:
-        raise RequestError(
-            f"a batch of {batch} cannot be divided among {processes} processes",
-            remedy="give a batch that their number divides",
-            param="devices",
-        )
+def check_batches(recipe: Recipe, processes: int) -> None:
+    """Raises RequestError where so many processes cannot share out the batches of the stages that are trained equally."""
+    stages = (recipe.distillation,) if recipe.teacher.bundle else (recipe.teacher, recipe.distillation)
+    for stage in stages:
+        if stage.batch % processes:
+            nearest = max(1, round(stage.batch / processes)) * processes
+            fewer = max(n for n in range(1, processes) if not any(each.batch % n for each in stages))
+            raise RequestError(
+                f"{stage.section}.batch {stage.batch} cannot be divided among {processes} processes",
+                remedy=f"--set {stage.section}.batch={nearest}, or --devices {fewer}",
+                param="devices",
+            )
 
 
 class BatchShard:
     """This process's part of every global batch, in micro-batches: slices of the global batch.
 
-    micro_batch is the most images at once, 0 for the whole share. Raises RequestError where the processes do not divide it.
+    micro_batch is the most images at once, 0 for the whole share. The processes divide the batch, as `check_batches` sees to.
     """
 
     def __init__(self, fabric: Fabric, batch: int, micro_batch: int):
         # Unequal shares would make a mean of means that is not the mean of the batch.
-        check_divides(fabric.world_size, batch)
+        assert batch % fabric.world_size == 0, "check_batches"
         local = batch // fabric.world_size
         # Every process draws for the whole batch and takes its slice, so that N processes see what one would.
         start = fabric.global_rank * local
