@@ -26,6 +26,8 @@ TIMEOUT_S = 600
 # Whoever sends these means the process, not the engine.
 _SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _one_at_a_time = threading.Lock()
+# Results that no cache could take: choosing an engine and opening it both ask for them.
+_unnoted: "dict[TrialKey, Trial]" = {}
 _log = logging.getLogger(__name__)
 
 
@@ -105,12 +107,12 @@ def noted(key: TrialKey) -> Trial | None:
 
 
 def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
-    """The noted result, or that of a trial now, which is then noted where the cache can be written.
+    """The noted result, or that of a trial now, which is then noted, for this process alone where the cache cannot be written.
 
     Raises BundleError where the engine's files or reference.npz are damaged: that is no matter of the machine.
     """
     with _one_at_a_time:
-        trial = noted(key)
+        trial = noted(key) or _unnoted.get(key)
         if trial is not None:
             return trial
         if stored := bundle.engines().get(engine_id):
@@ -123,6 +125,8 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
         trial = _run(bundle.path, engine_id, key.device)
         if trial.lasting:
             _note(key, trial)
+            if noted(key) is None:
+                _unnoted[key] = trial
         return trial
 
 
