@@ -42,6 +42,7 @@ class LoadedServer:
         try:
             parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
             host, port = parts.hostname, parts.port
+            (host or "").encode("idna")  # as the system does later, where it fails of a name such as 'a..b'
         except ValueError:  # a port that is no number, half of an IPv6 address
             host = port = None
         if not host or parts.scheme not in ("http", "https"):

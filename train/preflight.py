@@ -185,6 +185,8 @@ def _memory(preflight: Preflight) -> str:
 def _disk(preflight: Preflight) -> str:
     # The run's folder need not be there yet; its disk is that of the nearest one that is.
     folder = next(path for path in (preflight.out.absolute(), *preflight.out.absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckFailed(f"nothing can be written into {folder}", "choose another --out")
     free, needed = shutil.disk_usage(folder).free, preflight.cost.disk
     words = f"about {needed / MB:,.0f} MB needed, {free / MB:,.0f} MB free in {folder}"
     if needed > free:

@@ -171,6 +171,7 @@ CALLS = [
     Call("uni_instruct/files.py", "cannot write {}: no folder", "generate {tiny} --seeds 0 --out /proc/x/y",
          value("--out", "{out}", "write elsewhere")),
     Call("uni_instruct/files.py", "{} is no {}, and is not", "import {weights} --out {weights}", value("--out", "{out}", "write elsewhere")),
+    Call("uni_instruct/files.py", "--out {} ends in {}, and", "import {weights} --out {tmp}/x.pkl", such_as("--out")),
     Call("uni_instruct/files.py", "{} has no name that can", "import {weights} --out .",
          value("--out", "{out}", "name a file or folder in it")),
     Call("uni_instruct/bundle.py", "{} holds something that is no", "import {weights} --out {filled}",

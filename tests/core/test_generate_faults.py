@@ -39,6 +39,15 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "batch a word": (["--seeds", "0", "--out", "x", "--batch", "many"], "'many' is not a valid integer"),
     "option unknown": (["--seeds", "0", "--out", "x", "--guidance", "4"], "No such option"),
     "steps of one": (["--seeds", "0", "--out", "x", "--steps", "4"], "has no sampler to take 4 steps; leave --steps out"),
+    "out a text": (
+        ["--seeds", "0", "--out", "x.txt"],
+        "--out x.txt ends in .txt; give a folder, or a file that ends in .npz or",
+    ),
+    "out a film": (
+        ["--seeds", "0", "--out", "x.mp4"],
+        "--out x.mp4 ends in .mp4; give a folder, or a file that ends in .npz or",
+    ),
+    "out a table": (["--seeds", "0", "--out", "x.H5"], "--out x.H5 ends in .h5; give a folder, or a file that ends in .npz or"),
     "out an image": (["--seeds", "0", "--out", "x.png"], "--out x.png ends in .png; give a folder, or a file that ends"),
     "out a full folder": (["--seeds", "0", "--out", "full"], "full holds something else; choose another --out"),
     "out here": (["--seeds", "0", "--out", "."], ". holds something else; choose another --out"),

@@ -68,6 +68,14 @@ def test_what_would_spoil_a_run_is_found(
     assert words in found[subject]["words"]
 
 
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_found(cli: Cli, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    code, found = findings(cli, "digits", "--out", str(tmp_path / out))
+    assert (code, found["disk"]["ok"]) == (2, False)
+    assert f"nothing can be written into {tmp_path / 'file'}; choose another --out" in found["disk"]["words"]
+
+
 def test_what_train_would_find_in_the_folder_is_found(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from uni_instruct.train.preflight import CHECKS, Preflight

@@ -228,7 +228,9 @@ def test_without_a_cache_it_works_too(kind: str, bundle: Bundle, tmp_path: Path,
         open_engine(bundle, ONNX)
 
 
-def test_without_a_cache_a_process_tries_an_engine_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_a_process_tries_an_engine_once(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cache").write_text("")
     monkeypatch.setattr(trial_module, "_unnoted", {})
     assert open_engine(bundle, ONNX).id == ONNX
