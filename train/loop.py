@@ -195,12 +195,12 @@ class Loop:
         return ", ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in list(values.items())[:1])
 
     def _evaluate(self, stage: Stage, done: int) -> str:
-        images, class_ids = self._draw(stage)
-        note = self._judge(stage, done, images, class_ids) if self._first else ""
+        images = self._draw(stage)
+        note = self._judge(stage, done, images) if self._first else ""
         self.fabric.barrier()
         return note
 
-    def _judge(self, stage: Stage, done: int, images: np.ndarray, class_ids: np.ndarray | None) -> str:
+    def _judge(self, stage: Stage, done: int, images: np.ndarray) -> str:
         kimg = done * stage.batch / 1000
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
         scores, value = {}, 0.0  # without a metric the last weights count
@@ -208,7 +208,8 @@ class Loop:
             asked = SELECTION_METRICS[self.config.metric].asked
             # Precision and recall compare every pair of images of the reference: affordable for small ones alone.
             few = self.evaluator.reference_images <= MOST_REFERENCE_FOR_PR
-            scores = self.evaluator(images, class_ids, metrics=(asked, "pr") if few else (asked,)).values
+            # Neither asks which class an image is of, and the data's classes may be others than the teacher's.
+            scores = self.evaluator(images, metrics=(asked, "pr") if few else (asked,)).values
             value = metric_value(scores, self.config.metric)
             self.run.log(stage.name, done, kimg, scores)
         # Of equal scores the later one counts, and without a metric all are equal.
@@ -218,8 +219,8 @@ class Loop:
         share = f"{self.run.clock.share(stage.name, 'evaluation'):.0%} of the time went into evaluation"
         return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), share])
 
-    def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
-        """The images to score and their classes, made by all processes together; the first has the images."""
+    def _draw(self, stage: Stage) -> np.ndarray:
+        """The images to score, made by all processes together; the first has them, the others none."""
         count = self.config.samples if self.config.metric != "none" else self.config.grid
         seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + count)
         # As in the data that it is to imitate: the best weights at other shares of the classes would be others.
@@ -233,7 +234,7 @@ class Loop:
                     made[number] = self._images(stage, inputs)
                 shown.advance(len(inputs.noise))
         parts = {number: images for part in gathered(self.fabric, made) for number, images in part.items()}
-        return np.concatenate([parts[number] for number in sorted(parts)]) if parts else np.empty(0), class_ids
+        return np.concatenate([parts[number] for number in sorted(parts)]) if parts else np.empty(0)
 
     def _images(self, stage: Stage, inputs: Inputs) -> np.ndarray:
         device = next(stage.averages.primary.module.parameters()).device

@@ -1,6 +1,7 @@
 """Classes by name: models and data sets number the same classes differently, so an id means nothing outside its own."""
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,10 +19,22 @@ def has_names(names: Sequence[str]) -> bool:
 
 
 def ids_by_name(names: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
-    """The id among the others of each name, int64 [len(names)]; None where one is missing. Unicode's compositions are alike."""
-    known = {_composed(other): number for number, other in enumerate(others)}
-    ids = [known.get(_composed(name), -1) for name in names]
-    return None if -1 in ids else np.array(ids, dtype=np.int64)
+    """The id among the others of each name, int64 [len(names)]; None where one is missing. Unicode's compositions are alike.
+
+    Of classes that share a name the first is the first, and so on.
+    """
+    if unmatched_name(names, others) is not None:
+        return None
+    ids: dict[str, list[int]] = {}
+    for number, other in enumerate(others):
+        ids.setdefault(_composed(other), []).append(number)
+    return np.array([ids[_composed(name)].pop(0) for name in names], dtype=np.int64)
+
+
+def unmatched_name(names: Sequence[str], others: Sequence[str]) -> str | None:
+    """The first name that the others do not have, or have for more or fewer classes; None where each is found."""
+    here, there = (Counter(map(_composed, some)) for some in (names, others))
+    return next((name for name in names if here[_composed(name)] != there[_composed(name)]), None)
 
 
 def match_classes(names: Sequence[str], others: Sequence[str], whose: str, others_whose: str) -> np.ndarray | None:

@@ -273,6 +273,25 @@ def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: 
     run(work())
 
 
+def test_a_teacher_is_asked_for_the_class_of_the_same_name(tmp_path: Path, digits: Bundle, digits_teacher: Path) -> None:
+    names = tuple("abcdefghij")
+    bundle, teacher = (
+        Bundle.write(tmp_path / role, dataclasses.replace(found.spec, class_names=order), found.weights(), "# x")
+        for role, found, order in (
+            ("generator", digits, names),
+            ("teacher", Bundle.open(digits_teacher), (*names[1:], names[0])),
+        )
+    )
+    images = open_engine(teacher, "torch")(*draw_inputs(teacher.spec, [7], np.array([2], dtype=np.int64)))  # d of both
+
+    async def work() -> None:
+        async with client_of_demo(bundle) as client:
+            answer = (await client.post("/v1/compare", json={"other": "teacher", "seeds": [7], "class_ids": [3]})).json()
+            np.testing.assert_array_equal(pixels(base64.b64decode(answer["sides"][1]["b64_png"])), grid(images)[:, :, 0])
+
+    run(work())
+
+
 def test_a_comparison_with_what_is_not_there_is_refused(digits: Bundle) -> None:
     async def work() -> None:
         async with client_of_demo(digits) as client:

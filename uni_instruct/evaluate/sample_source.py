@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.class_map import has_names, ids_by_name, shown_classes
+from uni_instruct.class_map import has_names, ids_by_name, shown_classes, unmatched_name
 from uni_instruct.data import Dataset
 from uni_instruct.engine import TORCH, TORCH_COMPILED, select_engine
 from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages
@@ -124,6 +124,8 @@ def reference_class_ids(
         return class_ids, ""
     ids = ids_by_name(names, theirs)
     if ids is None:
-        unknown = next(name for name in names if ids_by_name([name], theirs) is None)
-        return None, f"no class_accuracy: class '{unknown}' is not among the reference's {shown_classes(theirs)}"
+        return (
+            None,
+            f"no class_accuracy: class '{unmatched_name(names, theirs)}' is not among the reference's {shown_classes(theirs)}",
+        )
     return ids[class_ids], ""
