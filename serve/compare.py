@@ -117,7 +117,7 @@ class SideBySide:
         timeout_s = served.settings.timeout_s
         generated = await served.batcher.submit(seeds, class_ids, timeout_s)
         own = Side(str(served.engine.id), served.spec, served.engine.device, generated.images, generated.model_ms)
-        inputs = draw_inputs(served.spec, seeds, _numbered_as(engine.spec, served.spec, class_ids))
+        inputs = draw_inputs(served.spec, seeds, numbered_as(engine.spec, served.spec, class_ids))
         try:
             async with asyncio.timeout(timeout_s):
                 images, model_ms = await self._in_thread(_timed, engine, inputs)
@@ -155,7 +155,7 @@ class SideBySide:
         return self._engines[key]
 
 
-def _numbered_as(other: ModelSpec, spec: ModelSpec, class_ids: np.ndarray | None) -> np.ndarray | None:
+def numbered_as(other: ModelSpec, spec: ModelSpec, class_ids: np.ndarray | None) -> np.ndarray | None:
     """The class ids of one model in the numbering of the other, by name: a teacher may have its classes in another order."""
     ids = match_classes(spec.class_names, other.class_names, "the generator", "the teacher")
     return class_ids if ids is None or class_ids is None else ids[class_ids]

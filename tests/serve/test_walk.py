@@ -26,6 +26,7 @@ from uni_instruct.generate import mix_classes, resolve_class_ids
 from uni_instruct.images import grid
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 from uni_instruct.serve import demo as demo_module
+from uni_instruct.serve.compare import find_teacher, numbered_as
 from uni_instruct.serve.walk import WalkRequest, resolve_walk
 
 
@@ -274,22 +275,18 @@ def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: 
 
 
 def test_a_teacher_is_asked_for_the_class_of_the_same_name(tmp_path: Path, digits: Bundle, digits_teacher: Path) -> None:
-    names = tuple("abcdefghij")
-    bundle, teacher = (
-        Bundle.write(tmp_path / role, dataclasses.replace(found.spec, class_names=order), found.weights(), "# x")
-        for role, found, order in (
-            ("generator", digits, names),
-            ("teacher", Bundle.open(digits_teacher), (*names[1:], names[0])),
-        )
-    )
-    images = open_engine(teacher, "torch")(*draw_inputs(teacher.spec, [7], np.array([2], dtype=np.int64)))  # d of both
-
-    async def work() -> None:
-        async with client_of_demo(bundle) as client:
-            answer = (await client.post("/v1/compare", json={"other": "teacher", "seeds": [7], "class_ids": [3]})).json()
-            np.testing.assert_array_equal(pixels(base64.b64decode(answer["sides"][1]["b64_png"])), grid(images)[:, :, 0])
-
-    run(work())
+    names, teacher = tuple("abcdefghij"), Bundle.open(digits_teacher)
+    spec = dataclasses.replace(digits.spec, class_names=names)
+    for order, asked in (((*names[1:], names[0]), [2, 9]), (names, [3, 0]), ((), [3, 0]), (tuple("klmnopqrst"), None)):
+        other = dataclasses.replace(teacher.spec, class_names=order)
+        Bundle.write(tmp_path / "generator", spec, digits.weights(), "")
+        Bundle.write(tmp_path / "teacher", other, teacher.weights(), "")
+        found = find_teacher(Bundle.open(tmp_path / "generator"))
+        assert (found is None) == (asked is None)
+        if found is not None:
+            ids = numbered_as(found.spec, spec, np.array([3, 0]))
+            assert ids is not None
+            assert ids.tolist() == asked
 
 
 def test_a_comparison_with_what_is_not_there_is_refused(digits: Bundle) -> None:
