@@ -233,7 +233,7 @@ CALLS = [
     Call(COMPARE, "bundles are scored against", "compare {tiny} {copy} --samples 40", value("--reference", "digits", "give --reference DATA")),
     Call(COMPARE, "--{} is for bundles", "compare {result} {other} --sets 3", left_out("--sets")),
     Call(COMPARE, "{} and {} differ in", "compare {result} {uniform}",
-         lambda remedy, arguments: ["{other}" if word == "{uniform}" and "alike" in remedy else word for word in arguments]),
+         lambda remedy, arguments: ["{other}" if word == "{uniform}" and "the same --classes" in remedy else word for word in arguments]),
     Call(BENCHMARK, "batches '{}' are no sizes", f"benchmark {{tiny}} --batches one {BRIEFLY}", spelled("--batches", r"them as (\S+)")),
     Call(BENCHMARK, "{} batch sizes", f"benchmark {{tiny}} --batches {','.join(map(str, range(1, 18)))} {BRIEFLY}",
          lambda remedy, arguments: with_value(arguments, "--batches", ",".join(map(str, range(1, 1 + int(re.findall(r"\d+", remedy)[0])))))),

@@ -30,13 +30,14 @@ from uni_instruct.files import JSON_ERRORS
 # Sets of seeds of a bundle: the least that have a spread worth the name.
 SETS = 3
 
-# What must be alike, or two numbers have nothing to do with each other: where it stands in a result, and its name.
+_CLASSES = ("classes",)
+# What must be alike, or two numbers have nothing to do with each other: where it stands in a result, its name, the option.
 _ALIKE = (
-    (("reference", "name"), "reference"),
-    (("reference", "samples"), "number of reference images"),
-    (("extractor", "sha256"), "extractor"),
-    (("scores", "generator", "samples"), "number of images"),
-    (("classes",), "draw of classes"),
+    (("reference", "name"), "reference", "--reference"),
+    (("reference", "samples"), "number of reference images", "--reference"),
+    (("extractor", "sha256"), "extractor", "--extractor"),
+    (("scores", "generator", "samples"), "number of images", "--samples"),
+    (_CLASSES, "draw of classes", "--classes"),
 )
 
 
@@ -74,7 +75,7 @@ def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -
     differences = {"weights": compare_weights(name, *trained), "recipes": compare_recipes(name, *trained)}
     facts = {"metric": name, "level": LEVEL, "a": _means(trained[0]), "b": _means(trained[1])}
     facts |= {what: asdict(difference) for what, difference in differences.items()}
-    facts["note"] = _note(trained)
+    facts["note"] = "; ".join(filter(None, (_note(trained), _note_of_classes([*sides[0], *sides[1]])))) or None
     click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts, differences)
 
 
@@ -187,13 +188,21 @@ def _note(trained: Sequence[Sequence[Trained]]) -> str | None:
     )
 
 
+def _note_of_classes(results: Sequence[_Result]) -> str | None:
+    """Where one draws its classes alike and another has none: on unbalanced data that decides, and not the generators."""
+    if {_at(result.facts, _CLASSES) for result in results} != {None, "uniform"}:
+        return None
+    return "some draw their classes alike, and some have none: that is fair where the reference has as many images of each"
+
+
 def _check_alike(result: _Result, first: _Result) -> None:
-    for place, what in _ALIKE:
+    for place, what, option in _ALIKE:
         found = [_at(facts, place) for facts in (result.facts, first.facts)]
-        if found[0] != found[1]:
+        # A generator without classes draws none: it is compared with one that has them, and what that means is said.
+        if found[0] != found[1] and not (place == _CLASSES and None in found):
             raise RequestError(
                 f"{first.source} and {result.source} differ in their {what}: {str(found[1])[:40]} and {str(found[0])[:40]}",
-                remedy="evaluate both alike",
+                remedy=f"evaluate both with the same {option}",
             )
 
 
