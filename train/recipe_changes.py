@@ -51,7 +51,11 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
     """
     before, now = flat(old.to_dict()), flat(new.to_dict())
     changes = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
-    for key, (was, wanted) in changes.items():
+    for key in changes:
+        if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
+            raise _refused(folder, key, *changes[key])  # networks would come or go
+    # What was asked for, before what comes with it: a method sets keys that nobody has written.
+    for key, (was, wanted) in sorted(changes.items(), key=lambda change: change[0] != "objective.method"):
         general = re.sub(r"^schedule\[\d+\]\.", "", key)
         section = next((section for section, keys in TUNING.items() if general in keys), None)
         if section is not None and was is not None and wanted is not None:
@@ -62,9 +66,6 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
             _check_same_teacher(folder, str(was), str(wanted))
         elif general not in FREE:
             raise _refused(folder, key, was, wanted)
-    for key in changes:
-        if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
-            raise _refused(folder, key, *changes[key])  # networks would come or go
     return changes
 
 
@@ -138,7 +139,8 @@ def _check_same_teacher(folder: Path, was: str, wanted: str) -> None:
 
 def _refused(folder: Path, key: str, was: object, wanted: object) -> RequestError:
     was, wanted = _as_typed(was), _as_typed(wanted)
-    remedy = f"leave it at {was}, or choose another --out"
+    whole = f"the schedule as {folder / 'recipe.yaml'} has it" if key.startswith("schedule") else f"it at {was}"
+    remedy = f"leave {whole}, or choose another --out"
     if key.startswith(("objective.", "schedule")) and all((folder / name).exists() for name in ("teacher", "generator")):
         remedy += f" with teacher={folder}/teacher distillation.start={folder}/generator, which goes on from there"
     return RequestError(f"{folder} holds a run with {key}={was}, not {wanted}", remedy=remedy, param="out")

@@ -122,11 +122,15 @@ def test_what_does_not_undo_training_may_change(tmp_path: Path, change: str) -> 
     ("change", "message"),
     [
         ("objective.alpha=0.7", "holds a run with objective.alpha=1.0, not 0.7; leave it at 1.0, or choose another --out"),
+        ("method=dmd2", "holds a run with objective.method=di-star, not dmd2; leave it at di-star, or choose another --out"),
         ("network.model_channels=64", "holds a run with network.model_channels=32, not 64"),
         ("distillation.batch=32", "holds a run with distillation.batch=64, not 32"),
         ("loop.seed=1", "holds a run with loop.seed=0, not 1"),
         ("distillation.ema_halflife_kimg=9", "ema_halflife_kimg=[8.0], not [9.0]"),
-        ("schedule=[{until_kimg: 3, objective: {method: sid}}]", "holds a run with schedule[0].until_kimg=null, not 3.0"),
+        (
+            "schedule=[{until_kimg: 3, objective: {method: sid}}]",
+            "holds a run with schedule[0].until_kimg=null, not 3.0; leave the schedule as {run}/recipe.yaml has it, or",
+        ),
         ("network.patch=2", "holds a run with network.patch=null, not 2; leave it at null, or choose"),
         (
             "teacher=fashion-mnist-teacher",
