@@ -24,7 +24,7 @@ from uni_instruct.train.optimization.distributed import check_batches
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.recipe_changes import holds_training, saved_step
 from uni_instruct.train.run import Run
-from uni_instruct.train.run_lock import refuse_taken
+from uni_instruct.train.run_lock import refuse_foreign, refuse_taken
 from uni_instruct.train.same_data import check_same_data, saved_classes
 
 READ = 64  # images that are read, spread over the data
@@ -145,6 +145,7 @@ def _run(preflight: Preflight) -> str:
     """What a training would find in the folder: another one, a recipe that does not go on as this one, a damaged state."""
     out, recipe = preflight.out, preflight.recipe
     refuse_taken(out)
+    refuse_foreign(out)
     if not holds_training(out):
         return f"{out} holds no training yet"
     if preflight.plan.dataset is not None:

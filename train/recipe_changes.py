@@ -51,13 +51,12 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
     """
     before, now = flat(old.to_dict()), flat(new.to_dict())
     changes = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
-    for key in changes:
-        if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
-            raise _refused(folder, key, *changes[key])  # networks would come or go
     # What was asked for, before what comes with it: a method sets keys that nobody has written.
     for key, (was, wanted) in sorted(changes.items(), key=lambda change: change[0] != "objective.method"):
         general = re.sub(r"^schedule\[\d+\]\.", "", key)
         section = next((section for section, keys in TUNING.items() if general in keys), None)
+        if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
+            raise _refused(folder, key, was, wanted)  # networks would come or go
         if section is not None and was is not None and wanted is not None:
             _check_can_be_tuned(folder, key, was, wanted, section, new)
         elif general == "data" and was and wanted:

@@ -23,7 +23,7 @@ from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.recipe_changes import Changes, allowed_changes, holds_training
-from uni_instruct.train.run_lock import RunLock, taken
+from uni_instruct.train.run_lock import RunLock, refuse_foreign, taken
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Run:
         self._first_process = first_process
         self._trackers: list[Tracker] | None = None
         file = folder / "recipe.yaml"
+        refuse_foreign(folder)
         self._changes: Changes = {}
         if file.exists() and holds_training(folder):
             self._changes = allowed_changes(folder, parse_recipe(read_yaml(file)), recipe)

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,13 @@ def refuse_taken(folder: Path) -> None:
     """Raises RequestError where another process works on the run."""
     if is_locked(folder):
         raise taken(folder)
+
+
+def refuse_foreign(folder: Path, names: Sequence[str] = ("teacher", "generator", "report"), mark: str = "recipe.yaml") -> None:
+    """Raises RequestError where a training, or a lab, would take the place of folders that none made. mark: what one leaves."""
+    for name in names:
+        if not (folder / mark).exists() and (folder / name).is_dir() and any((folder / name).iterdir()):
+            raise RequestError(f"{folder / name} would be replaced, and no training made it", remedy="choose another --out")
 
 
 def taken(folder: Path) -> RequestError:

@@ -14,6 +14,7 @@ from uni_instruct.train.optimization.auto_precision import settle_for_run
 from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.recipe_keys import one_of
+from uni_instruct.train.run_lock import refuse_foreign
 
 TEACHER_RUN, EXPERIMENTS = "teacher-run", "experiments"
 # The lab's own page says more than a report of each experiment would, which takes a minute; the user's settings go on top.
@@ -97,6 +98,7 @@ def plan_lab(recipe: str, changes: Sequence[str], variants: Sequence[Variant], s
     if len(seeds) * len(variants) > MOST_EXPERIMENTS:
         problem = f"{len(variants)} methods with {len(seeds)} seeds are more than {MOST_EXPERIMENTS} trainings"
         raise RequestError(problem, remedy="ask for fewer", param="seeds")
+    refuse_foreign(folder, ("report",), EXPERIMENTS)
     base = load_recipe(recipe, (*WITHOUT_REPORT, *changes))
     if base.loop.metric == "none":
         raise RequestError("a lab compares scores, and loop.metric is none", remedy="leave loop.metric out", param="set")
