@@ -51,8 +51,11 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
     """
     before, now = flat(old.to_dict()), flat(new.to_dict())
     changes = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
-    # What was asked for, before what comes with it: a method sets keys that nobody has written.
-    for key, (was, wanted) in sorted(changes.items(), key=lambda change: change[0] != "objective.method"):
+    # What was asked for, before what comes with it: a method sets keys of its section that nobody has written.
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in changes))
+    ordered = sorted(changes, key=lambda key: (sections.index(key.partition(".")[0]), key != "objective.method"))
+    for key in ordered:
+        was, wanted = changes[key]
         general = re.sub(r"^schedule\[\d+\]\.", "", key)
         section = next((section for section, keys in TUNING.items() if general in keys), None)
         if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
