@@ -10,7 +10,7 @@ from pathlib import Path
 from uni_instruct.files import JSON_ERRORS, atomic_file
 
 TIME_FILE = "time.json"
-STAGES = ("teacher", "generator", "run")  # run: what belongs to neither
+TIMED_STAGES = ("teacher", "generator", "run")  # run: what belongs to neither
 Times = dict[str, dict[str, float]]  # stage -> activity -> seconds
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def read_times(folder: Path) -> Times:
     try:
         stages = json.loads(file.read_text())
         times = {stage: {name: float(seconds) for name, seconds in parts.items()} for stage, parts in stages.items()}
-        return {stage: parts for stage, parts in times.items() if stage in STAGES}
+        return {stage: parts for stage, parts in times.items() if stage in TIMED_STAGES}
     except (*JSON_ERRORS, TypeError, AttributeError, OverflowError) as error:
         _log.warning("%s cannot be read and is begun anew: %s", file, error)
         return {}
