@@ -18,7 +18,7 @@ from uni_instruct.export.card import Rounding, published_card, teacher_weights
 from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.export.half_precision import half_precision_changes, rounding_of, too_large, without_half
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
-from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder
+from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, refuse_file_name
 from uni_instruct.generate import by_class, generate_batches, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.progress import ProgressFactory, silent
@@ -230,6 +230,7 @@ def check_scores(scores: Sequence[EvaluationResult], original: Bundle, published
 
 
 def _check_replaceable(out: Path, original: Bundle) -> None:
+    refuse_file_name(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     published: object = {}

@@ -42,7 +42,8 @@ class TargetServer:
         try:
             parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
             host, port = parts.hostname, parts.port
-        except ValueError:  # a port that is not a number, or an incomplete IPv6 address
+            (host or "").encode("idna")  # as the system does later; it fails for a name such as 'a..b'
+        except ValueError:  # a port that is not a number, an incomplete IPv6 address, or no host name
             host = port = None
         if not host or parts.scheme not in ("http", "https"):
             raise RequestError(

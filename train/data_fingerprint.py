@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from uni_instruct.data import Dataset
 from uni_instruct.errors import RequestError
-from uni_instruct.files import atomic_file
+from uni_instruct.files import JSON_ERRORS, atomic_file
 from uni_instruct.train.recipe_changes import DATA_DESCRIPTION, holds_training
 
 
@@ -55,9 +55,9 @@ def saved_classes(folder: Path) -> tuple[str, ...]:
 def _noted(file: Path) -> DataDescription | None:
     try:
         noted: DataDescription = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, *JSON_ERRORS):
         return None
-    return noted if isinstance(noted, dict) else None
+    return noted if isinstance(noted, dict) and isinstance(noted.get("class_names", []), list) else None
 
 
 def _difference(before: DataDescription, now: DataDescription) -> str:

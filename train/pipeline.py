@@ -28,7 +28,7 @@ from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.auto_precision import resolve_precision_for_run
-from uni_instruct.train.optimization.distributed import BatchShard, check_divides, exit_together, start_fabric
+from uni_instruct.train.optimization.distributed import check_batches, exit_together, start_fabric
 from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
@@ -57,15 +57,12 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
     plan = make_plan(recipe, saved_classes(out))
     recipe = _resolved_recipe(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
-    # Checked before the other processes start. If one of them failed first, it would end this one before the error is shown.
-    for config in (recipe.teacher, recipe.distillation):
-        check_divides(devices, config.batch)
+    # Both stages are checked now, although the second starts hours later, and before other processes start: one that failed
+    # first would end this one before the error is shown. They are checked again: torchrun has its own number of processes.
+    check_batches(recipe, devices)
     fabric = start_fabric(devices, recipe.loop.precision)
     with exit_together(fabric), arithmetic_of(recipe.loop.precision):
-        # Both stages are checked now, although the second starts hours later. Under torchrun the number of processes is only
-        # known here.
-        for config in (recipe.teacher, recipe.distillation):
-            BatchShard(fabric, config.batch, config.micro_batch)
+        check_batches(recipe, fabric.world_size)
         return _trained(plan, out, fabric, devices, start, teacher_only)
 
 

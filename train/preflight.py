@@ -20,10 +20,11 @@ from uni_instruct.train.config import Recipe
 from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, resolve_auto
 from uni_instruct.train.optimization.auto_precision import exact
+from uni_instruct.train.optimization.distributed import check_batches
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.recipe_changes import holds_training, saved_step
 from uni_instruct.train.run import Run
-from uni_instruct.train.run_lock import refuse_in_use
+from uni_instruct.train.run_lock import refuse_foreign, refuse_in_use
 from uni_instruct.train.scoring_choice import choose_scoring
 
 READ = 64  # number of images that are read, evenly spaced in the data
@@ -147,6 +148,7 @@ def _run(preflight: Preflight) -> str:
     """Check the run's folder as a training would: in use, resumable with this recipe and data, states readable."""
     out, recipe = preflight.out, preflight.recipe
     refuse_in_use(out)
+    refuse_foreign(out)
     if not holds_training(out):
         return f"{out} contains no run yet"
     if preflight.plan.dataset is not None:
@@ -165,11 +167,7 @@ def _devices(preflight: Preflight) -> str:
         )
     if preflight.recipe.loop.precision == "16-mixed" and not gpus:
         raise CheckFailed("loop.precision 16-mixed needs a GPU, and this machine has none", "--set precision=bf16-mixed")
-    for section in (preflight.recipe.teacher, preflight.recipe.distillation):
-        if section.batch % asked:
-            raise CheckFailed(
-                f"{section.section}.batch {section.batch} is not divisible by {asked}", "choose another --devices"
-            )
+    check_batches(preflight.recipe, asked)
     days = preflight.cost.gpu_days(exact(preflight.recipe.loop).precision)
     on = f"{asked} of {gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else f"{asked} CPU processes, no GPU"
     return f"{on}; the run takes about {days:.3g} days of one H100 (train --dry-run shows this estimate)"
@@ -193,6 +191,8 @@ def _memory(preflight: Preflight) -> str:
 def _disk(preflight: Preflight) -> str:
     # The run's folder may not exist yet, so the disk of its nearest existing parent is checked.
     folder = next(path for path in (preflight.out.absolute(), *preflight.out.absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckFailed(f"nothing can be written into {folder}", "choose another --out")
     free, needed = shutil.disk_usage(folder).free, preflight.cost.disk
     words = f"about {needed / MB:,.0f} MB needed, {free / MB:,.0f} MB free in {folder}"
     if needed > free:

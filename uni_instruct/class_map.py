@@ -1,6 +1,7 @@
 """Match classes by name. Models and data sets may number the same classes differently, so an id is valid only in its own."""
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,10 +19,22 @@ def has_names(names: Sequence[str]) -> bool:
 
 
 def ids_by_name(names: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
-    """The index in `others` of each name: int64 [len(names)]; None if one is missing. Names are compared in Unicode's NFC."""
-    known = {_nfc(other): number for number, other in enumerate(others)}
-    ids = [known.get(_nfc(name), -1) for name in names]
-    return None if -1 in ids else np.array(ids, dtype=np.int64)
+    """The index in `others` of each name: int64 [len(names)]; None if one is missing. Names are compared in Unicode's NFC.
+
+    Classes that share a name are matched in their order.
+    """
+    if unmatched_name(names, others) is not None:
+        return None
+    ids: dict[str, list[int]] = {}
+    for number, other in enumerate(others):
+        ids.setdefault(_nfc(other), []).append(number)
+    return np.array([ids[_nfc(name)].pop(0) for name in names], dtype=np.int64)
+
+
+def unmatched_name(names: Sequence[str], others: Sequence[str]) -> str | None:
+    """The first name that `others` lack, or have for more or fewer classes; None if all are found."""
+    here, there = (Counter(map(_nfc, some)) for some in (names, others))
+    return next((name for name in names if here[_nfc(name)] != there[_nfc(name)]), None)
 
 
 def match_classes(names: Sequence[str], others: Sequence[str], whose: str, others_whose: str) -> np.ndarray | None:

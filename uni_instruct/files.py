@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import mimetypes
 import os
 import re
 import shutil
@@ -46,6 +47,13 @@ _UNUSABLE = {
     errno.ELOOP: "give the file or folder itself, not the symbolic link",
     errno.ENAMETOOLONG: "give a shorter name",
 }
+
+
+# Of files that Python's table of types does not have.
+_SUFFIXES = frozenset(
+    {".7z", ".arrow", ".avif", ".ckpt", ".feather", ".heic", ".jp2", ".jxl", ".lmdb", ".npy", ".npz", ".onnx", ".parquet"}
+    | {".pickle", ".pkl", ".pt", ".pth", ".rar", ".safetensors", ".tfrecord", ".toml", ".yaml", ".yml", ".zst"}
+)
 
 
 @contextmanager
@@ -219,6 +227,23 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
         yield
     finally:
         os.close(file)
+
+
+def is_named_as_file(path: Path) -> bool:
+    """Whether the name ends as a file's does (.txt, .mp4, .h5), and no folder has it: digits-0.08 and run.v2 are folders."""
+    kinds = mimetypes.MimeTypes()  # Python's own table: the system's has .old and .bak, too
+    known = {*kinds.types_map[True], *kinds.encodings_map, *_SUFFIXES}
+    return path.suffix.lower() in known and not path.is_dir()
+
+
+def refuse_file_name(out: Path) -> None:
+    """Raises RequestError where a folder is to be made under the name of a file."""
+    if is_named_as_file(out):
+        raise RequestError(
+            f"--out {out} ends in {out.suffix}, and a folder is made",
+            remedy=f"name a folder, such as {out.with_suffix('')}",
+            param="out",
+        )
 
 
 def sha256(path: Path) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from uni_instruct.bundle import Bundle, is_bundle
+from uni_instruct.class_map import match_classes
 from uni_instruct.engine import RUNTIMES, Engine, available_engines, engine_status, open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
@@ -123,7 +124,7 @@ class SideBySide:
         timeout_s = served.settings.timeout_s
         generated = await served.batcher.submit(seeds, class_ids, timeout_s)
         own = Side(str(served.engine.id), served.spec, served.engine.device, generated.images, generated.model_ms)
-        inputs = draw_inputs(served.spec, seeds, class_ids)
+        inputs = draw_inputs(served.spec, seeds, class_ids_of_teacher(engine.spec, served.spec, class_ids))
         try:
             async with asyncio.timeout(timeout_s):
                 images, model_ms = await self._in_thread(_timed, engine, inputs)
@@ -162,6 +163,12 @@ class SideBySide:
         return self._engines[key]
 
 
+def class_ids_of_teacher(other: ModelSpec, spec: ModelSpec, class_ids: np.ndarray | None) -> np.ndarray | None:
+    """The class ids of `spec` in the numbering of `other`, matched by name: a teacher may have its classes in another order."""
+    ids = match_classes(spec.class_names, other.class_names, "the generator", "the teacher")
+    return class_ids if ids is None or class_ids is None else ids[class_ids]
+
+
 def _timed(engine: Engine, inputs: Inputs) -> tuple[np.ndarray, float]:
     start = time.perf_counter()
     images = engine(*inputs)
@@ -198,6 +205,7 @@ def find_teacher(bundle: Bundle) -> Bundle | None:
 def _fitting(teacher: Bundle, spec: ModelSpec) -> Bundle | None:
     same = (teacher.spec.noise_shape, teacher.spec.num_classes) == (spec.noise_shape, spec.num_classes)
     runs = RUNTIMES["torch"].is_installed() or bool(teacher.engines())
+    match_classes(spec.class_names, teacher.spec.class_names, "the generator", "the teacher")  # another's classes
     return teacher if same and runs and teacher.spec.makes_pictures else None
 
 

@@ -182,7 +182,9 @@ TRAINING = [
 NETWORKS = [
     Value(B, "network '{}' is unknown", lambda _: network("resnet"), lambda remedy, _: network(first_choice(remedy))),
     Value(B, "network.out_channels {} cannot be set", lambda _: network(out_channels=3), lambda remedy, _: said(remedy, "leave it out", network())),
-    Value(B, "network '{}': {}", lambda _: network(depth=3), lambda remedy, _: said(remedy, "docs/recipes.md", network(num_blocks=2))),
+    Value(B, "network '{}' has no argument", lambda _: network(depth=3), lambda remedy, _: said(remedy, "leave it out", network())),
+    Value(B, "network '{}': {}", lambda _: network(model_channels=33), lambda remedy, _: network(model_channels=int(found(r"multiple of (\d+)", remedy)))),
+    Value(B, "network '{}': {}", lambda _: network(num_blocks="x"), lambda remedy, _: said(remedy, "docs/recipes.md", network(num_blocks=2))),
     Value(B, "network.patch {} does not divide", lambda _: patched_shape((1, 9, 9), 2),
           lambda remedy, _: patched_shape((1, 9, 9), int(found(r"choose (\d)", remedy)))),
     Value(B, "(_too_coarse)", lambda _: network(side=9), lambda remedy, _: network(side=9, channel_mult=[1] * (int(found(r"fewer than (\d)", remedy)) - 1))),

@@ -22,6 +22,7 @@ from uni_instruct.train.plan import make_plan
 from uni_instruct.train.preflight import CHECKS, Preflight
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.run import Run
+from uni_instruct.train.run_lock import refuse_foreign
 from uni_instruct.train.scoring_choice import choose_scoring
 
 LEVELS = (0, 80, 160, 240)
@@ -55,9 +56,16 @@ def start(tmp: Path, side: int = 8) -> list[str]:
     return [teacher(tmp), f"distillation.start={bundle(tmp, f'start{side}', 1, side)}"]
 
 
-def examined(subject: str, *changes: str, devices: int = 1) -> str:
+def examined(subject: str, *changes: str, devices: int = 1, out: str | Path = "nowhere") -> str:
     """A check of `doctor`, or its refusal."""
-    return CHECKS[subject](Preflight(load_recipe("digits", [*TINY, *changes]), Path("nowhere"), devices))
+    return CHECKS[subject](Preflight(load_recipe("digits", [*TINY, *changes]), Path(out), devices))
+
+
+def holding(folder: Path, name: str) -> Path:
+    """A folder with a file of somebody's in it."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+    return folder
 
 
 def judged(*changes: str, source: str = "digits") -> object:
@@ -151,8 +159,10 @@ PLANS = [
 DOCTOR = [
     Value(F, "(_data)", lambda tmp: examined("data", data(tmp, levels=(7, 7))), lambda remedy, tmp: said(remedy, "a data set of real pictures", examined("data", data(tmp)))),
     Value(F, "{} of the {} classes of", lambda tmp: examined("data", data(tmp, [0, 1, 0, 1], num_classes=3)), lambda remedy, tmp: said(remedy, "whose labels have no unused classes", examined("data", data(tmp, [0, 1, 0, 1], num_classes=2)))),
-    Value(F, "{}.batch {} is not divisible", lambda _: examined("devices", devices=3), lambda remedy, _: said(remedy, "choose another --devices", examined("devices", devices=2))),
+    Value("train/optimization/distributed.py", "{}.batch {} cannot be divided", lambda _: examined("devices", "teacher.batch=128", devices=3), lambda remedy, _: examined("devices", "distillation.batch=6", found(r"--set (\S+),", remedy), devices=3)),
     Value(F, "loop.precision 16-mixed", lambda _: examined("devices", "precision=16-mixed"), lambda remedy, _: examined("devices", found(r"--set (\S+)", remedy))),
+    Value("train/run_lock.py", "{} would be replaced", lambda tmp: refuse_foreign(holding(tmp / "a", "report/x")), lambda remedy, tmp: said(remedy, "choose another --out", refuse_foreign(holding(tmp / "b", "notes/x")) or "free")),
+    Value(F, "nothing can be written into", lambda _: examined("disk", out=__file__), lambda remedy, tmp: said(remedy, "choose another --out", examined("disk", out=tmp))),
     Value(F, "(_memory)", lambda _: examined("memory", *LARGE), lambda remedy, _: examined("memory", *LARGE, f"{found(r'lower (distillation.micro_batch)', remedy)}=64")),
     Value(F, "(_disk)", lambda _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "distillation.duration_kimg=44.8", "snapshot_kimg=1e-6"), lambda remedy, _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "distillation.duration_kimg=44.8", f"{found(r'raise (loop.snapshot_kimg)', remedy)}=0.1")),
 ]  # fmt: skip

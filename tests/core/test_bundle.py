@@ -252,7 +252,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "sigma a word": (edit_config(sigma_init="2.5"), "does not describe a generator: sigma_init"),
     "sigma not a number": (edit_config(sigma_init=float("nan")), "sigma_init nan"),
     "network unknown": (edit_config(network="transformer"), "network 'transformer' is unknown; choose one of ddpmpp"),
-    "argument unknown": (edit_config(network_args={"heads": 8}), "network 'ddpmpp'"),
+    "argument unknown": (edit_config(network_args={"heads": 8}), "network 'ddpmpp' has no argument heads; leave it out"),
     "argument negative": (edit_config(network_args={"model_channels": -8}), "network 'ddpmpp'"),
     "sigma_data a word": (edit_config(network_args={"sigma_data": "x"}), "network 'ddpmpp'"),
     "classes other than the weights'": (edit_config(num_classes=3, class_names=[]), "do not fit its network"),

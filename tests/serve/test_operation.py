@@ -132,7 +132,9 @@ def test_another_server_is_told_from_ours(body: str) -> None:
         TargetServer(url).facts(None)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:web", "http://[::1", "http://", "", "ftp://x"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:99999", "http://127.0.0.1:web", "http://[::1", "http://", "", "ftp://x", ".", "http://a..b"]
+)
 def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
     with pytest.raises(RequestError, match=r"is not the URL of a server; give one, such as http://127\.0\.0\.1:3000"):
         TargetServer(url)

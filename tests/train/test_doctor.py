@@ -42,7 +42,11 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
         (["teacher={random}", "data=fashion-mnist"], "recipe", "makes images of shape [1, 8, 8]"),
         (["method=di++", "reward=nowhere:f"], "recipe", "reward 'nowhere:f' cannot be imported"),
         (["precision=16-mixed"], "devices", "loop.precision 16-mixed needs a GPU, and this machine has none"),
-        (["--devices", "3"], "devices", "teacher.batch 128 is not divisible by 3"),
+        (
+            ["--devices", "3"],
+            "devices",
+            "teacher.batch 128 cannot be divided among 3 processes; --set teacher.batch=129, or --devices 2",
+        ),
         (["network.model_channels=4096", "distillation.batch=8192"], "memory", "lower distillation.micro_batch"),
         (["distillation.ema_power_std=[0.05, 0.1]", "snapshot_kimg=1e-5"], "disk", "raise loop.snapshot_kimg"),
     ],
@@ -62,6 +66,14 @@ def test_what_would_spoil_a_run_is_found(
     assert code == 2
     assert not found[subject]["ok"]
     assert words in found[subject]["words"]
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_found(cli: Cli, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    code, found = findings(cli, "digits", "--out", str(tmp_path / out))
+    assert (code, found["disk"]["ok"]) == (2, False)
+    assert f"nothing can be written into {tmp_path / 'file'}; choose another --out" in found["disk"]["words"]
 
 
 def test_what_train_would_find_in_the_folder_is_found(tmp_path: Path) -> None:

@@ -119,6 +119,23 @@ def test_forty_photographs_train_without_a_word_of_setting(
     assert (tmp_path / "run" / "generator" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", ["teacher", "generator", "report"])
+def test_a_folder_of_somebodys_is_not_replaced_by_a_runs(cli: Cli, tmp_path: Path, photos: Path, name: str) -> None:
+    """A report/ that stood in --out was gone when the training ended."""
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "thesis.tex").write_text("mine")
+    given = ["--set", f"data={photos}", *SHORT, "metric=none"]
+    said = f"{tmp_path}/out/{name} would be replaced, and no training made it; choose another --out"
+    code, _, errors = cli("train", "digits", "--out", tmp_path / "out", *given)
+    assert (code, errors.splitlines()[-1]) == (2, f"error: {said}")
+    code, out, _ = cli("doctor", "digits", "--out", tmp_path / "out", "--json", *given[1:])
+    assert (code, said in next(found["words"] for found in json.loads(out) if found["subject"] == "run")) == (2, True)
+    assert [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.name != "run.lock"] == [
+        name,
+        f"{name}/thesis.tex",
+    ]
+
+
 def test_a_recipe_that_stands_alone_in_a_folder_is_replaced(cli: Cli, tmp_path: Path, photos: Path) -> None:
     """A killed start leaves no more than that."""
     run = tmp_path / "run"

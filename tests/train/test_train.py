@@ -209,8 +209,10 @@ def test_batch_that_the_processes_do_not_divide_is_refused(tmp_path: Path) -> No
     out = tmp_path / "run"
     done = run_cli("train", "digits", "--out", out, "--devices", "2", "--set", "distillation.batch=63")
     assert done.returncode == 2
-    remedy = "choose a batch that is a multiple of 2, or another --devices"
-    assert f"error: a batch of 63 cannot be divided among 2 processes; {remedy}\n" in done.stderr
+    assert (
+        "error: distillation.batch 63 cannot be divided among 2 processes; --set distillation.batch=64, or --devices 1\n"
+        in done.stderr
+    )
     assert not out.exists()
 
 

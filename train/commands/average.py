@@ -9,6 +9,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.errors import RequestError
+from uni_instruct.files import refuse_file_name
 from uni_instruct.train.recipe_keys import MIN_AVERAGE_WIDTH, WIDEST_AVERAGE
 
 
@@ -49,6 +50,7 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
     # An existing folder is not replaced, because it may be the only copy of another width.
     if out.exists():
         raise RequestError(f"{out} exists already", remedy="give another folder as --out", param="out")
+    refuse_file_name(out)
     trained = Bundle.open(run / stage)
     recipe = parse_recipe(read_yaml(run / "recipe.yaml"))
     weights = {name: tensor.numpy() for name, tensor in reconstruct(run / "snapshots" / stage, std, kimg).items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.files import JSON_ERRORS
 from uni_instruct.train.monitoring.history import History, ScoreLine, WarningLine, read_history
 from uni_instruct.train.recipe_file import built_in_recipes, read_yaml, steps_in
 from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, RunProcess, is_locked, read_run_process
@@ -211,7 +212,7 @@ def _saved_step(folder: Path, stage: str) -> int | None:
     note = state.with_suffix(".json")
     try:
         return int(json.loads(note.read_text())["step"]) if note.stat().st_mtime >= state.stat().st_mtime else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, *JSON_ERRORS, TypeError, KeyError, OverflowError):
         return None
 
 

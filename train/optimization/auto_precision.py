@@ -10,7 +10,7 @@ import torch
 
 from uni_instruct.engines.hardware.threads import one_torch_thread
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import atomic_file
+from uni_instruct.files import JSON_ERRORS, atomic_file
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.processes import is_nonzero_rank
 from uni_instruct.progress import ProgressFactory, progress, silent
@@ -112,7 +112,7 @@ def resolve_precision_for_run(loop: LoopConfig, spec: ModelSpec, images: int, fo
     try:
         noted = json.loads(file.read_text())
         return _replace_auto(loop, noted["precision"], noted["channels_last"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (*JSON_ERRORS, KeyError, TypeError) as error:
         raise FileFormatError(f"{file} cannot be read", remedy="delete that file and run the same command again") from error
 
 

@@ -6,6 +6,7 @@ from uni_instruct import __version__
 from uni_instruct.spec import evaluations
 from uni_instruct.train.dry_run.cost import phases
 from uni_instruct.train.dry_run.report import needs, phase_lines
+from uni_instruct.train.monitoring.clock import TIMED_STAGES
 from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, table, text
 
@@ -73,7 +74,7 @@ def time_section(inputs: ReportInputs, report_s: float) -> list[str]:
     total_s = sum(time_s for *_, time_s in spent)
     rows = [
         ("" if stage == "run" else stage, ACTIVITIES.get(name, name), duration(time_s), f"{time_s / total_s:.1%}")
-        for stage, name, time_s in sorted(spent, key=lambda part: ("teacher", "generator", "run").index(part[0]))
+        for stage, name, time_s in sorted(spent, key=lambda part: TIMED_STAGES.index(part[0]))
     ]
     rows.append(("**in all**", "", f"**{duration(total_s)}**", ""))
     lines = table(("stage", "", "time", "share"), rows, numbers_from=2)

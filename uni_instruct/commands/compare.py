@@ -30,13 +30,14 @@ from uni_instruct.files import JSON_ERRORS
 # Sets of seeds for each bundle: the fewest that give a useful estimate of the spread.
 SETS = 3
 
-# What must be equal in two results, or their scores are not comparable: its place in a result, and its name for the error.
+_CLASSES = ("classes",)
+# What must be equal in two results, or their scores are not comparable: its place in a result, its name, and its option.
 _MUST_MATCH = (
-    (("reference", "name"), "reference"),
-    (("reference", "samples"), "number of reference images"),
-    (("extractor", "sha256"), "extractor"),
-    (("scores", "generator", "samples"), "number of images"),
-    (("classes",), "draw of classes"),
+    (("reference", "name"), "reference", "--reference"),
+    (("reference", "samples"), "number of reference images", "--reference"),
+    (("extractor", "sha256"), "extractor", "--extractor"),
+    (("scores", "generator", "samples"), "number of images", "--samples"),
+    (_CLASSES, "draw of classes", "--classes"),
 )
 
 
@@ -82,7 +83,7 @@ def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -
     differences = {"weights": compare_weights(name, *trained), "recipes": compare_recipes(name, *trained)}
     facts = {"metric": name, "level": LEVEL, "a": _means(trained[0]), "b": _means(trained[1])}
     facts |= {what: asdict(difference) for what, difference in differences.items()}
-    facts["note"] = _note(trained)
+    facts["note"] = "; ".join(filter(None, (_note(trained), _note_of_classes([*sides[0], *sides[1]])))) or None
     click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts, differences)
 
 
@@ -196,13 +197,21 @@ def _note(trained: Sequence[Sequence[TrainingScores]]) -> str | None:
     )
 
 
+def _note_of_classes(results: Sequence[_Result]) -> str | None:
+    """A note if one draws its classes uniformly and another has none: on unbalanced data this decides, not the generators."""
+    if {_at(result.facts, _CLASSES) for result in results} != {None, "uniform"}:
+        return None
+    return "some draw their classes uniformly, and some have no classes: fair only if the reference is balanced"
+
+
 def _check_comparable(result: _Result, first: _Result) -> None:
-    for place, what in _MUST_MATCH:
+    for place, what, option in _MUST_MATCH:
         found = [_at(facts, place) for facts in (result.facts, first.facts)]
-        if found[0] != found[1]:
+        # A generator without classes draws none: it is compared with one that has them, and what that means is said.
+        if found[0] != found[1] and not (place == _CLASSES and None in found):
             raise RequestError(
                 f"{first.source} and {result.source} differ in their {what}: {str(found[1])[:40]} and {str(found[0])[:40]}",
-                remedy="evaluate both alike",
+                remedy=f"evaluate both with the same {option}",
             )
 
 

@@ -63,7 +63,8 @@ def source_parts(source: str | Path) -> list[str]:
 
 def is_data(source: str) -> bool:
     """Whether a source, or one of several with commas between them, is a known name, or a file or folder that exists."""
-    return any(is_named(part) or Path(part).exists() for part in source_parts(source))
+    # A pipe is neither: whoever opens it waits for ever.
+    return any(is_named(part) or Path(part).is_file() or Path(part).is_dir() for part in source_parts(source))
 
 
 def is_named(source: str) -> bool:

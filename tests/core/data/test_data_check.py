@@ -122,6 +122,13 @@ def test_a_pipe_among_pictures_is_passed_over(tmp_path: Path) -> None:
     assert check_data(str(tmp_path)).note == "2 files (2.png, 3.png) passed over, as no images"
 
 
+def test_a_pipe_is_no_data_set_and_is_not_waited_for(tmp_path: Path, cli: Cli) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for command, said in ((["data", "check"], "there is no data set"), (["inspect"], "there is no bundle, data set or")):
+        code, _, errors = cli(*command, tmp_path / "pipe")
+        assert (code, errors.startswith(f"error: {said}")) == (2, True), errors
+
+
 def test_latents_that_are_wrong_are_named(tmp_path: Path) -> None:
     good = np.ones((8, 2, 2), np.float32)
     files = {"0.npy": good, "1.npy": np.ones((8, 4, 2), np.float32), "2.npy": -good, "3.npy": good, "4.npy": good[:4]}

@@ -81,14 +81,29 @@ def test_the_command_says_what_can_be_said(tmp_path: Path, cli: Cli) -> None:
     assert json.loads(cli("compare", a[0], b[0], "--metric", "recall", "--json")[1])["weights"]["verdict"] == "inconclusive"
 
 
+@pytest.mark.parametrize(("classes", "said"), [("uniform", True), ("data", False), (None, False)])
+def test_a_generator_without_classes_compares_and_what_decides_is_said(
+    tmp_path: Path, cli: Cli, classes: str | None, said: bool
+) -> None:
+    """It was refused, with a remedy that nobody could follow: there are no classes to draw alike."""
+    a = result(tmp_path / "a.json", "a", [1.0, 1.1], classes=classes)
+    b = result(tmp_path / "b.json", "b", [2.0, 2.1], classes=None)
+    for pair in ((a, b), (b, a)):
+        code, out, errors = cli("compare", *pair, "--json")
+        assert code == 0, errors
+        note = json.loads(out)["note"]
+        assert ("fair only if the reference is balanced" in note) == said
+        assert "training again moves FID" in note
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, cli: Cli) -> None:
     a = result(tmp_path / "a.json", "a", [1.0, 1.1])
     other = result(tmp_path / "b.json", "b", [1.0, 1.1], extractor={"sha256": "f"})
     classes = result(tmp_path / "c.json", "c", [1.0, 1.1], classes="data")
     (tmp_path / "d.json").write_text("[]")
     wrong = {
-        (a, other): "differ in their extractor: e and f; evaluate both alike",
-        (a, classes): "differ in their draw of classes: uniform and data",
+        (a, other): "differ in their extractor: e and f; evaluate both with the same --extractor",
+        (a, classes): "differ in their draw of classes: uniform and data; evaluate both with the same --classes",
         (a, tmp_path / "none.json"): "there is no result or bundle",
         (
             a,

@@ -28,7 +28,7 @@ from uni_instruct.generate import mix_classes, resolve_class_ids
 from uni_instruct.images import grid
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 from uni_instruct.serve.demo import mount as demo_module
-from uni_instruct.serve.demo.compare import SideBySide
+from uni_instruct.serve.demo.compare import SideBySide, class_ids_of_teacher, find_teacher
 from uni_instruct.serve.routes.walk import WalkRequest, resolve_walk
 
 
@@ -288,6 +288,21 @@ def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: 
             np.testing.assert_array_equal(shown, grid((levels * told["gain"]).astype(np.uint8))[:, :, 0])
 
     run(work())
+
+
+def test_a_teacher_is_asked_for_the_class_of_the_same_name(tmp_path: Path, digits: Bundle, digits_teacher: Path) -> None:
+    names, teacher = tuple("abcdefghij"), Bundle.open(digits_teacher)
+    spec = dataclasses.replace(digits.spec, class_names=names)
+    for order, asked in (((*names[1:], names[0]), [2, 9]), (names, [3, 0]), ((), [3, 0]), (tuple("klmnopqrst"), None)):
+        other = dataclasses.replace(teacher.spec, class_names=order)
+        Bundle.write(tmp_path / "generator", spec, digits.weights(), "")
+        Bundle.write(tmp_path / "teacher", other, teacher.weights(), "")
+        found = find_teacher(Bundle.open(tmp_path / "generator"))
+        assert (found is None) == (asked is None)
+        if found is not None:
+            ids = class_ids_of_teacher(found.spec, spec, np.array([3, 0]))
+            assert ids is not None
+            assert ids.tolist() == asked
 
 
 def test_a_comparison_with_what_is_not_there_is_refused(digits: Bundle) -> None:

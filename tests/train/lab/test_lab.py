@@ -74,6 +74,14 @@ def test_what_would_fail_is_refused_before_anything_is_trained(
     assert not (tmp_path / "lab" / "teacher-run").exists()
 
 
+def test_a_folder_of_somebodys_is_not_replaced_by_the_labs(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "thesis.tex").write_text("mine")
+    code, _, errors = cli("lab", "digits", *SMALL, "--out", tmp_path, "--methods", "sid")
+    assert (code, errors) == (2, f"error: {tmp_path}/report would be replaced, and no training made it; choose another --out\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_lab_from_start_to_page(tmp_path: Path) -> None:

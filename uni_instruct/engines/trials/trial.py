@@ -26,6 +26,8 @@ TIMEOUT_S = 600
 # Signals that a user or the system sends to a process: death by one of them says nothing about the engine.
 _EXTERNAL_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _one_at_a_time = threading.Lock()
+# Results that could not be written to the cache. Choosing an engine and opening it both need them.
+_unrecorded: "dict[TrialKey, Trial]" = {}
 _log = logging.getLogger(__name__)
 
 
@@ -105,13 +107,13 @@ def recorded_trial(key: TrialKey) -> Trial | None:
 
 
 def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
-    """The recorded result, or else that of a trial now, which is then recorded if it lasts and the cache can be written.
+    """The recorded result, or else that of a trial now, which is recorded if it lasts (without a writable cache: in memory).
 
     Raises BundleError if the engine's files or reference.npz are damaged: that is no result about this machine.
     """
     # Two trials at once would measure each other's load.
     with _one_at_a_time:
-        trial = recorded_trial(key)
+        trial = recorded_trial(key) or _unrecorded.get(key)
         if trial is not None:
             return trial
         if stored := bundle.engines().get(engine_id):
@@ -124,6 +126,8 @@ def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
         trial = _run(bundle.path, engine_id, key.device)
         if trial.lasting:
             _note(key, trial)
+            if recorded_trial(key) is None:
+                _unrecorded[key] = trial
         return trial
 
 

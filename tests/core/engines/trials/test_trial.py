@@ -230,6 +230,16 @@ def test_without_a_cache_it_works_too(kind: str, bundle: Bundle, tmp_path: Path,
         open_engine(bundle, ONNX)
 
 
+def test_without_a_cache_a_process_tries_an_engine_once(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setattr(trial_module, "_unrecorded", {})
+    assert open_engine(bundle, ONNX).id == ONNX
+    monkeypatch.setattr(trial_module, "_run", None)  # a second trial would be an error
+    assert open_engine(bundle, ONNX).id == ONNX
+
+
 def test_a_read_only_cache_is_no_error(bundle: Bundle, cache: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
