@@ -15,7 +15,7 @@ from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.optimization.auto_precision import resolve_precision_for_run
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.same_data import check_same_data, saved_classes
+from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 
 Cli = Callable[..., tuple[int, str, str]]
 SHORT = [
@@ -88,5 +88,5 @@ def test_a_damaged_note_of_the_data_is_noted_anew_or_one_line(tmp_path: Path, da
 def test_a_damaged_note_of_what_is_fastest_is_one_line(tmp_path: Path, tiny_bundle: Bundle, damage: str) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "fastest.json").write_bytes(DAMAGES[damage])
-    with pytest.raises(FileFormatError, match=r"fastest.json cannot be read; delete it, and run the same command again"):
+    with pytest.raises(FileFormatError, match=r"fastest.json cannot be read; delete that file and run the same command again"):
         resolve_precision_for_run(LoopConfig(), tiny_bundle.spec, 8, tmp_path)

@@ -24,7 +24,7 @@ def run_at(folder: Path, **steps: int) -> Path:
 
 def test_a_term_that_brings_networks_is_not_told_to_be_lengthened(tmp_path: Path) -> None:
     folder, without = run_at(tmp_path / "run", generator=700), ["method=sid"]
-    with pytest.raises(RequestError, match=r"holds a run with objective.adversarial_scale=0.0, not 0.1; leave it at 0.0"):
+    with pytest.raises(RequestError, match=r"contains a run with objective.adversarial_scale=0.0, which a resumed run cannot change to 0.1; leave it at 0.0"):
         allowed_changes(folder, load_recipe("digits", without), load_recipe("digits", [*without, "adversarial_scale=0.1"]))
 
 
@@ -47,7 +47,7 @@ def test_whatever_is_refused_can_be_left_as_the_remedy_says_or_lengthened(tmp_pa
         message = refusal(folder, base, change)
         # A method sets other keys as well, and one of those may be what differs.
         left = re.search(r"leave it at (\[.*?\]|\S*?)(?:,|$)", message)
-        named = re.search(r"(?:holds a run with |^)([a-z_.0-9]+)=", message)
+        named = re.search(r"(?:contains a run with |^)([a-z_.0-9]+)=", message)
         if left and named:
             back = [change] if named[1] != key else []
             assert refusal(folder, base, *back, f"{named[1]}={left[1]}") == "", message

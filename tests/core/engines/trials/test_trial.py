@@ -31,6 +31,7 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(trial_module, "_unrecorded", {})
     return tmp_path / "cache" / "uni-instruct" / "engines"
 
 
@@ -234,7 +235,6 @@ def test_without_a_cache_a_process_tries_an_engine_once(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("")
-    monkeypatch.setattr(trial_module, "_unrecorded", {})
     assert open_engine(bundle, ONNX).id == ONNX
     monkeypatch.setattr(trial_module, "_run", None)  # a second trial would be an error
     assert open_engine(bundle, ONNX).id == ONNX
