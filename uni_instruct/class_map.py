@@ -1,6 +1,7 @@
 """Classes by name: models and data sets number the same classes differently, so an id means nothing outside its own."""
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,10 +19,24 @@ def has_names(names: Sequence[str]) -> bool:
 
 
 def ids_by_name(names: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
-    """The id among the others of each name, int64 [len(names)]; None where one is missing. Unicode's compositions are alike."""
-    known = {_composed(other): number for number, other in enumerate(others)}
-    ids = [known.get(_composed(name), -1) for name in names]
+    """The id among the others of each name, int64 [len(names)]. Unicode's compositions are alike.
+
+    None where one is missing, or is the name of several, unless both are the same list.
+    """
+    mine, theirs = [_composed(name) for name in names], [_composed(other) for other in others]
+    if mine == theirs:
+        return np.arange(len(mine), dtype=np.int64)
+    # ImageNet has two classes 'crane': found by name, all images of both would become the second's.
+    repeated = {name for name, count in Counter(theirs).items() if count > 1}
+    known = {other: -1 if other in repeated else number for number, other in enumerate(theirs)}
+    ids = [known.get(name, -1) for name in mine]
     return None if -1 in ids else np.array(ids, dtype=np.int64)
+
+
+def repeated_name(names: Sequence[str]) -> str:
+    """'2 ... are called NAME': the number of classes that share the first such name, and that name; empty where none do."""
+    name, count = Counter(map(_composed, names)).most_common(1)[0] if names else ("", 0)
+    return f"{count} are called {name}" if count > 1 else ""
 
 
 def match_classes(names: Sequence[str], others: Sequence[str], whose: str, others_whose: str) -> np.ndarray | None:
@@ -33,9 +48,10 @@ def match_classes(names: Sequence[str], others: Sequence[str], whose: str, other
         return None
     ids = ids_by_name(names, others)
     if ids is None or len(names) != len(others):
+        twice = repeated_name(others) or repeated_name(names)
         raise RequestError(
             f"{whose} has the classes {shown_classes(names)}, {others_whose} {shown_classes(others)}",
-            remedy="give both the same classes, in any order",
+            remedy=f"give both the same classes{f' in one order: {twice}' if twice else ', in any order'}",
             param="classes",
         )
     return ids

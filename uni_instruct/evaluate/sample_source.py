@@ -125,5 +125,7 @@ def reference_class_ids(
     ids = ids_by_name(names, theirs)
     if ids is None:
         unknown = next(name for name in names if ids_by_name([name], theirs) is None)
+        if several := theirs.count(unknown):
+            return None, f"no class_accuracy: {several} classes of the reference's {shown_classes(theirs)} are called {unknown}"
         return None, f"no class_accuracy: class '{unknown}' is not among the reference's {shown_classes(theirs)}"
     return ids[class_ids], ""
