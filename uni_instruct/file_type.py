@@ -9,6 +9,8 @@ from uni_instruct.zip_entry import SIGNATURE, entry_start
 
 _HEAD = 512
 HEAD = 16  # bytes that `begins_as_image` and `begins_as_heic` look at
+# The remedy for photographs that Pillow does not read.
+SAVE_HEIC = "save HEIC as JPEG or PNG, as photo programs and 'heif-convert in.heic out.jpg' do"
 # Arrays that tools of this field write; a zip of other .npy files is a data set's latents.
 _ARRAYS = frozenset({"arr_0", "images", "mu", "sigma", "mean", "cov", "pool_3", "feats", "class_ids", "labels"})
 _TAR_AT, _TAR, _GZIP, _IDX = 257, b"ustar", b"\x1f\x8b", b"\x00\x00\x08"

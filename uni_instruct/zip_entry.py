@@ -5,6 +5,7 @@ import zipfile
 from typing import BinaryIO
 
 SIGNATURE = b"PK\x03\x04"
+_UTF8 = 0x800  # the flag of an entry that says that its name is UTF-8
 # The signature, 22 bytes that the directory repeats, and the lengths of the name and of the extra fields behind it.
 _HEADER = struct.Struct("<4s22xHH")
 
@@ -21,3 +22,13 @@ def entry_start(file: BinaryIO, header_offset: int) -> tuple[int, bytes]:
     # The directory cannot be asked: its own extra fields may be of another length.
     _, name_size, extra_size = _HEADER.unpack(header)
     return header_offset + _HEADER.size + name_size + extra_size, file.read(name_size)
+
+
+def entry_name(info: zipfile.ZipInfo) -> str:
+    """An entry's name. macOS and older programs write UTF-8 without the flag that says so; zipfile then reads code page 437."""
+    if info.flag_bits & _UTF8 or info.filename.isascii():
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename

@@ -1,24 +1,28 @@
 """What a folder or zip holds: image files, or where there are none, latents; and what else, which is passed over."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from uni_instruct.data.dataset import Dataset, ImageReader
 from uni_instruct.data.image_files import (
-    SAVE_HEIC,
     ImageFileReader,
     common_shape,
     image_file_shape,
     is_image_file,
     with_colour,
 )
-from uni_instruct.data.labels import META, RECORD, Description, joined_notes
-from uni_instruct.data.storage import UNREADABLE, Store, counted, naturally_sorted
+from uni_instruct.data.labels import META, RECORD, Description
+from uni_instruct.data.storage import UNREADABLE, Store, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.file_type import HEAD, begins_as_heic, begins_as_image
+from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic, begins_as_image
+from uni_instruct.printable import counted, joined_notes, printable
 from uni_instruct.spec import ImageShape
+
+# Names under which people keep labels in other forms.
+_OF_LABELS = re.compile(r"(?:label|metadata|annotation)[^/]*$|\.(?:csv|tsv|jsonl)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +71,13 @@ def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
     raise FileFormatError(f"{store.path} has no images{there}", remedy=remedy)
 
 
-def passed_over_note(found: DataFiles, store: Store) -> str:
-    """What was not read, counted and named; empty where everything was."""
+def passed_over_note(found: DataFiles, store: Store, unlabelled: bool) -> str:
+    """What was not read, counted and named; empty where everything was. unlabelled: nothing has said what classes there are."""
     others = naturally_sorted([*found.passed_over, *store.no_files])
+    labels = next((name for name in others if _OF_LABELS.search(name)), None) if unlabelled else None
     return joined_notes(
         f"{counted(others, 'file')} passed over, as no {'latents' if found.latents else 'images'}" if others else "",
+        f"classes are read from {META} or folders, not from {printable(labels)}" if labels is not None else "",
         f"{counted(store.repeated, 'name')} passed over, as repeating others" if store.repeated else "",
     )
 

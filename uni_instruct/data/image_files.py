@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, name_in_store, reason_of
 from uni_instruct.errors import FileFormatError
-from uni_instruct.file_type import HEAD, begins_as_heic
+from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic
 from uni_instruct.images import to_pil
 
 # Every suffix that Pillow opens as a picture, in a list of our own: asking Pillow would load all of its plugins at each start.
@@ -22,7 +22,6 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 # What Pillow knows but cannot show (scientific data, films), or shows by running another program (EPS), or never in 8 bits.
 _NOT_SHOWN = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
 NO_PICTURES = frozenset(_NOT_SHOWN.split())
-SAVE_HEIC = "save HEIC as JPEG or PNG, as photo programs and 'heif-convert in.heic out.jpg' do"
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 # Grey of 16 bits as PNG and TIFF hold it. Of a PGM of more than 255 levels Pillow makes mode I, spread over 16 bits.

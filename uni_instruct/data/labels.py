@@ -9,8 +9,9 @@ import numpy as np
 
 from uni_instruct.data.class_folders import FolderClasses, folder_classes
 from uni_instruct.data.dataset import MAX_CLASSES, number_names
-from uni_instruct.data.storage import UNREADABLE, Store, counted, name_in_store, plain_name, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, name_in_store, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
+from uni_instruct.printable import counted, joined_notes
 
 META = "dataset.json"
 # What `generate` writes beside its images: the seeds in their order, the request, and of a folder each file's hash.
@@ -189,11 +190,6 @@ def first_label_note(class_ids: np.ndarray) -> str:
     first = int(class_ids.min())
     missing = "class 0 has" if first == 1 else f"classes 0 to {first - 1} have"
     return f"labels begin at {first}: {missing} no image" if first else ""
-
-
-def joined_notes(*notes: str) -> str:
-    """Those notes that say something, in one."""
-    return "; ".join(note for note in notes if note)
 
 
 def _absent_note(by_file: dict[str, object], files: list[str]) -> str:

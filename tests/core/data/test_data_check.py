@@ -104,7 +104,8 @@ def test_tars_are_read_as_well(tmp_path: Path, cli: Cli) -> None:
         code, output, _ = cli("data", "check", source)
         assert (code, output) == (2, f"{name} in {source} cannot be read: image file is truncated\n")
         assert cli("data", "prepare", source, "--out", tmp_path / "y.zip")[0] == 2
-        assert re.fullmatch(r"1 file \((x/)?b.csv\) passed over, as no images", open_dataset(source).note)
+        hint = r"classes are read from dataset.json or folders, not from (x/)?b.csv"
+        assert re.fullmatch(rf"1 file \((x/)?b.csv\) passed over, as no images; {hint}", open_dataset(source).note)
 
 
 def test_colour_in_a_zip_that_says_it_is_grey_is_named(tmp_path: Path, cli: Cli) -> None:
