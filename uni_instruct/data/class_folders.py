@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uni_instruct.data.storage import FolderStore, Store, is_dropping, natural_order
+from uni_instruct.data.droppings import is_dropping
+from uni_instruct.data.storage import FolderStore, Store, natural_order
 from uni_instruct.errors import FileFormatError
 from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic
 from uni_instruct.printable import counted, joined_notes

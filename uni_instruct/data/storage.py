@@ -17,6 +17,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from uni_instruct.data.droppings import is_dropping
 from uni_instruct.errors import FileFormatError
 from uni_instruct.zip_entry import entry_name, entry_start
 
@@ -39,18 +40,11 @@ UNREADABLE = (
 )
 _MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1"), ("locked", "?")])
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+_LARGEST = 2 << 30  # the most pixels that Pillow opens have 1.4 GB, in 16 bits and four channels
 _OTHER_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz"}
 # A name that begins at the root, or has a part that is empty, '.' or '..'.
 _INDIRECT = re.compile(r"^/|//|(?:^|/)\.{1,2}(?:/|$)")
 _DIGITS = str.maketrans("123456789", "000000000")
-# What systems and other programs leave among a user's files: hidden folders (.ipynb_checkpoints), copies of resource forks
-# (macOS), thumbnails (Synology's @eaDir, Windows), waste bins, snapshots of a NAS.
-_DROPPING = re.compile(
-    r"(?:^|/)(?:\.[^/]+/|\._[^/]*$|\.DS_Store$|Icon\r$|e?h?thumbs(?:_vista)?\.db$|desktop\.ini$|"
-    r"(?:__MACOSX|__pycache__|@eaDir|@tmp|@Recycle|@Recently-Snapshot|#recycle|#snapshot|~snapshot|\$RECYCLE\.BIN|"
-    r"System Volume Information|Network Trash Folder|lost\+found)/)",
-    re.IGNORECASE,
-)
 
 
 class Store(Protocol):
@@ -122,6 +116,7 @@ class FolderStore:
 
     def read(self, name: str) -> bytes:
         """The file's bytes."""
+        _check_size(self._place(name).stat().st_size)
         return self._place(name).read_bytes()
 
     def head(self, name: str, size: int) -> bytes:
@@ -211,9 +206,8 @@ class ZipStore:
             raise FileFormatError(f"{self.path} is encrypted", remedy="unpack it with its password and give the folder")
         if methods and not methods & _METHODS:
             named = ", ".join(_OTHER_METHODS.get(method, f"method {method}") for method in sorted(methods))
-            raise FileFormatError(
-                f"{self.path} is packed by {named}, not stored or deflated", remedy="unpack it and give the folder"
-            )
+            problem = f"{self.path} is packed by {named}, not stored or deflated"
+            raise FileFormatError(problem, remedy="unpack it and give the folder")
 
     def _by_name(self, infos: list[zipfile.ZipInfo]) -> list[tuple[str, zipfile.ZipInfo]]:
         """Members by name, sorted. Of two of one name the last counts, as for every program that unpacks."""
@@ -259,14 +253,21 @@ def _unpacked(packed: bytes, member: np.void) -> bytes:
         raise zipfile.BadZipFile("it is encrypted")
     if member["method"] not in _METHODS:
         raise zipfile.BadZipFile(f"it is compressed by method {member['method']}, not stored or deflated")
-    # One byte more than the directory announces is enough to see that there is more.
+    _check_size(int(member["size"]))
     deflated = member["method"] == zipfile.ZIP_DEFLATED
+    # One byte more than the directory announces is enough to see that there is more.
     content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, int(member["size"]) + 1) if deflated else packed
     if len(content) != member["size"]:
         raise zipfile.BadZipFile("it is truncated" if len(content) < member["size"] else "it is longer than the zip says")
     if zlib.crc32(content) != member["crc"]:
         raise zipfile.BadZipFile("its checksum is wrong")
     return content
+
+
+def _check_size(size: int) -> None:
+    """Raises ValueError for a file that is no single image, before it fills the memory."""
+    if size > _LARGEST:
+        raise ValueError(f"it has {size:,} bytes, more than any image that is read here")
 
 
 def plain_name(name: str) -> str:
@@ -281,11 +282,6 @@ def plain_name(name: str) -> str:
             path = path[3:]
         name = ("" if path in (".", "..") else path) + "/" * name.endswith("/")
     return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-def is_dropping(name: str) -> bool:
-    """Whether a file, or a folder whose name ends in '/', is what another program left there, and no user's file."""
-    return _DROPPING.search(name) is not None
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -15,10 +15,11 @@ from typing import TypedDict
 import numpy as np
 
 from uni_instruct.data.dataset import MAX_CLASSES, Dataset, number_names
+from uni_instruct.data.droppings import is_dropping
 from uni_instruct.data.file_kinds import DataFiles, ImageForm, content_of, data_files, dataset_of, passed_over_note
 from uni_instruct.data.image_files import decode, is_image_file
 from uni_instruct.data.labels import META, Description, first_label_note, read_description, read_meta
-from uni_instruct.data.storage import UNREADABLE, FolderStore, is_dropping, naturally_sorted, plain_name, reason_of
+from uni_instruct.data.storage import UNREADABLE, FolderStore, naturally_sorted, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
 from uni_instruct.file_type import FileType, file_type
 from uni_instruct.files import JSON_ERRORS
