@@ -9,8 +9,9 @@ from uni_instruct.zip_entry import SIGNATURE, entry_start
 
 _HEAD = 512
 HEAD = 16  # bytes that `begins_as_image` and `begins_as_heic` look at
-# The remedy for photographs that Pillow does not read.
+# Remedies for photographs that Pillow does not read, and for files that are not there yet.
 SAVE_HEIC = "save HEIC as JPEG or PNG, as photo programs and 'heif-convert in.heic out.jpg' do"
+PULL_LFS = "fetch the files with 'git lfs pull'"
 # Arrays that tools of this field write; a zip of other .npy files is a data set's latents.
 _ARRAYS = frozenset({"arr_0", "images", "mu", "sigma", "mean", "cov", "pool_3", "feats", "class_ids", "labels"})
 _TAR_AT, _TAR, _GZIP, _IDX = 257, b"ustar", b"\x1f\x8b", b"\x00\x00\x08"
@@ -28,10 +29,22 @@ class FileType(Enum):
     TAR = "a tar archive"
     IDX = "an IDX file"
     IMAGE = "an image"
+    ARRAY = "a single array"
+    TABLE = "a table or a container of arrays"
+    PACKED = "a packed file"
+    LFS = "a pointer of Git LFS"
     EMPTY = "empty"
     OTHER = "none that is known here"
 
 
+_LFS = b"version https://git-lfs"
+# What other files begin with: NumPy's; Parquet, Arrow, HDF5, MATLAB; bzip2, xz, Zstandard, 7z, RAR, and gzip of no tar.
+_MAGIC = {
+    b"\x93NUMPY": FileType.ARRAY,
+    **dict.fromkeys((b"PAR1", b"ARROW1", b"\x89HDF\r\n", b"MATLAB 5"), FileType.TABLE),
+    **dict.fromkeys((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!", _GZIP), FileType.PACKED),
+    _LFS: FileType.LFS,
+}
 CHECKPOINTS = frozenset({FileType.TORCH, FileType.PICKLE, FileType.SAFETENSORS})
 
 
@@ -49,19 +62,29 @@ def file_type(path: Path) -> FileType:
     if head[0] == 0x80 and len(head) > 1 and head[1] <= _LAST_PROTOCOL:
         return FileType.PICKLE
     if head[_TAR_AT:].startswith(_TAR) or head.startswith(_GZIP):
-        return FileType.TAR if head[_TAR_AT:].startswith(_TAR) or _is_tar(path) else FileType.OTHER
+        return FileType.TAR if head[_TAR_AT:].startswith(_TAR) or _is_tar(path) else FileType.PACKED
     if head.startswith(_IDX):
         return FileType.IDX
     # Its directory is at its end, so that a zip need not begin as one.
     if zipfile.is_zipfile(path):
         return FileType.ZIP
-    return FileType.IMAGE if begins_as_image(head[:HEAD]) else FileType.OTHER
+    if begins_as_image(head[:HEAD]):
+        return FileType.IMAGE
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), FileType.OTHER)
 
 
 def begins_as_image(head: bytes) -> bool:
-    """Whether a file's first 16 bytes are those of PNG, JPEG, GIF, WebP, AVIF or JPEG 2000."""
+    """Whether a file's first 16 bytes are those of PNG, JPEG, GIF, TIFF, WebP, AVIF, JPEG 2000 or BMP."""
     boxes = (b"ftypavif", b"jP  \r\n\x87\n")
-    return head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8")) or head[8:12] == b"WEBP" or head[4:12] in boxes
+    begins = head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*"))
+    # Two letters are too few to tell a BMP from a text; four bytes behind its size are nothing.
+    is_bmp = head.startswith(b"BM") and head[6:10] == bytes(4)
+    return begins or is_bmp or head[8:12] == b"WEBP" or head[4:12] in boxes
+
+
+def begins_as_lfs(head: bytes) -> bool:
+    """Whether a file's first bytes, 23 at least, are those of a text that stands for a file that Git LFS keeps elsewhere."""
+    return head.startswith(_LFS)
 
 
 def begins_as_heic(head: bytes) -> bool:

@@ -14,9 +14,11 @@ from uni_instruct.checkpoints.prefixes import is_counter, network_prefixes
 from uni_instruct.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.torch_file import zipped
+from uni_instruct.file_type import PULL_LFS, FileType, begins_as_lfs
 from uni_instruct.zip_entry import SIGNATURE as ZIP
 
 _PICKLE = b"\x80"
+_HEAD = 32
 # What stands in the names of states that hold tensors and are no networks.
 _OPTIMIZER = "optim"
 
@@ -104,6 +106,8 @@ def _unpickler(file: BinaryIO, size: int) -> Callable[[BinaryIO, Budget, int], o
         return None
     if Source(file, 0, size).starts_with(_PICKLE):
         return pickled
+    if begins_as_lfs(Source(file, 0, size).read(min(size, _HEAD))):
+        raise MalformedFile(f"is {FileType.LFS.value}", PULL_LFS)
     raise MalformedFile("is no checkpoint: neither a pickle, nor torch's zip, nor safetensors", FOREIGN)
 
 

@@ -107,7 +107,8 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
 
 def is_zip(path: Path) -> bool:
     """Whether a file is a zip of images, or is called one: its error then says that it is damaged."""
-    return file_type(path) is FileType.ZIP or path.suffix.lower() == ".zip"
+    kind = file_type(path)
+    return kind is FileType.ZIP or (path.suffix.lower() == ".zip" and kind is not FileType.LFS)
 
 
 def is_npz(path: Path) -> bool:
@@ -126,6 +127,10 @@ def what_it_is(path: Path) -> str:
         FileType.TAR: "which is to be unpacked",
         FileType.IDX: "whose folder is the data set",
         FileType.IMAGE: "whose folder is the data set",
+        FileType.ARRAY: "which is to be saved as arr_0 of an .npz",
+        FileType.TABLE: "whose images are to be written to files, a folder for each class",
+        FileType.PACKED: "which is to be unpacked",
+        FileType.LFS: "whose file 'git lfs pull' fetches",
     }
     return f" but {kind.value}, {advice[kind]}" if kind in advice else ""
 
