@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # Of a damaged file the name alone says what it was, and reading it then says what is wrong.
 _SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
+_INDEX = ".index.json"  # of weights in several files
 # A fact, and what to print for it. Facts without a row are for --json alone.
 Row = tuple[str, str]
 
@@ -19,6 +20,8 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a path is a file that is one by its content, or is named as checkpoints are and no other kind known here."""
     if not path.is_file():
         return False
+    if path.name.endswith(_INDEX):
+        return True
     kind = file_type(path)
     return kind in CHECKPOINTS or (path.suffix.lower() in _SUFFIXES and kind in (FileType.OTHER, FileType.EMPTY))
 
