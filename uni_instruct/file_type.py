@@ -3,6 +3,7 @@
 import zipfile
 from enum import Enum
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO
 
 from uni_instruct.zip_entry import SIGNATURE, entry_start
@@ -45,6 +46,9 @@ _MAGIC = {
     **dict.fromkeys((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!", _GZIP), FileType.PACKED),
     _LFS: FileType.LFS,
 }
+# Of weights in several files; and how files that hold weights are called.
+INDEX = ".index.json"
+WEIGHTS = (INDEX, ".safetensors", ".pt", ".pth", ".ckpt", ".pkl", ".bin")
 CHECKPOINTS = frozenset({FileType.TORCH, FileType.PICKLE, FileType.SAFETENSORS})
 
 
@@ -71,6 +75,15 @@ def file_type(path: Path) -> FileType:
     if begins_as_image(head[:HEAD]):
         return FileType.IMAGE
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), FileType.OTHER)
+
+
+def import_of_weights(folder: Path) -> str:
+    """The command that takes the weights in a folder of another project's, the index of several files first; '' without any."""
+    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.name.endswith(WEIGHTS)]
+    if not found:
+        return ""
+    path = next((path for path in found if path.name.endswith(INDEX)), found[0])
+    return f"'uni-instruct import {quote(str(path))} --out BUNDLE'"
 
 
 def begins_as_image(head: bytes) -> bool:

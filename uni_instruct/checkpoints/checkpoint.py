@@ -1,7 +1,8 @@
 """What a checkpoint holds, whoever wrote it: networks with their tensors and configuration, and facts about their training."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -151,7 +152,7 @@ def _checkpoint(value: object, budget: Budget) -> Checkpoint:
     if _is_weights(value):
         parts = _split("", "weights", value)
         return Checkpoint("state dict", tuple(_network(part.name, part.stored, budget) for part in parts), {})
-    found = list(_found(value))
+    found = _told_apart(list(_found(value)))
     networks = tuple(_network(part.name, part.stored, budget) for part in found)
     if not networks or len({network.name for network in networks}) < len(networks):
         raise MalformedFile("holds two networks of one name" if networks else "holds no network", FOREIGN)
@@ -180,6 +181,12 @@ def _found(value: dict[Any, Any]) -> Iterator[_Found]:
                 yield _Found(key, f"{key} {std}", weights)
         else:
             yield from _below(key, str(key), part)
+
+
+def _told_apart(found: list[_Found]) -> list[_Found]:
+    """Networks of one name in several dicts of a file, by the dict's name as well."""
+    names = Counter(part.name for part in found)
+    return [part if names[part.name] == 1 else replace(part, name=f"{part.key}.{part.name}") for part in found]
 
 
 def _below(key: object, name: str, part: object) -> Iterator[_Found]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from uni_instruct.checkpoints.budget import FOREIGN, MalformedFile, shown
 from uni_instruct.checkpoints.source import Source, opened
+from uni_instruct.file_type import INDEX
 
-INDEX = ".index.json"
 _LARGEST_INDEX = 64 << 20
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.\w+)")
 

@@ -4,14 +4,13 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
+from uni_instruct.file_type import CHECKPOINTS, INDEX, FileType, file_type
 
 if TYPE_CHECKING:
     from uni_instruct.checkpoints.checkpoint import StoredNetwork
 
 # Of a damaged file the name alone says what it was, and reading it then says what is wrong.
 _SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors"})
-_INDEX = ".index.json"  # of weights in several files
 # A fact, and what to print for it. Facts without a row are for --json alone.
 Row = tuple[str, str]
 
@@ -20,7 +19,7 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a path is a file that is one by its content, or is named as checkpoints are and no other kind known here."""
     if not path.is_file():
         return False
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(INDEX):
         return True
     kind = file_type(path)
     return kind in CHECKPOINTS or (path.suffix.lower() in _SUFFIXES and kind in (FileType.OTHER, FileType.EMPTY))

@@ -16,10 +16,10 @@ from uni_instruct.data.image_files import (
     with_colour,
 )
 from uni_instruct.data.labels import META, RECORD, Description
-from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, naturally_sorted
+from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, has_suffix, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic, begins_as_image
+from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic, begins_as_image, import_of_weights
 from uni_instruct.printable import counted, joined_notes, printable
 from uni_instruct.spec import ImageShape
 
@@ -92,13 +92,14 @@ def passed_over_note(found: DataFiles, store: Store, unlabelled: bool) -> str:
 
 
 def _remedy_for_others(store: Store, names: list[str]) -> str:
-    """What to do about files that hold images in another way; empty where there are none."""
+    """What to do about files that hold images in another way, or weights; empty where there are none."""
+    if isinstance(store, FolderStore) and (command := import_of_weights(store.path)):
+        return f"give data, or take the weights there with {command}"
     for name in naturally_sorted(names):
         suffix = os.path.splitext(name)[1].lower()
         if suffix in _ARCHIVES:
-            return (
-                f"give {store.path / name} itself" if store.path.is_dir() and suffix in _TAKEN else f"unpack {printable(name)}"
-            )
+            taken = isinstance(store, FolderStore) and suffix in _TAKEN
+            return f"give {store.path / name} itself" if taken else f"unpack {printable(name)}"
         if suffix in _CONTAINERS:
             return f"write the images of {printable(name)} to files, PNG or JPEG, in a sub-folder for each class"
     return ""
