@@ -136,6 +136,6 @@ def _empty_class(store: Store, root: str, name: str) -> FileFormatError:
     remedy = "fill it or remove it"
     if held:
         heic = begins_as_heic(store.head(held[0], HEAD))
-        remedy = SAVE_HEIC if heic else "save what it holds as PNG or JPEG, or remove it"
+        remedy = SAVE_HEIC if heic else "fill it with what is read here, such as PNG, or remove it"
     there = f" but {counted(held, 'file')}" if held else ""
     return FileFormatError(f"class folder {name} in {store.path / root} has no images{there}", remedy=remedy)
