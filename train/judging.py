@@ -55,6 +55,12 @@ def announce(judge: Judge, asked: LoopConfig) -> None:
         log.warning("%s", judge.words)
 
 
+def announce_note(dataset: Dataset | None) -> None:
+    """What a user should know about the data, as what was passed over: before a training of hours, and not in a report."""
+    if dataset is not None and dataset.note and not is_later_process():
+        log.warning("data set '%s': %s", dataset.name, dataset.note)
+
+
 def _inception(loop: LoopConfig, dataset: Dataset, can_classify: bool, small: bool) -> Judge:
     chosen = dataclasses.replace(loop, extractor="inception")
     words = "the best weights are chosen by InceptionV3's features (loop.extractor=inception)"

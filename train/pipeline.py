@@ -24,7 +24,7 @@ from uni_instruct.progress import progress
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
-from uni_instruct.train.judging import announce, choose_judge
+from uni_instruct.train.judging import announce, announce_note, choose_judge
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.auto_precision import settle_for_run
@@ -90,6 +90,7 @@ def _settled(plan: Plan, out: Path) -> Recipe:
     """The plan's recipe with every `auto` resolved for this run."""
     recipe = plan.recipe
     judge = choose_judge(recipe.loop, plan.dataset)
+    announce_note(plan.dataset)
     announce(judge, recipe.loop)
     images = max(config.micro_batch or config.batch for config in (recipe.teacher, recipe.distillation))
     return dataclasses.replace(recipe, loop=settle_for_run(judge.loop, plan.teacher_spec, images, out))

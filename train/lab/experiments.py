@@ -8,7 +8,7 @@ from pathlib import Path
 
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import LoopConfig, Recipe
-from uni_instruct.train.judging import announce, choose_judge
+from uni_instruct.train.judging import announce, announce_note, choose_judge
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.optimization.auto_precision import settle_for_run
 from uni_instruct.train.plan import make_plan
@@ -133,6 +133,7 @@ def settled(lab: Lab) -> Lab:
         plan = make_plan(recipe)
         if first is None:
             judge = choose_judge(recipe.loop, plan.dataset)
+            announce_note(plan.dataset)
             announce(judge, recipe.loop)
             images = recipe.distillation.micro_batch or recipe.distillation.batch
             first = settle_for_run(judge.loop, plan.teacher_spec, images, lab.folder)

@@ -64,7 +64,12 @@ def source_parts(source: str | Path) -> list[str]:
 
 def is_data(source: str) -> bool:
     """Whether a source, or one of several with commas between them, is a known name, or a file or folder that exists."""
-    return any(is_named(part) or Path(part).exists() for part in source_parts(source))
+    return any(is_named(part) or _is_there(Path(part)) for part in source_parts(source))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file or folder is there. Of a device or a pipe nobody knows where it ends."""
+    return path.is_file() or path.is_dir()
 
 
 def is_named(source: str) -> bool:

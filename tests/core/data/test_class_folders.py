@@ -98,7 +98,10 @@ def test_labels_in_another_form_are_said_to_be_unread(tmp_path: Path, place: Pla
     [
         ({}, "has no images; fill it or remove it"),
         ({"a.heic": HEIC, "b.heic": HEIC}, r"has no images but 2 files \(dog/a.heic, dog/b.heic\); save HEIC as JPEG or PNG"),
-        ({"a.svg": b"<svg/>"}, r"has no images but 1 file \(dog/a.svg\); fill it with what is read here, such as PNG, or remove it"),
+        (
+            {"a.svg": b"<svg/>"},
+            r"has no images but 1 file \(dog/a.svg\); fill it with what is read here, such as PNG, or remove it",
+        ),
     ],
 )
 def test_a_class_folder_without_images_says_what_it_holds(tmp_path: Path, files: Files, line: str) -> None:

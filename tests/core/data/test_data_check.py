@@ -123,6 +123,15 @@ def test_a_pipe_among_pictures_is_passed_over(tmp_path: Path) -> None:
     assert check_data(str(tmp_path)).note == "2 files (2.png, 3.png) passed over, as no images"
 
 
+def test_a_device_or_a_pipe_is_no_data_set(tmp_path: Path, cli: Cli) -> None:
+    """/dev/zero has no end, and nobody writes into the pipe: either was read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("/dev/zero", "/dev/null", tmp_path / "pipe"):
+        for command in (["data", "check"], ["inspect"], ["data", "prepare", "--out", tmp_path / "x.zip"]):
+            code, _, errors = cli(*command, source)
+            assert (code, str(source) in errors, len(errors.splitlines())) == (2, True, 1)
+
+
 def test_latents_that_are_wrong_are_named(tmp_path: Path) -> None:
     good = np.ones((8, 2, 2), np.float32)
     files = {"0.npy": good, "1.npy": np.ones((8, 4, 2), np.float32), "2.npy": -good, "3.npy": good, "4.npy": good[:4]}
