@@ -1,6 +1,7 @@
 """Match classes by name. Models and data sets may number the same classes differently, so an id is valid only in its own."""
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,10 +19,24 @@ def has_names(names: Sequence[str]) -> bool:
 
 
 def ids_by_name(names: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
-    """The index in `others` of each name: int64 [len(names)]; None if one is missing. Names are compared in Unicode's NFC."""
-    known = {_nfc(other): number for number, other in enumerate(others)}
-    ids = [known.get(_nfc(name), -1) for name in names]
+    """The index in `others` of each name: int64 [len(names)]. Names are compared in Unicode's NFC.
+
+    None if a name is missing from `others` or occurs in it several times, unless the two lists are equal.
+    """
+    mine, theirs = [_nfc(name) for name in names], [_nfc(other) for other in others]
+    if mine == theirs:
+        return np.arange(len(mine), dtype=np.int64)
+    # ImageNet has two classes 'crane'. A lookup by name would give the images of both to the second.
+    repeated = {name for name, count in Counter(theirs).items() if count > 1}
+    known = {other: -1 if other in repeated else number for number, other in enumerate(theirs)}
+    ids = [known.get(name, -1) for name in mine]
     return None if -1 in ids else np.array(ids, dtype=np.int64)
+
+
+def repeated_name(names: Sequence[str]) -> str:
+    """'2 are called NAME' for the most frequent name if several classes have it, else ''. Names are compared in NFC."""
+    name, count = Counter(map(_nfc, names)).most_common(1)[0] if names else ("", 0)
+    return f"{count} are called {name}" if count > 1 else ""
 
 
 def match_classes(names: Sequence[str], others: Sequence[str], whose: str, others_whose: str) -> np.ndarray | None:
@@ -34,9 +49,10 @@ def match_classes(names: Sequence[str], others: Sequence[str], whose: str, other
         return None
     ids = ids_by_name(names, others)
     if ids is None or len(names) != len(others):
+        twice = repeated_name(others) or repeated_name(names)
         raise RequestError(
             f"{whose} has the classes {format_class_names(names)}, {others_whose} {format_class_names(others)}",
-            remedy="give both the same classes, in any order",
+            remedy=f"give both the same classes{f' in the same order: {twice}' if twice else ', in any order'}",
             param="classes",
         )
     return ids

@@ -22,7 +22,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.autoencoder_kl import WEIGHTS, read_decoder
 from uni_instruct.checkpoints.budget import reading
-from uni_instruct.checkpoints.fit import finite
+from uni_instruct.checkpoints.fit import check_fit, finite
 from uni_instruct.checkpoints.import_bundle import ImportRequest, attach_decoder, bundle_from_checkpoint
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.evaluate.class_draw import draw_classes
@@ -237,6 +237,9 @@ BUNDLES = [
     Value("uni_instruct/checkpoints/source.py", "(opened)", lambda tmp: bundle_from_checkpoint(tmp / "none", tmp / "out", ImportRequest()), lambda remedy, tmp: said(remedy, "the path of a checkpoint", imported(tmp, name="x"))),
     Value("uni_instruct/checkpoints/budget.py", "cannot read {}", lambda _: read_under("x", PermissionError(13, "Permission denied")), lambda remedy, _: read_under("x", said(remedy, "make it readable", None))),
     Value("uni_instruct/checkpoints/fit.py", "weight {} holds values", lambda _: finite("w", np.array([np.nan])), lambda remedy, _: finite("w", said(remedy, "an earlier state", np.ones(1)))),
+    Value("uni_instruct/checkpoints/fit.py", "weight {} is of type {}", lambda _: finite("w", np.ones(1, np.int8)), lambda remedy, _: finite("w", np.ones(1, np.int8).astype(found(r"as (float)s", remedy)))),
+    Value("uni_instruct/checkpoints/fit.py", "the {} {}: {}{}", lambda _: check_fit("network", {"a": (1,)}, {"a": np.ones(1), "b": np.ones(1)}),
+          lambda remedy, _: check_fit("network", {"a": (1,)}, said(remedy, "state_dict of that network alone", {"a": np.ones(1)})) is None),
     Value("uni_instruct/checkpoints/import_bundle.py", "{} makes pictures by itself", lambda tmp: attach_decoder(random_bundle(tmp / "p", 1), "vae", tmp / "o"),
           lambda remedy, tmp: said(remedy, "leave --decoder out", Bundle.open(tmp / "p")).check_makes_pictures() is None),
     Value("uni_instruct/checkpoints/state_dict_adapter.py", "the network is fed {} channels", lambda tmp: imported(tmp, patch=2), lambda remedy, tmp: imported(tmp, patch=said(remedy, "or leave it out", None))),

@@ -202,6 +202,7 @@ CORE = [
           lambda remedy, _: spec(num_classes=3, class_names=said(remedy, "or none", ()))),
     Value("uni_instruct/spec.py", "sigma_init {}, steps {}", lambda _: spec(steps=0), lambda remedy, _: spec(steps=int(found(r"steps >= (\d)", remedy)))),
     Value(D, "data set '{}' has no images", lambda _: arrays_dataset(IMAGES[:0], None), lambda remedy, _: arrays_dataset(IMAGES[: int("at least one" in remedy)], None)),
+    Value(D, "data set '{}' has images of {}x{}", lambda _: arrays_dataset(IMAGES[:, :0], None), lambda remedy, _: arrays_dataset(IMAGES[:, : int("at least one pixel" in remedy)], None)),
     Value(D, "data set '{}' has {} classes, {} class names", lambda _: data([0, 1, 2, 0], class_names=("a",)),
           lambda remedy, _: data([0, 1, 2, 0], class_names=said(remedy, "name every class", ("a", "b", "c")))),
     Value(D, "data set '{}' has {} labels for", lambda _: data([0, 1]), lambda remedy, _: data(said(remedy, "label every image", [0, 1, 2, 2]))),

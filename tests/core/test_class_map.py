@@ -91,6 +91,21 @@ def test_an_accent_is_the_same_however_it_is_composed() -> None:
     assert found.tolist() == [1, 0]
 
 
+def test_a_name_of_two_classes_is_matched_by_order_or_not_at_all() -> None:
+    """ImageNet has two classes 'crane': by their name alone both would become the second."""
+    twice = ("crane", "dog", "crane")
+    dataset = data_of(twice, [0, 1, 2])
+    assert renumber_labels(dataset, twice, "teacher t") is dataset
+    refused = r"has the classes \(dog, crane, crane\), .*; give both the same classes in the same order: 2 are called crane$"
+    with pytest.raises(RequestError, match=refused):
+        match_classes(("dog", "crane", "crane"), twice, "data", "teacher")
+    reference = data_of(("dog", "crane", "crane"), [0, 1, 2])
+    assert reference_class_ids(np.array([0, 1]), ("crane", "dog"), reference) == (
+        None,
+        "no class_accuracy: 2 classes of the reference's (dog, crane, crane) are called crane",
+    )
+
+
 def test_a_renumbered_data_set_keeps_every_images_name() -> None:
     dataset = data_of(DATAS, [0, 1, 2, 2, 0])
     renumbered = renumber_labels(dataset, TEACHERS, "teacher t")

@@ -1,7 +1,8 @@
 """What a checkpoint holds, whoever wrote it: networks with their tensors and configuration, and facts about their training."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -12,11 +13,14 @@ from uni_instruct.checkpoints.modules import config_of, is_network, plain_value,
 from uni_instruct.checkpoints.pickle.unpickle import StoredModule, pickled, plain
 from uni_instruct.checkpoints.prefixes import is_counter, network_prefixes
 from uni_instruct.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
+from uni_instruct.checkpoints.sharded import check_is_whole, is_index, parts_of
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.torch_file import zipped
+from uni_instruct.file_type import PULL_LFS, FileType, begins_as_lfs
 from uni_instruct.zip_entry import SIGNATURE as ZIP
 
 _PICKLE = b"\x80"
+_HEAD = 32
 # What stands in the names of states that hold tensors and are no networks.
 _OPTIMIZER = "optim"
 
@@ -75,24 +79,55 @@ def read_checkpoint(path: str | Path, limits: Limits | None = None) -> Checkpoin
     limits, or names something foreign.
     """
     limits = limits or Limits()
+    if is_index(Path(path)):
+        return _joined(Path(path), limits)
     with opened(path) as (file, name, size), reading(name):
-        budget = Budget(limits, size)
-        read = _unpickler(file, size)
-        if read is not None:
-            return _checkpoint(plain(read(file, budget, size), budget), budget)
-    tensors, config = read_safetensors(path, limits)
-    with reading(name):
-        return Checkpoint("safetensors", (StoredNetwork("weights", "", config, _weights(tensors, budget)),), {})
+        check_is_whole(name)
+        value, budget = _value(file, limits, size)
+        if value is not None:
+            return _checkpoint(value, budget)
+    return _bare("safetensors", *read_safetensors(path, limits), budget)
+
+
+def _value(file: BinaryIO, limits: Limits, size: int) -> tuple[object, Budget]:
+    """What a pickle or a file of torch's holds; None for one of safetensors."""
+    budget = Budget(limits, size)
+    read = _unpickler(file, size)
+    return None if read is None else plain(read(file, budget, size), budget), budget
+
+
+def _joined(index: Path, limits: Limits) -> Checkpoint:
+    """The weights of all files that an index names. Raises as `read_checkpoint`, also where two hold a weight of one name."""
+    with reading(str(index)):
+        parts = parts_of(index)
+        budget = Budget(limits, sum(part.stat().st_size for part in parts))
+        tensors: dict[str, np.ndarray] = {}
+        config: dict[str, Any] = {}
+        for part in parts:
+            with opened(part) as (file, name, size), reading(name):
+                found, _ = _value(file, limits, size)
+            if found is None:
+                found, config = read_safetensors(part, limits)
+            if not _is_weights(found) or tensors.keys() & found.keys():
+                raise MalformedFile(f"names the part {part.name}, which holds no weights, or those of another part", FOREIGN)
+            tensors |= found
+        return _bare("sharded weights", tensors, config, budget)
+
+
+def _bare(form: str, tensors: dict[str, np.ndarray], config: dict[str, Any], budget: Budget) -> Checkpoint:
+    """Weights by name and a configuration: one network, or as many as the names tell apart."""
+    parts = [(part.name, part.stored) for part in _split("", "weights", tensors)]
+    networks = (StoredNetwork(name, "", config, _weights(stored, budget)) for name, stored in parts if isinstance(stored, dict))
+    return Checkpoint(form, tuple(networks), {})
 
 
 def read_plain(path: str | Path, limits: Limits | None = None) -> object:
     """The value of a pickle or of torch's file, whatever it holds, as `read_pickle` gives it. Raises as `read_checkpoint`."""
     with opened(path) as (file, name, size), reading(name):
-        budget = Budget(limits or Limits(), size)
-        read = _unpickler(file, size)
-        if read is None:
+        value, _ = _value(file, limits or Limits(), size)
+        if value is None:
             raise MalformedFile("is a file of safetensors", FOREIGN)
-        return plain(read(file, budget, size), budget)
+        return value
 
 
 def _unpickler(file: BinaryIO, size: int) -> Callable[[BinaryIO, Budget, int], object] | None:
@@ -104,6 +139,8 @@ def _unpickler(file: BinaryIO, size: int) -> Callable[[BinaryIO, Budget, int], o
         return None
     if Source(file, 0, size).starts_with(_PICKLE):
         return pickled
+    if begins_as_lfs(Source(file, 0, size).read(min(size, _HEAD))):
+        raise MalformedFile(f"is {FileType.LFS.value}", PULL_LFS)
     raise MalformedFile("is no checkpoint: neither a pickle, nor torch's zip, nor safetensors", FOREIGN)
 
 
@@ -115,7 +152,7 @@ def _checkpoint(value: object, budget: Budget) -> Checkpoint:
     if _is_weights(value):
         parts = _split("", "weights", value)
         return Checkpoint("state dict", tuple(_network(part.name, part.stored, budget) for part in parts), {})
-    found = list(_found(value))
+    found = _told_apart(list(_found(value)))
     networks = tuple(_network(part.name, part.stored, budget) for part in found)
     if not networks or len({network.name for network in networks}) < len(networks):
         raise MalformedFile("holds two networks of one name" if networks else "holds no network", FOREIGN)
@@ -135,31 +172,49 @@ class _Found:
 
 
 def _found(value: dict[Any, Any]) -> Iterator[_Found]:
-    """Modules and state dicts, also those in dicts of them, and the averages of EDM2's states ({'emas': [], 'stds': []})."""
+    """Modules and state dicts, also those in dicts of dicts, and the averages of EDM2's states ({'emas': [], 'stds': []})."""
     for key, part in value.items():
-        if is_network(part) or _is_weights(part):
-            yield from _split(key, str(key), part)
-        elif isinstance(part, dict) and isinstance(part.get("emas"), list) and isinstance(part.get("stds"), list):
+        if isinstance(part, dict) and isinstance(part.get("emas"), list) and isinstance(part.get("stds"), list):
             if len(part["emas"]) != len(part["stds"]) or not all(map(_is_weights, part["emas"])):
                 raise MalformedFile(f"has averages in {shown(key)} that do not fit their widths", FOREIGN)
             for std, weights in zip(part["stds"], part["emas"], strict=True):
                 yield _Found(key, f"{key} {std}", weights)
-        elif isinstance(part, dict) and _OPTIMIZER not in str(key).lower():
-            # FastGen's {'model': {'net': ..., 'fake_score': ...}}: networks by name, one level down.
-            for name, inner in part.items():
-                if is_network(inner) or _is_weights(inner):
-                    yield from _split(key, str(name), inner)
+        else:
+            yield from _below(key, str(key), part)
+
+
+def _told_apart(found: list[_Found]) -> list[_Found]:
+    """Networks of one name in several dicts of a file, by the dict's name as well."""
+    names = Counter(part.name for part in found)
+    return [part if names[part.name] == 1 else replace(part, name=f"{part.key}.{part.name}") for part in found]
+
+
+def _below(key: object, name: str, part: object) -> Iterator[_Found]:
+    """The networks in a value, by the names that lie nearest: FastGen's {'model': {'net': ..., 'fake_score': ...}}."""
+    if is_network(part) or _is_weights(part):
+        yield from _split(key, name, part)
+    elif isinstance(part, dict) and _OPTIMIZER not in name.lower():
+        # No deeper than the budget lets values nest.
+        for inner, value in part.items():
+            yield from _below(key, str(inner), value)
 
 
 def _split(key: object, name: str, stored: StoredModule | dict[str, np.ndarray]) -> Iterator[_Found]:
-    """The network; of Lightning's state dict, which names several (net., net_ema.), each of them by its own name."""
+    """The network; of Lightning's state dict, which names several (net., net_ema.), each of them by its own name.
+
+    What lies beside a network's prefix (a loss, a metric) is of other modules, and stands by the first part of its names.
+    """
     prefixes = network_prefixes(stored) if isinstance(stored, dict) else []
-    if not isinstance(stored, dict) or len(prefixes) < 2:
+    if not isinstance(stored, dict) or "" in prefixes or not prefixes:
         yield _Found(key, name, stored)
         return
-    for prefix in prefixes:
-        part = {at: array for at, array in stored.items() if at.startswith(prefix)}
-        yield _Found(key, prefix.rstrip(".") or name, part)
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for at, array in stored.items():
+        prefix = next((prefix for prefix in prefixes if at.startswith(prefix)), f"{at.partition('.')[0]}.")
+        # A counter of a wrapper's is of no module.
+        parts.setdefault(prefix if prefix in prefixes or not is_counter(at) else prefixes[0], {})[at] = array
+    for prefix in [*prefixes, *(other for other in parts if other not in prefixes)]:
+        yield _Found(key, (prefix.rstrip(".") if len(parts) > 1 else "") or name, parts[prefix])
 
 
 def _is_weights(value: object) -> TypeGuard[dict[str, np.ndarray]]:

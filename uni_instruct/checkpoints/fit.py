@@ -6,6 +6,8 @@ import numpy as np
 
 from uni_instruct.errors import FileFormatError
 
+# A file that somebody made of more than one network stays what it is, however often it is downloaded.
+ALONE = "save the state_dict of that network alone"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -15,7 +17,7 @@ def check_fit(what: str, expected: Shapes, weights: Mapping[str, np.ndarray]) ->
     if missing := sorted(expected.keys() - held.keys()):
         raise weight_mismatch(what, "lacks weights", missing)
     if unexpected := sorted(held.keys() - expected.keys()):
-        raise weight_mismatch(what, "holds weights that are not its own", unexpected)
+        raise weight_mismatch(what, "holds weights that are not its own", unexpected, ALONE)
     if wrong := [f"{name} {held[name]} instead of {expected[name]}" for name in expected if held[name] != expected[name]]:
         raise weight_mismatch(what, "has weights of another shape", wrong)
 
@@ -23,13 +25,13 @@ def check_fit(what: str, expected: Shapes, weights: Mapping[str, np.ndarray]) ->
 def finite(name: str, array: np.ndarray) -> np.ndarray:
     """The weight. Raises FileFormatError unless it holds finite floats."""
     if not np.issubdtype(array.dtype, np.floating):
-        raise FileFormatError(f"weight {name} is of type {array.dtype}, not a float", remedy="download it again")
+        raise FileFormatError(f"weight {name} is of type {array.dtype}, not a float", remedy="save the weights as floats")
     if not np.isfinite(array).all():
         raise FileFormatError(f"weight {name} holds values that are not finite", remedy="import an earlier state")
     return array
 
 
-def weight_mismatch(what: str, problem: str, names: list[str]) -> FileFormatError:
+def weight_mismatch(what: str, problem: str, names: list[str], remedy: str = "download it again") -> FileFormatError:
     """The error that names the first three of the weights."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return FileFormatError(f"the {what} {problem}: {', '.join(names[:3])}{more}", remedy="download it again")
+    return FileFormatError(f"the {what} {problem}: {', '.join(names[:3])}{more}", remedy=remedy)

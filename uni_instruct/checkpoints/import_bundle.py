@@ -25,6 +25,8 @@ from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec, chec
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
 # The average of the weights is what every project publishes and scores.
 PREFERRED = ("ema", "G_ema", "G_ema_state", "net_ema", "ema_net", "ema_model", "model_ema", "student_ema")
+_AVERAGE = re.compile(r"(?:^|[._ ])(?:ema|averaged?)(?:$|[._ ])", re.IGNORECASE)
+_OTHERS = re.compile(r"(?:^|[._ ])(?:fake_score|true_score|real_score|teacher|discriminator|disc|critic|D)(?:$|[._ ])")
 # EDM's and EDM2's code and weights are NVIDIA's; what was trained with them carries their classes.
 NVIDIAS_LICENCE = "CC-BY-NC-SA-4.0, as far as it derives from NVIDIA's EDM"
 UNKNOWN_LICENCE = "unknown: that of the file's source"
@@ -175,11 +177,18 @@ def choose_network(checkpoint: Checkpoint, name: str | None) -> StoredNetwork:
     """The network of that name; without a name the average. Raises RequestError where the file has none of that name."""
     networks = {network.name: network for network in checkpoint.networks}
     if name is None:
-        name = next((preferred for preferred in PREFERRED if preferred in networks), next(iter(networks)))
+        name = _default_network(list(networks))
     if name not in networks:
         remedy = f"choose one of {', '.join(networks)}"
         raise RequestError(f"the file holds no network '{name}'", remedy=remedy, param="network")
     return networks[name]
+
+
+def _default_network(names: list[str]) -> str:
+    """The average by the names that projects give it, else one that is called so, else what is no teacher, critic or judge."""
+    called_average = [name for name in names if _AVERAGE.search(name) and not _OTHERS.search(name)]
+    generators = [name for name in names if not _OTHERS.search(name)]
+    return next((name for name in PREFERRED if name in names), [*called_average, *generators, *names][0])
 
 
 def likely_role(checkpoint: Checkpoint, stored: StoredNetwork) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from uni_instruct.checkpoints.budget import MalformedFile
 from uni_instruct.errors import RequestError
+from uni_instruct.file_type import import_of_weights
 
 _BLOCK = 1 << 20
 
@@ -110,6 +111,8 @@ def opened(source: str | Path | BinaryIO) -> Iterator[tuple[BinaryIO, str, int]]
     path = Path(source)
     if not path.is_file():
         problem = f"{path} is not a file" if path.exists() else f"there is no file {path}"
-        raise RequestError(problem, remedy="give the path of a checkpoint", param="checkpoint")
+        command = import_of_weights(path) if path.is_dir() else ""
+        remedy = f"give that of its weights: {command}" if command else "give the path of a checkpoint"
+        raise RequestError(problem, remedy=remedy, param="checkpoint")
     with path.open("rb") as file:
         yield file, str(path), file.seek(0, 2)

@@ -9,7 +9,7 @@ import numpy as np
 
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.checkpoint import StoredNetwork
-from uni_instruct.checkpoints.fit import check_fit, finite, weight_mismatch
+from uni_instruct.checkpoints.fit import ALONE, check_fit, finite, weight_mismatch
 from uni_instruct.checkpoints.prefixes import is_counter, split_weights
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
@@ -208,7 +208,7 @@ def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> N
         if is_counter(name) or name.startswith(("logvar_fourier.", "logvar_linear.")):
             continue  # how often a wrapper has averaged; what EDM2's training weighs its loss by. No image depends on them
         if name != "u":
-            raise weight_mismatch("network", "holds weights that are not its own", [name])
+            raise weight_mismatch("network", "holds weights that are not its own", [name], ALONE)
         from uni_instruct.networks.preconditioning import IDDPM
 
         constants = {key: value for key, value in translation.network_args["preconditioning"].items() if key != "name"}

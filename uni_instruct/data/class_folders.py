@@ -2,16 +2,24 @@
 
 import re
 import unicodedata
-from pathlib import Path
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
-from uni_instruct.data.storage import Store, is_dropping, natural_order
+from uni_instruct.data.droppings import is_dropping
+from uni_instruct.data.storage import FolderStore, Store, natural_order
 from uni_instruct.errors import FileFormatError
+from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic
+from uni_instruct.printable import counted, joined_notes
 
-# Parts of a data set, which no one trains to tell apart.
-_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "holdout"})
+# Parts of a data set, which no one trains to tell apart: train, Test, val2017 (COCO), trainA (CycleGAN), images_test.
+_SPLIT = re.compile(
+    r"(?:(?:images?|imgs|data)[-_ ]?)?(train|test|val|dev|eval|holdout)(?:ing|id|idation|uation)?"
+    r"(?:[-_ ]?(?:set|split|images?|imgs|data|[ab]|\d{1,4}))?",
+    re.IGNORECASE,
+)
+_BESIDE_SPLITS = frozenset({"extra", "unlabeled", "unlabelled", "unsup"})  # in STL-10, SVHN and others, beside train and test
 _SHARD, _NUMBERED = re.compile(r"[0-9]{5}"), re.compile(r"(?:img|img-mean-std-)?([0-9]{5,})(?:\.\w+)?")
 
 
@@ -29,9 +37,12 @@ def folder_classes(store: Store, files: list[str]) -> FolderClasses:
     Raises FileFormatError where the folders look like parts of a data set (train, test); and in a folder on disk where images
     lie beside class folders, or a class folder has none.
     """
-    on_disk = store.path.is_dir()
+    on_disk = isinstance(store, FolderStore)
     root, inner = _inside_wrappers(files, on_disk)
-    firsts = {name.partition("/")[0] for name in inner if "/" in name}
+    # Two names that differ in Unicode's form alone are one class; a folder may hold both.
+    written = {name.partition("/")[0] for name in inner if "/" in name}
+    class_of = {first: unicodedata.normalize("NFC", first) for first in written}
+    firsts = set(class_of.values())
     loose = next((name for name in inner if "/" not in name), None)
     if not firsts:
         return FolderClasses((), None)
@@ -42,17 +53,20 @@ def folder_classes(store: Store, files: list[str]) -> FolderClasses:
         )
     if loose is not None:
         return FolderClasses((), None, f"images lie in folders and beside them ({loose}): read without classes")
-    if len(firsts) > 1 and {first.lower() for first in firsts} <= _SPLITS:
+    if _are_splits(firsts):
         raise _splits(store, root, sorted(firsts))
     if all(map(_is_in_shard, inner)):
         return FolderClasses(
             (), None, "folders are numbered with their images: read without classes" if len(firsts) > 1 else ""
         )
     names = tuple(sorted(firsts, key=natural_order))
-    if on_disk:
-        _check_all_filled(store.path / root, names)
+    empty = _without_images(store, root, names)
+    if empty and on_disk:
+        raise _empty_class(store, root, empty[0])
     ids = {name: index for index, name in enumerate(names)}
-    return FolderClasses(names, np.array([ids[name.partition("/")[0]] for name in inner], dtype=np.int64))
+    class_ids = np.array([ids[class_of[name.partition("/")[0]]] for name in inner], dtype=np.int64)
+    note = f"no class, as without images: {counted(empty, 'folder')}" if empty else ""
+    return FolderClasses(names, class_ids, joined_notes(note, _deeper_note(inner)))
 
 
 def _inside_wrappers(files: list[str], on_disk: bool) -> tuple[str, list[str]]:
@@ -65,9 +79,26 @@ def _inside_wrappers(files: list[str], on_disk: bool) -> tuple[str, list[str]]:
         deeper = [name[len(first) + 1 :] for name in inner]
         # A single folder of images on disk is a class by its name; in a zip it is what was zipped. With folders in it,
         # it is what holds the classes.
-        if on_disk and first.lower() not in _SPLITS and not any("/" in name for name in deeper):
+        if on_disk and not _SPLIT.fullmatch(first) and not any("/" in name for name in deeper):
             return root, inner
         root, inner = f"{root}{first}/", deeper
+
+
+def _are_splits(folders: set[str]) -> bool:
+    """Whether folders are parts of a data set: all of them, or two sorts of parts, as train and test, among others."""
+    found = {folder: match[1].lower() for folder in folders if (match := _SPLIT.fullmatch(folder))}
+    rest = {folder.lower() for folder in folders - found.keys()}
+    several = "train" in found.values() and len(set(found.values())) > 1
+    return len(folders) > 1 and (several or (bool(found) and rest <= _BESIDE_SPLITS))
+
+
+def _deeper_note(inner: list[str]) -> str:
+    """What to say where a class folder holds several folders of images, which make no classes of their own."""
+    folders = {name.rpartition("/")[0] for name in inner}
+    classes = Counter(folder.partition("/")[0] for folder in folders)
+    deeper = [folder for folder in folders if "/" in folder and classes[folder.partition("/")[0]] > 1]
+    shown = counted(sorted(deeper, key=natural_order), "folder")
+    return f"no classes of their own, as within class folders: {shown}" if deeper else ""
 
 
 def _is_in_shard(name: str) -> bool:
@@ -83,14 +114,28 @@ def _is_in_shard(name: str) -> bool:
 def _splits(store: Store, root: str, found: list[str]) -> FileFormatError:
     place = store.path / root
     remedy = f"give one of them ({place / found[0]}), or all with commas between; a dataset.json says that they are classes"
-    if not store.path.is_dir():
+    if not isinstance(store, FolderStore):
         remedy = "unpack it and give one of the folders, or all with commas between; a dataset.json says that they are classes"
     return FileFormatError(f"{place} has folders {', '.join(found)}: parts of a data set, and no classes", remedy=remedy)
 
 
-def _check_all_filled(folder: Path, names: tuple[str, ...]) -> None:
-    there = (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink())
+def _without_images(store: Store, root: str, names: tuple[str, ...]) -> list[str]:
+    """The folders beside the classes that hold no image."""
+    if isinstance(store, FolderStore):
+        there = [entry.name for entry in (store.path / root).iterdir() if entry.is_dir() and not entry.is_symlink()]
+    else:
+        beside = (name[len(root) :] for name in [*store.names(), *store.folders] if name.startswith(root))
+        there = [name.partition("/")[0] for name in beside if "/" in name]
     folders = {unicodedata.normalize("NFC", name) for name in there if not is_dropping(f"{name}/")}
-    empty = sorted(folders - set(names))
-    if empty:
-        raise FileFormatError(f"class folder {empty[0]} in {folder} has no images", remedy="fill it or remove it")
+    return sorted(folders - set(names), key=natural_order)
+
+
+def _empty_class(store: Store, root: str, name: str) -> FileFormatError:
+    """The error for a class folder on disk without images, which says what it holds."""
+    held = [other for other in store.names() if other.startswith(f"{root}{name}/")]
+    remedy = "fill it or remove it"
+    if held:
+        heic = begins_as_heic(store.head(held[0], HEAD))
+        remedy = SAVE_HEIC if heic else "fill it with what is read here, such as PNG, or remove it"
+    there = f" but {counted(held, 'file')}" if held else ""
+    return FileFormatError(f"class folder {name} in {store.path / root} has no images{there}", remedy=remedy)

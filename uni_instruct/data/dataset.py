@@ -57,6 +57,11 @@ class Dataset:
         object.__setattr__(self, "name", printable(self.name))
         if not len(self):
             raise FileFormatError(f"data set '{self.source}' has no images", remedy="give at least one image")
+        if min(self.image_shape) < 1:
+            _, height, width = self.image_shape
+            raise FileFormatError(
+                f"data set '{self.source}' has images of {width}x{height}", remedy="give images of at least one pixel"
+            )
         if len(self.class_names) != self.num_classes or (self.labels is None) != (self.num_classes == 0):
             raise FileFormatError(
                 f"data set '{self.source}' has {self.num_classes} classes, {len(self.class_names)} class names and "

@@ -54,7 +54,9 @@ def open_zip(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
     meta = read_meta(store, names)
     # Not every size: a zip may hold a million files, and whoever wrote it has seen to them. Others show when read.
     content = content_of(store, found, form, every_header=False, stated=stated_channels(meta))
-    return dataset_of(content, read_description(store, found.files, meta), passed_over_note(found, store))
+    description = read_description(store, found.files, meta)
+    unlabelled = description.labels is None and not meta.has_labels
+    return dataset_of(content, description, passed_over_note(found, store, unlabelled))
 
 
 def stated_channels(meta: Meta) -> int | None:

@@ -23,4 +23,5 @@ def open_folder(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
     description = read_description(store, found.files, meta)
     # Every header: nobody has looked at a folder of photographs, and training would meet the odd one after hours.
     content = content_of(store, found, form, every_header=True)
-    return dataset_of(content, description, passed_over_note(found, store))
+    unlabelled = description.labels is None and not meta.has_labels
+    return dataset_of(content, description, passed_over_note(found, store, unlabelled))

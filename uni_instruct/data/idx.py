@@ -3,6 +3,8 @@
 import gzip
 import struct
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from uni_instruct.errors import FileFormatError
 
 _UNSIGNED_BYTES = 0x08
 _SPLITS = ("train", "t10k")
+_BLOCK = 1 << 20
 
 
 def idx_files(split: str) -> tuple[str, str]:
@@ -53,24 +56,38 @@ def open_idx(folder: Path, split: str | None = None) -> Dataset:
 
 def read_idx(path: Path) -> np.ndarray:
     """An IDX file's array of bytes, uint8. Raises FileFormatError where it is not one or is not whole."""
-    content = read_plain(path)
-    if len(content) < 4 or content[:3] != bytes([0, 0, _UNSIGNED_BYTES]):
-        raise FileFormatError(f"{path} is not an IDX file of bytes", remedy="download it again")
-    header = 4 + 4 * content[3]
-    if len(content) < header:
-        raise FileFormatError(f"{path} is truncated", remedy="download it again")
-    shape = struct.unpack(f">{content[3]}I", content[4:header])
-    # In floats: integers would wrap around at the sizes of a damaged header.
-    expected = int(np.prod(shape, dtype=np.float64)) + header
+    with _content(path) as read:
+        magic = read(4)
+        if len(magic) < 4 or magic[:3] != bytes([0, 0, _UNSIGNED_BYTES]):
+            raise FileFormatError(f"{path} is not an IDX file of bytes", remedy="download it again")
+        sizes = read(4 * magic[3])
+        if len(sizes) < 4 * magic[3]:
+            raise FileFormatError(f"{path} is truncated", remedy="download it again")
+        shape = struct.unpack(f">{magic[3]}I", sizes)
+        # In floats: integers would wrap around at the sizes of a damaged header.
+        expected = int(np.prod(shape, dtype=np.float64))
+        # One byte more than the header announces shows that there is more: a few bytes may unpack to gigabytes.
+        content = b"".join(_blocks(read, expected + 1))
     if len(content) != expected:
-        raise FileFormatError(f"{path} has {len(content)} bytes, its header says {expected}", remedy="download it again")
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+        header = len(magic) + len(sizes)
+        found = f"{header + len(content)} bytes" if len(content) < expected else "more bytes"
+        raise FileFormatError(f"{path} has {found}, its header says {header + expected}", remedy="download it again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
-def read_plain(path: Path) -> bytes:
-    """A file's content, decompressed where it is gzipped. Raises FileFormatError where that fails."""
+def _blocks(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:
+    """At most so many bytes, in parts: asked for all that a damaged header announces, Python would allocate it first."""
+    while size > 0 and (block := read(min(size, _BLOCK))):
+        size -= len(block)
+        yield block
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[Callable[[int], bytes]]:
+    """Reads so many bytes of a file, decompressed where it is gzipped. Raises FileFormatError where that fails."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file.read
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FileFormatError(f"{path} is not a whole gzip file: {error}", remedy="download it again") from error
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, name_in_store, reason_of
 from uni_instruct.errors import FileFormatError
-from uni_instruct.file_type import HEAD, begins_as_heic
+from uni_instruct.file_type import HEAD, PULL_LFS, SAVE_HEIC, FileType, begins_as_heic, begins_as_lfs
 from uni_instruct.images import to_pil
 
 # Every suffix that Pillow opens as a picture, in a list of our own: asking Pillow would load all of its plugins at each start.
@@ -19,10 +19,11 @@ _SUFFIXES = (
     ".pxr .blp .fli .flc .ftc .ftu .gbr .pcd"
 )
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+# Of those, what may hold several pictures. A PNG may too, but few do, and a look at each would cost too much.
+SEVERAL = frozenset({".gif", ".tif", ".tiff", ".apng", ".webp", ".avif", ".avifs", ".fli", ".flc", ".dcx"})
 # What Pillow knows but cannot show (scientific data, films), or shows by running another program (EPS), or never in 8 bits.
 _NOT_SHOWN = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
 NO_PICTURES = frozenset(_NOT_SHOWN.split())
-SAVE_HEIC = "save HEIC as JPEG or PNG, as photo programs and 'heif-convert in.heic out.jpg' do"
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 # Grey of 16 bits as PNG and TIFF hold it. Of a PGM of more than 255 levels Pillow makes mode I, spread over 16 bits.
@@ -106,6 +107,16 @@ def image_file_shape(store: Store, name: str, any_size: bool = False) -> tuple[i
             return height, width, _channels(image)
     except UNREADABLE as error:
         raise _unreadable(store, name, error) from error
+
+
+def holds_several(store: Store, name: str) -> bool:
+    """Whether a file holds several pictures, as films and scans of many pages do; False where it cannot be read."""
+    try:
+        with _opened(store, name, True) as image:
+            # Phones put a second, smaller picture into a JPEG (MPO), which is no other picture.
+            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except UNREADABLE:
+        return False
 
 
 def common_shape(store: Store, names: list[str], any_size: bool = False) -> tuple[int, int, int]:
@@ -197,10 +208,14 @@ def _is_deep(image: Image.Image) -> bool:
 def _unreadable(store: Store, name: str, error: BaseException) -> FileFormatError:
     reason, remedy = reason_of(error), "replace or remove that file"
     if isinstance(error, Image.UnidentifiedImageError):
-        reason = "not an image"
+        reason, head = "not an image", store.head(name, 2 * HEAD)
         # Phones and their programs also call such files .jpg.
-        if begins_as_heic(store.head(name, HEAD)):
+        if begins_as_heic(head):
             reason, remedy = "HEIC, which is not read here", SAVE_HEIC
+        elif begins_as_lfs(head):
+            reason, remedy = FileType.LFS.value, PULL_LFS
+        elif not head:
+            reason = "it is empty"
     return FileFormatError(f"{name_in_store(store, name)} cannot be read: {reason}", remedy=remedy)
 
 

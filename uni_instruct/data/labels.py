@@ -1,6 +1,7 @@
 """What a `dataset.json` says about the files beside and below it: labels, number and names of classes, name, licence."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,8 +10,9 @@ import numpy as np
 
 from uni_instruct.data.class_folders import FolderClasses, folder_classes
 from uni_instruct.data.dataset import MAX_CLASSES, number_names
-from uni_instruct.data.storage import UNREADABLE, Store, counted, name_in_store, plain_name, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, name_in_store, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
+from uni_instruct.printable import counted, joined_notes
 
 META = "dataset.json"
 # What `generate` writes beside its images: the seeds in their order, the request, and of a folder each file's hash.
@@ -69,10 +71,11 @@ def read_description(store: Store, files: list[str], meta: Meta) -> Description:
     labels = read_labels(store, files, meta)
     by_folder = FolderClasses((), None) if meta.has_labels else folder_classes(store, files)
     num_classes = labels.num_classes or len(by_folder.names)
-    named = meta.content.get("class_names")
-    class_names = tuple(str(name) for name in named) if isinstance(named, list) else by_folder.names
+    named = _named_classes(meta.content.get("class_names"))
+    class_names = by_folder.names if named is None else named
     # EDM's tools write none, others write all sorts.
-    unfit = isinstance(named, list) and num_classes and len(named) != num_classes
+    unfit = named is not None and num_classes and len(named) != num_classes
+    unread = named is None and num_classes and meta.content.get("class_names") is not None
     # '.' has no name of its own; a file's suffix is none.
     own_name = store.path.resolve().name if store.path.is_dir() else store.path.stem
     silent = f"{META} says nothing about labels" if meta.found and not meta.has_labels else ""
@@ -88,8 +91,20 @@ def read_description(store: Store, files: list[str], meta: Meta) -> Description:
             silent,
             by_folder.note,
             f"{META} has {len(class_names)} class names for {num_classes} classes: left out" if unfit else "",
+            f"class_names in {META} are no list of names: left out" if unread else "",
         ),
     )
+
+
+def _named_classes(named: object) -> tuple[str, ...] | None:
+    """Names by id, from a list of them, {id: name} or {name: id}; None for anything else."""
+    if isinstance(named, dict) and all(type(number) is int for number in named.values()):
+        named = {str(number): name for name, number in named.items()}
+    if isinstance(named, dict):
+        named = [named.get(str(number)) for number in range(len(named))]
+    if not isinstance(named, list) or not all(type(name) in (str, int, float) for name in named):
+        return None
+    return tuple(str(name) for name in named)
 
 
 def read_meta(store: Store, names: list[str]) -> Meta:
@@ -105,12 +120,23 @@ def read_meta(store: Store, names: list[str]) -> Meta:
             remedy=f"give them one by one, or with commas between{'' if store.path.is_dir() else ', once it is unpacked'}",
         )
     try:
-        content = json.loads(store.read(name))
+        content = json.loads(store.read(name), object_pairs_hook=_each_key_once)
     except UNREADABLE as error:
-        raise FileFormatError(f"{META} in {store.path} is not JSON: {reason_of(error)}", remedy="prepare it again") from error
+        raise FileFormatError(
+            f"{META} in {store.path} is not JSON: {reason_of(error)}", remedy="correct it, or prepare it again"
+        ) from error
     if not isinstance(content, dict):
         raise FileFormatError(f"{META} in {store.path} is not an object", remedy='write {"labels": [[file, class], ...]}')
     return Meta(content, name.removesuffix(META), found=True)
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. Raises ValueError where a key stands twice with two values: json would take the last."""
+    content: dict[str, object] = {}
+    for key, value in pairs:
+        if content.setdefault(key, value) != value:
+            raise ValueError(f"{key[:40]!r} stands in it twice, with two values")
+    return content
 
 
 def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
@@ -146,8 +172,9 @@ def label_entries(store: Store, meta: Meta) -> dict[str, object] | None:
     if entries is None:
         return None
     by_file: dict[str, object] = {}
+    present = set(store.names()) if meta.folder else set[str]()
     for name, label in _pairs(store, entries):
-        file = _full_name(name, meta.folder)
+        file = _full_name(name, meta.folder, present)
         if file in by_file and by_file[file] != label:
             raise FileFormatError(
                 f"{name_in_store(store, file)} has two labels in {META}, {_shown(by_file[file])} and {_shown(label)}",
@@ -173,9 +200,11 @@ def label_mismatches(by_file: dict[str, object], files: list[str], stated: int) 
     # The first file decides whether labels are class ids or vectors: a mixture has no meaning.
     first = by_file.get(files[0])
     width = len(first) if isinstance(first, list) else 0
+    by_stem: dict[str, str] | None = None
     for file in files:
         if file not in by_file:
-            yield LabelMismatch(file, f"has no label in {META}", "label every image, or write null for all")
+            by_stem = {_stem(name): name for name in by_file} if by_stem is None else by_stem
+            yield _unlabelled(file, by_stem.get(_stem(file)))
             continue
         problem = _vector_problem(by_file[file], width) if width else _class_problem(by_file[file], stated)
         if problem:
@@ -189,11 +218,6 @@ def first_label_note(class_ids: np.ndarray) -> str:
     first = int(class_ids.min())
     missing = "class 0 has" if first == 1 else f"classes 0 to {first - 1} have"
     return f"labels begin at {first}: {missing} no image" if first else ""
-
-
-def joined_notes(*notes: str) -> str:
-    """Those notes that say something, in one."""
-    return "; ".join(note for note in notes if note)
 
 
 def _absent_note(by_file: dict[str, object], files: list[str]) -> str:
@@ -216,10 +240,24 @@ def _is_pair(entry: object) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)
 
 
-def _full_name(name: str, folder: str) -> str:
+def _full_name(name: str, folder: str, present: set[str]) -> str:
     """A file as a store names it, from what `dataset.json` in that folder calls it: seen from there, or from the top."""
     name = plain_name(name)
-    return name if name.startswith(folder) else folder + name
+    within = name if name.startswith(folder) else folder + name
+    return name if within not in present and name in present else within
+
+
+def _stem(name: str) -> str:
+    """What is left of a name where folders, suffix and capitals are left out."""
+    return os.path.splitext(name.rpartition("/")[2])[0].casefold()
+
+
+def _unlabelled(file: str, labelled: str | None) -> LabelMismatch:
+    """labelled: a name with a label that may be meant for the file."""
+    if labelled is None:
+        return LabelMismatch(file, f"has no label in {META}", "label every image, or write null for all")
+    problem = f"has no label in {META}, which has one for {labelled}"
+    return LabelMismatch(file, problem, f"write names there as they are below the top: {file}")
 
 
 def _numbers_for_words(by_file: dict[str, object]) -> str:
@@ -246,4 +284,5 @@ def _is_one_hot(vector: list[float]) -> bool:
 
 
 def _shown(value: object) -> str:
-    return str(value)[:40]
+    """A value as JSON has it; words without quotes."""
+    return (value if isinstance(value, str) else json.dumps(value))[:40]

@@ -21,6 +21,7 @@ from uni_instruct.data.storage import UNREADABLE
 from uni_instruct.data.tar_files import has_tars, is_tar, open_tars
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
+from uni_instruct.printable import counted, joined_notes
 
 MAX_RESOLUTION = 4096
 _EMOJI_OF = "emoji:"
@@ -63,7 +64,12 @@ def source_parts(source: str | Path) -> list[str]:
 
 def is_data(source: str) -> bool:
     """Whether a source, or one of several with commas between them, is a known name, or a file or folder that exists."""
-    return any(is_named(part) or Path(part).exists() for part in source_parts(source))
+    return any(is_named(part) or _is_there(Path(part)) for part in source_parts(source))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file or folder is there. Of a device or a pipe nobody knows where it ends."""
+    return path.is_file() or path.is_dir()
 
 
 def is_named(source: str) -> bool:
@@ -106,7 +112,8 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
 
 def is_zip(path: Path) -> bool:
     """Whether a file is a zip of images, or is called one: its error then says that it is damaged."""
-    return file_type(path) is FileType.ZIP or path.suffix.lower() == ".zip"
+    kind = file_type(path)
+    return kind is FileType.ZIP or (path.suffix.lower() == ".zip" and kind is not FileType.LFS)
 
 
 def is_npz(path: Path) -> bool:
@@ -125,6 +132,10 @@ def what_it_is(path: Path) -> str:
         FileType.TAR: "which is to be unpacked",
         FileType.IDX: "whose folder is the data set",
         FileType.IMAGE: "whose folder is the data set",
+        FileType.ARRAY: "which is to be saved as arr_0 of an .npz",
+        FileType.TABLE: "whose images are to be written to files, a folder for each class",
+        FileType.PACKED: "which is to be unpacked",
+        FileType.LFS: "whose file 'git lfs pull' fetches",
     }
     return f" but {kind.value}, {advice[kind]}" if kind in advice else ""
 
@@ -154,9 +165,10 @@ def open_npz(path: Path) -> Dataset:
     Classes are integers [N] called class_ids, labels or arr_1 (ADM's). All of it is in memory.
     """
     arrays = read_npz(path, ("arr_0", *_NPZ_CLASSES))
-    images = arrays.get("arr_0")
+    images, others = arrays.get("arr_0"), _other_arrays(path)
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        found = "no arr_0" if images is None else f"arr_0 of {images.dtype} {list(images.shape)}"
+        held = f" but {counted(others, 'array')}" if others else ""
+        found = f"no arr_0{held}" if images is None else f"arr_0 of {images.dtype} {list(images.shape)}"
         raise FileFormatError(f"{path} has {found}", remedy="save the images as arr_0, uint8 [N, H, W, 1 or 3]")
     class_ids = _npz_classes(path, arrays)
     num_classes = 0 if class_ids is None else int(class_ids.max()) + 1
@@ -169,11 +181,28 @@ def open_npz(path: Path) -> Dataset:
         licence="unknown",
         source=str(path),
         reader=ArrayReader(images),
-        note="" if class_ids is None else first_label_note(class_ids),
+        note=joined_notes(
+            "" if class_ids is None else first_label_note(class_ids),
+            f"{counted(others, 'array')} passed over{'' if class_ids is not None else _NPZ_REMARK}" if others else "",
+        ),
     )
 
 
 _NPZ_CLASSES = ("class_ids", "labels", "arr_1")
+_NPZ_REMARK = f": classes are integers [N] called {', '.join(_NPZ_CLASSES[:-1])} or {_NPZ_CLASSES[-1]}"
+# What `generate` writes beside images and classes.
+_NPZ_RECORD = ("seeds", "request")
+
+
+def _other_arrays(path: Path) -> list[str]:
+    """The names of arrays that are not read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = list(file.files)
+    except UNREADABLE:
+        return []  # which whoever reads it says
+    classes = next(((name,) for name in _NPZ_CLASSES if name in names), ())
+    return [name for name in names if name not in ("arr_0", *classes, *_NPZ_RECORD)]
 
 
 def _npz_classes(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None:

@@ -1,7 +1,9 @@
 """Where a data set's files are: a folder or a zip, whose files are read one by one and do not stay in memory."""
 
 import os
+import posixpath
 import re
+import stat
 import struct
 import threading
 import tokenize
@@ -9,15 +11,15 @@ import unicodedata
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from uni_instruct.data.droppings import is_dropping
 from uni_instruct.errors import FileFormatError
-from uni_instruct.printable import printable
-from uni_instruct.zip_entry import entry_start
+from uni_instruct.zip_entry import entry_name, entry_start
 
 # What zipfile, zlib, Pillow, NumPy and json raise over a damaged file: their parsers fail in any way that Python code can.
 UNREADABLE = (
@@ -37,14 +39,12 @@ UNREADABLE = (
     tokenize.TokenError,
 )
 _MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1"), ("locked", "?")])
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+_LARGEST = 2 << 30  # the most pixels that Pillow opens have 1.4 GB, in 16 bits and four channels
+_OTHER_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz"}
+# A name that begins at the root, or has a part that is empty, '.' or '..'.
+_INDIRECT = re.compile(r"^/|//|(?:^|/)\.{1,2}(?:/|$)")
 _DIGITS = str.maketrans("123456789", "000000000")
-# What systems and other programs leave among a user's files: hidden folders (.ipynb_checkpoints), copies of resource forks
-# (macOS), thumbnails (Synology's @eaDir, Windows), waste bins.
-_DROPPING = re.compile(
-    r"(?:^|/)(?:\.[^/]+/|\._[^/]*$|\.DS_Store$|Icon\r$|e?h?thumbs(?:_vista)?\.db$|desktop\.ini$|"
-    r"(?:__MACOSX|__pycache__|@eaDir|@Recycle|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found)/)",
-    re.IGNORECASE,
-)
 
 
 class Store(Protocol):
@@ -53,12 +53,14 @@ class Store(Protocol):
     path: Path
     repeated: list[str]
     no_files: list[str]
+    folders: list[str]
 
     def names(self) -> list[str]:
         """Every file once, in any order; with forward slashes, relative to the store, in Unicode's form NFC; no droppings.
 
         Left out are links to what is there already and names that stand twice, which are put into `repeated`, and pipes,
-        sockets and devices, which are put into `no_files`.
+        sockets and devices, and links within zips and tars, which are put into `no_files`. `folders` are those that a zip or
+        tar names for themselves, with a slash at their end.
         """
         ...
 
@@ -78,6 +80,7 @@ class FolderStore:
         self.path = path
         self.repeated: list[str] = []
         self.no_files: list[str] = []
+        self.folders: list[str] = []
         self._raw: dict[str, str] = {}  # NFC -> the name on disk, where they differ
 
     def names(self) -> list[str]:
@@ -113,6 +116,7 @@ class FolderStore:
 
     def read(self, name: str) -> bytes:
         """The file's bytes."""
+        _check_size(self._place(name).stat().st_size)
         return self._place(name).read_bytes()
 
     def head(self, name: str, size: int) -> bytes:
@@ -174,7 +178,9 @@ class ZipStore:
             reason = reason_of(error).lower()
             raise FileFormatError(f"{path} is not a whole zip: {reason}", remedy="copy or prepare it again") from error
         self._names = [name for name, _ in entries]
+        self.folders = [name for name in self._names if name.endswith("/") and not is_dropping(name)]
         self._members = np.fromiter((_member(entry) for _, entry in entries), _MEMBER, count=len(entries))
+        self._check_packing()
 
     def names(self) -> list[str]:
         """Every member."""
@@ -192,11 +198,25 @@ class ZipStore:
         packed = self._packed(member, min(int(member["packed"]), size + 1024))
         return packed[:size] if member["method"] == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(packed, size)
 
+    def _check_packing(self) -> None:
+        """Raises FileFormatError where no file can be unpacked: then the zip is at fault, and none of its files."""
+        files = np.array([not name.endswith("/") for name in self._names], dtype=bool)
+        locked, methods = self._members["locked"][files], set(self._members["method"][files].tolist())
+        if files.any() and locked.all():
+            raise FileFormatError(f"{self.path} is encrypted", remedy="unpack it with its password and give the folder")
+        if methods and not methods & _METHODS:
+            named = ", ".join(_OTHER_METHODS.get(method, f"method {method}") for method in sorted(methods))
+            problem = f"{self.path} is packed by {named}, not stored or deflated"
+            raise FileFormatError(problem, remedy="unpack it and give the folder")
+
     def _by_name(self, infos: list[zipfile.ZipInfo]) -> list[tuple[str, zipfile.ZipInfo]]:
         """Members by name, sorted. Of two of one name the last counts, as for every program that unpacks."""
         entries: dict[str, zipfile.ZipInfo] = {}
         for info in infos:
-            name = plain_name(info.filename)
+            name = plain_name(entry_name(info))
+            if stat.S_ISLNK(info.external_attr >> 16):
+                self.no_files.append(name)  # its content is the name of another
+                continue
             if name in entries and not name.endswith("/"):
                 self.repeated.append(name)
             entries[name] = info
@@ -231,10 +251,11 @@ def _member(entry: zipfile.ZipInfo) -> tuple[int, int, int, int, int, bool]:
 def _unpacked(packed: bytes, member: np.void) -> bytes:
     if member["locked"]:
         raise zipfile.BadZipFile("it is encrypted")
-    if member["method"] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    if member["method"] not in _METHODS:
         raise zipfile.BadZipFile(f"it is compressed by method {member['method']}, not stored or deflated")
-    # One byte more than the directory announces is enough to see that there is more.
+    _check_size(int(member["size"]))
     deflated = member["method"] == zipfile.ZIP_DEFLATED
+    # One byte more than the directory announces is enough to see that there is more.
     content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, int(member["size"]) + 1) if deflated else packed
     if len(content) != member["size"]:
         raise zipfile.BadZipFile("it is truncated" if len(content) < member["size"] else "it is longer than the zip says")
@@ -243,17 +264,24 @@ def _unpacked(packed: bytes, member: np.void) -> bytes:
     return content
 
 
+def _check_size(size: int) -> None:
+    """Raises ValueError for a file that is no single image, before it fills the memory."""
+    if size > _LARGEST:
+        raise ValueError(f"it has {size:,} bytes, more than any image that is read here")
+
+
 def plain_name(name: str) -> str:
-    """A name as stores give it: forward slashes (some programs of Windows write others), no './' before it, Unicode's NFC."""
+    """A name as stores give it: forward slashes (some programs of Windows write others), below the top, Unicode's NFC.
+
+    '/a', './a' and '../a' are 'a': whoever wrote them stood elsewhere.
+    """
     name = name.replace("\\", "/")
-    while name.startswith("./"):
-        name = name[2:]
+    if _INDIRECT.search(name):
+        path = posixpath.normpath(name).lstrip("/")
+        while path.startswith("../"):
+            path = path[3:]
+        name = ("" if path in (".", "..") else path) + "/" * name.endswith("/")
     return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-def is_dropping(name: str) -> bool:
-    """Whether a file, or a folder whose name ends in '/', is what another program left there, and no user's file."""
-    return _DROPPING.search(name) is not None
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -285,12 +313,6 @@ def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
 def name_in_store(store: Store, name: str) -> str:
     """'FILE in STORE', for a message."""
     return f"{name} in {store.path}"
-
-
-def counted(names: Sequence[str], what: str) -> str:
-    """'2 files (a, b)': how many, and the first of them."""
-    shown = ", ".join(map(printable, names[:3]))
-    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 3 else ''})"
 
 
 def reason_of(error: BaseException) -> str:

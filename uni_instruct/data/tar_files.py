@@ -1,6 +1,6 @@
 """Tar archives of images, as webdataset writes and reads them: one, or a folder of them that is one data set.
 
-An image's class stands beside it in a member of the same key, KEY.cls; other members are passed over.
+An image's class stands beside it in a member of the same key, KEY.cls; where none does, a tar is read as a zip is.
 """
 
 import io
@@ -8,22 +8,27 @@ import json
 import os
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
 from uni_instruct.data.dataset import MAX_CLASSES, Dataset, number_names
-from uni_instruct.data.file_kinds import DataFiles, ImageForm, content_of, data_files, passed_over_note
+from uni_instruct.data.droppings import is_dropping
+from uni_instruct.data.file_kinds import DataFiles, ImageForm, content_of, data_files, dataset_of, passed_over_note
 from uni_instruct.data.image_files import decode, is_image_file
-from uni_instruct.data.storage import UNREADABLE, is_dropping, naturally_sorted, plain_name, reason_of
+from uni_instruct.data.labels import META, Description, first_label_note, read_description, read_meta
+from uni_instruct.data.storage import UNREADABLE, FolderStore, naturally_sorted, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
 from uni_instruct.file_type import FileType, file_type
 from uni_instruct.files import JSON_ERRORS
+from uni_instruct.printable import counted, joined_notes
 
 # What `generate` writes beside its tars, and how it is known from other files of that name.
 MANIFEST, LIBRARY = "manifest.json", "uni-instruct"
 _CLASS, _ARRAY = ".cls", ".npy"
+_WORDS = (".json", ".txt")  # what webdataset's tars have beside each image
 _REMEDY = "give tars of images, as 'generate --out NAME.wds' writes them"
 
 
@@ -34,9 +39,8 @@ class TarStore:
         self.path = path
         self.repeated: list[str] = []
         self.no_files: list[str] = []
-        self._tars = (
-            naturally_sorted(entry.name for entry in path.iterdir() if entry.suffix == ".tar") if path.is_dir() else [""]
-        )
+        self.folders: list[str] = []
+        self._tars = naturally_sorted(filter(_is_called_tar, os.listdir(path))) if path.is_dir() else [""]
         self._places: dict[str, tuple[int, int, int]] = {}  # name -> which tar, where in it, how long
         for number, tar in enumerate(self._tars):
             self._index(number, path / tar if tar else path)
@@ -64,26 +68,42 @@ class TarStore:
         try:
             with tarfile.open(tar, "r:") as archive:
                 for member in archive:
-                    if member.isfile() and not is_dropping(plain_name(member.name)):
-                        name = prefix + plain_name(member.name)
-                        if name in self._places:
-                            self.repeated.append(name)
-                        self._places[name] = number, member.offset_data, member.size
+                    self._add(number, prefix, member)
                     archive.members = []  # type: ignore[attr-defined]  # or it keeps a kilobyte for each
         except (*UNREADABLE, tarfile.TarError) as error:
             packed = "it is compressed" if tar.open("rb").read(2) == b"\x1f\x8b" else reason_of(error)
             raise FileFormatError(f"{tar} is not a whole tar: {packed}", remedy="unpack or copy it again") from error
 
+    def _add(self, number: int, prefix: str, member: tarfile.TarInfo) -> None:
+        inner = plain_name(member.name)
+        name = prefix + inner
+        if is_dropping(f"{inner}/" if member.isdir() else inner):
+            return
+        if member.isdir():
+            self.folders.append(f"{name}/")
+        elif member.islnk() or name in self._places:
+            self.repeated.append(name)  # tar writes a file that has several names once
+        elif not member.isfile():
+            self.no_files.append(name)
+        if member.isfile():
+            self._places[name] = number, member.offset_data, member.size
+
+
+def _is_called_tar(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() == ".tar" and not name.startswith(".")
+
 
 def is_tar(path: Path) -> bool:
     """Whether a file is called a tar, or is one, uncompressed."""
-    return path.suffix == ".tar" or (path.is_file() and file_type(path) is FileType.TAR and path.suffix not in (".gz", ".tgz"))
+    return _is_called_tar(path.name) or (
+        path.is_file() and file_type(path) is FileType.TAR and path.suffix not in (".gz", ".tgz")
+    )
 
 
 def has_tars(folder: Path) -> bool:
     """Whether a folder holds tars, and no image beside them."""
     names = [entry.name for entry in folder.iterdir() if entry.is_file()]
-    return any(name.endswith(".tar") for name in names) and not any(map(is_image_file, names))
+    return any(map(_is_called_tar, names)) and not any(map(is_image_file, names))
 
 
 class TarDataset(TypedDict, total=False):
@@ -114,35 +134,83 @@ class TarManifest(TypedDict, total=False):
 
 
 def open_tars(path: Path, form: ImageForm) -> Dataset:
-    """A tar, or a folder of them, as a data set.
+    """A tar, or a folder of them, as a data set. Classes stand beside the images, in a `dataset.json`, or are folders.
 
     Raises FileFormatError where one is corrupt or missing, there are no images, or classes are given for some of them alone.
     """
     manifest = _manifest(path)
     store = TarStore(path)
     found = tar_images(store)
-    labels = class_ids_of(store, found.files)
+    shape = manifest.get("dataset", {}).get("image_shape")
+    content = content_of(store, found, form, every_header=False, stated=shape[0] if shape else None)
+    if class_ids_of(store, found.files) is None and not manifest:
+        description = _by_tree(store, found.files)
+    else:
+        description = _by_members(store, found.files, manifest)
+    beside = [] if manifest else _beside_tars(store)
+    note = f"{counted(beside, 'file')} passed over, as beside tars" if beside else ""
+    return dataset_of(content, description, joined_notes(passed_over_note(found, store, description.labels is None), note))
+
+
+def _by_members(store: TarStore, files: list[str], manifest: TarManifest) -> Description:
+    """What the members beside the images say, and the manifest of `generate`."""
     described = manifest.get("dataset", {})
+    labels = class_ids_of(store, files)
     count = max(int(described.get("num_classes", 0)), 0 if labels is None else int(labels.max()) + 1)
     names = described.get("class_names", [])
-    content = content_of(
-        store, found, form, every_header=False, stated=described["image_shape"][0] if "image_shape" in described else None
-    )
-    return Dataset(
-        **vars(content),
-        name=str(described.get("name", path.stem)),
+    return Description(
+        name=str(described.get("name", store.path.stem)),
         labels=labels,
         num_classes=0 if labels is None else count,
         class_names=() if labels is None else tuple(names) if len(names) == count else number_names(count),
         licence=str(described.get("licence", "unknown")),
-        source=str(path),
-        note=passed_over_note(found, store),
+        source=str(store.path),
+        note="" if labels is None or manifest else first_label_note(labels),
     )
+
+
+def _by_tree(store: TarStore, files: list[str]) -> Description:
+    """What a `dataset.json` in the tars says, or their folders: of several tars the folders within each."""
+    meta = read_meta(store, store.names())
+    if meta.has_labels or not store.path.is_dir():
+        description = read_description(store, files, meta)
+    else:
+        description = read_description(_AsOneTree(store), [_within_tar(name) for name in files], meta)
+    captions = [name for name in store.names() if name.endswith(_WORDS) and name.rpartition("/")[2] != META]
+    if not captions or description.labels is not None or meta.has_labels:
+        return description
+    note = f"{counted(captions, 'file')} passed over: classes beside images are read from {_CLASS} alone"
+    return replace(description, note=joined_notes(description.note, note))
+
+
+class _AsOneTree(TarStore):
+    """The tars of a folder as if they were one: names as they are within each."""
+
+    def __init__(self, tars: TarStore):
+        self.path = tars.path
+        self.folders = [_within_tar(name) for name in tars.folders]
+        self._names = [_within_tar(name) for name in tars.names()]
+
+    def names(self) -> list[str]:
+        """Every member, also where two tars have one of the same name."""
+        return self._names
+
+
+def _within_tar(name: str) -> str:
+    return name.partition("/")[2]
+
+
+def _beside_tars(store: TarStore) -> list[str]:
+    """The files of a folder of tars that are none of them."""
+    if not store.path.is_dir():
+        return []
+    names = FolderStore(store.path).names()
+    return naturally_sorted(name for name in names if "/" in name or not _is_called_tar(name))
 
 
 def tar_images(store: TarStore) -> DataFiles:
     """The images of tars; what webdataset's tars have beside each image is neither. Raises FileFormatError without any."""
-    return data_files(store, [name for name in store.names() if not name.endswith((_CLASS, ".json", ".txt"))], _REMEDY)
+    return data_files(store, [name for name in store.names() if not _is_class(name) and not name.endswith(_WORDS)], _REMEDY)
 
 
 def image_members(names: Sequence[str]) -> list[str]:
@@ -160,16 +228,25 @@ def decoded_member(store: TarStore, name: str) -> np.ndarray:
 
 def class_ids_of(store: TarStore, names: Sequence[str]) -> np.ndarray | None:
     """The classes that stand beside the images, int64 [N]; None where none has one. Raises FileFormatError."""
-    present = set(store.names())
-    beside = [name.rpartition(".")[0] + _CLASS for name in names]
-    given = [name for name in beside if name in present]
-    if not given:
+    classes = {name[: -len(_CLASS)]: name for name in store.names() if _is_class(name)}
+    if not classes:
         return None
-    if len(given) < len(beside):
-        missing = next(name for name in beside if name not in present)
+    beside = [classes.get(name.rpartition(".")[0]) or classes.get(_key(name)) for name in names]
+    if None in beside:
+        missing = f"{_key(names[beside.index(None)])}{_CLASS}"
         raise FileFormatError(f"{store.path} has no {missing}", remedy="give every image a class, or none")
-    ids = [_class_id(store, name) for name in beside]
+    ids = [_class_id(store, name) for name in beside if name is not None]
     return np.array(ids, dtype=np.int64)
+
+
+def _key(name: str) -> str:
+    """What webdataset calls the members of one sample by: all up to the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _is_class(name: str) -> bool:
+    return name[-len(_CLASS) :].lower() == _CLASS
 
 
 def _class_id(store: TarStore, name: str) -> int:

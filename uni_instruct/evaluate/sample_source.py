@@ -130,5 +130,8 @@ def reference_class_ids(
     ids = ids_by_name(names, theirs)
     if ids is None:
         unknown = next(name for name in names if ids_by_name([name], theirs) is None)
-        return None, f"no class_accuracy: class '{unknown}' is not among the reference's {format_class_names(theirs)}"
+        shown = format_class_names(theirs)
+        if several := theirs.count(unknown):
+            return None, f"no class_accuracy: {several} classes of the reference's {shown} are called {unknown}"
+        return None, f"no class_accuracy: class '{unknown}' is not among the reference's {shown}"
     return ids[class_ids], ""

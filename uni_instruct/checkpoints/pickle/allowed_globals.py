@@ -17,6 +17,8 @@ _MAX_CLASS_NAME_LENGTH = 200
 _DTYPES = {code: np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")}
 _PLAIN_DTYPE_STATE = (None, None, None, -1, -1, 0)  # no parts, no names, no fields, no size or alignment of its own, no flags
 _MAX_DIMENSIONS = 32
+_MAX_PARTS = 100
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 
 
 @dataclass(eq=False)
@@ -84,6 +86,27 @@ def _encode(budget: Budget, values: tuple[Any, ...]) -> bytes:
         return bytes(text.encode("latin1"))
     except UnicodeEncodeError as error:
         raise MalformedFile("encodes a text that has no such encoding", FOREIGN) from error
+
+
+def _path(budget: Budget, values: tuple[Any, ...]) -> str:
+    """A path of pathlib's, as text: from its parts, of which the first may be the root."""
+    parts = _arguments("a path", values, *([str] * min(len(values), _MAX_PARTS)))
+    return "/".join(parts).replace("//", "/", 1)
+
+
+def _namespace(budget: Budget, values: tuple[Any, ...]) -> ModulePlaceholder:
+    _arguments("SimpleNamespace", values)
+    return ModulePlaceholder("SimpleNamespace")
+
+
+def _size(budget: Budget, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    (sizes,) = _arguments("torch.Size", values, tuple)
+    return tuple(sizes)
+
+
+def _device(budget: Budget, values: tuple[Any, ...]) -> str:
+    kind, *index = _arguments("torch.device", values, str, *([int] * (len(values) == 2)))
+    return ":".join(map(str, (kind, *index)))
 
 
 def _load_from_bytes(budget: Budget, values: tuple[Any, ...]) -> Storage:
@@ -193,6 +216,7 @@ def _build_dict(budget: Budget, target: dict[Any, Any], state: object) -> None:
 def _functions() -> dict[str, StandIn]:
     scalar, empty = StandIn("numpy's scalar", call=_scalar), StandIn("numpy's _reconstruct", call=_empty_array)
     buffer, names = StandIn("numpy's _frombuffer", call=_array_from_buffer), StandIn("set", call=_set)
+    path = StandIn("a path", call=_path)
     return {
         "torch_utils.persistence._reconstruct_persistent_obj": StandIn("persistent object", call=_persistent_object),
         "torch._utils._rebuild_tensor_v2": StandIn("torch._utils._rebuild_tensor_v2", call=_tensor),
@@ -204,6 +228,12 @@ def _functions() -> dict[str, StandIn]:
         "builtins.set": names,
         "__builtin__.set": names,
         "_codecs.encode": StandIn("_codecs.encode", call=_encode),
+        # Settings that training scripts keep beside weights.
+        "argparse.Namespace": StandIn("argparse.Namespace", new=lambda: ModulePlaceholder("Namespace")),
+        "types.SimpleNamespace": StandIn("types.SimpleNamespace", call=_namespace),
+        **{f"pathlib{place}.{name}": path for place in ("", "._local") for name in _PATHS},
+        "torch.Size": StandIn("torch.Size", call=_size),
+        "torch.device": StandIn("torch.device", call=_device),
         "numpy.ndarray": _NDARRAY,
         "numpy.dtype": StandIn("numpy.dtype", call=_dtype),
         # NumPy 2 moved them; files keep the place that they had.
