@@ -1,4 +1,4 @@
-"""Safetensors (github.com/huggingface/safetensors): a header in JSON, then every tensor's bytes."""
+"""Safetensors (github.com/huggingface/safetensors): a header in JSON, then the bytes of every tensor."""
 
 import json
 from pathlib import Path
@@ -32,9 +32,9 @@ _ELEMENTS = {
 
 
 def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays by name, bfloat16 widened to float32, and the config.json beside the file, {} where there is none.
+    """The arrays by name, bfloat16 widened to float32; and the config.json beside the file, or {} if there is none.
 
-    Raises FileFormatError where either is damaged.
+    Raises FileFormatError if either is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -42,7 +42,7 @@ def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[
         budget = Budget(limits or Limits(), size)
         header, start = _header(file, budget, size)
         try:
-            # Opened for its checks alone (gaps, overlaps, sizes): it cannot hand bfloat16 to NumPy.
+            # Opened only for its checks (gaps, overlaps, sizes), because it cannot return bfloat16 to NumPy.
             with safe_open(str(source), framework="numpy"):
                 pass
         except SafetensorError as error:
@@ -52,13 +52,13 @@ def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[
 
 
 def looks_like_safetensors(file: BinaryIO, size: int) -> bool:
-    """Whether the file begins as one: the length of a header, and an object of JSON."""
+    """Whether the file begins like safetensors: with the length of a header, and a JSON object."""
     source = Source(file, 0, size)
     return size > 8 and source.unsigned(8) <= source.end - source.position and source.starts_with(b"{")
 
 
 def _header(file: BinaryIO, budget: Budget, size: int) -> tuple[dict[str, Any], int]:
-    """The header, and where the tensors begin."""
+    """The header, and the offset of the tensors."""
     source = Source(file, 0, size)
     length = source.unsigned(8)
     if length > _MAX_HEADER_BYTES:
@@ -87,8 +87,8 @@ def _json(content: bytes, what: str) -> dict[str, Any]:
 
 
 def _array(file: BinaryIO, budget: Budget, start: int, entry: Any) -> np.ndarray:
-    """A tensor by its entry in the header."""
-    # Checked again, though safetensors has checked it: of a key that stands twice it may have taken the other.
+    """The tensor of one entry in the header."""
+    # Checked again, although safetensors checked it: if a key occurs twice, it may have taken the other entry.
     values = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _ELEMENTS:

@@ -1,4 +1,4 @@
-"""Weights in several files with an index of them, as Hugging Face's libraries save what is large."""
+"""Weights in several files with an index, as Hugging Face's libraries save large models."""
 
 import json
 import re
@@ -13,12 +13,12 @@ _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.\w+)")
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file is called as the index of several is: model.safetensors.index.json, pytorch_model.bin.index.json."""
+    """Whether a file is named as an index of several: model.safetensors.index.json, pytorch_model.bin.index.json."""
     return path.name.endswith(INDEX)
 
 
 def parts_of(index: Path) -> list[Path]:
-    """The files that an index names, in order. Raises MalformedFile where it is none, or one of them is not beside it."""
+    """The files that an index names, in order. Raises MalformedFile if it is not an index, or if a file is not beside it."""
     with opened(index) as (file, _, size):
         if size > _LARGEST_INDEX:
             raise MalformedFile(f"has {size:,} bytes, more than an index", FOREIGN)
@@ -29,14 +29,14 @@ def parts_of(index: Path) -> list[Path]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MalformedFile("is no index of weights: it has no weight_map of names and files", FOREIGN) from error
     for name in names:
-        # A part lies beside its index: a name that leads elsewhere would have any file read.
+        # A part must be beside its index. Otherwise an index could have any file read.
         if not isinstance(name, str) or name != Path(name).name or not (index.parent / name).is_file():
             raise MalformedFile(f"names the part {shown(name)}, which is not beside it", "copy all parts beside it")
     return [index.with_name(name) for name in names]
 
 
 def check_is_whole(name: str) -> None:
-    """Raises MalformedFile for a file that is called a part of several."""
+    """Raise MalformedFile if a file is named as one part of several."""
     match = _PART.fullmatch(Path(name).name)
     if match and int(match[3]) > 1:
         index = f"{match[1]}{match[4]}{INDEX}"

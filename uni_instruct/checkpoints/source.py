@@ -1,4 +1,4 @@
-"""A stretch of an open file, read from front to back and never beyond its end."""
+"""Read a range of an open file from front to back, never beyond its end."""
 
 import zlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _BLOCK = 1 << 20
 
 
 class Source:
-    """Reads a file between two positions; `position` is the next byte's."""
+    """Reads a file between two positions. `position` is that of the next byte."""
 
     def __init__(self, file: BinaryIO, start: int, end: int):
         self._file = file
@@ -25,7 +25,7 @@ class Source:
         file.seek(start)
 
     def read(self, size: int) -> bytes:
-        """The next bytes. Raises MalformedFile where there are fewer."""
+        """The next bytes. Raises MalformedFile if there are fewer."""
         self._advance(size)
         data = self._file.read(size)
         if len(data) != size:
@@ -33,7 +33,7 @@ class Source:
         return data
 
     def starts_with(self, magic: bytes) -> bool:
-        """Whether the next bytes are these; they stay unread."""
+        """Whether the next bytes are these. The position does not change."""
         found = self._file.read(min(len(magic), self.end - self.position))
         self._file.seek(self.position)
         return found == magic
@@ -43,8 +43,8 @@ class Source:
         return int.from_bytes(self.read(size), "little")
 
     def line(self, limit: int) -> bytes:
-        """The next bytes up to a newline, which is left out. Raises MalformedFile where none follows within the limit."""
-        # The limit comes first: without it a file of one endless line would be read into memory.
+        """The next bytes up to a newline, without it. Raises MalformedFile if there is none within the limit."""
+        # With a limit, because a file of one endless line would otherwise be read into memory.
         line = self._file.readline(min(limit, self.end - self.position))
         self._advance(len(line))
         if not line.endswith(b"\n"):
@@ -52,7 +52,7 @@ class Source:
         return line[:-1]
 
     def span(self, size: int) -> "Span":
-        """The next bytes as a Span, which stay unread."""
+        """The next bytes as a Span. They are skipped, not read."""
         start = self.position
         self._advance(size)
         self._file.seek(self.position)
@@ -74,7 +74,7 @@ class Span:
 
     @contextmanager
     def opened(self) -> Iterator[Source]:
-        """Reads the span; afterwards the file stands where it stood before, for whoever else reads it."""
+        """Read the span. Afterwards the file is at its former position again, for its other readers."""
         position = self.file.tell()
         try:
             yield Source(self.file, self.start, self.start + self.size)
@@ -82,7 +82,7 @@ class Span:
             self.file.seek(position)
 
     def content(self, most: int) -> bytes:
-        """Its first bytes, as many as there are."""
+        """Its first bytes, at most `most`."""
         with self.opened() as source:
             return source.read(min(self.size, most))
 
@@ -95,7 +95,7 @@ class Span:
         return crc
 
     def read_into(self, array: np.ndarray) -> None:
-        """Fills a contiguous array of the span's size."""
+        """Fill a contiguous array of the span's size."""
         self.file.seek(self.start)
         # Python cannot cast a view of no bytes.
         if array.nbytes and self.file.readinto(array.data.cast("B")) != self.size:  # type: ignore[attr-defined]
@@ -104,7 +104,7 @@ class Span:
 
 @contextmanager
 def opened(source: str | Path | BinaryIO) -> Iterator[tuple[BinaryIO, str, int]]:
-    """The file, its name for messages, and its size. An open file is left open. Raises RequestError where there is none."""
+    """The file, its name for messages, and its size. An open file stays open. Raises RequestError if there is no such file."""
     if not isinstance(source, str | Path):
         yield source, str(getattr(source, "name", "the file")), source.seek(0, 2)
         return

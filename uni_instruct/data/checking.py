@@ -1,4 +1,4 @@
-"""check_data: reads everything that a data set has, and names each file that is wrong."""
+"""Check a data set: read every image and label, and report each file that is wrong."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 
 class WrongFile(NamedTuple):
-    """A file that is wrong, the source that it is in, and the problem: a sentence that names both."""
+    """A file that is wrong ('' if the whole source is). problem: a sentence that names the file and the source."""
 
     source: str
     file: str
@@ -34,7 +34,7 @@ class WrongFile(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """How many images were read, the files that are wrong, in their order, and where none is, the data set's note."""
+    """The result of `check_data`: how many images were read, the wrong files in order, and the note if none is wrong."""
 
     images: int
     wrong: tuple[WrongFile, ...]
@@ -44,11 +44,11 @@ class Findings:
 def check_data(
     source: str, resolution: int | None = None, channels: int | None = None, with_progress: ProgressFactory = silent
 ) -> Findings:
-    """Reads every image and label of whatever `open_dataset` takes.
+    """Read every image and label of a source that `open_dataset` takes.
 
-    A file is wrong where it cannot be read, where its size differs from that of most (unless a resolution is given, to which
-    all are brought), and where its label is missing, no class, or outside the stated classes.
-    Raises RequestError for a source that is not there.
+    A file is wrong if it cannot be read, if its size is not the most common one (with a resolution all sizes are allowed,
+    because images are resized to it), or if its label is missing, not a class, or outside the stated classes.
+    Raises RequestError if the source does not exist.
     """
     parts = source_parts(source)
     for part in parts:
@@ -60,7 +60,7 @@ def check_data(
         found = _check_part(part, form, with_progress)
         images, wrong = images + found.images, [*wrong, *found.wrong]
     if not wrong:
-        # What shows only when all is opened together, such as two parts with other classes.
+        # Some faults appear only when all parts are opened together, such as two parts with different classes.
         try:
             dataset = open_dataset(source, resolution, channels=channels)
         except FileFormatError as error:
@@ -74,7 +74,7 @@ def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) ->
     try:
         opened = None if is_named(source) else _store(path)
         if opened is None:
-            return Findings(images=0, wrong=())  # arrays, which are whole once they are open
+            return Findings(images=0, wrong=())  # arrays: `open_dataset` checks all of them when it opens them
         store, names, (files, latents, _) = opened
     except FileFormatError as error:
         return Findings(images=0, wrong=(WrongFile(source, "", error.problem),))
@@ -97,7 +97,7 @@ def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) ->
 
 
 def _store(path: Path) -> tuple[Store, list[str], DataFiles] | None:
-    """The files of a source as `open_dataset` takes it, and those that are images; None for arrays."""
+    """The store of a source as `open_dataset` opens it, all its file names, and its data files; None for sources of arrays."""
     is_folder = path.is_dir()
     if has_cifar10(path) or (has_idx(path) if is_folder else is_npz(path)):
         return None
@@ -112,19 +112,22 @@ def _store(path: Path) -> tuple[Store, list[str], DataFiles] | None:
 
 
 def _is_said_to_be_grey(store: Store, names: list[str]) -> bool:
-    """Whether a zip's `dataset.json` gives a shape of one channel, to which `open_zip` then holds all images."""
+    """Whether a zip's `dataset.json` states a shape of one channel. `open_zip` then expects it of all images."""
     try:
         return isinstance(store, ZipStore) and stated_channels(read_meta(store, names)) == 1
     except FileFormatError:
-        return False  # told with the labels
+        return False  # `_label_problems` reports it
 
 
 def _odd_ones(store: Store, by_shape: dict[Shape, list[str]], grey: bool) -> Iterator[WrongFile]:
-    """Files of another (H, W) than most. Grey among colour is not odd: all become colour. grey: colour is."""
+    """Yield files whose (H, W) is not the most common one.
+
+    Grey among colour is allowed, because all images become colour. grey: the images must be grey, so colour is wrong.
+    """
     numbers: Counter[Shape] = Counter()
     for shape, files in by_shape.items():
         numbers[shape[:2]] += len(files)
-    # The most common shape, not the first file's: one stray image at the beginning would make all the others wrong.
+    # The most common shape, not the first file's: one stray image at the start would make all the others wrong.
     common = numbers.most_common(1)[0][0] if numbers else ()
     example = (*common, 1) if grey else next((shape for shape in by_shape if shape[:2] == common), ())
     for shape, files in by_shape.items():

@@ -1,4 +1,4 @@
-"""Classes by folders: what the folders of a tree of images mean, in a folder and in a zip alike."""
+"""Decide which folders of a tree of images are classes, on disk, in zips and in tars alike."""
 
 import re
 import unicodedata
@@ -13,18 +13,18 @@ from uni_instruct.errors import FileFormatError
 from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic
 from uni_instruct.printable import counted, joined_notes
 
-# Parts of a data set, which no one trains to tell apart: train, Test, val2017 (COCO), trainA (CycleGAN), images_test.
+# Names of parts of a data set, which are not classes: train, Test, val2017 (COCO), trainA (CycleGAN), images_test.
 _SPLIT = re.compile(
     r"(?:(?:images?|imgs|data)[-_ ]?)?(train|test|val|dev|eval|holdout)(?:ing|id|idation|uation)?"
     r"(?:[-_ ]?(?:set|split|images?|imgs|data|[ab]|\d{1,4}))?",
     re.IGNORECASE,
 )
-_BESIDE_SPLITS = frozenset({"extra", "unlabeled", "unlabelled", "unsup"})  # in STL-10, SVHN and others, beside train and test
+_BESIDE_SPLITS = frozenset({"extra", "unlabeled", "unlabelled", "unsup"})  # of STL-10, SVHN and others, beside train and test
 _SHARD, _NUMBERED = re.compile(r"[0-9]{5}"), re.compile(r"(?:img|img-mean-std-)?([0-9]{5,})(?:\.\w+)?")
 
 
 class FolderClasses(NamedTuple):
-    """The classes' names and int64 labels [N]; ((), None) where folders are none, and the reason where it is not plain."""
+    """The class names and int64 labels [N]; ((), None) if the folders are not classes. note: the reason, if not obvious."""
 
     names: tuple[str, ...]
     class_ids: np.ndarray | None
@@ -32,14 +32,14 @@ class FolderClasses(NamedTuple):
 
 
 def folder_classes(store: Store, files: list[str]) -> FolderClasses:
-    """Classes from the first part of each name, below what holds everything (a folder that was zipped as a whole).
+    """Take each image's class from the first folder of its name, inside folders that hold everything (such as a zipped folder).
 
-    Raises FileFormatError where the folders look like parts of a data set (train, test); and in a folder on disk where images
-    lie beside class folders, or a class folder has none.
+    Raises FileFormatError if the folders look like parts of a data set (train, test). On disk also if images are beside class
+    folders, or if a class folder has no images.
     """
     on_disk = isinstance(store, FolderStore)
     root, inner = _inside_wrappers(files, on_disk)
-    # Two names that differ in Unicode's form alone are one class; a folder may hold both.
+    # Names that differ only in Unicode's form are one class. A folder on disk may hold both forms.
     written = {name.partition("/")[0] for name in inner if "/" in name}
     class_of = {first: unicodedata.normalize("NFC", first) for first in written}
     firsts = set(class_of.values())
@@ -70,22 +70,22 @@ def folder_classes(store: Store, files: list[str]) -> FolderClasses:
 
 
 def _inside_wrappers(files: list[str], on_disk: bool) -> tuple[str, list[str]]:
-    """The folders that hold everything, 'a/b/', and the names within them."""
+    """The path of the folders that hold everything ('' or 'a/b/'), and the file names inside it."""
     root, inner = "", files
     while True:
         first = inner[0].partition("/")[0]
         if not all(name.startswith(f"{first}/") for name in inner):
             return root, inner
         deeper = [name[len(first) + 1 :] for name in inner]
-        # A single folder of images on disk is a class by its name; in a zip it is what was zipped. With folders in it,
-        # it is what holds the classes.
+        # A single folder of images is a class on disk, named after the folder; in a zip it is what was zipped. If it has
+        # sub-folders, they are the classes.
         if on_disk and not _SPLIT.fullmatch(first) and not any("/" in name for name in deeper):
             return root, inner
         root, inner = f"{root}{first}/", deeper
 
 
 def _are_splits(folders: set[str]) -> bool:
-    """Whether folders are parts of a data set: all of them, or two sorts of parts, as train and test, among others."""
+    """Whether folders are parts of a data set: all of them are, or 'train' and another part are among them."""
     found = {folder: match[1].lower() for folder in folders if (match := _SPLIT.fullmatch(folder))}
     rest = {folder.lower() for folder in folders - found.keys()}
     several = "train" in found.values() and len(set(found.values())) > 1
@@ -93,7 +93,7 @@ def _are_splits(folders: set[str]) -> bool:
 
 
 def _deeper_note(inner: list[str]) -> str:
-    """What to say where a class folder holds several folders of images, which make no classes of their own."""
+    """A note on class folders that hold several folders of images: those are not classes of their own. '' if there are none."""
     folders = {name.rpartition("/")[0] for name in inner}
     classes = Counter(folder.partition("/")[0] for folder in folders)
     deeper = [folder for folder in folders if "/" in folder and classes[folder.partition("/")[0]] > 1]
@@ -102,7 +102,7 @@ def _deeper_note(inner: list[str]) -> str:
 
 
 def _is_in_shard(name: str) -> bool:
-    """Whether a name is one of EDM's (00003/img00003004.png) or FFHQ's (03000/03004.png): a thousand files to a folder."""
+    """Whether a name is numbered as EDM's (00003/img00003004.png) or FFHQ's (03000/03004.png): a thousand files per folder."""
     folder, _, base = name.partition("/")
     number = _NUMBERED.fullmatch(base)
     if not number or not _SHARD.fullmatch(folder):
@@ -120,7 +120,7 @@ def _splits(store: Store, root: str, found: list[str]) -> FileFormatError:
 
 
 def _without_images(store: Store, root: str, names: tuple[str, ...]) -> list[str]:
-    """The folders beside the classes that hold no image."""
+    """The folders beside the class folders that hold no image, in natural order."""
     if isinstance(store, FolderStore):
         there = [entry.name for entry in (store.path / root).iterdir() if entry.is_dir() and not entry.is_symlink()]
     else:
@@ -131,7 +131,7 @@ def _without_images(store: Store, root: str, names: tuple[str, ...]) -> list[str
 
 
 def _empty_class(store: Store, root: str, name: str) -> FileFormatError:
-    """The error for a class folder on disk without images, which says what it holds."""
+    """The error for a class folder on disk without images. It names the files that are in the folder."""
     held = [other for other in store.names() if other.startswith(f"{root}{name}/")]
     remedy = "fill it or remove it"
     if held:

@@ -1,9 +1,9 @@
-"""What other programs leave among a user's files, in folders, zips and tars alike."""
+"""Files that other programs leave among a user's files. They are ignored in folders, zips and tars."""
 
 import re
 
-# What systems and other programs leave among a user's files: hidden folders (.ipynb_checkpoints), copies of resource forks
-# (macOS), thumbnails (Synology's @eaDir, Windows), waste bins, snapshots of a NAS.
+# Hidden folders (.ipynb_checkpoints), copies of resource forks (macOS), thumbnails (Synology's @eaDir, Windows), recycle bins,
+# snapshots of a NAS.
 _DROPPING = re.compile(
     r"(?:^|/)(?:\.[^/]+/|\._[^/]*$|\.DS_Store$|Icon\r$|e?h?thumbs(?:_vista)?\.db$|desktop\.ini$|"
     r"(?:__MACOSX|__pycache__|@eaDir|@tmp|@Recycle|@Recently-Snapshot|#recycle|#snapshot|~snapshot|\$RECYCLE\.BIN|"
@@ -13,5 +13,5 @@ _DROPPING = re.compile(
 
 
 def is_dropping(name: str) -> bool:
-    """Whether a file, or a folder whose name ends in '/', is what another program left there, and no user's file."""
+    """Whether a file, or a folder whose name ends in '/', was left by another program and is not the user's."""
     return _DROPPING.search(name) is not None

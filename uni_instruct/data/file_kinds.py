@@ -1,4 +1,4 @@
-"""What a folder or zip holds: image files, or where there are none, latents; and what else, which is passed over."""
+"""Which files of a folder or zip are data: images, or latents if there are no images. Others are skipped and reported."""
 
 import os
 import re
@@ -24,7 +24,7 @@ from uni_instruct.printable import counted, joined_notes, printable
 from uni_instruct.spec import ImageShape
 
 _LOOKED_AT = 256
-# Names under which people keep labels in other forms.
+# Names of files that hold labels in other formats.
 _OF_LABELS = re.compile(r"(?:label|metadata|annotation)[^/]*$|\.(?:csv|tsv|jsonl)$", re.IGNORECASE)
 
 _TAKEN = frozenset({".zip", ".npz", ".tar"})
@@ -34,7 +34,7 @@ _CONTAINERS = frozenset({".parquet", ".arrow", ".feather", ".tfrecord", ".h5", "
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """The fields of a Dataset that its files themselves give."""
+    """The fields of a Dataset that come from its files."""
 
     image_shape: ImageShape
     reader: ImageReader
@@ -43,7 +43,7 @@ class Content:
 
 
 class DataFiles(NamedTuple):
-    """A store's images, or latents, in natural order, and the names of what is neither."""
+    """A store's images, or latents, in natural order; and the names of all other files."""
 
     files: list[str]
     latents: bool
@@ -52,7 +52,7 @@ class DataFiles(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageForm:
-    """What images are brought to: resolution pixels a side, after a centred crop, and channels, 1 or 3. None keeps theirs."""
+    """What images are converted to. resolution: pixels a side, after a centred crop. channels: 1 or 3. None: unchanged."""
 
     resolution: int | None = None
     channels: int | None = None
@@ -62,11 +62,12 @@ AS_THEY_ARE = ImageForm()
 
 
 def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
-    """The image files in natural order, or where there are none the latents.
+    """The image files in natural order, or the latents if there are no images. remedy: for the error if there are neither.
 
-    A file whose name says nothing is an image where it begins as one. Raises FileFormatError where there is neither.
+    A file whose name has no known suffix is an image if its content begins like one. Raises FileFormatError if there are
+    neither.
     """
-    # Images win: an .npy among them is some other array, whereas among latents there are no images.
+    # Images first: an .npy among images is some other array, but there are no images among latents.
     for latents in (False, True):
         chosen = [name for name in names if (is_latent(name) if latents else _is_image(store, name))]
         if chosen:
@@ -81,7 +82,7 @@ def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
 
 
 def passed_over_note(found: DataFiles, store: Store, unlabelled: bool) -> str:
-    """What was not read, counted and named; empty where everything was. unlabelled: nothing has said what classes there are."""
+    """A note that counts and names the skipped files; '' if there are none. unlabelled: nothing states the classes."""
     others = naturally_sorted([*found.passed_over, *store.no_files])
     labels = next((name for name in others if _OF_LABELS.search(name)), None) if unlabelled else None
     return joined_notes(
@@ -92,7 +93,7 @@ def passed_over_note(found: DataFiles, store: Store, unlabelled: bool) -> str:
 
 
 def _remedy_for_others(store: Store, names: list[str]) -> str:
-    """What to do about files that hold images in another way, or weights; empty where there are none."""
+    """The remedy for files that hold images in another way, or weights; '' if there are none."""
     if isinstance(store, FolderStore) and (command := import_of_weights(store.path)):
         return f"give data, or take the weights there with {command}"
     for name in naturally_sorted(names):
@@ -110,7 +111,7 @@ def _is_image(store: Store, name: str) -> bool:
         return True
     base = name.rpartition("/")[2]
     suffix = os.path.splitext(base)[1]
-    # '.mp4' or '.csv' says what a file is; '1', '1.jpg_large' and '1.12' do not.
+    # '.mp4' and '.csv' say what a file is. '1', '1.jpg_large' and '1.12' do not, so the content decides.
     if base.startswith(".") or (suffix and suffix[1:2].isalpha() and suffix[1:].isalnum()):
         return False
     return begins_as_image(_head(store, name))
@@ -126,9 +127,9 @@ def _head(store: Store, name: str) -> bytes:
 def content_of(store: Store, found: DataFiles, form: ImageForm, *, every_header: bool, stated: int | None = None) -> Content:
     """Shape and reader of the files.
 
-    The first file's size is taken for all; grey among colour becomes colour, wherever it stands. every_header: sizes of image
-    files are compared now, and not when they are read. stated: the channels that whoever wrote the files has noted.
-    Raises FileFormatError where they differ, RequestError where latents are to be resized.
+    All files must have the first file's size. If any image is in colour, all become colour. every_header: compare the sizes of
+    image files now, not when they are read. stated: the number of channels that the writer of the files noted.
+    Raises FileFormatError if sizes differ, RequestError if latents are to be resized.
     """
     files, resolution = found.files, form.resolution
     if found.latents:
@@ -151,15 +152,15 @@ def content_of(store: Store, found: DataFiles, form: ImageForm, *, every_header:
 
 
 def dataset_of(content: Content, description: Description, passed_over: str) -> Dataset:
-    """The data set of what the files give and what is said of them. Raises FileFormatError where these do not fit."""
+    """Put a data set together from its files' content and description. Raises FileFormatError if these do not fit."""
     said = vars(description) | {"note": joined_notes(description.note, passed_over, content.note)}
     return Dataset(**(vars(content) | said))
 
 
 def _several_note(store: Store, files: list[str]) -> str:
-    """What to say of films and of scans of many pages, whose first picture alone is read."""
+    """A note on animations and scans of many pages, of which only the first picture is read; '' if there are none."""
     may = [name for name in files if has_suffix(name, SEVERAL)]
-    # Evenly spaced: to open a million would take minutes.
+    # An evenly spaced sample: opening a million files would take minutes.
     looked_at = [may[place * len(may) // _LOOKED_AT] for place in range(_LOOKED_AT)] if len(may) > _LOOKED_AT else may
     several = [name for name in looked_at if holds_several(store, name)]
     least = "at least " if len(may) > len(looked_at) else ""

@@ -1,4 +1,4 @@
-"""IDX files, as MNIST and Fashion-MNIST come in: big-endian header, then bytes; gzipped or not."""
+"""IDX files, the format of MNIST and Fashion-MNIST: a big-endian header, then bytes. They may be gzipped."""
 
 import gzip
 import struct
@@ -19,19 +19,19 @@ _BLOCK = 1 << 20
 
 
 def idx_files(split: str) -> tuple[str, str]:
-    """The names of a split's images and labels, without .gz."""
+    """The names of a split's image and label files, without .gz."""
     return f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
 
 
 def has_idx(folder: Path) -> bool:
-    """Whether a folder holds the images of either split."""
+    """Whether a folder holds the image file of either split."""
     return any(_find(folder, idx_files(split)[0]) for split in _SPLITS)
 
 
 def open_idx(folder: Path, split: str | None = None) -> Dataset:
-    """A split of the IDX files in a folder: by default 'train', or 't10k' where only that is there.
+    """A split of the IDX files in a folder: by default 'train', or 't10k' if only that is there.
 
-    Raises FileFormatError where a file is missing, truncated, or holds something else.
+    Raises FileFormatError if a file is missing, truncated, or of another format.
     """
     split = split or next((s for s in _SPLITS if _find(folder, idx_files(s)[0])), _SPLITS[0])
     images, labels = (read_idx(_require(folder, name)) for name in idx_files(split))
@@ -55,7 +55,7 @@ def open_idx(folder: Path, split: str | None = None) -> Dataset:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file's array of bytes, uint8. Raises FileFormatError where it is not one or is not whole."""
+    """The array of an IDX file of bytes: uint8. Raises FileFormatError if it is not such a file or not complete."""
     with _content(path) as read:
         magic = read(4)
         if len(magic) < 4 or magic[:3] != bytes([0, 0, _UNSIGNED_BYTES]):
@@ -64,9 +64,10 @@ def read_idx(path: Path) -> np.ndarray:
         if len(sizes) < 4 * magic[3]:
             raise FileFormatError(f"{path} is truncated", remedy="download it again")
         shape = struct.unpack(f">{magic[3]}I", sizes)
-        # In floats: integers would wrap around at the sizes of a damaged header.
+        # Computed in floats: with the sizes of a damaged header, integers would overflow.
         expected = int(np.prod(shape, dtype=np.float64))
-        # One byte more than the header announces shows that there is more: a few bytes may unpack to gigabytes.
+        # At most one byte more than the header announces is read, which shows that there is more. A few compressed bytes may
+        # unpack to gigabytes.
         content = b"".join(_blocks(read, expected + 1))
     if len(content) != expected:
         header = len(magic) + len(sizes)
@@ -76,7 +77,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _blocks(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:
-    """At most so many bytes, in parts: asked for all that a damaged header announces, Python would allocate it first."""
+    """At most `size` bytes, in blocks. A single read would allocate all that a damaged header announces."""
     while size > 0 and (block := read(min(size, _BLOCK))):
         size -= len(block)
         yield block
@@ -84,7 +85,7 @@ def _blocks(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:
 
 @contextmanager
 def _content(path: Path) -> Iterator[Callable[[int], bytes]]:
-    """Reads so many bytes of a file, decompressed where it is gzipped. Raises FileFormatError where that fails."""
+    """Yields a function that reads bytes of a file, decompressed if gzipped. Raises FileFormatError if decompression fails."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield file.read

@@ -1,4 +1,4 @@
-"""What a `dataset.json` says about the files beside and below it: labels, number and names of classes, name, licence."""
+"""Read `dataset.json`: labels, number and names of classes, name and licence of the files beside and below it."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from uni_instruct.errors import FileFormatError
 from uni_instruct.printable import counted, joined_notes
 
 META = "dataset.json"
-# What `generate` writes beside its images: the seeds in their order, the request, and of a folder each file's hash.
+# The file that `generate` writes beside its images: the seeds in order, the request, and for a folder each file's hash.
 RECORD = "samples.json"
 
 
 class LabelMismatch(NamedTuple):
-    """A file whose label is wrong, the problem in words that follow the file's name, and the remedy."""
+    """A file whose label is wrong. problem: words that follow the file's name."""
 
     file: str
     problem: str
@@ -29,7 +29,7 @@ class LabelMismatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """class_ids: int64 [N], or None. note: why there are no classes although there are labels."""
+    """The classes of the files. class_ids: int64 [N], or None. note: for example why labels give no classes."""
 
     class_ids: np.ndarray | None
     num_classes: int
@@ -38,7 +38,7 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """The fields of a Dataset that `dataset.json` gives; see there."""
+    """The fields of a Dataset that `dataset.json` or the folders give; see Dataset."""
 
     name: str
     labels: np.ndarray | None
@@ -51,7 +51,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Meta:
-    """A `dataset.json`: its content, and the folder that it lies in, '' or 'a/b/'. found: whether there is one."""
+    """A `dataset.json`. content: its JSON object. folder: where it is, '' or 'a/b/'. found: whether the file exists."""
 
     content: dict[str, object] = field(default_factory=dict)
     folder: str = ""
@@ -59,24 +59,24 @@ class Meta:
 
     @property
     def has_labels(self) -> bool:
-        """Whether it says what classes there are; null says that there are none."""
+        """Whether it states the classes. `null` states that there are none."""
         return "labels" in self.content
 
 
 def read_description(store: Store, files: list[str], meta: Meta) -> Description:
-    """What `dataset.json` says about the files, or where it says nothing of classes, their folders.
+    """Read what `dataset.json` says about the files. If it does not state the classes, the folders are the classes.
 
-    Raises FileFormatError where it does not fit them, or as `folder_classes` does.
+    Raises FileFormatError if it does not match the files, or as `folder_classes` does.
     """
     labels = read_labels(store, files, meta)
     by_folder = FolderClasses((), None) if meta.has_labels else folder_classes(store, files)
     num_classes = labels.num_classes or len(by_folder.names)
     named = _named_classes(meta.content.get("class_names"))
     class_names = by_folder.names if named is None else named
-    # EDM's tools write none, others write all sorts.
+    # EDM's tools write no class names, and other tools write them in many forms.
     unfit = named is not None and num_classes and len(named) != num_classes
     unread = named is None and num_classes and meta.content.get("class_names") is not None
-    # '.' has no name of its own; a file's suffix is none.
+    # Resolved, because '.' has no name. The suffix of a file is not part of its name.
     own_name = store.path.resolve().name if store.path.is_dir() else store.path.stem
     silent = f"{META} says nothing about labels" if meta.found and not meta.has_labels else ""
     return Description(
@@ -97,7 +97,7 @@ def read_description(store: Store, files: list[str], meta: Meta) -> Description:
 
 
 def _named_classes(named: object) -> tuple[str, ...] | None:
-    """Names by id, from a list of them, {id: name} or {name: id}; None for anything else."""
+    """Class names in the order of their ids, from a list, {id: name} or {name: id}. None for anything else."""
     if isinstance(named, dict) and all(type(number) is int for number in named.values()):
         named = {str(number): name for name, number in named.items()}
     if isinstance(named, dict):
@@ -108,7 +108,7 @@ def _named_classes(named: object) -> tuple[str, ...] | None:
 
 
 def read_meta(store: Store, names: list[str]) -> Meta:
-    """The `dataset.json` among the names that lies highest. Raises FileFormatError where it is no JSON object, or two do."""
+    """The topmost `dataset.json` of the names. Raises FileFormatError if it is not a JSON object, or two are at one depth."""
     found = sorted((name for name in names if name.rpartition("/")[2] == META), key=lambda name: (name.count("/"), name))
     if not found:
         return Meta()
@@ -131,7 +131,7 @@ def read_meta(store: Store, names: list[str]) -> Meta:
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object. Raises ValueError where a key stands twice with two values: json would take the last."""
+    """A JSON object. Raises ValueError if a key occurs twice with different values; the json module would take the last."""
     content: dict[str, object] = {}
     for key, value in pairs:
         if content.setdefault(key, value) != value:
@@ -140,7 +140,7 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
-    """The files' classes. One-hot vectors are classes; other vectors give none.
+    """The files' classes. One-hot vectors are classes; other vectors are not, and the files are read without classes.
 
     Raises FileFormatError for the first file whose label is missing or wrong.
     """
@@ -151,7 +151,7 @@ def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
     mismatch = next(label_mismatches(by_file, files, stated), None)
     if mismatch is not None:
         raise FileFormatError(f"{name_in_store(store, mismatch.file)} {mismatch.problem}", remedy=mismatch.remedy)
-    # All are integers or all are vectors now: whatever differs from the first is a mismatch.
+    # Now all labels are integers, or all are vectors: a label of another kind than the first is a mismatch.
     labels = [by_file[file] for file in files]
     vectors = [label for label in labels if isinstance(label, list)]
     if not vectors:
@@ -167,7 +167,10 @@ def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
 
 
 def label_entries(store: Store, meta: Meta) -> dict[str, object] | None:
-    """File -> label, as `dataset.json` has them; None where it has none. Raises FileFormatError where they are no list."""
+    """The labels in `dataset.json` by file; None if it has none.
+
+    Raises FileFormatError if they are not a list of [file, class], or if a file has two labels.
+    """
     entries = meta.content.get("labels")
     if entries is None:
         return None
@@ -185,7 +188,7 @@ def label_entries(store: Store, meta: Meta) -> dict[str, object] | None:
 
 
 def stated_classes(store: Store, meta: Meta) -> int:
-    """The number of classes that `dataset.json` states, 0 where it states none. Raises FileFormatError for a wrong one."""
+    """The number of classes that `dataset.json` states, or 0. Raises FileFormatError if it is not a number of classes."""
     stated = meta.content.get("num_classes") or 0
     if type(stated) is not int or not 0 <= stated <= MAX_CLASSES:
         raise FileFormatError(
@@ -196,8 +199,8 @@ def stated_classes(store: Store, meta: Meta) -> int:
 
 
 def label_mismatches(by_file: dict[str, object], files: list[str], stated: int) -> Iterator[LabelMismatch]:
-    """Files whose label is missing, no class, outside the stated classes, or of another kind than the first file's."""
-    # The first file decides whether labels are class ids or vectors: a mixture has no meaning.
+    """Yield files whose label is missing, not a class, outside the stated classes, or of another kind than the first file's."""
+    # The first file decides whether labels are class ids or vectors, because they cannot be mixed.
     first = by_file.get(files[0])
     width = len(first) if isinstance(first, list) else 0
     by_stem: dict[str, str] | None = None
@@ -214,20 +217,20 @@ def label_mismatches(by_file: dict[str, object], files: list[str], stated: int) 
 
 
 def first_label_note(class_ids: np.ndarray) -> str:
-    """What to say of labels that begin above 0, as a count from 1 does; empty for others."""
+    """A note on labels that start above 0, such as those that count from 1; '' for others."""
     first = int(class_ids.min())
     missing = "class 0 has" if first == 1 else f"classes 0 to {first - 1} have"
     return f"labels begin at {first}: {missing} no image" if first else ""
 
 
 def _absent_note(by_file: dict[str, object], files: list[str]) -> str:
-    """Labels of images that are not there, as where a part was copied."""
+    """A note on labels of images that are not there, for example because only a part was copied; '' if there are none."""
     absent = sorted(by_file.keys() - set(files)) if len(by_file) > len(files) else []
     return f"{counted(absent, 'label')} of no image here" if absent else ""
 
 
 def _pairs(store: Store, entries: object) -> list[tuple[str, object]]:
-    """[[file, class], ...], or an object that says the same. Raises FileFormatError for anything else."""
+    """The labels as [(file, class), ...], from such a list or from {file: class}. Raises FileFormatError for anything else."""
     pairs = list(entries.items()) if isinstance(entries, dict) else entries
     if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
         raise FileFormatError(
@@ -241,19 +244,19 @@ def _is_pair(entry: object) -> bool:
 
 
 def _full_name(name: str, folder: str, present: set[str]) -> str:
-    """A file as a store names it, from what `dataset.json` in that folder calls it: seen from there, or from the top."""
+    """The file that `dataset.json` means by a name, which counts from its own folder or from the top."""
     name = plain_name(name)
     within = name if name.startswith(folder) else folder + name
     return name if within not in present and name in present else within
 
 
 def _stem(name: str) -> str:
-    """What is left of a name where folders, suffix and capitals are left out."""
+    """The base name of a file, without its suffix and in lower case."""
     return os.path.splitext(name.rpartition("/")[2])[0].casefold()
 
 
 def _unlabelled(file: str, labelled: str | None) -> LabelMismatch:
-    """labelled: a name with a label that may be meant for the file."""
+    """The error for a file without a label. labelled: a name that has a label and may mean this file."""
     if labelled is None:
         return LabelMismatch(file, f"has no label in {META}", "label every image, or write null for all")
     problem = f"has no label in {META}, which has one for {labelled}"
@@ -268,7 +271,7 @@ def _numbers_for_words(by_file: dict[str, object]) -> str:
 
 
 def _class_problem(label: object, stated: int) -> str:
-    # Exactly int: True is an int to Python, and 1.0 equals one.
+    # Exactly int: in Python, True is an int too, and 1.0 equals 1.
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
         return "which is not a class: an integer from 0"
     return f"outside the classes 0..{stated - 1}" if stated and label >= stated else ""
@@ -284,5 +287,5 @@ def _is_one_hot(vector: list[float]) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value as JSON has it; words without quotes."""
+    """A value as JSON, but text without quotes; at most 40 characters."""
     return (value if isinstance(value, str) else json.dumps(value))[:40]

@@ -1,4 +1,4 @@
-"""open_dataset: what a user may name as a data set."""
+"""open_dataset: open anything that a user may name as a data set."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,13 +31,14 @@ _FILE_KINDS = "a zip, an .npz, a folder of images, of tars or of IDX files, a ta
 def open_dataset(
     source: str | Path, resolution: int | None = None, num_classes: int | None = None, channels: int | None = None
 ) -> Dataset:
-    """A data set by name (DATASETS), or from a zip, an .npz of samples, a folder of images or of IDX files, CIFAR-10's archive.
+    """Open a data set by name (DATASETS), or a zip, tar, .npz or CIFAR-10's archive, or a folder of images, tars or IDX files.
 
-    Several, with commas between them, are one ('a.zip,b.zip'). `emoji:FONT` is the emoji of that font's file. A name wins over
-    a file or folder called so, unless that is written as a path ('./digits'). resolution: centre-crop every image to a square
-    and resize it to this many pixels. num_classes: how many there are, where the last of them have no image. channels: make
-    every image grey (1) or of colour (3).
-    Raises RequestError for an unknown source, FileFormatError for one that is corrupt or not what it was taken for.
+    Several sources, separated by commas, are joined into one ('a.zip,b.zip'). `emoji:FONT` draws the emoji of that font file. A
+    name is preferred to a file or folder of the same name; write a path such as './digits' for the latter.
+    resolution: centre-crop every image to a square and resize it to this many pixels. num_classes: the number of classes, if
+    the last of them have no images. channels: convert every image to grey (1) or colour (3).
+    Raises RequestError for an unknown source or an option out of range, FileFormatError for a source that is corrupt or of an
+    unknown type.
     """
     if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
         raise RequestError(
@@ -55,37 +56,37 @@ def open_dataset(
 
 
 def source_parts(source: str | Path) -> list[str]:
-    """The sources in a list with commas; one whose own name has a comma stays whole."""
-    # A path with a comma in its name was valid before there were lists, so a file that exists wins.
+    """Split a list of sources at its commas. A path that exists is not split, even if its name has a comma."""
+    # Paths with commas were valid before there were lists, so a file that exists is preferred.
     text = str(source)
     whole = "," not in text or Path(text.removeprefix(_EMOJI_OF)).exists()
     return [text] if whole else [part.strip() for part in text.split(",") if part.strip()] or [text]
 
 
 def is_data(source: str) -> bool:
-    """Whether a source, or one of several with commas between them, is a known name, or a file or folder that exists."""
+    """Whether a source, or one of several separated by commas, is a known name or an existing file or folder."""
     return any(is_named(part) or _is_there(Path(part)) for part in source_parts(source))
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a file or folder is there. Of a device or a pipe nobody knows where it ends."""
+    """Whether a file or folder exists. Devices and pipes do not count, because they may have no end."""
     return path.is_file() or path.is_dir()
 
 
 def is_named(source: str) -> bool:
-    """Whether one source is a name of DATASETS or `emoji:FONT`, which win over a file of that name."""
+    """Whether one source is a name of DATASETS or `emoji:FONT`, which are preferred to files of that name."""
     return source in DATASETS or source.startswith(_EMOJI_OF)
 
 
 def no_data(source: str) -> RequestError:
-    """The error for a source that is not there."""
+    """The error for a source that does not exist."""
     return RequestError(
         f"there is no data set {source}", remedy=f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}", param="source"
     )
 
 
 def _open_one(source: str, form: ImageForm) -> Dataset:
-    # Names before paths: './digits' says the folder, and nothing else could say the data set.
+    # Names before paths: './digits' can name the folder, but nothing else could name the data set.
     if source in DATASETS:
         return _brought_to(DATASETS[source](), form)
     if source.startswith(_EMOJI_OF):
@@ -111,20 +112,20 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file is a zip of images, or is called one: its error then says that it is damaged."""
+    """Whether a file is a zip of images, or named .zip and no Git LFS pointer: then the error says that the zip is damaged."""
     kind = file_type(path)
     return kind is FileType.ZIP or (path.suffix.lower() == ".zip" and kind is not FileType.LFS)
 
 
 def is_npz(path: Path) -> bool:
-    """Whether a file is an .npz, or is called one and is no other kind of file that is known here."""
+    """Whether a file is an .npz, or is named .npz and its content is of no other known type."""
     kind = file_type(path)
     named = path.suffix.lower() == ".npz"
     return kind is FileType.NPZ or (named and kind in (FileType.OTHER, FileType.EMPTY))
 
 
 def what_it_is(path: Path) -> str:
-    """' but ...': what a file is that is no data set, and what can be done with it; empty where that is not known."""
+    """' but ...': the type of a file that is not a data set, and what can be done with it; '' if the type is unknown."""
     kind = file_type(path)
     if kind in CHECKPOINTS:
         return f" but {kind.value}, which 'uni-instruct inspect' and 'import' take"
@@ -141,7 +142,7 @@ def what_it_is(path: Path) -> str:
 
 
 def open_digits() -> Dataset:
-    """scikit-learn's digits: 1,797 grey images of 8x8, their 17 levels spread over 0..255."""
+    """scikit-learn's digits: 1,797 grey images of 8x8, their 17 levels scaled to 0..255."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -160,9 +161,10 @@ def open_digits() -> Dataset:
 
 
 def open_npz(path: Path) -> Dataset:
-    """Samples as `generate`, ADM's tools and others write them: arr_0 uint8 [N, H, W, 1 or 3], and classes if any.
+    """Samples as `generate`, ADM's tools and others write them: arr_0, uint8 [N, H, W, 1 or 3], and classes if there are any.
 
-    Classes are integers [N] called class_ids, labels or arr_1 (ADM's). All of it is in memory.
+    Classes are integers [N] named class_ids, labels or arr_1 (ADM's name). All arrays are loaded into memory.
+    Raises FileFormatError if an array is missing or of another type or shape.
     """
     arrays = read_npz(path, ("arr_0", *_NPZ_CLASSES))
     images, others = arrays.get("arr_0"), _other_arrays(path)
@@ -190,17 +192,17 @@ def open_npz(path: Path) -> Dataset:
 
 _NPZ_CLASSES = ("class_ids", "labels", "arr_1")
 _NPZ_REMARK = f": classes are integers [N] called {', '.join(_NPZ_CLASSES[:-1])} or {_NPZ_CLASSES[-1]}"
-# What `generate` writes beside images and classes.
+# Arrays that `generate` writes beside images and classes.
 _NPZ_RECORD = ("seeds", "request")
 
 
 def _other_arrays(path: Path) -> list[str]:
-    """The names of arrays that are not read."""
+    """The names of the arrays that are not read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names = list(file.files)
     except UNREADABLE:
-        return []  # which whoever reads it says
+        return []  # `read_npz` reports the error
     classes = next(((name,) for name in _NPZ_CLASSES if name in names), ())
     return [name for name in names if name not in ("arr_0", *classes, *_NPZ_RECORD)]
 
@@ -211,7 +213,7 @@ def _npz_classes(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None
     if class_ids is None:
         return None
     if class_ids.dtype.kind not in "iu" or class_ids.ndim != 1 or not class_ids.size:
-        if name == "arr_1":  # NumPy's name for any second array, so that it need not be classes
+        if name == "arr_1":  # NumPy's name for any second array, which may be something else
             return None
         raise FileFormatError(
             f"{path} has {name} of {class_ids.dtype} {list(class_ids.shape)}", remedy="save them as integers [N]"
@@ -222,7 +224,7 @@ def _npz_classes(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an .npz holds; nothing in it is executed. Raises FileFormatError where it is corrupt."""
+    """Those of the named arrays that an .npz holds. Nothing in it is executed. Raises FileFormatError if it is corrupt."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file.files}
@@ -253,7 +255,7 @@ class _FormedReader:
         return np.stack([in_channels(image, self.form.channels or image.shape[2]) for image in images])
 
 
-# Name -> how it is opened. Digits come with a dependency, Fashion-MNIST may be downloaded, emoji need a font.
+# The function that opens each data set. Digits need scikit-learn, Fashion-MNIST may be downloaded, emoji need a font.
 DATASETS: dict[str, Callable[[], Dataset]] = {
     "digits": open_digits,
     "fashion-mnist": open_fashion_mnist,

@@ -1,6 +1,6 @@
-"""Tar archives of images, as webdataset writes and reads them: one, or a folder of them that is one data set.
+"""Tar archives of images, as webdataset writes and reads them: one tar, or a folder of tars that is one data set.
 
-An image's class stands beside it in a member of the same key, KEY.cls; where none does, a tar is read as a zip is.
+The class of an image is in a member of the same key, KEY.cls. Without any such member, a tar is read as a zip is.
 """
 
 import io
@@ -25,15 +25,15 @@ from uni_instruct.file_type import FileType, file_type
 from uni_instruct.files import JSON_ERRORS
 from uni_instruct.printable import counted, joined_notes
 
-# What `generate` writes beside its tars, and how it is known from other files of that name.
+# The file that `generate` writes beside its tars, and the value in it that distinguishes it from other files of that name.
 MANIFEST, LIBRARY = "manifest.json", "uni-instruct"
 _CLASS, _ARRAY = ".cls", ".npy"
-_WORDS = (".json", ".txt")  # what webdataset's tars have beside each image
+_WORDS = (".json", ".txt")  # captions and metadata beside each image in webdataset's tars
 _REMEDY = "give tars of images, as 'generate --out NAME.wds' writes them"
 
 
 class TarStore:
-    """The members of a tar, or of all tars in a folder: names are then TAR/MEMBER. Only where each begins stays in memory."""
+    """The members of a tar, or of all tars in a folder as TAR/MEMBER. Only their names and offsets stay in memory."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -41,7 +41,7 @@ class TarStore:
         self.no_files: list[str] = []
         self.folders: list[str] = []
         self._tars = naturally_sorted(filter(_is_called_tar, os.listdir(path))) if path.is_dir() else [""]
-        self._places: dict[str, tuple[int, int, int]] = {}  # name -> which tar, where in it, how long
+        self._places: dict[str, tuple[int, int, int]] = {}  # name -> (index of the tar, offset, size)
         for number, tar in enumerate(self._tars):
             self._index(number, path / tar if tar else path)
 
@@ -69,7 +69,7 @@ class TarStore:
             with tarfile.open(tar, "r:") as archive:
                 for member in archive:
                     self._add(number, prefix, member)
-                    archive.members = []  # type: ignore[attr-defined]  # or it keeps a kilobyte for each
+                    archive.members = []  # type: ignore[attr-defined]  # else tarfile keeps a kilobyte for each
         except (*UNREADABLE, tarfile.TarError) as error:
             packed = "it is compressed" if tar.open("rb").read(2) == b"\x1f\x8b" else reason_of(error)
             raise FileFormatError(f"{tar} is not a whole tar: {packed}", remedy="unpack or copy it again") from error
@@ -82,7 +82,7 @@ class TarStore:
         if member.isdir():
             self.folders.append(f"{name}/")
         elif member.islnk() or name in self._places:
-            self.repeated.append(name)  # tar writes a file that has several names once
+            self.repeated.append(name)  # a hard link: tar stores a file with several names once
         elif not member.isfile():
             self.no_files.append(name)
         if member.isfile():
@@ -94,20 +94,20 @@ def _is_called_tar(name: str) -> bool:
 
 
 def is_tar(path: Path) -> bool:
-    """Whether a file is called a tar, or is one, uncompressed."""
+    """Whether a file is named .tar, or is an uncompressed tar."""
     return _is_called_tar(path.name) or (
         path.is_file() and file_type(path) is FileType.TAR and path.suffix not in (".gz", ".tgz")
     )
 
 
 def has_tars(folder: Path) -> bool:
-    """Whether a folder holds tars, and no image beside them."""
+    """Whether a folder holds tars and no images beside them."""
     names = [entry.name for entry in folder.iterdir() if entry.is_file()]
     return any(map(_is_called_tar, names)) and not any(map(is_image_file, names))
 
 
 class TarDataset(TypedDict, total=False):
-    """What `generate` says of the images in its tars."""
+    """The manifest's description of the images."""
 
     name: str
     image_shape: list[int]
@@ -117,7 +117,7 @@ class TarDataset(TypedDict, total=False):
 
 
 class TarFile(TypedDict):
-    """One tar, and how it is known to be whole."""
+    """The manifest's entry for a tar: its size and hash show whether it is complete."""
 
     name: str
     images: int
@@ -126,7 +126,7 @@ class TarFile(TypedDict):
 
 
 class TarManifest(TypedDict, total=False):
-    """The file beside the tars, as far as a reader of data needs it."""
+    """The manifest that `generate` writes beside its tars: the parts that are needed to read the data."""
 
     library: str
     dataset: TarDataset
@@ -134,9 +134,9 @@ class TarManifest(TypedDict, total=False):
 
 
 def open_tars(path: Path, form: ImageForm) -> Dataset:
-    """A tar, or a folder of them, as a data set. Classes stand beside the images, in a `dataset.json`, or are folders.
+    """Open a tar, or a folder of tars. Classes are in members beside the images, in a `dataset.json`, or are folders.
 
-    Raises FileFormatError where one is corrupt or missing, there are no images, or classes are given for some of them alone.
+    Raises FileFormatError if a tar is corrupt or missing, if there are no images, or if only some of them have a class.
     """
     manifest = _manifest(path)
     store = TarStore(path)
@@ -153,7 +153,7 @@ def open_tars(path: Path, form: ImageForm) -> Dataset:
 
 
 def _by_members(store: TarStore, files: list[str], manifest: TarManifest) -> Description:
-    """What the members beside the images say, and the manifest of `generate`."""
+    """The description by the .cls members beside the images and by the manifest of `generate`."""
     described = manifest.get("dataset", {})
     labels = class_ids_of(store, files)
     count = max(int(described.get("num_classes", 0)), 0 if labels is None else int(labels.max()) + 1)
@@ -170,7 +170,7 @@ def _by_members(store: TarStore, files: list[str], manifest: TarManifest) -> Des
 
 
 def _by_tree(store: TarStore, files: list[str]) -> Description:
-    """What a `dataset.json` in the tars says, or their folders: of several tars the folders within each."""
+    """The description by a `dataset.json` in the tars, or by folders: for several tars, the folders within each."""
     meta = read_meta(store, store.names())
     if meta.has_labels or not store.path.is_dir():
         description = read_description(store, files, meta)
@@ -184,7 +184,7 @@ def _by_tree(store: TarStore, files: list[str]) -> Description:
 
 
 class _AsOneTree(TarStore):
-    """The tars of a folder as if they were one: names as they are within each."""
+    """The tars of a folder as if they were one. Names are those within each tar."""
 
     def __init__(self, tars: TarStore):
         self.path = tars.path
@@ -192,7 +192,7 @@ class _AsOneTree(TarStore):
         self._names = [_within_tar(name) for name in tars.names()]
 
     def names(self) -> list[str]:
-        """Every member, also where two tars have one of the same name."""
+        """Every member, even if two tars have one of the same name."""
         return self._names
 
 
@@ -201,7 +201,7 @@ def _within_tar(name: str) -> str:
 
 
 def _beside_tars(store: TarStore) -> list[str]:
-    """The files of a folder of tars that are none of them."""
+    """The files in a folder of tars that are not tars."""
     if not store.path.is_dir():
         return []
     names = FolderStore(store.path).names()
@@ -209,17 +209,17 @@ def _beside_tars(store: TarStore) -> list[str]:
 
 
 def tar_images(store: TarStore) -> DataFiles:
-    """The images of tars; what webdataset's tars have beside each image is neither. Raises FileFormatError without any."""
+    """The images of tars, without the classes and captions beside them. Raises FileFormatError if there are none."""
     return data_files(store, [name for name in store.names() if not _is_class(name) and not name.endswith(_WORDS)], _REMEDY)
 
 
 def image_members(names: Sequence[str]) -> list[str]:
-    """Those that are images, or arrays in their place, in order."""
+    """The names of images, or of arrays in their place, in natural order."""
     return naturally_sorted(name for name in names if is_image_file(name) or name.endswith(_ARRAY))
 
 
 def decoded_member(store: TarStore, name: str) -> np.ndarray:
-    """A picture, uint8 [H, W, C]; an array as it is."""
+    """The pixels of an image, uint8 [H, W, C]; an array as it is stored."""
     if name.endswith(_ARRAY):
         array: np.ndarray = np.load(io.BytesIO(store.read(name)), allow_pickle=False)
         return array
@@ -227,7 +227,10 @@ def decoded_member(store: TarStore, name: str) -> np.ndarray:
 
 
 def class_ids_of(store: TarStore, names: Sequence[str]) -> np.ndarray | None:
-    """The classes that stand beside the images, int64 [N]; None where none has one. Raises FileFormatError."""
+    """The class of each image, from the member beside it: int64 [N]; None if no image has one.
+
+    Raises FileFormatError if only some images have one, or if it is not a class id.
+    """
     classes = {name[: -len(_CLASS)]: name for name in store.names() if _is_class(name)}
     if not classes:
         return None
@@ -240,7 +243,7 @@ def class_ids_of(store: TarStore, names: Sequence[str]) -> np.ndarray | None:
 
 
 def _key(name: str) -> str:
-    """What webdataset calls the members of one sample by: all up to the first dot of the base name."""
+    """webdataset's key, which the members of one sample share: the name up to the first dot of its base name."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
@@ -257,7 +260,7 @@ def _class_id(store: TarStore, name: str) -> int:
 
 
 def _manifest(path: Path) -> TarManifest:
-    """What `generate` wrote beside its tars, {} where there is none. Raises FileFormatError where a tar is missing or short."""
+    """The manifest that `generate` wrote beside its tars, or {}. Raises FileFormatError if a tar is missing or too short."""
     file = path / MANIFEST
     if not path.is_dir() or not file.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""The globals that a checkpoint may name, and what stands in for each: nothing of the named packages is imported or called."""
+"""The globals that a checkpoint may name, and the stand-in for each. Nothing of the named packages is imported or called."""
 
 import io
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from uni_instruct.checkpoints.source import Span
 from uni_instruct.checkpoints.tensors import STORAGE_TYPES, Storage, StoredTensor, stored_tensor
 
 _MAX_CLASS_NAME_LENGTH = 200
-# What NumPy's dtypes are called in pickles; text, dates, structures and objects have no place in a checkpoint.
+# Names of NumPy's dtypes in pickles. Text, dates, structures and objects do not belong in a checkpoint.
 _DTYPES = {code: np.dtype(code) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")}
-_PLAIN_DTYPE_STATE = (None, None, None, -1, -1, 0)  # no parts, no names, no fields, no size or alignment of its own, no flags
+_PLAIN_DTYPE_STATE = (None, None, None, -1, -1, 0)  # no subarray, names or fields; no size, alignment or flags of its own
 _MAX_DIMENSIONS = 32
 _MAX_PARTS = 100
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
@@ -23,7 +23,7 @@ _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 
 @dataclass(eq=False)
 class ModulePlaceholder:
-    """A module, or another object whose class is the writing project's. It becomes a StoredModule."""
+    """A module, or another object whose class belongs to the writing project. It becomes a StoredModule."""
 
     class_name: str
     state: dict[Any, Any] | None = None
@@ -31,7 +31,7 @@ class ModulePlaceholder:
 
 @dataclass(eq=False)
 class ArrayPlaceholder:
-    """A NumPy array, which has no content until BUILD gives it its state."""
+    """A NumPy array. It has no content until BUILD sets its state."""
 
     array: np.ndarray | None = None
 
@@ -44,7 +44,7 @@ class DtypePlaceholder:
 
 
 def _arguments(name: str, values: tuple[Any, ...], *types: type | tuple[type, ...]) -> tuple[Any, ...]:
-    """The arguments, checked. Raises MalformedFile where their number or types are not those given."""
+    """The arguments, checked. Raises MalformedFile if their number or types are not the given ones."""
     if len(values) != len(types) or not all(isinstance(value, type_) for value, type_ in zip(values, types, strict=True)):
         given = ", ".join(type(value).__name__ for value in values[:10])
         raise MalformedFile(f"calls {name} with ({given})", FOREIGN)
@@ -53,7 +53,7 @@ def _arguments(name: str, values: tuple[Any, ...], *types: type | tuple[type, ..
 
 def _persistent_object(budget: Budget, values: tuple[Any, ...]) -> ModulePlaceholder:
     """An object of NVIDIA's persistent classes: a dict of 'type', 'version', 'module_src', 'class_name', 'state'."""
-    # module_src is Python source, which NVIDIA's own reader runs. It is never looked at here.
+    # module_src is Python source, which NVIDIA's own reader runs. It is not used here.
     (meta,) = _arguments("_reconstruct_persistent_obj", values, dict)
     name, state = meta.get("class_name"), meta.get("state")
     if meta.get("type") != "class" or type(name) is not str or len(name) > _MAX_CLASS_NAME_LENGTH or not name.isidentifier():
@@ -77,7 +77,7 @@ def _set(budget: Budget, values: tuple[Any, ...]) -> set[Any]:
 
 
 def _encode(budget: Budget, values: tuple[Any, ...]) -> bytes:
-    """Bytes as protocol 2 writes them: text that is to be encoded as Latin-1."""
+    """Bytes as protocol 2 writes them: text to be encoded as Latin-1."""
     text, encoding = _arguments("_codecs.encode", values, str, str)
     budget.spend("bytes of text", len(text))
     if encoding != "latin1":
@@ -89,7 +89,7 @@ def _encode(budget: Budget, values: tuple[Any, ...]) -> bytes:
 
 
 def _path(budget: Budget, values: tuple[Any, ...]) -> str:
-    """A path of pathlib's, as text: from its parts, of which the first may be the root."""
+    """A path of pathlib as text, from its parts, of which the first may be the root."""
     parts = _arguments("a path", values, *([str] * min(len(values), _MAX_PARTS)))
     return "/".join(parts).replace("//", "/", 1)
 
@@ -182,7 +182,7 @@ def _array(
     budget: Budget, placeholder: DtypePlaceholder, shape: tuple[Any, ...], by_columns: bool, content: bytes
 ) -> np.ndarray:
     budget.spend("bytes of tensors", len(content))
-    # Counted step by step, each size bounded: the product of a long shape of large sizes would itself take for ever.
+    # Multiplied step by step, with each size bounded: the product of a long shape of large sizes would itself take forever.
     numel = 1
     for size in shape[: _MAX_DIMENSIONS + 1]:
         if type(size) is not int or not 0 < size <= len(content):
@@ -196,7 +196,7 @@ def _array(
 
 
 def _build_dtype(budget: Budget, target: DtypePlaceholder, state: object) -> None:
-    """Checks the state, (version, byte order, ...): only '>', big-endian, is foreign to the machines that this runs on."""
+    """Check the state, (version, byte order, ...). Only '>', big-endian, differs from the machines that this runs on."""
     if type(state) is not tuple or len(state) != 8 or state[1] not in ("<", "|", "=") or state[2:] != _PLAIN_DTYPE_STATE:
         raise MalformedFile("has a NumPy type with parts or a foreign byte order", FOREIGN)
 
@@ -208,7 +208,7 @@ def _build_module(budget: Budget, target: ModulePlaceholder, state: object) -> N
 
 
 def _build_dict(budget: Budget, target: dict[Any, Any], state: object) -> None:
-    """Drops a dict's attributes: EasyDict has none, and a state dict's are the versions of its modules."""
+    """Drop a dict's attributes. EasyDict has none, and those of a state dict are the versions of its modules."""
     if type(state) is not dict or len(state) > 1 or (state and "_metadata" not in state):
         raise MalformedFile("has a dict with attributes", FOREIGN)
 
@@ -236,7 +236,7 @@ def _functions() -> dict[str, StandIn]:
         "torch.device": StandIn("torch.device", call=_device),
         "numpy.ndarray": _NDARRAY,
         "numpy.dtype": StandIn("numpy.dtype", call=_dtype),
-        # NumPy 2 moved them; files keep the place that they had.
+        # NumPy 2 moved these functions; files of NumPy 1 name their former place.
         **{f"numpy.{core}.multiarray.scalar": scalar for core in ("core", "_core")},
         **{f"numpy.{core}.multiarray._reconstruct": empty for core in ("core", "_core")},
         **{f"numpy.{core}.numeric._frombuffer": buffer for core in ("core", "_core")},

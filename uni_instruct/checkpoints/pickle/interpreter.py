@@ -1,7 +1,7 @@
-"""Interprets pickles without being able to run anything: it makes data, and uses no global that is not on a list.
+"""Interpret pickles without being able to run anything: only data are built, from globals that are on a list.
 
-Python's own unpickler cannot be held to limits: it allocates whatever a length announces, has no bound on steps, and copies
-the bytes of every storage. This one leaves out what no checkpoint's writer emits: protocol 0's text, objects by INST, extension
+Python's own unpickler cannot be limited: it allocates any length that a file announces, has no bound on steps, and copies the
+bytes of every storage. This one leaves out what no checkpoint's writer emits: protocol 0's text, objects by INST, extension
 codes, out-of-band buffers, and opcodes that drop values from the stack.
 """
 
@@ -17,7 +17,7 @@ from uni_instruct.checkpoints.source import Source
 
 _MAX_NAME_LENGTH = 200
 _MAX_INTEGER_BYTES = 16  # bytes; torch's magic number has ten
-_MAX_INTEGER_KEY = 1 << 60  # below the modulus of Python's hash, so that no two keys share one
+_MAX_INTEGER_KEY = 1 << 60  # below the modulus of Python's hash, so that no two keys have the same hash
 _KEYS = (str, int, bool, bytes, type(None))
 _MAX_PROTOCOL = 5
 _SET_STEPS = 5  # an empty set takes four times the memory of an empty dict
@@ -26,9 +26,9 @@ _Container = TypeVar("_Container", list[object], dict[object, object], set[objec
 
 
 class PickleInterpreter:
-    """One pickle's stack and memo.
+    """The stack and memo of one pickle.
 
-    persistent gives the object that a persistent id stands for; without it no such id is allowed.
+    persistent: a function from a persistent id to its object; without it no such id is allowed.
     """
 
     def __init__(
@@ -56,31 +56,31 @@ class PickleInterpreter:
         return self.stack[0]
 
     def push(self, value: object) -> None:
-        """Puts a value on top of the stack."""
+        """Put a value on top of the stack."""
         self.stack.append(value)
 
     def pop(self) -> object:
-        """The top of the stack, taken off. Raises MalformedFile where there is none."""
+        """Take the top off the stack. Raises MalformedFile if the stack is empty."""
         if not self.stack:
             raise MalformedFile("is not a whole pickle: its stack is empty")
         return self.stack.pop()
 
     def top(self, type_: type[_Container]) -> _Container:
-        """The top of the stack, left there. Raises MalformedFile where it is not of exactly that type."""
-        # Exactly: a subclass could have methods of its own that a list's or a dict's opcode would call.
+        """The top of the stack, which stays there. Raises MalformedFile if it is not of exactly that type."""
+        # Exactly that type: an opcode for lists or dicts would call a subclass's own methods.
         if not self.stack or type(self.stack[-1]) is not type_:
             raise MalformedFile(f"is not a whole pickle: it fills a {type_.__name__} where there is none")
         return self.stack[-1]
 
     def pop_to_mark(self) -> list[object]:
-        """Everything above the last mark."""
+        """Take everything above the last mark off the stack."""
         if not self.marked:
             raise MalformedFile("is not a whole pickle: a mark is missing")
         items, self.stack = self.stack, self.marked.pop()
         return items
 
     def named(self, module: object, name: object) -> object:
-        """What stands in for a global. Raises MalformedFile for one that is not on the list."""
+        """The stand-in for a global. Raises MalformedFile if the global is not on the list."""
         if type(module) is not str or type(name) is not str or len(module) + len(name) > _MAX_NAME_LENGTH:
             raise MalformedFile(f"names {shown(module)} {shown(name)}, which cannot be a global", FOREIGN)
         full = f"{module}.{name}"
@@ -89,7 +89,7 @@ class PickleInterpreter:
         return self.allowed.names[full]
 
     def checked_key(self, key: object) -> object:
-        """The key of a dict or member of a set. Raises MalformedFile where its hash could be slow, or chosen to collide."""
+        """The key of a dict or member of a set. Raises MalformedFile if its hash could be slow, or chosen to collide."""
         if type(key) not in _KEYS or (type(key) is int and abs(key) >= _MAX_INTEGER_KEY):
             raise MalformedFile(f"has a key of type {type(key).__name__}", FOREIGN)
         if type(key) is int:
@@ -139,7 +139,7 @@ def _text(interpreter: PickleInterpreter, size: int) -> None:
 
 
 def _python2_text(interpreter: PickleInterpreter, size: int) -> None:
-    # Python 2's strings are bytes: Latin-1 has a letter for each, so that none is lost.
+    # Python 2's strings are bytes. Latin-1 has a character for each byte, so none is lost.
     interpreter.push(_counted(interpreter, interpreter.source.unsigned(size)).decode("latin1"))
 
 
@@ -277,7 +277,7 @@ def _opcode_name(code: bytes) -> str:
     return known.name if known else f"opcode 0x{code.hex()}, which is none of its,"
 
 
-# Opcode -> what it does. An opcode without a row ends the reading.
+# The function of each opcode. An opcode that is not listed is an error.
 _STEPS: dict[bytes, Callable[[PickleInterpreter], None]] = {
     b"\x80": _protocol,
     b"\x95": _frame,

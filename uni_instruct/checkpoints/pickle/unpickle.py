@@ -1,4 +1,4 @@
-"""Reads pickles as plain values: numbers, strings, containers, NumPy arrays, and a StoredModule for each module in them."""
+"""Read pickles as plain values: numbers, strings, containers, NumPy arrays, and a StoredModule for each module."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ _LEAVES = frozenset({str, bytes, int, float, bool, type(None), set, frozenset})
 
 @dataclass(frozen=True)
 class StoredModule:
-    """An object whose class is the writing project's: the class's name and the attributes, without any code."""
+    """An object whose class belongs to the writing project: the name of the class and the attributes, without any code."""
 
     class_name: str
     state: dict[str, Any]
 
 
 def read_pickle(source: str | Path | BinaryIO, limits: Limits | None = None) -> object:
-    """The value of a pickle, or of a torch file from before version 1.6, without running anything in it.
+    """The value of a pickle, or of a torch file from before version 1.6. Nothing in it is run.
 
-    Tensors and parameters come as NumPy arrays, bfloat16 widened to float32; dicts of any kind as dict; modules as
-    StoredModule. Raises FileFormatError for a file that is damaged, exceeds the limits, or names something foreign.
+    Tensors and parameters become NumPy arrays, bfloat16 widened to float32; dicts of any kind become dict, modules
+    StoredModule. Raises FileFormatError if the file is damaged, exceeds the limits, or names a global that is not allowed.
     """
     with opened(source) as (file, name, size), reading(name):
         budget = Budget(limits or Limits(), size)
@@ -40,10 +40,10 @@ def read_pickle(source: str | Path | BinaryIO, limits: Limits | None = None) -> 
 
 
 def pickled(file: BinaryIO, budget: Budget, size: int) -> object:
-    """The value of a pickle or of torch's stream of pickles, placeholders and stored tensors in it. Raises MalformedFile."""
+    """The value of a pickle or of torch's stream of pickles, with placeholders and stored tensors. Raises MalformedFile."""
     source = Source(file, 0, size)
     value = PickleInterpreter(source, budget, CHECKPOINT).run()
-    # A number alone is how torch's old files begin; the rest of the stream follows.
+    # torch's old files begin with a pickle of this number alone. The rest of the stream follows.
     if value == MAGIC and type(value) is int and source.position < size:
         return read_stream(source, budget, CHECKPOINT, magic_read=True)
     if source.position < size:
@@ -52,16 +52,16 @@ def pickled(file: BinaryIO, budget: Budget, size: int) -> object:
 
 
 def plain(value: object, budget: Budget) -> object:
-    """The value with placeholders and stored tensors replaced by what they stand for.
+    """The value with placeholders and stored tensors replaced by what they represent.
 
-    Raises MalformedFile, also for cycles and depth.
+    Raises MalformedFile, also for cycles and for values that are nested too deep.
     """
     return _Plain(budget).of(value, 0).value
 
 
 @dataclass(frozen=True)
 class _Settled:
-    """A plain value, the number of values in it, and the number of containers within containers."""
+    """A plain value, the number of values in it, and how deep its containers are nested."""
 
     value: Any
     count: int = 1
@@ -69,9 +69,10 @@ class _Settled:
 
 
 class _Plain:
-    """Makes values plain. A value that occurs often is settled once, and counted each time.
+    """Makes values plain. A value that occurs several times is converted once, and counted each time.
 
-    Ten lists that each hold the one before twice are a thousand values to whoever walks them: the limits are on that tree.
+    Ten lists that each hold the previous one twice are a thousand values for code that walks them, so the limits are on that
+    tree.
     """
 
     def __init__(self, budget: Budget):
@@ -89,7 +90,7 @@ class _Plain:
         if known is None:
             raise MalformedFile("has a value that contains itself", FOREIGN)
         if not isinstance(known, _Settled):
-            # None while it is being settled: whoever meets it then is inside it.
+            # None while it is being converted: a value that is met again then contains itself.
             self._settled[id(value)] = None
             known = self._settled[id(value)] = settle(self, value, depth + 1)
         if known.count > self._limits.values:
@@ -138,7 +139,7 @@ def _described(value: object) -> str:
     return "a storage outside a tensor" if isinstance(value, Storage) else f"a {type(value).__name__}"
 
 
-# Type of value -> how it becomes plain. A type without a row has no place in a checkpoint.
+# The converter for each type. A type that is not listed does not belong in a checkpoint.
 _SETTLE: dict[type, Callable[[_Plain, Any, int], _Settled]] = {
     dict: _settle_dict,
     list: lambda plain, value, depth: plain.container(value, depth, list),
