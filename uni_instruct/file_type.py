@@ -32,7 +32,7 @@ class FileType(Enum):
     IMAGE = "an image"
     ARRAY = "a single array"
     TABLE = "a table or a container of arrays"
-    PACKED = "a packed file"
+    PACKED = "a compressed file"
     LFS = "a pointer of Git LFS"
     EMPTY = "empty"
     OTHER = "none that is known here"

@@ -16,13 +16,13 @@ def printable(text: str) -> str:
 
 
 def counted(names: Sequence[str], what: str) -> str:
-    """'2 files (a, b)': how many, and the first of them."""
+    """The number and the first three of the names: '2 files (a, b)'. what: the noun in the singular."""
     shown = ", ".join(map(printable, names[:3]))
     return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 3 else ''})"
 
 
 def joined_notes(*notes: str) -> str:
-    """Those notes that say something, in one."""
+    """The notes that are not empty, joined by '; '."""
     return "; ".join(note for note in notes if note)
 
 

@@ -127,7 +127,7 @@ def _layout(making: _Making) -> None:
     if kind == "beside each other" and making.root and not making.zipped:
         making.classes = dict.fromkeys(making.classes, making.root.rstrip("/").rpartition("/")[2])
     if kind == "splits":
-        making.faults.append(ONLY_BY_FOLDER + "has folders Test, train: parts of a data set")
+        making.faults.append(ONLY_BY_FOLDER + "has folders Test, train, which are parts of a data set")
     if kind == "shards":
         making.notes.append(ONLY_BY_FOLDER + "folders are numbered with their images: read without classes")
     if kind == "loose ones":

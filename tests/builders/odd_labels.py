@@ -82,13 +82,13 @@ def _from_one(drawn: _Drawn) -> _Said:
 
 def _extra(drawn: _Drawn) -> _Said:
     """Labels of a picture that is not there: somebody copied a part."""
-    note = r"1 label \([^)]*gone.png\) of no image here"
+    note = r"1 label \([^)]*gone.png\) without an image"
     return _Said(content={"labels": [*drawn.entries(), ["gone.png", 0]]}, classes=drawn.numbered(), notes=(note,))
 
 
 def _few_names(drawn: _Drawn) -> _Said:
     """One name for all classes: those names are of something else."""
-    note = "has 1 class names for .* classes: left out" if drawn.highest else ""
+    note = "has 1 class names for .* classes: ignored" if drawn.highest else ""
     content = {"labels": drawn.entries(), "class_names": ["kind 0"]}
     return _Said(content=content, classes=drawn.numbered(), notes=(note,) if note else ())
 

@@ -89,7 +89,7 @@ FILES = [
     Value(S, "{} is not a data set", lambda tmp: (tmp / "x.txt").write_text("x") and open_dataset(tmp / "x.txt"),
           lambda remedy, tmp: said(remedy, "zip", open_dataset(grey_zip(tmp / "a.zip", [1])))),
     Value(C, "data set '{}' has no classes", lambda tmp: with_classes(data(tmp, arr_0=IMAGES), 3),
-          lambda remedy, tmp: said(remedy, "leave their number out", data(tmp, arr_0=IMAGES))),
+          lambda remedy, tmp: said(remedy, "leave the number of classes out", data(tmp, arr_0=IMAGES))),
     Value(C, "{} has {}, {} {}", lambda tmp: both(tmp, [0, 1], [0, 1, 2]),
           lambda remedy, tmp: both(tmp, [0, 1], [0, 1, 2], num_classes=said(remedy, "--num-classes", 3))),
     Value("uni_instruct/data/idx.py", "IDX files in {} have shapes", lambda tmp: idx(tmp, np.zeros((4, 2), np.uint8)),
@@ -112,7 +112,7 @@ FILES = [
     Value(M, "the file says that its network", lambda _: find_latent_map({"encoder": PICTURES}, 3, True),
           lambda remedy, _: find_latent_map({"encoder": PICTURES}, 3, said(remedy, "leave out --latents", False)) is None),
     Value(M, "the file's encoder '{}'", lambda _: find_latent_map({"encoder": {"class_name": "other"}}, 3, False),
-          lambda remedy, _: find_latent_map({"encoder": {"class_name": found(r"files of (\S+) and", remedy)}}, 3, False) is None),
+          lambda remedy, _: find_latent_map({"encoder": {"class_name": found(r"a file with (\S+) or", remedy)}}, 3, False) is None),
     Value("uni_instruct/class_map.py", "{} has the classes", lambda _: match_classes(("a", "b"), ("a", "c"), "one", "the other"),
           lambda remedy, _: match_classes(("a", "b"), said(remedy, "in any order", ("b", "a")), "one", "the other")),
 ]  # fmt: skip

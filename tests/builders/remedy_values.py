@@ -133,7 +133,7 @@ VALUES = [
           lambda remedy, tmp: read(found(r"give one of them \((.*?)\)", remedy))),
     Value("uni_instruct/data/class_folders.py", "class folder {} in {} has no images",
           lambda tmp: read(folder(tmp, a__1_png=GREY, b__2_txt=b"x")),
-          lambda remedy, tmp: read(folder(tmp, b__2_png=GREY) if "fill it" in remedy else tmp)),
+          lambda remedy, tmp: read(folder(tmp, b__2_png=GREY) if "add images" in remedy else tmp)),
     Value("uni_instruct/data/file_kinds.py", "{} has no images{}", lambda tmp: read(folder(tmp, a_txt=b"x")),
           lambda remedy, tmp: read(folder(tmp, a_png=GREY) if "give a folder of images" in remedy else tmp)),
     Value(L, "{} in {} is not an object", lambda tmp: labelled(tmp, []),

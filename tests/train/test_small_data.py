@@ -62,9 +62,7 @@ def test_what_is_passed_over_is_said_before_anything_is_trained(
     """Whoever trains without having looked at the data first hears it too."""
     (photos / "metadata.jsonl").write_text("{}")
     (photos / "film.mp4").write_bytes(b"x")
-    note = (
-        "2 files (film.mp4, metadata.jsonl) passed over, as no images; classes are read from dataset.json or folders, not from"
-    )
+    note = "2 files (film.mp4, metadata.jsonl) skipped: not images; classes are read from dataset.json or folders, not from"
     given = [f"data={photos}", *SHORT, "loop.metric=none"]
     for command in (["train", "digits", "--dry-run"], ["doctor", "digits"]):
         code, output, errors = cli(*command, *given)

@@ -23,7 +23,7 @@ def infer_architecture(weights: Weights) -> tuple[str, dict[str, Any]]:
     first = max((int(found[1]) for name in weights if (found := _FIRST.fullmatch(name))), default=0)
     if not first:
         raise FileFormatError(
-            "the weights are those of no network known here (none is called enc.<size>x<size>_conv.weight)",
+            "the weights are not those of a supported network (none is called enc.<size>x<size>_conv.weight)",
             remedy="give a file of EDM, EDM2, SiD or Uni-Instruct",
         )
     # Only EDM2's networks have emb_fourier. Of EDM's two networks, only ADM has out_conv.
@@ -127,5 +127,5 @@ def _ratios(widths: list[int], channels: int) -> list[int]:
 
 def _ratio(width: int, channels: int) -> int:
     if width % channels:
-        raise ValueError(f"{width} channels are no multiple of {channels}")
+        raise ValueError(f"{width} channels are not a multiple of {channels}")
     return width // channels

@@ -59,8 +59,8 @@ def read_decoder(source: str, latents: LatentMap = EDM2_LATENTS) -> StoredDecode
     if not config:
         raise RequestError(f"there is no {CONFIG} beside {path}", remedy=_GIVE, param="decoder")
     spec = _spec(path.with_name(CONFIG), config, latents, f"{origin}, sha256 {sha256(path)}")
-    weights = {_present(name): array for name, array in tensors.items() if not name.startswith(_ENCODER)}
-    return StoredDecoder(spec=spec, weights=_fitted(spec, weights))
+    weights = {_current_name(name): array for name, array in tensors.items() if not name.startswith(_ENCODER)}
+    return StoredDecoder(spec=spec, weights=_checked(spec, weights))
 
 
 def _find(source: str) -> tuple[Path, str]:
@@ -96,12 +96,12 @@ def _spec(path: Path, config: Mapping[str, Any], latents: LatentMap, source: str
     try:
         return DecoderSpec.from_config(values)
     except TypeError as error:
-        raise FileFormatError(f"{path} is no decoder's: {error}", remedy=_GIVE, param="decoder") from error
+        raise FileFormatError(f"{path} does not describe a decoder: {error}", remedy=_GIVE, param="decoder") from error
     except BundleError as error:
         raise FileFormatError(f"{path} describes {error.problem}", remedy=error.remedy, param="decoder") from error
 
 
-def _present(name: str) -> str:
+def _current_name(name: str) -> str:
     """diffusers' current name of a tensor."""
     if not name.startswith(_ATTENTION):
         return name
@@ -109,7 +109,7 @@ def _present(name: str) -> str:
     return f"{_ATTENTION}{FORMER_NAMES.get(layer, layer)}.{kind}"
 
 
-def _fitted(spec: DecoderSpec, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _checked(spec: DecoderSpec, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights in float32, once all are known to fit."""
     from uni_instruct.networks.autoencoder import decoder_shapes
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from uni_instruct.errors import FileFormatError, RequestError
 
-AGAIN = "copy or download it again"
-FOREIGN = "nothing in it was run; give a file as EDM, EDM2, SiD, SiDA or Uni-Instruct write it, or a .safetensors"
+COPY_AGAIN = "copy or download it again"
+UNSUPPORTED = "nothing in it was run; give a file of EDM, EDM2, SiD, SiDA or Uni-Instruct, or a .safetensors"
 _NAME_SHOWN = 80
 # Integers hash to themselves, so a file can choose keys that collide, and each insertion then compares all the others.
 _NUMBER_KEYS = 20_000
@@ -37,7 +37,7 @@ class Limits:
 class MalformedFile(Exception):
     """A fault of a file, in words that follow its name. `reading` adds the name and raises it as FileFormatError."""
 
-    def __init__(self, problem: str, remedy: str = AGAIN):
+    def __init__(self, problem: str, remedy: str = COPY_AGAIN):
         super().__init__(problem)
         self.problem, self.remedy = problem, remedy
 
@@ -67,7 +67,7 @@ class Budget:
         """Count a cost. Raises MalformedFile if the file asks for more than it may."""
         self._left[what] -= amount
         if self._left[what] < 0:
-            raise MalformedFile(f"asks for more than {self._allowed[what]:,} {what}", FOREIGN)
+            raise MalformedFile(f"asks for more than {self._allowed[what]:,} {what}", UNSUPPORTED)
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def reading(name: str) -> Iterator[None]:
     except MalformedFile as error:
         raise FileFormatError(f"{name} {error.problem}", remedy=error.remedy, param="checkpoint") from error
     except OSError as error:
-        remedy = "make it readable" if isinstance(error, PermissionError) else AGAIN
+        remedy = "make it readable" if isinstance(error, PermissionError) else COPY_AGAIN
         raise RequestError(f"cannot read {name}: {error.strerror or error}", remedy=remedy, param="checkpoint") from error
     except MemoryError as error:
         raise RequestError(

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.modules import config_of, is_network, plain_value, tensors_of
 from uni_instruct.checkpoints.pickle.unpickle import StoredModule, pickled, plain
 from uni_instruct.checkpoints.prefixes import is_counter, network_prefixes
@@ -110,14 +110,16 @@ def _joined(index: Path, limits: Limits) -> Checkpoint:
             if found is None:
                 found, config = read_safetensors(part, limits)
             if not _is_weights(found) or tensors.keys() & found.keys():
-                raise MalformedFile(f"names the part {part.name}, which holds no weights, or those of another part", FOREIGN)
+                raise MalformedFile(
+                    f"names the part {part.name}, which holds no weights, or weights that another part has too", UNSUPPORTED
+                )
             tensors |= found
         return _bare("sharded weights", tensors, config, budget)
 
 
 def _bare(form: str, tensors: dict[str, np.ndarray], config: dict[str, Any], budget: Budget) -> Checkpoint:
     """The checkpoint of bare weights and a configuration: one network, or several if the names of the weights separate them."""
-    parts = [(part.name, part.stored) for part in _split("", "weights", tensors)]
+    parts = [(part.name, part.stored) for part in _split_networks("", "weights", tensors)]
     networks = (StoredNetwork(name, "", config, _weights(stored, budget)) for name, stored in parts if isinstance(stored, dict))
     return Checkpoint(form, tuple(networks), {})
 
@@ -127,7 +129,7 @@ def read_plain(path: str | Path, limits: Limits | None = None) -> object:
     with opened(path) as (file, name, size), reading(name):
         value, _ = _value(file, limits or Limits(), size)
         if value is None:
-            raise MalformedFile("is a file of safetensors", FOREIGN)
+            raise MalformedFile("is a file of safetensors", UNSUPPORTED)
         return value
 
 
@@ -142,21 +144,21 @@ def _unpickler(file: BinaryIO, size: int) -> Callable[[BinaryIO, Budget, int], o
         return pickled
     if begins_as_lfs(Source(file, 0, size).read(min(size, _HEAD))):
         raise MalformedFile(f"is {FileType.LFS.value}", PULL_LFS)
-    raise MalformedFile("is no checkpoint: neither a pickle, nor torch's zip, nor safetensors", FOREIGN)
+    raise MalformedFile("is not a checkpoint: neither a pickle, nor torch's zip, nor safetensors", UNSUPPORTED)
 
 
 def _checkpoint(value: object, budget: Budget) -> Checkpoint:
     if is_network(value):
         return Checkpoint("module", (_network("module", value, budget),), {})
     if not isinstance(value, dict):
-        raise MalformedFile(f"holds a {type(value).__name__}, no checkpoint", FOREIGN)
+        raise MalformedFile(f"holds a {type(value).__name__}, not a checkpoint", UNSUPPORTED)
     if _is_weights(value):
-        parts = _split("", "weights", value)
+        parts = _split_networks("", "weights", value)
         return Checkpoint("state dict", tuple(_network(part.name, part.stored, budget) for part in parts), {})
-    found = _told_apart(list(_found(value)))
+    found = _with_unique_names(list(_found(value)))
     networks = tuple(_network(part.name, part.stored, budget) for part in found)
     if not networks or len({network.name for network in networks}) < len(networks):
-        raise MalformedFile("holds two networks of one name" if networks else "holds no network", FOREIGN)
+        raise MalformedFile("holds two networks of one name" if networks else "holds no network", UNSUPPORTED)
     modules = any(isinstance(part.stored, StoredModule) for part in found)
     name = next(form.name for form in FORMATS if form.keys <= value.keys() and form.modules == modules)
     taken = {part.key for part in found}
@@ -177,30 +179,30 @@ def _found(value: dict[Any, Any]) -> Iterator[_Found]:
     for key, part in value.items():
         if isinstance(part, dict) and isinstance(part.get("emas"), list) and isinstance(part.get("stds"), list):
             if len(part["emas"]) != len(part["stds"]) or not all(map(_is_weights, part["emas"])):
-                raise MalformedFile(f"has averages in {shown(key)} that do not fit their widths", FOREIGN)
+                raise MalformedFile(f"has averages in {shown(key)} that do not fit their widths", UNSUPPORTED)
             for std, weights in zip(part["stds"], part["emas"], strict=True):
                 yield _Found(key, f"{key} {std}", weights)
         else:
-            yield from _below(key, str(key), part)
+            yield from _networks_in(key, str(key), part)
 
 
-def _told_apart(found: list[_Found]) -> list[_Found]:
+def _with_unique_names(found: list[_Found]) -> list[_Found]:
     """Networks that have one name in several dicts of a file: the dict's name is added."""
     names = Counter(part.name for part in found)
     return [part if names[part.name] == 1 else replace(part, name=f"{part.key}.{part.name}") for part in found]
 
 
-def _below(key: object, name: str, part: object) -> Iterator[_Found]:
+def _networks_in(key: object, name: str, part: object) -> Iterator[_Found]:
     """Yield the networks in a value, named by their nearest key: FastGen's {'model': {'net': ..., 'fake_score': ...}}."""
     if is_network(part) or _is_weights(part):
-        yield from _split(key, name, part)
+        yield from _split_networks(key, name, part)
     elif isinstance(part, dict) and _OPTIMIZER not in name.lower():
         # The recursion is bounded, because the budget limits how deep values nest.
         for inner, value in part.items():
-            yield from _below(key, str(inner), value)
+            yield from _networks_in(key, str(inner), value)
 
 
-def _split(key: object, name: str, stored: StoredModule | dict[str, np.ndarray]) -> Iterator[_Found]:
+def _split_networks(key: object, name: str, stored: StoredModule | dict[str, np.ndarray]) -> Iterator[_Found]:
     """Yield the network, or each network of a state dict that holds several under prefixes (Lightning's net., net_ema.).
 
     Other weights (of a loss, a metric) belong to other modules, and are named by the first part of their names.
@@ -240,7 +242,7 @@ def _weights(tensors: dict[str, np.ndarray], budget: Budget) -> dict[str, np.nda
     tensors = {name: array if isinstance(array, np.ndarray) else np.array(array) for name, array in tensors.items()}
     # Counted by name: one storage can have any number of names, at no cost in the file.
     if not tensors:
-        raise MalformedFile("has a network without weights", FOREIGN)
+        raise MalformedFile("has a network without weights", UNSUPPORTED)
     budget.spend("bytes of networks", sum(array.nbytes for array in tensors.values()))
     return tensors
 

@@ -7,7 +7,7 @@ import numpy as np
 from uni_instruct.errors import FileFormatError
 
 # A file that holds more than one network stays the same, however often it is downloaded.
-ALONE = "save the state_dict of that network alone"
+SAVE_ALONE = "save the state_dict of that network alone"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -20,7 +20,7 @@ def check_fit(what: str, expected: Shapes, weights: Mapping[str, np.ndarray]) ->
     if missing := sorted(expected.keys() - held.keys()):
         raise weight_mismatch(what, "lacks weights", missing)
     if unexpected := sorted(held.keys() - expected.keys()):
-        raise weight_mismatch(what, "holds weights that are not its own", unexpected, ALONE)
+        raise weight_mismatch(what, "holds weights that are not its own", unexpected, SAVE_ALONE)
     if wrong := [f"{name} {held[name]} instead of {expected[name]}" for name in expected if held[name] != expected[name]]:
         raise weight_mismatch(what, "has weights of another shape", wrong)
 

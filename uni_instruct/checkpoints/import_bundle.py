@@ -170,7 +170,7 @@ def _check_place(out: Path) -> None:
     """Raise RequestError if an import would replace what no import made, such as a training, which may be lost for good."""
     check_place(out)
     if (out / CONFIG).is_file() and "imported" not in Bundle.open(out).spec.provenance:
-        raise RequestError(f"{out} holds a bundle that no import made", remedy="name another folder", param="out")
+        raise RequestError(f"{out} holds a bundle that was not imported", remedy="name another folder", param="out")
 
 
 def choose_network(checkpoint: Checkpoint, name: str | None) -> StoredNetwork:

@@ -74,7 +74,7 @@ def _of_encoder(encoder: Mapping[str, object], channels: int, asked: bool) -> La
         return None
     if name != _LATENTS:
         raise RequestError(
-            f"the file's encoder '{str(name)[:40]}' is not known here", remedy=f"files of {_PICTURES} and {_LATENTS} are"
+            f"the file's encoder '{str(name)[:40]}' is not supported", remedy=f"give a file with {_PICTURES} or {_LATENTS}"
         )
     scale, bias = _numbers(encoder, "scale"), _numbers(encoder, "bias")
     if not len(scale) == len(bias) == channels or 0 in scale:
@@ -90,5 +90,5 @@ def _of_encoder(encoder: Mapping[str, object], channels: int, asked: bool) -> La
 def _numbers(values: object, name: str) -> tuple[float, ...]:
     found = values.get(name) if isinstance(values, Mapping) else None
     if not isinstance(found, list) or not all(isinstance(part, int | float) and math.isfinite(part) for part in found):
-        raise FileFormatError(f"{name} of the latents is {str(found)[:40]}, no list of numbers", remedy="download it again")
+        raise FileFormatError(f"{name} of the latents is {str(found)[:40]}, not a list of numbers", remedy="download it again")
     return tuple(map(float, found))

@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.unpickle import SMALL, StoredModule
 
 # The attribute of a preconditioning that is the network inside it: `model` in EDM, SiD and SiDA, `unet` in EDM2.
@@ -27,7 +27,7 @@ def tensors_of(module: StoredModule) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name, array in _walk(module, ""):
         if name in tensors or len(name) > _MAX_NAME_LENGTH:
-            raise MalformedFile(f"has two tensors {shown(name)}, or a name that is too long", FOREIGN)
+            raise MalformedFile(f"has two tensors {shown(name)}, or a name that is too long", UNSUPPORTED)
         tensors[name] = array
     return tensors
 
@@ -74,20 +74,20 @@ def plain_value(value: object) -> Any:
 def _walk(module: StoredModule, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     left_out = module.state.get("_non_persistent_buffers_set", set())
     if not isinstance(left_out, set | frozenset):
-        raise MalformedFile(f"has a module {module.class_name} whose list of buffers is broken", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} whose list of buffers is broken", UNSUPPORTED)
     # The names of these attributes, and their order, are those of torch.nn.Module.
     for part, skipped in (("_parameters", frozenset()), ("_buffers", left_out)):
         for name, array in _children(module, part).items():
             if array is None or name in skipped:
                 continue
             if not isinstance(array, np.ndarray):
-                raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is no tensor", FOREIGN)
+                raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is not a tensor", UNSUPPORTED)
             yield prefix + name, array
     for name, child in _children(module, "_modules").items():
         if child is None:
             continue
         if not is_network(child):
-            raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is no module", FOREIGN)
+            raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is not a module", UNSUPPORTED)
         yield from _walk(child, f"{prefix}{name}.")
 
 
@@ -95,10 +95,10 @@ def _children(module: StoredModule, part: str) -> dict[str, Any]:
     """A module's parameters, buffers or modules by name. part: '_parameters', '_buffers' or '_modules'."""
     children = module.state.get(part)
     if not isinstance(children, dict):
-        raise MalformedFile(f"has a module {module.class_name} whose {part} is no dict", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} whose {part} is not a dict", UNSUPPORTED)
     for name in children:
         if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_LENGTH or "." in name:
-            raise MalformedFile(f"has a module {module.class_name} with the name {shown(name)} in its {part}", FOREIGN)
+            raise MalformedFile(f"has a module {module.class_name} with the name {shown(name)} in its {part}", UNSUPPORTED)
     return children
 
 
@@ -112,5 +112,5 @@ def _arguments(module: StoredModule) -> dict[str, Any]:
     """The arguments that a module was made with, by name."""
     arguments = module.state.get("_init_kwargs") or {}
     if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
-        raise MalformedFile(f"has a module {module.class_name} with broken arguments", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} with broken arguments", UNSUPPORTED)
     return {name: plain_value(value) for name, value in arguments.items()}

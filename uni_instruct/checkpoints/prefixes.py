@@ -36,10 +36,10 @@ def split_weights(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarr
     """
     prefix = next((match[1] for name in tensors if (match := _FIRST.fullmatch(name))), None)
     if prefix is None:
-        return _peeled(tensors), {}
+        return _without_wrappers(tensors), {}
     outer = prefix.removesuffix(_inner_of(prefix))
     bare = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-    beside = {_without(outer, name): array for name, array in tensors.items() if not name.startswith(prefix)}
+    beside = {_without_prefixes(outer, name): array for name, array in tensors.items() if not name.startswith(prefix)}
     counters = {name: bare.pop(name) for name in list(bare) if is_counter(name)}
     return bare, beside | counters
 
@@ -50,14 +50,14 @@ def _inner_of(prefix: str) -> str:
     return f"{last}." if last in _INNER else ""
 
 
-def _without(outer: str, name: str) -> str:
+def _without_prefixes(outer: str, name: str) -> str:
     """The name of a tensor beside the network, without as many of the wrappers' prefixes as it has."""
     for part in filter(None, outer.split(".")):
         name = name.removeprefix(f"{part}.")
     return name
 
 
-def _peeled(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _without_wrappers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     stripped = dict(tensors)
     while stripped:
         firsts = {name.partition(".")[0] for name in stripped if "." in name}

@@ -8,7 +8,7 @@ import numpy as np
 
 from uni_instruct.bundle import CONFIG
 from uni_instruct.checkpoints import tensors
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Storage, stored_tensor
 
@@ -62,7 +62,7 @@ def _header(file: BinaryIO, budget: Budget, size: int) -> tuple[dict[str, Any], 
     source = Source(file, 0, size)
     length = source.unsigned(8)
     if length > _MAX_HEADER_BYTES:
-        raise MalformedFile(f"has a header of {length:,} bytes", FOREIGN)
+        raise MalformedFile(f"has a header of {length:,} bytes", UNSUPPORTED)
     budget.spend("bytes of text", length)
     return _json(source.read(length), "a header"), source.position
 
@@ -72,7 +72,7 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     with opened(path) as (file, name, size), reading(name):
         if size > _MAX_CONFIG_BYTES:
-            raise MalformedFile(f"has {size:,} bytes, more than a configuration", FOREIGN)
+            raise MalformedFile(f"has {size:,} bytes, more than a configuration", UNSUPPORTED)
         return _json(Source(file, 0, size).read(size), "content")
 
 
@@ -82,7 +82,7 @@ def _json(content: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise MalformedFile(f"has {what} that is not JSON: {shown(str(error))}") from error
     if not isinstance(value, dict):
-        raise MalformedFile(f"has {what} that is no JSON object")
+        raise MalformedFile(f"has {what} that is not a JSON object")
     return value
 
 

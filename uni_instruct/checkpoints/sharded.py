@@ -4,11 +4,11 @@ import json
 import re
 from pathlib import Path
 
-from uni_instruct.checkpoints.budget import FOREIGN, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, MalformedFile, shown
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.file_type import INDEX
 
-_LARGEST_INDEX = 64 << 20
+_MAX_INDEX_BYTES = 64 << 20
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.\w+)")
 
 
@@ -20,14 +20,14 @@ def is_index(path: Path) -> bool:
 def parts_of(index: Path) -> list[Path]:
     """The files that an index names, in order. Raises MalformedFile if it is not an index, or if a file is not beside it."""
     with opened(index) as (file, _, size):
-        if size > _LARGEST_INDEX:
-            raise MalformedFile(f"has {size:,} bytes, more than an index", FOREIGN)
+        if size > _MAX_INDEX_BYTES:
+            raise MalformedFile(f"has {size:,} bytes, more than an index", UNSUPPORTED)
         content = Source(file, 0, size).read(size)
     try:
         places = json.loads(content.decode())["weight_map"]
         names = sorted(set(places.values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise MalformedFile("is no index of weights: it has no weight_map of names and files", FOREIGN) from error
+        raise MalformedFile("is not an index of weights: it has no weight_map of names and files", UNSUPPORTED) from error
     for name in names:
         # A part must be beside its index. Otherwise an index could have any file read.
         if not isinstance(name, str) or name != Path(name).name or not (index.parent / name).is_file():

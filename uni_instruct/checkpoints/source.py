@@ -60,7 +60,7 @@ class Source:
 
     def _advance(self, size: int) -> None:
         if size > self.end - self.position:
-            raise MalformedFile(f"ends too early: {size:,} bytes are announced where {self.end - self.position:,} are left")
+            raise MalformedFile(f"ends too early: {size:,} bytes are announced, but only {self.end - self.position:,} are left")
         self.position += size
 
 
@@ -112,7 +112,7 @@ def opened(source: str | Path | BinaryIO) -> Iterator[tuple[BinaryIO, str, int]]
     if not path.is_file():
         problem = f"{path} is not a file" if path.exists() else f"there is no file {path}"
         command = import_of_weights(path) if path.is_dir() else ""
-        remedy = f"give that of its weights: {command}" if command else "give the path of a checkpoint"
+        remedy = f"give the path of its weights: {command}" if command else "give the path of a checkpoint"
         raise RequestError(problem, remedy=remedy, param="checkpoint")
     with path.open("rb") as file:
         yield file, str(path), file.seek(0, 2)

@@ -9,7 +9,7 @@ import numpy as np
 
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.checkpoint import StoredNetwork
-from uni_instruct.checkpoints.fit import ALONE, check_fit, finite, weight_mismatch
+from uni_instruct.checkpoints.fit import SAVE_ALONE, check_fit, finite, weight_mismatch
 from uni_instruct.checkpoints.prefixes import is_counter, split_weights
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
@@ -19,12 +19,12 @@ from uni_instruct.spec import ImageShape, ModelSpec
 class ArgumentMap:
     """A class of EDM or EDM2: its name here, and which of its arguments are used. Arguments have the same names here.
 
-    passed_over: arguments that change no image. defaults: those of the class that differ from the defaults here.
+    ignored: arguments that change no image. defaults: those of the class that differ from the defaults here.
     """
 
     name: str
     arguments: frozenset[str]
-    passed_over: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -34,10 +34,10 @@ NETWORK_ARGUMENTS = {
         name="ddpmpp",
         arguments=_UNET
         | {"augment_dim", "channel_mult_noise", "embedding_type", "encoder_type", "decoder_type", "resample_filter"},
-        passed_over=frozenset({"label_dropout"}),
+        ignored=frozenset({"label_dropout"}),
         defaults={"channel_mult": [1, 2, 2, 2]},
     ),
-    "DhariwalUNet": ArgumentMap(name="adm", arguments=_UNET | {"augment_dim"}, passed_over=frozenset({"label_dropout"})),
+    "DhariwalUNet": ArgumentMap(name="adm", arguments=_UNET | {"augment_dim"}, ignored=frozenset({"label_dropout"})),
     "UNet": ArgumentMap(
         name="edm2",
         arguments=_UNET
@@ -51,11 +51,11 @@ PRECONDITIONING_ARGUMENTS = {
     "Precond": ArgumentMap(
         name="edm",
         arguments=frozenset({"sigma_data"}),
-        passed_over=frozenset({"logvar_channels", "force_normalization", "use_gan"}),
+        ignored=frozenset({"logvar_channels", "force_normalization", "use_gan"}),
     ),
-    "VPPrecond": ArgumentMap(name="vp", arguments=frozenset({"beta_d", "beta_min", "M", "epsilon_t"}), passed_over=_RANGE),
+    "VPPrecond": ArgumentMap(name="vp", arguments=frozenset({"beta_d", "beta_min", "M", "epsilon_t"}), ignored=_RANGE),
     "VEPrecond": ArgumentMap(name="ve", arguments=_RANGE),
-    "iDDPMPrecond": ArgumentMap(name="iddpm", arguments=frozenset({"C_1", "C_2", "M"}), passed_over=_RANGE),
+    "iDDPMPrecond": ArgumentMap(name="iddpm", arguments=frozenset({"C_1", "C_2", "M"}), ignored=_RANGE),
 }
 # The network inside a preconditioning if the file does not say: the default of that class in EDM and EDM2.
 DEFAULT_NETWORKS = {
@@ -159,17 +159,19 @@ def _image_shape(channels: int, size: int, patch: int) -> ImageShape:
 def _known(name: str, table: Mapping[str, ArgumentMap], what: str) -> str:
     name = ALIASES.get(name, name)
     if name not in table:
-        raise RequestError(f"{what} '{name}' is not known here", remedy=f"files of {', '.join(table)} are", param="checkpoint")
+        raise RequestError(
+            f"{what} '{name}' is not supported", remedy=f"give a file with one of {', '.join(table)}", param="checkpoint"
+        )
     return name
 
 
 def _check_arguments(config: Mapping[str, Any], *maps: ArgumentMap) -> None:
     # An unknown argument might change images, and a network without it would silently be another one.
-    known = COMMON.union(*(known.arguments for known in maps), *(known.passed_over for known in maps))
+    known = COMMON.union(*(known.arguments for known in maps), *(known.ignored for known in maps))
     unknown = sorted(set(config) - known)
     if unknown:
         raise RequestError(
-            f"the network was made with '{unknown[0]}', which is not known here",
+            f"the network was made with '{unknown[0]}', which is not supported",
             remedy="import a file of EDM, EDM2, SiD or Uni-Instruct",
             param="checkpoint",
         )
@@ -209,7 +211,7 @@ def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> N
         if is_counter(name) or name.startswith(("logvar_fourier.", "logvar_linear.")):
             continue  # counters of wrappers, and EDM2's weights for its loss; no image depends on them
         if name != "u":
-            raise weight_mismatch("network", "holds weights that are not its own", [name], ALONE)
+            raise weight_mismatch("network", "holds weights that are not its own", [name], SAVE_ALONE)
         from uni_instruct.networks.preconditioning import IDDPM
 
         constants = {key: value for key, value in translation.network_args["preconditioning"].items() if key != "name"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.source import Span
 
 _MAX_DIMENSIONS = 32
@@ -103,11 +103,13 @@ def stored_tensor(budget: Budget, storage: Storage, offset: object, shape: objec
     numel = math.prod(sizes)
     # No elements, but sizes such as [0, 2**60], which break code that multiplies the other sizes.
     if not numel and math.prod(max(size, 1) for size in sizes) > _MAX_EMPTY_TENSOR:
-        raise MalformedFile("has an empty tensor of absurd size", FOREIGN)
+        raise MalformedFile("has an empty tensor of absurd size", UNSUPPORTED)
     last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     # A stride of 0 can repeat an element any number of times, so no tensor may have more elements than its storage.
     if numel and (numel > storage.numel or last >= storage.numel):
-        raise MalformedFile(f"has a tensor of {numel:,} elements that reaches beyond its storage of {storage.numel:,}", FOREIGN)
+        raise MalformedFile(
+            f"has a tensor of {numel:,} elements that reaches beyond its storage of {storage.numel:,}", UNSUPPORTED
+        )
     budget.spend("bytes of tensors", numel * storage.element.plain.itemsize)
     # The stride of an axis with one element is never used, and files hold any number there.
     steps = tuple(plain if size < 2 else step for size, step, plain in zip(sizes, steps, _contiguous(sizes), strict=True))

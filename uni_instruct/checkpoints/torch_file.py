@@ -9,7 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.allowed_globals import CHECKPOINT
 from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter
 from uni_instruct.checkpoints.pickle.legacy_torch import persistent_storages
@@ -79,7 +79,7 @@ class _BoundedFile:
         most = _MAX_DIRECTORY_BYTES + 1
         data = self._file.read(most if size < 0 else min(size, most))
         if len(data) == most:
-            raise MalformedFile("has a zip directory that is too large", FOREIGN)
+            raise MalformedFile("has a zip directory that is too large", UNSUPPORTED)
         return data
 
 
@@ -97,9 +97,9 @@ def _entries(file: BinaryIO, size: int) -> dict[str, _Entry]:
             raise MalformedFile(f"has a compressed or encrypted entry {shown(name)}", f"{_RESAVE}, which stores plainly")
         # If two entries have one name, two readers may take different ones: one then checks what the other does not run.
         if name in entries:
-            raise MalformedFile(f"has two entries {shown(name)}", FOREIGN)
+            raise MalformedFile(f"has two entries {shown(name)}", UNSUPPORTED)
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-            raise MalformedFile(f"has an entry {shown(name)} that leaves its folder", FOREIGN)
+            raise MalformedFile(f"has an entry {shown(name)} that leaves its folder", UNSUPPORTED)
         # torch writes zero if its user has turned checksums off.
         entries[name] = _Entry(_located(file, info, size), info.CRC or None)
     return entries
@@ -115,7 +115,7 @@ def _folder(entries: dict[str, _Entry]) -> str:
     folder = found[0].removesuffix("data.pkl")
     for name in entries:
         if not name.startswith(folder):
-            raise MalformedFile(f"has an entry {shown(name)} outside {shown(folder)}", FOREIGN)
+            raise MalformedFile(f"has an entry {shown(name)} outside {shown(folder)}", UNSUPPORTED)
     return folder
 
 

@@ -14,7 +14,7 @@ from uni_instruct.data.folder import FOLDER_REMEDY
 from uni_instruct.data.idx import has_idx
 from uni_instruct.data.image_files import decode, size_mismatch
 from uni_instruct.data.labels import META, label_entries, label_mismatches, read_meta, stated_classes
-from uni_instruct.data.sources import is_data, is_named, is_npz, is_zip, no_data, open_dataset, source_parts
+from uni_instruct.data.sources import is_data, is_named, is_npz, is_zip, no_such_data, open_dataset, source_parts
 from uni_instruct.data.storage import FolderStore, Store, ZipStore, name_in_store
 from uni_instruct.data.tar_files import TarStore, has_tars, is_tar, tar_images
 from uni_instruct.data.vae_latents import read_moments
@@ -53,7 +53,7 @@ def check_data(
     parts = source_parts(source)
     for part in parts:
         if not is_data(part):
-            raise no_data(part)
+            raise no_such_data(part)
     form = ImageForm(resolution=resolution, channels=channels)
     images, wrong = 0, list[WrongFile]()
     for part in parts:
@@ -89,8 +89,8 @@ def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) ->
             except FileFormatError as error:
                 wrong.append(WrongFile(source, file, error.problem))
             progress.advance(1)
-    grey = form.channels is None and next(iter(by_shape), ())[2:] == (1,) and _is_said_to_be_grey(store, names)
-    wrong += [] if any_size else _odd_ones(store, by_shape, grey)
+    grey = form.channels is None and next(iter(by_shape), ())[2:] == (1,) and _is_stated_grey(store, names)
+    wrong += [] if any_size else _wrong_sizes(store, by_shape, grey)
     wrong += [] if isinstance(store, TarStore) else _label_problems(store, files, names)
     places = {name: place for place, name in enumerate(files)}
     return Findings(images=len(files), wrong=tuple(sorted(wrong, key=lambda one: places.get(one.file, -1))))
@@ -111,7 +111,7 @@ def _store(path: Path) -> tuple[Store, list[str], DataFiles] | None:
     return store, names, data_files(store, names, FOLDER_REMEDY if is_folder else ZIP_REMEDY)
 
 
-def _is_said_to_be_grey(store: Store, names: list[str]) -> bool:
+def _is_stated_grey(store: Store, names: list[str]) -> bool:
     """Whether a zip's `dataset.json` states a shape of one channel. `open_zip` then expects it of all images."""
     try:
         return isinstance(store, ZipStore) and stated_channels(read_meta(store, names)) == 1
@@ -119,7 +119,7 @@ def _is_said_to_be_grey(store: Store, names: list[str]) -> bool:
         return False  # `_label_problems` reports it
 
 
-def _odd_ones(store: Store, by_shape: dict[Shape, list[str]], grey: bool) -> Iterator[WrongFile]:
+def _wrong_sizes(store: Store, by_shape: dict[Shape, list[str]], grey: bool) -> Iterator[WrongFile]:
     """Yield files whose (H, W) is not the most common one.
 
     Grey among colour is allowed, because all images become colour. grey: the images must be grey, so colour is wrong.

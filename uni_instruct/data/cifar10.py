@@ -79,7 +79,7 @@ def _dataset(path: Path, read: _Read) -> Dataset:
         licence="unknown",
         source=str(path),
         reader=ArrayReader(np.ascontiguousarray(pixels)),
-        note="the images for training; those for testing are left out",
+        note="the training images; the test images are left out",
     )
 
 
@@ -94,7 +94,7 @@ def _values(path: Path, name: str, read: _Read) -> dict[str, Any]:
     except FileFormatError as error:
         raise FileFormatError(f"{name} in {path}: {error.problem}", remedy=_REMEDY) from error
     if not isinstance(content, dict):
-        raise FileFormatError(f"{name} in {path} is no dict", remedy=_REMEDY)
+        raise FileFormatError(f"{name} in {path} is not a dict", remedy=_REMEDY)
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): _texts(value) for key, value in content.items()}
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uni_instruct.data.droppings import is_dropping
+from uni_instruct.data.ignored_files import is_ignored
 from uni_instruct.data.storage import FolderStore, Store, natural_order
 from uni_instruct.errors import FileFormatError
 from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic
@@ -38,7 +38,7 @@ def folder_classes(store: Store, files: list[str]) -> FolderClasses:
     folders, or if a class folder has no images.
     """
     on_disk = isinstance(store, FolderStore)
-    root, inner = _inside_wrappers(files, on_disk)
+    root, inner = _common_root(files, on_disk)
     # Names that differ only in Unicode's form are one class. A folder on disk may hold both forms.
     written = {name.partition("/")[0] for name in inner if "/" in name}
     class_of = {first: unicodedata.normalize("NFC", first) for first in written}
@@ -52,9 +52,9 @@ def folder_classes(store: Store, files: list[str]) -> FolderClasses:
             remedy="put every image into a class folder, or none",
         )
     if loose is not None:
-        return FolderClasses((), None, f"images lie in folders and beside them ({loose}): read without classes")
+        return FolderClasses((), None, f"images are in folders and beside them ({loose}): read without classes")
     if _are_splits(firsts):
-        raise _splits(store, root, sorted(firsts))
+        raise _splits_error(store, root, sorted(firsts))
     if all(map(_is_in_shard, inner)):
         return FolderClasses(
             (), None, "folders are numbered with their images: read without classes" if len(firsts) > 1 else ""
@@ -62,14 +62,14 @@ def folder_classes(store: Store, files: list[str]) -> FolderClasses:
     names = tuple(sorted(firsts, key=natural_order))
     empty = _without_images(store, root, names)
     if empty and on_disk:
-        raise _empty_class(store, root, empty[0])
+        raise _empty_class_error(store, root, empty[0])
     ids = {name: index for index, name in enumerate(names)}
     class_ids = np.array([ids[class_of[name.partition("/")[0]]] for name in inner], dtype=np.int64)
-    note = f"no class, as without images: {counted(empty, 'folder')}" if empty else ""
+    note = f"{counted(empty, 'folder')} without images: not classes" if empty else ""
     return FolderClasses(names, class_ids, joined_notes(note, _deeper_note(inner)))
 
 
-def _inside_wrappers(files: list[str], on_disk: bool) -> tuple[str, list[str]]:
+def _common_root(files: list[str], on_disk: bool) -> tuple[str, list[str]]:
     """The path of the folders that hold everything ('' or 'a/b/'), and the file names inside it."""
     root, inner = "", files
     while True:
@@ -98,7 +98,7 @@ def _deeper_note(inner: list[str]) -> str:
     classes = Counter(folder.partition("/")[0] for folder in folders)
     deeper = [folder for folder in folders if "/" in folder and classes[folder.partition("/")[0]] > 1]
     shown = counted(sorted(deeper, key=natural_order), "folder")
-    return f"no classes of their own, as within class folders: {shown}" if deeper else ""
+    return f"{shown} within class folders: not classes of their own" if deeper else ""
 
 
 def _is_in_shard(name: str) -> bool:
@@ -111,12 +111,13 @@ def _is_in_shard(name: str) -> bool:
     return int(folder) in (thousand, 1000 * thousand)
 
 
-def _splits(store: Store, root: str, found: list[str]) -> FileFormatError:
+def _splits_error(store: Store, root: str, found: list[str]) -> FileFormatError:
     place = store.path / root
-    remedy = f"give one of them ({place / found[0]}), or all with commas between; a dataset.json says that they are classes"
+    one = f"give one of them ({place / found[0]})"
     if not isinstance(store, FolderStore):
-        remedy = "unpack it and give one of the folders, or all with commas between; a dataset.json says that they are classes"
-    return FileFormatError(f"{place} has folders {', '.join(found)}: parts of a data set, and no classes", remedy=remedy)
+        one = "unpack it and give one of the folders"
+    remedy = f"{one}, or several separated by commas; if they are classes, add a dataset.json with labels"
+    return FileFormatError(f"{place} has folders {', '.join(found)}, which are parts of a data set, not classes", remedy=remedy)
 
 
 def _without_images(store: Store, root: str, names: tuple[str, ...]) -> list[str]:
@@ -126,16 +127,16 @@ def _without_images(store: Store, root: str, names: tuple[str, ...]) -> list[str
     else:
         beside = (name[len(root) :] for name in [*store.names(), *store.folders] if name.startswith(root))
         there = [name.partition("/")[0] for name in beside if "/" in name]
-    folders = {unicodedata.normalize("NFC", name) for name in there if not is_dropping(f"{name}/")}
+    folders = {unicodedata.normalize("NFC", name) for name in there if not is_ignored(f"{name}/")}
     return sorted(folders - set(names), key=natural_order)
 
 
-def _empty_class(store: Store, root: str, name: str) -> FileFormatError:
+def _empty_class_error(store: Store, root: str, name: str) -> FileFormatError:
     """The error for a class folder on disk without images. It names the files that are in the folder."""
     held = [other for other in store.names() if other.startswith(f"{root}{name}/")]
-    remedy = "fill it or remove it"
+    remedy = "add images or remove the folder"
     if held:
         heic = begins_as_heic(store.head(held[0], HEAD))
-        remedy = SAVE_HEIC if heic else "fill it with what is read here, such as PNG, or remove it"
+        remedy = SAVE_HEIC if heic else "add images that are supported, such as PNG, or remove the folder"
     there = f" but {counted(held, 'file')}" if held else ""
     return FileFormatError(f"class folder {name} in {store.path / root} has no images{there}", remedy=remedy)

@@ -70,7 +70,7 @@ def with_classes(dataset: Dataset, num_classes: int) -> Dataset:
     if dataset.labels is None:
         raise RequestError(
             f"data set '{dataset.name}' has no classes{f' ({dataset.note})' if dataset.note else ''}",
-            remedy="leave their number out",
+            remedy="leave the number of classes out",
             param="num_classes",
         )
     names = dataset.class_names if len(dataset.class_names) == num_classes else number_names(num_classes)
@@ -84,11 +84,11 @@ def shape_remedy(one: ImageShape, other: ImageShape) -> str:
 
 
 def _check_fit(first: Dataset, part: Dataset) -> None:
-    remedy = "give data sets that hold the same"
+    remedy = "give data sets with the same classes"
     if first.latents != part.latents or first.image_shape != part.image_shape:
         remedy = shape_remedy(first.image_shape, part.image_shape)
     elif first.num_classes != part.num_classes:
-        remedy = "state the number with 'uni-instruct data prepare --num-classes' where some lack the last classes"
+        remedy = "if some lack images of the last classes, state the number with 'uni-instruct data prepare --num-classes'"
     if _content(first) != _content(part):
         raise FileFormatError(f"{first.source} has {_content(first)}, {part.source} {_content(part)}", remedy=remedy)
     if _has_names(first) and _has_names(part) and first.class_names != part.class_names:

@@ -88,7 +88,7 @@ class Dataset:
         """Raise RequestError if the data are latents, which cannot be shown."""
         if self.latents:
             raise RequestError(
-                f"data set '{self.name}' holds latents of a VAE, and images are needed here",
+                f"data set '{self.name}' holds latents of a VAE, but images are needed here",
                 remedy="give the images that it was made from; to train on latents, --set metric=none",
                 param="data",
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct.data.dataset import READ_BATCH, Dataset
-from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, passed_over_note
+from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, skipped_note
 from uni_instruct.data.labels import META, Meta, read_description, read_meta
 from uni_instruct.data.storage import ZipStore
 from uni_instruct.data.vae_latents import moments_bytes
@@ -57,7 +57,7 @@ def open_zip(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
     content = content_of(store, found, form, every_header=False, stated=stated_channels(meta))
     description = read_description(store, found.files, meta)
     unlabelled = description.labels is None and not meta.has_labels
-    return dataset_of(content, description, passed_over_note(found, store, unlabelled))
+    return dataset_of(content, description, skipped_note(found, store, unlabelled))
 
 
 def stated_channels(meta: Meta) -> int | None:

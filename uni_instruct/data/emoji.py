@@ -115,5 +115,5 @@ def _first_of_equals(images: np.ndarray) -> list[int]:
 
 
 def _note(missing: int, equal: int) -> str:
-    parts = [f"{missing} emoji are not in the font"] * bool(missing) + [f"{equal} equal to another are left out"] * bool(equal)
+    parts = [f"{missing} emoji are not in the font"] * bool(missing) + [f"{equal} duplicates are left out"] * bool(equal)
     return ", ".join(parts)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from uni_instruct.data.dataset import Dataset, ImageReader
 from uni_instruct.data.image_files import (
-    SEVERAL,
+    MULTI_IMAGE_SUFFIXES,
     ImageFileReader,
     common_shape,
-    holds_several,
+    has_several_images,
     image_file_shape,
     is_image_file,
     with_colour,
@@ -23,13 +23,13 @@ from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic, begins_as_im
 from uni_instruct.printable import counted, joined_notes, printable
 from uni_instruct.spec import ImageShape
 
-_LOOKED_AT = 256
+_MAX_OPENED = 256
 # Names of files that hold labels in other formats.
-_OF_LABELS = re.compile(r"(?:label|metadata|annotation)[^/]*$|\.(?:csv|tsv|jsonl)$", re.IGNORECASE)
+_LABEL_FILE = re.compile(r"(?:label|metadata|annotation)[^/]*$|\.(?:csv|tsv|jsonl)$", re.IGNORECASE)
 
-_TAKEN = frozenset({".zip", ".npz", ".tar"})
-_ARCHIVES = _TAKEN | {".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
-_CONTAINERS = frozenset({".parquet", ".arrow", ".feather", ".tfrecord", ".h5", ".hdf5", ".mdb", ".mat", ".beton"})
+_OPENABLE_SUFFIXES = frozenset({".zip", ".npz", ".tar"})
+_ARCHIVE_SUFFIXES = _OPENABLE_SUFFIXES | {".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+_CONTAINER_SUFFIXES = frozenset({".parquet", ".arrow", ".feather", ".tfrecord", ".h5", ".hdf5", ".mdb", ".mat", ".beton"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class DataFiles(NamedTuple):
 
     files: list[str]
     latents: bool
-    passed_over: list[str]
+    skipped: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,27 +81,27 @@ def data_files(store: Store, names: list[str], remedy: str) -> DataFiles:
     raise FileFormatError(f"{store.path} has no images{there}", remedy=remedy)
 
 
-def passed_over_note(found: DataFiles, store: Store, unlabelled: bool) -> str:
+def skipped_note(found: DataFiles, store: Store, unlabelled: bool) -> str:
     """A note that counts and names the skipped files; '' if there are none. unlabelled: nothing states the classes."""
-    others = naturally_sorted([*found.passed_over, *store.no_files])
-    labels = next((name for name in others if _OF_LABELS.search(name)), None) if unlabelled else None
+    others = naturally_sorted([*found.skipped, *store.special_files])
+    labels = next((name for name in others if _LABEL_FILE.search(name)), None) if unlabelled else None
     return joined_notes(
-        f"{counted(others, 'file')} passed over, as no {'latents' if found.latents else 'images'}" if others else "",
+        f"{counted(others, 'file')} skipped: not {'latents' if found.latents else 'images'}" if others else "",
         f"classes are read from {META} or folders, not from {printable(labels)}" if labels is not None else "",
-        f"{counted(store.repeated, 'name')} passed over, as repeating others" if store.repeated else "",
+        f"{counted(store.repeated, 'name')} skipped: already present" if store.repeated else "",
     )
 
 
 def _remedy_for_others(store: Store, names: list[str]) -> str:
     """The remedy for files that hold images in another way, or weights; '' if there are none."""
     if isinstance(store, FolderStore) and (command := import_of_weights(store.path)):
-        return f"give data, or take the weights there with {command}"
+        return f"give a data set, or import the weights there with {command}"
     for name in naturally_sorted(names):
         suffix = os.path.splitext(name)[1].lower()
-        if suffix in _ARCHIVES:
-            taken = isinstance(store, FolderStore) and suffix in _TAKEN
+        if suffix in _ARCHIVE_SUFFIXES:
+            taken = isinstance(store, FolderStore) and suffix in _OPENABLE_SUFFIXES
             return f"give {store.path / name} itself" if taken else f"unpack {printable(name)}"
-        if suffix in _CONTAINERS:
+        if suffix in _CONTAINER_SUFFIXES:
             return f"write the images of {printable(name)} to files, PNG or JPEG, in a sub-folder for each class"
     return ""
 
@@ -148,21 +148,21 @@ def content_of(store: Store, found: DataFiles, form: ImageForm, *, every_header:
     height, width = (resolution, resolution) if resolution is not None else shape[:2]
     channels = form.channels or shape[2]
     reader = ImageFileReader(store, files, (height, width), channels, resize=any_size, recolour=form.channels is not None)
-    return Content(image_shape=(channels, height, width), reader=reader, note=_several_note(store, files))
+    return Content(image_shape=(channels, height, width), reader=reader, note=_multi_image_note(store, files))
 
 
-def dataset_of(content: Content, description: Description, passed_over: str) -> Dataset:
+def dataset_of(content: Content, description: Description, skipped: str) -> Dataset:
     """Put a data set together from its files' content and description. Raises FileFormatError if these do not fit."""
-    said = vars(description) | {"note": joined_notes(description.note, passed_over, content.note)}
-    return Dataset(**(vars(content) | said))
+    fields = vars(description) | {"note": joined_notes(description.note, skipped, content.note)}
+    return Dataset(**(vars(content) | fields))
 
 
-def _several_note(store: Store, files: list[str]) -> str:
+def _multi_image_note(store: Store, files: list[str]) -> str:
     """A note on animations and scans of many pages, of which only the first picture is read; '' if there are none."""
-    may = [name for name in files if has_suffix(name, SEVERAL)]
+    may = [name for name in files if has_suffix(name, MULTI_IMAGE_SUFFIXES)]
     # An evenly spaced sample: opening a million files would take minutes.
-    looked_at = [may[place * len(may) // _LOOKED_AT] for place in range(_LOOKED_AT)] if len(may) > _LOOKED_AT else may
-    several = [name for name in looked_at if holds_several(store, name)]
+    looked_at = [may[place * len(may) // _MAX_OPENED] for place in range(_MAX_OPENED)] if len(may) > _MAX_OPENED else may
+    several = [name for name in looked_at if has_several_images(store, name)]
     least = "at least " if len(may) > len(looked_at) else ""
-    shown = counted(several, "moving or paged image")
-    return f"{least}{shown}: only the first picture of each is read" if several else ""
+    shown = counted(several, "file")
+    return f"{least}{shown} with several pictures: only the first of each is read" if several else ""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from uni_instruct.data.dataset import Dataset
-from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, passed_over_note
+from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, skipped_note
 from uni_instruct.data.labels import read_description, read_meta
 from uni_instruct.data.storage import FolderStore
 
@@ -25,4 +25,4 @@ def open_folder(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
     # Every header: a folder of photographs was not checked before, and training would fail at a wrong size after hours.
     content = content_of(store, found, form, every_header=True)
     unlabelled = description.labels is None and not meta.has_labels
-    return dataset_of(content, description, passed_over_note(found, store, unlabelled))
+    return dataset_of(content, description, skipped_note(found, store, unlabelled))

@@ -20,11 +20,11 @@ _SUFFIXES = (
 )
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 # Those that may hold several pictures. A PNG may too, but few do, and opening each would cost too much.
-SEVERAL = frozenset({".gif", ".tif", ".tiff", ".apng", ".webp", ".avif", ".avifs", ".fli", ".flc", ".dcx"})
+MULTI_IMAGE_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".apng", ".webp", ".avif", ".avifs", ".fli", ".flc", ".dcx"})
 # Formats that Pillow recognises but cannot decode (scientific data, films), decodes by running another program (EPS), or never
 # decodes to 8 bits.
-_NOT_SHOWN = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
-NO_PICTURES = frozenset(_NOT_SHOWN.split())
+_UNSUPPORTED = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
+UNSUPPORTED_SUFFIXES = frozenset(_UNSUPPORTED.split())
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"})
 # 16-bit grey from PNG and TIFF. A PGM of more than 255 levels is opened in mode I, with its levels spread over 16 bits.
@@ -111,7 +111,7 @@ def image_file_shape(store: Store, name: str, any_size: bool = False) -> tuple[i
         raise _unreadable(store, name, error) from error
 
 
-def holds_several(store: Store, name: str) -> bool:
+def has_several_images(store: Store, name: str) -> bool:
     """Whether a file holds several pictures, such as an animation or a scan of many pages. False if it cannot be read."""
     try:
         with _opened(store, name, True) as image:
@@ -191,7 +191,7 @@ def _opened(store: Store, name: str, any_size: bool) -> Image.Image:
         try:
             return Image.open(io.BytesIO(store.read(name)))
         except Image.DecompressionBombWarning as error:
-            raise ValueError("it is too large to be taken as it is; --resolution makes it smaller") from error
+            raise ValueError("it is too large; resize it with --resolution") from error
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
 
@@ -201,7 +201,7 @@ def _channels(image: Image.Image) -> int:
         return 1
     # For 32-bit integers and for floats, the value of white is not known.
     if image.mode not in _GREY_MODES | _COLOUR_MODES:
-        raise ValueError(f"pixels of mode {image.mode} are neither of 8 nor of 16 bits")
+        raise ValueError(f"pixels of mode {image.mode} have neither 8 nor 16 bits")
     return 1 if image.mode in _GREY_MODES else 3
 
 
@@ -215,7 +215,7 @@ def _unreadable(store: Store, name: str, error: BaseException) -> FileFormatErro
         reason, head = "not an image", store.head(name, 2 * HEAD)
         # Phones and photo programs also name such files .jpg.
         if begins_as_heic(head):
-            reason, remedy = "HEIC, which is not read here", SAVE_HEIC
+            reason, remedy = "HEIC, which is not supported", SAVE_HEIC
         elif begins_as_lfs(head):
             reason, remedy = FileType.LFS.value, PULL_LFS
         elif not head:

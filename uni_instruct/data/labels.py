@@ -90,8 +90,8 @@ def read_description(store: Store, files: list[str], meta: Meta) -> Description:
             labels.note,
             silent,
             by_folder.note,
-            f"{META} has {len(class_names)} class names for {num_classes} classes: left out" if unfit else "",
-            f"class_names in {META} are no list of names: left out" if unread else "",
+            f"{META} has {len(class_names)} class names for {num_classes} classes: ignored" if unfit else "",
+            f"class_names in {META} is not a list of names: ignored" if unread else "",
         ),
     )
 
@@ -117,7 +117,7 @@ def read_meta(store: Store, names: list[str]) -> Meta:
         places = [place.rpartition("/")[0] for place in found[:2]]
         raise FileFormatError(
             f"{store.path} holds several data sets ({', '.join(places)}, each with a {META})",
-            remedy=f"give them one by one, or with commas between{'' if store.path.is_dir() else ', once it is unpacked'}",
+            remedy=f"{'' if store.path.is_dir() else 'unpack it and '}give them one by one, or separated by commas",
         )
     try:
         content = json.loads(store.read(name), object_pairs_hook=_each_key_once)
@@ -135,7 +135,7 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content: dict[str, object] = {}
     for key, value in pairs:
         if content.setdefault(key, value) != value:
-            raise ValueError(f"{key[:40]!r} stands in it twice, with two values")
+            raise ValueError(f"{key[:40]!r} occurs twice, with different values")
     return content
 
 
@@ -207,7 +207,7 @@ def label_mismatches(by_file: dict[str, object], files: list[str], stated: int) 
     for file in files:
         if file not in by_file:
             by_stem = {_stem(name): name for name in by_file} if by_stem is None else by_stem
-            yield _unlabelled(file, by_stem.get(_stem(file)))
+            yield _no_label(file, by_stem.get(_stem(file)))
             continue
         problem = _vector_problem(by_file[file], width) if width else _class_problem(by_file[file], stated)
         if problem:
@@ -226,7 +226,7 @@ def first_label_note(class_ids: np.ndarray) -> str:
 def _absent_note(by_file: dict[str, object], files: list[str]) -> str:
     """A note on labels of images that are not there, for example because only a part was copied; '' if there are none."""
     absent = sorted(by_file.keys() - set(files)) if len(by_file) > len(files) else []
-    return f"{counted(absent, 'label')} of no image here" if absent else ""
+    return f"{counted(absent, 'label')} without an image" if absent else ""
 
 
 def _pairs(store: Store, entries: object) -> list[tuple[str, object]]:
@@ -234,7 +234,7 @@ def _pairs(store: Store, entries: object) -> list[tuple[str, object]]:
     pairs = list(entries.items()) if isinstance(entries, dict) else entries
     if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
         raise FileFormatError(
-            f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write them so, or null"
+            f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write [[file, class], ...], or null"
         )
     return [(name, label) for name, label in pairs]
 
@@ -255,19 +255,19 @@ def _stem(name: str) -> str:
     return os.path.splitext(name.rpartition("/")[2])[0].casefold()
 
 
-def _unlabelled(file: str, labelled: str | None) -> LabelMismatch:
+def _no_label(file: str, labelled: str | None) -> LabelMismatch:
     """The error for a file without a label. labelled: a name that has a label and may mean this file."""
     if labelled is None:
         return LabelMismatch(file, f"has no label in {META}", "label every image, or write null for all")
     problem = f"has no label in {META}, which has one for {labelled}"
-    return LabelMismatch(file, problem, f"write names there as they are below the top: {file}")
+    return LabelMismatch(file, problem, f"name the image {file} in {META}")
 
 
 def _numbers_for_words(by_file: dict[str, object]) -> str:
     words = sorted({label for label in by_file.values() if isinstance(label, str)})
     shown = ", ".join(json.dumps(word, ensure_ascii=False)[:40] for word in words[:3])
     more = ", ..." if len(words) > 3 else ""
-    return f'write the classes\' numbers, from 0, and beside "labels" their names: "class_names": [{shown}{more}]'
+    return f'use numbers from 0 as labels, and add the names beside "labels": "class_names": [{shown}{more}]'
 
 
 def _class_problem(label: object, stated: int) -> str:
@@ -279,7 +279,7 @@ def _class_problem(label: object, stated: int) -> str:
 
 def _vector_problem(label: object, width: int) -> str:
     fits = isinstance(label, list) and len(label) == width and all(type(number) in (int, float) for number in label)
-    return "" if fits else f"which is not a vector of {width} numbers as the first is"
+    return "" if fits else f"which is not a vector of {width} numbers like the first"
 
 
 def _is_one_hot(vector: list[float]) -> bool:

@@ -65,10 +65,10 @@ def source_parts(source: str | Path) -> list[str]:
 
 def is_data(source: str) -> bool:
     """Whether a source, or one of several separated by commas, is a known name or an existing file or folder."""
-    return any(is_named(part) or _is_there(Path(part)) for part in source_parts(source))
+    return any(is_named(part) or _exists(Path(part)) for part in source_parts(source))
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     """Whether a file or folder exists. Devices and pipes do not count, because they may have no end."""
     return path.is_file() or path.is_dir()
 
@@ -78,7 +78,7 @@ def is_named(source: str) -> bool:
     return source in DATASETS or source.startswith(_EMOJI_OF)
 
 
-def no_data(source: str) -> RequestError:
+def no_such_data(source: str) -> RequestError:
     """The error for a source that does not exist."""
     return RequestError(
         f"there is no data set {source}", remedy=f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}", param="source"
@@ -88,27 +88,27 @@ def no_data(source: str) -> RequestError:
 def _open_one(source: str, form: ImageForm) -> Dataset:
     # Names before paths: './digits' can name the folder, but nothing else could name the data set.
     if source in DATASETS:
-        return _brought_to(DATASETS[source](), form)
+        return _in_form(DATASETS[source](), form)
     if source.startswith(_EMOJI_OF):
-        return _brought_to(open_emoji(Path(source.removeprefix(_EMOJI_OF)).expanduser()), form)
+        return _in_form(open_emoji(Path(source.removeprefix(_EMOJI_OF)).expanduser()), form)
     path = Path(source)
     if path.is_dir() and has_idx(path):
-        return _brought_to(with_fashion_mnist_names(open_idx(path)), form)
+        return _in_form(with_fashion_mnist_names(open_idx(path)), form)
     if has_cifar10(path):
-        return _brought_to(open_cifar10(path), form)
+        return _in_form(open_cifar10(path), form)
     if path.is_dir() and has_tars(path):
         return open_tars(path, form)
     if path.is_dir():
         return open_folder(path, form)
     if not path.is_file():
-        raise no_data(source)
+        raise no_such_data(source)
     if is_npz(path):
-        return _brought_to(open_npz(path), form)
+        return _in_form(open_npz(path), form)
     if is_zip(path):
         return open_zip(path, form)
     if is_tar(path):
         return open_tars(path, form)
-    raise FileFormatError(f"{path} is not a data set{what_it_is(path)}", remedy=f"give {_FILE_KINDS}", param="source")
+    raise FileFormatError(f"{path} is not a data set{type_and_advice(path)}", remedy=f"give {_FILE_KINDS}", param="source")
 
 
 def is_zip(path: Path) -> bool:
@@ -124,18 +124,18 @@ def is_npz(path: Path) -> bool:
     return kind is FileType.NPZ or (named and kind in (FileType.OTHER, FileType.EMPTY))
 
 
-def what_it_is(path: Path) -> str:
+def type_and_advice(path: Path) -> str:
     """' but ...': the type of a file that is not a data set, and what can be done with it; '' if the type is unknown."""
     kind = file_type(path)
     if kind in CHECKPOINTS:
         return f" but {kind.value}, which 'uni-instruct inspect' and 'import' take"
     advice = {
-        FileType.TAR: "which is to be unpacked",
+        FileType.TAR: "which must be unpacked first",
         FileType.IDX: "whose folder is the data set",
         FileType.IMAGE: "whose folder is the data set",
-        FileType.ARRAY: "which is to be saved as arr_0 of an .npz",
-        FileType.TABLE: "whose images are to be written to files, a folder for each class",
-        FileType.PACKED: "which is to be unpacked",
+        FileType.ARRAY: "which must be saved as arr_0 of an .npz",
+        FileType.TABLE: "whose images must be saved as files, in a folder for each class",
+        FileType.PACKED: "which must be unpacked first",
         FileType.LFS: "whose file 'git lfs pull' fetches",
     }
     return f" but {kind.value}, {advice[kind]}" if kind in advice else ""
@@ -185,7 +185,7 @@ def open_npz(path: Path) -> Dataset:
         reader=ArrayReader(images),
         note=joined_notes(
             "" if class_ids is None else first_label_note(class_ids),
-            f"{counted(others, 'array')} passed over{'' if class_ids is not None else _NPZ_REMARK}" if others else "",
+            f"{counted(others, 'array')} skipped{'' if class_ids is not None else _NPZ_REMARK}" if others else "",
         ),
     )
 
@@ -232,15 +232,15 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         raise FileFormatError(f"{path} is not a whole .npz: {error}", remedy="write or copy it again") from error
 
 
-def _brought_to(dataset: Dataset, form: ImageForm) -> Dataset:
+def _in_form(dataset: Dataset, form: ImageForm) -> Dataset:
     channels, height, width = dataset.image_shape
     wanted = form.channels or channels, form.resolution or height, form.resolution or width
     if wanted == dataset.image_shape:
         return dataset
-    return replace(dataset, image_shape=wanted, reader=_FormedReader(dataset, form))
+    return replace(dataset, image_shape=wanted, reader=_FormReader(dataset, form))
 
 
-class _FormedReader:
+class _FormReader:
     def __init__(self, dataset: Dataset, form: ImageForm):
         self.dataset = dataset
         self.form = form

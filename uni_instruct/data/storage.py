@@ -17,7 +17,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from uni_instruct.data.droppings import is_dropping
+from uni_instruct.data.ignored_files import is_ignored
 from uni_instruct.errors import FileFormatError
 from uni_instruct.zip_entry import entry_name, entry_start
 
@@ -39,9 +39,9 @@ UNREADABLE = (
     zipfile.BadZipFile,
     tokenize.TokenError,
 )
-_MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1"), ("locked", "?")])
+_MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1"), ("encrypted", "?")])
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-_LARGEST = 2 << 30  # bytes; the largest image that Pillow opens has 1.4 GB, in 16 bits and four channels
+_MAX_FILE_BYTES = 2 << 30  # bytes; the largest image that Pillow opens has 1.4 GB, in 16 bits and four channels
 _OTHER_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "xz"}
 # Names that begin at the root, or have a part that is empty, '.' or '..'.
 _INDIRECT = re.compile(r"^/|//|(?:^|/)\.{1,2}(?:/|$)")
@@ -53,15 +53,15 @@ class Store(Protocol):
 
     path: Path
     repeated: list[str]
-    no_files: list[str]
+    special_files: list[str]
     folders: list[str]
 
     def names(self) -> list[str]:
         """Every file once, in any order: with forward slashes, relative to the store, in Unicode's NFC.
 
         Files that other programs left behind are ignored. Links to files that are already listed, and names that occur twice,
-        are put into `repeated`. Pipes, sockets, devices, and links within zips and tars are put into `no_files`. `folders` are
-        the folders that a zip or tar lists as entries, with a slash at the end.
+        are put into `repeated`. Pipes, sockets, devices, and links within zips and tars are put into `special_files`. `folders`
+        are the folders that a zip or tar lists as entries, with a slash at the end.
         """
         ...
 
@@ -80,13 +80,13 @@ class FolderStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
-        self.no_files: list[str] = []
+        self.special_files: list[str] = []
         self.folders: list[str] = []
         self._raw: dict[str, str] = {}  # NFC -> the name on disk, if they differ
 
     def names(self) -> list[str]:
         """Every file. Raises FileFormatError if a folder cannot be read."""
-        self.repeated, self.no_files = [], []
+        self.repeated, self.special_files = [], []
         found: list[str] = []
         # The parent folders as well: a link to one of them would add everything beside this folder.
         seen = {_identity(folder) for folder in (self.path, *self.path.resolve().parents)}
@@ -110,7 +110,7 @@ class FolderStore:
                     files.add(place)
                     found.append(link)
             elif path.exists():
-                self.no_files.append(link)
+                self.special_files.append(link)
             else:
                 found.append(link)  # a broken link: reading it raises the error
         return [self._normal(name) for name in found]
@@ -140,14 +140,14 @@ class FolderStore:
                 raise FileFormatError(problem, remedy="make it readable, or remove it") from error
             for entry in entries:
                 name = folder + entry.name
-                if is_dropping(f"{name}/" if entry.is_dir() else name):
+                if is_ignored(f"{name}/" if entry.is_dir() else name):
                     continue
                 if entry.is_symlink():
                     links.append(name)
                 elif entry.is_file():
                     found.append(name)
                 elif not entry.is_dir():
-                    self.no_files.append(name)  # reading a pipe could wait forever
+                    self.special_files.append(name)  # reading a pipe could wait forever
                 elif (place := _identity(Path(entry.path))) not in seen:
                     seen.add(place)
                     folders.append(f"{name}/")
@@ -170,7 +170,7 @@ class ZipStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
-        self.no_files: list[str] = []
+        self.special_files: list[str] = []
         self._opened = threading.local()
         try:
             with zipfile.ZipFile(path) as archive:
@@ -179,13 +179,13 @@ class ZipStore:
             reason = reason_of(error).lower()
             raise FileFormatError(f"{path} is not a whole zip: {reason}", remedy="copy or prepare it again") from error
         self._names = [name for name, _ in entries]
-        self.folders = [name for name in self._names if name.endswith("/") and not is_dropping(name)]
+        self.folders = [name for name in self._names if name.endswith("/") and not is_ignored(name)]
         self._members = np.fromiter((_member(entry) for _, entry in entries), _MEMBER, count=len(entries))
         self._check_packing()
 
     def names(self) -> list[str]:
         """Every member that is a file and not ignored."""
-        return [name for name in self._names if not name.endswith("/") and not is_dropping(name)]
+        return [name for name in self._names if not name.endswith("/") and not is_ignored(name)]
 
     def read(self, name: str) -> bytes:
         """The member's bytes, with their checksum verified. Raises BadZipFile if they are damaged."""
@@ -202,12 +202,12 @@ class ZipStore:
     def _check_packing(self) -> None:
         """Raise FileFormatError if no file can be unpacked. Then the zip is at fault, not a single file."""
         files = np.array([not name.endswith("/") for name in self._names], dtype=bool)
-        locked, methods = self._members["locked"][files], set(self._members["method"][files].tolist())
-        if files.any() and locked.all():
+        encrypted, methods = self._members["encrypted"][files], set(self._members["method"][files].tolist())
+        if files.any() and encrypted.all():
             raise FileFormatError(f"{self.path} is encrypted", remedy="unpack it with its password and give the folder")
         if methods and not methods & _METHODS:
             named = ", ".join(_OTHER_METHODS.get(method, f"method {method}") for method in sorted(methods))
-            problem = f"{self.path} is packed by {named}, not stored or deflated"
+            problem = f"{self.path} is compressed by {named}, which is not supported"
             raise FileFormatError(problem, remedy="unpack it and give the folder")
 
     def _by_name(self, infos: list[zipfile.ZipInfo]) -> list[tuple[str, zipfile.ZipInfo]]:
@@ -216,7 +216,7 @@ class ZipStore:
         for info in infos:
             name = plain_name(entry_name(info))
             if stat.S_ISLNK(info.external_attr >> 16):
-                self.no_files.append(name)  # a link: its content is the name of another file
+                self.special_files.append(name)  # a link: its content is the name of another file
                 continue
             if name in entries and not name.endswith("/"):
                 self.repeated.append(name)
@@ -245,12 +245,12 @@ class ZipStore:
 
 
 def _member(entry: zipfile.ZipInfo) -> tuple[int, int, int, int, int, bool]:
-    locked = bool(entry.flag_bits & 1)
-    return entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, entry.compress_type & 0xFF, locked
+    encrypted = bool(entry.flag_bits & 1)
+    return entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, entry.compress_type & 0xFF, encrypted
 
 
 def _unpacked(packed: bytes, member: np.void) -> bytes:
-    if member["locked"]:
+    if member["encrypted"]:
         raise zipfile.BadZipFile("it is encrypted")
     if member["method"] not in _METHODS:
         raise zipfile.BadZipFile(f"it is compressed by method {member['method']}, not stored or deflated")
@@ -267,8 +267,8 @@ def _unpacked(packed: bytes, member: np.void) -> bytes:
 
 def _check_size(size: int) -> None:
     """Raise ValueError if a file is too large to be an image, before it fills memory."""
-    if size > _LARGEST:
-        raise ValueError(f"it has {size:,} bytes, more than any image that is read here")
+    if size > _MAX_FILE_BYTES:
+        raise ValueError(f"it has {size:,} bytes, more than the {_MAX_FILE_BYTES:,} that an image may have")
 
 
 def plain_name(name: str) -> str:

@@ -15,8 +15,8 @@ from typing import TypedDict
 import numpy as np
 
 from uni_instruct.data.dataset import MAX_CLASSES, Dataset, number_names
-from uni_instruct.data.droppings import is_dropping
-from uni_instruct.data.file_kinds import DataFiles, ImageForm, content_of, data_files, dataset_of, passed_over_note
+from uni_instruct.data.file_kinds import DataFiles, ImageForm, content_of, data_files, dataset_of, skipped_note
+from uni_instruct.data.ignored_files import is_ignored
 from uni_instruct.data.image_files import decode, is_image_file
 from uni_instruct.data.labels import META, Description, first_label_note, read_description, read_meta
 from uni_instruct.data.storage import UNREADABLE, FolderStore, naturally_sorted, plain_name, reason_of
@@ -28,7 +28,7 @@ from uni_instruct.printable import counted, joined_notes
 # The file that `generate` writes beside its tars, and the value in it that distinguishes it from other files of that name.
 MANIFEST, LIBRARY = "manifest.json", "uni-instruct"
 _CLASS, _ARRAY = ".cls", ".npy"
-_WORDS = (".json", ".txt")  # captions and metadata beside each image in webdataset's tars
+_CAPTION_SUFFIXES = (".json", ".txt")  # captions and metadata beside each image in webdataset's tars
 _REMEDY = "give tars of images, as 'generate --out NAME.wds' writes them"
 
 
@@ -38,7 +38,7 @@ class TarStore:
     def __init__(self, path: Path):
         self.path = path
         self.repeated: list[str] = []
-        self.no_files: list[str] = []
+        self.special_files: list[str] = []
         self.folders: list[str] = []
         self._tars = naturally_sorted(filter(_is_called_tar, os.listdir(path))) if path.is_dir() else [""]
         self._places: dict[str, tuple[int, int, int]] = {}  # name -> (index of the tar, offset, size)
@@ -77,14 +77,14 @@ class TarStore:
     def _add(self, number: int, prefix: str, member: tarfile.TarInfo) -> None:
         inner = plain_name(member.name)
         name = prefix + inner
-        if is_dropping(f"{inner}/" if member.isdir() else inner):
+        if is_ignored(f"{inner}/" if member.isdir() else inner):
             return
         if member.isdir():
             self.folders.append(f"{name}/")
         elif member.islnk() or name in self._places:
             self.repeated.append(name)  # a hard link: tar stores a file with several names once
         elif not member.isfile():
-            self.no_files.append(name)
+            self.special_files.append(name)
         if member.isfile():
             self._places[name] = number, member.offset_data, member.size
 
@@ -148,8 +148,8 @@ def open_tars(path: Path, form: ImageForm) -> Dataset:
     else:
         description = _by_members(store, found.files, manifest)
     beside = [] if manifest else _beside_tars(store)
-    note = f"{counted(beside, 'file')} passed over, as beside tars" if beside else ""
-    return dataset_of(content, description, joined_notes(passed_over_note(found, store, description.labels is None), note))
+    note = f"{counted(beside, 'file')} skipped: not tars" if beside else ""
+    return dataset_of(content, description, joined_notes(skipped_note(found, store, description.labels is None), note))
 
 
 def _by_members(store: TarStore, files: list[str], manifest: TarManifest) -> Description:
@@ -176,10 +176,10 @@ def _by_tree(store: TarStore, files: list[str]) -> Description:
         description = read_description(store, files, meta)
     else:
         description = read_description(_AsOneTree(store), [_within_tar(name) for name in files], meta)
-    captions = [name for name in store.names() if name.endswith(_WORDS) and name.rpartition("/")[2] != META]
+    captions = [name for name in store.names() if name.endswith(_CAPTION_SUFFIXES) and name.rpartition("/")[2] != META]
     if not captions or description.labels is not None or meta.has_labels:
         return description
-    note = f"{counted(captions, 'file')} passed over: classes beside images are read from {_CLASS} alone"
+    note = f"{counted(captions, 'file')} skipped: classes beside images are read only from {_CLASS}"
     return replace(description, note=joined_notes(description.note, note))
 
 
@@ -210,7 +210,9 @@ def _beside_tars(store: TarStore) -> list[str]:
 
 def tar_images(store: TarStore) -> DataFiles:
     """The images of tars, without the classes and captions beside them. Raises FileFormatError if there are none."""
-    return data_files(store, [name for name in store.names() if not _is_class(name) and not name.endswith(_WORDS)], _REMEDY)
+    return data_files(
+        store, [name for name in store.names() if not _is_class(name) and not name.endswith(_CAPTION_SUFFIXES)], _REMEDY
+    )
 
 
 def image_members(names: Sequence[str]) -> list[str]:

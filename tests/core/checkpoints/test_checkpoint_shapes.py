@@ -87,7 +87,7 @@ def test_a_part_alone_names_the_index(tmp_path: Path, tiny_bundle: Bundle, cli: 
 )
 def test_an_index_that_is_none_or_leads_elsewhere_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(FileFormatError, match=r"is no index of weights|names the part") as error:
+    with pytest.raises(FileFormatError, match=r"is not an index of weights|names the part") as error:
         read_checkpoint(tmp_path / "model.safetensors.index.json")
     assert "\n" not in str(error.value)
 

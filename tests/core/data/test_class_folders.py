@@ -1,4 +1,4 @@
-"""Which folders are classes: parts of a data set are none, however they are called; what makes no class is said."""
+"""Which folders are classes, which are parts of a data set are none, however they are called; what makes no class is said."""
 
 import unicodedata
 from collections.abc import Callable
@@ -49,7 +49,9 @@ def test_parts_of_a_data_set_are_no_classes_whatever_they_are_called(
     tmp_path: Path, place: Place, parts: tuple[str, ...]
 ) -> None:
     path = place(tmp_path / "x", {f"{part}/{number}.png": ONE for number, part in enumerate(parts)})
-    with pytest.raises(FileFormatError, match=f"has folders {', '.join(sorted(parts))}: parts of a data set, and no classes"):
+    with pytest.raises(
+        FileFormatError, match=f"has folders {', '.join(sorted(parts))}, which are parts of a data set, not classes"
+    ):
         open_dataset(path)
     assert "parts of a data set" in check_data(str(path)).wrong[0].problem
     if path.is_dir():
@@ -79,14 +81,14 @@ def test_folders_within_a_class_are_said_to_be_none(tmp_path: Path, place: Place
     files = {"cat/train/1.png": ONE, "cat/test/2.png": TWO, "dog/in/3.png": THREE, "owl/4.png": ONE, "owl/old/5.png": TWO}
     dataset = open_dataset(place(tmp_path / "x", files))
     assert dataset.class_names == ("cat", "dog", "owl")
-    assert dataset.note == "no classes of their own, as within class folders: 3 folders (cat/test, cat/train, owl/old)"
+    assert dataset.note == "3 folders (cat/test, cat/train, owl/old) within class folders: not classes of their own"
 
 
 @PLACES
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "labels.txt", "train.csv", "list_annotations.xml"])
 def test_labels_in_another_form_are_said_to_be_unread(tmp_path: Path, place: Place, name: str) -> None:
     files = {"1.png": ONE, "2.png": TWO, name: b"1.png,0\n2.png,1\n"}
-    note = f"1 file ({name}) passed over, as no images"
+    note = f"1 file ({name}) skipped: not images"
     hint = f"; classes are read from dataset.json or folders, not from {name}"
     assert open_dataset(place(tmp_path / "x", files)).note == note + hint
     files["dataset.json"] = b'{"labels": null}'
@@ -96,11 +98,11 @@ def test_labels_in_another_form_are_said_to_be_unread(tmp_path: Path, place: Pla
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        ({}, "has no images; fill it or remove it"),
+        ({}, "has no images; add images or remove the folder"),
         ({"a.heic": HEIC, "b.heic": HEIC}, r"has no images but 2 files \(dog/a.heic, dog/b.heic\); save HEIC as JPEG or PNG"),
         (
             {"a.svg": b"<svg/>"},
-            r"has no images but 1 file \(dog/a.svg\); fill it with what is read here, such as PNG, or remove it",
+            r"has no images but 1 file \(dog/a.svg\); add images that are supported, such as PNG, or remove the folder",
         ),
     ],
 )

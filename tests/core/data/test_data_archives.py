@@ -93,14 +93,14 @@ def test_links_in_a_zip_are_passed_over_and_counted(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "a") as archive:
         archive.writestr(link, "1.png")
     dataset = open_dataset(tmp_path / "x.zip")
-    assert (len(dataset), dataset.note) == (3, "1 file (cat/link.png) passed over, as no images")
+    assert (len(dataset), dataset.note) == (3, "1 file (cat/link.png) skipped: not images")
     assert check_data(str(tmp_path / "x.zip")).wrong == ()
 
 
 def test_links_in_a_tar_are_passed_over_and_counted(tmp_path: Path) -> None:
     links = {"cat/hard.png": (tarfile.LNKTYPE, "cat/1.png"), "cat/soft.png": (tarfile.SYMTYPE, "1.png")}
     dataset = open_dataset(tar_of(tmp_path / "x.tar", CLASSES, links))
-    said = "1 file (cat/soft.png) passed over, as no images; 1 name (cat/hard.png) passed over, as repeating others"
+    said = "1 file (cat/soft.png) skipped: not images; 1 name (cat/hard.png) skipped: already present"
     assert (len(dataset), dataset.note) == (3, said)
 
 
@@ -127,7 +127,7 @@ def test_a_zip_that_cannot_be_unpacked_is_refused_as_a_whole(tmp_path: Path) -> 
             for file, content in CLASSES.items():
                 archive.writestr(file, content)
         with pytest.raises(
-            FileFormatError, match=rf"is packed by {name}, not stored or deflated; unpack it and give the folder$"
+            FileFormatError, match=rf"is compressed by {name}, which is not supported; unpack it and give the folder$"
         ):
             open_dataset(path)
 
@@ -137,7 +137,7 @@ def test_a_folder_of_a_zip_without_images_is_named(tmp_path: Path) -> None:
     files = {**CLASSES, "owl/": b"", "ape/notes.txt": b"x", "__MACOSX/": b"", "cat/deeper/": b""}
     dataset = open_dataset(zip_of(tmp_path / "x.zip", files))
     assert dataset.class_names == ("cat", "dog")
-    assert dataset.note == "no class, as without images: 2 folders (ape, owl); 1 file (ape/notes.txt) passed over, as no images"
+    assert dataset.note == "2 folders (ape, owl) without images: not classes; 1 file (ape/notes.txt) skipped: not images"
 
 
 WITH_CLASSES = {
@@ -171,7 +171,7 @@ def test_classes_that_stand_beside_no_image_are_not_lost(tmp_path: Path) -> None
 
 def test_what_a_tar_says_in_other_ways_is_said_to_be_unread(tmp_path: Path) -> None:
     members = {"0.png": PICTURES[0], "0.json": b'{"label": 0}', "1.png": PICTURES[1], "1.json": b'{"label": 1}'}
-    said = "2 files (0.json, 1.json) passed over: classes beside images are read from .cls alone"
+    said = "2 files (0.json, 1.json) skipped: classes beside images are read only from .cls"
     assert open_dataset(tar_of(tmp_path / "x.tar", members)).note == said
     members |= {"0.cls": b"1", "1.cls": b"2"}
     assert open_dataset(tar_of(tmp_path / "x.tar", members)).note == "labels begin at 1: class 0 has no image"
@@ -181,7 +181,7 @@ def test_parts_of_a_data_set_in_a_tar_are_no_classes(tmp_path: Path) -> None:
     members = {"train/1.png": PICTURES[0], "test/2.png": PICTURES[1]}
     for source in (tar_of(tmp_path / "x.tar", members), two_tars(tmp_path / "tars", members)):
         with pytest.raises(
-            FileFormatError, match="has folders test, train: parts of a data set, and no classes; unpack it and"
+            FileFormatError, match="has folders test, train, which are parts of a data set, not classes; unpack it and"
         ):
             open_dataset(source)
         assert "parts of a data set" in check_data(str(source)).wrong[0].problem
@@ -194,4 +194,4 @@ def test_what_lies_beside_tars_is_counted(tmp_path: Path) -> None:
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / "1.tar").rename(folder / "1.TAR")
     dataset = open_dataset(folder)
-    assert (len(dataset), dataset.note) == (3, "1 file (owl/1.png) passed over, as beside tars")
+    assert (len(dataset), dataset.note) == (3, "1 file (owl/1.png) skipped: not tars")

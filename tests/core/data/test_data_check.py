@@ -105,7 +105,7 @@ def test_tars_are_read_as_well(tmp_path: Path, cli: Cli) -> None:
         assert (code, output) == (2, f"{name} in {source} cannot be read: image file is truncated\n")
         assert cli("data", "prepare", source, "--out", tmp_path / "y.zip")[0] == 2
         hint = r"classes are read from dataset.json or folders, not from (x/)?b.csv"
-        assert re.fullmatch(rf"1 file \((x/)?b.csv\) passed over, as no images; {hint}", open_dataset(source).note)
+        assert re.fullmatch(rf"1 file \((x/)?b.csv\) skipped: not images; {hint}", open_dataset(source).note)
 
 
 def test_colour_in_a_zip_that_says_it_is_grey_is_named(tmp_path: Path, cli: Cli) -> None:
@@ -120,7 +120,7 @@ def test_a_pipe_among_pictures_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(GREY)
     os.mkfifo(tmp_path / "2.png")
     os.symlink("2.png", tmp_path / "3.png")
-    assert check_data(str(tmp_path)).note == "2 files (2.png, 3.png) passed over, as no images"
+    assert check_data(str(tmp_path)).note == "2 files (2.png, 3.png) skipped: not images"
 
 
 def test_a_device_or_a_pipe_is_no_data_set(tmp_path: Path, cli: Cli) -> None:

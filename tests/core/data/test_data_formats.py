@@ -38,7 +38,7 @@ def test_files_of_several_pictures_are_named(tmp_path: Path, form: str, suffix: 
         for name, content in files.items():
             (path / name).write_bytes(content)
     dataset = open_dataset(path)
-    note = f"1 moving or paged image (a{suffix}): only the first picture of each is read"
+    note = f"1 file (a{suffix}) with several pictures: only the first of each is read"
     assert (len(dataset), dataset.note) == (3, note)
     assert abs(int(dataset.images([0])[0, 0, 0, 0]) - 10) < 9
 
@@ -47,7 +47,7 @@ def test_of_very_many_files_some_are_looked_into(tmp_path: Path) -> None:
     film, picture = encoded("GIF", 2), encoded("GIF", 1)
     files = {f"{number:05d}.gif": picture if number % 4 else film for number in range(1000)}
     note = open_dataset(zip_of(tmp_path / "x.zip", files)).note
-    assert re.match(r"at least \d\d+ moving or paged images \(00000\.gif, .*, \.\.\.\): only the first picture of each", note)
+    assert re.match(r"at least \d\d+ files \(00000\.gif, .*, \.\.\.\) with several pictures: only the first of each", note)
 
 
 def test_a_phones_jpeg_with_a_preview_is_one_picture(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_pictures_without_a_suffix_are_known_by_their_beginning(tmp_path: Path, 
     (tmp_path / "2").write_bytes(b"BMW and other cars")
     (tmp_path / "3.png").write_bytes(encoded("PNG", 1))
     dataset = open_dataset(tmp_path)
-    assert (len(dataset), dataset.note) == (2, "1 file (2) passed over, as no images")
+    assert (len(dataset), dataset.note) == (2, "1 file (2) skipped: not images")
 
 
 def bmp() -> bytes:
@@ -98,14 +98,14 @@ def test_a_pointer_of_lfs_in_place_of_a_file_is_named_by_every_command(tmp_path:
 
 
 FILES = {
-    "x.npy": (npy(np.zeros((3, 4, 4, 3), np.uint8)), "a single array, which is to be saved as arr_0 of an .npz"),
-    "x.parquet": (b"PAR1" + bytes(80) + b"PAR1", "a table or a container of arrays, whose images are to be written to files"),
+    "x.npy": (npy(np.zeros((3, 4, 4, 3), np.uint8)), "a single array, which must be saved as arr_0 of an .npz"),
+    "x.parquet": (b"PAR1" + bytes(80) + b"PAR1", "a table or a container of arrays, whose images must be saved as files"),
     "x.arrow": (b"ARROW1\0\0" + bytes(80), "a table or a container of arrays"),
     "x.h5": (b"\x89HDF\r\n\x1a\n" + bytes(80), "a table or a container of arrays"),
-    "x.tar.bz2": (bz2.compress(bytes(9999)), "a packed file, which is to be unpacked"),
-    "x.tar.xz": (lzma.compress(bytes(9999)), "a packed file, which is to be unpacked"),
-    "x.gz": (gzip.compress(b"x" * 999), "a packed file, which is to be unpacked"),
-    "x.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(80), "a packed file, which is to be unpacked"),
+    "x.tar.bz2": (bz2.compress(bytes(9999)), "a compressed file, which must be unpacked first"),
+    "x.tar.xz": (lzma.compress(bytes(9999)), "a compressed file, which must be unpacked first"),
+    "x.gz": (gzip.compress(b"x" * 999), "a compressed file, which must be unpacked first"),
+    "x.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(80), "a compressed file, which must be unpacked first"),
 }
 
 

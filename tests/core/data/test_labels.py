@@ -34,7 +34,7 @@ def test_class_names_are_read_in_the_forms_that_people_write(tmp_path: Path, nam
 )
 def test_class_names_that_are_none_are_left_out_and_said_to_be(tmp_path: Path, names: object) -> None:
     dataset = open_dataset(data(tmp_path, {"labels": LABELS, "class_names": names}))
-    assert (dataset.class_names, dataset.note) == (("0", "1"), "class_names in dataset.json are no list of names: left out")
+    assert (dataset.class_names, dataset.note) == (("0", "1"), "class_names in dataset.json is not a list of names: ignored")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_class_names_that_are_none_are_left_out_and_said_to_be(tmp_path: Path, n
 )
 def test_a_key_with_two_values_is_refused(tmp_path: Path, meta: str, key: str) -> None:
     """As two labels of one image are in a list; json would take the last without a word."""
-    line = rf"dataset\.json in .*x\.zip is not JSON: '{key}' stands in it twice, with two values; "
+    line = rf"dataset\.json in .*x\.zip is not JSON: '{key}' occurs twice, with different values; "
     with pytest.raises(FileFormatError, match=line):
         open_dataset(data(tmp_path, meta))
     assert len(open_dataset(data(tmp_path, '{"labels": null, "labels": null}'))) == 2
@@ -58,7 +58,7 @@ NEAR = ["/data/x/a.png", "../x/a.png", "images/a.png", "A.PNG", "a", "a.jpg", "C
 @pytest.mark.parametrize("name", NEAR)
 def test_a_label_that_may_be_meant_is_named_and_the_remedy_works(tmp_path: Path, name: str) -> None:
     path = data(tmp_path, {"labels": [[name, 0], ["b.png", 1]]})
-    remedy = r"write names there as they are below the top: a\.png$"
+    remedy = r"name the image a\.png in dataset\.json$"
     line = rf"a\.png in .* has no label in dataset\.json, which has one for .*; {remedy}"
     with pytest.raises(FileFormatError, match=line):
         open_dataset(path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.legacy_torch import read_stream
 from uni_instruct.checkpoints.pickle.stand_in import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Span
@@ -47,7 +47,7 @@ def _arguments(name: str, values: tuple[Any, ...], *types: type | tuple[type, ..
     """The arguments, checked. Raises MalformedFile if their number or types are not the given ones."""
     if len(values) != len(types) or not all(isinstance(value, type_) for value, type_ in zip(values, types, strict=True)):
         given = ", ".join(type(value).__name__ for value in values[:10])
-        raise MalformedFile(f"calls {name} with ({given})", FOREIGN)
+        raise MalformedFile(f"calls {name} with ({given})", UNSUPPORTED)
     return values
 
 
@@ -57,9 +57,9 @@ def _persistent_object(budget: Budget, values: tuple[Any, ...]) -> ModulePlaceho
     (meta,) = _arguments("_reconstruct_persistent_obj", values, dict)
     name, state = meta.get("class_name"), meta.get("state")
     if meta.get("type") != "class" or type(name) is not str or len(name) > _MAX_CLASS_NAME_LENGTH or not name.isidentifier():
-        raise MalformedFile("has a persistent object without a class name", FOREIGN)
+        raise MalformedFile("has a persistent object without a class name", UNSUPPORTED)
     if type(state) is not dict:
-        raise MalformedFile(f"has a module {name} without a state", FOREIGN)
+        raise MalformedFile(f"has a module {name} without a state", UNSUPPORTED)
     return ModulePlaceholder(name, state)
 
 
@@ -72,7 +72,7 @@ def _set(budget: Budget, values: tuple[Any, ...]) -> set[Any]:
     (items,) = _arguments("set", values, list)
     budget.spend("opcodes", len(items))
     if not all(type(item) is str for item in items):
-        raise MalformedFile("has a set of other things than names", FOREIGN)
+        raise MalformedFile("has a set of other things than names", UNSUPPORTED)
     return set(items)
 
 
@@ -81,11 +81,11 @@ def _encode(budget: Budget, values: tuple[Any, ...]) -> bytes:
     text, encoding = _arguments("_codecs.encode", values, str, str)
     budget.spend("bytes of text", len(text))
     if encoding != "latin1":
-        raise MalformedFile(f"encodes a text as {shown(encoding)}", FOREIGN)
+        raise MalformedFile(f"encodes a text as {shown(encoding)}", UNSUPPORTED)
     try:
         return bytes(text.encode("latin1"))
     except UnicodeEncodeError as error:
-        raise MalformedFile("encodes a text that has no such encoding", FOREIGN) from error
+        raise MalformedFile("encodes a text that has no such encoding", UNSUPPORTED) from error
 
 
 def _path(budget: Budget, values: tuple[Any, ...]) -> str:
@@ -115,7 +115,7 @@ def _load_from_bytes(budget: Budget, values: tuple[Any, ...]) -> Storage:
     with span.opened() as source:
         storage = read_stream(source, budget, _STORAGES_ONLY)
     if not isinstance(storage, Storage):
-        raise MalformedFile("has a tensor whose stream holds no storage", FOREIGN)
+        raise MalformedFile("has a tensor whose stream holds no storage", UNSUPPORTED)
     return storage
 
 
@@ -125,14 +125,14 @@ def _tensor(budget: Budget, values: tuple[Any, ...]) -> StoredTensor:
         "_rebuild_tensor_v2", values, Storage, int, tuple, tuple, bool, dict, *([dict] * (len(values) == 7))
     )
     if hooks or any(special):
-        raise MalformedFile("has a tensor with hooks or a special form", FOREIGN)
+        raise MalformedFile("has a tensor with hooks or a special form", UNSUPPORTED)
     return stored_tensor(budget, storage, offset, shape, strides)
 
 
 def _parameter(budget: Budget, values: tuple[Any, ...]) -> StoredTensor:
     tensor, _, hooks = _arguments("_rebuild_parameter", values, StoredTensor, bool, dict)
     if hooks:
-        raise MalformedFile("has a parameter with hooks", FOREIGN)
+        raise MalformedFile("has a parameter with hooks", UNSUPPORTED)
     assert isinstance(tensor, StoredTensor)
     return tensor
 
@@ -140,7 +140,7 @@ def _parameter(budget: Budget, values: tuple[Any, ...]) -> StoredTensor:
 def _dtype(budget: Budget, values: tuple[Any, ...]) -> DtypePlaceholder:
     code, _, _ = _arguments("numpy.dtype", values, str, (bool, int), (bool, int))
     if code not in _DTYPES:
-        raise MalformedFile(f"has an array of NumPy's type {shown(code)}", FOREIGN)
+        raise MalformedFile(f"has an array of NumPy's type {shown(code)}", UNSUPPORTED)
     return DtypePlaceholder(_DTYPES[code])
 
 
@@ -155,7 +155,7 @@ def _scalar(budget: Budget, values: tuple[Any, ...]) -> int | float | bool:
 def _empty_array(budget: Budget, values: tuple[Any, ...]) -> ArrayPlaceholder:
     class_, _, _ = _arguments("numpy's _reconstruct", values, StandIn, tuple, (bytes, str))
     if class_ is not _NDARRAY:
-        raise MalformedFile(f"has an array of class {shown(class_.name)}", FOREIGN)
+        raise MalformedFile(f"has an array of class {shown(class_.name)}", UNSUPPORTED)
     return ArrayPlaceholder()
 
 
@@ -167,14 +167,14 @@ def _array_from_buffer(budget: Budget, values: tuple[Any, ...]) -> ArrayPlacehol
 
 def _build_array(budget: Budget, target: ArrayPlaceholder, state: object) -> None:
     if type(state) is not tuple or target.array is not None:
-        raise MalformedFile("has a NumPy array with a broken state", FOREIGN)
+        raise MalformedFile("has a NumPy array with a broken state", UNSUPPORTED)
     _, shape, placeholder, by_columns, content = _arguments(
         "ndarray.__setstate__", state, int, tuple, DtypePlaceholder, bool, (bytes, str)
     )
     try:
         content = content.encode("latin1") if isinstance(content, str) else content  # as Python 2 wrote it
     except UnicodeEncodeError as error:
-        raise MalformedFile("has a NumPy array whose content is text", FOREIGN) from error
+        raise MalformedFile("has a NumPy array whose content is text", UNSUPPORTED) from error
     target.array = _array(budget, placeholder, shape, by_columns, content)
 
 
@@ -198,19 +198,19 @@ def _array(
 def _build_dtype(budget: Budget, target: DtypePlaceholder, state: object) -> None:
     """Check the state, (version, byte order, ...). Only '>', big-endian, differs from the machines that this runs on."""
     if type(state) is not tuple or len(state) != 8 or state[1] not in ("<", "|", "=") or state[2:] != _PLAIN_DTYPE_STATE:
-        raise MalformedFile("has a NumPy type with parts or a foreign byte order", FOREIGN)
+        raise MalformedFile("has a structured NumPy type, or one of another byte order", UNSUPPORTED)
 
 
 def _build_module(budget: Budget, target: ModulePlaceholder, state: object) -> None:
     if target.state is not None or type(state) is not dict:
-        raise MalformedFile(f"has a module {target.class_name} with a broken state", FOREIGN)
+        raise MalformedFile(f"has a module {target.class_name} with a broken state", UNSUPPORTED)
     target.state = state
 
 
 def _build_dict(budget: Budget, target: dict[Any, Any], state: object) -> None:
     """Drop a dict's attributes. EasyDict has none, and those of a state dict are the versions of its modules."""
     if type(state) is not dict or len(state) > 1 or (state and "_metadata" not in state):
-        raise MalformedFile("has a dict with attributes", FOREIGN)
+        raise MalformedFile("has a dict with attributes", UNSUPPORTED)
 
 
 def _functions() -> dict[str, StandIn]:

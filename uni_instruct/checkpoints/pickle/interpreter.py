@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.stand_in import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Source
 
@@ -49,7 +49,7 @@ class PickleInterpreter:
             self.budget.spend("opcodes", 1)
             step = _STEPS.get(code)
             if step is None:
-                raise MalformedFile(f"uses pickle's {_opcode_name(code)}, which is not allowed", FOREIGN)
+                raise MalformedFile(f"uses pickle's {_opcode_name(code)}, which is not allowed", UNSUPPORTED)
             step(self)
         if len(self.stack) != 1 or self.marked:
             raise MalformedFile("is not a whole pickle")
@@ -82,16 +82,16 @@ class PickleInterpreter:
     def named(self, module: object, name: object) -> object:
         """The stand-in for a global. Raises MalformedFile if the global is not on the list."""
         if type(module) is not str or type(name) is not str or len(module) + len(name) > _MAX_NAME_LENGTH:
-            raise MalformedFile(f"names {shown(module)} {shown(name)}, which cannot be a global", FOREIGN)
+            raise MalformedFile(f"names {shown(module)} {shown(name)}, which cannot be a global", UNSUPPORTED)
         full = f"{module}.{name}"
         if full not in self.allowed.names:
-            raise MalformedFile(f"names {shown(full)}, which is not among the globals of a checkpoint", FOREIGN)
+            raise MalformedFile(f"names {shown(full)}, which is not among the globals of a checkpoint", UNSUPPORTED)
         return self.allowed.names[full]
 
     def checked_key(self, key: object) -> object:
         """The key of a dict or member of a set. Raises MalformedFile if its hash could be slow, or chosen to collide."""
         if type(key) not in _KEYS or (type(key) is int and abs(key) >= _MAX_INTEGER_KEY):
-            raise MalformedFile(f"has a key of type {type(key).__name__}", FOREIGN)
+            raise MalformedFile(f"has a key of type {type(key).__name__}", UNSUPPORTED)
         if type(key) is int:
             self.budget.spend("keys that are numbers", 1)
         return key
@@ -99,7 +99,7 @@ class PickleInterpreter:
 
 def _protocol(interpreter: PickleInterpreter) -> None:
     if interpreter.source.unsigned(1) > _MAX_PROTOCOL:
-        raise MalformedFile("is a pickle of an unknown protocol", FOREIGN)
+        raise MalformedFile("is a pickle of an unknown protocol", UNSUPPORTED)
 
 
 def _frame(interpreter: PickleInterpreter) -> None:
@@ -123,7 +123,7 @@ def _signed(interpreter: PickleInterpreter) -> None:
 def _long(interpreter: PickleInterpreter) -> None:
     size = interpreter.source.unsigned(1)
     if size > _MAX_INTEGER_BYTES:
-        raise MalformedFile(f"has an integer of {size} bytes", FOREIGN)
+        raise MalformedFile(f"has an integer of {size} bytes", UNSUPPORTED)
     interpreter.push(int.from_bytes(interpreter.source.read(size), "little", signed=True))
 
 
@@ -220,14 +220,14 @@ def _stack_global(interpreter: PickleInterpreter) -> None:
 def _reduce(interpreter: PickleInterpreter) -> None:
     arguments, function = interpreter.pop(), interpreter.pop()
     if not isinstance(function, StandIn) or function.call is None or type(arguments) is not tuple:
-        raise MalformedFile(f"calls {_called(function)}, which is not a function of a checkpoint", FOREIGN)
+        raise MalformedFile(f"calls {_called(function)}, which is not a function of a checkpoint", UNSUPPORTED)
     interpreter.push(function.call(interpreter.budget, arguments))
 
 
 def _new(interpreter: PickleInterpreter) -> None:
     arguments, class_ = interpreter.pop(), interpreter.pop()
     if not isinstance(class_, StandIn) or class_.new is None or type(arguments) is not tuple or arguments:
-        raise MalformedFile(f"makes an object of {_called(class_)}, which is not a class of a checkpoint", FOREIGN)
+        raise MalformedFile(f"makes an object of {_called(class_)}, which is not a class of a checkpoint", UNSUPPORTED)
     interpreter.push(class_.new())
 
 
@@ -236,14 +236,14 @@ def _build(interpreter: PickleInterpreter) -> None:
     target = interpreter.stack[-1] if interpreter.stack else None
     build = interpreter.allowed.builders.get(type(target))
     if build is None:
-        raise MalformedFile(f"gives a state to a {type(target).__name__}", FOREIGN)
+        raise MalformedFile(f"gives a state to a {type(target).__name__}", UNSUPPORTED)
     build(interpreter.budget, target, state)
 
 
 def _persistent_id(interpreter: PickleInterpreter) -> None:
     identity = interpreter.pop()
     if interpreter.persistent is None:
-        raise MalformedFile("refers to an object outside itself by a persistent id", FOREIGN)
+        raise MalformedFile("refers to an object outside itself by a persistent id", UNSUPPORTED)
     interpreter.push(interpreter.persistent(identity))
 
 
@@ -264,7 +264,7 @@ def _remember(interpreter: PickleInterpreter, index: int) -> None:
 def _get(interpreter: PickleInterpreter, size: int) -> None:
     index = interpreter.source.unsigned(size)
     if index not in interpreter.memo:
-        raise MalformedFile(f"is not a whole pickle: it recalls value {index}, which it has not")
+        raise MalformedFile(f"is not a whole pickle: it recalls value {index}, which does not exist")
     interpreter.push(interpreter.memo[index])
 
 
@@ -274,7 +274,7 @@ def _called(value: object) -> str:
 
 def _opcode_name(code: bytes) -> str:
     known = pickletools.code2op.get(code.decode("latin1"))  # type: ignore[attr-defined]
-    return known.name if known else f"opcode 0x{code.hex()}, which is none of its,"
+    return known.name if known else f"unknown opcode 0x{code.hex()}"
 
 
 # The function of each opcode. An opcode that is not listed is an error.
