@@ -3,6 +3,7 @@
 import importlib
 import io
 import sys
+import warnings
 from typing import Any
 
 import rich_click as click
@@ -111,6 +112,8 @@ def main() -> None:
     """Entry point: the project's errors as one line on standard error, with their exit code."""
     sleep_while_waiting()
     _print_any_name()
+    # Of a photograph's broken metadata: two lines at each reading, which name a file of Pillow's and not the photograph.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     if not is_later_process():
         show_log("uni_instruct.engines.trial")
         show_log("uni_instruct.engines.compiled")

@@ -64,12 +64,15 @@ def source_parts(source: str | Path) -> list[str]:
 
 def is_data(source: str) -> bool:
     """Whether a source, or one of several with commas between them, is a known name, or a file or folder that exists."""
-    return any(is_named(part) or _is_there(Path(part)) for part in source_parts(source))
+    return any(is_named(part) or _is_there(part) for part in source_parts(source))
 
 
-def _is_there(path: Path) -> bool:
-    """Whether a file or folder is there. Of a device or a pipe nobody knows where it ends."""
-    return path.is_file() or path.is_dir()
+def _is_there(source: str) -> bool:
+    """Whether a file or folder is there. Of a device or a pipe nobody knows where it ends.
+
+    No name is no folder, though to Path it is the working folder: a script's variable may be empty.
+    """
+    return bool(source) and (Path(source).is_file() or Path(source).is_dir())
 
 
 def is_named(source: str) -> bool:
@@ -80,7 +83,9 @@ def is_named(source: str) -> bool:
 def no_data(source: str) -> RequestError:
     """The error for a source that is not there."""
     return RequestError(
-        f"there is no data set {source}", remedy=f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}", param="source"
+        f"there is no data set {source or 'without a name'}",
+        remedy=f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}",
+        param="source",
     )
 
 
@@ -91,6 +96,8 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
     if source.startswith(_EMOJI_OF):
         return _brought_to(open_emoji(Path(source.removeprefix(_EMOJI_OF)).expanduser()), form)
     path = Path(source)
+    if not _is_there(source):
+        raise no_data(source)
     if path.is_dir() and has_idx(path):
         return _brought_to(with_fashion_mnist_names(open_idx(path)), form)
     if has_cifar10(path):
@@ -99,8 +106,6 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
         return open_tars(path, form)
     if path.is_dir():
         return open_folder(path, form)
-    if not path.is_file():
-        raise no_data(source)
     if is_npz(path):
         return _brought_to(open_npz(path), form)
     if is_zip(path):

@@ -5,6 +5,8 @@ import gzip
 import io
 import lzma
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +97,16 @@ def test_a_pointer_of_lfs_in_place_of_a_file_is_named_by_every_command(tmp_path:
     ):
         code, output, errors = cli(*command, tmp_path / name)
         assert (code, "a pointer of Git LFS" in output + errors) == (2, True), (command, output, errors)
+
+
+def test_broken_metadata_of_a_photograph_is_no_noise(tmp_path: Path) -> None:
+    """Pillow warns at each reading, without the photograph's name."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x03\x01\x12\0\x03\0\0\0\x01\0\x01\0\0\x87\x69\0\x04"
+    PICTURES[0].save(tmp_path / "a.jpg", exif=exif)
+    command = [sys.executable, "-m", "uni_instruct", "data", "check", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "nothing is wrong" in done.stdout
+    assert "Warning" not in done.stderr
 
 
 FILES = {
