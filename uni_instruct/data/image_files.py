@@ -205,8 +205,14 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in _DEEP_MODES or (image.mode == "I" and image.format == "PPM")
 
 
+_REMEDIES = {PermissionError: "make it readable, or remove it", FileNotFoundError: "put it back, or remove the link to it"}
+
+
 def _unreadable(store: Store, name: str, error: BaseException) -> FileFormatError:
     reason, remedy = reason_of(error), "replace or remove that file"
+    if isinstance(error, OSError) and error.strerror:  # the system's, and not Pillow's
+        reason = error.strerror
+        remedy = _REMEDIES.get(type(error), remedy)
     if isinstance(error, Image.UnidentifiedImageError):
         reason, head = "not an image", store.head(name, 2 * HEAD)
         # Phones and their programs also call such files .jpg.

@@ -1,9 +1,11 @@
 """Files that hold images in ways that are not read, and files of several pictures: named, with what to do about them."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
+import os
 import re
 import subprocess
 import sys
@@ -97,6 +99,29 @@ def test_a_pointer_of_lfs_in_place_of_a_file_is_named_by_every_command(tmp_path:
     ):
         code, output, errors = cli(*command, tmp_path / name)
         assert (code, "a pointer of Git LFS" in output + errors) == (2, True), (command, output, errors)
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (errno.EACCES, "Permission denied; make it readable, or remove it"),
+        (errno.ENOENT, "No such file or directory; put it back, or remove the link to it"),
+        (errno.EIO, "Input/output error; replace or remove that file"),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, line: str
+) -> None:
+    """As where a file goes while a training runs."""
+    (tmp_path / "a.png").write_bytes(encoded("PNG", 1))
+    dataset = open_dataset(tmp_path)
+
+    def refused(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(FileFormatError, match=rf"a\.png in .* cannot be read: {line}$"):
+        dataset.images([0])
 
 
 def test_broken_metadata_of_a_photograph_is_no_noise(tmp_path: Path) -> None:
