@@ -176,7 +176,7 @@ def _by_tree(store: TarStore, files: list[str]) -> Description:
         description = read_description(store, files, meta)
     else:
         description = read_description(_AsOneTree(store), [_within_tar(name) for name in files], meta)
-    captions = [name for name in store.names() if name.endswith(_WORDS) and name.rpartition("/")[2] != META]
+    captions = _beside_images(store, files)
     if not captions or description.labels is not None or meta.has_labels:
         return description
     note = f"{counted(captions, 'file')} passed over: classes beside images are read from {_CLASS} alone"
@@ -210,7 +210,21 @@ def _beside_tars(store: TarStore) -> list[str]:
 
 def tar_images(store: TarStore) -> DataFiles:
     """The images of tars; what webdataset's tars have beside each image is neither. Raises FileFormatError without any."""
-    return data_files(store, [name for name in store.names() if not _is_class(name) and not name.endswith(_WORDS)], _REMEDY)
+    found = data_files(store, [name for name in store.names() if not _is_class(name)], _REMEDY)
+    beside = set(_beside_images(store, found.files))
+    return found._replace(passed_over=[name for name in found.passed_over if name not in beside])
+
+
+def has_classes_beside(store: TarStore) -> bool:
+    """Whether classes stand beside images, KEY.cls, so that nothing else says what they are."""
+    return any(map(_is_class, store.names()))
+
+
+def _beside_images(store: TarStore, files: list[str]) -> list[str]:
+    """Captions and the like: members with the key of an image."""
+    keys = {_key(name) for name in files}
+    words = [name for name in store.names() if name.endswith(_WORDS) and name.rpartition("/")[2] != META]
+    return [name for name in words if _key(name) in keys]
 
 
 def image_members(names: Sequence[str]) -> list[str]:
