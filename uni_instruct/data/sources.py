@@ -82,8 +82,8 @@ def is_named(source: str) -> bool:
 
 def no_data(source: str) -> RequestError:
     """The error for a source that is not there."""
-    problem = f"there is no data set {source or 'without a name'}"
-    return RequestError(problem, remedy=f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}", param="source")
+    remedy = f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}"
+    return RequestError(f"there is no data set {source or 'without a name'}", remedy=remedy, param="source")
 
 
 def _open_one(source: str, form: ImageForm) -> Dataset:

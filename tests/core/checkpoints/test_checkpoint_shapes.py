@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.checkpoint import read_checkpoint
-from uni_instruct.checkpoints.import_bundle import choose_network
+from uni_instruct.checkpoints.import_bundle import choose_network, open_or_import
 from uni_instruct.checkpoints.state_dict_adapter import translate
 from uni_instruct.errors import FileFormatError
 
@@ -64,6 +64,17 @@ def test_weights_in_several_files_are_read_by_their_index(
     check_is_whole(index, tiny_bundle)
     assert cli("inspect", index)[1].startswith("checkpoint: sharded weights, ")
     assert cli("import", index, "--out", tmp_path / "b")[0] == 0
+
+
+def test_two_networks_of_one_index_are_kept_apart(tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index says names and files: of two trainings of one network it is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scales = []
+    for scale in (1.0, 2.0):
+        (tmp_path / str(scale)).mkdir()
+        index = sharded(tmp_path / str(scale), state_of(tiny_bundle, scale=scale))
+        scales.append(open_or_import(str(index), "teacher").weights()["model.map_layer0.weight"])
+    assert np.allclose(scales[1], 2 * scales[0])
 
 
 def test_a_part_alone_names_the_index(tmp_path: Path, tiny_bundle: Bundle, cli: Cli) -> None:
