@@ -77,13 +77,15 @@ def file_type(path: Path) -> FileType:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), FileType.OTHER)
 
 
-def import_of_weights(folder: Path) -> str:
-    """The command that takes the weights in a folder of another project's, the index of several files first; '' without any."""
-    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.name.endswith(WEIGHTS)]
-    if not found:
-        return ""
-    path = next((path for path in found if path.name.endswith(INDEX)), found[0])
-    return f"'uni-instruct import {quote(str(path))} --out BUNDLE'"
+def import_of_weights(source: Path) -> str:
+    """The command that takes another project's weights: a file, or one in a folder, the index of several first; '' for none."""
+    if source.is_file():
+        found = [source] if source.name.endswith(INDEX) or file_type(source) in CHECKPOINTS else []
+    else:
+        paths = (path for pattern in ("*", "*/*") for path in sorted(source.glob(pattern)))
+        found = [path for path in paths if path.name.endswith(WEIGHTS)]
+    path = next((path for path in found if path.name.endswith(INDEX)), found[0] if found else None)
+    return "" if path is None else f"'uni-instruct import {quote(str(path))} --out BUNDLE'"
 
 
 def begins_as_image(head: bytes) -> bool:

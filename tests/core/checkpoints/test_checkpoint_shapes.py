@@ -205,5 +205,18 @@ def test_a_folder_of_another_project_names_the_file_to_give(tmp_path: Path, tiny
     assert cli("import", file, "--out", tmp_path / "b")[0] == 0
 
 
+@pytest.mark.parametrize("command", ["generate {} --seeds 0 --out x", "export {} --to onnx", "benchmark {}", "card {}"])
+def test_weights_in_place_of_a_bundle_are_answered_with_the_import(
+    tmp_path: Path, tiny_bundle: Bundle, cli: Cli, command: str
+) -> None:
+    path = saved(tmp_path / "pytorch_model.bin", state_of(tiny_bundle))
+    for source in (path, tmp_path):
+        code, _, errors = cli(*command.format(source).split())
+        said = (
+            f"is not a bundle (it has no config.json); make one of the weights there: 'uni-instruct import {path} --out BUNDLE'"
+        )
+        assert (code, said in errors) == (2, True), errors
+
+
 def test_a_folder_without_weights_is_said_to_be_none(tmp_path: Path, cli: Cli) -> None:
     assert "is not a file; give the path of a checkpoint" in cli("import", tmp_path, "--out", tmp_path / "b")[2]
