@@ -16,7 +16,7 @@ from uni_instruct.data.image_files import (
     with_colour,
 )
 from uni_instruct.data.labels import META, RECORD, Description
-from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, has_suffix, naturally_sorted
+from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic, begins_as_image, import_of_weights
@@ -158,7 +158,7 @@ def dataset_of(content: Content, description: Description, passed_over: str) -> 
 
 def _several_note(store: Store, files: list[str]) -> str:
     """What to say of films and of scans of many pages, whose first picture alone is read."""
-    may = [name for name in files if has_suffix(name, SEVERAL)]
+    may = [name for name in files if name.endswith(SEVERAL)]
     # Evenly spaced: to open a million would take minutes.
     looked_at = [may[place * len(may) // _LOOKED_AT] for place in range(_LOOKED_AT)] if len(may) > _LOOKED_AT else may
     several = [name for name in looked_at if holds_several(store, name)]

@@ -20,7 +20,8 @@ _SUFFIXES = (
 )
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 # Of those, what may hold several pictures. A PNG may too, but few do, and a look at each would cost too much.
-SEVERAL = frozenset({".gif", ".tif", ".tiff", ".apng", ".webp", ".avif", ".avifs", ".fli", ".flc", ".dcx"})
+_SEVERAL = (".gif", ".tif", ".tiff", ".apng", ".webp", ".avif", ".avifs", ".fli", ".flc", ".dcx")
+SEVERAL = (*_SEVERAL, *map(str.upper, _SEVERAL))
 # What Pillow knows but cannot show (scientific data, films), or shows by running another program (EPS), or never in 8 bits.
 _NOT_SHOWN = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
 NO_PICTURES = frozenset(_NOT_SHOWN.split())

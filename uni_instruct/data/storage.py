@@ -178,13 +178,13 @@ class ZipStore:
             reason = reason_of(error).lower()
             raise FileFormatError(f"{path} is not a whole zip: {reason}", remedy="copy or prepare it again") from error
         self._names = [name for name, _ in entries]
-        self.folders = [name for name in self._names if name.endswith("/") and not is_dropping(name)]
+        self.folders = [name for name in self._names if name.endswith("/")]
         self._members = np.fromiter((_member(entry) for _, entry in entries), _MEMBER, count=len(entries))
         self._check_packing()
 
     def names(self) -> list[str]:
         """Every member."""
-        return [name for name in self._names if not name.endswith("/") and not is_dropping(name)]
+        return [name for name in self._names if not name.endswith("/")]
 
     def read(self, name: str) -> bytes:
         """The member's bytes, its checksum verified. Raises BadZipFile where they are not whole."""
@@ -210,10 +210,12 @@ class ZipStore:
             raise FileFormatError(problem, remedy="unpack it and give the folder")
 
     def _by_name(self, infos: list[zipfile.ZipInfo]) -> list[tuple[str, zipfile.ZipInfo]]:
-        """Members by name, sorted. Of two of one name the last counts, as for every program that unpacks."""
+        """Members by name, sorted, without droppings. Of two of one name the last counts, as for programs that unpack."""
         entries: dict[str, zipfile.ZipInfo] = {}
         for info in infos:
             name = plain_name(entry_name(info))
+            if is_dropping(name):
+                continue
             if stat.S_ISLNK(info.external_attr >> 16):
                 self.no_files.append(name)  # its content is the name of another
                 continue
@@ -276,7 +278,8 @@ def plain_name(name: str) -> str:
     '/a', './a' and '../a' are 'a': whoever wrote them stood elsewhere.
     """
     name = name.replace("\\", "/")
-    if _INDIRECT.search(name):
+    # Plain searches first: there may be a million names, and few need more.
+    if ("./" in name or "//" in name or name.startswith("/") or name.endswith("..")) and _INDIRECT.search(name):
         path = posixpath.normpath(name).lstrip("/")
         while path.startswith("../"):
             path = path[3:]
