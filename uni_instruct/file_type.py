@@ -79,13 +79,17 @@ def file_type(path: Path) -> FileType:
 
 def import_of_weights(source: Path) -> str:
     """The command that takes another project's weights: a file, or one in a folder, the index of several first; '' for none."""
-    if source.is_file():
-        found = [source] if source.name.endswith(INDEX) or file_type(source) in CHECKPOINTS else []
-    else:
-        paths = (path for pattern in ("*", "*/*") for path in sorted(source.glob(pattern)))
-        found = [path for path in paths if path.name.endswith(WEIGHTS)]
-    path = next((path for path in found if path.name.endswith(INDEX)), found[0] if found else None)
+    paths = [source]
+    if source.is_dir():
+        below = (path for pattern in ("*", "*/*") for path in sorted(source.glob(pattern)))
+        paths = sorted((path for path in below if path.name.endswith(WEIGHTS)), key=lambda path: not path.name.endswith(INDEX))
+    path = next(filter(_holds_weights, paths), None)
     return "" if path is None else f"'uni-instruct import {quote(str(path))} --out BUNDLE'"
+
+
+def _holds_weights(path: Path) -> bool:
+    """By content, as every .bin may be anything; an index is known by its name alone."""
+    return path.is_file() and (path.name.endswith(INDEX) or file_type(path) in CHECKPOINTS)
 
 
 def begins_as_image(head: bytes) -> bool:

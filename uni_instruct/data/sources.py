@@ -14,7 +14,7 @@ from uni_instruct.data.emoji import open_emoji
 from uni_instruct.data.fashion_mnist import open_fashion_mnist, with_fashion_mnist_names
 from uni_instruct.data.file_kinds import ImageForm
 from uni_instruct.data.folder import open_folder
-from uni_instruct.data.idx import has_idx, open_idx
+from uni_instruct.data.idx import beside_idx, has_idx, open_idx
 from uni_instruct.data.image_files import crop_and_resize, in_channels
 from uni_instruct.data.labels import first_label_note
 from uni_instruct.data.storage import UNREADABLE
@@ -96,7 +96,8 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
     if not _is_there(source):
         raise no_data(source)
     if path.is_dir() and has_idx(path):
-        return _brought_to(with_fashion_mnist_names(open_idx(path)), form)
+        dataset = with_fashion_mnist_names(open_idx(path))
+        return _brought_to(replace(dataset, note=joined_notes(dataset.note, beside_idx(path))), form)
     if has_cifar10(path):
         return _brought_to(open_cifar10(path), form)
     if path.is_dir() and has_tars(path):

@@ -175,6 +175,13 @@ def test_a_folder_of_such_files_says_what_to_do(tmp_path: Path, names: list[str]
             open_dataset(source)
 
 
+def test_files_of_data_that_are_called_as_weights_are_no_weights(tmp_path: Path) -> None:
+    """CIFAR-10's binary version."""
+    (tmp_path / "data_batch_1.bin").write_bytes(bytes(3073))
+    with pytest.raises(FileFormatError, match=r"no images but 1 file \(data_batch_1.bin\); give a folder of images"):
+        open_dataset(tmp_path)
+
+
 def test_a_zip_within_a_folder_is_given_itself_and_one_within_a_zip_unpacked(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     inner = zip_of(tmp_path / "x" / "inner.zip", {"1.png": png(np.zeros((4, 4), np.uint8))})
