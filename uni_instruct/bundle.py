@@ -251,6 +251,8 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
     shipped = f"{', '.join(shipped_generators()) or 'none'} (teachers: {', '.join(shipped_teachers()) or 'none'})"
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"
+    if command := import_of_weights(path):
+        remedy = f"import the weights there: {command}"
     raise RequestError(problem, remedy=remedy, param="bundle")
 
 

@@ -78,13 +78,19 @@ def file_type(path: Path) -> FileType:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), FileType.OTHER)
 
 
-def import_of_weights(folder: Path) -> str:
-    """The command that imports the weights in a folder of another project, preferably by their index. '' if there are none."""
-    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.name.endswith(WEIGHTS)]
-    if not found:
-        return ""
-    path = next((path for path in found if path.name.endswith(INDEX)), found[0])
-    return f"'uni-instruct import {quote(str(path))} --out BUNDLE'"
+def import_of_weights(source: Path) -> str:
+    """The command that imports weights of another project, from a file or a folder, an index first. '' if there are none."""
+    paths = [source]
+    if source.is_dir():
+        below = (path for pattern in ("*", "*/*") for path in sorted(source.glob(pattern)))
+        paths = sorted((path for path in below if path.name.endswith(WEIGHTS)), key=lambda path: not path.name.endswith(INDEX))
+    path = next(filter(_holds_weights, paths), None)
+    return "" if path is None else f"'uni-instruct import {quote(str(path))} --out BUNDLE'"
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether a file is an index, by its name, or a checkpoint, by its content: a .bin may be anything."""
+    return path.is_file() and (path.name.endswith(INDEX) or file_type(path) in CHECKPOINTS)
 
 
 def begins_as_image(head: bytes) -> bool:

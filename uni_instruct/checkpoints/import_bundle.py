@@ -14,9 +14,10 @@ from uni_instruct.card_usage import usage
 from uni_instruct.checkpoints.autoencoder_kl import StoredDecoder, read_decoder
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
 from uni_instruct.checkpoints.latent_map import LatentMap, find_latent_map, stated_latent_map
+from uni_instruct.checkpoints.sharded import content_sha256
 from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
-from uni_instruct.files import cache_folder, sha256
+from uni_instruct.files import cache_folder
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec, check_name
@@ -151,7 +152,7 @@ def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
     if not path.is_file():
         return Bundle.open(source)
     # Cached by the file's hash and this version, so another file of the same name, or a corrected reader, is imported again.
-    made_of = f"{sha256(path)}-{__version__}"
+    made_of = f"{content_sha256(path)}-{__version__}"
     folder = cache_folder() / "imported" / f"{made_of}-{role}"
     if not (folder / CONFIG).is_file():
         try:
@@ -209,7 +210,7 @@ def _spec(
     provenance: dict[str, object] = {
         "imported": {
             "file": request.origin if is_on_hub(request.origin) else path.name,
-            "sha256": sha256(path),
+            "sha256": content_sha256(path),
             "format": checkpoint.format,
             "network": stored.name,
             "class": stored.class_name or "read off the weights",

@@ -1,12 +1,14 @@
 """Weights in several files with an index, as Hugging Face's libraries save large models."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
-from uni_instruct.checkpoints.budget import UNSUPPORTED, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, MalformedFile, reading, shown
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.file_type import INDEX
+from uni_instruct.files import sha256
 
 _MAX_INDEX_BYTES = 64 << 20
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.\w+)")
@@ -33,6 +35,15 @@ def parts_of(index: Path) -> list[Path]:
         if not isinstance(name, str) or name != Path(name).name or not (index.parent / name).is_file():
             raise MalformedFile(f"names the part {shown(name)}, which is not beside it", "copy all parts beside it")
     return [index.with_name(name) for name in names]
+
+
+def content_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex; for an index, of all its parts as well, because two networks may have the same index."""
+    if not is_index(path):
+        return sha256(path)
+    with reading(str(path)):
+        hashes = [sha256(part) for part in (path, *parts_of(path))]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def check_is_whole(name: str) -> None:

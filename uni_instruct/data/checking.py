@@ -16,7 +16,7 @@ from uni_instruct.data.image_files import decode, size_mismatch
 from uni_instruct.data.labels import META, label_entries, label_mismatches, read_meta, stated_classes
 from uni_instruct.data.sources import is_data, is_named, is_npz, is_zip, no_such_data, open_dataset, source_parts
 from uni_instruct.data.storage import FolderStore, Store, ZipStore, name_in_store
-from uni_instruct.data.tar_files import TarStore, has_tars, is_tar, tar_images
+from uni_instruct.data.tar_files import TarStore, has_class_members, has_tars, is_tar, tar_images
 from uni_instruct.data.vae_latents import read_moments
 from uni_instruct.errors import FileFormatError
 from uni_instruct.progress import ProgressFactory, silent
@@ -91,7 +91,9 @@ def _check_part(source: str, form: ImageForm, with_progress: ProgressFactory) ->
             progress.advance(1)
     grey = form.channels is None and next(iter(by_shape), ())[2:] == (1,) and _is_stated_grey(store, names)
     wrong += [] if any_size else _wrong_sizes(store, by_shape, grey)
-    wrong += [] if isinstance(store, TarStore) else _label_problems(store, files, names)
+    # Only `open_dataset` joins several tars into one tree of files, so it checks their labels, and .cls members too.
+    checked_later = isinstance(store, TarStore) and (has_class_members(store) or path.is_dir())
+    wrong += [] if checked_later else _label_problems(store, files, names)
     places = {name: place for place, name in enumerate(files)}
     return Findings(images=len(files), wrong=tuple(sorted(wrong, key=lambda one: places.get(one.file, -1))))
 

@@ -16,7 +16,7 @@ from uni_instruct.data.image_files import (
     with_colour,
 )
 from uni_instruct.data.labels import META, RECORD, Description
-from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, has_suffix, naturally_sorted
+from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic, begins_as_image, import_of_weights
@@ -159,7 +159,7 @@ def dataset_of(content: Content, description: Description, skipped: str) -> Data
 
 def _multi_image_note(store: Store, files: list[str]) -> str:
     """A note on animations and scans of many pages, of which only the first picture is read; '' if there are none."""
-    may = [name for name in files if has_suffix(name, MULTI_IMAGE_SUFFIXES)]
+    may = [name for name in files if name.endswith(MULTI_IMAGE_SUFFIXES)]
     # An evenly spaced sample: opening a million files would take minutes.
     looked_at = [may[place * len(may) // _MAX_OPENED] for place in range(_MAX_OPENED)] if len(may) > _MAX_OPENED else may
     several = [name for name in looked_at if has_several_images(store, name)]

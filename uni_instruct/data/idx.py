@@ -11,7 +11,9 @@ import numpy as np
 
 from uni_instruct.data.dataset import ArrayReader, Dataset, number_names
 from uni_instruct.data.labels import first_label_note
+from uni_instruct.data.storage import FolderStore, naturally_sorted
 from uni_instruct.errors import FileFormatError
+from uni_instruct.printable import counted
 
 _UNSIGNED_BYTES = 0x08
 _SPLITS = ("train", "t10k")
@@ -52,6 +54,14 @@ def open_idx(folder: Path, split: str | None = None) -> Dataset:
         reader=ArrayReader(images[:, :, :, None]),
         note=first_label_note(labels),
     )
+
+
+def skipped_idx_note(folder: Path) -> str:
+    """A note on the other files in a folder of IDX files, such as those for testing; '' if there are none."""
+    split = next(split for split in _SPLITS if _find(folder, idx_files(split)[0]))
+    read = {path.name for name in idx_files(split) if (path := _find(folder, name))}
+    others = naturally_sorted(set(FolderStore(folder).names()) - read)
+    return f"{counted(others, 'file')} skipped: not of the split '{split}'" if others else ""
 
 
 def read_idx(path: Path) -> np.ndarray:

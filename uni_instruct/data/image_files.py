@@ -20,7 +20,8 @@ _SUFFIXES = (
 )
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 # Those that may hold several pictures. A PNG may too, but few do, and opening each would cost too much.
-MULTI_IMAGE_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".apng", ".webp", ".avif", ".avifs", ".fli", ".flc", ".dcx"})
+_MULTI_IMAGE = (".gif", ".tif", ".tiff", ".apng", ".webp", ".avif", ".avifs", ".fli", ".flc", ".dcx")
+MULTI_IMAGE_SUFFIXES = (*_MULTI_IMAGE, *map(str.upper, _MULTI_IMAGE))
 # Formats that Pillow recognises but cannot decode (scientific data, films), decodes by running another program (EPS), or never
 # decodes to 8 bits.
 _UNSUPPORTED = ".bufr .grib .h5 .hdf .mpg .mpeg .iim .eps .ps .wmf .emf .fit .fits .pfm"
@@ -209,8 +210,14 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in _DEEP_MODES or (image.mode == "I" and image.format == "PPM")
 
 
+_REMEDIES = {PermissionError: "make it readable, or remove it", FileNotFoundError: "put it back, or remove the link to it"}
+
+
 def _unreadable(store: Store, name: str, error: BaseException) -> FileFormatError:
     reason, remedy = reason_of(error), "replace or remove that file"
+    if isinstance(error, OSError) and error.strerror:  # an error of the system, not of Pillow
+        reason = error.strerror
+        remedy = _REMEDIES.get(type(error), remedy)
     if isinstance(error, Image.UnidentifiedImageError):
         reason, head = "not an image", store.head(name, 2 * HEAD)
         # Phones and photo programs also name such files .jpg.

@@ -14,7 +14,7 @@ from uni_instruct.data.emoji import open_emoji
 from uni_instruct.data.fashion_mnist import open_fashion_mnist, with_fashion_mnist_names
 from uni_instruct.data.file_kinds import ImageForm
 from uni_instruct.data.folder import open_folder
-from uni_instruct.data.idx import has_idx, open_idx
+from uni_instruct.data.idx import has_idx, open_idx, skipped_idx_note
 from uni_instruct.data.image_files import crop_and_resize, in_channels
 from uni_instruct.data.labels import first_label_note
 from uni_instruct.data.storage import UNREADABLE
@@ -65,12 +65,15 @@ def source_parts(source: str | Path) -> list[str]:
 
 def is_data(source: str) -> bool:
     """Whether a source, or one of several separated by commas, is a known name or an existing file or folder."""
-    return any(is_named(part) or _exists(Path(part)) for part in source_parts(source))
+    return any(is_named(part) or _exists(part) for part in source_parts(source))
 
 
-def _exists(path: Path) -> bool:
-    """Whether a file or folder exists. Devices and pipes do not count, because they may have no end."""
-    return path.is_file() or path.is_dir()
+def _exists(source: str) -> bool:
+    """Whether a file or folder exists. Devices and pipes do not count, because they may have no end.
+
+    An empty source does not count either, for example a script's empty variable. Path would take it as the working folder.
+    """
+    return bool(source) and (Path(source).is_file() or Path(source).is_dir())
 
 
 def is_named(source: str) -> bool:
@@ -80,9 +83,8 @@ def is_named(source: str) -> bool:
 
 def no_such_data(source: str) -> RequestError:
     """The error for a source that does not exist."""
-    return RequestError(
-        f"there is no data set {source}", remedy=f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}", param="source"
-    )
+    remedy = f"give one of {', '.join(DATASETS)}, or {_FILE_KINDS}"
+    return RequestError(f"there is no data set {source or 'without a name'}", remedy=remedy, param="source")
 
 
 def _open_one(source: str, form: ImageForm) -> Dataset:
@@ -92,16 +94,17 @@ def _open_one(source: str, form: ImageForm) -> Dataset:
     if source.startswith(_EMOJI_OF):
         return _in_form(open_emoji(Path(source.removeprefix(_EMOJI_OF)).expanduser()), form)
     path = Path(source)
+    if not _exists(source):
+        raise no_such_data(source)
     if path.is_dir() and has_idx(path):
-        return _in_form(with_fashion_mnist_names(open_idx(path)), form)
+        dataset = with_fashion_mnist_names(open_idx(path))
+        return _in_form(replace(dataset, note=joined_notes(dataset.note, skipped_idx_note(path))), form)
     if has_cifar10(path):
         return _in_form(open_cifar10(path), form)
     if path.is_dir() and has_tars(path):
         return open_tars(path, form)
     if path.is_dir():
         return open_folder(path, form)
-    if not path.is_file():
-        raise no_such_data(source)
     if is_npz(path):
         return _in_form(open_npz(path), form)
     if is_zip(path):

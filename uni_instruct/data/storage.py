@@ -179,13 +179,13 @@ class ZipStore:
             reason = reason_of(error).lower()
             raise FileFormatError(f"{path} is not a whole zip: {reason}", remedy="copy or prepare it again") from error
         self._names = [name for name, _ in entries]
-        self.folders = [name for name in self._names if name.endswith("/") and not is_ignored(name)]
+        self.folders = [name for name in self._names if name.endswith("/")]
         self._members = np.fromiter((_member(entry) for _, entry in entries), _MEMBER, count=len(entries))
         self._check_packing()
 
     def names(self) -> list[str]:
         """Every member that is a file and not ignored."""
-        return [name for name in self._names if not name.endswith("/") and not is_ignored(name)]
+        return [name for name in self._names if not name.endswith("/")]
 
     def read(self, name: str) -> bytes:
         """The member's bytes, with their checksum verified. Raises BadZipFile if they are damaged."""
@@ -211,10 +211,12 @@ class ZipStore:
             raise FileFormatError(problem, remedy="unpack it and give the folder")
 
     def _by_name(self, infos: list[zipfile.ZipInfo]) -> list[tuple[str, zipfile.ZipInfo]]:
-        """Members sorted by name. If two have one name, the last counts, as in programs that unpack zips."""
+        """Members sorted by name, without ignored files. If two have one name, the last counts, as in programs that unpack."""
         entries: dict[str, zipfile.ZipInfo] = {}
         for info in infos:
             name = plain_name(entry_name(info))
+            if is_ignored(name):
+                continue
             if stat.S_ISLNK(info.external_attr >> 16):
                 self.special_files.append(name)  # a link: its content is the name of another file
                 continue
@@ -277,7 +279,8 @@ def plain_name(name: str) -> str:
     '/a', './a' and '../a' become 'a': they were written relative to another folder.
     """
     name = name.replace("\\", "/")
-    if _INDIRECT.search(name):
+    # Simple searches first, because they are faster: there may be a million names, and few need the expression.
+    if ("./" in name or "//" in name or name.startswith("/") or name.endswith("..")) and _INDIRECT.search(name):
         path = posixpath.normpath(name).lstrip("/")
         while path.startswith("../"):
             path = path[3:]

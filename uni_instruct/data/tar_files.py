@@ -176,7 +176,7 @@ def _by_tree(store: TarStore, files: list[str]) -> Description:
         description = read_description(store, files, meta)
     else:
         description = read_description(_AsOneTree(store), [_within_tar(name) for name in files], meta)
-    captions = [name for name in store.names() if name.endswith(_CAPTION_SUFFIXES) and name.rpartition("/")[2] != META]
+    captions = _captions(store, files)
     if not captions or description.labels is not None or meta.has_labels:
         return description
     note = f"{counted(captions, 'file')} skipped: classes beside images are read only from {_CLASS}"
@@ -210,9 +210,21 @@ def _beside_tars(store: TarStore) -> list[str]:
 
 def tar_images(store: TarStore) -> DataFiles:
     """The images of tars, without the classes and captions beside them. Raises FileFormatError if there are none."""
-    return data_files(
-        store, [name for name in store.names() if not _is_class(name) and not name.endswith(_CAPTION_SUFFIXES)], _REMEDY
-    )
+    found = data_files(store, [name for name in store.names() if not _is_class(name)], _REMEDY)
+    captions = set(_captions(store, found.files))
+    return found._replace(skipped=[name for name in found.skipped if name not in captions])
+
+
+def has_class_members(store: TarStore) -> bool:
+    """Whether classes are in members beside the images, KEY.cls. Then nothing else states them."""
+    return any(map(_is_class, store.names()))
+
+
+def _captions(store: TarStore, files: list[str]) -> list[str]:
+    """Captions and metadata: members with the key of an image."""
+    keys = {_key(name) for name in files}
+    captions = [name for name in store.names() if name.endswith(_CAPTION_SUFFIXES) and name.rpartition("/")[2] != META]
+    return [name for name in captions if _key(name) in keys]
 
 
 def image_members(names: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.checkpoint import read_checkpoint
-from uni_instruct.checkpoints.import_bundle import choose_network
+from uni_instruct.checkpoints.import_bundle import choose_network, open_or_import
 from uni_instruct.checkpoints.state_dict_adapter import translate
 from uni_instruct.errors import FileFormatError
 
@@ -64,6 +64,17 @@ def test_weights_in_several_files_are_read_by_their_index(
     check_is_whole(index, tiny_bundle)
     assert cli("inspect", index)[1].startswith("checkpoint: sharded weights, ")
     assert cli("import", index, "--out", tmp_path / "b")[0] == 0
+
+
+def test_two_networks_of_one_index_are_kept_apart(tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index says names and files: of two trainings of one network it is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scales = []
+    for scale in (1.0, 2.0):
+        (tmp_path / str(scale)).mkdir()
+        index = sharded(tmp_path / str(scale), state_of(tiny_bundle, scale=scale))
+        scales.append(open_or_import(str(index), "teacher").weights()["model.map_layer0.weight"])
+    assert np.allclose(scales[1], 2 * scales[0])
 
 
 def test_a_part_alone_names_the_index(tmp_path: Path, tiny_bundle: Bundle, cli: Cli) -> None:
@@ -192,6 +203,19 @@ def test_a_folder_of_another_project_names_the_file_to_give(tmp_path: Path, tiny
         assert (code, len(errors.splitlines())) == (2, 1)
         assert f"'uni-instruct import {file} --out BUNDLE'" in errors
     assert cli("import", file, "--out", tmp_path / "b")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["generate {} --seeds 0 --out x", "export {} --to onnx", "benchmark {}", "card {}"])
+def test_weights_in_place_of_a_bundle_are_answered_with_the_import(
+    tmp_path: Path, tiny_bundle: Bundle, cli: Cli, command: str
+) -> None:
+    path = saved(tmp_path / "pytorch_model.bin", state_of(tiny_bundle))
+    for source in (path, tmp_path):
+        code, _, errors = cli(*command.format(source).split())
+        said = (
+            f"is not a bundle (it has no config.json); import the weights there: 'uni-instruct import {path} --out BUNDLE'"
+        )
+        assert (code, said in errors) == (2, True), errors
 
 
 def test_a_folder_without_weights_is_said_to_be_none(tmp_path: Path, cli: Cli) -> None:

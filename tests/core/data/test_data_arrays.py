@@ -3,6 +3,7 @@
 import gzip
 import os
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,18 @@ def test_images_of_no_pixels_are_refused(tmp_path: Path, shape: tuple[int, ...])
     write_idx(tmp_path, np.zeros(shape[:3], np.uint8), np.zeros(3, np.uint8))
     with pytest.raises(FileFormatError, match="at least one pixel"):
         open_dataset(tmp_path)
+
+
+def test_what_lies_beside_idx_files_is_counted(tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+    """MNIST comes with its images for testing, which are left out."""
+    write_idx(tmp_path, np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.uint8))
+    assert open_dataset(tmp_path).note == ""
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"x")
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "1.png").write_bytes(png(IMAGES[0, :, :, 0]))
+    note = "2 files (extra/1.png, t10k-images-idx3-ubyte) skipped: not of the split 'train'"
+    assert open_dataset(tmp_path).note == check_data(str(tmp_path)).note == note
+    assert note in cli("inspect", tmp_path)[1]
 
 
 def test_a_packed_idx_file_is_read_no_further_than_its_header_says(tmp_path: Path) -> None:

@@ -132,6 +132,17 @@ def test_a_device_or_a_pipe_is_no_data_set(tmp_path: Path, cli: Cli) -> None:
             assert (code, str(source) in errors, len(errors.splitlines())) == (2, True, 1)
 
 
+@pytest.mark.parametrize("command", [["data", "check"], ["inspect"], ["data", "prepare", "--out", "x.zip"]])
+def test_an_empty_name_is_not_the_working_folder(
+    tmp_path: Path, cli: Cli, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a script's variable is empty."""
+    (tmp_path / "1.png").write_bytes(GREY)
+    monkeypatch.chdir(tmp_path)
+    assert cli(*command, "")[0] == 2
+    assert cli(*command, ".")[0] == 0
+
+
 def test_latents_that_are_wrong_are_named(tmp_path: Path) -> None:
     good = np.ones((8, 2, 2), np.float32)
     files = {"0.npy": good, "1.npy": np.ones((8, 4, 2), np.float32), "2.npy": -good, "3.npy": good, "4.npy": good[:4]}

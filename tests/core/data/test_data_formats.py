@@ -1,10 +1,14 @@
 """Files that hold images in ways that are not read, and files of several pictures: named, with what to do about them."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +101,39 @@ def test_a_pointer_of_lfs_in_place_of_a_file_is_named_by_every_command(tmp_path:
         assert (code, "a pointer of Git LFS" in output + errors) == (2, True), (command, output, errors)
 
 
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (errno.EACCES, "Permission denied; make it readable, or remove it"),
+        (errno.ENOENT, "No such file or directory; put it back, or remove the link to it"),
+        (errno.EIO, "Input/output error; replace or remove that file"),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, line: str
+) -> None:
+    """As where a file goes while a training runs."""
+    (tmp_path / "a.png").write_bytes(encoded("PNG", 1))
+    dataset = open_dataset(tmp_path)
+
+    def refused(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(FileFormatError, match=rf"a\.png in .* cannot be read: {line}$"):
+        dataset.images([0])
+
+
+def test_broken_metadata_of_a_photograph_is_no_noise(tmp_path: Path) -> None:
+    """Pillow warns at each reading, without the photograph's name."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x03\x01\x12\0\x03\0\0\0\x01\0\x01\0\0\x87\x69\0\x04"
+    PICTURES[0].save(tmp_path / "a.jpg", exif=exif)
+    command = [sys.executable, "-m", "uni_instruct", "data", "check", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "nothing is wrong" in done.stdout
+    assert "Warning" not in done.stderr
+
+
 FILES = {
     "x.npy": (npy(np.zeros((3, 4, 4, 3), np.uint8)), "a single array, which must be saved as arr_0 of an .npz"),
     "x.parquet": (b"PAR1" + bytes(80) + b"PAR1", "a table or a container of arrays, whose images must be saved as files"),
@@ -136,6 +173,13 @@ def test_a_folder_of_such_files_says_what_to_do(tmp_path: Path, names: list[str]
     for source in (tmp_path / "x", zip_of(tmp_path / "x.zip", files)):
         with pytest.raises(FileFormatError, match=rf"has no images but \d files? .*; {remedy}"):
             open_dataset(source)
+
+
+def test_files_of_data_that_are_called_as_weights_are_no_weights(tmp_path: Path) -> None:
+    """CIFAR-10's binary version."""
+    (tmp_path / "data_batch_1.bin").write_bytes(bytes(3073))
+    with pytest.raises(FileFormatError, match=r"no images but 1 file \(data_batch_1.bin\); give a folder of images"):
+        open_dataset(tmp_path)
 
 
 def test_a_zip_within_a_folder_is_given_itself_and_one_within_a_zip_unpacked(tmp_path: Path) -> None:
