@@ -160,7 +160,7 @@ SAID: dict[str, Callable[[_Drawn], _Said]] = {
     "a number": _content({"labels": 3}, "are not a list of"),
     "of no file's name": _content({"labels": [[1, 0], [2, 0]]}, "are not a list of"),
     "triples": _content({"labels": [["a.png", 0, 1]]}, "are not a list of"),
-    "a list at the top": _content([1], "is not an object"),
+    "a list at the top": _content([1], "is not a JSON object"),
     "no JSON": _content("{,", "is not JSON"),
     "classes in words": _content({"labels": None, "num_classes": "ten"}, "num_classes ten in .* is not a number"),
 }

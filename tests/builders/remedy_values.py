@@ -136,7 +136,7 @@ VALUES = [
           lambda remedy, tmp: read(folder(tmp, b__2_png=GREY) if "add images" in remedy else tmp)),
     Value("uni_instruct/data/file_kinds.py", "{} has no images{}", lambda tmp: read(folder(tmp, a_txt=b"x")),
           lambda remedy, tmp: read(folder(tmp, a_png=GREY) if "give a folder of images" in remedy else tmp)),
-    Value(L, "{} in {} is not an object", lambda tmp: labelled(tmp, []),
+    Value(L, "{} in {} is not a JSON object", lambda tmp: labelled(tmp, []),
           lambda remedy, tmp: labelled(tmp, {"labels": [["a.png", 0], ["b.png", 1]]} if "[file, class]" in remedy else None)),
     Value(L, "labels in {} of {} are not a list", lambda tmp: labelled(tmp, {"labels": 3}),
           lambda remedy, tmp: labelled(tmp, {"labels": json.loads(found(r"or (null)", remedy))})),

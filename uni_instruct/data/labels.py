@@ -126,7 +126,7 @@ def read_meta(store: Store, names: list[str]) -> Meta:
             f"{META} in {store.path} is not JSON: {reason_of(error)}", remedy="correct it, or prepare it again"
         ) from error
     if not isinstance(content, dict):
-        raise FileFormatError(f"{META} in {store.path} is not an object", remedy='write {"labels": [[file, class], ...]}')
+        raise FileFormatError(f"{META} in {store.path} is not a JSON object", remedy='write {"labels": [[file, class], ...]}')
     return Meta(content, name.removesuffix(META), found=True)
 
 

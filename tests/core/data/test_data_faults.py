@@ -92,7 +92,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut zip": (truncated_zip, r"cut\.zip is not a whole zip"),
     "zip without images": (zip_with({}), r"made\.zip has no images"),
     "json": (zip_with("{", "a.png"), r"dataset\.json in .*made\.zip is not JSON"),
-    "json list": (zip_with([], "a.png"), r"dataset\.json in .* is not an object"),
+    "json list": (zip_with([], "a.png"), r"dataset\.json in .* is not a JSON object"),
     "label missing": (zip_with({"labels": [["b.png", 0]]}, "a.png"), r"a\.png in .* has no label in dataset\.json"),
     "labels": (zip_with({"labels": 3}, "a.png"), r"labels in .* are not a list of \[file, class\]"),
     "label": (zip_with({"labels": [["a.png", "cat"]]}, "a.png"), r"a\.png in .* has label cat, which is not a class"),
