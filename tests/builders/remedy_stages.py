@@ -209,7 +209,7 @@ CORE = [
     Value(D, "data set '{}' has labels in", lambda _: data([0, 1, 2, 3]), lambda remedy, _: data([0, 1, 2, int(found(r"0\.\.(\d)", remedy))])),
     Value("uni_instruct/data/tar_files.py", "{} has no {}", lambda tmp: tar(tmp, a_png=GREY, a_cls=b"0", b_png=GREY),
           lambda remedy, tmp: tar(tmp, a_png=GREY, a_cls=b"0", b_png=GREY, b_cls=said(remedy, "every image a class", b"1"))),
-    Value("uni_instruct/data/tar_files.py", "{} in {} holds {}", lambda tmp: tar(tmp, a_png=GREY, a_cls=b"cat"),
+    Value("uni_instruct/data/tar_files.py", "{} in {} holds {}, not a class id", lambda tmp: tar(tmp, a_png=GREY, a_cls=b"cat"),
           lambda remedy, tmp: tar(tmp, a_png=GREY, a_cls=said(remedy, "class ids below", b"3"))),
     Value("uni_instruct/sampling/forms.py", "there are no samples at", lambda tmp: read_samples(tmp / "none.npz"),
           lambda remedy, tmp: read_samples(written(tmp / "none.npz", found(r"'(\w+) --out'", remedy)))),

@@ -269,8 +269,9 @@ def _is_class(name: str) -> bool:
 def _class_id(store: TarStore, name: str) -> int:
     text = store.read(name).decode("utf-8", "replace").strip()
     if not text.isdecimal() or len(text) > 9 or int(text) >= MAX_CLASSES:
-        problem = f"{name} in {store.path} holds {text[:20]!r}, not a class id"
-        raise FileFormatError(problem, remedy=f"write class ids below {MAX_CLASSES}")
+        raise FileFormatError(
+            f"{name} in {store.path} holds {text[:20]!r}, not a class id", remedy=f"write class ids below {MAX_CLASSES}"
+        )
     return int(text)
 
 

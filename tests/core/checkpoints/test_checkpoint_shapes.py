@@ -212,9 +212,7 @@ def test_weights_in_place_of_a_bundle_are_answered_with_the_import(
     path = saved(tmp_path / "pytorch_model.bin", state_of(tiny_bundle))
     for source in (path, tmp_path):
         code, _, errors = cli(*command.format(source).split())
-        said = (
-            f"is not a bundle (it has no config.json); import the weights there: 'uni-instruct import {path} --out BUNDLE'"
-        )
+        said = f"is not a bundle (it has no config.json); import the weights there: 'uni-instruct import {path} --out BUNDLE'"
         assert (code, said in errors) == (2, True), errors
 
 
