@@ -1,4 +1,4 @@
-"""Hours of bad company: `python benchmarks/soak.py [--bundle digits] [--minutes 30]`, or `make soak MINUTES=30`. Linux only.
+"""Overload and broken clients: `python benchmarks/soak.py [--bundle digits] [--minutes 30]`, or `make soak MINUTES=30`. Linux.
 
 A server of its own is asked for twice as many images as it can make, by clients of whom some hang up, some send garbage and
 some open the demo's page. Every image is held against the one made here from its seed. Exit code 1, with the promises that were

@@ -17,5 +17,5 @@ def export_bundle(bundle: Bundle | str | Path, to: str = "onnx-fp32", device: st
     """
     fitting = [str(target.engine_id) for target in choose_targets([to])] if to in TO else [to]
     if len(fitting) != 1 or to == ALL:
-        raise RequestError(f"target '{to}' is several", remedy=f"choose one of {', '.join(fitting)}", param="to")
+        raise RequestError(f"target '{to}' names several engines", remedy=f"choose one of {', '.join(fitting)}", param="to")
     return export_engine(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle), fitting[0], device)

@@ -100,7 +100,7 @@ def published_card(
         rounding=_rounding(rounding, spec.num_classes) if rounding else f"`{WEIGHTS}` holds {bundle.stored_precision()}.",
         engine=record.file,
         runtime=record.id.runtime,
-        invariance=f"{'the same' if parity['batch_invariant'] else 'not the same'} bytes whatever the batch",
+        invariance=f"its images {'do not depend' if parity['batch_invariant'] else 'depend'} on the batch size",
         latency=", ".join(f"{ms:.1f} ms for {n} image{'s' if int(n) > 1 else ''}" for n, ms in parity["latency_ms"].items()),
         training=_training(spec.provenance),
         licence=spec.licence,
@@ -148,7 +148,7 @@ def _scores(scores: Sequence[EvaluationResult], weights_sha256: str) -> str:
     The table has a row per metric and a column per set of seeds. If there are several sets, mean and spread come first.
     """
     if not scores:
-        return "Nothing was measured; `uni-instruct evaluate . --reference DATA` does."
+        return "No scores were measured; `uni-instruct evaluate . --reference DATA` measures them."
     columns = [column for facts in scores for column in _columns(facts)]
     names = dict.fromkeys(name for _, cells in columns for name in cells)
     heads = [head for head, _ in columns]
@@ -198,8 +198,8 @@ def _extractors(scores: Sequence[EvaluationResult]) -> str:
     """Text that names the feature extractors used: scores compare only if they are of the same extractor."""
     found = {(facts.get("extractor") or {}).get("sha256"): facts for facts in scores}
     texts = [
-        f"Features: {facts['extractor'].get('name')}, sha256 {digest[:16]}. Numbers compare where that hash is the same. The "
-        "classifiers for generators that ship come with the package; others are trained where they are needed."
+        f"Features: {facts['extractor'].get('name')}, sha256 {digest[:16]}. Scores can be compared if this hash is the same. "
+        "The classifiers for shipped generators come with the package; others are trained when they are needed."
         for digest, facts in found.items()
         if digest
     ]
@@ -229,7 +229,7 @@ def _training(provenance: Mapping[str, object]) -> str:
     # Recipes without a section `objective` are of an earlier version, and can no longer be read.
     commands = f"\n```\nuni-instruct train recipe.yaml --out RUN\nuni-instruct publish RUN --out {recipe.get('name')}\n```\n"
     outdated = "objective" not in recipe
-    note = provenance.get("note") or ("in the form of an earlier version, which is read no longer" if outdated else "")
+    note = provenance.get("note") or ("in an earlier version's format, which can no longer be read" if outdated else "")
     return _TRAINING.format(
         commands="" if outdated else commands,
         note=f" ({note})" if note else "",

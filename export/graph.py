@@ -81,8 +81,8 @@ def write_graph(
     size += (bundle.path / DECODER).stat().st_size if bundle.spec.decoder else 0
     if size > MAX_FILE_BYTES:
         raise RequestError(
-            f"{bundle.path} holds {size} bytes of float32 weights, one ONNX file at most {MAX_FILE_BYTES}",
-            remedy="use the torch engine for it",
+            f"{bundle.path} has {size} bytes of float32 weights, and one ONNX file can hold at most {MAX_FILE_BYTES}",
+            remedy="use --engine torch-fp32, which needs no export",
         )
     model, arrays = _export(bundle, norm, DTYPES[precision], opset, cast_last)
     gc.collect()  # objects of the exporter that refer to each other

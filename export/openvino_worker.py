@@ -16,16 +16,16 @@ from uni_instruct.export.mixed_precision import prepare, rounded_convolutions, w
 from uni_instruct.export.quantize import quantized
 from uni_instruct.processes import release_freed_memory, release_large_blocks
 
-ALL_BF16 = "all of it in bf16"
+ALL_BF16 = "all layers in bf16"
 # Way -> arguments of `sensitive_layers`: which convolutions keep float32. In these ways, sums and norms keep it too.
 FLOAT32_CONVOLUTIONS = {
     "convolutions in bf16": {"first_block": False},
     "most convolutions in bf16": {},
-    "convolutions in bf16, but the first and the last block's": {"last_block": True},
+    "convolutions in bf16, except those of the first and the last block": {"last_block": True},
 }
 # int8's most exact way: the first quarter of its convolutions stay in bf16. They do few of the FLOPs (6 % in fashion-mnist)
 # and gain about 1 dB of PSNR (docs/export.md, "int8").
-FIRST_QUARTER_BF16 = "convolutions in bf16, and the first quarter of int8's"
+FIRST_QUARTER_BF16 = "convolutions in bf16, including the first quarter of those for int8"
 # NNCF imports these, if installed, to find out whether the graph is one of theirs. That takes 200 MB, so it is prevented.
 _NOT_NEEDED = ("torch", "onnx")
 

@@ -32,6 +32,7 @@ HEAVY_BATCH = 8
 MIXED_EVERY = 3
 # The share of the tolerance that an engine may use if there is a more exact way to build it.
 MARGIN = 0.75
+_DISCARDED = "the engine was discarded; use an engine of another precision or runtime, or torch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +82,19 @@ def verify(
     pixels, denoised = reference_outputs(bundle, z, class_ids)
     report = compare(seeds, bundle.spec, results, pixels, denoised, TOLERANCES[record.id.precision])
     if with_margin and not _has_margin(record.id, report):
-        raise ParityError(f"the {record.id} engine, {record.way}, does not agree with room to spare", remedy="it was discarded")
+        raise ParityError(  # `export_engine` catches this and tries the next way
+            f"the {record.id} engine, {record.way}, does not agree with torch by a margin",
+            remedy="a more exact way to build it is tried",
+        )
     if problem := _problem(record.id, report):
         worst = slice(seeds.index(report.worst_seed), seeds.index(report.worst_seed) + 1)
         inputs = Inputs(z[worst], None if class_ids is None else class_ids[worst])
         file, limit = folder / record.file, report.tolerance.relative_l2
         layer = first_wrong_layer(bundle, file, record.id.precision, inputs, limit)
-        where = f"; the first layer that strays is {layer}" if layer else ""
+        where = f"; the first layer that differs is {layer}" if layer else ""
         raise ParityError(
             f"{problem} (worst seed {report.worst_seed}){where}",
-            remedy="the engine was discarded; use an engine of another precision or runtime, or torch",
+            remedy=_DISCARDED,
         )
     return cast(ParityReport, asdict(report))
 
@@ -138,7 +142,7 @@ def run_worker(
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             if done.returncode == DiskError.exit_code:
                 raise DiskError(reason.partition(";")[0], remedy="free space, or set TMPDIR to a folder that has it")
-            raise ParityError(f"the {engine_id} engine does not run: {reason}", remedy="it was discarded")
+            raise ParityError(f"the {engine_id} engine failed to run: {reason}", remedy=_DISCARDED)
         with np.load(outputs) as data:
             return dict(data)
 
@@ -189,25 +193,25 @@ def _problem(engine_id: EngineId, report: Report) -> str:
     """What is out of tolerance, in words; '' if nothing is."""
     tolerance = report.tolerance
     if not report.finite:
-        return f"the {engine_id} engine or torch gives values that are not finite"
+        return f"the {engine_id} engine or torch returns NaN or infinite values"
     if not report.relative_l2 <= tolerance.relative_l2:
         return (
-            f"the {engine_id} engine differs from torch by {report.relative_l2:.1e} (relative L2), more than "
-            f"{tolerance.relative_l2:.0e}"
+            f"images of the {engine_id} engine differ from torch's by a relative L2 distance of {report.relative_l2:.1e} "
+            f"(at most {tolerance.relative_l2:.0e} is allowed)"
         )
     if report.largest_pixel_difference > tolerance.pixel_difference:
         return (
-            f"a pixel of the {engine_id} engine differs from torch by {report.largest_pixel_difference} levels, more than "
-            f"{tolerance.pixel_difference}"
+            f"a pixel of the {engine_id} engine differs from torch's by {report.largest_pixel_difference} of 255 levels "
+            f"(at most {tolerance.pixel_difference} are allowed)"
         )
     if report.psnr_db < tolerance.psnr_db:
         return (
-            f"pixels of the {engine_id} engine have a PSNR of {report.psnr_db:.1f} dB to torch's, less than "
-            f"{tolerance.psnr_db:.0f}"
+            f"the PSNR between pixels of the {engine_id} engine and torch's is {report.psnr_db:.1f} dB "
+            f"(at least {tolerance.psnr_db:.0f} dB is required)"
         )
     if engine_id.precision == "int8" and report.feature_shift > MAX_SHIFT:
         return (
-            f"images of the {engine_id} engine are shifted by {report.feature_shift:.1%} (feature distance), more than "
-            f"{MAX_SHIFT:.0%}"
+            f"the distribution of images of the {engine_id} engine is shifted from torch's by {report.feature_shift:.1%} "
+            f"in feature distance (at most {MAX_SHIFT:.0%} is allowed)"
         )
     return ""

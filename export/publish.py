@@ -18,7 +18,7 @@ from uni_instruct.export.card import Rounding, published_card, teacher_weights
 from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.export.half_precision import half_precision_changes, rounding_of, too_large, without_half
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
-from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder
+from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, refuse_file_name
 from uni_instruct.generate import by_class, generate_batches, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.progress import ProgressFactory, silent
@@ -75,7 +75,7 @@ def publish(source: str | Path, out: Path, scores: Sequence[Path] = (), with_pro
 
 def _publish_teacher(original: Bundle, out: Path, scores: Sequence[Path], with_progress: ProgressFactory) -> Publication:
     if scores:
-        problem = f"{original.path} is a teacher: its card keeps the scores that its training measured"
+        problem = f"{original.path} is a teacher, and its card already has the scores from its training"
         raise RequestError(problem, remedy="leave --scores out", param="scores")
     _check_replaceable(out, original)
     samples, weights = original.path / SAMPLES, original.weights()
@@ -203,30 +203,34 @@ def sample_sheet(bundle: Bundle, with_progress: ProgressFactory = silent) -> tup
 
 def read_scores(path: Path) -> EvaluationResult:
     """Read scores of a generator, as `evaluate --json` writes them. Raises FileFormatError for anything else."""
-    remedy = "give what 'uni-instruct evaluate GENERATOR --json' printed"
+    remedy = "pass a file with the output of 'uni-instruct evaluate GENERATOR --json'"
     try:
         facts = parse_result(json.loads(path.read_text()))
         required = (facts["scores"]["generator"]["weights_sha256"], facts["reference"]["name"], facts["seeds"])
     except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{path} holds no scores of a generator", remedy=remedy, param="scores") from error
+        raise FileFormatError(f"{path} does not hold the scores of a generator", remedy=remedy, param="scores") from error
     if not all(isinstance(value, str) for value in required):
-        raise FileFormatError(f"{path} does not say what was scored", remedy=remedy, param="scores")
+        raise FileFormatError(
+            f"{path} lacks the hash of the weights, the name of the reference or the seeds", remedy=remedy, param="scores"
+        )
     return facts
 
 
 def check_scores(scores: Sequence[EvaluationResult], original: Bundle, published: Bundle) -> None:
     """Raises RequestError if any scores are of weights that are neither the original nor the published ones."""
     for facts in scores:
-        found = facts["scores"]["generator"]["weights_sha256"]
+        generator = facts["scores"]["generator"]
+        found = generator["weights_sha256"]
         if found not in (original.weights_sha256, published.weights_sha256):
             raise RequestError(
-                f"scores of {facts['scores']['generator'].get('source')} are of other weights, sha256 {str(found)[:16]}",
-                remedy="evaluate what is published",
+                f"the scores of {generator.get('source')} were measured on other weights (sha256 {str(found)[:16]}...)",
+                remedy="run 'uni-instruct evaluate' on the generator that is published",
                 param="scores",
             )
 
 
 def _check_replaceable(out: Path, original: Bundle) -> None:
+    refuse_file_name(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     published: object = {}
@@ -234,7 +238,7 @@ def _check_replaceable(out: Path, original: Bundle) -> None:
         published = Bundle.open(out).spec.provenance.get("published")
     if not isinstance(published, dict) or published.get("weights_sha256") != original.weights_sha256:
         raise RequestError(
-            f"{out} holds something else than an earlier publication of these weights",
+            f"{out} exists, and is not an earlier publication of these weights",
             remedy="name another folder",
             param="out",
         )

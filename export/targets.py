@@ -56,8 +56,8 @@ class Target:
         """The target for one compute capability. Raises RequestError if the precision is not available for it."""
         if sm not in self.sms:
             raise RequestError(
-                f"{self.engine_id.runtime} has no {self.engine_id.precision} for sm{sm}",
-                remedy=f"it has it for {', '.join(map(str, self.sms))}",
+                f"{self.engine_id.runtime} cannot build {self.engine_id.precision} engines for sm{sm}",
+                remedy=f"choose from {', '.join(map(str, self.sms))}",
                 param="sm",
             )
         return replace(self, engine_id=replace(self.engine_id, target=f"sm{sm}"))
@@ -129,7 +129,7 @@ TARGETS = {
             )
             for precision, suffix, more, words in (
                 ("fp32", "onnx", (), "in fp32"),
-                ("bf16", "zip", (), "large layers in bf16 where the processor has it"),
+                ("bf16", "zip", (), "large layers in bf16 if the processor has it"),
                 ("int8", "zip", ("nncf",), "large 3x3 convolutions in int8"),
             )
         ),
@@ -145,7 +145,7 @@ TARGETS = {
             )
             for runtime, words, extra in (
                 ("tensorrt", "TensorRT on this machine's kind of GPU", "gpu"),
-                ("tensorrt-rtx", "TensorRT-RTX on the GPUs of --sm, which need not be here", "tensorrt-rtx"),
+                ("tensorrt-rtx", "TensorRT-RTX on the GPUs that --sm names, which this machine need not have", "tensorrt-rtx"),
             )
             for precision, sms in CAPABILITIES[runtime].items()
         ),
@@ -205,8 +205,8 @@ def _for_gpus(row: Target, sms: Sequence[int], precision_given: bool, all_given:
     wanted = list(sms) or sorted({gpu.sm for gpu in gpus()})
     if not wanted and not all_given:
         raise RequestError(
-            f"{row.engine_id.runtime} engines are built for one kind of GPU, and there is none here",
-            remedy=f"say for which, as --sm 89; choose from {', '.join(map(str, known))}",
+            f"each {row.engine_id.runtime} engine is built for one kind of GPU, and this machine has no GPU",
+            remedy=f"name the compute capability, such as --sm 89 for 8.9; choose from {', '.join(map(str, known))}",
             param="sm",
         )
     return [row.for_gpu(sm) for sm in wanted if precision_given or sm in row.sms]

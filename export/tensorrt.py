@@ -33,7 +33,7 @@ def check_machine(runtime: str, sm: int) -> None:
         return
     found = f"has {', '.join(f'sm{one}' for one in here)}" if here else "has no GPU"
     raise RequestError(
-        f"{runtime} builds for sm{sm} on such a GPU alone, and this machine {found}",
+        f"{runtime} can build for sm{sm} only on a machine with such a GPU, and this machine {found}",
         remedy="export on the machine that will run it, or use --to tensorrt-rtx",
         param="sm",
     )

@@ -31,7 +31,7 @@ def first_wrong_layer(bundle: Bundle, file: Path, precision: str, inputs: Inputs
     truth = _of_module(bundle, inputs)
     for name, expected in truth.items():
         if name in found and not (distance := relative_l2(found[name], expected)) <= limit:  # `not <=`, as NaN is wrong too
-            return f"{name.removesuffix('.weight')} ({distance:.1e})"
+            return f"{name.removesuffix('.weight')} (relative L2 {distance:.1e})"
     return None
 
 

@@ -52,7 +52,7 @@ def _checked(texts: Iterable[str], source: str) -> list[bytes]:
     keys = [text.strip() for text in texts if text.strip()]
     if not keys:
         # Accepting an empty list would leave the server open although its owner believes that it is protected.
-        raise RequestError(f"{source} holds no key", remedy="give one, or leave the variable out for an open server")
+        raise RequestError(f"{source} contains no key", remedy="add one, or unset the variable to serve without API keys")
     for key in keys:
         if any(character.isspace() or not character.isprintable() for character in key):
             raise RequestError(

@@ -251,7 +251,7 @@ async def _handled(models: Models, handler: Handler, request: Request) -> Respon
         return Response(status_code=CLIENT_LEFT)
     except Exception:
         logger.exception("%s %s failed", request.method, request.url.path)
-        return error_response(UniInstructError("something failed in the server", remedy="its log says more"))
+        return error_response(UniInstructError("internal error", remedy="see the server's log"))
 
 
 def _counted_exception(models: Models) -> Callable[[Request, Exception], Awaitable[Response]]:
@@ -270,10 +270,10 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = error.headers or {}
     if error.status_code == 405:
-        problem = f"{request.url.path} does not answer {request.method}"
+        problem = f"{request.url.path} does not support {request.method}"
         response = error_response(MethodError(problem, remedy=f"use {headers.get('Allow', 'GET')}"))
     else:
-        response = error_response(NotFoundError(f"there is no {request.url.path}", remedy="/docs lists what there is"))
+        response = error_response(NotFoundError(f"there is no {request.url.path}", remedy="/docs lists the routes"))
     response.headers.update(headers)
     return response
 

@@ -41,7 +41,7 @@ class SlowRequestError(RequestError):
     http_status = 408
 
     def __init__(self, receive_s: float):
-        super().__init__(f"the request did not arrive in {receive_s:g} s", remedy="send it again, all of it at once")
+        super().__init__(f"the request did not arrive completely within {receive_s:g} s", remedy="send it again without pauses")
 
 
 class BodyTooLargeError(RequestError):
@@ -56,14 +56,29 @@ class EncodingError(RequestError):
     http_status = 415
 
 
-class QueueFullError(UniInstructError):
-    """The queue has no room for that many images. It probably will in retry_after_s seconds."""
+class BusyError(UniInstructError):
+    """Too much is waiting already. There will probably be room in retry_after_s seconds."""
 
     http_status = 429
 
-    def __init__(self, queued: int, limit: int, retry_after_s: int):
-        super().__init__(f"the queue holds {queued} of at most {limit} images", remedy=f"try again in {retry_after_s} s")
+    def __init__(self, problem: str, retry_after_s: int):
+        super().__init__(problem, remedy=f"try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
+
+
+class QueueFullError(BusyError):
+    """The queue has no room for that many images."""
+
+    def __init__(self, queued: int, limit: int, retry_after_s: int):
+        problem = f"the queue has no room for this request: {queued} of at most {limit} images are waiting"
+        super().__init__(problem, retry_after_s)
+
+
+class TooManyComparisonsError(BusyError):
+    """As many comparisons of the demo run or wait as are allowed."""
+
+    def __init__(self, comparisons: int, retry_after_s: int):
+        super().__init__(f"{comparisons} comparisons are running or waiting already", retry_after_s)
 
 
 class EngineFailedError(UniInstructError):
@@ -80,7 +95,7 @@ class StoppingError(NotReadyError):
     """The server is stopping. Clients should retry: another server, or this one after its restart, will answer."""
 
     def __init__(self) -> None:
-        super().__init__("the server is stopping", remedy="try again in a second, or another one")
+        super().__init__("the server is stopping", remedy="try again in a second, or use another server")
 
 
 class TooManyConnectionsError(NotReadyError):
@@ -142,7 +157,7 @@ def error_body(error: UniInstructError) -> dict[str, dict[str, str | None]]:
 
 def error_headers(error: UniInstructError) -> dict[str, str]:
     """Return the headers that belong to an error: Retry-After or WWW-Authenticate, if any."""
-    if isinstance(error, QueueFullError):
+    if isinstance(error, BusyError):
         return {"Retry-After": str(error.retry_after_s)}
     if isinstance(error, NotReadyError):
         return {"Retry-After": "1"}

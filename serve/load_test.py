@@ -42,11 +42,12 @@ class TargetServer:
         try:
             parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
             host, port = parts.hostname, parts.port
-        except ValueError:  # a port that is not a number, or an incomplete IPv6 address
+            (host or "").encode("idna")  # as the system does later; it fails for a name such as 'a..b'
+        except ValueError:  # a port that is not a number, an incomplete IPv6 address, or no host name
             host = port = None
         if not host or parts.scheme not in ("http", "https"):
             raise RequestError(
-                f"{url} is no address of a server", remedy="give one, such as http://127.0.0.1:3000", param="url"
+                f"{url} is not the URL of a server", remedy="give one, such as http://127.0.0.1:3000", param="url"
             )
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host, self._port, self._prefix = host, port, parts.path.rstrip("/")
@@ -83,12 +84,12 @@ class TargetServer:
             raise RequestError(f"the server does not answer: {error}", remedy="start it, or give another URL") from None
         if status != 200:
             problem = f"the server answers {status}: {body[:200].decode(errors='replace')}"
-            raise RequestError(problem, remedy="give its key, or another model")
+            raise RequestError(problem, remedy="set UNI_INSTRUCT_API_KEY to its key, or choose another --model")
         try:
             answer = json.loads(body)
             return {name: str(answer[name]) for name in ("name", "engine", "weights_sha256")}
         except (ValueError, TypeError, KeyError, IndexError):
-            problem = "what answers there is another server, which gives no JSON of a generator"
+            problem = "the server at this URL is not 'uni-instruct serve': its GET /v1/spec does not describe a generator"
             raise RequestError(problem, remedy="give the URL of 'uni-instruct serve'") from None
 
 

@@ -44,20 +44,22 @@ class ServerMetrics:
         # A cache: prometheus-client takes a lock and looks up a dictionary to find a series by its labels, here for every
         # answer. It stays small, because routes and statuses are few.
         self._answers: dict[tuple[str, int], Counter] = {}
-        self.images = Counter("uni_instruct_images", "Images made and answered.", ["model"], registry=registry)
+        self.images = Counter(
+            "uni_instruct_images", "Images made for requests that were completed.", ["model"], registry=registry
+        )
         self.dropped = Counter(
             "uni_instruct_dropped_images",
             "Images refused or given up: the queue was full, the client left, time ran out, or the engine failed.",
             ["reason", "model"],
             registry=registry,
         )
-        self.queue = self._workers("uni_instruct_queue_images", "Images waiting.", "model")
+        self.queue = self._workers("uni_instruct_queue_images", "Images waiting in the queue.", "model")
         self.ready = self._workers("uni_instruct_ready", "Workers that are ready.")
         self.model_ready = self._workers("uni_instruct_model_ready", "Workers in which the model is loaded.", "model")
         self.engine = self._workers("uni_instruct_engine", "Workers by engine id and model.", "engine", "model")
         self.reloads = Counter(
             "uni_instruct_reloads",
-            "Changed bundles that took the place of the older one, or could not be loaded.",
+            "Reloads of bundles that changed on disk, by outcome: loaded or failed.",
             ["model", "outcome"],
             registry=registry,
         )
@@ -172,7 +174,7 @@ def _first_writable(folders: list[Path]) -> Path:
         else:
             return folder
     raise UniInstructError(
-        f"several workers cannot add up their metrics: {'; '.join(reasons)}",
+        f"the metrics of several workers cannot be stored: {'; '.join(reasons)}",
         remedy="free space there, set BENTOML_HOME to a folder that can be written, or serve with --workers 1",
     )
 

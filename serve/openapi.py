@@ -51,7 +51,10 @@ _MODEL = _object(
     owned_by=_TEXT,
     state={"enum": ["loading", "ready", "failed", "closed"]},
 )
-_SEED: _Json = {"type": ["integer", "string"], "description": "A string where seed_format says so."}
+_SEED: _Json = {
+    "type": ["integer", "string"],
+    "description": "A string of digits if seed_format is 'string', or if seeds were given as strings.",
+}
 _FACTS: _Json = {"seed": _SEED, "class_id": _or_null("integer"), "class_name": _or_null("string")}
 _IMAGES_ANSWER: _Json = _object(
     created=_INTEGER,
@@ -121,8 +124,8 @@ _FAILURES = {
     401: "The API key is missing or wrong.",
     404: "No such model, or no such image.",
     413: "The body is too large.",
-    415: "The body comes in an encoding or type that is not read.",
-    429: "The queue is full; Retry-After says when to come back.",
+    415: "The body's content type or encoding is not supported.",
+    429: "The queue is full; Retry-After says when to try again.",
     500: "The engine failed.",
     503: "The generator is loading, or could not be loaded, or the server is stopping.",
     504: "The images were not made in time.",
@@ -159,10 +162,12 @@ def _parameter(name: str, where: str, description: str, schema: _Json) -> _Json:
 
 _BINARY: _Json = {"type": "string", "format": "binary"}
 _PICTURES: _Json = {"image_png": _BINARY, "image_jpeg": _BINARY, "image_webp": _BINARY}
-_IMAGES = (
-    "The images. X-Seeds and X-Class-Ids say which, X-Model and X-Engine what made them, X-Engines-Refused what is not "
-    "trusted on this machine, Server-Timing the milliseconds in queue, model and encoding."
+_HEADERS = (
+    "X-Class-Ids has their classes; X-Model and X-Engine name what made them; X-Engines-Refused lists engines of the bundle "
+    "that are not trusted on this machine; Server-Timing has the milliseconds in queue, model and encoding."
 )
+_IMAGES = f"The images. Headers: X-Seeds has their seeds; {_HEADERS}"
+_WALK = f"The images. Headers: {_HEADERS}"
 _ARRAY: _Json = {"type": "array", "description": "uint8 [N, H, W, C], nested."}
 
 _POSTS: _Json = {
@@ -182,10 +187,10 @@ _POSTS: _Json = {
         "Make images between seeds",
         WalkRequest,
         {"seeds": [7, 8], "positions": [0.5]},
-        _answer(_IMAGES, **_PICTURES, application_zip=_BINARY),
+        _answer(_WALK, **_PICTURES, application_zip=_BINARY),
     ),
     "/v1/images/generations": _post(
-        "Make images, in OpenAI's shape; the prompt is a class, this is no text-to-image model",
+        "Make images, in OpenAI's shape; the prompt is a class, this is not a text-to-image model",
         ImagesRequest,
         {"prompt": "", "n": 1},
         _answer(
@@ -204,18 +209,23 @@ _IMAGE_RESPONSES: _Json = {
     "304": {"description": "The client has it already."},
     **_failures(400, 401, 404, 429, 500, 503, 504),
 }
-_MODEL_QUERY = _parameter("model", "query", "Which; without it the first.", _TEXT)
+_MODEL_QUERY = _parameter("model", "query", "Name of the model. By default the first.", _TEXT)
 _NAME = _parameter("model", "path", "A model, as GET /v1/models lists them.", _TEXT)
 _GETS: _Json = {
     "/v1/images/{model}/{file}": {
         "get": {
-            "summary": "One image by its address: seed and format, as 7.png",
+            "summary": "One image by its address: seed and format, such as 7.png",
             "parameters": [
                 _NAME,
                 _parameter("file", "path", "SEED.FORMAT: png, jpeg, jpg or webp.", {**_TEXT, "example": "7.png"}),
-                _parameter("class", "query", "A class by name or id; without it the seed draws one.", _TEXT),
-                _parameter("size", "query", "The size that is made, or a whole multiple of it.", _TEXT),
-                _parameter("weights", "query", "8 or more digits of the weights' sha256: pins the image.", _TEXT),
+                _parameter("class", "query", "A class by name or id. By default the seed draws one.", _TEXT),
+                _parameter("size", "query", "The model's own size, such as 64x64, or a whole multiple of it.", _TEXT),
+                _parameter(
+                    "weights",
+                    "query",
+                    "The first 8 or more digits of weights_sha256: 404 once other weights are served.",
+                    _TEXT,
+                ),
                 _parameter("If-None-Match", "header", "The ETag of the image that the client has.", _TEXT),
             ],
             "responses": _IMAGE_RESPONSES,
@@ -241,7 +251,7 @@ _GETS: _Json = {
 }
 _DEMO: _Json = {
     "/v1/about": _get(
-        "The facts of /v1/spec, the model card, and what there is to compare with; where the demo is served",
+        "The facts of /v1/spec, the model card, and what it can be compared with; only if the demo is served",
         _answer("The facts.", application_json=_ABOUT_ANSWER),
         401,
         404,
@@ -257,16 +267,16 @@ _DEMO: _Json = {
         parameters=[_parameter("picture", "path", "As 'pictures' of /v1/about lists them.", _TEXT), _MODEL_QUERY],
     ),
     "/v1/compare": _post(
-        "The same noise through the served engine and another, or the teacher; where the demo is served",
+        "The same noise through the served engine and another, or the teacher; only if the demo is served",
         CompareRequest,
         {"other": "torch-fp32", "seeds": [7]},
         _answer("Both, and their difference.", application_json=_COMPARE_ANSWER),
     ),
 }
 _PROBES = {
-    "/livez": "Alive, unless no generator could be loaded",
-    "/healthz": "The same",
-    "/readyz": "200 once the generators are warm; a line for each says where it stands",
+    "/livez": "200 while the server is alive; 503 if only a restart helps (no generator loaded, or a queue has stopped)",
+    "/healthz": "The same as /livez",
+    "/readyz": "200 once the server is ready; one line per generator with its state",
 }
 for _path, _summary in _PROBES.items():
     _plain: _Json = {"text/plain": {"schema": _TEXT}}

@@ -25,6 +25,8 @@ NAME = "uni-instruct"
 _MAX_ONGOING_REQUESTS = 1000
 _POLL_INTERVAL_S = 0.1
 _CHECK_EVERY_S = 5.0
+# Of replicas, CPUs and GPUs. Larger values are taken for typing errors.
+_MAX_NUMBER = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def _settings(arguments: Mapping[str, str]) -> Settings:
     known = {*names, *(field.name for field in fields(Placement))}
     for name in arguments:
         if name not in known:
-            raise RequestError(f"'{name}' is no setting", remedy=f"choose from {', '.join(sorted(known))}", param=name)
+            raise RequestError(f"'{name}' is not a setting", remedy=f"choose from {', '.join(sorted(known))}", param=name)
     given = {variable(name): str(value) for name, value in arguments.items() if name in names}
     settings = settings_from_environment({**os.environ, variable("workers"): "", **given})
     # Absolute paths, because replicas run in another working directory.
@@ -119,7 +121,7 @@ def _number(name: str, text: str, *, whole: bool) -> float:
         number = int(text) if whole else float(text)
     except ValueError:
         number = -1
-    if not (0 if name == "gpus" else 1e-3) <= number <= 10_000:
-        remedy = "give a whole number from 1 on" if whole else "give a number, such as 2"
-        raise RequestError(f"{name}={text} cannot be", remedy=remedy, param=name)
+    if not (0 if name == "gpus" else 1e-3) <= number <= _MAX_NUMBER:
+        remedy = f"give an integer from 1 to {_MAX_NUMBER}" if whole else "give a number, such as 2"
+        raise RequestError(f"{name}={text} is not possible", remedy=remedy, param=name)
     return number

@@ -18,6 +18,7 @@ PREFIX = "UNI_INSTRUCT_"
 _MAX_SECONDS, _MAX_NUMBER = 86_400.0, 1_000_000
 # The server's own paths begin with these. If one were a proxy's prefix, a path would not show whether the proxy removed it.
 _OWN_FOLDERS = ("/v1", "/v1/about", "/v1/images", "/v1/models", "/ui", "/static_content")
+# The metadata of settings that are declared without `_setting`. None of them is a number, so the limits have no effect.
 _NO_NUMBER = {"minimum": 0, "maximum": _MAX_NUMBER, "or_zero": False}
 
 
@@ -37,45 +38,61 @@ class Settings:
     bundle: tuple[str, ...] = field(
         default_factory=default_sources,
         metadata={
-            "help": "Folders, names of shipped generators, or NAME=one of them.",
-            "minimum": 0,
-            "maximum": _MAX_NUMBER,
-            "or_zero": False,
+            **_NO_NUMBER,
+            "help": "Folders, names of shipped generators, hf://owner/name, or NAME=one of these.",
         },
     )
-    engine: str | None = _setting(None, "Engine id, as onnx-fp32, or a runtime, as onnx; without it the fastest here.")
-    device: str | None = _setting(None, "cpu, cuda or cuda:1; without it a GPU where the engine can use one.")
-    workers: int = _setting(1, "Processes that each hold one engine. The demo needs 1.", maximum=10_000)
+    engine: str | None = _setting(
+        None,
+        "Engine id, such as onnx-fp32, or runtime, such as onnx. By default the fastest engine that can be trusted here.",
+    )
+    device: str | None = _setting(None, "cpu, cuda or cuda:1. By default a GPU, if the engine can use one.")
+    workers: int = _setting(
+        1, "Worker processes, each of which loads every generator. The demo needs exactly 1.", maximum=10_000
+    )
     ui: bool = _setting(True, "The web demo under /ui.")
     # Secret: not in `repr`, and not an option, because other users of a machine can see a process's arguments.
     api_key: str | None = field(
         default=None,
         repr=False,
-        metadata={"help": "Keys that open the API, by commas.", "minimum": 0, "maximum": _MAX_NUMBER, "or_zero": False},
+        metadata={**_NO_NUMBER, "help": "API keys, separated by commas. Requests must send one of them."},
     )
-    api_key_file: str | None = _setting(None, "File with API keys, one a line; requests must bring one of them.")
-    metrics_open: bool = _setting(False, "/metrics without a key, for a Prometheus that has none.")
-    cors_origins: str | None = _setting(None, "Origins whose pages may call the API, by commas; * for all.")
-    path_prefix: str | None = _setting(None, "Path under which a proxy serves this, as /images; the proxy may cut it off.")
-    timeout_s: float = _setting(30.0, "How long a request may take, waiting included.", maximum=_MAX_SECONDS)
+    api_key_file: str | None = _setting(None, "File with one API key per line. Requests must send one of them.")
+    metrics_open: bool = _setting(False, "Serve /metrics without an API key, for a Prometheus server that has none.")
+    cors_origins: str | None = _setting(None, "Origins whose pages may call the API (CORS), separated by commas; * for all.")
+    path_prefix: str | None = _setting(
+        None, "Path under which a proxy serves this server, such as /images. The proxy may remove it or keep it."
+    )
+    timeout_s: float = _setting(30.0, "Seconds that a request may take, including the time in the queue.", maximum=_MAX_SECONDS)
     grace_s: float = _setting(
-        10.0, "How long requests that run may take to finish when the server is stopped.", maximum=_MAX_SECONDS
+        10.0, "Seconds that running requests have to finish when the server is stopped.", maximum=_MAX_SECONDS
     )
     receive_s: float = _setting(
-        10.0, "How long a request may take to arrive, from its first byte or the connection on.", maximum=_MAX_SECONDS
+        10.0,
+        "Seconds in which a request must arrive completely, from its first byte (on a new connection, from connecting).",
+        maximum=_MAX_SECONDS,
     )
-    keep_alive_s: float = _setting(65.0, "How long a connection may stay open between two requests.", maximum=_MAX_SECONDS)
-    connections: int = _setting(1000, "How many connections may be open.", minimum=3)
-    queue_images: int = _setting(1024, "How many images may wait.")
-    request_images: int = _setting(256, "How many images one request may ask for.")
-    max_batch: int = _setting(64, "How many images one engine call may make.")
-    max_batch_ms: float = _setting(250.0, "How long one engine call may take; larger batches are not used.")
+    keep_alive_s: float = _setting(65.0, "Seconds that a connection may stay open between two requests.", maximum=_MAX_SECONDS)
+    connections: int = _setting(
+        1000, "Open connections per worker. One more closes the one that has been without a request for longest.", minimum=3
+    )
+    queue_images: int = _setting(
+        1024, "Images that may wait in the queue, per worker and generator. Requests beyond that get 429."
+    )
+    request_images: int = _setting(256, "Largest number of images per request.")
+    max_batch: int = _setting(64, "Largest number of images per engine call.")
+    max_batch_ms: float = _setting(
+        250.0, "Milliseconds that one engine call may take. Batch sizes that take longer are not used."
+    )
     reload_s: float = _setting(
-        2.0, "How often bundles are looked at for changes; 0: never.", maximum=_MAX_SECONDS, or_zero=True
+        2.0,
+        "Seconds between two checks whether a bundle has changed on disk (it is then loaded again); 0: never.",
+        maximum=_MAX_SECONDS,
+        or_zero=True,
     )
-    max_body_bytes: int = _setting(1 << 16, "The longest body of a request that is read.", maximum=1 << 31)
+    max_body_bytes: int = _setting(1 << 16, "Largest body of a request in bytes, also after decompression.", maximum=1 << 31)
     access_log: bool = _setting(False, "One line of JSON on standard output for every request.")
-    tracing: bool = _setting(False, "OpenTelemetry spans of requests, as BentoML is configured for them.")
+    tracing: bool = _setting(False, "Create OpenTelemetry spans of requests. BentoML's configuration says where they are sent.")
 
     def __post_init__(self) -> None:
         if isinstance(self.bundle, str):
@@ -85,7 +102,9 @@ class Settings:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             maximum = setting.metadata["maximum"]
             if number and not minimum < value <= maximum and not (value == 0 and setting.metadata["or_zero"]):
-                remedy = f"give a number above {minimum:g}, at most {maximum:g}"
+                zero = "0, or " if setting.metadata["or_zero"] else ""
+                # Not ":g", which would write a million as 1e+06.
+                remedy = f"give {zero}a number above {minimum:.0f}, at most {maximum:.0f}"
                 raise setting_error(setting.name, value, remedy)
         # A request larger than the whole queue would get 429 "try again" forever.
         if self.queue_images < self.request_images:
@@ -93,7 +112,11 @@ class Settings:
         if self.path_prefix is not None and not (self.path_prefix.startswith("/") and len(self.path_prefix.strip("/"))):
             raise setting_error("path_prefix", self.path_prefix, "give a path, such as /images")
         if self.prefix in _OWN_FOLDERS:
-            raise setting_error("path_prefix", self.path_prefix, "the server has paths below it; give another, such as /images")
+            raise setting_error(
+                "path_prefix",
+                self.path_prefix,
+                f"choose another, such as /images: paths of the server itself begin with {self.prefix}",
+            )
         # Read the keys now, so that a bad key is found before anything is started.
         _ = self.keys
 

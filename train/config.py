@@ -42,8 +42,8 @@ class NetworkConfig:
 
     architecture: str = key("ddpmpp", "the network inside: ddpmpp, ncsnpp, adm or edm2")
     conditional: bool = key(True, "whether the network knows the classes of the data")
-    sigma_data: float = key(0.5, "deviation of the data's pixels, which the preconditioning counts on", Range(1e-3, 1e3))
-    patch: int | None = key(None, "patch x patch pixels are one to the network; 2 is some three times as fast", Range(1, 4))
+    sigma_data: float = key(0.5, "standard deviation of the data's pixels, assumed by the preconditioning", Range(1e-3, 1e3))
+    patch: int | None = key(None, "the network sees patch x patch pixels as one; 2 is about three times as fast", Range(1, 4))
     model_channels: int | None = key(None, "channels at full resolution, before channel_mult", Range(1, 8192))
     channel_mult: tuple[int, ...] | None = key(None, "channels of each level, in units of model_channels", Range(1, 64))
     channel_mult_emb: int | None = key(
@@ -83,27 +83,29 @@ class StageConfig:
     batch: int = key(128, "images of a step, of all processes together", Range(1, 1_000_000))
     micro_batch: int = key(
         0,
-        "the most images that a process takes at once, which changes memory alone; 0: all of its share",
+        "most images that a process computes at once; affects memory only; 0: all of its share",
         Range(0, 1_000_000, "0 is all of its share"),
     )
     warmup_kimg: float = key(0.0, "how long the learning rate rises from 0", KIMG)
     decay_kimg: float = key(
-        0.0, "over how long, at the end, the learning rate falls to 0; 0: it stays", Range(0, 1e9, "0 keeps the rate")
+        0.0, "how long, at the end, the learning rate decays to 0; 0: no decay", Range(0, 1e9, "0 keeps the rate")
     )
-    decay: str = key("linear", "how it falls: linear, cosine or sqrt")
+    decay: str = key("linear", "shape of the learning rate's decay: linear, cosine or sqrt")
     augment: float = key(0.0, "probability of each of EDM's augmentations of an image; 0: none", SHARE)
     augment_mirror: bool = key(True, "whether augmentation mirrors images; false for digits and text")
     ema_halflife_kimg: tuple[float, ...] = key((5.0,), "half-lives of the weights' averages; the first is published", KIMG)
-    ema_rampup: float = key(0.05, "bounds a half-life by that share of the images seen so far", Range(1e-6, 1e6))
+    ema_rampup: float = key(
+        0.05, "a half-life is at most this share of the images seen so far (EDM's ramp-up)", Range(1e-6, 1e6)
+    )
     ema_power_std: tuple[float, ...] = key(
-        (), "widths of EDM2's averages, of which `average` makes any other", Range(0.01, 0.25, "[] is none")
+        (), "widths of EDM2's power-function averages, from which `average` makes other widths", Range(0.01, 0.25, "[] is none")
     )
 
     def __post_init__(self) -> None:
         one_of(f"{self.section}.decay", self.decay, DECAY_NAMES)
         check_ranges(self.section, self)
         if not self.ema_halflife_kimg:
-            remedy = "give one: it is what is published"
+            remedy = "give at least one half-life: the average of the first one is published"
             raise RequestError(f"{self.section}.ema_halflife_kimg is empty", remedy=remedy, param="recipe")
         for name in ("ema_halflife_kimg", "ema_power_std"):
             _refuse_twice(f"{self.section}.{name}", getattr(self, name))
@@ -119,12 +121,12 @@ class TeacherConfig(StageConfig):
     """EDM's training of the teacher, with log-normal noise levels (arXiv 2206.00364)."""
 
     section = "teacher"
-    bundle: str = key("", "a trained teacher to use, as bundle, peer's file or hf://owner/name; empty: one is trained")
+    bundle: str = key("", "a trained teacher to use: a bundle, another project's file or hf://owner/name; empty: train one")
     learning_rate: float = key(1e-3, "the highest learning rate of Adam", RATE)
     warmup_kimg: float = key(10.0, "how long the learning rate rises from 0", KIMG)
     clip_norm: float = key(0.0, "the largest norm of the gradient; 0: no bound", BOUND)
     p_mean: float = key(-1.2, "mean of log sigma of the noise levels that are trained", Range(-10, 10))
-    p_std: float = key(1.2, "deviation of log sigma", Range(1e-3, 10))
+    p_std: float = key(1.2, "standard deviation of log sigma", Range(1e-3, 10))
     label_dropout: float = key(0.0, "share of images whose class is hidden, so that the teacher can be guided", SHARE)
     evaluate_kimg: float = key(50.0, "how often the teacher is scored, and its best weights kept", EVALUATED)
     steps: int = key(TEACHER_STEPS, "steps of the Heun sampler that the teacher is sampled and compared with", Range(2, 1000))
@@ -135,7 +137,7 @@ class PhaseConfig:
     """A phase of the schedule: an objective that applies until until_kimg of the distillation."""
 
     until_kimg: float = field(
-        metadata={MEANING: "the phase ends when the generator has seen so many thousand images", RANGE: Range(1e-3, 1e9)}
+        metadata={MEANING: "the phase ends when this many thousand images have been generated", RANGE: Range(1e-3, 1e9)}
     )
     objective: ObjectiveConfig = field(metadata={MEANING: "what is minimised until then: any key of objective"})
 
@@ -152,7 +154,7 @@ class DistillationConfig(StageConfig):
     generator_learning_rate: float = key(1e-5, "the generator's highest learning rate", RATE)
     critic_learning_rate: float = key(1e-5, "the highest learning rate of fake score and discriminator", Range(1e-12, 100))
     discriminator_learning_rate: float = key(
-        0.0, "of the discriminator's head and own encoder; 0: the critic's", Range(0, 100, "0 is the critic's")
+        0.0, "learning rate of the discriminator's head and own encoder; 0: the critic's", Range(0, 100, "0 is the critic's")
     )
     beta1: float = key(0.0, "Adam's beta1, of generator and critic", Range(0, 0.9999))
     beta2: float = key(0.999, "Adam's beta2, of generator and critic", Range(0, 0.999999))
@@ -170,21 +172,25 @@ class DistillationConfig(StageConfig):
 class LoopConfig:
     """The keys of the training loop, for both stages: seed, precision, logging, saving, evaluation, trackers, report."""
 
-    seed: int = key(0, "of everything random: the same recipe and seed give the same run", Range(0, 2**63 - 1))
-    precision: str = key(AUTO, "of matrix products: 32-true, bf16-mixed, 16-mixed; auto measures and takes the fastest here")
+    seed: int = key(0, "seed of all random numbers: the same recipe and seed give the same run", Range(0, 2**63 - 1))
+    precision: str = key(
+        AUTO, "precision of matrix products: 32-true, bf16-mixed or 16-mixed; auto: the fastest on this machine"
+    )
     channels_last: bool | str = key(AUTO, "memory format of images, which changes speed alone: true, false; auto measures")
     compile: bool = key(False, "whether networks are compiled, which changes speed alone")
     log_kimg: float = key(2.0, "how often a line is logged", SOME_KIMG)
     state_kimg: float = key(20.0, "how often the state to resume from is saved", SOME_KIMG)
     snapshot_kimg: float = key(20.0, "how often power-function averages are kept for `average`", SOME_KIMG)
-    bad_steps_in_a_row: int = key(5, "after so many updates that were not finite the run stops", Range(1, 1_000_000))
-    warn_after_lines: int = key(3, "what looks sick for so many log lines is said in words", Range(1, 1_000_000))
+    bad_steps_in_a_row: int = key(
+        5, "the run stops after this many updates in a row with a gradient that is not finite", Range(1, 1_000_000)
+    )
+    warn_after_lines: int = key(3, "a warning is shown when a problem has lasted for this many log lines", Range(1, 1_000_000))
     metric: str = key("FD", "what the best weights are chosen by: FD, KD or none, which keeps the last")
-    extractor: str = key("auto", "whose features are compared, as in `evaluate --extractor`; auto chooses by the data")
+    extractor: str = key("auto", "network whose features are compared, as in `evaluate --extractor`; auto chooses by the data")
     samples: int = key(
         1797, "images that are generated to be scored", Range(MIN_SAMPLES, 10_000_000, "loop.metric=none scores nothing")
     )
-    grid: int = key(100, "images in samples/*.png, and all that are made where metric is none", Range(1, 10_000))
+    grid: int = key(100, "number of images in samples/*.png; with metric none no others are generated", Range(1, 10_000))
     trackers: tuple[str, ...] = key(("tensorboard",), "where scalars and pictures go: tensorboard, wandb, trackio")
     report: bool = key(True, "whether the run ends with report.md, which takes a minute")
 
@@ -206,10 +212,10 @@ class LoopConfig:
 class Recipe:
     """A complete recipe. If `data` is empty, a teacher must be given, and objective and metric must not need data."""
 
-    name: str = field(metadata={MEANING: "of the recipe, and of the bundle that it makes"})
-    data: str = key("", "whatever `open_dataset` takes: digits, a zip, a folder; empty where a given teacher is enough")
-    measured: str = key("unmeasured", "what the recipe reached here")
-    published: str = key("", "what its paper reports, with the source")
+    name: str = field(metadata={MEANING: "name of the recipe and of the resulting bundle"})
+    data: str = key("", "data set: a built-in name (digits), a zip, a folder, ...; empty if a given teacher is enough")
+    measured: str = key("unmeasured", "result that was measured with this recipe")
+    published: str = key("", "result that the paper reports, with its source")
     network: NetworkConfig = field(default_factory=NetworkConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -222,18 +228,20 @@ class Recipe:
         until = [phase.until_kimg for phase in self.schedule]
         if until != sorted(set(until)) or (until and until[-1] >= self.distillation.duration_kimg):
             raise RequestError(
-                f"schedule's until_kimg {until} do not rise to below duration_kimg {self.distillation.duration_kimg:g}",
+                f"schedule's until_kimg {until} do not rise, or reach duration_kimg {self.distillation.duration_kimg:g}",
                 remedy=f"give numbers that rise and stay below {self.distillation.duration_kimg:g}",
                 param="recipe",
             )
         for shared in ("discriminator", "ratio_bins"):
             if len({getattr(objective, shared) for objective in self.objectives}) > 1:
-                raise RequestError(f"objective.{shared} differs between phases", remedy="give one to all", param="recipe")
+                raise RequestError(
+                    f"objective.{shared} differs between phases", remedy="give all phases the same value", param="recipe"
+                )
         config = self.distillation
         if config.critic_warmup_kimg >= config.duration_kimg:
             raise RequestError(
-                f"distillation.critic_warmup_kimg {config.critic_warmup_kimg:g} leaves the generator nothing of its "
-                f"duration_kimg {config.duration_kimg:g}",
+                f"distillation.critic_warmup_kimg {config.critic_warmup_kimg:g} leaves no training for the "
+                f"generator: it is not below duration_kimg {config.duration_kimg:g}",
                 remedy=f"give critic_warmup_kimg less than {config.duration_kimg:g}, such as 0",
                 param="recipe",
             )
@@ -257,12 +265,12 @@ class Recipe:
     def _check_without_data(self) -> None:
         needy = next((o for o in self.objectives if o.needs_discriminator), None)
         if not self.teacher.bundle:
-            problem = "a teacher is trained from data, and the recipe has none"
+            problem = "the recipe names no data, which it needs to train the teacher"
         elif needy is not None:
             why = f"divergence '{needy.divergence}'" if needy.needs_ratio else "an adversarial term"
-            problem = f"{why} needs real data, and the recipe has none"
+            problem = f"{why} needs real data, but the recipe names none"
         elif self.loop.metric != "none":
-            problem = f"metric '{self.loop.metric}' compares with data, and the recipe has none"
+            problem = f"metric '{self.loop.metric}' needs data to compare with, but the recipe names none"
         else:
             return
         raise RequestError(

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from uni_instruct.data import Dataset
 from uni_instruct.errors import RequestError
-from uni_instruct.files import atomic_file
+from uni_instruct.files import JSON_ERRORS, atomic_file
 from uni_instruct.train.recipe_changes import DATA_DESCRIPTION, holds_training
 
 
@@ -39,8 +39,8 @@ def check_same_data(folder: Path, dataset: Dataset, *, write: bool) -> None:
         return
     if noted != facts:
         raise RequestError(
-            f"data set '{dataset.source}' {_difference(noted, facts)} since the run in {folder} was begun",
-            remedy="give the data as they were, or choose another --out",
+            f"data set '{dataset.source}' {_difference(noted, facts)} since the run in {folder} was started",
+            remedy="restore the data that the run was started with, or choose another --out",
             param="data",
         )
 
@@ -55,9 +55,9 @@ def saved_classes(folder: Path) -> tuple[str, ...]:
 def _noted(file: Path) -> DataDescription | None:
     try:
         noted: DataDescription = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, *JSON_ERRORS):
         return None
-    return noted if isinstance(noted, dict) else None
+    return noted if isinstance(noted, dict) and isinstance(noted.get("class_names", []), list) else None
 
 
 def _difference(before: DataDescription, now: DataDescription) -> str:
@@ -70,4 +70,4 @@ def _difference(before: DataDescription, now: DataDescription) -> str:
         return f"has changed from {before.get('images')} images to {now['images']}"
     if before.get("image_shape") != now["image_shape"]:
         return f"has changed from {before.get('image_shape')} channels, height and width to {now['image_shape']}"
-    return "has got other images or labels"
+    return "has other images or labels"

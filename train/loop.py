@@ -29,7 +29,7 @@ from uni_instruct.spec import ModelSpec
 from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.monitoring.health import Health
 from uni_instruct.train.monitoring.metrics import Metrics
-from uni_instruct.train.monitoring.scores import MAX_REFERENCE_FOR_PR, SELECTION_METRICS, metric_value
+from uni_instruct.train.monitoring.scores import SELECTION_METRICS, affords_pr, metric_value
 from uni_instruct.train.optimization.distributed import gather_to_first
 from uni_instruct.train.optimization.ema import Averages
 from uni_instruct.train.rng import step_rng
@@ -195,31 +195,32 @@ class Loop:
         return ", ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in list(values.items())[:1])
 
     def _evaluate(self, stage: Stage, done: int) -> str:
-        images, class_ids = self._draw(stage)
-        note = self._score_images(stage, done, images, class_ids) if self._first else ""
+        images = self._draw(stage)
+        note = self._score_images(stage, done, images) if self._first else ""
         self.fabric.barrier()
         return note
 
-    def _score_images(self, stage: Stage, done: int, images: np.ndarray, class_ids: np.ndarray | None) -> str:
+    def _score_images(self, stage: Stage, done: int, images: np.ndarray) -> str:
         kimg = done * stage.batch / 1000
         self.run.save_samples(stage.name, kimg, images[: self.config.grid])
         scores, value = {}, 0.0  # without a metric all values are equal, and the last weights are kept
         if self.evaluator is not None:
             asked = SELECTION_METRICS[self.config.metric].asked
             # Precision and recall compare all pairs of reference images, which takes too long for large references.
-            few = self.evaluator.reference_images <= MAX_REFERENCE_FOR_PR
-            scores = self.evaluator(images, class_ids, metrics=(asked, "pr") if few else (asked,)).values
+            few = affords_pr(self.evaluator.reference_images)
+            # Neither metric needs the images' classes, and the data's classes may differ from the teacher's.
+            scores = self.evaluator(images, metrics=(asked, "pr") if few else (asked,)).values
             value = metric_value(scores, self.config.metric)
             self.run.log(stage.name, done, kimg, scores)
         # <=, so that among equal scores the latest weights are kept.
         if value <= self.best.value:
             self.best = Best(value, done, scores)
             self.keep(scores, images[: self.config.grid])
-        share = f"{self.run.clock.share(stage.name, 'evaluation'):.0%} of the time went into evaluation"
+        share = f"{self.run.clock.share(stage.name, 'evaluation'):.0%} of the stage's time was evaluation"
         return ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()), share])
 
-    def _draw(self, stage: Stage) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images to score and their class ids. All processes generate them; only the first process gets the images."""
+    def _draw(self, stage: Stage) -> np.ndarray:
+        """Images to score. All processes generate them; only the first process gets them."""
         count = self.config.samples if self.config.metric != "none" else self.config.grid
         seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + count)
         # Classes are drawn with the data's frequencies, because a score, and so the best weights, depends on them.
@@ -233,7 +234,7 @@ class Loop:
                     made[number] = self._images(stage, inputs)
                 shown.advance(len(inputs.noise))
         parts = {number: images for part in gather_to_first(self.fabric, made) for number, images in part.items()}
-        return np.concatenate([parts[number] for number in sorted(parts)]) if parts else np.empty(0), class_ids
+        return np.concatenate([parts[number] for number in sorted(parts)]) if parts else np.empty(0)
 
     def _images(self, stage: Stage, inputs: Inputs) -> np.ndarray:
         device = next(stage.averages.primary.module.parameters()).device

@@ -28,7 +28,7 @@ from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 from uni_instruct.train.loop import Best, Loop, Stage
 from uni_instruct.train.objective.pairs import Pairs, teacher_pairs
 from uni_instruct.train.optimization.auto_precision import resolve_precision_for_run
-from uni_instruct.train.optimization.distributed import BatchShard, check_divides, exit_together, start_fabric
+from uni_instruct.train.optimization.distributed import check_batches, exit_together, start_fabric
 from uni_instruct.train.optimization.precision import arithmetic_of
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
@@ -52,20 +52,17 @@ def train(recipe: Recipe, out: Path, devices: int = 1, *, teacher_only: bool = F
     """
     start = time.monotonic()
     if teacher_only and recipe.teacher.bundle:
-        problem = f"the recipe's teacher is given ({recipe.teacher.bundle}), and only a teacher is to be trained"
-        raise RequestError(problem, remedy="leave teacher.bundle empty, or do without --teacher-only", param="teacher-only")
+        problem = f"--teacher-only trains a teacher, but the recipe already gives one ({recipe.teacher.bundle})"
+        raise RequestError(problem, remedy="leave out teacher.bundle or --teacher-only", param="teacher-only")
     plan = make_plan(recipe, saved_classes(out))
     recipe = _resolved_recipe(plan, out)
     plan = dataclasses.replace(plan, recipe=recipe)
-    # Checked before the other processes start. If one of them failed first, it would end this one before the error is shown.
-    for config in (recipe.teacher, recipe.distillation):
-        check_divides(devices, config.batch)
+    # Both stages are checked now, although the second starts hours later, and before other processes start: one that failed
+    # first would end this one before the error is shown. They are checked again: torchrun has its own number of processes.
+    check_batches(recipe, devices)
     fabric = start_fabric(devices, recipe.loop.precision)
     with exit_together(fabric), arithmetic_of(recipe.loop.precision):
-        # Both stages are checked now, although the second starts hours later. Under torchrun the number of processes is only
-        # known here.
-        for config in (recipe.teacher, recipe.distillation):
-            BatchShard(fabric, config.batch, config.micro_batch)
+        check_batches(recipe, fabric.world_size)
         return _trained(plan, out, fabric, devices, start, teacher_only)
 
 
@@ -152,7 +149,12 @@ class _Session:
             write_report(self.run.folder, self.plan, self.evaluator, progress)
         except Exception as error:  # drawing, scoring and disks may raise anything
             file, name = self.run.folder / REPORT, type(error).__name__
-            log.warning("%s was not made: %s: %s; the training is complete, and 'train' again makes it", file, name, error)
+            log.warning(
+                "%s could not be written: %s: %s; the training is complete, run the same command again to write the report",
+                file,
+                name,
+                error,
+            )
 
     def _train(self, stage: Stage, spec: ModelSpec, name: str) -> Bundle:
         folder = self.run.folder / name
@@ -165,7 +167,7 @@ class _Session:
         best: Best = Loop(self.run, self.recipe.loop, self.fabric, spec, self.evaluator, keep)(stage)
         # A finished stage is not trained again, so a bundle that was removed cannot be written again.
         if not (folder / CONFIG).exists():
-            raise RequestError(f"{folder} is gone, but its training is finished", remedy="train into another --out")
+            raise RequestError(f"{folder} is missing, although its training is finished", remedy="train into another --out")
         log.info("%s: best after step %d: %s", name, best.step, best.scores)
         return self._named(Bundle.open(folder), spec.name, best.scores or {})
 

@@ -59,7 +59,7 @@ def make_plan(recipe: Recipe, classes: Sequence[str] = ()) -> Plan:
     _check_classes(recipe, spec)
     if recipe.distillation.augment and spec.network_args.get("augment_dim", 0) != AUGMENT_LABELS:
         raise RequestError(
-            "distillation.augment needs a teacher that knows augmentation labels",
+            "distillation.augment needs a teacher that was trained with augmentation labels",
             remedy="train one with teacher.augment, or --set distillation.augment=0",
             param="recipe",
         )
@@ -130,7 +130,7 @@ def load_start(start: Bundle, teacher: ModelSpec) -> Denoiser:
 def _unlike(source: str, what: str, mine: object, theirs: object) -> RequestError:
     return RequestError(
         f"distillation.start {source} has {what} {mine}, the teacher {theirs}",
-        remedy="start from a generator of the teacher's network, or leave it out",
+        remedy="give a generator with the same network as the teacher, or leave distillation.start out",
         param="start",
     )
 
@@ -149,7 +149,8 @@ def _open_rewards(recipe: Recipe, spec: ModelSpec) -> Reward | None:
     names = {objective.reward for objective in recipe.objectives if objective.reward_scale}
     # Only one reward is supported, because a reward's network may fill half of a GPU.
     if len(names) > 1:
-        raise RequestError(f"phases name {len(names)} rewards", remedy="give all of them the same", param="reward")
+        problem = f"the phases of the recipe name {len(names)} different rewards, but a run can use only one"
+        raise RequestError(problem, remedy="give all phases the same reward", param="reward")
     return open_reward(names.pop(), spec.image_shape, spec.num_classes) if names else None
 
 
@@ -157,7 +158,7 @@ def _check_classes(recipe: Recipe, spec: ModelSpec) -> None:
     guided = any(o.teacher_guidance != 1 or o.fake_guidance != 1 or o.fake_training_guidance != 1 for o in recipe.objectives)
     if guided and not spec.num_classes:
         raise RequestError(
-            "guidance needs a teacher with classes, this one has none",
+            "classifier-free guidance needs a teacher with classes, but this one has none",
             remedy="set teacher_guidance, fake_guidance and fake_training_guidance to 1",
             param="recipe",
         )
@@ -166,7 +167,7 @@ def _check_classes(recipe: Recipe, spec: ModelSpec) -> None:
 def _check_is_teacher(bundle: Bundle) -> None:
     if bundle.spec.steps == 1:
         raise RequestError(
-            f"teacher {bundle.path} is a one-step generator, which knows one noise level only",
+            f"teacher {bundle.path} is a one-step generator, not a diffusion model: it denoises from one noise level only",
             remedy="give the teacher that it was distilled from, or start from it with distillation.start",
             param="teacher",
         )

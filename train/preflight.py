@@ -20,10 +20,11 @@ from uni_instruct.train.config import Recipe
 from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 from uni_instruct.train.dry_run.cost import MB, Cost, cost_of, resolve_auto
 from uni_instruct.train.optimization.auto_precision import exact
+from uni_instruct.train.optimization.distributed import check_batches
 from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.recipe_changes import holds_training, saved_step
 from uni_instruct.train.run import Run
-from uni_instruct.train.run_lock import refuse_in_use
+from uni_instruct.train.run_lock import refuse_foreign, refuse_in_use
 from uni_instruct.train.scoring_choice import choose_scoring
 
 READ = 64  # number of images that are read, evenly spaced in the data
@@ -80,14 +81,15 @@ def examine(preflight: Preflight) -> list[Finding]:
 def _data(preflight: Preflight) -> str:
     dataset = preflight.dataset
     if dataset is None:
-        return "none named"
+        return "the recipe names none"
     sampled = dataset.check_sample()
     # Evenly spaced, because files are often sorted by class.
     indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(np.int64))
     values = dataset.floats(indices, [int(index) for index in indices])
     # Images of a single colour, such as masks from a wrong folder, would train without an error.
     if values.std() < 1e-3:
-        raise CheckFailed(f"{len(indices)} images of '{dataset.name}' are all one colour", "give pictures that differ")
+        problem = f"{len(indices)} images of '{dataset.name}' all have the same single colour"
+        raise CheckFailed(problem, "give a data set of real pictures")
     classes = "no classes"
     if dataset.labels is not None:
         counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
@@ -95,7 +97,7 @@ def _data(preflight: Preflight) -> str:
         if not counts.min():
             raise CheckFailed(
                 f"{int((counts == 0).sum())} of the {dataset.num_classes} classes of '{dataset.name}' have no image",
-                "give all of the data, or data with the number of classes that it has",
+                "give the complete data set, or one whose labels have no unused classes",
             )
     channels, height, width = dataset.image_shape
     read = f"{sampled:,} of {len(dataset):,} images of {width}x{height}x{channels} read"
@@ -108,7 +110,7 @@ def _recipe(preflight: Preflight) -> str:
     if plan.start is not None:
         load_start(plan.start, plan.teacher_spec)
     trained = "trained first" if plan.given_teacher is None else f"given, {plan.given_teacher.spec.name}"
-    return f"{preflight.recipe.name}: the parts fit each other, teacher {trained}"
+    return f"{preflight.recipe.name}: recipe, data and teacher fit together; teacher: {trained}"
 
 
 def _teacher(preflight: Preflight) -> str:
@@ -118,7 +120,7 @@ def _teacher(preflight: Preflight) -> str:
     dataset = preflight.dataset
     bundle = open_or_import(preflight.recipe.teacher.bundle, "teacher", dataset is not None and dataset.latents)
     if dataset is None:
-        return f"{bundle.spec.name}: there are no data to try it on"
+        return f"{bundle.spec.name}: not tried, because the recipe names no data"
     indices = np.linspace(0, len(dataset) - 1, DENOISED).astype(np.int64)
     clean = torch.from_numpy(dataset.floats(indices, [int(index) for index in indices])).permute(0, 3, 1, 2)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
@@ -131,9 +133,11 @@ def _teacher(preflight: Preflight) -> str:
         denoised = load_denoiser(bundle)(clean + SIGMA * noise, torch.full((len(clean), 1, 1, 1), SIGMA), class_ids)
     # mean |D(x + sigma n) - x|^2 / sigma^2: the share of the noise that is left. A denoiser that returns its input leaves 1.
     left = float(((denoised - clean) ** 2).mean() / SIGMA**2)
-    seen = f"of noise of {SIGMA} on {len(clean)} images it leaves {left:.0%}"
+    seen = f"after denoising {len(clean)} images with noise level {SIGMA}, {left:.0%} of the noise is left"
     if not left < 1:
-        raise CheckFailed(f"{bundle.spec.name}: {seen}", "give the teacher of these data, whose pixels run from -1 to 1")
+        raise CheckFailed(
+            f"{bundle.spec.name}: {seen}", "give a teacher that was trained on this data, with pixels from -1 to 1"
+        )
     return f"{bundle.spec.name}: {seen}"
 
 
@@ -145,30 +149,29 @@ def _run(preflight: Preflight) -> str:
     """Check the run's folder as a training would: in use, resumable with this recipe and data, states readable."""
     out, recipe = preflight.out, preflight.recipe
     refuse_in_use(out)
+    refuse_foreign(out)
     if not holds_training(out):
-        return f"{out} holds no training yet"
+        return f"{out} contains no run yet"
     if preflight.plan.dataset is not None:
         check_same_data(out, preflight.plan.dataset, write=False)
     with closing(Run(out, recipe, first_process=False)) as run:
         stages = [stage for stage in ("teacher", "generator") if run.load_state(stage) is not None]
     at = ", ".join(f"{stage} at step {saved_step(out, stage):,}" for stage in stages)
-    return f"{out} holds a run that goes on{f': {at}' if at else ''}"
+    return f"{out} contains a run that will be resumed{f': {at}' if at else ''}"
 
 
 def _devices(preflight: Preflight) -> str:
     gpus, asked = torch.cuda.device_count(), preflight.devices
     if gpus and asked > gpus:
-        raise CheckFailed(f"--devices {asked} is more than the {gpus} GPUs of this machine", "ask for fewer, or use torchrun")
+        raise CheckFailed(
+            f"--devices {asked} is more than the {gpus} GPUs of this machine", "give a smaller --devices, or use torchrun"
+        )
     if preflight.recipe.loop.precision == "16-mixed" and not gpus:
         raise CheckFailed("loop.precision 16-mixed needs a GPU, and this machine has none", "--set precision=bf16-mixed")
-    for section in (preflight.recipe.teacher, preflight.recipe.distillation):
-        if section.batch % asked:
-            raise CheckFailed(
-                f"{section.section}.batch {section.batch} is not divisible by {asked}", "choose another --devices"
-            )
+    check_batches(preflight.recipe, asked)
     days = preflight.cost.gpu_days(exact(preflight.recipe.loop).precision)
     on = f"{asked} of {gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else f"{asked} CPU processes, no GPU"
-    return f"{on}; the run takes about {days:.3g} days of one H100 (--dry-run says how that is reckoned)"
+    return f"{on}; the run takes about {days:.3g} days of one H100 (train --dry-run shows this estimate)"
 
 
 def _memory(preflight: Preflight) -> str:
@@ -189,6 +192,8 @@ def _memory(preflight: Preflight) -> str:
 def _disk(preflight: Preflight) -> str:
     # The run's folder may not exist yet, so the disk of its nearest existing parent is checked.
     folder = next(path for path in (preflight.out.absolute(), *preflight.out.absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckFailed(f"nothing can be written into {folder}", "choose another --out")
     free, needed = shutil.disk_usage(folder).free, preflight.cost.disk
     words = f"about {needed / MB:,.0f} MB needed, {free / MB:,.0f} MB free in {folder}"
     if needed > free:

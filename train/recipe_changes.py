@@ -9,6 +9,7 @@ from pathlib import Path
 from uni_instruct.checkpoints.import_bundle import open_or_import
 from uni_instruct.data import open_dataset
 from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.files import JSON_ERRORS
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.recipe import all_keys
 
@@ -50,9 +51,15 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
     """
     before, now = flat(old.to_dict()), flat(new.to_dict())
     changes = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
-    for key, (was, wanted) in changes.items():
+    # What was asked for, before what comes with it: a method sets keys of its section that nobody has written.
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in changes))
+    ordered = sorted(changes, key=lambda key: (sections.index(key.partition(".")[0]), key != "objective.method"))
+    for key in ordered:
+        was, wanted = changes[key]
         general = re.sub(r"^schedule\[\d+\]\.", "", key)
         section = next((section for section, keys in CHANGEABLE_WHILE_TRAINING.items() if general in keys), None)
+        if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
+            raise _refused(folder, key, was, wanted)  # the discriminator would be added or removed
         if section is not None and was is not None and wanted is not None:
             _check_can_be_tuned(folder, key, was, wanted, section, new)
         elif general == "data" and was and wanted:
@@ -61,15 +68,12 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
             _check_same_teacher(folder, str(was), str(wanted))
         elif general not in ALWAYS_CHANGEABLE:
             raise _refused(folder, key, was, wanted)
-    for key in changes:
-        if old.needs_discriminator != new.needs_discriminator and key.endswith("_scale"):
-            raise _refused(folder, key, *changes[key])  # the discriminator would be added or removed
     return changes
 
 
 def saved_step(folder: Path, stage: str) -> int:
     """The step of a stage's saved state; 0 if there is none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, *JSON_ERRORS, KeyError, TypeError, OverflowError):
         return int(json.loads((folder / "state" / f"{stage}.json").read_text())["step"])
     return 0
 
@@ -96,15 +100,20 @@ def _check_can_be_tuned(folder: Path, key: str, was: object, wanted: object, sec
     stage, config = _STAGE_NAMES[section], getattr(new, section)
     done, was, wanted = saved_step(folder, stage), _as_typed(was), _as_typed(wanted)
     if section == "teacher" and (saved_step(folder, "generator") or (folder / "generator").exists()):
-        problem = f"{key}={wanted}: the generator in {folder} was distilled from its teacher as it is, with {was}"
+        problem = (
+            f"{key}={wanted}: the generator in {folder} has already been started from the teacher, which was trained with {was}"
+        )
         raise RequestError(problem, remedy=f"leave it at {was}, or choose another --out", param="out")
     if not done or config.total_steps > done:
         return
     kimg = f"{done * config.batch / 1000:g}"
     if key == f"{section}.duration_kimg":
-        problem, remedy = f"{key}={wanted}: the run has done {kimg} already", f"give more than {kimg}, or leave it at {was}"
+        problem, remedy = (
+            f"{key}={wanted}: the run has already trained for {kimg} kimg",
+            f"give more than {kimg}, or leave it at {was}",
+        )
     else:
-        problem = f"{key}={wanted}: the {stage} in {folder} is trained to its end at {kimg} kimg, with {was}"
+        problem = f"{key}={wanted}: the {stage} in {folder} is finished: it was trained for {kimg} kimg with {was}"
         remedy = f"lengthen {section}.duration_kimg too, or choose another --out"
     raise RequestError(problem, remedy=remedy, param="out")
 
@@ -119,8 +128,10 @@ def _check_same_data(folder: Path, was: str, wanted: str) -> None:
         old, new = open_dataset(was), open_dataset(wanted)
         same = len(old) == len(new) and old.image_shape == new.image_shape and old.fingerprint() == new.fingerprint()
     except UniInstructError as error:
-        problem = f"{folder} holds a run on data={was}, which cannot be compared with {wanted} ({error.problem})"
-        raise RequestError(problem, remedy=f"link the data to {was}, or choose another --out", param="out") from error
+        problem = f"{folder} contains a run on data={was}, which cannot be compared with {wanted} ({error.problem})"
+        raise RequestError(
+            problem, remedy=f"make {was} lead to the data again, for example by a link, or choose another --out", param="out"
+        ) from error
     if not same:
         raise _refused(folder, "data", was, wanted)
 
@@ -132,18 +143,22 @@ def _check_same_teacher(folder: Path, was: str, wanted: str) -> None:
     try:
         same = open_or_import(was, "teacher", latents=True).weights_sha256 == digest
     except UniInstructError as error:
-        problem = f"{folder} holds a run with teacher.bundle={was}, which cannot be compared with {wanted} ({error.problem})"
-        raise RequestError(problem, remedy=f"link the teacher to {was}, or choose another --out", param="out") from error
+        problem = f"{folder} contains a run with teacher.bundle={was}, which cannot be compared with {wanted} ({error.problem})"
+        raise RequestError(
+            problem, remedy=f"make {was} lead to the teacher again, for example by a link, or choose another --out", param="out"
+        ) from error
     if not same:
         raise _refused(folder, "teacher.bundle", was, wanted)
 
 
 def _refused(folder: Path, key: str, was: object, wanted: object) -> RequestError:
     was, wanted = _as_typed(was), _as_typed(wanted)
-    remedy = f"leave it at {was}, or choose another --out"
+    whole = f"the schedule as {folder / 'recipe.yaml'} has it" if key.startswith("schedule") else f"it at {was}"
+    remedy = f"leave {whole}, or choose another --out"
     if key.startswith(("objective.", "schedule")) and all((folder / name).exists() for name in ("teacher", "generator")):
-        remedy += f" with teacher={folder}/teacher distillation.start={folder}/generator, which goes on from there"
-    return RequestError(f"{folder} holds a run with {key}={was}, not {wanted}", remedy=remedy, param="out")
+        remedy += f" with teacher={folder}/teacher distillation.start={folder}/generator, to start a new distillation from them"
+    problem = f"{folder} contains a run with {key}={was}, which a resumed run cannot change to {wanted}"
+    return RequestError(problem, remedy=remedy, param="out")
 
 
 def _as_typed(value: object) -> object:

@@ -17,12 +17,13 @@ from uni_instruct.files import atomic_file, disk_errors
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.monitoring.clock import Clock
+from uni_instruct.train.monitoring.history import read_record
 from uni_instruct.train.monitoring.trackers import Tracker, open_trackers
 from uni_instruct.train.optimization.ema import Averages, PowerEma
 from uni_instruct.train.optimization.posthoc import save_snapshot
 from uni_instruct.train.recipe import parse_recipe, read_yaml
 from uni_instruct.train.recipe_changes import Changes, allowed_changes, holds_training
-from uni_instruct.train.run_lock import RunLock, in_use_error
+from uni_instruct.train.run_lock import RunLock, in_use_error, refuse_foreign
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Run:
         self._first_process = first_process
         self._trackers: list[Tracker] | None = None
         file = folder / "recipe.yaml"
+        refuse_foreign(folder)
         self._changes: Changes = {}
         if file.exists() and holds_training(folder):
             self._changes = allowed_changes(folder, parse_recipe(read_yaml(file)), recipe)
@@ -54,7 +56,7 @@ class Run:
         self._write_line({"stage": stage, "step": step, "changed": self._changes})
         self._write_recipe()
         for key, (was, now) in self._changes.items():
-            log.warning("%s, step %d: %s is %s from here on, it was %s", stage, step, key, now, was)
+            log.warning("%s, step %d: from here on %s is %s (before: %s)", stage, step, key, now, was)
         self._changes = {}
 
     def load_state(self, stage: str) -> dict[str, Any] | None:
@@ -65,7 +67,9 @@ class Run:
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch passes on any error of its zip and pickle readers
-            raise FileFormatError(f"state {file} cannot be read", remedy="delete it to train that stage anew") from error
+            raise FileFormatError(
+                f"state {file} cannot be read", remedy="delete it to train that stage again from the start"
+            ) from error
         return state
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
@@ -107,13 +111,13 @@ class Run:
         file = self.folder / "log.jsonl"
         if not file.exists():
             return
-        lines = file.read_text().splitlines()
+        lines = file.read_bytes().splitlines()  # of a damaged one, no text
         kept = [line for line in lines if _line_precedes(line, stage, step)]
         # Most resumed runs have nothing to remove, and rewriting a long log takes time.
         if kept == lines:
             return
         with atomic_file(file) as partial:
-            partial.write_text("".join(line + "\n" for line in kept))
+            partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def save_samples(self, stage: str, kimg: float, images: np.ndarray) -> None:
         """Write a grid of images, uint8 [N, H, W, C], to samples/<stage>-<kimg>.png, and send it to the trackers."""
@@ -151,9 +155,9 @@ def lock_run_folder(folder: Path, fabric: Fabric) -> Iterator[RunLock]:
         yield lock
 
 
-def _line_precedes(line: str, stage: str, step: int) -> bool:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+def _line_precedes(line: bytes, stage: str, step: int) -> bool:
+    record = read_record(line)
+    if record is None:
         return False  # an incomplete line of a killed run
-    return bool(record["stage"] != stage or record["step"] <= step)
+    at = record.get("step")
+    return record.get("stage") != stage or not isinstance(at, int) or at <= step

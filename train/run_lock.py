@@ -12,12 +12,14 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.files import JSON_ERRORS
 
 LOCK = "run.lock"
 # `is_locked` (train --status) holds a shared lock for microseconds. A training that starts meanwhile retries for this long.
@@ -87,7 +89,7 @@ class RunLock:
                 return False
             time.sleep(0.02)
         if held is None:
-            log.warning("%s is on a file system without locks: start no second training there", self.folder)
+            log.warning("%s is on a file system without file locks: do not start a second training in this folder", self.folder)
         return True
 
     def note(self, devices: int) -> None:
@@ -134,7 +136,7 @@ def read_run_process(folder: Path) -> RunProcess | None:
         values = json.loads((folder / LOCK).read_text())
         # An unreadable description is ignored, because it is only information for the user.
         return RunProcess(**values | {"program": tuple(values["program"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, *JSON_ERRORS, TypeError, KeyError):
         return None
 
 
@@ -144,13 +146,20 @@ def refuse_in_use(folder: Path) -> None:
         raise in_use_error(folder)
 
 
+def refuse_foreign(folder: Path, names: Sequence[str] = ("teacher", "generator", "report"), mark: str = "recipe.yaml") -> None:
+    """Raise RequestError if a training or a lab would replace folders that none made. mark: the file that identifies one."""
+    for name in names:
+        if not (folder / mark).exists() and (folder / name).is_dir() and any((folder / name).iterdir()):
+            raise RequestError(f"{folder / name} would be replaced, and no training made it", remedy="choose another --out")
+
+
 def in_use_error(folder: Path) -> RequestError:
     """The error for a second training in the same folder."""
     worker = read_run_process(folder)
     who = "another process" if worker is None else str(worker)
     stop = f", or stop it with 'kill {worker.pid}'" if worker is not None and worker.is_local else ""
     return RequestError(
-        f"{folder} is being trained by {who}", remedy=f"wait for it{stop}, or choose another --out", param="out"
+        f"{folder} is being trained by {who}", remedy=f"wait until it has finished{stop}, or choose another --out", param="out"
     )
 
 

@@ -30,7 +30,7 @@ def choose_scoring(loop: LoopConfig, dataset: Dataset | None) -> ScoringChoice:
     weights are kept). Raises RequestError, with settings for `train` as remedy, if the requested extractor is not available.
     """
     if loop.metric == "none" or dataset is None:
-        return ScoringChoice(loop, "nothing is scored: the last weights are kept")
+        return ScoringChoice(loop, "no scores (loop.metric=none or no data): the last weights are kept")
     dataset.require_images()
     can_classify = dataset.num_classes > 1 and len(dataset) >= MIN_IMAGES
     if loop.extractor == "classifier" and not can_classify:
@@ -74,8 +74,8 @@ def _inception(loop: LoopConfig, dataset: Dataset, can_classify: bool, small: bo
             raise
         otherwise = error.remedy.partition(", or")[0]
         words = (
-            f"{len(dataset):,} images of {dataset.num_classes} classes are scored by nothing that is at hand, so the last "
-            f"weights are kept (loop.metric=none): {error.problem}; {otherwise} to choose by InceptionV3"
+            f"{len(dataset):,} images of {dataset.num_classes} classes cannot be scored, so the last weights "
+            f"are kept (loop.metric=none): {error.problem}; {otherwise} to choose by InceptionV3"
         )
         return ScoringChoice(dataclasses.replace(loop, metric="none"), words)
     return ScoringChoice(chosen, words)

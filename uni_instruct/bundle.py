@@ -117,7 +117,7 @@ class Bundle:
     def with_steps(self, steps: int) -> "Bundle":
         """The same teacher, sampled with `steps` steps. Raises RequestError for a one-step generator and more than one step."""
         if self.spec.steps == 1 and steps > 1:
-            problem = f"{self.path} is a one-step generator, which has no sampler to take {steps} steps"
+            problem = f"{self.path} is a one-step generator and cannot be sampled in {steps} steps"
             raise RequestError(problem, remedy="leave --steps out, or give a teacher", param="steps")
         found = copy.copy(self)
         found.spec = replace(self.spec, steps=steps)
@@ -127,8 +127,8 @@ class Bundle:
         """Raise RequestError if the network makes latents and the bundle has no decoder. The remedy adds a decoder."""
         if not self.spec.makes_pictures:
             raise RequestError(
-                f"{self.origin} makes a VAE's latents, no pictures",
-                remedy=f"give it the VAE's decoder: uni-instruct import {quote(self.origin)} --decoder {USUAL_VAE} "
+                f"{self.origin} makes a VAE's latents and has no decoder to turn them into pictures",
+                remedy=f"add the VAE's decoder: uni-instruct import {quote(self.origin)} --decoder {USUAL_VAE} "
                 f"--out {self.spec.name}-pictures",
                 param="bundle",
             )
@@ -233,7 +233,7 @@ def is_run(source: str | Path) -> bool:
 def check_place(path: Path) -> None:
     """Raises RequestError where a folder holds something else than a bundle: photographs, a training, another's work."""
     if path.is_dir() and not (path / CONFIG).is_file() and any(path.iterdir()):
-        raise RequestError(f"{path} holds something that is no bundle", remedy="name another folder", param="out")
+        raise RequestError(f"{path} holds something that is not a bundle", remedy="name another folder", param="out")
 
 
 def find_bundle(source: str | Path) -> tuple[Path, str]:
@@ -259,7 +259,7 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
 def _of_run(folder: Path) -> RequestError:
     bundles = [quote(str(folder / role)) for role in ("generator", "teacher") if (folder / role / CONFIG).is_file()]
     remedy = f"give {' or '.join(bundles)}" if bundles else f"see uni-instruct train {quote(str(folder))} --status"
-    return RequestError(f"{folder} is the folder of a training, not a bundle", remedy=remedy, param="bundle")
+    return RequestError(f"{folder} is the folder of a training run, not a bundle", remedy=remedy, param="bundle")
 
 
 def _identity(weights_sha256: str, spec: ModelSpec) -> str:
@@ -272,11 +272,11 @@ def _check_hash(path: Path, expected: str) -> None:
     if not path.is_file():
         raise _gone(path)
     if sha256(path) != expected:
-        raise BundleError(f"{path} does not match the sha256 in {CONFIG}", remedy="copy the whole folder again")
+        raise BundleError(f"{path} does not match the sha256 in {CONFIG}", remedy="copy or download the whole folder again")
 
 
 def _gone(path: Path) -> BundleError:
-    return BundleError(f"{path.parent} has no {path.name}", remedy="copy the whole folder again")
+    return BundleError(f"{path.parent} has no {path.name}", remedy="copy or download the whole folder again")
 
 
 class _Config(TypedDict):
@@ -295,14 +295,17 @@ def _read_config(path: Path) -> _Config:
     try:
         config: _Config = json.loads(path.read_text())
     except JSON_ERRORS as error:
-        raise BundleError(f"{path} is not JSON: {error}", remedy="copy the whole folder again") from error
+        raise BundleError(f"{path} is not JSON: {error}", remedy="copy or download the whole folder again") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or "weights_sha256" not in config:
         command = import_of_weights(path.parent)
-        other = f", or make a bundle of another project's with {command}" if command else ""
+        other = f", or import the weights there: {command}" if command else ""
         raise BundleError(f"{path} is not the configuration of a bundle", remedy=f"give a folder that 'train' wrote{other}")
     if version > FORMAT_VERSION:
-        raise BundleError(f"{path} has format version {version}, this is {FORMAT_VERSION}", remedy="update uni-instruct")
+        raise BundleError(
+            f"{path} has format version {version}, but this uni-instruct reads versions up to {FORMAT_VERSION}",
+            remedy="update uni-instruct",
+        )
     return config
 
 
@@ -310,4 +313,6 @@ def _read_spec(path: Path, config: Mapping[str, object]) -> ModelSpec:
     try:
         return ModelSpec.from_config(config)
     except TypeError as error:
-        raise BundleError(f"{path} does not describe a generator: {error}", remedy="copy the whole folder again") from error
+        raise BundleError(
+            f"{path} does not describe a generator: {error}", remedy="copy or download the whole folder again"
+        ) from error

@@ -19,24 +19,22 @@ def has_names(names: Sequence[str]) -> bool:
 
 
 def ids_by_name(names: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
-    """The index in `others` of each name: int64 [len(names)]. Names are compared in Unicode's NFC.
+    """The index in `others` of each name: int64 [len(names)]; None if one is missing. Names are compared in Unicode's NFC.
 
-    None if a name is missing from `others` or occurs in it several times, unless the two lists are equal.
+    Classes that share a name are matched in their order.
     """
-    mine, theirs = [_nfc(name) for name in names], [_nfc(other) for other in others]
-    if mine == theirs:
-        return np.arange(len(mine), dtype=np.int64)
-    # ImageNet has two classes 'crane'. A lookup by name would give the images of both to the second.
-    repeated = {name for name, count in Counter(theirs).items() if count > 1}
-    known = {other: -1 if other in repeated else number for number, other in enumerate(theirs)}
-    ids = [known.get(name, -1) for name in mine]
-    return None if -1 in ids else np.array(ids, dtype=np.int64)
+    if unmatched_name(names, others) is not None:
+        return None
+    ids: dict[str, list[int]] = {}
+    for number, other in enumerate(others):
+        ids.setdefault(_nfc(other), []).append(number)
+    return np.array([ids[_nfc(name)].pop(0) for name in names], dtype=np.int64)
 
 
-def repeated_name(names: Sequence[str]) -> str:
-    """'2 are called NAME' for the most frequent name if several classes have it, else ''. Names are compared in NFC."""
-    name, count = Counter(map(_nfc, names)).most_common(1)[0] if names else ("", 0)
-    return f"{count} are called {name}" if count > 1 else ""
+def unmatched_name(names: Sequence[str], others: Sequence[str]) -> str | None:
+    """The first name that `others` lack, or have for more or fewer classes; None if all are found."""
+    here, there = (Counter(map(_nfc, some)) for some in (names, others))
+    return next((name for name in names if here[_nfc(name)] != there[_nfc(name)]), None)
 
 
 def match_classes(names: Sequence[str], others: Sequence[str], whose: str, others_whose: str) -> np.ndarray | None:
@@ -49,10 +47,9 @@ def match_classes(names: Sequence[str], others: Sequence[str], whose: str, other
         return None
     ids = ids_by_name(names, others)
     if ids is None or len(names) != len(others):
-        twice = repeated_name(others) or repeated_name(names)
         raise RequestError(
             f"{whose} has the classes {format_class_names(names)}, {others_whose} {format_class_names(others)}",
-            remedy=f"give both the same classes{f' in the same order: {twice}' if twice else ', in any order'}",
+            remedy="give both the same classes, in any order",
             param="classes",
         )
     return ids

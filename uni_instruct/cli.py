@@ -25,19 +25,19 @@ COMMANDS = {
     "train": ("uni_instruct.train.commands.train:train", "Train a teacher and distil it into a one-step generator."),
     "lab": (
         "uni_instruct.train.commands.lab:lab",
-        "Compare methods: all from one teacher, with the same seeds.",
+        "Compare methods, trained from one teacher with the same seeds.",
     ),
     "doctor": (
         "uni_instruct.train.commands.doctor:doctor",
-        "Look at data, teacher, devices and disk before a long training.",
+        "Check data, teacher, devices, memory and disk before a long training.",
     ),
     "average": (
         "uni_instruct.train.commands.average:average",
-        "Make another average of a run's weights, without training again.",
+        "Make a bundle from another average of a run's weights, without training again.",
     ),
     "import": (
         "uni_instruct.commands.import_checkpoint:import_checkpoint",
-        "Make a bundle of another project's checkpoint.",
+        "Convert another project's checkpoint to a bundle.",
     ),
     "export": (
         "uni_instruct.export.commands.export:export",
@@ -51,23 +51,23 @@ COMMANDS = {
         "uni_instruct.export.commands.publish:publish",
         "Make a generator ready to ship: half-size weights, engine, samples, card.",
     ),
-    "card": ("uni_instruct.export.commands.card:card", "Write the card of a published generator anew, with its scores."),
+    "card": ("uni_instruct.export.commands.card:card", "Rewrite the model card of a published generator, with its scores."),
     "generate": ("uni_instruct.commands.generate:generate", "Make images from seeds."),
     "evaluate": (
         "uni_instruct.commands.evaluate:evaluate",
         "Score a generator or images against a data set.",
     ),
-    "compare": ("uni_instruct.commands.compare:compare", "Say whether one generator scores better than another."),
+    "compare": ("uni_instruct.commands.compare:compare", "Decide whether one generator scores better than another."),
     "serve": ("uni_instruct.serve.commands.serve:serve", "Serve generators over HTTP, with a web demo under /ui."),
     "loadtest": (
         "uni_instruct.serve.commands.loadtest:loadtest",
-        "Load a server at a steady rate, and check every image that it answers.",
+        "Send requests to a server at a steady rate, and check every image that it returns.",
     ),
     "package": (
         "uni_instruct.serve.commands.package:package",
         "Pack generators as a Bento, for a container without torch.",
     ),
-    "inspect": ("uni_instruct.commands.inspect:inspect", "Say what is in a bundle or a data set."),
+    "inspect": ("uni_instruct.commands.inspect:inspect", "Show what is in a bundle, a data set or a checkpoint."),
 }
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     except UniInstructError as error:
         _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; run the same command again to go on", 130)
+        _fail("interrupted; run the same command again to continue", 130)
     except OSError as error:
         if (refused := as_path_error(error)) is None:
             raise

@@ -28,6 +28,6 @@ def download(url: str, path: Path, is_valid: Callable[[bytes], bool], what: str,
         text = getattr(reason, "strerror", None) or reason
         raise RequestError(f"{what} cannot be downloaded ({text})", remedy=remedy) from error
     if not is_valid(content):
-        raise RequestError(f"{what} from {url} has another checksum than it should", remedy=remedy)
+        raise RequestError(f"{what} from {url} has a wrong checksum", remedy=remedy)
     with atomic_file(path) as partial:
         partial.write_bytes(content)

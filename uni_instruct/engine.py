@@ -165,7 +165,7 @@ def select_engine(bundle: Bundle, wanted: str | EngineId | None = None, device: 
     chosen = _fastest(trusted)
     selection = Selection(chosen.engine_id, chosen.device, tuple(statuses))
     for refused in selection.refused:
-        told = "engine %s is refused on this machine: %s; %s takes its place"
+        told = "engine %s cannot be used on this machine: %s; using %s instead"
         _log.warning(told, refused.engine_id, refused.reason, selection.engine_id)
     return selection
 
@@ -291,9 +291,9 @@ def _status(
     if trial.problem:
         return EngineStatus(engine_id, "refused", trial.problem, trial, key.existing_path(), device)
     compared = key.reference_sha256 or trial.relative_l2 is not None
-    stored, reason = bundle.engines().get(engine_id), "" if compared else "no reference.npz to hold it against"
+    stored, reason = bundle.engines().get(engine_id), "" if compared else "there is no reference.npz to compare it with"
     if reason and stored and not stored.record().parity:  # exported without its GPU, so it was never compared with torch
-        return EngineStatus(engine_id, "refused", f"untried where it was built, and {reason}", trial, device=device)
+        return EngineStatus(engine_id, "refused", f"it was not checked where it was built, and {reason}", trial, device=device)
     return EngineStatus(engine_id, "trusted", reason, trial, device=device)
 
 
@@ -317,10 +317,10 @@ def refusal(statuses: list[EngineStatus]) -> UniInstructError:
     refused = [status for status in statuses if status.state == "refused"]
     if not refused:
         return next(status.error for status in statuses if status.error is not None)
-    problem = "; ".join(f"engine {s.engine_id} is refused on this machine: {s.reason}" for s in refused)
+    problem = "; ".join(f"engine {s.engine_id} cannot be used on this machine: {s.reason}" for s in refused)
     remedy = f"use --engine {TORCH}" if _torch().is_installed() else f"pip install 'uni-instruct[{_torch().extra}]' for torch"
     if notes := " and ".join(str(status.note) for status in refused if status.note):
-        remedy = f"{remedy}, or delete {notes} to have it tried again"
+        remedy = f"{remedy}, or delete {notes}, where the failure is recorded, to have it checked again"
     return EngineRefusedError(problem, remedy=remedy, param="engine")
 
 

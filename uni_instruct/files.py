@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import mimetypes
 import os
 import re
 import shutil
@@ -40,12 +41,19 @@ _REMEDIES = {
 }
 # Remedies for paths that the user gave and the system refuses.
 _UNUSABLE = {
-    errno.EACCES: "give what you may read, or make it readable",
-    errno.EPERM: "give what you may read, or make it readable",
+    errno.EACCES: "give a path that you may read, or change its permissions",
+    errno.EPERM: "give a path that you may read, or change its permissions",
     errno.EISDIR: "give a file, not a folder",
-    errno.ELOOP: "give what the link was to lead to",
+    errno.ELOOP: "give the file or folder itself, not the symbolic link",
     errno.ENAMETOOLONG: "give a shorter name",
 }
+
+
+# Of files that Python's table of types does not have.
+_SUFFIXES = frozenset(
+    {".7z", ".arrow", ".avif", ".ckpt", ".feather", ".heic", ".jp2", ".jxl", ".lmdb", ".npy", ".npz", ".onnx", ".parquet"}
+    | {".pickle", ".pkl", ".pt", ".pth", ".rar", ".safetensors", ".tfrecord", ".toml", ".yaml", ".yml", ".zst"}
+)
 
 
 @contextmanager
@@ -115,7 +123,7 @@ def _refuse_other(path: Path, may_go: bool, what: str) -> None:
     """Raises RequestError where something else stands at `path` than what is to take its place."""
     # A pipe or a device is somebody's, as a file in a folder's place is: /dev/null would be gone for the whole machine.
     if path.exists() and not may_go:
-        raise RequestError(f"{path} is no {what}, and is not replaced by one", remedy="write elsewhere", param="out")
+        raise RequestError(f"{path} is not a {what}, so it is not replaced", remedy="write elsewhere", param="out")
 
 
 def make_folder(folder: Path, wanted: Path) -> None:
@@ -123,7 +131,7 @@ def make_folder(folder: Path, wanted: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # the kernel's answer below /proc, where no folder can be created
-        raise DiskError(f"cannot write {wanted}: no folder can be made there", remedy="write elsewhere") from error
+        raise DiskError(f"cannot write {wanted}: no folder can be created there", remedy="write elsewhere") from error
 
 
 @contextmanager
@@ -221,6 +229,23 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
         os.close(file)
 
 
+def is_named_as_file(path: Path) -> bool:
+    """Whether the name ends as a file's does (.txt, .mp4, .h5), and no folder has it: digits-0.08 and run.v2 are folders."""
+    kinds = mimetypes.MimeTypes()  # Python's own table: the system's has .old and .bak, too
+    known = {*kinds.types_map[True], *kinds.encodings_map, *_SUFFIXES}
+    return path.suffix.lower() in known and not path.is_dir()
+
+
+def refuse_file_name(out: Path) -> None:
+    """Raises RequestError where a folder is to be made under the name of a file."""
+    if is_named_as_file(out):
+        raise RequestError(
+            f"--out {out} ends in {out.suffix}, and a folder is made",
+            remedy=f"name a folder, such as {out.with_suffix('')}",
+            param="out",
+        )
+
+
 def sha256(path: Path) -> str:
     """The file's SHA-256 digest in hexadecimal."""
     with path.open("rb") as file:
@@ -235,5 +260,5 @@ def cache_folder() -> Path:
 def _partial(path: Path) -> Path:
     # What has no name of its own, as '.' and '/', can be no file, and '..' is what others stand in.
     if path.name in ("", ".."):
-        raise RequestError(f"{path} has no name that can be written", remedy="name a file or folder in it", param="out")
+        raise RequestError(f"{path} itself cannot be written", remedy="name a file or folder in it", param="out")
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

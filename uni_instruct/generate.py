@@ -69,7 +69,11 @@ def input_batches(
     else:
         class_ids = resolve_class_ids(spec, seeds, classes)
     if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
-        raise RequestError(f"batch {batch!r} is not a number of images", remedy="give an integer from 1 on", param="batch")
+        raise RequestError(
+            f"batch {batch!r} is not a positive integer",
+            remedy="give the number of images in a batch, such as 64",
+            param="batch",
+        )
     parts = (slice(start, start + batch) for start in range(0, len(seeds), batch))
     return (draw_inputs(spec, seeds[part], None if class_ids is None else class_ids[part]) for part in parts)
 
@@ -127,7 +131,7 @@ def by_class(spec: ModelSpec, seeds: Sequence[int]) -> list[int]:
     if rest or not share:
         remedy = f"give {max(1, share) * spec.num_classes} seeds, or another multiple of {spec.num_classes}"
         raise RequestError(
-            f"{len(seeds)} seeds cannot be shared out equally to {spec.num_classes} classes", remedy=remedy, param="by_class"
+            f"{len(seeds)} seeds cannot be divided equally among {spec.num_classes} classes", remedy=remedy, param="by_class"
         )
     return [class_id for class_id in range(spec.num_classes) for _ in range(share)]
 
@@ -163,7 +167,7 @@ def _as_sequence(classes: Classes) -> Sequence[int | str] | np.ndarray:
         return [classes]
     if not isinstance(classes, Sequence):
         raise RequestError(
-            f"classes {str(classes)[:60]!r} are no list", remedy="give ids or names, such as [3] or ['cat']", param="classes"
+            f"classes {str(classes)[:60]!r} are not a list", remedy="give ids or names, such as [3] or ['cat']", param="classes"
         )
     return classes
 

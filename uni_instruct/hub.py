@@ -60,7 +60,7 @@ def fetch(source: str) -> Download:
     match = _NAME.fullmatch(source.removeprefix(SCHEME))
     if match is None:
         remedy = "write hf://owner/name, hf://owner/name/file, and @revision after either"
-        raise RequestError(f"{source} is no address on the hub", remedy=remedy, param="bundle")
+        raise RequestError(f"{source} is not an address on the hub", remedy=remedy, param="bundle")
     repository, file, revision = f"{match['owner']}/{match['name']}", match["file"], match["revision"]
     try:
         if file:
@@ -68,7 +68,7 @@ def fetch(source: str) -> Download:
         else:
             path = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=BUNDLE_FILES))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise RequestError(f"{source} cannot be had: {_reason(error)}", remedy=_remedy(), param="bundle") from error
+        raise RequestError(f"{source} cannot be downloaded: {_reason(error)}", remedy=_remedy(), param="bundle") from error
     commit = path.relative_to(_snapshots(path)).parts[0]
     return Download(path, f"{SCHEME}{repository}{'/' + file if file else ''}@{commit}")
 
@@ -82,11 +82,11 @@ def _reason(error: Exception) -> str:
     from huggingface_hub import errors
 
     reasons: tuple[tuple[type[Exception], str], ...] = (
-        (errors.GatedRepoError, "its owner asks for consent first"),
+        (errors.GatedRepoError, "it is gated, and its terms must be accepted on the hub first"),
         (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
         (errors.RevisionNotFoundError, "it has no such revision"),
         (errors.RemoteEntryNotFoundError, "it has no such file"),
-        (errors.LocalEntryNotFoundError, "the hub was not reached, and the cache does not hold it"),
+        (errors.LocalEntryNotFoundError, "the hub was not reached, and the cache has no copy"),
     )
     known = next((reason for kind, reason in reasons if isinstance(error, kind)), None)
     return known or " ".join(str(error).split())[:200]
@@ -96,5 +96,5 @@ def _remedy() -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "unset HF_HUB_OFFLINE once to download it"
+        return "unset HF_HUB_OFFLINE to download it once"
     return "check the address and your connection; private repositories need HF_TOKEN"

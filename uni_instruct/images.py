@@ -35,7 +35,7 @@ def checked_images(images: ArrayLike) -> np.ndarray:
     found = f"images are {array.dtype} {list(array.shape)}"
     if array.ndim == 4 and array.size and array.dtype.kind == "f":
         found += f" from {array.min():.3g} to {array.max():.3g}"
-        remedy = "give bytes; of floats in [-1, 1]: (images * 127.5 + 128).clip(0, 255).astype('uint8')"
+        remedy = "convert floats in [-1, 1] with (images * 127.5 + 128).clip(0, 255).astype('uint8')"
     else:
         remedy = "give what generate_images, read_samples or an engine returns"
     raise RequestError(f"{found}, not uint8 [N, H, W, C]", remedy=remedy, param="images")

@@ -114,12 +114,12 @@ def walk_points(seeds: Sequence[int], positions: Sequence[float]) -> list[NoiseP
     """
     seeds, last = checked_seeds(seeds), len(seeds) - 1
     if last < 0:
-        raise RequestError("the way has no seeds", remedy="give at least one, such as [7, 8]", param="seeds")
+        raise RequestError("the walk has no seeds", remedy="give at least one, such as [7, 8]", param="seeds")
     points: list[NoisePoint] = []
     for position in positions:
         if not 0.0 <= position <= last:  # written so that nan is refused too
             raise RequestError(
-                f"position {position:g} is not on the way", remedy=f"choose positions from 0 to {last}", param="positions"
+                f"position {position:g} is not on the walk", remedy=f"choose positions from 0 to {last}", param="positions"
             )
         index, rest = int(position), position - int(position)
         points.append(Between(seeds[index], seeds[index + 1], rest) if rest else seeds[index])
@@ -154,7 +154,7 @@ def parse_seeds(text: str) -> list[int]:
         if stop < start:
             raise RequestError(f"seed range {part} is empty", remedy="put the smaller seed first", param="seeds")
         if len(seeds) + stop - start >= MAX_SEEDS:
-            raise RequestError(f"seeds '{text[:60]}' are more than {MAX_SEEDS}", remedy="ask for fewer at once", param="seeds")
+            raise RequestError(f"seeds '{text[:60]}' are more than {MAX_SEEDS}", remedy="give fewer seeds", param="seeds")
         seeds.extend(range(start, stop + 1))
     return seeds
 
@@ -164,7 +164,7 @@ def checked_seeds(seeds: Sequence[int] | np.ndarray) -> Sequence[int]:
     seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
     if isinstance(seeds, str | bytes) or not isinstance(seeds, Sequence):
         raise RequestError(
-            f"seeds {str(seeds)[:60]!r} are no list", remedy="give integers, such as [7, 8] or range(64)", param="seeds"
+            f"seeds {str(seeds)[:60]!r} are not a list", remedy="give integers, such as [7, 8] or range(64)", param="seeds"
         )
     # Of a range only both ends are checked: it may have millions of seeds.
     for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds:
@@ -184,8 +184,8 @@ def checked_class_ids(spec: ModelSpec, class_ids: ArrayLike | ClassMixture | Non
     """
     if class_ids is None and spec.num_classes:
         raise RequestError(
-            f"generator '{spec.name}' has {spec.num_classes} classes, and no class ids were given",
-            remedy="give one for each image; generate_images draws them from the seeds",
+            f"generator '{spec.name}' has {spec.num_classes} classes, but no class ids were given",
+            remedy="give one for each image, or call generate_images, which draws them from the seeds",
             param="class_ids",
         )
     if class_ids is None:
@@ -232,7 +232,7 @@ def checked_share(share: ArrayLike, count: int | None = None) -> np.ndarray:
     if not inside.all():
         raise RequestError(
             f"share {shares[~inside][0]:g} is outside 0..1",
-            remedy="0 is the one class, 1 the other, 0.5 half of each",
+            remedy="give 0 for the first class, 1 for the second, 0.5 for half of each",
             param="share",
         )
     return _contiguous(shares.astype(np.float32, copy=False))
@@ -249,7 +249,7 @@ def checked_inputs(spec: ModelSpec, noise: ArrayLike, class_ids: ArrayLike | Cla
         raise RequestError(f"noise is {z.dtype}, not float32", remedy="give noise.astype('float32')", param="noise")
     if z.ndim != 4 or z.shape[1:] != tuple(spec.noise_shape) or not len(z):
         raise RequestError(
-            f"noise is {list(z.shape)}, not [B, {', '.join(map(str, spec.noise_shape))}] of B >= 1 images",
+            f"noise has shape {list(z.shape)}, not [B, {', '.join(map(str, spec.noise_shape))}] with B >= 1",
             remedy="make it with uni_instruct.noise.noise(seeds, spec.noise_shape)",
             param="noise",
         )

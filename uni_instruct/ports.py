@@ -18,7 +18,7 @@ def free_address(host: str, port: int) -> str:
             trial.bind(place)
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
-            problem = f"port {port} is taken" if taken else f"cannot listen on {host}:{port}: {error.strerror}"
+            problem = f"port {port} is already in use" if taken else f"cannot listen on {host}:{port}: {error.strerror}"
             # On an address of another machine no port works, so the host is at fault.
             wrong = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
             raise RequestError(problem, remedy=f"choose another --{wrong}", param=wrong) from None

@@ -61,8 +61,8 @@ def connect(ray: ModuleType, address: str, count: int | None) -> bool:
         reason = " ".join(str(error).split())
         if "ersion mismatch" in reason:
             raise RequestError(
-                f"the Ray cluster at {address} is of another version: {reason[:300]}",
-                remedy=f"install the same ray and Python here as there (ray {ray.__version__} is here)",
+                f"the Ray cluster at {address} has another version: {reason[:300]}",
+                remedy=f"install the cluster's versions of ray and Python on this machine, which has ray {ray.__version__}",
                 param="ray",
             ) from error
         raise _no_cluster(address, reason[:200]) from error
@@ -86,7 +86,7 @@ def _check_listens(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         if address != "auto" and not address.startswith("ray://"):
-            raise _no_cluster(address, "that is no HOST:PORT")
+            raise _no_cluster(address, "that is not HOST:PORT")
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
@@ -106,7 +106,7 @@ def check_version(version: str) -> None:
     """Raise RequestError if this node's uni-instruct differs from `version`, the caller's. Runs on the cluster's nodes."""
     if version != __version__:
         raise RequestError(
-            f"a node of the cluster has uni-instruct {__version__}, this machine {version}",
+            f"a node of the cluster has uni-instruct {__version__}, but this machine has {version}",
             remedy=f"pip install 'uni-instruct[ray]=={version}' on all nodes",
         )
 

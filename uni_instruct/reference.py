@@ -43,12 +43,12 @@ class Reference:
     @classmethod
     def read(cls, path: Path, spec: ModelSpec, weights_sha256: str) -> "Reference":
         """Read and check the file. Raises BundleError if it is damaged, or does not belong to this model and these weights."""
-        remedy = f"'uni-instruct export {quote(str(path.parent))} --to onnx' writes it anew"
+        remedy = f"'uni-instruct export {quote(str(path.parent))} --to onnx' writes it again"
         try:
             with path.open("rb") as file:
                 # NumPy would take any other file for a pickle, and its error would suggest to allow pickles.
                 if file.read(len(_ZIP)) != _ZIP:
-                    raise ValueError("it is no npz file")
+                    raise ValueError("it is not an npz file")
             with np.load(path, allow_pickle=False) as data:
                 found = cls(
                     seeds=data["seeds"],
@@ -59,7 +59,7 @@ class Reference:
         except Exception as error:  # the zip and npy parsers raise many types for damaged files, MemoryError among them
             raise BundleError(f"{path} cannot be read: {' '.join(str(error).split())[:100]}", remedy=remedy) from error
         if found.weights_sha256 != weights_sha256:
-            raise BundleError(f"{path} is of other weights than those beside it", remedy=remedy)
+            raise BundleError(f"{path} was made from other weights than those in its folder", remedy=remedy)
         if not found._fits(spec):
             raise BundleError(f"{path} does not hold images of generator '{spec.name}'", remedy=remedy)
         return found

@@ -84,17 +84,24 @@ class DecoderSpec:
             raise BundleError(f"decoder '{self.architecture[:40]}' is unknown", remedy=f"give an {AUTOENCODER_KL}")
         widths, groups = self.block_out_channels, self.norm_num_groups
         if not 1 <= len(widths) <= _MAX_LEVELS or not 1 <= groups <= min(widths) <= max(widths) <= _WIDEST:
-            raise BundleError(f"a decoder of channels {list(widths)} in {groups} groups", remedy="give another VAE")
+            raise BundleError(
+                f"a decoder with block_out_channels {list(widths)} and norm_num_groups {groups}, which are not supported",
+                remedy="give another VAE",
+            )
         if any(width % groups for width in widths):
             raise BundleError(f"{list(widths)} channels do not divide into {groups} groups", remedy="give another VAE")
         if not 1 <= self.layers_per_block <= _MAX_LAYERS or self.out_channels not in (1, 3):
             raise BundleError(
-                f"a decoder of {self.layers_per_block} layers and {self.out_channels} output channels",
-                remedy="give one of 1 or 3 output channels: grey or colour pictures",
+                f"a decoder of {self.layers_per_block} layers a block and {self.out_channels} output channels, "
+                "which is not supported",
+                remedy=f"give one with 1 to {_MAX_LAYERS} layers a block and 1 (grey) or 3 (colour) output channels",
             )
         numbers = (*self.latent_scale, *self.latent_shift, self.pixel_scale, self.pixel_shift)
         if not 1 <= len(self.latent_scale) == len(self.latent_shift) <= _WIDEST or not all(map(math.isfinite, numbers)):
-            raise BundleError("a decoder whose scales and shifts of latents do not fit", remedy="give one of each a channel")
+            raise BundleError(
+                "a decoder whose latent_scale and latent_shift do not match",
+                remedy="give one finite number of each for each latent channel",
+            )
 
     @classmethod
     def from_config(cls, config: object) -> "DecoderSpec":
@@ -163,9 +170,9 @@ class ModelSpec:
 
         if self.decoder is not None and (not self.latents or self.noise_shape[0] != self.decoder.latent_channels):
             raise BundleError(
-                f"a decoder of {self.decoder.latent_channels} channels for a network of {self.noise_shape[0]}"
-                f"{'' if self.latents else ' that makes no latents'}",
-                remedy="give the VAE whose latents the network makes",
+                f"a decoder of latents of {self.decoder.latent_channels} channels does not fit a network that makes "
+                f"{'latents' if self.latents else 'images'} of {self.noise_shape[0]} channels",
+                remedy="give the decoder of the VAE whose latents the network makes",
             )
 
     @property
@@ -199,18 +206,19 @@ class ModelSpec:
         name = unicodedata.normalize("NFC", label) if isinstance(label, str) else None
         if name in self.class_names:
             return self._id_of_name(str(name))
-        readable = isinstance(label, int) or (label.isdecimal() and len(label) < 10)
-        number = int(label) if readable else -1
-        if isinstance(label, bool) or not 0 <= number < self.num_classes:
+        is_id = label.isdecimal() if isinstance(label, str) else not isinstance(label, bool)
+        number = int(label) if is_id and len(str(label)) < 10 else -1
+        if not 0 <= number < self.num_classes:
+            fault = "outside" if is_id else "neither a class name nor an id in"
             raise RequestError(
-                f"class {str(label)[:40]} is outside 0..{self.num_classes - 1}",
+                f"class {str(label)[:40]} is {fault} 0..{self.num_classes - 1}",
                 remedy=f"{self._nearest(str(label))}'uni-instruct inspect' lists the classes",
                 param="classes",
             )
         if name is not None and self.class_names and all(other.isdecimal() for other in self.class_names):
             raise RequestError(
-                f"class {name} is no class's name, and with names that are numbers no id either",
-                remedy=f"give a name, such as {self.class_names[number]} for the class of id {number}",
+                f"no class is named {name}, and ids are not accepted because all class names are numbers",
+                remedy=f"give a name, such as {self.class_names[number]} for the class with id {number}",
                 param="classes",
             )
         return number
@@ -219,7 +227,7 @@ class ModelSpec:
         ids = [at for at, other in enumerate(self.class_names) if other == name]
         if len(ids) > 1:
             raise RequestError(
-                f"{len(ids)} classes are called {name[:40]}", remedy=f"give an id: {', '.join(map(str, ids))}", param="classes"
+                f"{len(ids)} classes are named {name[:40]}", remedy=f"give an id: {', '.join(map(str, ids))}", param="classes"
             )
         return ids[0]
 
@@ -272,7 +280,7 @@ def check_name(name: str) -> None:
     if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
         shown = name if len(name) <= MAX_NAME_LENGTH else f"{name[:40]}..."
         remedy = f"give a line of text of up to {MAX_NAME_LENGTH} characters, such as mine"
-        raise RequestError(f"name '{shown}' is none", remedy=remedy, param="name")
+        raise RequestError(f"name '{shown}' is not valid", remedy=remedy, param="name")
 
 
 def _check_type(name: str, value: Any, type_: Any, entries: Any) -> None:

@@ -10,7 +10,7 @@ from uni_instruct.errors import BundleError
 
 # How matrices and convolution filters are stored -> the name of the type in safetensors and in NumPy.
 WEIGHT_PRECISIONS = {"fp32": ("F32", "<f4"), "fp16": ("F16", "<f2")}
-_DAMAGED = "copy the whole folder again"
+_DAMAGED = "copy or download the whole folder again"
 
 
 def write_weights(path: Path, weights: Mapping[str, np.ndarray], precision: str = "fp32") -> None:

@@ -18,7 +18,7 @@ def entry_start(file: BinaryIO, header_offset: int) -> tuple[int, bytes]:
     file.seek(header_offset)
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(SIGNATURE):
-        raise zipfile.BadZipFile("its place in the zip holds something else")
+        raise zipfile.BadZipFile("there is no entry at its offset in the zip")
     # Read from this header, not from the zip's directory, whose extra fields may have another length.
     _, name_size, extra_size = _HEADER.unpack(header)
     return header_offset + _HEADER.size + name_size + extra_size, file.read(name_size)

@@ -18,7 +18,7 @@ from uni_instruct.export.publish import ENGINE, read_scores, rewrite_card
 @click.argument("folder", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--reference", help="Data set that the generator is scored against, for the card.")
 @click.option(
-    "--samples", type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES), help="Images of a set. [default: as the reference has]"
+    "--samples", type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES), help="Images per set. [default: as many as the reference has]"
 )
 @click.option("--sets", type=click.IntRange(1, 100), default=3, help="Disjoint sets of seeds, for mean and spread.")
 @click.option(
@@ -28,7 +28,7 @@ from uni_instruct.export.publish import ENGINE, read_scores, rewrite_card
     "--scores",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     multiple=True,
-    help="What 'evaluate --json' printed before, beside or in place of --reference; repeatable.",
+    help="File with the output of an earlier 'evaluate --json', in addition to or instead of --reference; repeatable.",
 )
 @workers_option
 @ray_option

@@ -26,14 +26,26 @@ from uni_instruct.progress import progress, silent
     required=True,
     help="Engines to build, by runtime; repeatable. "
     + " ".join(f"{name}: {target.summary}." for name, target in TARGETS.items() if not target.sms)
-    + " tensorrt: for this machine's kind of GPU. tensorrt-rtx: for those of --sm, which need not be here."
+    + " tensorrt: for the kind of GPU in this machine."
+    + " tensorrt-rtx: for the GPUs that --sm names, which this machine need not have."
     + " Both in fp32, fp16 and bf16.",
 )
 @click.option(
-    "--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), help="Only these; repeatable. [default: all]"
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(PRECISIONS),
+    help="Build only engines of this precision; repeatable. [default: all]",
 )
-@click.option("--sm", "sms_text", metavar="NUMBERS", help="Compute capabilities, as 80,89. [default: this machine's GPU]")
-@click.option("--device", help="Where it is checked: cpu, cuda or cuda:1. [default: a GPU where the engine can use one]")
+@click.option(
+    "--sm",
+    "sms_text",
+    metavar="NUMBERS",
+    help="GPUs to build for, by compute capability: 89 for 8.9; several as 80,89. [default: this machine's GPUs]",
+)
+@click.option(
+    "--device", help="Device on which the engine is checked: cpu, cuda or cuda:1. [default: a GPU if the engine can use one]"
+)
 @click.option("--dry-run", is_flag=True, help="Check the request and say what would be built; build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records (engine.json) as JSON.")
 def export(
@@ -62,8 +74,8 @@ def export(
     check_exportable(opened)
     targets = choose_targets(runtimes, precisions, _sms(sms_text, runtimes))
     if ALL in runtimes:
-        targets = [target for target in targets if _can_be_built(target)]
         _say_what_is_for_gpus(targets, precisions)
+        targets = [target for target in targets if _can_be_built(target)]
     plans = [plan(opened, target, device) for target in targets]
     if dry_run:
         print(json.dumps(plans, indent=2) if as_json else "\n".join(_plan_text(p) for p in plans))
@@ -102,7 +114,9 @@ def _sms(text: str | None, runtimes: tuple[str, ...]) -> list[int]:
     if text is None:
         return []
     if ALL not in runtimes and not any(target.sms and target.engine_id.runtime in runtimes for target in TARGETS.values()):
-        raise RequestError("--sm says for which GPUs, and no such engine is asked for", remedy="leave it out", param="sm")
+        raise RequestError(
+            "--sm applies only to tensorrt and tensorrt-rtx, and --to names neither", remedy="leave --sm out", param="sm"
+        )
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) <= 3 for part in parts):
         raise RequestError(f"--sm '{text[:60]}' cannot be read", remedy="write it as 89, or 80,86,89", param="sm")
@@ -113,10 +127,13 @@ def _say_what_is_for_gpus(targets: list[Target], precisions: tuple[str, ...]) ->
     """Tell the user which targets `choose_targets` left out, as this machine has no GPU, and how to build them here."""
     for row in TARGETS.values():
         if row.only_with_gpu and not precisions and row.engine_id not in {target.engine_id for target in targets}:
-            precision = row.engine_id.precision
-            click.echo(f"leaving out {row.engine_id}: it is for GPUs; --precision {precision} builds it here too", err=True)
-    if not any(target.sms for target in targets):
-        click.echo("leaving out what is built for one kind of GPU: there is none here; --sm says for which", err=True)
+            reason = "it is meant for GPUs, and this machine has none"
+            remedy = f"add --precision {row.engine_id.precision} to build it anyway"
+            click.echo(f"skipping {row.engine_id}: {reason}; {remedy}", err=True)
+    wanted = any(row.sms and (not precisions or row.engine_id.precision in precisions) for row in TARGETS.values())
+    if wanted and not any(target.sms for target in targets):
+        reason = "this machine has no GPU that they support"
+        click.echo(f"skipping TensorRT engines: {reason}; name the GPUs to build for with --sm", err=True)
 
 
 def _can_be_built(target: Target) -> bool:
@@ -124,7 +141,7 @@ def _can_be_built(target: Target) -> bool:
     try:
         target.check_machine()
     except UniInstructError as error:
-        click.echo(f"leaving out {target.engine_id}: {error}", err=True)
+        click.echo(f"skipping {target.engine_id}: {error}", err=True)
         return False
     return True
 
@@ -167,7 +184,8 @@ def _summary(bundle: Bundle, record: EngineRecord) -> str:
     if not parity:
         return (
             f"{bundle.engine_folder(record.id) / record.file}\n"
-            f"  built for {record.id.target}, untried: there is no such GPU here; the machine that runs it checks it first"
+            f"  built for {record.id.target} but not checked, as this machine has no such GPU; "
+            "the machine that runs it checks it first"
         )
     smallest, largest = min(parity["batches"]), max(parity["batches"])
     return "\n".join(
@@ -176,7 +194,7 @@ def _summary(bundle: Bundle, record: EngineRecord) -> str:
             f"  agrees with torch on {parity['images']} images of fresh seeds, batches {list(parity['batches'])}:",
             f"  relative L2 {parity['relative_l2']:.1e} (allowed {parity['tolerance']['relative_l2']:.0e}), "
             f"equal pixels {parity['equal_pixels']:.3%}, largest difference {parity['largest_pixel_difference']} of 255 levels",
-            f"  same image whatever the batch size: {'yes' if parity['batch_invariant'] else 'no'}; "
+            f"  its images {'do not depend' if parity['batch_invariant'] else 'depend'} on the batch size; "
             f"{parity['latency_ms'][str(smallest)]:.1f} ms for {smallest} image, "
             f"{parity['latency_ms'][str(largest)]:.1f} ms for {largest}",
         )

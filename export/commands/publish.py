@@ -21,7 +21,7 @@ from uni_instruct.progress import progress, silent
     "--scores",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     multiple=True,
-    help="What 'evaluate --json' printed, for the card; repeatable, one for each set of seeds.",
+    help="File with the output of 'evaluate --json', for the card; repeatable, one file for each set of seeds.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was published as JSON.")
 def publish(source: str, out: Path, scores: tuple[Path, ...], as_json: bool) -> None:

@@ -23,7 +23,7 @@ from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.engine import Engine
 from uni_instruct.errors import UniInstructError
 from uni_instruct.generate import image_size
-from uni_instruct.noise import NoisePoint, noise_at_points
+from uni_instruct.noise import Between, NoisePoint, noise_at_points
 from uni_instruct.serve.batching.batch_sizes import BatchSizes
 from uni_instruct.serve.batching.deadlines import Deadlines
 from uni_instruct.serve.batching.device_thread import DeviceThread, EngineCall
@@ -214,7 +214,7 @@ class Batcher:
         expected = (size, *self._image_size)
         if images.shape != expected or images.dtype != np.uint8:
             raise EngineFailedError(
-                f"engine {self._engine.id} gave {images.dtype} {images.shape} for uint8 {expected}",
+                f"engine {self._engine.id} returned {images.dtype} {images.shape} instead of uint8 {expected}",
                 remedy="export the bundle again",
             )
         return images
@@ -270,14 +270,13 @@ class Batcher:
 
     def _fail_item(self, item: QueuedImage, error: Exception) -> None:
         request, index = item
-        logger.error("the engine failed on seed %s", request.seeds[index], exc_info=error)
-        failure = EngineFailedError(
-            f"the engine failed on seed {request.seeds[index]}: {error}", remedy="the server's log says more"
-        )
+        place = _in_words(request.seeds[index])
+        logger.error("the engine failed %s", place, exc_info=error)
+        failure = EngineFailedError(f"the engine failed {place}: {error}", remedy="the server's log says more")
         self._fail(request, failure, "failed")
 
     def _expire(self, request: QueuedRequest) -> None:
-        problem = f"{len(request.seeds)} images were not made in {request.timeout_s:g} s"
+        problem = f"{len(request.seeds)} images were not made within {request.timeout_s:g} s"
         self._fail(request, TimedOutError(problem, remedy="ask for fewer at once, or try later"), "timeout")
 
     def _fail(self, request: QueuedRequest, error: UniInstructError, reason: str) -> None:
@@ -307,3 +306,10 @@ class Batcher:
         """Return in how many seconds (1 to 60) the queue will probably be empty, at the engine's current speed."""
         expected_s = self._queued * self._sizes.image_s
         return 1 if not math.isfinite(expected_s) else min(_MAX_RETRY_AFTER_S, max(1, math.ceil(expected_s)))
+
+
+def _in_words(point: NoisePoint) -> str:
+    """Say which image it is, for errors and the log."""
+    if isinstance(point, Between):
+        return f"between seeds {point.start} and {point.end}, at {point.position:.3f}"
+    return f"on seed {point}"

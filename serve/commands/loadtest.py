@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Mapping
 
 import rich_click as click
 from rich.console import Console
@@ -20,13 +21,19 @@ from uni_instruct.serve.settings import variable
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("url")
-@click.option("--model", default=None, help="Which of the models it serves.  [default: its first]")
-@click.option("--bundle", default=None, help="The same model here, to check images with.  [default: what ships by its name]")
-@click.option("--rate", default=10.0, type=FiniteRange(0, 1e6, min_open=True), help="Requests a second.")
-@click.option("--seconds", default=10.0, type=FiniteRange(0, 86_400, min_open=True), help="How long, in seconds.")
-@click.option("--images", default=1, type=click.IntRange(1, 64), help="Images of one request.")
-@click.option("--tolerance", default=1, type=click.IntRange(0, 255), help="Levels of 255 by which a pixel may differ.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--model", default=None, help="Name of the model to request.  [default: the server's first]")
+@click.option(
+    "--bundle",
+    default=None,
+    help="Local bundle of the same model, to compare images with.  [default: the shipped generator of that name]",
+)
+@click.option("--rate", default=10.0, type=FiniteRange(0, 1e6, min_open=True), help="Requests per second.")
+@click.option("--seconds", default=10.0, type=FiniteRange(0, 86_400, min_open=True), help="Duration in seconds.")
+@click.option("--images", default=1, type=click.IntRange(1, 64), help="Images per request.")
+@click.option(
+    "--tolerance", default=1, type=click.IntRange(0, 255), help="Largest allowed difference of a pixel's value (0 to 255)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def loadtest(
     url: str,
     model: str | None,
@@ -50,12 +57,7 @@ def loadtest(
     target = TargetServer(url, keys[0] if keys else None)
     facts = target.facts(model)
     name = model or facts["name"]
-    opened = _bundle_here(bundle, facts["name"])
-    if opened.weights_sha256 != facts["weights_sha256"]:
-        raise RequestError(
-            f"{opened.path} has other weights than {name} there", remedy="give the same --bundle", param="bundle"
-        )
-    engine = open_engine(opened, facts["engine"])
+    engine = open_engine(_bundle_here(bundle, facts), facts["engine"])
     start = time.perf_counter()
     answers = apply_load(target, name, rate, seconds, images, progress)
     report = summary(answers, time.perf_counter() - start)
@@ -67,22 +69,32 @@ def loadtest(
         _show(report)
     if report["wrong_images"]:
         raise UniInstructError(
-            f"{report['wrong_images']} images are wrong", remedy="serve with --engine torch, or export the engine again"
+            f"{report['wrong_images']} images differ from those made here (--tolerance {tolerance})",
+            remedy="serve with --engine torch, or export the engine again",
         )
     if not report["images"]:
         raise UniInstructError("no image came back", remedy="the statuses and the server's log say why")
 
 
-def _bundle_here(bundle: str | None, name: str) -> Bundle:
+def _bundle_here(bundle: str | None, facts: Mapping[str, str]) -> Bundle:
+    """Open the bundle to compare images with. Raises RequestError if there is none with the weights of the server."""
+    name = facts["name"]
     # A name that the server sent is only looked up among the shipped generators. Elsewhere it might open a folder or start a
     # download.
     if bundle is None and name not in shipped_generators():
         raise RequestError(
-            f"{name[:80]} does not ship, so there is nothing to check its images with",
-            remedy="give --bundle and a folder with the same weights",
+            f"{name[:80]} is not a shipped generator, so there is nothing to compare its images with",
+            remedy="give --bundle FOLDER with the same weights",
             param="bundle",
         )
-    return Bundle.open(bundle or name)
+    opened = Bundle.open(bundle or name)
+    if opened.weights_sha256 != facts["weights_sha256"]:
+        raise RequestError(
+            f"{opened.path} has other weights than {name[:80]} on the server",
+            remedy="give --bundle FOLDER with the weights that the server has",
+            param="bundle",
+        )
+    return opened
 
 
 def _show(report: dict[str, object]) -> None:

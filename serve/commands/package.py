@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("names", nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Archive to write.  [default: into BentoML's store]")
-@click.option("--engine", default=None, help="Keep this engine alone, as onnx-fp32.  [default: every one without torch]")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--engine", default=None, help="Pack only this engine, such as onnx-fp32.  [default: all that run without torch]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def package(names: tuple[str, ...], out: Path | None, engine: str | None, as_json: bool) -> None:
     """Pack generators as a Bento: their bundles and engines, this package's wheel and pinned requirements, without torch.
 

@@ -135,7 +135,7 @@ def _announce(names: Iterable[str], url: str, settings: Settings) -> None:
     click.echo(f"serving on {url}  (Ctrl-C stops)")
     for place, name in enumerate(names):
         click.echo(f"{'' if place else 'generator':<10} {name}")
-    reason = "its state lives in one process; use --workers 1" if settings.ui else "use --ui"
+    reason = "it runs only with --workers 1" if settings.ui else "use --ui"
     click.echo(f"demo       {f'{url}/ui' if settings.serves_ui else f'off: {reason}'}")
     click.echo(f"API        {url}/docs")
 

@@ -17,19 +17,21 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from uni_instruct.bundle import Bundle, is_bundle
+from uni_instruct.class_map import match_classes
 from uni_instruct.engine import RUNTIMES, Engine, available_engines, engine_status, open_engine
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.images import encode, grid
 from uni_instruct.noise import Inputs, draw_inputs
-from uni_instruct.serve.errors import QueueFullError, TimedOutError
+from uni_instruct.serve.errors import TimedOutError, TooManyComparisonsError
 from uni_instruct.serve.models.served_model import ServedModel
 from uni_instruct.serve.routes.schema import Seed, ShortErrors
 from uni_instruct.spec import ModelSpec, evaluations
 
 TEACHER = "teacher"
 MAX_COMPARED = 16
-_MAX_WAITING = 4
+_MAX_WAITING = 4  # comparisons that run or wait
+_RETRY_AFTER_S = 2
 _MAX_OPEN = 4
 
 _P = ParamSpec("_P")
@@ -43,7 +45,7 @@ class CompareRequest(BaseModel):
 
     model: str | None = Field(
         None,
-        description="Which of the generators that are served; without it the first.",
+        description="Name of the generator, as GET /v1/models lists it. By default the first.",
         examples=["a model of GET /v1/models"],
     )
     other: str = Field(
@@ -55,7 +57,9 @@ class CompareRequest(BaseModel):
         examples=["a list of seeds, such as [7, 8]"],
     )
     class_ids: ShortErrors[int] | None = Field(
-        None, description="One for all images, or one for each.", examples=["a list of integers, such as [3]"]
+        None,
+        description="Class ids: one for all images, or one for each. By default each seed draws its own.",
+        examples=["a list of integers, such as [3]"],
     )
 
 
@@ -93,8 +97,8 @@ class SideBySide:
     async def run(self, served: ServedModel, wanted: CompareRequest) -> dict[str, object]:
         """Return both sides and their difference, for JSON.
 
-        Raises RequestError for a bad request, QueueFullError if _MAX_WAITING comparisons wait already, TimedOutError, and what
-        `Batcher.submit` and opening an engine raise.
+        Raises RequestError for a bad request, TooManyComparisonsError if _MAX_WAITING of them run or wait already,
+        TimedOutError, and what `Batcher.submit` and opening an engine raise.
         """
         if not 1 <= len(wanted.seeds) <= MAX_COMPARED:
             remedy = f"compare 1 to {MAX_COMPARED}"
@@ -102,7 +106,7 @@ class SideBySide:
         seeds = [int(seed) for seed in wanted.seeds]
         class_ids = resolve_class_ids(served.spec, seeds, wanted.class_ids)
         if self._waiting >= _MAX_WAITING:
-            raise QueueFullError(self._waiting, _MAX_WAITING, 2)
+            raise TooManyComparisonsError(self._waiting, _RETRY_AFTER_S)
         self._waiting += 1
         try:
             async with self._turn:
@@ -120,12 +124,12 @@ class SideBySide:
         timeout_s = served.settings.timeout_s
         generated = await served.batcher.submit(seeds, class_ids, timeout_s)
         own = Side(str(served.engine.id), served.spec, served.engine.device, generated.images, generated.model_ms)
-        inputs = draw_inputs(served.spec, seeds, class_ids)
+        inputs = draw_inputs(served.spec, seeds, class_ids_of_teacher(engine.spec, served.spec, class_ids))
         try:
             async with asyncio.timeout(timeout_s):
                 images, model_ms = await self._in_thread(_timed, engine, inputs)
         except TimeoutError:
-            raise TimedOutError(f"the comparison was not made in {timeout_s:g} s", remedy="compare fewer images") from None
+            raise TimedOutError(f"the comparison was not made within {timeout_s:g} s", remedy="compare fewer images") from None
         return own, Side(other, engine.spec, engine.device, images, model_ms)
 
     async def _in_thread(self, work: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
@@ -157,6 +161,12 @@ class SideBySide:
             while len(self._engines) > _MAX_OPEN:
                 self._engines.pop(next(iter(self._engines))).close()
         return self._engines[key]
+
+
+def class_ids_of_teacher(other: ModelSpec, spec: ModelSpec, class_ids: np.ndarray | None) -> np.ndarray | None:
+    """The class ids of `spec` in the numbering of `other`, matched by name: a teacher may have its classes in another order."""
+    ids = match_classes(spec.class_names, other.class_names, "the generator", "the teacher")
+    return class_ids if ids is None or class_ids is None else ids[class_ids]
 
 
 def _timed(engine: Engine, inputs: Inputs) -> tuple[np.ndarray, float]:
@@ -195,6 +205,7 @@ def find_teacher(bundle: Bundle) -> Bundle | None:
 def _fitting(teacher: Bundle, spec: ModelSpec) -> Bundle | None:
     same = (teacher.spec.noise_shape, teacher.spec.num_classes) == (spec.noise_shape, spec.num_classes)
     runs = RUNTIMES["torch"].is_installed() or bool(teacher.engines())
+    match_classes(spec.class_names, teacher.spec.class_names, "the generator", "the teacher")  # another's classes
     return teacher if same and runs and teacher.spec.makes_pictures else None
 
 

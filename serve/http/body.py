@@ -23,7 +23,9 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     encodings = (header_of(request.scope, b"content-encoding") or b"").decode("latin-1").lower()
     for encoding in reversed([part.strip() for part in encodings.split(",") if part.strip() not in ("", "identity")]):
         if encoding not in ("gzip", "x-gzip"):
-            raise EncodingError(f"content encoding {encoding[:40]!r} is unknown", remedy="send the body plain, or with gzip")
+            raise EncodingError(
+                f"content encoding {encoding[:40]!r} is not supported", remedy="send the body uncompressed, or with gzip"
+            )
         body = _inflate(body, limit_bytes)
     return body.removeprefix(_BYTE_ORDER_MARK)
 
@@ -53,11 +55,13 @@ def _inflate(body: bytes, limit_bytes: int) -> bytes:
             left -= len(parts[-1])
             if left <= 0:
                 raise BodyTooLargeError(
-                    f"the body is larger than {limit_bytes} bytes once inflated", remedy="ask for fewer images at once"
+                    f"the body is larger than {limit_bytes} bytes after decompression", remedy="ask for fewer images at once"
                 )
             if not stream.eof:
-                raise zlib.error("it ends early")
+                raise zlib.error("it is truncated")
             body = stream.unused_data
     except zlib.error as error:
-        raise RequestError(f"the body is no gzip: {error}", remedy="gzip it anew, or leave Content-Encoding out") from None
+        raise RequestError(
+            f"the body is not valid gzip: {error}", remedy="compress it again, or omit the header Content-Encoding"
+        ) from None
     return b"".join(parts)

@@ -55,7 +55,8 @@ def _allowed_connections(wanted: int) -> int:
     # With a common limit such as 1024 only the reserve is lost. With a very small one, about half is left for connections.
     allowed = max(soft - _RESERVED_FILES, soft // 2 - _MIN_FILES, 3)
     if allowed < wanted:
-        logger.warning("this process may have %d files open, so %d connections, not %d (ulimit -n)", soft, allowed, wanted)
+        message = "this process may open only %d files (ulimit -n), so it allows %d connections instead of %d"
+        logger.warning(message, soft, allowed, wanted)
     return min(allowed, wanted)
 
 

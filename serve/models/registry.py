@@ -108,7 +108,7 @@ class Models:
                     try:
                         await self._replace(name)
                     except Exception:  # closing a runtime may raise anything, and the other models must still be watched
-                        logger.exception("the exchange of %s failed", name)
+                        logger.exception("replacing the generator %s by its new version failed", name)
 
     async def _replace(self, name: str) -> None:
         older = self._served[name]
@@ -117,7 +117,9 @@ class Models:
         self._last_fingerprints[name] = newer.fingerprint
         # If the older one failed as well, the newer one takes over, so that the current error is reported.
         if newer.failure is not None and older.failure is None:
-            logger.error("the generator %s has changed and cannot be loaded; the older one is served on", name)
+            logger.error(
+                "the generator %s has changed on disk, and the new version cannot be loaded; the old one is still served", name
+            )
             self.metrics.reloads.labels(name, "failed").inc()
             return
         self._retired.add(older)

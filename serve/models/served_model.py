@@ -178,7 +178,7 @@ class ServedModel:
             problem = f"the generator {self.name} could not be loaded: {self.failure.problem}"
             return NotReadyError(problem, remedy=self.failure.remedy, param="model")
         if self._closed:
-            return NotReadyError("the server is stopping", remedy="try another one")
+            return NotReadyError("the server is stopping", remedy="use another server")
         return NotReadyError(f"the generator {self.name} is loading", remedy="wait for /readyz to answer 200")
 
 

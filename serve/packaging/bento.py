@@ -113,9 +113,7 @@ def package(sources: Mapping[str, str], out: Path | None, engine: str | None, ba
 
 def _check_out(out: Path) -> None:
     if out.suffix != ".bento":
-        raise RequestError(
-            f"--out {out} is not the name of a Bento", remedy=f"give a file such as {out.stem}.bento", param="out"
-        )
+        raise RequestError(f"--out {out} does not end in .bento", remedy=f"give a file such as {out.stem}.bento", param="out")
     if out.exists():
         raise RequestError(f"--out {out} exists already", remedy="choose another --out, or remove it", param="out")
 
@@ -138,7 +136,7 @@ def _engines(bundle: Bundle, wanted: str | None) -> list[StoredEngine]:
         raise RequestError(f"{bundle.path} has no engine that runs without torch", remedy=export, param="bundle")
     if wanted is not None and wanted not in present:
         remedy = f"choose one of {', '.join(present)}"
-        raise RequestError(f"{bundle.path} has no engine {wanted} for a Bento", remedy=remedy, param="engine")
+        raise RequestError(f"{bundle.path} has no engine {wanted} that runs in a Bento", remedy=remedy, param="engine")
     kept = [stored for name, stored in present.items() if wanted in (None, name)]
     for stored in kept:
         stored.file()

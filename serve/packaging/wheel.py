@@ -62,7 +62,7 @@ def _repacked(installed: Distribution, folder: Path) -> Path:
     info = next((file.parts[0] for file in files if file.name == "WHEEL" and file.parts[0].endswith(".dist-info")), None)
     if info is None:
         raise RequestError(
-            f"nothing says which files of uni-instruct {installed.version} are installed",
+            f"the installation of uni-instruct {installed.version} has no list of its files (RECORD)",
             remedy="install it with pip from its wheel, or run this from a checkout",
         )
     path = folder / f"{info.removesuffix('.dist-info')}-py3-none-any.whl"

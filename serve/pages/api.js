@@ -1,6 +1,6 @@
 // The server's HTTP API, as the page uses it.
 
-// This file lies under PREFIX/ui/pages/: the prefix of a proxy need not be known.
+// This file is under PREFIX/ui/pages/: the prefix of a proxy need not be known.
 export const base = new URL("../../", import.meta.url);
 
 /** What went wrong, in the server's words or ours. */
@@ -11,7 +11,7 @@ async function answer(path, options) {
   try {
     response = await fetch(new URL(path, base), options);
   } catch {
-    throw new Problem("The server does not answer. The pictures shown are the last that it made.");
+    throw new Problem("The server does not answer. The pictures shown are from its last answer.");
   }
   if (response.ok) return response;
   let message = `The server answered ${response.status}.`;
@@ -40,7 +40,7 @@ export const cardPicture = (model, name) => new URL(withModel(`v1/about/${name}`
 export const post = (path, body) =>
   answer(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
-/** One sheet of pictures, with the milliseconds of each stage, the whole way included, and the classes of its pictures. */
+/** One sheet of pictures, with the milliseconds of each stage and of the round trip, and the classes of its pictures. */
 export async function sheet(path, body) {
   const start = performance.now();
   const response = await post(path, body);

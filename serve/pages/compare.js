@@ -49,11 +49,11 @@ export class CompareView {
   }
 
   #lead(facts) {
-    if (facts.compare.length) return [`Both sides get the same noise. The page is served by ${facts.engine}.`];
+    if (facts.compare.length) return [`Both sides get the same noise. This page's engine is ${facts.engine}.`];
     const { teacher } = facts;
-    const told = teacher ? ` Its teacher took ${steps(teacher.steps)}, ${teacher.evaluations} evaluations of a network, for a picture; this model takes ${steps(facts.steps)}.` : "";
+    const cost = teacher ? ` Its teacher needs ${steps(teacher.steps)} (${teacher.evaluations} evaluations of its network) for a picture; this model needs ${steps(facts.steps)}.` : "";
     const command = element("code", { textContent: "uni-instruct export MODEL --to openvino" });
-    return [`This server has one engine of this model, ${facts.engine}, and no teacher at hand.${told} Another engine is built by `, command, "; a teacher is found in the folder “teacher” in the bundle or beside it."];
+    return [`There is nothing to compare with: this server has one engine for this model, ${facts.engine}, and no teacher.${cost} To build another engine, run `, command, ". A teacher is used if it is in a folder “teacher” in the bundle or beside it."];
   }
 
   #other(state) {

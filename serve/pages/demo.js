@@ -73,7 +73,7 @@ class App {
   /** An update failed: the last pictures stay, controls say again what they show, and the page says why. */
   failed(error) {
     if (!(error instanceof Problem)) console.error(error);
-    this.say(error instanceof Problem ? error.message : "Something failed in this page; its console says more.");
+    this.say(error instanceof Problem ? error.message : "Something failed on this page; the browser's console shows the error.");
     if (this.shown && this.shown.model === this.state.model) {
       this.state = { ...this.shown, tab: this.state.tab };
       this.#writeAddress("replace");

@@ -48,7 +48,7 @@ export class WalkView {
     const most = facts.limits.images_per_request;
     const counts = COUNTS.filter((count) => count <= most).map((value) => ({ value, label: String(value) }));
     choices(byId("counts"), "count", counts, (count) => this.app.set({ count }));
-    byId("lead").textContent = `Noise in, picture out: each of these is ${steps(facts.steps)} of a network. Drag the picture or the slider and walk through the noise.`;
+    byId("lead").textContent = `Noise in, picture out, in ${steps(facts.steps)} of a neural network. Drag the picture or the slider to walk through the noise.`;
     this.#model = new Median();
     this.#total = new Median();
     this.#stopsShown = "";

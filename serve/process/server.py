@@ -59,8 +59,8 @@ class Server:
             living = self._check()
             if len(self._workers) > self._settings.workers + _MAX_RESTARTS:
                 raise UniInstructError(
-                    f"workers end before they are ready, {len(self._workers) - self._settings.workers} of them so far",
-                    remedy="the log above says why; without a word there they may lack memory, as 'dmesg' would say",
+                    f"worker processes end before they are ready ({len(self._workers) - self._settings.workers} so far)",
+                    remedy="the log above says why; if it does not, they may have run out of memory ('dmesg' shows it)",
                 )
             # Ask only when a worker lives: the supervisor listens from the start, so a request without a worker would hang.
             if living:

@@ -78,10 +78,10 @@ class GracefulShutdown:
             signal.signal(number, begin)
 
     async def _finish(self, end: Callable[[], None]) -> None:
-        logger.info("stopping: %d requests are being finished", self.request.count)
+        logger.info("stopping: waiting for %d running requests", self.request.count)
         deadline = asyncio.get_running_loop().time() + self._grace_s
         while self.request.count and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_LOOK_EVERY_S)
         if self.request.count:
-            logger.warning("%d requests did not finish in %g s", self.request.count, self._grace_s)
+            logger.warning("stopping although %d requests did not finish within %g s", self.request.count, self._grace_s)
         end()

@@ -29,10 +29,10 @@ class BentoRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     seeds: ShortErrors[Seed] | None = Field(None, description="One image for each.")
-    num_images: int | None = Field(None, description="Instead of seeds: how many.")
-    class_ids: ShortErrors[int] | None = Field(None, description="One for all images, or one for each.")
-    classes: ShortErrors[str] | None = Field(None, description="The same by name.")
-    model: str | None = Field(None, description="Which of the generators that are served; without it the first.")
+    num_images: int | None = Field(None, description="Instead of seeds: the number of images.")
+    class_ids: ShortErrors[int] | None = Field(None, description="Class ids: one for all images, or one for each.")
+    classes: ShortErrors[str] | None = Field(None, description="Class names, instead of class_ids.")
+    model: str | None = Field(None, description="Name of the generator, as GET /v1/models lists it. By default the first.")
 
 
 def note_error(error: UniInstructError) -> None:
@@ -78,7 +78,7 @@ class BentoRouteMiddleware:
     async def _checked_body(self, request: Request) -> bytes:
         media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if media_type != "application/json":
-            raise EncodingError(f"content type {media_type[:60]!r} is not read here", remedy="send application/json")
+            raise EncodingError(f"content type {media_type[:60]!r} is not supported", remedy="send application/json")
         body = await read_body(request, self._limit_bytes)
         wanted = parse_model(BentoRequest, body, _REMEDIES, example='{"seeds": [7]}')
         values = wanted.model_dump(exclude_none=True)
@@ -111,7 +111,7 @@ class BentoRouteMiddleware:
             _raised.reset(token)
         self._count(raised[0].http_status if raised else status)
         if status >= 400:
-            failed = UniInstructError("something failed in the server", remedy="its log says more")
+            failed = UniInstructError("internal error", remedy="see the server's log")
             await error_response(raised[0] if raised else failed)(scope, receive, send)
 
     def _count(self, status: int) -> None:

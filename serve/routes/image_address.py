@@ -102,7 +102,7 @@ def _check_query(query: QueryParams) -> None:
     for name in query:
         if name not in _QUERY:
             fields = ", ".join(f"{field} ({meaning})" for field, meaning in _QUERY.items())
-            raise RequestError(f"parameter {name[:40]!r} is unknown", remedy=f"there are {fields}", param=name[:40])
+            raise RequestError(f"parameter {name[:40]!r} is unknown", remedy=f"the parameters are {fields}", param=name[:40])
         if len(query.getlist(name)) > 1:
             raise RequestError(f"parameter {name} is given twice", remedy="give it once", param=name)
 
@@ -110,9 +110,11 @@ def _check_query(query: QueryParams) -> None:
 def _check_weights(wanted: str, sha256: str) -> None:
     if len(wanted) < _MIN_DIGITS or not re.fullmatch(r"[0-9a-f]*", wanted):
         raise RequestError(
-            f"weights {wanted[:40]!r} are no hash",
-            remedy=f"give {_MIN_DIGITS} or more of its digits, as in /v1/spec",
+            f"weights {wanted[:40]!r} are not {_MIN_DIGITS} or more lower-case hexadecimal digits",
+            remedy=f"give the first {_MIN_DIGITS} or more digits of weights_sha256 in /v1/spec",
             param="weights",
         )
     if not sha256.startswith(wanted):
-        raise NotFoundError(f"the weights {wanted[:64]} are not served", remedy=f"those that are begin with {sha256[:16]}")
+        raise NotFoundError(
+            f"the weights {wanted[:64]} are not served", remedy=f"give the current ones, which begin with {sha256[:16]}"
+        )

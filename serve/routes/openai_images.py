@@ -36,22 +36,30 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str = Field("", description="A class by name or id; empty: each seed draws its own. No text-to-image model.")
-    model: str | None = Field(None, description="Which of the generators that are served; without it the first.")
-    n: int | None = Field(None, description="How many images; 1 unless given.")
-    size: str | None = Field(None, description="'auto', the size that is made, or a whole multiple of it, as '1024x1024'.")
-    seed: Seed | None = Field(None, description="Of the first image; the others have the seeds that follow.")
-    seed_format: SeedFormat | None = Field(None, description="How seeds are answered; as they were given, unless said.")
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json unless given.")
-    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png unless given.")
+    prompt: str = Field(
+        "", description="A class by name or id. If empty, each seed draws its own. This is not a text-to-image model."
+    )
+    model: str | None = Field(None, description="Name of the generator, as GET /v1/models lists it. By default the first.")
+    n: int | None = Field(None, description="Number of images, by default 1.")
+    size: str | None = Field(
+        None, description="'auto' (the model's own size), or a whole multiple of that size, such as '1024x1024'."
+    )
+    seed: Seed | None = Field(None, description="Seed of the first image. The others get the seeds after it.")
+    seed_format: SeedFormat | None = Field(
+        None, description="How seeds are written in the answer. By default as they were given."
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="By default b64_json.")
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="By default png.")
     output_compression: int | None = Field(None, description="Quality of jpeg and webp, 0 to 100.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Images are opaque.")
     stream: bool | None = Field(None, description="Server-sent events: one image_generation.completed for each image.")
-    partial_images: int | None = Field(None, description="Taken and without effect: one step has no partial images.")
-    quality: str | None = Field(None, description="Taken and without effect.")
-    style: str | None = Field(None, description="Taken and without effect.")
-    moderation: str | None = Field(None, description="Taken and without effect.")
-    user: str | None = Field(None, description="Taken and without effect.")
+    partial_images: int | None = Field(
+        None, description="Accepted, but without effect: a one-step generator has no partial images."
+    )
+    quality: str | None = Field(None, description="Accepted, but without effect.")
+    style: str | None = Field(None, description="Accepted, but without effect.")
+    moderation: str | None = Field(None, description="Accepted, but without effect.")
+    user: str | None = Field(None, description="Accepted, but without effect.")
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def resolve_images(request: ImagesRequest, spec: ModelSpec, limit: int) -> Image
     if as_url and (stream or quality is not None):
         what = "stream" if stream else "output_compression"
         raise RequestError(
-            f"{what} does not go with the response_format url",
+            f"{what} cannot be combined with the response_format url",
             remedy='leave it out, or choose the response_format "b64_json"',
             param=what,
         )
@@ -105,7 +113,7 @@ def class_of_prompt(prompt: str, spec: ModelSpec) -> int | None:
         return None
     if not spec.num_classes:
         raise RequestError(
-            f"{spec.name} has no classes and is no text-to-image model: {text[:40]!r} means nothing to it",
+            f"{spec.name} has no classes and is not a text-to-image model, so it cannot use the prompt {text[:40]!r}",
             remedy="leave the prompt empty",
             param="prompt",
         )
@@ -116,7 +124,7 @@ def class_of_prompt(prompt: str, spec: ModelSpec) -> int | None:
         names = ", ".join(spec.class_name(n) for n in range(min(_NAMED_CLASSES, spec.num_classes)))
         more = ", ..., as GET /v1/spec lists them" if spec.num_classes > _NAMED_CLASSES else ""
         raise RequestError(
-            f"{text[:40]!r} is no class of {spec.name}, which is no text-to-image model",
+            f"{spec.name} has no class {text[:40]!r}, and it is not a text-to-image model",
             remedy=f"the prompt is a class, or empty for random ones: {names}{more}",
             param="prompt",
         ) from None
@@ -208,7 +216,7 @@ def _seeds(request: ImagesRequest, limit: int) -> list[int]:
     if not 0 <= first <= SEED_LIMIT - count:
         raise RequestError(
             f"seed {str(first)[:40]} of {count} images is not in [0, 2**63)",
-            remedy="give a smaller integer from 0 on",
+            remedy=f"give an integer from 0 to 2**63 - {count}",
             param="seed",
         )
     return list(range(first, first + count))

@@ -41,8 +41,8 @@ def size_factor(size: str | None, spec: ModelSpec) -> int:
     factor = wide // width
     if not match or (factor * width, factor * height) != (wide, high) or not factor or max(wide, high) > MAX_PICTURE_SIDE:
         raise RequestError(
-            f"size {size[:40]!r} is not a multiple of what is made",
-            remedy=f"leave it out, or give {width}x{height} or a whole multiple up to {MAX_PICTURE_SIDE}",
+            f"size {size[:40]!r} is not available",
+            remedy=f"leave it out, or give {width}x{height} or a whole multiple of it, up to {MAX_PICTURE_SIDE} pixels a side",
             param="size",
         )
     return factor

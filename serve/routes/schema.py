@@ -37,17 +37,19 @@ class GenerateRequest(BaseModel):
     # Strict: a misspelled field or a seed of 7.0 is an error. Ignoring it would return images that were not asked for.
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = Field(None, description="Which of the generators that are served; without it the first.")
+    model: str | None = Field(None, description="Name of the generator, as GET /v1/models lists it. By default the first.")
     seeds: ShortErrors[Seed] | None = Field(
         None, description="One image for each; integers in [0, 2**63), or the same as strings of digits.", examples=[[7, 8]]
     )
-    num_images: int | None = Field(None, description="Instead of seeds: how many, with seeds drawn by the server.")
-    class_ids: ShortErrors[int] | None = Field(None, description="One for all images, or one for each.")
-    classes: ShortErrors[str] | None = Field(None, description="The same by name.")
-    format: ResponseFormat | None = Field(None, description="png for one image or a grid, json for several, unless given.")
+    num_images: int | None = Field(None, description="Instead of seeds: the number of images. The server draws their seeds.")
+    class_ids: ShortErrors[int] | None = Field(
+        None, description="Class ids: one for all images, or one for each. By default each seed draws its own."
+    )
+    classes: ShortErrors[str] | None = Field(None, description="Class names, instead of class_ids.")
+    format: ResponseFormat | None = Field(None, description="By default png for one image or a grid, json for several images.")
     grid: bool = Field(False, description="All images in one picture.")
     seed_format: SeedFormat | None = Field(
-        None, description="Whether JSON answers seeds as integers or as strings; as they were given, unless said."
+        None, description="How seeds are written in a JSON answer. By default as they were given."
     )
 
 
@@ -143,13 +145,13 @@ def _format(request: GenerateRequest, count: int) -> str:
     chosen = request.format or ("json" if several else "png")
     if several and chosen in IMAGE_FORMATS:
         raise RequestError(
-            f"{count} images do not fit one {chosen}",
+            f"{count} images do not fit into one {chosen} file",
             remedy='set "grid": true, or choose the format zip, npz or json',
             param="format",
         )
     if request.grid and chosen not in IMAGE_FORMATS:
         raise RequestError(
-            f"a grid is one picture, and {chosen} is none",
+            f"a grid is a picture, and {chosen} is not a picture format",
             remedy=f"choose the format {', '.join(IMAGE_FORMATS)}, or leave grid out",
             param="grid",
         )

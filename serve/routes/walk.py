@@ -40,48 +40,58 @@ class WalkRequest(BaseModel):
 
     model: str | None = Field(
         None,
-        description="Which of the generators that are served; without it the first.",
+        description="Name of the generator, as GET /v1/models lists it. By default the first.",
         examples=["a model of GET /v1/models"],
     )
     seeds: ShortErrors[Seed] = Field(
-        description="The stops of the way, at most 64, as integers or strings of digits. The noise between two of them is "
-        "interpolated on the sphere.",
+        description="The seeds to walk through (stops), at most 64, as integers or strings of digits. Noise is interpolated "
+        "spherically between two of them.",
         examples=["two or more seeds, such as [7, 8]"],
     )
     positions: ShortErrors[float] | None = Field(
         None,
-        description="Where on the way: 0 is the first seed, 1.5 half-way from the second to the third. [0] unless given.",
+        description="Positions on the walk: 0 is the first seed, 1.5 is half-way from the second to the third. By default [0].",
         examples=["a list of numbers, such as [0.5]"],
     )
     frames: int | None = Field(
-        None, description="Instead of positions: how many at even distances.", examples=["an integer, such as 48"]
+        None,
+        description="Instead of positions: the number of evenly spaced positions from the first seed to the last.",
+        examples=["an integer, such as 48"],
     )
     count: int = Field(
         1,
-        description="How many ways side by side: way i goes through the seeds + i.",
+        description="Number of walks side by side. Walk i goes through the seeds + i.",
         examples=["an integer, such as 16"],
     )
     class_ids: ShortErrors[int] | None = Field(
         None,
-        description="One for all, or one for each stop: see morph. Otherwise each seed draws its own.",
+        description="Class ids: one for all stops, or one for each (see morph). By default each seed draws its own.",
         examples=["a list of integers, such as [3]"],
     )
-    classes: ShortErrors[str] | None = Field(None, description="The same by name.", examples=['a list of names, such as ["3"]'])
+    classes: ShortErrors[str] | None = Field(
+        None, description="Class names, instead of class_ids.", examples=['a list of names, such as ["3"]']
+    )
     morph: bool = Field(
         True,
-        description="Between two stops the class is as much of either as the place is. Otherwise, and where the engine mixes "
-        "no classes (GET /v1/spec says so), it is the nearer stop's.",
+        description="Whether to interpolate the class between two stops. If false, or if the engine cannot mix classes "
+        "(mixes_classes in GET /v1/spec), images get the class of the nearer stop.",
         examples=["true or false"],
     )
     format: Literal["png", "jpeg", "webp", "zip"] = Field(
-        "png", description="All pictures in one sheet; zip holds a PNG of each.", examples=["png, jpeg, webp or zip"]
+        "png", description="One sheet with all images, or a zip with a PNG of each.", examples=["png, jpeg, webp or zip"]
     )
-    animated: bool = Field(False, description="A WebP that moves: one frame a position.", examples=["true or false"])
+    animated: bool = Field(
+        False, description="Return an animated WebP with one frame for each position.", examples=["true or false"]
+    )
     fps: float = Field(
-        20.0, ge=1, le=60, description="Frames a second of an animation.", examples=["a number from 1 to 60, such as 20"]
+        20.0, ge=1, le=60, description="Frames per second of an animation.", examples=["a number from 1 to 60, such as 20"]
     )
     scale: int = Field(
-        1, ge=1, le=64, description="An animation's pixels are enlarged by it.", examples=["an integer from 1 to 64, such as 8"]
+        1,
+        ge=1,
+        le=64,
+        description="Whole factor by which an animation is enlarged.",
+        examples=["an integer from 1 to 64, such as 8"],
     )
 
 
@@ -201,7 +211,7 @@ def _class_names(class_ids: ClassIds) -> list[str]:
 def _check_numbers(wanted: WalkRequest, spec: ModelSpec, limit: int) -> None:
     """Raise RequestError for fields that exclude each other, numbers out of range, or more than `limit` images."""
     if not 1 <= len(wanted.seeds) <= MAX_STOPS:
-        raise RequestError(f"the way has {len(wanted.seeds)} stops", remedy=f"give 1 to {MAX_STOPS} seeds", param="seeds")
+        raise RequestError(f"the walk has {len(wanted.seeds)} stops", remedy=f"give 1 to {MAX_STOPS} seeds", param="seeds")
     for first, second in (("positions", "frames"), ("class_ids", "classes")):
         if getattr(wanted, first) is not None and getattr(wanted, second) is not None:
             raise RequestError(f"both {first} and {second} are given", remedy="give one of them", param=second)
@@ -221,7 +231,7 @@ def _check_numbers(wanted: WalkRequest, spec: ModelSpec, limit: int) -> None:
 
 def _check_animation(wanted: WalkRequest, spec: ModelSpec, frames: int) -> None:
     if wanted.format != "webp":
-        raise RequestError(f"{wanted.format} does not move", remedy='give "format": "webp"', param="animated")
+        raise RequestError(f"{wanted.format} cannot be animated", remedy='give "format": "webp"', param="animated")
     _, height, width = spec.image_shape
     columns = math.ceil(math.sqrt(wanted.count))  # of one frame, as `grid` arranges its images
     side = columns * wanted.scale * max(height, width)

@@ -129,7 +129,7 @@ def latent_bundle(tmp: Path) -> Bundle:
 
 def with_decoder(tmp: Path, remedy: str) -> object:
     """The command that the remedy gives, with a VAE of the disk in place of the hub's."""
-    assert re.fullmatch(r"give it the VAE's decoder: uni-instruct import \S+ --decoder hf://\S+ --out tiny-pictures", remedy)
+    assert re.fullmatch(r"add the VAE's decoder: uni-instruct import \S+ --decoder hf://\S+ --out tiny-pictures", remedy)
     made = attach_decoder(latent_bundle(tmp), str(vae(tmp)), tmp / "tiny-pictures")
     made.check_makes_pictures()
     return made
@@ -206,24 +206,24 @@ DATA = [
     Value(V, "(_wrong)", lambda tmp: stored(latents(tmp, b"cut")), lambda remedy, tmp: stored(latents(tmp, said(remedy, "replace", MOMENTS)))),
 ]  # fmt: skip
 SCORES = [
-    Value("uni_instruct/evaluate/class_draw.py", "the reference does not say", lambda tmp: draw_classes(NAMED, range(4), unlabelled(tmp), "data"),
+    Value("uni_instruct/evaluate/class_draw.py", "the reference has no frequencies", lambda tmp: draw_classes(NAMED, range(4), unlabelled(tmp), "data"),
           lambda remedy, tmp: draw_classes(NAMED, range(4), unlabelled(tmp), found(r"--classes (\w+)", remedy))),
-    Value("uni_instruct/evaluate/class_draw.py", "the reference does not say", lambda tmp: draw_classes(NAMED, range(4), unlabelled(tmp), "data"),
-          lambda remedy, _: draw_classes(NAMED, range(4), said(remedy, "a data set that has them", open_dataset("digits")), "data")),
+    Value("uni_instruct/evaluate/class_draw.py", "the reference has no frequencies", lambda tmp: draw_classes(NAMED, range(4), unlabelled(tmp), "data"),
+          lambda remedy, _: draw_classes(NAMED, range(4), said(remedy, "a data set with these classes", open_dataset("digits")), "data")),
     Value(C, "data set '{}' has {} classes and {} images, too few for a classifier", lambda tmp: trained_classifier(unlabelled(tmp)),
           lambda remedy, _: trained_classifier(arrays_dataset(np.arange(64 * 64, dtype=np.uint8).reshape(64, 8, 8, 1), np.arange(64) % int(found(r"least (\d) classes", remedy)), 2))),
     Value("uni_instruct/evaluate/classifier_file.py", "{} is not a classifier", lambda tmp: classified(tmp, b"cut"), lambda remedy, tmp: classified(tmp, said(remedy, "remove that file", None))),
     Value(E, "(score_batches)", lambda _: scored(ids=["a"] * 64), lambda remedy, _: scored(ids=[0] * (64 if "an id for each" in remedy else 0))),
-    Value(E, "class id {} is outside", lambda _: scored(ids=[10] * 64, extractor="classifier"), lambda remedy, _: scored(ids=[9] * (64 if "in its numbering" in remedy else 0), extractor="classifier")),
+    Value(E, "class id {} is outside", lambda _: scored(ids=[10] * 64, extractor="classifier"), lambda remedy, _: scored(ids=[9] * (64 if "the reference's numbering" in remedy else 0), extractor="classifier")),
     Value(E, "{} class ids were given", lambda _: scored(ids=[0]), lambda remedy, _: scored(ids=[0] * (64 if "one for each image" in remedy else 0))),
     Value(E, "images of shape {} cannot", lambda _: check_shape((1, 16, 16), (1, 8, 8)), lambda remedy, _: check_shape((1, 16, 16), open_dataset("digits", resolution=said(remedy, "data prepare --resolution'", 16)).image_shape) is None),
     Value(E, "the statistics of {} were made by {}, not", lambda tmp: scored(statistics(tmp, extractor="x-classifier"), extractor="inception"),
           lambda remedy, _: scored(said(remedy, "or give the data set itself", "digits"))),
-    Value(E, "{} is not in the cache", lambda tmp: scored(statistics(tmp, extractor="x-classifier", fingerprint="0" * 64), extractor="auto"),
+    Value(E, "the classifier of the statistics", lambda tmp: scored(statistics(tmp, extractor="x-classifier", fingerprint="0" * 64), extractor="auto"),
           lambda remedy, _: scored(said(remedy, "the data set itself as --reference", "digits"))),
     Value("uni_instruct/evaluate/extractors.py", "there are no images", lambda _: features(0), lambda remedy, _: features(int("at least one" in remedy))),
     Value("uni_instruct/evaluate/extractors.py", "extractor '{}' is unknown", lambda _: choose_extractor("clip", open_dataset("digits")), lambda remedy, _: choose_extractor(first_choice(remedy), open_dataset("digits"))),
-    Value("uni_instruct/evaluate/statistics.py", "{} holds no reference statistics", lambda tmp: pickled(tmp, {"a": 1}), lambda remedy, tmp: said(remedy, "an .npz of mu and sigma", open_reference(statistics(tmp)))),
+    Value("uni_instruct/evaluate/statistics.py", "{} contains no reference statistics", lambda tmp: pickled(tmp, {"a": 1}), lambda remedy, tmp: said(remedy, "an .npz of mu and sigma", open_reference(statistics(tmp)))),
 ]  # fmt: skip
 BUNDLES = [
     Value(B, "{} makes a VAE's latents", lambda tmp: latent_bundle(tmp).check_makes_pictures(), lambda remedy, tmp: with_decoder(tmp, remedy)),
@@ -233,7 +233,7 @@ BUNDLES = [
     Value(A, "(_spec)", lambda tmp: read_decoder(str(vae(tmp, _class_name="VQModel"))), lambda remedy, tmp: said(remedy, "of an AutoencoderKL", read_decoder(str(vae(tmp))))),
     Value(A, "the VAE {} has {} channels", lambda tmp: read_decoder(str(vae(tmp, latent_channels=16))), lambda remedy, tmp: said(remedy, "the VAE that the network", read_decoder(str(vae(tmp))))),
     Value(A, "{} does not describe a decoder", lambda tmp: read_decoder(str(vae(tmp, block_out_channels="x"))), lambda remedy, tmp: said(remedy, "as diffusers saves it", read_decoder(str(vae(tmp))))),
-    Value(A, "{} describes {}", lambda tmp: read_decoder(str(vae(tmp, out_channels=2))), lambda remedy, tmp: read_decoder(str(vae(tmp, out_channels=int(found(r"or (\d) output", remedy)))))),
+    Value(A, "{} describes {}", lambda tmp: read_decoder(str(vae(tmp, out_channels=2))), lambda remedy, tmp: read_decoder(str(vae(tmp, out_channels=int(found(r"or (\d) .colour. output", remedy)))))),
     Value("uni_instruct/checkpoints/source.py", "(opened)", lambda tmp: bundle_from_checkpoint(tmp / "none", tmp / "out", ImportRequest()), lambda remedy, tmp: said(remedy, "the path of a checkpoint", imported(tmp, name="x"))),
     Value("uni_instruct/checkpoints/budget.py", "cannot read {}", lambda _: read_under("x", PermissionError(13, "Permission denied")), lambda remedy, _: read_under("x", said(remedy, "make it readable", None))),
     Value("uni_instruct/checkpoints/fit.py", "weight {} holds values", lambda _: finite("w", np.array([np.nan])), lambda remedy, _: finite("w", said(remedy, "an earlier state", np.ones(1)))),
@@ -246,17 +246,17 @@ BUNDLES = [
     Value("uni_instruct/checkpoints/architecture.py", "the weights are not those of a supported network", lambda _: infer_architecture({"a": np.zeros(1)}),
           lambda remedy, tmp: said(remedy, "a file of EDM, EDM2, SiD or Uni-Instruct", imported(tmp))),
     Value(S, "decoder '{}' is unknown", lambda _: vae_spec(architecture="vq"), lambda remedy, _: vae_spec(architecture=remedy.split()[-1])),
-    decoder(S, "a decoder of channels", {"norm_num_groups": 0}, "give another VAE"),
+    decoder(S, "a decoder with block_out_channels", {"norm_num_groups": 0}, "give another VAE"),
     decoder(S, "{} channels do not divide into", {"norm_num_groups": 3}, "give another VAE"),
-    decoder(S, "a decoder of {} layers", {"out_channels": 2}, "1 or 3 output channels", out_channels=3),
-    decoder(S, "a decoder whose scales", {"latent_scale": (1.0,)}, "one of each a channel"),
-    Value(S, "a decoder of {} channels for", lambda _: ModelSpec(name="x", noise_shape=(8, 8, 8), latents=True, decoder=vae_spec()),
+    decoder(S, "a decoder of {} layers", {"out_channels": 2}, "1 (grey) or 3 (colour) output channels", out_channels=3),
+    decoder(S, "a decoder whose latent_scale", {"latent_scale": (1.0,)}, "one finite number of each for each latent channel"),
+    Value(S, "a decoder of latents of {} channels", lambda _: ModelSpec(name="x", noise_shape=(8, 8, 8), latents=True, decoder=vae_spec()),
           lambda remedy, _: ModelSpec(name="x", noise_shape=said(remedy, "whose latents the network makes", (4, 8, 8)), latents=True, decoder=vae_spec())),
 ]  # fmt: skip
 CALLED = [
-    Value(N, "the way has no seeds", lambda _: walk_points([], [0.0]), lambda remedy, _: walk_points(json.loads(found(r"such as (\[.*\])", remedy)), [0.0])),
+    Value(N, "the walk has no seeds", lambda _: walk_points([], [0.0]), lambda remedy, _: walk_points(json.loads(found(r"such as (\[.*\])", remedy)), [0.0])),
     Value(N, "position {} is not on", lambda _: walk_points([7, 8], [1.5]), lambda remedy, _: walk_points([7, 8], [float(found(r"to (\d)", remedy))])),
-    Value(N, "noise is {}, not [B", lambda _: checked_inputs(PLAIN, np.zeros((1, 8), np.float32), None), lambda remedy, _: checked_inputs(PLAIN, noise([1], said(remedy, "noise(seeds, spec.noise_shape)", PLAIN.noise_shape)), None)),
+    Value(N, "noise has shape {}, not [B", lambda _: checked_inputs(PLAIN, np.zeros((1, 8), np.float32), None), lambda remedy, _: checked_inputs(PLAIN, noise([1], said(remedy, "noise(seeds, spec.noise_shape)", PLAIN.noise_shape)), None)),
     Value(P, "host {} is unknown", lambda _: free_address("no.such.host.invalid", 0), lambda remedy, _: listening(said(remedy, "another --host", "127.0.0.1"), False)),
     Value(P, "(free_address)", lambda _: listening("127.0.0.1", True), lambda remedy, _: listening("127.0.0.1", bool("--port" not in remedy))),
     Value(P, "(free_address)", lambda _: listening("192.0.2.1", False), lambda remedy, _: listening(said(remedy, "another --host", "127.0.0.1"), False)),
@@ -265,7 +265,7 @@ CALLED = [
     Value("uni_instruct/networks/blocks.py", "{} channels do not divide", lambda _: network("adm", channels_per_head=9), lambda remedy, _: network("adm", channels_per_head=9, model_channels=int(found(r"of (\d+)", remedy)))),
     Value(Y, "{} '{}' is unknown", lambda _: network(embedding_type="x"), lambda remedy, _: network(embedding_type=first_choice(remedy))),
     Value(Y, "resample_filter {}", lambda _: network(resample_filter=[1, 2, 1]), lambda remedy, _: [network(resample_filter=json.loads(taps)) for taps in re.findall(r"\[.*?\]", remedy)]),
-    Value("uni_instruct/networks/edm2.py", "{} channels cannot be divided", lambda _: network("edm2", model_channels=24, channels_per_head=5), lambda remedy, _: network("edm2", model_channels=24, channels_per_head=48 // said(remedy, "48 // channels_per_head divides 48", 2))),
+    Value("uni_instruct/networks/edm2.py", "{} channels cannot be divided", lambda _: network("edm2", model_channels=24, channels_per_head=5), lambda remedy, _: network("edm2", model_channels=24, channels_per_head=said(remedy, "a channels_per_head that divides 48", 24))),
     Value("uni_instruct/networks/preconditioning.py", "preconditioning '{}'", lambda _: build_preconditioning({"name": "edm", "sigma_min": 5.0, "sigma_max": 1.0}),
           lambda remedy, _: build_preconditioning({"name": "edm", "sigma_min": said(remedy, "0 <= sigma_min < sigma_max", 0.0), "sigma_max": 1.0})),
     Value("uni_instruct/networks/unet.py", "(levels)", lambda _: network(side=9), lambda remedy, _: network(side=9, channel_mult=[1] * (int(found(r"fewer than (\d)", remedy)) - 1))),

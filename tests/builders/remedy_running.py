@@ -117,7 +117,7 @@ def cut_reference(tmp: Path) -> object:
 
 
 def anew(tmp: Path, remedy: str) -> object:
-    assert remedy.endswith("writes it anew")
+    assert remedy.endswith("writes it again")
     return export_as_said(tmp, remedy) and reference(tmp)
 
 
@@ -181,7 +181,7 @@ def scores(tmp: Path, **score: object) -> Path:
 
 def evaluated(tmp: Path, remedy: str) -> object:
     """Scores that the command really prints."""
-    assert "'uni-instruct evaluate GENERATOR --json' printed" in remedy
+    assert "the output of 'uni-instruct evaluate GENERATOR --json'" in remedy
     bundle = random_bundle(tmp / "scored", 1)
     from click.testing import CliRunner
 
@@ -308,40 +308,40 @@ R, PB, F = "uni_instruct/engines/record.py", "export/publish.py", "uni_instruct/
 ENGINES = [
     Value("uni_instruct/engines/benchmark/comparison.py", "{} failed at batch {}", lambda _: benchmarked((1, 2)), lambda remedy, _: benchmarked(said(remedy, "leave that batch out of --batches", (1,)))),
     Value(R, "(record)", lambda tmp: engine_file(tmp, recorded(weights_sha256="0" * 64)), lambda remedy, tmp: export_as_said(tmp, remedy)),
-    Value(R, "{} describes {}", lambda tmp: engine_file(tmp, recorded(engine_id="openvino-fp32")), lambda remedy, tmp: export_as_said(tmp, remedy)),
+    Value(R, "{} describes engine {}", lambda tmp: engine_file(tmp, recorded(engine_id="openvino-fp32")), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value("uni_instruct/engines/compiled/cache.py", "engine {} cannot be compiled", lambda tmp: compiled_engine(tmp, "false"), lambda remedy, tmp: compiled_engine(tmp, "false", found(r"--engine (\S+)", remedy))),
     Value("export/openvino.py", "engine {} cannot be built", without_its_graph, lambda remedy, tmp: without_its_graph(tmp, found(r"such as (\S+)", remedy))),
     Value("uni_instruct/engines/compiled/torch_images.py", "{} cannot be loaded", without_code, lambda remedy, tmp: compiled_engine(tmp, said(remedy, "delete it", remove_code(tmp) and "g++"))),
     Value(R, "{} has no {}", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).unlink()), lambda remedy, tmp: export_as_said(tmp, remedy)),
     Value(R, "{} does not match the sha256", lambda tmp: engine_file(tmp, lambda engine: next(engine.glob("*.onnx")).write_bytes(b"x")), lambda remedy, tmp: export_as_said(tmp, remedy)),
-    Value("uni_instruct/engines/graph_ports.py", "engine {} was exported before", mixed, lambda remedy, tmp: mixed(tmp, remedy)),
+    Value("uni_instruct/engines/graph_ports.py", "engine {} was exported by an older version", mixed, lambda remedy, tmp: mixed(tmp, remedy)),
     Value(F, "{} cannot be read", cut_reference, lambda remedy, tmp: anew(tmp, remedy)),
-    Value(F, "{} is of other weights", lambda tmp: reference(tmp, weights_sha256=np.array("0" * 64)), lambda remedy, tmp: anew(tmp, remedy)),
+    Value(F, "{} was made from other weights", lambda tmp: reference(tmp, weights_sha256=np.array("0" * 64)), lambda remedy, tmp: anew(tmp, remedy)),
     Value(F, "{} does not hold images of", lambda tmp: reference(tmp, images=np.zeros((1, 1, 4, 4), np.float32)), lambda remedy, tmp: anew(tmp, remedy)),
-    Value("export/api.py", "target '{}' is several", lambda tmp: export_bundle(exported(tmp), "all"), lambda remedy, tmp: export_bundle(exported(tmp), first_choice(remedy))),
-    Value("uni_instruct/evaluate/evaluator.py", "the statistics of {} were made by another", of_another_classifier, lambda remedy, _: scored(said(remedy, "the data set itself as --reference", "digits"))),
-    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher_only=said(remedy, "leave teacher.bundle empty", True))),
-    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher(tmp), teacher_only=said(remedy, "or do without --teacher-only", False))),
-    Value("train/pipeline.py", "{} is gone", without_its_teacher, lambda remedy, tmp: trained(tmp, said(remedy, "another --out", "other"), teacher_only=True)),
-    Value(PB, "{} holds no scores", lambda tmp: read_scores(scores(tmp, values=None)), lambda remedy, tmp: evaluated(tmp, remedy)),
+    Value("export/api.py", "target '{}' names several engines", lambda tmp: export_bundle(exported(tmp), "all"), lambda remedy, tmp: export_bundle(exported(tmp), first_choice(remedy))),
+    Value("uni_instruct/evaluate/evaluator.py", "the statistics of {} were made by a", of_another_classifier, lambda remedy, _: scored(said(remedy, "the data set itself as --reference", "digits"))),
+    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher_only=said(remedy, "leave out teacher.bundle", True))),
+    Value("train/pipeline.py", "(train)", lambda tmp: trained(tmp, "run", teacher(tmp), teacher_only=True), lambda remedy, tmp: trained(tmp, "run", teacher(tmp), teacher_only=said(remedy, "leave out teacher.bundle or --teacher-only", False))),
+    Value("train/pipeline.py", "{} is missing, although", without_its_teacher, lambda remedy, tmp: trained(tmp, said(remedy, "another --out", "other"), teacher_only=True)),
+    Value(PB, "{} does not hold the scores", lambda tmp: read_scores(scores(tmp, values=None)), lambda remedy, tmp: evaluated(tmp, remedy)),
 ]  # fmt: skip
 RUN = [
     Value(PB, "{} is not the folder of a published", lambda _: rewrite_card(Path("digits"), []), lambda remedy, tmp: rewrite_card(Path(publish(re.findall(r"publish (\w+) --out", remedy)[0], tmp / "p").path), [])),
-    Value(PB, "{} does not say what was scored", lambda tmp: read_scores(scores(tmp, weights_sha256=7)), lambda remedy, tmp: said(remedy, "--json' printed", read_scores(scores(tmp)))),
-    Value(PB, "scores of {} are of other weights", lambda tmp: of_weights(tmp, "b" * 64), lambda remedy, tmp: of_weights(tmp, said(remedy, "evaluate what is published", None))),
+    Value(PB, "{} lacks the hash", lambda tmp: read_scores(scores(tmp, weights_sha256=None)), lambda remedy, tmp: said(remedy, "--json'", read_scores(scores(tmp)))),
+    Value(PB, "the scores of {} were measured on other weights", lambda tmp: of_weights(tmp, "b" * 64), lambda remedy, tmp: of_weights(tmp, said(remedy, "'uni-instruct evaluate' on the generator that is published", None))),
     Value(PB, "(_publish_teacher)", lambda tmp: publish(random_bundle(tmp / "t", 1, steps=2).path, tmp / "o", [scores(tmp)]), lambda remedy, tmp: publish(tmp / "t", tmp / "o", said(remedy, "leave --scores out", ()))),
-    Value(PB, "{} holds something else", lambda tmp: _check_replaceable(tmp, random_bundle(tmp / "b", 1)), lambda remedy, tmp: _check_replaceable(tmp / said(remedy, "name another folder", "other"), Bundle.open(tmp / "b")) is None),
+    Value(PB, "{} exists, and is not", lambda tmp: _check_replaceable(tmp, random_bundle(tmp / "b", 1)), lambda remedy, tmp: _check_replaceable(tmp / said(remedy, "name another folder", "other"), Bundle.open(tmp / "b")) is None),
     Value("uni_instruct/engines/runtime.py", "engine {} does not run on", lambda _: device_for("openvino-fp32", "cuda:0"), lambda remedy, _: device_for("openvino-fp32", found(r"--device (\w+)", remedy))),
     Value("uni_instruct/engines/runtime.py", "engine {} needs a CUDA device", lambda _: device_for("torch-fp32", "cuda:0"), lambda remedy, _: device_for(said(remedy, "an engine of another runtime", "onnx-fp32"), None)),
     Value("uni_instruct/engines/onnxruntime.py", "no provider '{}' runs on", lambda _: _checked_provider(onnxruntime, "cpu", "CUDAExecutionProvider"), lambda remedy, _: _checked_provider(onnxruntime, "cpu", first_choice(remedy))),
-    Value("uni_instruct/evaluate/extractors.py", "extractor {} is in no file", lambda _: PIXELS.required_file(), lambda remedy, _: said(remedy, "score without workers", scored())),
+    Value("uni_instruct/evaluate/extractors.py", "extractor {} exists in this process only", lambda _: PIXELS.required_file(), lambda remedy, _: said(remedy, "score without workers", scored())),
     Value("serve/load_test.py", "the server does not answer", lambda _: nobody(), lambda remedy, _: said(remedy, "start it", asked(b"k", 200))),
-    Value("serve/load_test.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "give its key", b"k"), 401)),
+    Value("serve/load_test.py", "(facts)", lambda _: asked(None, 401), lambda remedy, _: asked(said(remedy, "UNI_INSTRUCT_API_KEY to its key", b"k"), 401)),
     Value("serve/load_test.py", "(facts)", lambda _: asked(None, 200), lambda remedy, _: asked(said(remedy, "of 'uni-instruct serve'", b"k"), 200)),
     Value("uni_instruct/engines/torch.py", "a teacher of {} steps runs", lambda tmp: load_engine(random_bundle(tmp / "t", 1, 4), EngineId("torch", "bf16")), lambda remedy, tmp: load_engine(Bundle.open(tmp / "t"), EngineId.parse(found(r"--engine (\S+)", remedy)))),
-    Value("uni_instruct/engines/compiled/compiler.py", "compiled engines need a C++ compiler", lambda _: compiler("no-such-compiler"), lambda remedy, _: compiler(said(remedy, "name yours in CXX", "g++"))),
+    Value("uni_instruct/engines/compiled/compiler.py", "compiled engines need a C++ compiler", lambda _: compiler("no-such-compiler"), lambda remedy, _: compiler(said(remedy, "set the environment variable CXX", "g++"))),
     Value("uni_instruct/networks/autoencoder.py", "the decoder cannot be built", lambda _: built("sides do not fit"), lambda remedy, _: built(said(remedy, "give another VAE", ""))),
     Value("uni_instruct/commands/data.py", "{}: {} file{} wrong", lambda tmp: folder(tmp, a_png=GREY, b_png=b"text") and checked(tmp), lambda remedy, tmp: removed(tmp, remedy)),
     Value("uni_instruct/data/storage.py", "(_walk)", lambda tmp: listed_folder(tmp, PermissionError(13, "")), lambda remedy, tmp: listed_folder(tmp, said(remedy, "make it readable", None))),
-    Value("train/preflight.py", "(_teacher)", lambda tmp: examined("teacher", f"teacher.bundle={random_bundle(tmp / 'worse', 2, 4).path}"), lambda remedy, tmp: said(remedy, "the teacher of these data", shipped_teacher(tmp))),
+    Value("train/preflight.py", "(_teacher)", lambda tmp: examined("teacher", f"teacher.bundle={random_bundle(tmp / 'worse', 2, 4).path}"), lambda remedy, tmp: said(remedy, "a teacher that was trained on this data", shipped_teacher(tmp))),
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from uni_instruct.train.plan import make_plan
 from uni_instruct.train.preflight import CHECKS, Preflight
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.run import Run
+from uni_instruct.train.run_lock import refuse_foreign
 from uni_instruct.train.scoring_choice import choose_scoring
 
 LEVELS = (0, 80, 160, 240)
@@ -55,9 +56,16 @@ def start(tmp: Path, side: int = 8) -> list[str]:
     return [teacher(tmp), f"distillation.start={bundle(tmp, f'start{side}', 1, side)}"]
 
 
-def examined(subject: str, *changes: str, devices: int = 1) -> str:
+def examined(subject: str, *changes: str, devices: int = 1, out: str | Path = "nowhere") -> str:
     """A check of `doctor`, or its refusal."""
-    return CHECKS[subject](Preflight(load_recipe("digits", [*TINY, *changes]), Path("nowhere"), devices))
+    return CHECKS[subject](Preflight(load_recipe("digits", [*TINY, *changes]), Path(out), devices))
+
+
+def holding(folder: Path, name: str) -> Path:
+    """A folder with a file of somebody's in it."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+    return folder
 
 
 def judged(*changes: str, source: str = "digits") -> object:
@@ -125,11 +133,11 @@ PLANS = [
     Value(P, "distillation.augment needs", lambda tmp: plan(teacher(tmp), AUGMENTED), lambda remedy, tmp: set_as_said(remedy, teacher(tmp))),
     Value(P, "distillation.augment needs", lambda tmp: plan(teacher(tmp), AUGMENTED), lambda remedy, _: said(remedy, "train one with teacher.augment", plan("teacher.augment=0.1", AUGMENTED))),
     Value(P, "data set '{}' has no classes", lambda tmp: plan(data(tmp)), lambda remedy, tmp: set_as_said(remedy, data(tmp))),
-    Value(P, "distillation.start {} has", lambda tmp: plan(*start(tmp, 16)), lambda remedy, tmp: said(remedy, "or leave it out", plan(teacher(tmp)))),
-    Value(P, "distillation.start {} has", lambda tmp: plan(*start(tmp, 16)), lambda remedy, tmp: said(remedy, "a generator of the teacher's network", plan(*start(tmp)))),
-    Value(P, "phases name {} rewards", lambda _: plan("reward_scale=1", "reward=a:f", "schedule=[{until_kimg: 0.08, objective: {reward_scale: 1, reward: b:f}}]"),
-          lambda remedy, _: said(remedy, "give all of them the same", plan("reward_scale=1", f"reward={INK}", f"schedule=[{{until_kimg: 0.08, objective: {{reward_scale: 1, reward: '{INK}'}}}}]"))),
-    Value(P, "guidance needs a teacher with classes", lambda _: plan(*GUIDED),
+    Value(P, "distillation.start {} has", lambda tmp: plan(*start(tmp, 16)), lambda remedy, tmp: said(remedy, "or leave distillation.start out", plan(teacher(tmp)))),
+    Value(P, "distillation.start {} has", lambda tmp: plan(*start(tmp, 16)), lambda remedy, tmp: said(remedy, "a generator with the same network as the teacher", plan(*start(tmp)))),
+    Value(P, "(_open_rewards)", lambda _: plan("reward_scale=1", "reward=a:f", "schedule=[{until_kimg: 0.08, objective: {reward_scale: 1, reward: b:f}}]"),
+          lambda remedy, _: said(remedy, "give all phases the same reward", plan("reward_scale=1", f"reward={INK}", f"schedule=[{{until_kimg: 0.08, objective: {{reward_scale: 1, reward: '{INK}'}}}}]"))),
+    Value(P, "classifier-free guidance needs a teacher with classes", lambda _: plan(*GUIDED),
           lambda remedy, _: plan(*GUIDED, *(f"objective.{key}={remedy.split()[-1]}" for key in re.findall(r"\w+_guidance", remedy)))),
     Value(P, "teacher {} is a one-step", lambda tmp: plan(f"teacher.bundle={bundle(tmp, 'one')}"), lambda remedy, tmp: said(remedy, "give the teacher that", plan(teacher(tmp)))),
     Value(P, "teacher {} is a one-step", lambda tmp: plan(f"teacher.bundle={bundle(tmp, 'one')}"),
@@ -139,20 +147,22 @@ PLANS = [
           lambda remedy, tmp: said(remedy, "give the data that the teacher", plan(teacher(tmp), "data=digits", "method=dmd2"))),
     Value("train/scoring_choice.py", "loop.extractor=classifier", lambda tmp: judged(source=data(tmp, [0, 1, 2, 0])[5:]),
           lambda remedy, tmp: judged(found(r"--set (\S+)", remedy), source=data(tmp, [0, 1, 2, 0])[5:])),
-    Value("train/objective/config.py", "objective.di, fgm and sim", lambda _: ObjectiveConfig(di=False, fgm=False, sim=False),
-          lambda remedy, _: ObjectiveConfig(di=said(remedy, "leave one of them on", True), fgm=False, sim=False)),
-    Value(D, "divergence f(r)", lambda _: read_divergence("r*log(r) + 1"), lambda remedy, _: read_divergence("r*log(r) + 1" + said(remedy, "subtract that", " - 1"))),
+    Value("train/objective/config.py", "the expanded family has no term", lambda _: ObjectiveConfig(di=False, fgm=False, sim=False),
+          lambda remedy, _: ObjectiveConfig(di=said(remedy, "set one of them to true", True), fgm=False, sim=False)),
+    Value(D, "divergence f(r)", lambda _: read_divergence("r*log(r) + 1"), lambda remedy, _: read_divergence("r*log(r) + 1" + said(remedy, "subtract that value from f", " - 1"))),
     Value(D, "divergence f(r)", lambda _: read_divergence("-r*log(r)"), lambda remedy, _: read_divergence(said(remedy, "give a convex f", "r*log(r)"))),
     Value(D, "divergence f(r)", lambda _: read_divergence("2*r - 2"), lambda remedy, _: read_divergence(said(remedy, "a strictly convex f", "(r - 1)**2"))),
     Value(D, "divergence f(r)", lambda _: read_divergence("exp(r**9) - exp(1 + 0*r)"), lambda remedy, _: read_divergence(said(remedy, "finite for r in 1e-3..1e3", "(r - 1)**2"))),
     Value(RW, "reward '{}'", lambda tmp: rewarded(tmp, "def f(images, ids): return images.sum()"),
-          lambda remedy, tmp: rewarded(tmp, f"def f(images, ids): return images.mean((1, 2, 3))  # {said(remedy, 'give differentiable rewards [B]', '')}")),
+          lambda remedy, tmp: rewarded(tmp, f"def f(images, ids): return images.mean((1, 2, 3))  # {said(remedy, 'returns differentiable rewards [B]', '')}")),
 ]  # fmt: skip
 DOCTOR = [
-    Value(F, "{} images of '{}' are all one colour", lambda tmp: examined("data", data(tmp, levels=(7, 7))), lambda remedy, tmp: said(remedy, "pictures that differ", examined("data", data(tmp)))),
-    Value(F, "{} of the {} classes of", lambda tmp: examined("data", data(tmp, [0, 1, 0, 1], num_classes=3)), lambda remedy, tmp: said(remedy, "the number of classes that it has", examined("data", data(tmp, [0, 1, 0, 1], num_classes=2)))),
-    Value(F, "{}.batch {} is not divisible", lambda _: examined("devices", devices=3), lambda remedy, _: said(remedy, "choose another --devices", examined("devices", devices=2))),
+    Value(F, "(_data)", lambda tmp: examined("data", data(tmp, levels=(7, 7))), lambda remedy, tmp: said(remedy, "a data set of real pictures", examined("data", data(tmp)))),
+    Value(F, "{} of the {} classes of", lambda tmp: examined("data", data(tmp, [0, 1, 0, 1], num_classes=3)), lambda remedy, tmp: said(remedy, "whose labels have no unused classes", examined("data", data(tmp, [0, 1, 0, 1], num_classes=2)))),
+    Value("train/optimization/distributed.py", "{}.batch {} cannot be divided", lambda _: examined("devices", "teacher.batch=128", devices=3), lambda remedy, _: examined("devices", "distillation.batch=6", found(r"--set (\S+),", remedy), devices=3)),
     Value(F, "loop.precision 16-mixed", lambda _: examined("devices", "precision=16-mixed"), lambda remedy, _: examined("devices", found(r"--set (\S+)", remedy))),
+    Value("train/run_lock.py", "{} would be replaced", lambda tmp: refuse_foreign(holding(tmp / "a", "report/x")), lambda remedy, tmp: said(remedy, "choose another --out", refuse_foreign(holding(tmp / "b", "notes/x")) or "free")),
+    Value(F, "nothing can be written into", lambda _: examined("disk", out=__file__), lambda remedy, tmp: said(remedy, "choose another --out", examined("disk", out=tmp))),
     Value(F, "(_memory)", lambda _: examined("memory", *LARGE), lambda remedy, _: examined("memory", *LARGE, f"{found(r'lower (distillation.micro_batch)', remedy)}=64")),
     Value(F, "(_disk)", lambda _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "distillation.duration_kimg=44.8", "snapshot_kimg=1e-6"), lambda remedy, _: examined("disk", "distillation.ema_power_std=[0.05, 0.1]", "distillation.duration_kimg=44.8", f"{found(r'raise (loop.snapshot_kimg)', remedy)}=0.1")),
 ]  # fmt: skip
@@ -161,10 +171,10 @@ RESUMED = [
     Value(S, "(_check_is_run)", lambda tmp: [status(tmp / "a", COMPLETE), status(tmp)], lambda remedy, _: status(Path(found(r"give (\S+)", remedy)))),
     Value(S, "(_length)", lambda tmp: status(tmp / "a", "name: x\n"), lambda remedy, tmp: status(tmp / "a", said(remedy, "whose recipe.yaml is complete", COMPLETE))),
     Value("train/run.py", "state {} cannot be read", lambda tmp: state(tmp, b"cut"), lambda remedy, tmp: state(tmp, said(remedy, "delete it", None))),
-    Value("train/optimization/ema.py", "the state holds the averages", lambda _: resumed((1.0, 2.0)), lambda remedy, _: resumed(said(remedy, "the half-lives and widths that", (1.0,)))),
-    Value(AV, "time {} kimg of a snapshot", lambda tmp: save_snapshot(tmp, 0.0, 0.05, {}), lambda remedy, tmp: save_snapshot(tmp, said(remedy, "average for a step first", 0.001), 0.05, {}) is None),
-    Value(AV, "{} has no snapshots", lambda tmp: reconstruct(tmp, 0.05), lambda remedy, tmp: said(remedy, "a run that kept some", snapshots(tmp))),
+    Value("train/optimization/ema.py", "the state holds the averages", lambda _: resumed((1.0, 2.0)), lambda remedy, _: resumed(said(remedy, "the half-lives and widths of averages", (1.0,)))),
+    Value(AV, "time {} kimg of a snapshot", lambda tmp: save_snapshot(tmp, 0.0, 0.05, {}), lambda remedy, tmp: save_snapshot(tmp, said(remedy, "after at least one step", 0.001), 0.05, {}) is None),
+    Value(AV, "{} has no snapshots", lambda tmp: reconstruct(tmp, 0.05), lambda remedy, tmp: said(remedy, "a run that was trained with snapshots", snapshots(tmp))),
     Value(AV, "time {} kimg is not covered", lambda tmp: snapshots(tmp, kimg=3.0), lambda remedy, tmp: snapshots(tmp, kimg=float(found(r"up to (\S+)", remedy)))),
     Value(AV, "snapshot {} cannot be read", lambda tmp: snapshots(tmp, b"cut"), lambda remedy, tmp: without_the_last(tmp, remedy)),
-    Value(AV, "snapshot {} holds other weights", lambda tmp: snapshots(tmp, {"b": torch.zeros(4)}), lambda remedy, tmp: without_the_last(tmp, remedy)),
+    Value(AV, "snapshot {} has other tensor names or shapes", lambda tmp: snapshots(tmp, {"b": torch.zeros(4)}), lambda remedy, tmp: without_the_last(tmp, remedy)),
 ]  # fmt: skip

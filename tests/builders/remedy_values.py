@@ -77,9 +77,9 @@ N, G, S, L, F = (
     "uni_instruct/data/image_files.py",
 )
 VALUES = [
-    Value(N, "seeds {} are no list", lambda _: checked_seeds("7"),  # type: ignore[arg-type]
+    Value(N, "seeds {} are not a list", lambda _: checked_seeds("7"),  # type: ignore[arg-type]
           lambda remedy, _: checked_seeds(json.loads(found(r"such as (\[.*?\])", remedy)))),
-    Value(N, "generator '{}' has {} classes, and no class ids", lambda _: checked_inputs(SPEC, NOISE, None),
+    Value(N, "generator '{}' has {} classes, but no class ids", lambda _: checked_inputs(SPEC, NOISE, None),
           lambda remedy, _: checked_inputs(SPEC, NOISE, [0] * (len(NOISE) if "one for each image" in remedy else 0))),
     Value(N, "generator '{}' has no classes", lambda _: checked_inputs(PLAIN, NOISE, [0, 1]),
           lambda remedy, _: checked_inputs(PLAIN, NOISE, None if "leave the class out" in remedy else [0])),
@@ -88,14 +88,14 @@ VALUES = [
     Value(N, "shares are {} {}, not numbers", lambda _: checked_inputs(SPEC, NOISE, ClassMixture([0, 0], [1, 1], [0.5])),  # type: ignore[arg-type]
           lambda remedy, _: checked_inputs(SPEC, NOISE, ClassMixture([0, 0], [1, 1], [float(found(r"from (\d)", remedy))] * len(NOISE)))),  # type: ignore[arg-type]
     Value(N, "share {} is outside", lambda _: mix_classes(SPEC, 0, 1, 1.5),
-          lambda remedy, _: mix_classes(SPEC, 0, 1, float(found(r"(\d\.\d) half", remedy)))),
+          lambda remedy, _: mix_classes(SPEC, 0, 1, float(found(r"(\d\.\d) for half", remedy)))),
     Value(N, "noise is {}, not float32", lambda _: checked_inputs(SPEC, NOISE.astype("f8"), [1, 1]),
           lambda remedy, _: checked_inputs(SPEC, NOISE.astype("f8").astype(found(r"astype\('(\w+)'\)", remedy)), [1, 1])),
     Value(N, "{} cannot be read as an array", lambda _: checked_inputs(SPEC, [[1], [1, 2]], [1, 1]),  # type: ignore[list-item]
           lambda remedy, _: checked_inputs(SPEC, np.array(NOISE) if "NumPy array" in remedy else [], [1, 1])),
-    Value(G, "batch {} is not a number", lambda _: input_batches(SPEC, [1], batch=0),
-          lambda remedy, _: input_batches(SPEC, [1], batch=int(found(r"from (\d+) on", remedy)))),
-    Value(G, "classes {} are no list", lambda _: resolve_class_ids(SPEC, [1], {2}),  # type: ignore[arg-type]
+    Value(G, "batch {} is not a positive", lambda _: input_batches(SPEC, [1], batch=0),
+          lambda remedy, _: input_batches(SPEC, [1], batch=int(found(r"such as (\d+)", remedy)))),
+    Value(G, "classes {} are not a list", lambda _: resolve_class_ids(SPEC, [1], {2}),  # type: ignore[arg-type]
           lambda remedy, _: resolve_class_ids(SPEC, [1], [json.loads(found(r"such as \[(\d)\]", remedy)) - 1])),
     Value(G, "class {} is neither", lambda _: resolve_class_ids(SPEC, [1], [1.5]),  # type: ignore[list-item]
           lambda remedy, _: resolve_class_ids(SPEC, [1], [SPEC.class_names[0] if "lists the classes" in remedy else ""])),
@@ -111,9 +111,9 @@ VALUES = [
           lambda remedy, _: request() if "leave it out" in remedy else None),
     Value(S, "{} images were asked for", lambda _: request(num_images=9),
           lambda remedy, _: request(num_images=int(found(r"1 to (\d+)", remedy)))),
-    Value(S, "{} images do not fit one", lambda _: request(num_images=2, format="png"),
+    Value(S, "{} images do not fit into one", lambda _: request(num_images=2, format="png"),
           lambda remedy, _: request(num_images=2, format="png", **json.loads(f"{{{found(r'set (.*?),', remedy)}}}"))),
-    Value(S, "a grid is one picture", lambda _: request(num_images=2, format="npz", grid=True),
+    Value(S, "a grid is a picture", lambda _: request(num_images=2, format="npz", grid=True),
           lambda remedy, _: request(num_images=2, format=found(r"the format (\w+)", remedy), grid=True)),
     Value(S, "the body is not JSON", lambda _: parse_request(b"{"),
           lambda remedy, _: parse_request(found(r"such as (\{.*\})", remedy).encode())),

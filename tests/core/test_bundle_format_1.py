@@ -57,7 +57,7 @@ def test_its_exported_engine_mixes_no_classes_and_says_how_one_does(digits: Bund
     assert (former.mixes_classes, torchs.mixes_classes) == (False, True)
     inputs = noise([7], digits.spec.noise_shape), mix_classes(digits.spec, 1, 3, 0.5)
     remedy = f"run 'uni-instruct export {digits.path} --to onnx --precision fp32'"
-    with pytest.raises(RequestError, match=f"before engines could mix classes; {remedy}"):
+    with pytest.raises(RequestError, match=f"by an older version, and cannot mix classes; {remedy}"):
         former(*inputs)
     export_engine(digits, str(ONNX))
     now = open_engine(digits, ONNX)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from builders.bundles import random_bundle
 from uni_instruct.bundle import Bundle
 from uni_instruct.class_map import has_names, ids_by_name, match_classes, renumber_labels
 from uni_instruct.data import ArrayReader, Dataset, open_dataset
@@ -18,6 +19,7 @@ from uni_instruct.evaluate.sample_source import reference_class_ids
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.spec import ModelSpec
 from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
+from uni_instruct.train.pipeline import train
 from uni_instruct.train.plan import load_start, make_plan
 from uni_instruct.train.recipe import load_recipe
 
@@ -91,19 +93,39 @@ def test_an_accent_is_the_same_however_it_is_composed() -> None:
     assert found.tolist() == [1, 0]
 
 
-def test_a_name_of_two_classes_is_matched_by_order_or_not_at_all() -> None:
-    """ImageNet has two classes 'crane': by their name alone both would become the second."""
-    twice = ("crane", "dog", "crane")
-    dataset = data_of(twice, [0, 1, 2])
-    assert renumber_labels(dataset, twice, "teacher t") is dataset
-    refused = r"has the classes \(dog, crane, crane\), .*; give both the same classes in the same order: 2 are called crane$"
-    with pytest.raises(RequestError, match=refused):
-        match_classes(("dog", "crane", "crane"), twice, "data", "teacher")
-    reference = data_of(("dog", "crane", "crane"), [0, 1, 2])
-    assert reference_class_ids(np.array([0, 1]), ("crane", "dog"), reference) == (
-        None,
-        "no class_accuracy: 2 classes of the reference's (dog, crane, crane) are called crane",
-    )
+@pytest.mark.parametrize(
+    ("names", "others", "ids"),
+    [
+        (("ape", "ape", "cat"), ("ape", "ape", "cat"), [0, 1, 2]),
+        (("ape", "cat", "ape"), ("cat", "ape", "ape"), [1, 0, 2]),
+        (("cat",), ("ape", "ape", "cat"), [2]),
+        (("ape", "cat"), ("ape", "ape", "cat"), None),  # which of the two is not known
+        (("ape", "ape", "cat"), ("ape", "cat", "dog"), None),
+    ],
+)
+def test_classes_that_share_a_name_stay_apart(names: tuple[str, ...], others: tuple[str, ...], ids: list[int] | None) -> None:
+    """Both were the last of that name: one class less, without a word."""
+    found = ids_by_name(names, others)
+    assert (None if found is None else found.tolist()) == ids
+    told, note = reference_class_ids(np.arange(len(names)), names, data_of(others, [0, 1, 2]))
+    assert (told is None) == (ids is None) == ("class 'ape' is not among" in note)
+
+
+def test_a_training_that_needs_no_labels_is_judged_on_data_of_other_classes(tmp_path: Path) -> None:
+    """It was refused at its first evaluation, in the middle of the training."""
+    digits = open_dataset("digits")
+    np.savez(tmp_path / "data.npz", arr_0=digits.images(range(120)), class_ids=np.arange(120) % 2)
+    teacher = random_bundle(tmp_path / "teacher", 3, 4)
+    short = [
+        "distillation.batch=8",
+        "distillation.duration_kimg=0.016",
+        "critic_warmup_kimg=0",
+        "loop.samples=60",
+        "trackers=[]",
+    ]
+    settings = [f"teacher={teacher.path}", f"data={tmp_path}/data.npz", "method=sid", "extractor=classifier", *short]
+    bundle = train(load_recipe("digits", [*settings, "teacher.steps=2", "loop.grid=4", "report=false"]), tmp_path / "run")
+    assert bundle.spec.num_classes == 10
 
 
 def test_a_renumbered_data_set_keeps_every_images_name() -> None:
@@ -155,7 +177,7 @@ def test_doctor_tries_a_teacher_on_the_classes_that_it_knows(cli: Cli, tmp_path:
         _, out, _ = cli("doctor", "digits", "--json", *settings(teacher.path, data))
         words.append(next(finding["words"] for finding in json.loads(out) if finding["subject"] == "teacher"))
     assert words[0] == words[1]
-    assert "it leaves" in words[0]
+    assert "of the noise is left" in words[0]
 
 
 @pytest.mark.parametrize("network", ["ddpmpp", "adm", "edm2"])

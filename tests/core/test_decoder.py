@@ -112,9 +112,12 @@ def test_latents_are_marked_and_refused_where_pictures_are_needed(cli: Cli, tmp_
     folder = tmp_path / "img512"
     code, out, errors = cli("import", file, "--as", "generator", "--out", folder, "--json")
     assert (code, json.loads(out)["makes_pictures"]) == (0, False), errors
-    assert f"decoder: none, so that it makes no pictures; uni-instruct import {folder} --decoder" in cli("inspect", folder)[1]
+    assert (
+        f"decoder: none, so the output is latents; to add one: uni-instruct import {folder} --decoder"
+        in cli("inspect", folder)[1]
+    )
     remedy = (
-        f"{folder} makes a VAE's latents, no pictures; give it the VAE's decoder: "
+        f"{folder} makes a VAE's latents and has no decoder to turn them into pictures; add the VAE's decoder: "
         f"uni-instruct import {folder} --decoder hf://stabilityai/sd-vae-ft-mse --out img512-pictures"
     )
     np.savez(tmp_path / "data.npz", arr_0=np.zeros((8, 8, 8, 3), np.uint8))
@@ -126,7 +129,7 @@ def test_latents_are_marked_and_refused_where_pictures_are_needed(cli: Cli, tmp_
     ):
         code, text, errors = cli(*command)
         assert (code, text, errors.splitlines()[-1]) == (2, "", f"error: {remedy}")
-    with pytest.raises(RequestError, match=r"makes a VAE's latents, no pictures"):
+    with pytest.raises(RequestError, match=r"makes a VAE's latents and has no decoder to turn them into pictures"):
         open_engine(folder)(noise([0], (4, 8, 8)), np.array([0]))
     code, _, errors = cli("import", folder, "--decoder", vae, "--out", tmp_path / "img512-pictures")
     assert code == 0, errors
@@ -169,7 +172,10 @@ def test_generate_writes_latents_under_their_own_name(cli: Cli, tmp_path: Path, 
         code, _, errors = cli("generate", latents.path, "--seeds", "5-9", "--out", tmp_path / name)
         assert (code, "makes a VAE's latents, which cannot be PNGs; give an --out that ends in .npz" in errors) == (2, True)
     code, _, errors = cli("generate", latents.path, "--seeds", "5-9", "--grid", tmp_path / "grid.png")
-    assert (code, "makes a VAE's latents, no pictures; give it the VAE's decoder" in errors) == (2, True)
+    assert (code, "makes a VAE's latents and has no decoder to turn them into pictures; add the VAE's decoder" in errors) == (
+        2,
+        True,
+    )
     code, _, errors = cli("generate", latents.path, "--seeds", "5", "--engine", "onnx", "--out", tmp_path / "a.npz")
     assert (code, "has no onnx engine" in errors) == (2, True)
 
@@ -259,13 +265,15 @@ def test_a_damaged_decoder_is_refused(decoded: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"decoder.safetensors does not match the sha256 in config.json"):
         Bundle.open(copy)
     (copy / DECODER).unlink()
-    with pytest.raises(BundleError, match=r"copy has no decoder.safetensors; copy the whole folder again"):
+    with pytest.raises(BundleError, match=r"copy has no decoder.safetensors; copy or download the whole folder"):
         Bundle.open(copy)
     wider = dataclasses.replace(decoded.spec.decoder, block_out_channels=(16, 16))  # type: ignore[type-var]
     weights = decoded.decoder_weights()
     spec = dataclasses.replace(decoded.spec, decoder=wider)
     mismatch = Bundle.write(tmp_path / "mismatch", spec, decoded.weights(), "", decoder=weights)
-    with pytest.raises(BundleError, match=r"decoder.safetensors of .*mismatch does not fit its decoder: .*; copy the whole"):
+    with pytest.raises(
+        BundleError, match=r"decoder.safetensors of .*mismatch does not fit its decoder: .*; copy or download the whole"
+    ):
         open_engine(mismatch)
 
 
@@ -306,7 +314,7 @@ def test_contradictions_are_one_line(cli: Cli, tmp_path: Path, latents: Bundle, 
         (["import", unknown, *out], "encoder 'Codebook' is not supported"),
         (["import", grey, "--decoder", vae, *out], "makes 3 channels, EDM2's latents have 4; leave out"),
         (["import", latents.path, *out], "is a bundle already; give --decoder VAE to add one"),
-        (["import", latents.path, "--decoder", vae, "--steps", "4", *out], "which says that itself; leave --steps out"),
+        (["import", latents.path, "--decoder", vae, "--steps", "4", *out], "--steps applies to checkpoints only, but "),
         (["import", tiny_bundle.path, "--decoder", vae, *out], "makes pictures by itself; leave --decoder out"),
         (["import", latents.path, "--decoder", sixteen, *out], "has 16 channels of latents, the network makes 4"),
         (["import", latents.path, "--decoder", weights, *out], "the decoder lacks weights: decoder.mid_block."),

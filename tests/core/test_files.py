@@ -13,7 +13,7 @@ import pytest
 
 from builders.machine import files_of_at_most
 from uni_instruct.errors import DiskError, RequestError
-from uni_instruct.files import atomic_file, atomic_folder, atomic_folder_if_absent, sha256
+from uni_instruct.files import atomic_file, atomic_folder, atomic_folder_if_absent, refuse_file_name, sha256
 
 
 def test_a_file_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_pipe_is_not_replaced_and_not_waited_for(
 ) -> None:
     """As root, /dev/null would become a folder for everybody."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(RequestError, match=r"pipe is no (file|folder), and is not replaced by one; write elsewhere"):
+    with pytest.raises(RequestError, match=r"pipe is not a (file|folder), so it is not replaced; write elsewhere"):
         writing(tmp_path / "pipe").__enter__()
     assert (tmp_path / "pipe").is_fifo()
     assert os.listdir(tmp_path) == ["pipe"]
@@ -57,7 +57,7 @@ def test_a_pipe_is_not_replaced_and_not_waited_for(
 
 def test_a_file_does_not_become_a_folder(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(RequestError, match="notes is no folder, and is not replaced by one"):
+    with pytest.raises(RequestError, match="notes is not a folder, so it is not replaced"):
         atomic_folder(tmp_path / "notes").__enter__()
     assert (tmp_path / "notes").read_text() == "mine"
     assert os.listdir(tmp_path) == ["notes"]
@@ -66,8 +66,23 @@ def test_a_file_does_not_become_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("writing", [atomic_file, atomic_folder])
 @pytest.mark.parametrize("path", ["", ".", "..", "/", "x/.."])
 def test_what_has_no_name_is_not_written(path: str, writing: Callable[[Path], AbstractContextManager[Path]]) -> None:
-    with pytest.raises(RequestError, match="has no name that can be written; name a file or folder in it"):
+    with pytest.raises(RequestError, match="itself cannot be written; name a file or folder in it"):
         writing(Path(path)).__enter__()
+
+
+@pytest.mark.parametrize("name", ["digits-0.08", "run.v2", "a.old", "v1.5", "x.", ".hidden", "a.b c", "run"])
+def test_a_folder_may_have_a_dot_in_its_name(name: str) -> None:
+    refuse_file_name(Path(name))
+
+
+def test_a_folder_is_not_made_under_the_name_of_a_file(tmp_path: Path) -> None:
+    for name in ("g.zip", "g.pkl", "g.safetensors", "g.TXT"):
+        with pytest.raises(
+            RequestError, match=rf"g\.\w+ ends in \.\w+, and a folder is made; name a folder, such as {tmp_path}/g$"
+        ):
+            refuse_file_name(tmp_path / name)
+    (tmp_path / "g.zip").mkdir()
+    refuse_file_name(tmp_path / "g.zip")  # it is one
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_fills_is_not(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def interrupt(command: list[str], folder: Path, files: str, count: int, how: sig
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     if how is signal.SIGINT:
-        assert errors.decode().splitlines()[-1] == "error: interrupted; run the same command again to go on"
+        assert errors.decode().splitlines()[-1] == "error: interrupted; run the same command again to continue"
     return process.returncode
 
 

@@ -60,8 +60,8 @@ def test_checkpoint_of_the_hub_is_imported_with_its_commit(hub: Hub, tmp_path: P
     [
         ("hf://someone/else", {}, "there is no such repository, or it is private; check the address"),
         ("hf://someone/generator@v9", {}, "it has no such revision"),
-        ("hf://someone", {}, "hf://someone is no address on the hub; write hf://owner/name"),
-        ("hf://someone/generator", {"HF_HUB_OFFLINE": "1"}, "the cache does not hold it; unset HF_HUB_OFFLINE once"),
+        ("hf://someone", {}, "hf://someone is not an address on the hub; write hf://owner/name"),
+        ("hf://someone/generator", {"HF_HUB_OFFLINE": "1"}, "the cache has no copy; unset HF_HUB_OFFLINE to download it once"),
         ("hf://someone/generator", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub was not reached"),
     ],
 )

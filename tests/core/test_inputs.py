@@ -35,7 +35,7 @@ def z(count: int = 3) -> np.ndarray:
 IDS = np.array([1, 2, 3])
 # Calls of an engine: noise and class ids -> the error.
 WRONG_CALLS: dict[str, tuple[Any, Any, str]] = {
-    "no class": (z(), None, "generator 'tiny' has 10 classes, and no class ids were given; give one for each image"),
+    "no class": (z(), None, "generator 'tiny' has 10 classes, but no class ids were given; give one for each image"),
     "class too large": (
         z(),
         [1, 2, 10],
@@ -54,10 +54,10 @@ WRONG_CALLS: dict[str, tuple[Any, Any, str]] = {
     "noise of integers": (z().astype(np.int64), IDS, "noise is int64, not float32"),
     "noise in the other byte order": (z().astype(">f4"), IDS, "noise is >f4, not float32"),
     "noise as a list": (z().tolist(), IDS, "noise is float64, not float32"),
-    "noise of one image": (z()[0], [1], "noise is [1, 8, 8], not [B, 1, 8, 8] of B >= 1 images"),
-    "noise as pictures lie": (z().transpose(0, 2, 3, 1), IDS, "noise is [3, 8, 8, 1], not [B, 1, 8, 8]"),
-    "noise of another size": (noise(SEEDS, (1, 4, 4)), IDS, "noise is [3, 1, 4, 4], not [B, 1, 8, 8]"),
-    "no noise": (z()[:0], [], "noise is [0, 1, 8, 8], not [B, 1, 8, 8] of B >= 1 images"),
+    "noise of one image": (z()[0], [1], "noise has shape [1, 8, 8], not [B, 1, 8, 8] with B >= 1"),
+    "noise as pictures lie": (z().transpose(0, 2, 3, 1), IDS, "noise has shape [3, 8, 8, 1], not [B, 1, 8, 8]"),
+    "noise of another size": (noise(SEEDS, (1, 4, 4)), IDS, "noise has shape [3, 1, 4, 4], not [B, 1, 8, 8]"),
+    "no noise": (z()[:0], [], "noise has shape [0, 1, 8, 8], not [B, 1, 8, 8] with B >= 1"),
     "noise with a gradient": (torch.zeros(3, 1, 8, 8, requires_grad=True), IDS, "noise cannot be read as an array"),
 }
 
@@ -106,21 +106,21 @@ WRONG_REQUESTS: dict[str, tuple[Any, Any, str]] = {
     "seed a truth": ([True], None, "seed True is not an integer"),
     "seeds of floats": (np.array([1.0, 2.0]), None, "seed 1.0 is not an integer"),
     "seeds in a column": (np.array([[1], [2]]), None, "seed [1] is not an integer"),
-    "seeds as text": ("0-63", None, "seeds '0-63' are no list; give integers, such as [7, 8] or range(64)"),
-    "one seed": (7, None, "seeds '7' are no list"),
-    "a set of seeds": ({1, 2}, None, "seeds '{1, 2}' are no list"),
+    "seeds as text": ("0-63", None, "seeds '0-63' are not a list; give integers, such as [7, 8] or range(64)"),
+    "one seed": (7, None, "seeds '7' are not a list"),
+    "a set of seeds": ({1, 2}, None, "seeds '{1, 2}' are not a list"),
     "a range that ends outside": (range(2**63, 2**63 + 1), None, "seed 9223372036854775808 is not an integer"),
     "a range that begins outside": (range(-1, 3), None, "seed -1 is not an integer"),
-    "class unknown": (SEEDS, "cat", "class cat is outside 0..9"),
+    "class unknown": (SEEDS, "cat", "class cat is neither a class name nor an id in 0..9"),
     "class too large": (SEEDS, 10, "class 10 is outside 0..9"),
     "class too large, of an array": (SEEDS, np.array([1, 2, 10]), "class 10 is outside 0..9"),
     "class negative": (SEEDS, [-1], "class -1 is outside 0..9"),
     "class a fraction": (SEEDS, [3.0], "class 3.0 is neither a name nor an id; 'uni-instruct inspect' lists the classes"),
     "class a fraction, of an array": (SEEDS, np.array([3.0]), "class 3.0 is neither a name nor an id"),
-    "class a truth": (SEEDS, True, "class True is outside 0..9"),
+    "class a truth": (SEEDS, True, "class True is neither a class name nor an id in 0..9"),
     "classes too few": (SEEDS, [1, 2], "2 classes were given for 3 seeds; give one class, or one for each seed"),
     "classes in a column": (SEEDS, IDS[:, None], "class [1] is neither a name nor an id"),
-    "classes as a set": (SEEDS, {1, 2}, "classes '{1, 2}' are no list"),
+    "classes as a set": (SEEDS, {1, 2}, "classes '{1, 2}' are not a list"),
 }
 
 
@@ -137,7 +137,7 @@ def test_a_wrong_request_is_refused_before_anything_is_made(wrong: str, engines:
 
 @pytest.mark.parametrize("batch", [0, -1, 2.0, None, True])
 def test_what_is_no_batch_size_is_refused(batch: Any, engines: list[Engine]) -> None:
-    with pytest.raises(RequestError, match=r"batch .* is not a number of images"):
+    with pytest.raises(RequestError, match=r"batch .* is not a positive integer"):
         generate_images(engines[0], SEEDS, batch=batch)
 
 

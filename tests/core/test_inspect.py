@@ -60,7 +60,7 @@ def test_the_folder_of_a_training_is_answered_with_its_bundles(tiny_bundle: Bund
         code, _, errors = cli(*words)
         assert (code, errors) == (
             2,
-            f"error: {run} is the folder of a training, not a bundle; see uni-instruct train '{run}' --status\n",
+            f"error: {run} is the folder of a training run, not a bundle; see uni-instruct train '{run}' --status\n",
         )
     shutil.copytree(tiny_bundle.path, run / "generator")
     for words in asked:
@@ -88,7 +88,7 @@ def test_an_engine_that_cannot_be_used_is_named_with_the_reason(exported_bundle:
     assert "does not match the sha256 in engine.json" in text
     (folder / RECORD).write_text("{}")
     (engine,) = json.loads(cli("inspect", bundle.path, "--json")[1])["engines"]
-    assert "does not describe an engine" in engine["error"]
+    assert "is not a valid engine record" in engine["error"]
 
 
 def test_a_damaged_reference_is_an_error_of_every_engine(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
@@ -97,7 +97,7 @@ def test_a_damaged_reference_is_an_error_of_every_engine(exported_bundle: Bundle
     code, text, errors = cli("inspect", bundle.path)
     assert (code, errors) == (0, "")
     assert "engine onnx-fp32: cannot be used: " in text
-    assert "reference.npz cannot be read: it is no npz file" in text
+    assert "reference.npz cannot be read: it is not an npz file" in text
 
 
 def test_what_a_bundle_says_of_itself_moves_no_cursor(tiny_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:

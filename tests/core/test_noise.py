@@ -87,7 +87,7 @@ def test_seeds_are_read(text: str, seeds: list[int]) -> None:
         ("5-3", "range 5-3 is empty; put the smaller seed first"),
         (str(2**63), "seed 9223372036854775808 is not an integer in"),
         (f"0-{2**63}", "is not an integer in"),
-        ("0-10000000", "more than 10000000; ask for fewer"),
+        ("0-10000000", "more than 10000000; give fewer seeds"),
         ("0-6000000,0-6000000", "more than 10000000"),
     ],
 )

@@ -96,14 +96,14 @@ def rewrite(**changes: object) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "cannot be read"),
-    "no npz": (lambda path: path.write_bytes(b"nothing"), "cannot be read: it is no npz file$"),
-    "first byte": (lambda path: path.write_bytes(b"Q" + path.read_bytes()[1:]), "cannot be read: it is no npz file$"),
+    "no npz": (lambda path: path.write_bytes(b"nothing"), "cannot be read: it is not an npz file$"),
+    "first byte": (lambda path: path.write_bytes(b"Q" + path.read_bytes()[1:]), "cannot be read: it is not an npz file$"),
     "encrypted": (lambda path: mark(path, 8, 1), "cannot be read"),
     "packed in an unknown way": (lambda path: mark(path, 10, 99), "cannot be read"),
     "more than any memory": (lambda path: claim(path, "(10 ** 15,)"), "cannot be read"),
     "header cut": (lambda path: claim(path, "((("), "cannot be read"),
     "objects": (rewrite(images=np.array([{}], dtype=object)), "cannot be read"),
-    "other weights": (rewrite(weights_sha256=np.array("0" * 64)), "is of other weights"),
+    "other weights": (rewrite(weights_sha256=np.array("0" * 64)), "was made from other weights"),
     "other shape": (rewrite(images=np.zeros((16, 3, 8, 8), np.float32)), "does not hold images of generator 'tiny'"),
     "other type": (rewrite(images=np.zeros((16, 1, 8, 8), np.float64)), "does not hold images"),
     "class out of range": (rewrite(class_ids=np.full(16, 10)), "does not hold images"),
@@ -144,5 +144,5 @@ def test_another_generators_reference_is_refused(bundle: Bundle, tmp_path: Path)
     other = random_bundle(tmp_path / "other", seed=9, num_classes=0)
 
     shutil.copy(bundle.path / REFERENCE, other.path / REFERENCE)
-    with pytest.raises(BundleError, match="is of other weights than those beside it; 'uni-instruct export"):
+    with pytest.raises(BundleError, match="was made from other weights than those in its folder; 'uni-instruct export"):
         other.reference()

@@ -70,12 +70,12 @@ def test_positions_count_the_seeds() -> None:
 @pytest.mark.parametrize(
     ("seeds", "position", "problem"),
     [
-        ([7, 8], 1.01, "position 1.01 is not on the way; choose positions from 0 to 1"),
-        ([7, 8], -0.5, "position -0.5 is not on the way"),
-        ([7, 8], float("nan"), "position nan is not on the way"),
-        ([7, 8], float("inf"), "position inf is not on the way"),
+        ([7, 8], 1.01, "position 1.01 is not on the walk; choose positions from 0 to 1"),
+        ([7, 8], -0.5, "position -0.5 is not on the walk"),
+        ([7, 8], float("nan"), "position nan is not on the walk"),
+        ([7, 8], float("inf"), "position inf is not on the walk"),
         ([7], 0.5, "choose positions from 0 to 0"),
-        ([], 0, "the way has no seeds"),
+        ([], 0, "the walk has no seeds"),
         ([7, -8], 0, "seed -8 is not an integer"),
     ],
 )

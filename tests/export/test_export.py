@@ -217,11 +217,11 @@ def build_altered(source: Bundle, alter: Callable[[onnx.ModelProto], None]) -> C
 
 
 WRONG_BUILDS = {
-    wrong_weight: "the onnx-fp32 engine differs from torch by",
-    not_a_number: "the onnx-fp32 engine or torch gives values that are not finite",
-    upside_down: "a pixel of the onnx-fp32 engine differs from torch by",
-    whole_classes: "the onnx-fp32 engine differs from torch by",
-    other_output: "the onnx-fp32 engine does not run: ",
+    wrong_weight: "images of the onnx-fp32 engine differ from torch's by",
+    not_a_number: "the onnx-fp32 engine or torch returns NaN or infinite values",
+    upside_down: "a pixel of the onnx-fp32 engine differs from torch's by",
+    whole_classes: "images of the onnx-fp32 engine differ from torch's by",
+    other_output: "the onnx-fp32 engine failed to run: ",
 }
 
 
@@ -242,13 +242,13 @@ def test_an_engine_that_disagrees_is_not_admitted(
     assert cli("export", unexported.path, "--to", "onnx")[0] == 0
 
 
-def test_a_failed_check_names_the_worst_image_and_the_layer_that_strays(
+def test_a_failed_check_names_the_worst_image_and_the_layer_that_differs(
     unexported: Bundle, exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime_target, "build", build_altered(exported_bundle, wrong_weight))
-    with pytest.raises(ParityError, match=r"\(worst seed \d+\); the first layer that strays is \S+ \(") as caught:
+    with pytest.raises(ParityError, match=r"\(worst seed \d+\); the first layer that differs is \S+ \(") as caught:
         export_engine(unexported, "onnx-fp32")
-    assert re.search(r"strays is \S*8x8_conv \(", str(caught.value))
+    assert re.search(r"differs is \S*8x8_conv \(relative L2 ", str(caught.value))
     assert not (unexported.path / "engines").exists()
 
 
@@ -343,7 +343,7 @@ def test_a_file_name_is_safe_whatever_the_generator_is_called(tiny_bundle: Bundl
 
 def test_a_generator_that_no_file_can_hold_is_refused(unexported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "MAX_FILE_BYTES", 100_000)
-    with pytest.raises(RequestError, match="one ONNX file at most 100000; use the torch engine"):
+    with pytest.raises(RequestError, match="one ONNX file can hold at most 100000; use --engine torch-fp32"):
         export_engine(unexported, "onnx-fp32")
 
 
@@ -436,5 +436,5 @@ def test_a_scheduler_that_ends_an_export_finds_nothing_half_written(unexported: 
         process.send_signal(signal.SIGTERM)
         errors = process.communicate()[1]
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "error: interrupted; run the same command again to go on"
+    assert errors.splitlines()[-1] == "error: interrupted; run the same command again to continue"
     assert not engines.exists()

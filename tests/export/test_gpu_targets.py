@@ -11,7 +11,7 @@ import pytest
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import EngineId
 from uni_instruct.engines.hardware.cuda import Gpu, gpus
-from uni_instruct.errors import RequestError, UniInstructError
+from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
 from uni_instruct.export import targets
 from uni_instruct.export.capabilities import CAPABILITIES
 from uni_instruct.export.targets import choose_targets, export_engine, find_target
@@ -60,12 +60,21 @@ def test_an_id_without_its_target_is_no_target(engine_id: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--to tensorrt-rtx --sm 75 --precision bf16", "tensorrt-rtx has no bf16 for sm75; it has it for 80, 86, 89, 120, 121"),
-        ("--to tensorrt-rtx --sm 75,80 --precision fp32", "tensorrt-rtx has no fp32 for sm75; it has it for 80, 86, 89"),
+        (
+            "--to tensorrt-rtx --sm 75 --precision bf16",
+            "tensorrt-rtx cannot build bf16 engines for sm75; choose from 80, 86, 89, 120, 121",
+        ),
+        (
+            "--to tensorrt-rtx --sm 75,80 --precision fp32",
+            "tensorrt-rtx cannot build fp32 engines for sm75; choose from 80, 86, 89",
+        ),
         ("--to tensorrt-rtx --sm 90", "tensorrt-rtx does not build for sm90; choose from 75, 80, 86, 89, 120, 121"),
         ("--to tensorrt-rtx --sm 8.9", "--sm '8.9' cannot be read; write it as 89, or 80,86,89"),
-        ("--to onnx --sm 89", "--sm says for which GPUs, and no such engine is asked for; leave it out"),
-        ("--to tensorrt-rtx", "built for one kind of GPU, and there is none here; say for which, as --sm 89; choose from 75"),
+        ("--to onnx --sm 89", "--sm applies only to tensorrt and tensorrt-rtx, and --to names neither; leave --sm out"),
+        (
+            "--to tensorrt-rtx",
+            "built for one kind of GPU, and this machine has no GPU; name the compute capability, such as --sm 89 for 8.9",
+        ),
         (
             "--to tensorrt --sm 89 --device cuda",
             "" if importlib.util.find_spec("tensorrt") else "pip install 'uni-instruct[gpu]'",
@@ -85,12 +94,33 @@ def test_all_says_what_it_leaves_out_for_want_of_a_gpu(tiny_bundle: Bundle, cli:
     code, output, error = cli("export", tiny_bundle.path, "--to", "all", "--dry-run")
     assert code == 0
     assert "tensorrt" not in output
-    assert "leaving out what is built for one kind of GPU: there is none here; --sm says for which" in error
-    assert "leaving out onnx-fp16: it is for GPUs; --precision fp16 builds it here too" in error
+    assert "skipping TensorRT engines: this machine has no GPU that they support; name the GPUs to build for with --sm" in error
+    assert (
+        "skipping onnx-fp16: it is meant for GPUs, and this machine has none; add --precision fp16 to build it anyway" in error
+    )
     assert "onnx-fp16" not in output
     output = cli("export", tiny_bundle.path, "--to", "all", "--precision", "fp16", "--dry-run")[1]
     assert "would build" in output
     assert "onnx-fp16" in output
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options"), [(Gpu("A", 89), ()), (None, ("--precision", "int8"))], ids=["no package", "no such precision"]
+)
+def test_all_blames_the_gpu_only_if_it_is_the_reason(
+    gpu: Gpu | None, options: tuple[str, ...], tiny_bundle: Bundle, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_onnx(target: targets.Target) -> None:
+        if target.engine_id.runtime != "onnx" or target.engine_id.precision != "fp32":
+            raise MissingExtraError("something", extra="gpu")
+
+    monkeypatch.setattr(targets, "gpus", lambda: (gpu,) if gpu else ())
+    monkeypatch.setattr(targets.Target, "check_machine", only_onnx)
+    code, _, error = cli("export", tiny_bundle.path, "--to", "all", "--dry-run", *options)
+    assert code == 0
+    assert ("skipping tensorrt-fp16-sm89: package 'something' is not installed" in error) == (gpu is not None)
+    assert "no GPU" not in error
+    assert "meant for GPUs" not in error
 
 
 @without_gpu

@@ -157,7 +157,7 @@ def test_the_card_is_made_of_what_is_there(
     header = yaml.safe_load(card.split("---")[1])
     assert (header["license"], header["library_name"]) == ("mit", "uni-instruct")
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == RECIPE | {"data": "data.zip"}
-    assert "Nothing was measured" in card
+    assert "No scores were measured" in card
     # The command beside the picture makes the picture.
     (command,) = re.findall(r"^uni-instruct (generate .*)--grid samples.png$", card, flags=re.MULTILINE)
     monkeypatch.chdir(published.path)
@@ -197,7 +197,7 @@ def test_scores_come_with_their_command_and_of_these_weights_only(
         assert line in card.splitlines()
     assert (out / WEIGHTS).read_bytes() == (published.path / WEIGHTS).read_bytes()
     other = scores_file(tmp_path / "3.json", "0" * 64)
-    with pytest.raises(RequestError, match="are of other weights, sha256 0000"):
+    with pytest.raises(RequestError, match=r"were measured on other weights \(sha256 0000"):
         publish(original.path, out, [other])
     assert (out / CARD).read_text() == card
 
@@ -242,7 +242,7 @@ def test_a_card_is_written_into_a_published_folder_alone(
 def test_a_card_takes_no_scores_of_other_weights(published: Bundle, tmp_path: Path, cli: Cli) -> None:
     out = shutil.copytree(published.path, tmp_path / "out")
     code, _, errors = cli("card", out, "--scores", scores_file(tmp_path / "other.json", "0" * 64))
-    assert (code, "are of other weights, sha256 0000" in errors) == (2, True), errors
+    assert (code, "were measured on other weights (sha256 0000" in errors) == (2, True), errors
     assert (out / CARD).read_text() == (published.path / CARD).read_text()
 
 
@@ -250,11 +250,14 @@ def test_a_card_takes_no_scores_of_other_weights(published: Bundle, tmp_path: Pa
     ("wrong", "message"),
     [
         ("missing", "there is no bundle"),
-        ("other bundle", "holds something else than an earlier publication of these weights; name another folder"),
-        ("itself", "holds something else than an earlier publication of these weights; name another folder"),
-        ("full folder", "holds something else"),
-        ("scores no json", "holds no scores of a generator; give what 'uni-instruct evaluate GENERATOR --json' printed"),
-        ("scores of images", "does not say what was scored"),
+        ("other bundle", "exists, and is not an earlier publication of these weights; name another folder"),
+        ("itself", "exists, and is not an earlier publication of these weights; name another folder"),
+        ("full folder", "exists, and is not an earlier publication"),
+        (
+            "scores no json",
+            "does not hold the scores of a generator; pass a file with the output of 'uni-instruct evaluate GENERATOR --json'",
+        ),
+        ("scores of images", "lacks the hash of the weights, the name of the reference or the seeds"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_everything(
@@ -318,4 +321,4 @@ def test_a_teacher_is_published_to_distil_from(tmp_path: Path, cli: Cli) -> None
     assert f"by up to {found[2]} levels (64 images)" in text
     assert "float32: 0/64 images" in err
     again = cli("publish", str(run.path), "--out", str(tmp_path / "tiny-teacher"), "--scores", str(teacher.path / CARD))
-    assert (again[0], "is a teacher: its card keeps the scores" in again[2]) == (2, True)
+    assert (again[0], "is a teacher, and its card already has the scores" in again[2]) == (2, True)

@@ -135,7 +135,7 @@ def test_a_full_queue_is_429_and_slowness_504(tiny_bundle: Bundle, held: Held) -
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
             late = answers[statuses.index(504)].json()["error"]
-            assert late["message"] == "1 images were not made in 0.2 s; ask for fewer at once, or try later"
+            assert late["message"] == "1 images were not made within 0.2 s; ask for fewer at once, or try later"
             assert await metric(
                 client, 'uni_instruct_dropped_images_total{model="tiny",reason="queue_full"}'
             ) == statuses.count(429)
@@ -287,7 +287,7 @@ def test_the_answers_for_wrong_paths_and_methods(tiny_bundle: Bundle) -> None:
             assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
             wrong = await client.get("/v1/generate")
             assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
-            assert wrong.json()["error"]["message"] == "/v1/generate does not answer GET; use POST"
+            assert wrong.json()["error"]["message"] == "/v1/generate does not support GET; use POST"
 
     run(work())
 

@@ -1,4 +1,4 @@
-"""The server as a process in bad company: silent and slow connections, being stopped and being killed."""
+"""The server as a process: silent and slow connections, being stopped and being killed."""
 
 import contextlib
 import io
@@ -90,7 +90,7 @@ def test_where_few_files_may_be_open_silent_connections_still_lock_nobody_out(ex
             for _ in range(150):
                 stack.enter_context(connect(running))
             assert httpx.get(f"{running.url}/v1/models", timeout=PATIENCE_S).status_code == 200
-        assert "this process may have 90 files open" in running.log.read_text()
+        assert "this process may open only 90 files" in running.log.read_text()
     finally:
         running.kill()
 
@@ -112,26 +112,31 @@ def test_a_load_test_checks_every_image(bounded: Running, exported_bundle: Bundl
     other = random_bundle(tmp_path / "other", seed=5)
     refused = run_cli(*load, other.path, env=environment)
     assert refused.returncode == 2
-    assert "has other weights than tiny there; give the same --bundle" in refused.stderr
+    assert "has other weights than tiny on the server; give --bundle FOLDER" in refused.stderr
     assert run_cli(*load, exported_bundle.path, env={**os.environ, "UNI_INSTRUCT_API_KEY": ""}).returncode == 2
     # The key where 'serve' has it, in any characters; and what does not ship is not looked for by a name from the network.
     (tmp_path / "keys").write_text("schlüssel\n", encoding="utf-8-sig")
     unknown = run_cli("loadtest", bounded.url, env={**os.environ, "UNI_INSTRUCT_API_KEY_FILE": str(tmp_path / "keys")})
     assert unknown.returncode == 2
-    assert "tiny does not ship, so there is nothing to check its images with; give --bundle" in unknown.stderr
+    assert (
+        "tiny is not a shipped generator, so there is nothing to compare its images with; give --bundle FOLDER"
+        in unknown.stderr
+    )
 
 
 @pytest.mark.parametrize(
     "body", ["{}", '{"name": "digits"}', '[["name", "digits"]]', "[]", "7", "null", '{"name": "x", "engine": 1}', "<html>"]
 )
 def test_another_server_is_told_from_ours(body: str) -> None:
-    with answering(200, body) as url, pytest.raises(RequestError, match="what answers there is another server"):
+    with answering(200, body) as url, pytest.raises(RequestError, match="the server at this URL is not 'uni-instruct serve'"):
         TargetServer(url).facts(None)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:web", "http://[::1", "http://", "", "ftp://x"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:99999", "http://127.0.0.1:web", "http://[::1", "http://", "", "ftp://x", ".", "http://a..b"]
+)
 def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
-    with pytest.raises(RequestError, match=r"is no address of a server; give one, such as http://127\.0\.0\.1:3000"):
+    with pytest.raises(RequestError, match=r"is not the URL of a server; give one, such as http://127\.0\.0\.1:3000"):
         TargetServer(url)
 
 
@@ -315,7 +320,7 @@ def test_metrics_have_a_folder_of_their_own_also_where_bentomls_cannot_be_writte
     assert [other.exists() for other in others] == [True, True, False]
     monkeypatch.setattr(tempfile, "tempdir", "/proc")
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/proc/nowhere/prometheus_multiproc_dir")
-    with pytest.raises(UniInstructError, match="several workers cannot add up their metrics: /proc/nowhere/"):
+    with pytest.raises(UniInstructError, match="the metrics of several workers cannot be stored: /proc/nowhere/"):
         use_private_folder()
 
 

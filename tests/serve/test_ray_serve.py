@@ -39,10 +39,11 @@ def test_arguments_are_settings_and_where_they_run(exported_bundle: Bundle, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bundel": "digits"}, "'bundel' is no setting; choose from access_log, "),
-        ({"replicas": "two"}, "replicas=two cannot be; give a whole number from 1 on"),
-        ({"replicas": "0"}, "replicas=0 cannot be; give a whole number from 1 on"),
-        ({"cpus": "nan"}, "cpus=nan cannot be; give a number, such as 2"),
+        ({"bundel": "digits"}, "'bundel' is not a setting; choose from access_log, "),
+        ({"replicas": "two"}, "replicas=two is not possible; give an integer from 1 to 10000"),
+        ({"replicas": "0"}, "replicas=0 is not possible; give an integer from 1 to 10000"),
+        ({"replicas": "20000"}, "replicas=20000 is not possible; give an integer from 1 to 10000"),
+        ({"cpus": "nan"}, "cpus=nan is not possible; give a number, such as 2"),
         ({"timeout_s": "soon"}, "UNI_INSTRUCT_TIMEOUT_S is soon; give a number"),
     ],
 )

@@ -65,7 +65,9 @@ def test_every_setting_reaches_the_server_as_it_was_given() -> None:
         ("GRACE_S", "inf", "UNI_INSTRUCT_GRACE_S is inf"),
         ("UI", "perhaps", "UNI_INSTRUCT_UI is perhaps; give true or false"),
         ("QUEUE_IMAGES", "8", "UNI_INSTRUCT_QUEUE_IMAGES is 8; give at least request_images, 256"),
-        ("CONNECTIONS", "2", "UNI_INSTRUCT_CONNECTIONS is 2; give a number above 3"),
+        ("CONNECTIONS", "2", "UNI_INSTRUCT_CONNECTIONS is 2; give a number above 3, at most 1000000"),
+        ("MAX_BODY_BYTES", "0", "UNI_INSTRUCT_MAX_BODY_BYTES is 0; give a number above 0, at most 2147483648"),
+        ("RELOAD_S", "-1", "UNI_INSTRUCT_RELOAD_S is -1.0; give 0, or a number above 0, at most 86400"),
         ("PATH_PREFIX", "images", "UNI_INSTRUCT_PATH_PREFIX is images; give a path, such as /images"),
         ("API_KEY_FILE", "/nowhere", "UNI_INSTRUCT_API_KEY_FILE /nowhere cannot be read: No such file or directory"),
     ],
@@ -101,7 +103,7 @@ def test_a_key_that_cannot_be_one_is_refused_and_not_repeated(text: str, tmp_pat
     assert not any(part in str(refused.value) for part in ("same", "good"))
     assert "same" not in repr(Settings(api_key="sesame"))
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(RequestError, match="holds no key"):
+    with pytest.raises(RequestError, match="contains no key; add one, or unset the variable"):
         Settings(api_key_file=str(tmp_path / "empty"))
 
 

@@ -35,14 +35,18 @@ def test_a_run_that_can_start_is_well(cli: Cli, tmp_path: Path) -> None:
     ("arguments", "subject", "words"),
     [
         (["data=nowhere"], "data", "there is no data set nowhere"),
-        (["data={grey}"], "data", "64 images of 'grey' are all one colour; give pictures that differ"),
+        (["data={grey}"], "data", "64 images of 'grey' all have the same single colour; give a data set of real pictures"),
         (["data={gap}"], "data", "1 of the 3 classes of 'gap' have no image"),
-        (["teacher={random}"], "teacher", "give the teacher of these data, whose pixels run from -1 to 1"),
+        (["teacher={random}"], "teacher", "give a teacher that was trained on this data, with pixels from -1 to 1"),
         (["teacher=nowhere"], "teacher", "there is no bundle nowhere"),
         (["teacher={random}", "data=fashion-mnist"], "recipe", "makes images of shape [1, 8, 8]"),
         (["method=di++", "reward=nowhere:f"], "recipe", "reward 'nowhere:f' cannot be imported"),
         (["precision=16-mixed"], "devices", "loop.precision 16-mixed needs a GPU, and this machine has none"),
-        (["--devices", "3"], "devices", "teacher.batch 128 is not divisible by 3"),
+        (
+            ["--devices", "3"],
+            "devices",
+            "teacher.batch 128 cannot be divided among 3 processes; --set teacher.batch=129, or --devices 2",
+        ),
         (["network.model_channels=4096", "distillation.batch=8192"], "memory", "lower distillation.micro_batch"),
         (["distillation.ema_power_std=[0.05, 0.1]", "snapshot_kimg=1e-5"], "disk", "raise loop.snapshot_kimg"),
     ],
@@ -64,6 +68,14 @@ def test_what_would_spoil_a_run_is_found(
     assert words in found[subject]["words"]
 
 
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_found(cli: Cli, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    code, found = findings(cli, "digits", "--out", str(tmp_path / out))
+    assert (code, found["disk"]["ok"]) == (2, False)
+    assert f"nothing can be written into {tmp_path / 'file'}; choose another --out" in found["disk"]["words"]
+
+
 def test_what_train_would_find_in_the_folder_is_found(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from uni_instruct.train.preflight import CHECKS, Preflight
@@ -71,15 +83,15 @@ def test_what_train_would_find_in_the_folder_is_found(tmp_path: Path) -> None:
 
     run = tmp_path / "run"
     preflight = Preflight(load_recipe("digits"), run, 1)
-    assert CHECKS["run"](preflight) == f"{run} holds no training yet"
+    assert CHECKS["run"](preflight) == f"{run} contains no run yet"
     (run / "state").mkdir(parents=True)
     torch.save({"step": 3}, run / "state" / "teacher.pt")
     (run / "state" / "teacher.json").write_text('{"step": 3}')
     (run / "recipe.yaml").write_text("name: digits\ndata: digits\nnetwork: {model_channels: 48}\n")
-    with pytest.raises(RequestError, match=r"holds a run with network\.model_channels=48, not 32"):
+    with pytest.raises(RequestError, match=r"with network\.model_channels=48, which a resumed run cannot change to 32"):
         CHECKS["run"](preflight)
     (run / "recipe.yaml").write_text(yaml.safe_dump(load_recipe("digits").to_dict()))
-    assert CHECKS["run"](preflight) == f"{run} holds a run that goes on: teacher at step 3"
+    assert CHECKS["run"](preflight) == f"{run} contains a run that will be resumed: teacher at step 3"
     (run / "state" / "teacher.pt").write_bytes(b"PK")
-    with pytest.raises(RequestError, match=r"teacher.pt cannot be read; delete it to train that stage anew"):
+    with pytest.raises(RequestError, match=r"teacher.pt cannot be read; delete it to train that stage again"):
         CHECKS["run"](preflight)

@@ -29,7 +29,7 @@ def patched_teacher(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_a_start_of_another_patch_is_refused(patched_teacher: Bundle, tmp_path: Path) -> None:
     other = random_bundle(tmp_path / "other", seed=9, image_shape=(1, 8, 8))
     given = f"teacher.bundle={patched_teacher.path}"
-    with pytest.raises(RequestError, match=r"has network.patch 1, the teacher 2; start from a generator of the teacher's"):
+    with pytest.raises(RequestError, match=r"has network.patch 1, the teacher 2; give a generator with the same network as"):
         make_plan(load_recipe("digits", [*TINY, given, f"distillation.start={other.path}"]))
 
 

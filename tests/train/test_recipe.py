@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from uni_instruct.errors import RequestError
 from uni_instruct.schedule import KarrasLevels, LogNormalLevels
@@ -19,6 +20,7 @@ from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.methods import METHODS
 from uni_instruct.train.objective.reward import open_reward
 from uni_instruct.train.optimization.optimizer import DECAYS
+from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import all_keys, load_recipe, parse_recipe
 from uni_instruct.train.recipe_help import explained_keys
 
@@ -115,19 +117,19 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
     [
         ({"objective": {"metod": "sid"}}, "recipe key 'objective.metod' is unknown; choose one of method"),
         ({"objective": {"family": "forward"}}, "objective.family 'forward' is unknown; choose one of expanded, integral"),
-        ({"objective": {"di": False, "fgm": False, "sim": False}}, "objective.di, fgm and sim are all off"),
+        ({"objective": {"di": False, "fgm": False, "sim": False}}, "objective.di, fgm and sim are all false"),
         ({"objective": {"tmin": 800}}, "objective.tmin 800"),
-        ({"objective": {"method": "sid", "divergence_scale": 0}}, "every scale of the objective is 0; leave one term on"),
+        ({"objective": {"method": "sid", "divergence_scale": 0}}, "reward_scale are all 0; give one of them a value above 0"),
         ({"objective": {"mix": 1.5}}, "objective.mix 1.5 is out of range; give 0 to 1"),
         (
             {"schedule": [{"until_kimg": 500, "objective": {}}]},
-            "schedule's until_kimg [500.0] do not rise to below duration_kimg 200",
+            "schedule's until_kimg [500.0] do not rise, or reach duration_kimg 200",
         ),
         (
             {"schedule": [{"until_kimg": 5, "objective": {"discriminator": "own"}}]},
             "objective.discriminator differs between phases",
         ),
-        ({"schedule": [{"objective": {}}]}, "recipe has no 'schedule.until_kimg'"),
+        ({"schedule": [{"objective": {}}]}, "the recipe has no key 'schedule.until_kimg'"),
         ({"loop": {"trackers": ["clearml"]}}, "loop.trackers 'clearml' is unknown; choose one of tensorboard"),
         ({"distillation": {"ema_halflife_kimg": []}}, "distillation.ema_halflife_kimg is empty"),
         (
@@ -135,7 +137,7 @@ def test_what_an_objective_needs_follows_from_it(settings: dict, ratio: bool, da
             "divergence 'jeffreys' needs real data",
         ),
         ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sida"}}, "an adversarial term needs real data"),
-        ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sid"}}, "metric 'FD' compares with data"),
+        ({"data": "", "teacher": {"bundle": "t"}, "objective": {"method": "sid"}}, "metric 'FD' needs data to compare with"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_remedy(values: dict, message: str) -> None:
@@ -152,17 +154,17 @@ def test_a_teacher_alone_is_enough_where_nothing_needs_data() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return images.mean()", "gives shape [] for 2 images, not [2]"),
-        ("return images.mean(dim=1)", "gives shape [2, 8, 8] for 2 images, not [2]"),
-        ("return 3.0", "gives a float for 2 images, not [2]"),
+        ("return images.mean()", "returns shape [] for 2 images, not shape [2]"),
+        ("return images.mean(dim=1)", "returns shape [2, 8, 8] for 2 images, not shape [2]"),
+        ("return 3.0", "returns a float for 2 images, not shape [2]"),
         ("return images.mean(dim=(1, 2, 3)).detach()", "has no gradient to the images"),
-        ("return (images.sum(dim=(1, 2, 3)) / 0)", "gives [nan, nan] for two grey images"),
+        ("return (images.sum(dim=(1, 2, 3)) / 0)", "returns [nan, nan] for two grey images: rewards must be finite"),
         ("return images.mean(dim=(1, 2, 3)) @ images", "fails on images [2, 1, 8, 8]"),
     ],
 )
 def test_reward_is_tried_before_it_is_used(tmp_path: Path, body: str, message: str) -> None:
     (tmp_path / "bad.py").write_text(f"def reward(images, class_ids):\n    {body}\n")
-    with pytest.raises(RequestError, match="take images") as refused:
+    with pytest.raises(RequestError, match="write a function of images") as refused:
         open_reward(f"{tmp_path}/bad.py:reward", (1, 8, 8), 10)
     assert message in str(refused.value)
 
@@ -208,3 +210,37 @@ def test_a_folder_of_pictures_in_place_of_a_recipe_is_told_how_to_become_its_dat
     assert advised is not None
     (tmp_path / "mine.yaml").write_text("\n".join(advised.groups()))
     assert load_recipe(str(tmp_path / "mine.yaml")).data == str(pictures)
+
+
+def test_a_folder_without_classes_becomes_a_recipe_without_classes(tmp_path: Path) -> None:
+    pictures = tmp_path / "photos"
+    pictures.mkdir()
+    for number in range(2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(pictures / f"{number}.png")
+    with pytest.raises(RequestError, match="is a folder, not a recipe") as refused:
+        load_recipe(str(pictures))
+    advised = re.findall(r"'([^']*)'", str(refused.value).partition("; ")[2])
+    (tmp_path / "mine.yaml").write_text("\n".join(advised))
+    recipe = load_recipe(str(tmp_path / "mine.yaml"))
+    assert (recipe.data, recipe.network.conditional) == (str(pictures), False)
+    assert make_plan(recipe).dataset is not None  # which refuses classes that the data do not have
+
+
+def test_a_recipe_that_says_nothing_of_its_objective_has_one_that_trains() -> None:
+    """The exact reverse KL, whether the section is missing or empty; a section with any key has Uni-Instruct's own defaults."""
+    for values in ({}, {"objective": None}, {"objective": {}}):
+        objective = parse_recipe({"name": "x", "data": "digits"} | values).objective
+        assert (objective.method, objective.divergence, objective.alpha) == ("sid", "reverse-kl", 0.5)
+        assert not objective.needs_discriminator
+    assert parse_recipe({"name": "x", "data": "digits", "objective": {"tmin": 150}}).objective.divergence == "forward-kl"
+
+
+def test_what_was_measured_is_not_said_of_a_changed_recipe() -> None:
+    measured = load_recipe("digits").measured
+    assert "FD(digits-classifier)" in measured
+    for kept in (["name=mine"], ["loop.samples=100"]):
+        assert load_recipe("digits", kept).measured == measured
+    for changed in (["data=other.zip"], ["learning_rate=1e-4"], ["method=dmd2"], ["alpha=0.5", "name=mine"]):
+        overrides = [word.replace("learning_rate", "teacher.learning_rate") for word in changed]
+        assert load_recipe("digits", overrides).measured == "unmeasured"
+    assert load_recipe("digits", ["alpha=1", "measured=FD 2"]).measured == "FD 2"

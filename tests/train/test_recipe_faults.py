@@ -95,11 +95,11 @@ def followed(remedy: str, key: str) -> Any:
         return int(found[1]) if "int" in kind else found[1]
     if found := re.match(r"put it in quotes: '(.*)'$", remedy):
         return found[1]
-    if remedy == "give it in a line of its own" or remedy.startswith("--set data=..."):
+    if re.match(r"add a line '\w+: \.\.\.'$", remedy) or remedy.startswith("--set data=..."):
         return "digits"
     if remedy == "give it a value, or leave the line out":
         return LEFT_OUT
-    if remedy.startswith("give a list, its entries below it"):
+    if remedy.startswith("give a list: one entry per line"):
         return [] if key == "schedule" else [1]
     wanted = {"give a whole number": 1, "give a number": 1.0, "give true or false": True, "give text": "text"}
     if remedy in wanted:
@@ -226,7 +226,7 @@ def test_minus_one_for_off_is_told_how_off_is_written(setting: str, spelling: st
         ),
         (
             "schedule: [{until_kimg: 1, objective: {}}, {until_kimg: 1, objective: {}}]",
-            "until_kimg [1.0, 1.0] do not rise to below duration_kimg 200; give numbers that rise and stay below 200",
+            "until_kimg [1.0, 1.0] do not rise, or reach duration_kimg 200; give numbers that rise and stay below 200",
         ),
         (
             "schedule: [{until_kimg: 1, objective: {}}, {until_kimg: 2, objective: {tmin: 1e4}}]",
@@ -236,7 +236,7 @@ def test_minus_one_for_off_is_told_how_off_is_written(setting: str, spelling: st
         ("loop: {seed: }", "recipe key 'loop.seed' is empty; give it a value, or leave the line out"),
         ("loop: {seed: 1}\nteacher: {batch: 8}\nloop: {samples: 9}", "gives 'loop' twice, in lines 3 and 5; keep one of them"),
         ("loop: {seed: 1, seed: 2}", "gives 'seed' twice, in lines 3 and 3"),
-        ("schedule: [{until_kimg: 1}]", "schedule, entry 1: recipe has no 'schedule.objective'"),
+        ("schedule: [{until_kimg: 1}]", "schedule, entry 1: the recipe has no key 'schedule.objective'"),
         ("schedule: {until_kimg: 3}", "recipe key 'schedule' is {'until_kimg': 3}; give a list"),
         ("schedule: [sid]", "'schedule' is 'sid', not a section"),
         ("loop: &a [*a]", "]]]]]]], not a section"),
@@ -244,7 +244,10 @@ def test_minus_one_for_off_is_told_how_off_is_written(setting: str, spelling: st
         ("loop: {grid: !!python/name:os.system }", "is not YAML"),
         ("teacher: {duration_kimg: .inf}", "teacher.duration_kimg inf is out of range; give 0.001 to 1e+09"),
         ("distillation: {ema_halflife_kimg: [5, 5]}", "distillation.ema_halflife_kimg has 5 twice; give each once"),
-        ("distillation: {critic_warmup_kimg: 300}", "critic_warmup_kimg 300 leaves the generator nothing of its duration_kimg"),
+        (
+            "distillation: {critic_warmup_kimg: 300}",
+            "critic_warmup_kimg 300 leaves no training for the generator: it is not below",
+        ),
     ],
 )
 def test_what_yaml_makes_of_a_slip_is_one_line(cli: Cli, tmp_path: Path, text: str, message: str) -> None:

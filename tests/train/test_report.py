@@ -31,6 +31,7 @@ from uni_instruct.evaluate import Evaluator
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser
+from uni_instruct.train.monitoring import scores as selection
 from uni_instruct.train.monitoring.clock import Clock, read_times
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
@@ -96,13 +97,16 @@ def test_every_picture_is_linked_and_can_be_read(finished: Path) -> None:
     names = [Path(link).name for link in assert_links_hold(finished)]
     shown = ["teacher.png", "student.png", "steps.png", "classes.png", "neighbours-pixels.png", "neighbours-features.png"]
     assert names == [*shown, "curves-teacher.png", "curves-generator.png"]
-    assert "Not made" not in report_of(finished)
+    assert "could not be made" not in report_of(finished)
 
 
 def test_numbers_are_those_of_the_log(finished: Path) -> None:
     report, records = report_of(finished), [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     name = "FD(digits-classifier)"
-    for stage, row in (("teacher", "teacher while training, the best"), ("generator", "student while training, the best")):
+    for stage, row in (
+        ("teacher", "teacher, best evaluation during training"),
+        ("generator", "student, best evaluation during training"),
+    ):
         best = min((r for r in reversed(records) if r["stage"] == stage and name in r), key=lambda r: r[name])
         assert f"The {stage}'s weights are those after step {best['step']} ({best['kimg']:.4g} kimg)" in report
         cells = table_row(report, row)
@@ -110,6 +114,17 @@ def test_numbers_are_those_of_the_log(finished: Path) -> None:
         assert cells[-2:] == [spread([best["precision"]]), spread([best["recall"]])]
         state = torch.load(finished / "state" / f"{stage}.pt", weights_only=True)["best"]
         assert (state["step"], state["value"]) == (best["step"], best[name])
+
+
+def test_of_a_large_reference_neither_training_nor_report_measures_precision_and_recall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "MAX_REFERENCE_FOR_PR", 1000)  # digits has 1,797 images
+    train(load_recipe("digits", SHORT), tmp_path / "run")
+    assert '"precision"' not in (tmp_path / "run" / "log.jsonl").read_text()
+    (section,) = re.findall(r"^## Scores\n(.*?)^## ", report_of(tmp_path / "run"), flags=re.MULTILINE | re.DOTALL)
+    assert "| precision" not in section
+    assert "Precision and recall are measured neither here nor during training: the reference has more than 1,000" in section
 
 
 def test_html_is_the_report_in_one_file(finished: Path) -> None:
@@ -260,7 +275,7 @@ def test_damaged_times_are_begun_anew_and_end_no_training(
 ) -> None:
     (tmp_path / "time.json").write_text(content)
     assert read_times(tmp_path) == {}
-    assert "cannot be read and is begun anew" in caplog.text
+    assert "cannot be read and starts again from zero" in caplog.text
 
 
 def test_history_reads_what_a_killed_run_left() -> None:
@@ -380,8 +395,8 @@ def test_a_teacher_alone_is_reported_too(tmp_path: Path, shape: tuple[int, int, 
     train(load_recipe("digits", [*given, "loop.grid=4", "loop.samples=8", "loop.log_kimg=0.008"]), tmp_path / "run")
     report, names = report_of(tmp_path / "run"), [Path(link).name for link in assert_links_hold(tmp_path / "run")]
     assert names == (["teacher.png", "student.png"] if makes else []) + ["curves-generator.png"]
-    assert "Nothing was scored" in report
-    assert "Not made" not in report
+    assert "There are no scores" in report
+    assert "could not be made" not in report
     assert ("No pictures: " in report) is not makes
     expected = ["train", "export", "generate", "serve"] if makes else ["train", "generate", "import"]
     assert [words[1] for words in commands_of(report)] == expected
@@ -399,9 +414,10 @@ def test_a_section_that_fails_leaves_the_others_and_says_so(
     monkeypatch.setattr(page, "SECTIONS", page.SECTIONS | {"Scores": broken})
     write_report(finished)
     report = report_of(finished)
-    assert "## Scores\n\nNot made: by \\| nothing\n" in report
-    assert "## Curves\n\nNot made: package 'matplotlib' is not installed; pip install 'uni-instruct\\[train\\]'\n" in report
-    assert "the report lacks 'Scores': ZeroDivisionError" in caplog.text
+    assert "## Scores\n\nThis section could not be made: by \\| nothing\n" in report
+    reason = "package 'matplotlib' is not installed; pip install 'uni-instruct\\[train\\]'"
+    assert f"## Curves\n\nThis section could not be made: {reason}\n" in report
+    assert "section 'Scores' of the report could not be made: ZeroDivisionError" in caplog.text
     assert {"## Samples", "## Commands", "## Time"} <= set(report.splitlines())
     assert_links_hold(finished)
 
@@ -419,7 +435,7 @@ def test_a_report_that_cannot_be_written_costs_no_training(tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         bundle = train(load_recipe("digits", [*given, "loop.samples=8", "loop.grid=4"]), tmp_path / "run")
     assert Bundle.open(bundle.path).weights_sha256 == bundle.weights_sha256
-    assert "report.md was not made: " in caplog.text
+    assert "report.md could not be written: " in caplog.text
     assert "the training is complete" in caplog.text
 
 

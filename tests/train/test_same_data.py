@@ -43,12 +43,12 @@ def test_the_same_data_in_another_place_and_container_pass(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda data: photos(data, "fox"), r"has other classes \(got fox\) since the run in .* was begun; give the data as"),
+        (lambda data: photos(data, "fox"), r"has other classes \(got fox\) since the run in .* was started; restore the data"),
         (lambda data: shutil.rmtree(data / "dog"), r"has other classes \(lost dog\)"),
         (lambda data: (data / "dog").rename(data / "fox"), r"has other classes \(got fox and lost dog\)"),
         (lambda data: photos(data, "dog", images=5), r"has changed from 6 images to 8 since the run"),
-        (lambda data: (data / "dog" / "0.png").write_bytes(png(np.zeros((4, 4), np.uint8))), r"has got other images or labels"),
-        (lambda data: (data / "dog" / "0.png").rename(data / "cat" / "9.png"), r"has got other images or labels"),
+        (lambda data: (data / "dog" / "0.png").write_bytes(png(np.zeros((4, 4), np.uint8))), r"has other images or labels"),
+        (lambda data: (data / "dog" / "0.png").rename(data / "cat" / "9.png"), r"has other images or labels"),
     ],
 )
 def test_other_data_are_said_to_be_others(tmp_path: Path, change: object, line: str) -> None:

@@ -79,7 +79,7 @@ def test_what_is_passed_over_is_said_before_anything_is_trained(
         (data_of(60, 2), "classifier", "as 60 images are fewer than InceptionV3's 2,048 features"),
         (data_of(5000, 2, channels=1), "classifier", "a classifier of 'mine' itself (loop.extractor=classifier)"),
         (data_of(5000, 10, side=8), "classifier", "a classifier of 'mine' itself"),
-        (data_of(40, 0), "none", "40 images of 0 classes are scored by nothing that is at hand, so the last weights are kept"),
+        (data_of(40, 0), "none", "40 images of 0 classes cannot be scored, so the last weights are kept"),
         (data_of(40, 2), "none", "so the last weights are kept (loop.metric=none): InceptionV3 weights cannot be downloaded"),
     ],
 )
@@ -131,8 +131,25 @@ def test_forty_photographs_train_without_a_word_of_setting(
 ) -> None:
     code, _, errors = cli("train", "digits", "--out", tmp_path / "run", "--set", f"data={photos}", *SHORT)
     assert code == 0, errors
-    assert "40 images of 0 classes are scored by nothing that is at hand" in caplog.text
+    assert "40 images of 0 classes cannot be scored" in caplog.text
     assert (tmp_path / "run" / "generator" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["teacher", "generator", "report"])
+def test_a_folder_of_somebodys_is_not_replaced_by_a_runs(cli: Cli, tmp_path: Path, photos: Path, name: str) -> None:
+    """A report/ that stood in --out was gone when the training ended."""
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "thesis.tex").write_text("mine")
+    given = ["--set", f"data={photos}", *SHORT, "metric=none"]
+    said = f"{tmp_path}/out/{name} would be replaced, and no training made it; choose another --out"
+    code, _, errors = cli("train", "digits", "--out", tmp_path / "out", *given)
+    assert (code, errors.splitlines()[-1]) == (2, f"error: {said}")
+    code, out, _ = cli("doctor", "digits", "--out", tmp_path / "out", "--json", *given[1:])
+    assert (code, said in next(found["words"] for found in json.loads(out) if found["subject"] == "run")) == (2, True)
+    assert [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.name != "run.lock"] == [
+        name,
+        f"{name}/thesis.tex",
+    ]
 
 
 def test_a_recipe_that_stands_alone_in_a_folder_is_replaced(cli: Cli, tmp_path: Path, photos: Path) -> None:

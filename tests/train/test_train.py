@@ -151,17 +151,29 @@ def test_a_metric_is_found_under_its_extractors_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "digits", "--set", "teacher.bundle=digits"], "is a one-step generator, which knows one noise level only"),
+        (
+            ["train", "digits", "--set", "teacher.bundle=digits"],
+            "is a one-step generator, not a diffusion model: it denoises from one noise level only",
+        ),
         (["train", "imagenet"], "recipe 'imagenet' is unknown; give a YAML file or one of afhqv2-64, cifar10-cond"),
         (["train", "digits", "--set", "divergence=kl"], "divergence 'kl' is unknown; choose one of reverse-kl"),
-        (["train", "digits", "--set", "divergence=r**2"], "f(r) = r**2 is 1 at r = 1; subtract that, so that f(1) = 0"),
+        (
+            ["train", "digits", "--set", "divergence=r**2"],
+            "f(r) = r**2 is 1 at r = 1; subtract that value from f, so that f(1) = 0",
+        ),
         (
             ["train", "digits", "--set", "method=gan"],
             "objective.method 'gan' is unknown; choose one of diff-instruct, dmd, dmd2",
         ),
-        (["train", "digits", "--set", "method=di++"], "method 'di++' needs a reward; --set reward=file.py:function"),
+        (
+            ["train", "digits", "--set", "method=di++"],
+            "method 'di++' needs a reward function, because objective.reward_scale is 1; --set reward=file.py:function",
+        ),
         (["train", "digits", "--set", "method=di-star", "--set", "reward=nowhere:f"], "reward 'nowhere:f' cannot be imported"),
-        (["train", "digits", "--set", "data="], "a teacher is trained from data, and the recipe has none; --set data=..."),
+        (
+            ["train", "digits", "--set", "data="],
+            "the recipe names no data, which it needs to train the teacher; --set data=...",
+        ),
         (["train", "digits", "--set", "precision=16-mixed"], "loop.precision 16-mixed needs a GPU"),
         (["train", "digits", "--set", "conditional=false", "--set", "method=sid-lsg"], "guidance needs a teacher with classes"),
         (
@@ -197,7 +209,10 @@ def test_batch_that_the_processes_do_not_divide_is_refused(tmp_path: Path) -> No
     out = tmp_path / "run"
     done = run_cli("train", "digits", "--out", out, "--devices", "2", "--set", "distillation.batch=63")
     assert done.returncode == 2
-    assert "error: a batch of 63 cannot be divided among 2 processes; give a batch that their number divides\n" in done.stderr
+    assert (
+        "error: distillation.batch 63 cannot be divided among 2 processes; --set distillation.batch=64, or --devices 1\n"
+        in done.stderr
+    )
     assert not out.exists()
 
 
@@ -248,7 +263,7 @@ def test_networks_of_another_shape_are_refused(
 def test_another_recipe_into_the_same_run_is_refused(finished: Path) -> None:
     done = call_cli(*train_command(finished, "objective.alpha=0.7"))
     assert done.returncode == 2
-    assert "holds a run with objective.alpha=0.5, not 0.7" in done.stderr
+    assert "contains a run with objective.alpha=0.5, which a resumed run cannot change to 0.7" in done.stderr
 
 
 def test_corrupt_state_is_named(finished: Path, tmp_path: Path) -> None:
@@ -257,7 +272,7 @@ def test_corrupt_state_is_named(finished: Path, tmp_path: Path) -> None:
     (out / "state" / "teacher.pt").write_bytes((finished / "state" / "teacher.pt").read_bytes()[:1000])
     done = call_cli(*train_command(out))
     assert done.returncode == 2
-    assert "teacher.pt cannot be read; delete it to train that stage anew" in done.stderr
+    assert "teacher.pt cannot be read; delete it to train that stage again" in done.stderr
 
 
 def test_full_disk_ends_in_one_line_and_can_be_resumed(finished: Path, tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ def test_every_block_runs_in_an_empty_folder(
     # What the page says in comments of what is printed.
     for line in (
         "(100, 8, 8, 1) uint8",
-        "class cat is outside 0..9; ",
+        "class cat is neither a class name nor an id in 0..9; ",
         "seed -1 is not an integer in [0, 2**63); ",
-        "generator 'digits' has 10 classes, and no class ids were given; ",
+        "generator 'digits' has 10 classes, but no class ids were given; ",
         "noise is float64, not float32; ",
-        "images are float64 [100, 8, 8, 1] from -1 to 1, not uint8 [N, H, W, C]; give bytes; ",
+        "images are float64 [100, 8, 8, 1] from -1 to 1, not uint8 [N, H, W, C]; convert floats ",
         "runs/mine/generator 1\n",
         "(64, 8, 8, 1) [0 1 2]",
     ):

@@ -85,5 +85,5 @@ def test_quickstart_names_a_taken_port_before_it_trains(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run_cli("quickstart", "--out", tmp_path / "out", "--port", str(port))
-    assert (done.returncode, done.stderr) == (2, f"error: port {port} is taken; choose another --port\n")
+    assert (done.returncode, done.stderr) == (2, f"error: port {port} is already in use; choose another --port\n")
     assert not (tmp_path / "out").exists()

@@ -105,7 +105,7 @@ def filled_in(words: list[str], places: dict[str, Path]) -> list[str]:
 
 # Checks that count what a step of training costs, which takes seconds.
 COUNTED = (
-    "{}.batch {} is not divisible",
+    "{}.batch {} cannot be divided",
     "loop.precision 16-mixed",
     "(_memory)",
     "(_disk)",

@@ -9,6 +9,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.errors import RequestError
+from uni_instruct.files import refuse_file_name
 from uni_instruct.train.recipe_keys import MIN_AVERAGE_WIDTH, WIDEST_AVERAGE
 
 
@@ -18,12 +19,16 @@ from uni_instruct.train.recipe_keys import MIN_AVERAGE_WIDTH, WIDEST_AVERAGE
     "--std",
     required=True,
     type=FiniteRange(MIN_AVERAGE_WIDTH, WIDEST_AVERAGE),
-    help="Width of the average, relative to training time; EDM2 tries 0.02 to 0.25.",
+    help="Width of the average, relative to training time; EDM2 uses 0.02 to 0.25.",
 )
 @click.option(
-    "--kimg", type=FiniteRange(1e-3, 1e9), help="As of this time of training, in thousands of images.  [default: the end]"
+    "--kimg",
+    type=FiniteRange(1e-3, 1e9),
+    help="Training time at which to take the average, in thousands of images.  [default: the end]",
 )
-@click.option("--stage", default="generator", type=click.Choice(["generator", "teacher"]), help="Whose weights.")
+@click.option(
+    "--stage", default="generator", type=click.Choice(["generator", "teacher"]), help="Stage whose weights are averaged."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
 def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) -> None:
     """Make a bundle from an average of another width, reconstructed from the snapshots of a run.
@@ -44,7 +49,8 @@ def average(run: Path, std: float, kimg: float | None, stage: str, out: Path) ->
 
     # An existing folder is not replaced, because it may be the only copy of another width.
     if out.exists():
-        raise RequestError(f"{out} exists already", remedy="name another folder", param="out")
+        raise RequestError(f"{out} exists already", remedy="give another folder as --out", param="out")
+    refuse_file_name(out)
     trained = Bundle.open(run / stage)
     recipe = parse_recipe(read_yaml(run / "recipe.yaml"))
     weights = {name: tensor.numpy() for name, tensor in reconstruct(run / "snapshots" / stage, std, kimg).items()}

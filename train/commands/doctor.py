@@ -13,13 +13,18 @@ from uni_instruct.train.recipe import load_recipe
 @click.command()
 @click.argument("recipe")
 @click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("."), help="Folder of the run: its disk is looked at.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change lines of the recipe; repeatable.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("."),
+    help="Folder of the run; checked for an existing run and for free disk space.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override keys of the recipe; repeatable.")
 @click.option(
     "--devices",
     type=click.IntRange(1, 1024),
-    show_default="1 GPU, or a process for each core",
-    help="As the run will have.",
+    show_default="1 GPU, or up to one process per CPU core",
+    help="GPUs, or processes on the CPU, that the run will use.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(

@@ -13,16 +13,17 @@ from uni_instruct.commands.worker_options import ray_option, worker_options_of
 @click.argument("recipe")
 @click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--methods", multiple=True, required=True, metavar="NAME[ KEY=VALUE...],...", help="Methods to try; repeatable.")
-@click.option("--seeds", default="0", help="Seeds of training, such as 0-2: each method once with each.")
+@click.option("--seeds", default="0", help="Training seeds, such as 0-2. Each method is trained once with each seed.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the lab.")
 @click.option(
     "--jobs",
     type=click.IntRange(1, 256),
-    help="Trainings at once; each has its share of the cores. [default: 1; with --ray one a GPU, else one a node]",
+    help="Trainings to run at once; they share the CPU cores. "
+    "[default: 1; with --ray: one per GPU, or one per node without GPUs]",
 )
 @ray_option
 @click.option(
-    "--nice", default=0, type=click.IntRange(0, 19), help="Leave the processors to others: 19 takes what is left over."
+    "--nice", default=0, type=click.IntRange(0, 19), help="Lower the CPU priority (niceness): 19 uses only idle CPU time."
 )
 def lab(
     recipe: str,

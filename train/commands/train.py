@@ -33,23 +33,25 @@ def _show_recipe_help(context: click.Context, _: click.Parameter, wanted: bool) 
 @click.command()
 @click.argument("recipe")
 @click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; needed except with --dry-run.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change lines of the recipe; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; required, except with --dry-run or --status.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override keys of the recipe; repeatable.")
 @click.option(
     "--devices",
     type=click.IntRange(1, 1024),
-    show_default="1 GPU, or a process for each core",
+    show_default="1 GPU, or up to one process per CPU core",
     help="GPUs, or processes on the CPU. Not with torchrun.",
 )
-@click.option("--teacher-only", is_flag=True, help="Stop when the teacher is trained; the same command without it goes on.")
 @click.option(
-    "--dry-run", is_flag=True, help="Check recipe, data and teacher, say what would be trained and its cost, and stop."
+    "--teacher-only", is_flag=True, help="Stop after the teacher. Run the same command without this option to continue."
 )
 @click.option(
-    "--status", is_flag=True, help="RECIPE is the folder of a run: say how far, how fast and how good it is, and stop."
+    "--dry-run",
+    is_flag=True,
+    help="Check recipe, data and teacher, show what would be trained and what it costs, and exit.",
 )
+@click.option("--status", is_flag=True, help="RECIPE is a run's folder: show its progress, speed and scores, and exit.")
 @click.option(
-    "--nice", default=0, type=click.IntRange(0, 19), help="Leave the processors to others: 19 takes what is left over."
+    "--nice", default=0, type=click.IntRange(0, 19), help="Lower the CPU priority (niceness): 19 uses only idle CPU time."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option(
@@ -58,7 +60,7 @@ def _show_recipe_help(context: click.Context, _: click.Parameter, wanted: bool) 
     is_eager=True,
     expose_value=False,
     callback=_show_recipe_help,
-    help="Print every key of a recipe with its default and its meaning, and stop.",
+    help="Print every key of a recipe with default, range and meaning, and exit.",
 )
 def train(
     recipe: str,
@@ -136,11 +138,12 @@ def _show_status(run: str, out: Path | None, others: bool, as_json: bool) -> Non
 
     if out is not None:
         raise RequestError(
-            f"--status takes no --out: {run} is to be the run", remedy=f"uni-instruct train {shlex.quote(str(out))} --status"
+            f"--status takes no --out, because its argument ({run}) is the run's folder",
+            remedy=f"uni-instruct train {shlex.quote(str(out))} --status",
         )
     if others:
         raise RequestError(
-            "--status changes nothing, and takes --json alone", remedy=f"uni-instruct train {shlex.quote(run)} --status"
+            "--status can only be combined with --json", remedy=f"uni-instruct train {shlex.quote(run)} --status"
         )
     status = read_status(Path(run))
     click.echo(json.dumps(status.to_dict()) if as_json else status_text(status))
@@ -155,5 +158,5 @@ def _lower_priority(nice: int) -> None:
         return
     # Windows has process priorities, but no niceness.
     if not hasattr(os, "nice"):
-        raise RequestError("--nice: this system has no niceness", remedy="leave it out", param="nice")
+        raise RequestError("--nice is not supported on this system", remedy="leave it out", param="nice")
     os.nice(max(0, nice - os.nice(0)))

@@ -21,9 +21,9 @@ DIVERGENCE_WORDS = {
     "softened-reverse-kl": "softened reverse KL divergence of teacher and student",
 }
 WEIGHTING_WORDS = {
-    "exact": "weighted exactly: the mean is the integral over these noise levels",
+    "exact": "exact weighting: the mean over these noise levels is the integral",
     "sid": "weighted by 1 / mean |G(z) - D_q|, D_q the teacher's denoised image",
-    "uniform": "every noise level weighted alike, in differences of denoised images",
+    "uniform": "the same weight for every noise level, in units of denoised images",
 }
 RATIO_MEAN_WORDS = {
     "batch": "scaled to mean 1 over the batch",
@@ -49,7 +49,7 @@ def method_lines(objective: ObjectiveConfig) -> list[str]:
             changes.append(f"{field.name} {_plain(value)} (not {_plain(usual)})")
     lines = [f"method {method.name} ({method.source})"]
     lines += [f"note: {method.note}"] if method.note else []
-    return lines + ([f"departs from the method's settings: {', '.join(changes)}"] if changes else [])
+    return lines + ([f"differs from the method's settings: {', '.join(changes)}"] if changes else [])
 
 
 def objective_lines(objective: ObjectiveConfig) -> list[str]:
@@ -61,7 +61,7 @@ def objective_lines(objective: ObjectiveConfig) -> list[str]:
     if objective.divergence_scale:
         lines += _zero_terms(objective)
         lines.append(WEIGHTING_WORDS[objective.weighting] + (" (the divergence alone)" if others else ""))
-    lines.append(f"at noise levels {_levels(objective.levels)}")
+    lines.append(f"noise levels: {_levels(objective.levels)}")
     if objective.needs_ratio:
         scaled = RATIO_MEAN_WORDS[objective.ratio_mean].format(bins=objective.ratio_bins)
         lines.append(
@@ -79,14 +79,14 @@ def critic_lines(objective: ObjectiveConfig, recipe: Recipe) -> list[str]:
         networks += f", and discriminator {encoder} (its loss x {objective.discriminator_scale:g})"
     # The levels themselves are compared, because different keys may give the same levels.
     same = objective.critic_levels == objective.levels
-    levels = "the generator's noise levels" if same else f"noise levels {_levels(objective.critic_levels)}"
+    levels = ", at the generator's noise levels" if same else f"; noise levels: {_levels(objective.critic_levels)}"
     updates = f"{objective.critic_updates} update{'s' * (objective.critic_updates > 1)} a step"
-    lines = [f"critic: {networks}; {updates}, at {levels}"]
+    lines = [f"critic: {networks}; {updates}{levels}"]
     if objective.fake_training_guidance != 1:
         lines.append(f"fake score trained under classifier-free guidance of {objective.fake_training_guidance:g}")
     if objective.label_dropout:
         lines.append(f"fake score trained without the class for {objective.label_dropout:.3g} of the images")
-    return lines + ([f"what the critic sees is augmented with probability {augment:g}"] if augment else [])
+    return lines + ([f"the critic's inputs are augmented with probability {augment:g}"] if augment else [])
 
 
 def _divergence(objective: ObjectiveConfig) -> str:
@@ -102,7 +102,7 @@ def _divergence(objective: ObjectiveConfig) -> str:
 def _expansion(objective: ObjectiveConfig) -> list[str]:
     """Text for those of the terms DI, FGM and SIM that are switched on and not zero."""
     weight = _Weight.of(objective)
-    fixed = " (weight differentiated)" if objective.exact_sim else " (weight held fixed, which is biased)"
+    fixed = " (weight differentiated)" if objective.exact_sim else " (weight held fixed: biased gradient)"
     terms = {"di": "DI", "fgm": f"FGM x 2(1 - {objective.alpha:g})", "sim": "SIM" + ("" if weight.constant else fixed)}
     zero = weight.zeros(objective.alpha)
     return [words for name, words in terms.items() if getattr(objective, name) and name not in zero]
@@ -141,7 +141,7 @@ class _Weight:
 
 def _levels(levels: NoiseLevels) -> str:
     if isinstance(levels, LogNormalLevels):
-        return f"whose logarithm is normal, mean {levels.mean:g}, deviation {levels.std:g}"
+        return f"log sigma normal with mean {levels.mean:g}, standard deviation {levels.std:g}"
     assert isinstance(levels, KarrasLevels)
     low, high = (karras_sigma(t / 1000) for t in (levels.tmin, levels.tmax))
     return f"{low:.3g}..{high:.3g} (Karras rho schedule, tmin {levels.tmin:g} to tmax {levels.tmax:g})"

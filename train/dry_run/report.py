@@ -99,7 +99,7 @@ def cost_lines(plan: Plan, cost: Cost) -> list[str]:
         "images: " + ", ".join(f"{name} {sum(stage.images):,}" for name, stage in cost.stages.items()),
     ]
     for name, stage in cost.stages.items():
-        lines.append(f"{name}, a step's FLOPs for each image, forward and backward: {_flops_words(cost, stage)}")
+        lines.append(f"{name}, FLOPs of a step per image, forward and backward: {_flops_words(cost, stage)}")
         lines.append(f"{name}, memory of a process: {_memory_words(stage)}")
         lines.append(f"{name}, time: {_time_words(stage)}")
     in_all = "" if cost.time_s is None else f", {_duration(cost.time_s)} in one process here"
@@ -107,8 +107,8 @@ def cost_lines(plan: Plan, cost: Cost) -> list[str]:
     days = f"{_number(cost.gpu_days(precision))} days of one H100, if it reaches {GPU_SHARE:.0%} of its peak in {precision}"
     return [
         *lines,
-        f"whole run: {_flops(cost.flops)}{in_all}, without evaluation and writing; about {days}",
-        f"disk: {_number(cost.disk / MB)} MB, without pictures and logs",
+        f"whole run: {_flops(cost.flops)}{in_all}, without evaluation and saving; about {days}",
+        f"disk: {_number(cost.disk / MB)} MB, without samples and logs",
         f"here: {cost.device}",
     ]
 
@@ -130,7 +130,7 @@ def _comment(line: str) -> str:
 def _phases_in_blocks(plan: Plan, phases: Iterable[Phase]) -> list[str]:
     lines = []
     for phase in phases:
-        alone = ", the critic alone" if phase.critic_alone else ""
+        alone = ", warm-up of the critic" if phase.critic_alone else ""
         lines.append(f"{phase.from_kimg:g} to {phase.until_kimg:g} kimg{alone}:")
         lines += [f"  {line}" for line in phase_lines(plan, phase)]
     return lines
@@ -147,7 +147,7 @@ def _data_need(plan: Plan) -> str:
     why = ", ".join(reason for reason, holds in reasons.items() if holds)
     # A user who named a data set should know that it is not used.
     if not why:
-        named = "" if plan.dataset is None else f" ({_described(plan.dataset)}, is named but not used)"
+        named = "" if plan.dataset is None else f" ({_described(plan.dataset)}, named in the recipe but not used)"
         return f"none needed, as the teacher is given and no density ratio, adversarial term or metric is asked for{named}"
     assert plan.dataset is not None
     note = f"; {plan.dataset.note}" if plan.dataset.note else ""
@@ -179,7 +179,7 @@ def _memory_words(stage: StageCost) -> str:
     memory, timing = _memory_mb(stage.memory), stage.timing
     total, activations = memory.pop("total"), memory.pop("activations_estimate")
     parts = " + ".join(f"{name.replace('_', ' ')} {_number(number)}" for name, number in memory.items())
-    estimate = f"an estimate for {stage.micro_batch} images at once: what autograd keeps, without temporaries"
+    estimate = f"estimate for {stage.micro_batch} images at once: tensors saved by autograd, without temporary buffers"
     words = f"about {_number(total)} MB = {parts} + activations {_number(activations)} ({estimate})"
     if timing is None or timing.peak_bytes is None:
         return words
@@ -191,7 +191,8 @@ def _time_words(stage: StageCost) -> str:
         return "not measured, as it needs more memory than is free here"
     speed = f"{_number(1000 * stage.timing.s_per_image)} s per 1,000 images, {_duration(stage.time_s)} in all"
     if not stage.timing.images:
-        return f"about {speed} (by FLOPs from one evaluation of the teacher, as a step takes too much time or memory)"
+        why = "timing a step would take too much time or memory"
+        return f"about {speed} (estimated by FLOPs from one evaluation of the teacher, because {why})"
     return f"{speed} (a step measured on {stage.timing.images} images here)"
 
 

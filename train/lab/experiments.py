@@ -13,6 +13,7 @@ from uni_instruct.train.optimization.auto_precision import resolve_precision_for
 from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.recipe_keys import one_of
+from uni_instruct.train.run_lock import refuse_foreign
 from uni_instruct.train.scoring_choice import announce, announce_note, choose_scoring
 
 TEACHER_RUN, EXPERIMENTS = "teacher-run", "experiments"
@@ -75,7 +76,7 @@ def parse_variants(methods: Sequence[str]) -> tuple[Variant, ...]:
     """
     found = [part.split() for text in methods for part in text.split(",") if part.strip()]
     if not found:
-        raise RequestError("--methods names none", remedy=f"give some of {', '.join(METHODS)}", param="methods")
+        raise RequestError("--methods names no method", remedy=f"give some of {', '.join(METHODS)}", param="methods")
     for name, *settings in found:
         one_of("--methods", name, METHODS)
         for setting in settings:
@@ -96,10 +97,11 @@ def plan_lab(recipe: str, changes: Sequence[str], variants: Sequence[Variant], s
     """
     if len(seeds) * len(variants) > MAX_EXPERIMENTS:
         problem = f"{len(variants)} methods with {len(seeds)} seeds are more than {MAX_EXPERIMENTS} trainings"
-        raise RequestError(problem, remedy="ask for fewer", param="seeds")
+        raise RequestError(problem, remedy="give fewer methods or seeds", param="seeds")
+    refuse_foreign(folder, ("report",), EXPERIMENTS)
     base = load_recipe(recipe, (*WITHOUT_REPORT, *changes))
     if base.loop.metric == "none":
-        raise RequestError("a lab compares scores, and loop.metric is none", remedy="leave loop.metric out", param="set")
+        raise RequestError("a lab compares scores, but loop.metric is none", remedy="leave loop.metric out", param="set")
     given = base.teacher.bundle
     bundle = given or str((folder / TEACHER_RUN / "teacher").absolute())
     experiments = []

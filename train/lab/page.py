@@ -24,7 +24,7 @@ from uni_instruct.train.lab.results import (
 from uni_instruct.train.report.html import write_html
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
 
-COLUMNS = {"precision": "precision", "recall": "recall", "class_accuracy": "classified as asked"}
+COLUMNS = {"precision": "precision", "recall": "recall", "class_accuracy": "class accuracy"}
 
 
 def write_page(lab: Lab, failed: dict[Path, str], command: Sequence[str]) -> Path:
@@ -49,7 +49,7 @@ def write_page(lab: Lab, failed: dict[Path, str], command: Sequence[str]) -> Pat
     ]
     if (lab.folder / "report" / "quality-diversity.png").exists():
         blocks.append("## Quality and diversity\n\n" + picture("quality-diversity.png", "paths of every variant"))
-        blocks.append("Each line is a variant's way, from its first evaluation (small) to its last (large).")
+        blocks.append("Each line is an experiment's path, from its first evaluation (small point) to its last (large point).")
     blocks += _failures(outcomes)
     blocks.append(f"## Commands\n\n```sh\n{shlex.join(command)}\ntensorboard --logdir {shlex.quote(str(lab.folder))}\n```")
     page = "\n\n".join(blocks) + "\n"
@@ -66,8 +66,8 @@ def _introduction(lab: Lab, outcomes: Sequence[Outcome]) -> list[str]:
     lines = [
         f"{len(lab.variants)} variants, {len(seeds)} seed{'s' * (len(seeds) > 1)} each ({', '.join(map(str, seeds))}), all "
         f"from one teacher: {distillation.duration_kimg:g} kimg in steps of {distillation.batch} images unless a variant "
-        f"says otherwise. Scores are of {loop.samples:,} samples, of the best weights of each experiment; ± is the deviation "
-        "between seeds.",
+        f"says otherwise. Scores are of {loop.samples:,} samples, of the best weights of each experiment; ± is the standard "
+        "deviation over seeds.",
         "",
         f"uni-instruct {__version__}, torch {torch.__version__}, precision {text(loop.precision)}.",
     ]
@@ -76,7 +76,7 @@ def _introduction(lab: Lab, outcomes: Sequence[Outcome]) -> list[str]:
     if len(seeds) < 3:
         lines += [
             "",
-            "With fewer than three seeds a difference of a few per cent is none: training once more moves a score.",
+            "With fewer than three seeds, differences of a few per cent mean nothing: repeated trainings differ as much.",
         ]
     return lines
 
@@ -97,7 +97,9 @@ def _table(lab: Lab, outcomes: Sequence[Outcome]) -> list[str]:
                 duration(sum(time_s) / len(time_s)) if time_s else "",
             )
         )
-    return table(("variant", *(COLUMNS.get(name, text(name)) for name in names), "best after kimg", "time of its steps"), rows)
+    return table(
+        ("variant", *(COLUMNS.get(name, text(name)) for name in names), "best after kimg", "time in training steps"), rows
+    )
 
 
 def _failures(outcomes: Sequence[Outcome]) -> list[str]:

@@ -102,7 +102,7 @@ def train_all(lab: Lab, jobs: int, nice: int, start: Start = start_training) -> 
     if lab.teacher is not None:
         teacher = Training(folder=lab.teacher_run, recipe=lab.teacher, words=("--teacher-only", *words))
         if failed := _run([teacher], 1, "teacher", lab.teacher.teacher.total_steps, start):
-            raise UniInstructError(f"the teacher was not trained: {failed[teacher.folder]}", remedy=f"see {teacher.output}")
+            raise UniInstructError(f"training the teacher failed: {failed[teacher.folder]}", remedy=f"see {teacher.output}")
     trainings = [Training(folder=experiment.folder, recipe=experiment.recipe, words=words) for experiment in lab.experiments]
     return _run(trainings, jobs, "experiments", sum(t.recipe.distillation.total_steps for t in trainings), start)
 
@@ -163,4 +163,4 @@ def _terminate_on_exit(running: dict[Training, StartedTraining]) -> Iterator[Non
 
 def _last_line(file: Path) -> str:
     lines = file.read_text(errors="replace").strip().splitlines() if file.exists() else []
-    return lines[-1].removeprefix("error: ") if lines else "it ended without a word"
+    return lines[-1].removeprefix("error: ") if lines else "it ended without any output"

@@ -133,7 +133,8 @@ class RemoteTraining:
             self._training.output.parent.mkdir(parents=True, exist_ok=True)
             with self._training.output.open("a") as output:
                 reason = str(error).strip().splitlines()[-1:] or [""]
-                output.write(f"{self._deaths} actors died over it, the last by {type(error).__name__}: {reason[0]}\n")
+                given_up = f"the training was given up after {self._deaths} Ray actors died, the last with"
+                output.write(f"{given_up} {type(error).__name__}: {reason[0]}\n")
             self.returncode = -1
             return
         apply_progress(progress, self._training)

@@ -63,8 +63,8 @@ def _diversity(outcome: Outcome, evaluation: Evaluation) -> float | None:
 
 
 # The first known quantity of each list is drawn. Evaluations omit precision and recall if the data set is large.
-QUALITY_AXES = (Axis("precision", _score("precision")), Axis("classified as asked", _score("class_accuracy")))
-DIVERSITY_AXES = (Axis("recall", _score("recall")), Axis("diversity (student's to teacher's, 1 is alike)", _diversity))
+QUALITY_AXES = (Axis("precision", _score("precision")), Axis("class accuracy", _score("class_accuracy")))
+DIVERSITY_AXES = (Axis("recall", _score("recall")), Axis("diversity (student / teacher; 1 is equal)", _diversity))
 
 
 def read_outcomes(lab: Lab, failed: Mapping[Path, str]) -> list[Outcome]:

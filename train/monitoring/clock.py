@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from uni_instruct.files import atomic_file
+from uni_instruct.files import JSON_ERRORS, atomic_file
 
 TIME_FILE = "time.json"
+TIMED_STAGES = ("teacher", "generator", "run")  # run: what belongs to neither
 Times = dict[str, dict[str, float]]  # stage -> activity -> seconds
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def read_times(folder: Path) -> Times:
         return {}
     try:
         stages = json.loads(file.read_text())
-        return {stage: {name: float(seconds) for name, seconds in parts.items()} for stage, parts in stages.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        _log.warning("%s cannot be read and is begun anew: %s", file, error)
+        times = {stage: {name: float(seconds) for name, seconds in parts.items()} for stage, parts in stages.items()}
+        return {stage: parts for stage, parts in times.items() if stage in TIMED_STAGES}
+    except (*JSON_ERRORS, TypeError, AttributeError, OverflowError) as error:
+        _log.warning("%s cannot be read and starts again from zero: %s", file, error)
         return {}

@@ -104,25 +104,25 @@ SYMPTOMS = {
     for s in (
         Symptom(
             name="collapse",
-            words="generated images vary {value:.2f} times as much as the teacher's: the generator is collapsing to few images",
+            words="generated images vary {value:.2f} times as much as the teacher's: mode collapse of the generator",
             remedy="raise objective.critic_updates or lower distillation.generator_learning_rate",
             healthy=HealthyRange(metric="generator/diversity", low=0.5),
         ),
         Symptom(
             name="discriminator won",
-            words="the discriminator is right on {value:.1%} of the images: where nothing overlaps, the ratio says little",
+            words="the discriminator is right on {value:.1%} of the images: the density ratio is unreliable",
             remedy="raise objective.tmin, or lower objective.adversarial_scale or distillation.critic_learning_rate",
             healthy=HealthyRange(metric="discriminator/accuracy", high=0.97),
         ),
         Symptom(
             name="ratio at the clamp",
-            words="{value:.0%} of the log-ratios are cut off at the clamp: the gradient is no longer that of the divergence",
+            words="{value:.0%} of the log-ratios are clamped: the gradient is no longer that of the divergence",
             remedy="raise objective.tmin, or objective.logit_clamp where the effective sample size is high",
             healthy=HealthyRange(metric="ratio/clamped", high=0.1),
         ),
         Symptom(
             name="few samples count",
-            words="the density ratios weigh a batch as if {value:.1%} of it were there: few images make the gradient",
+            words="the effective sample size of the density ratios is {value:.1%} of the batch: few images make the gradient",
             remedy="lower objective.logit_clamp or raise objective.tmin",
             healthy=HealthyRange(metric="ratio/effective_sample_size", low=0.1),
         ),

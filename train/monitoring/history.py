@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from uni_instruct.files import JSON_ERRORS
 from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
 # The present speed is taken over this many lines, because the time of a single line may include an evaluation.
@@ -83,7 +84,7 @@ class History:
     @property
     def skipped_steps(self) -> int:
         """Number of updates skipped so far because their gradient was not finite, from the last line of curves."""
-        skipped = (_record(self.last_line) or {}).get("skipped_steps", 0)
+        skipped = (read_record(self.last_line) or {}).get("skipped_steps", 0)
         return int(skipped) if isinstance(skipped, int | float) else 0
 
     def best(self, metric: str) -> ScoreLine | None:
@@ -102,7 +103,7 @@ def read_history(file: Path, batches: dict[str, int]) -> dict[str, History]:
     stages = {name: History() for name in batches}
     for line in _lines(file):
         curves = _CURVES.fullmatch(line)
-        record = None if curves else _record(line)
+        record = None if curves else read_record(line)
         if curves and (name := curves[1].decode()) in stages and line.endswith(b"}"):
             stages[name].add_speed(int(curves[2]), batches[name], float(curves[3]), line)
         elif record is not None and (stage := str(record.get("stage"))) in stages and isinstance(record.get("step"), int):
@@ -133,10 +134,11 @@ def _lines(file: Path) -> Iterator[bytes]:
         return
 
 
-def _record(line: bytes) -> dict[str, object] | None:
+def read_record(line: str | bytes) -> dict[str, object] | None:
+    """What a line of log.jsonl says; None where it says nothing: a killed run leaves one half written, and people edit."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except JSON_ERRORS:
         return None
     return record if isinstance(record, dict) else None
 

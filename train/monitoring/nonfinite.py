@@ -21,7 +21,8 @@ ADVICE = {
     "fake_score": "lower distillation.critic_learning_rate",
     "discriminator": "lower objective.discriminator_scale or distillation.critic_learning_rate",
     "teacher": "lower teacher.learning_rate or lengthen teacher.warmup_kimg",
-    "gradient": "clip it (generator_clip_norm, critic_clip_norm, teacher.clip_norm) or lower the learning rates",
+    "gradient": "clip the gradient (distillation.generator_clip_norm, distillation.critic_clip_norm, teacher.clip_norm) "
+    "or lower the learning rates",
 }
 
 
@@ -62,7 +63,7 @@ def raise_if_diverged(
     names = list(ADVICE)
     term, where = (names[int(named[0][0])], f" at noise level {named[0][1]:.4g}") if named else ("gradient", "")
     raise TrainingError(
-        f"{term} is not finite{where}, {limit} updates in a row, the last in step {step}",
+        f"{term} is NaN or infinite{where} in {limit} updates in a row, the last in step {step}",
         remedy=f"{ADVICE[term]}, and run again to resume from the last state",
     )
 

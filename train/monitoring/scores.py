@@ -16,6 +16,11 @@ MAX_REFERENCE_FOR_PR = 10_000
 SELECTION_METRICS = {"FD": SelectionMetric("fd", ("FD(", "FID")), "KD": SelectionMetric("kd", ("KD(", "KID"))}
 
 
+def affords_pr(reference_images: int) -> bool:
+    """Whether precision and recall are measured during training and in the report, for a reference of that many images."""
+    return reference_images <= MAX_REFERENCE_FOR_PR
+
+
 def metric_value(scores: Mapping[str, float], metric: str) -> float:
     """The score that is minimised. Its name depends on the extractor: FD(<extractor>) or FID, KD(<extractor>) or KID."""
     return next(value for name, value in scores.items() if name.startswith(SELECTION_METRICS[metric].printed))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uni_instruct.errors import FileFormatError, RequestError
+from uni_instruct.files import JSON_ERRORS
 from uni_instruct.train.monitoring.history import History, ScoreLine, WarningLine, read_history
 from uni_instruct.train.recipe_file import built_in_recipes, read_yaml, steps_in
 from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, RunProcess, is_locked, read_run_process
@@ -144,12 +145,14 @@ def _check_is_run(folder: Path) -> None:
             problem, remedy = f"'{folder}' is a recipe, not a run", "give the folder that was given as --out"
         else:
             problem = f"there is no run {folder}"
-            remedy = "give the folder that was given as --out; a training makes it once recipe, data and teacher are checked"
+            remedy = (
+                "give the folder that was given as --out; a training creates it after it has checked recipe, data and teacher"
+            )
     elif not folder.is_dir():
         problem, remedy = f"{folder} is a file, not the folder of a run", "give the folder that was given as --out"
     else:
         near = [parent for parent in (folder.absolute().parent, *sorted(folder.iterdir())) if (parent / RECIPE).is_file()]
-        problem = f"{folder} is no run: it has no {RECIPE}"
+        problem = f"{folder} is not a run's folder: it has no {RECIPE}"
         remedy = f"give {near[0]}" if near else "give the folder that was given as --out"
     raise RequestError(problem, remedy=remedy, param="recipe")
 
@@ -168,7 +171,7 @@ def _length(recipe: Mapping[str, object], section: str, folder: Path) -> tuple[i
     """Number of steps and batch size of a stage. Raises FileFormatError if the recipe has no valid ones."""
     kimg, batch = (_section(recipe, section).get(key) for key in ("duration_kimg", "batch"))
     if not isinstance(kimg, int | float) or not isinstance(batch, int) or batch < 1:
-        problem = f"{folder / RECIPE} does not say how long {section} is"
+        problem = f"{folder / RECIPE} has no valid {section}.duration_kimg or {section}.batch"
         raise FileFormatError(problem, remedy="give the folder of a run, whose recipe.yaml is complete")
     return steps_in(kimg, batch), batch
 
@@ -209,7 +212,7 @@ def _saved_step(folder: Path, stage: str) -> int | None:
     note = state.with_suffix(".json")
     try:
         return int(json.loads(note.read_text())["step"]) if note.stat().st_mtime >= state.stat().st_mtime else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, *JSON_ERRORS, TypeError, KeyError, OverflowError):
         return None
 
 
@@ -223,17 +226,19 @@ def _state(folder: Path, worker: RunProcess | None, done: bool, age_s: float, lo
     if locked:
         return RUNNING, f"{worker or 'a process'} holds {LOCK}"
     if done:
-        return FINISHED, "every stage's state is that of its last step"
+        return FINISHED, "every stage has reached its last step"
     if worker is not None and worker.ended is not None:
         word, _, _ = worker.ended.partition(":")
-        return word, f"{worker} said so when it ended" + (f": {worker.ended[len(FAILED) + 2 :]}" if word == FAILED else "")
+        return word, f"{worker} recorded this when it ended" + (
+            f": {worker.ended[len(FAILED) + 2 :]}" if word == FAILED else ""
+        )
     if worker is not None and worker.is_local and (locked is False or not _exists(worker.pid)):
-        return KILLED, f"{worker} is gone, and did not say that it ended"
+        return KILLED, f"{worker} no longer exists, and did not record how it ended"
     # In a healthy run the longest gaps are evaluations, so a gap of several times that length means that it has stopped.
     silence_s = 60 + SILENCE * longest_s if longest_s else UNKNOWN_SILENCE_S
-    who = f"{worker} left no sign that it ended" if worker is not None else f"there is no {LOCK} to tell"
+    who = f"{worker} did not record that it ended" if worker is not None else f"there is no {LOCK}"
     state = PROBABLY_RUNNING if age_s < silence_s else PROBABLY_STOPPED
-    return state, f"by the time of the last line, as {who}"
+    return state, f"judged by the time since the run last wrote, because {who}"
 
 
 def _exists(pid: int) -> bool:

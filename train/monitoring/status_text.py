@@ -25,7 +25,7 @@ def status_text(status: Status) -> str:
     lines += [f"warning: {w.stage}, step {w.step}: {w.warning}" for w in status.warnings]
     lines.append(f"last written: {duration(now - status.written)} ago")
     if status.resume is not None:
-        label = "should it stop, go on with" if status.state.endswith(RUNNING) else "go on with"
+        label = "if it stops, resume with" if status.state.endswith(RUNNING) else "resume with"
         lines.append(f"{label}: {status.resume}")
     return "\n".join(lines)
 
@@ -43,11 +43,11 @@ def duration(seconds: float) -> str:
 def _progress(stage: StageStatus, begun: bool) -> str:
     if not stage.step:
         # Before the first log line or saved state, only the process itself knows how far it is.
-        return f"{'no log line yet' if begun else 'not begun'}, {stage.steps:,} steps ({_kimg(stage, stage.steps)} kimg) to go"
+        return f"{'no log line yet' if begun else 'not started'}, {stage.steps:,} steps ({_kimg(stage, stage.steps)} kimg) left"
     how_far = f"step {stage.step:,} of {stage.steps:,} ({_kimg(stage, stage.step)} of {_kimg(stage, stage.steps)} kimg"
     parts = [f"{how_far}, {int(stage.percent)} %)"]
     if stage.images_per_s and stage.mean_images_per_s:
-        parts.append(f"{stage.images_per_s:,.0f} images/s lately, {stage.mean_images_per_s:,.0f} over the stage")
+        parts.append(f"{stage.images_per_s:,.0f} images/s at present, {stage.mean_images_per_s:,.0f} over the stage")
     if stage.finished:
         parts.append("finished")
     else:
@@ -86,4 +86,4 @@ def _whole(status: Status) -> str:
     if status.left_s is not None:
         return f"whole run: {duration(status.left_s)} left at the present speed"
     unknown = " and ".join(f"the {stage.name}'s" for stage in status.stages if stage.left_s is None)
-    return f"whole run: time left not known before {unknown} first log line"
+    return f"whole run: the time left is not known before {unknown} first log line"

@@ -19,40 +19,49 @@ GUIDANCE = Range(0, 100, "1 is none")
 class ObjectiveConfig:
     """What the generator minimises, and what is learned beside it (docs/objective.md)."""
 
-    method: str = key("uni-instruct", "a published method (docs/objective.md), which sets the keys that define it")
+    method: str = key(
+        "uni-instruct",
+        "a published method, which sets its keys; without a section objective: sid, alpha 0.5",
+    )
     family: str = key("expanded", "expanded (Uni-Instruct, SiD) or integral (Diff-Instruct, DMD, f-distill)")
     divergence: str = key("reverse-kl", "a name, or your own f: an expression in r, or file.py:function")
-    order: float = key(DEFAULT_ORDER, "of the alpha family: 0 is the reverse KL, 1 the forward KL", Range(-10, 10))
+    order: float = key(DEFAULT_ORDER, "order of the alpha family: 0 is the reverse KL, 1 the forward KL", Range(-10, 10))
     mix: float = key(DEFAULT_MIX, "share of the forward KL in Jeffreys' divergence", Range(0, 1))
-    di: bool = key(True, "expanded family: whether its term DI is on")
-    fgm: bool = key(True, "expanded family: whether its term FGM is on")
-    sim: bool = key(True, "expanded family: whether its term SIM is on")
+    di: bool = key(True, "expanded family: whether to include the term DI")
+    fgm: bool = key(True, "expanded family: whether to include the term FGM")
+    sim: bool = key(True, "expanded family: whether to include the term SIM")
     alpha: float = key(0.5, "scales FGM by 2 (1 - alpha): 0.5 is exact, 1 is SiD", Range(-10, 10))
     exact_sim: bool = key(True, "whether SIM's weight is differentiated; false is biased for all but the reverse KL")
-    weighting: str = key("sid", "of noise levels: exact, sid or uniform")
+    weighting: str = key("sid", "weight of noise levels: exact, sid or uniform")
     noise: str = key("karras", "the generator's noise levels: karras (uniform on EDM's schedule) or lognormal")
     tmin: float = key(0.0, "karras: the lowest level's place on the schedule, in thousandths", Range(0, 999))
     tmax: float = key(800.0, "karras: the highest level's place on the schedule, in thousandths", Range(1, 1000))
     noise_mean: float = key(-1.2, "lognormal: mean of log sigma", Range(-10, 10))
-    noise_std: float = key(1.2, "lognormal: deviation of log sigma", Range(1e-3, 10))
+    noise_std: float = key(1.2, "lognormal: standard deviation of log sigma", Range(1e-3, 10))
     critic_noise: str = key("same", "the critic's noise levels: karras, lognormal, or same as the generator's")
-    critic_updates: int = key(1, "updates of the critic for one of the generator", Range(1, 1000))
+    critic_updates: int = key(1, "updates of the critic per update of the generator", Range(1, 1000))
     discriminator: str = key("shared", "shared: a head on the fake score's encoder; own: with an encoder of its own")
-    discriminator_scale: float = key(0.1, "of the discriminator's loss beside the fake score's", Range(0, 1e6))
-    logit_clamp: float = key(5.0, "bound of the log-ratio, both ways", Range(0.1, 50))
-    ratio_mean: str = key("batch", "ratios get mean 1 over the batch, or a running mean by noise bin as well, or not (none)")
+    discriminator_scale: float = key(0.1, "scale of the discriminator's loss, relative to the fake score's loss", Range(0, 1e6))
+    logit_clamp: float = key(5.0, "the log-ratio is clamped to [-x, x]", Range(0.1, 50))
+    ratio_mean: str = key(
+        "batch", "scaling of ratios to mean 1: batch, running (first by a running mean per noise bin) or none"
+    )
     ratio_bins: int = key(16, "running: number of noise bins", Range(1, 1000))
-    ratio_momentum: float = key(0.99, "running: how much of a bin's mean stays at each of its samples", Range(0, 1))
-    divergence_scale: float = key(1.0, "of the divergence; 0 leaves it out", SCALE)
-    adversarial_scale: float = key(0.0, "of the adversarial term, which counts per pixel; 0 leaves it out", SCALE)
-    regression_scale: float = key(0.0, "of DMD's regression on pairs of the teacher's; 0 leaves it out", SCALE)
-    regression_pairs: int = key(1000, "how many such pairs the teacher makes", Range(1, 10_000_000))
-    reward: str = key("", "module:function or file.py:function, images and class ids to rewards (docs/objective.md)")
-    reward_scale: float = key(0.0, "of the reward; 0 leaves it out", SCALE)
+    ratio_momentum: float = key(0.99, "running: share of a bin's mean that is kept per sample of the bin", Range(0, 1))
+    divergence_scale: float = key(1.0, "scale of the divergence; 0 leaves it out", SCALE)
+    adversarial_scale: float = key(0.0, "scale of the adversarial term, per pixel; 0 leaves it out", SCALE)
+    regression_scale: float = key(
+        0.0, "scale of DMD's regression to (noise, image) pairs of the teacher; 0 leaves it out", SCALE
+    )
+    regression_pairs: int = key(1000, "number of pairs that are sampled from the teacher", Range(1, 10_000_000))
+    reward: str = key("", "module:function or file.py:function, from images and class ids to rewards (docs/objective.md)")
+    reward_scale: float = key(0.0, "scale of the reward; 0 leaves it out", SCALE)
     teacher_guidance: float = key(1.0, "classifier-free guidance of the teacher; 1 is none", GUIDANCE)
-    fake_guidance: float = key(1.0, "of the fake score where the generator's gradient is taken; 1 is none", GUIDANCE)
-    fake_training_guidance: float = key(1.0, "of the fake score while it is trained; 1 is none", GUIDANCE)
-    label_dropout: float = key(0.0, "share of the fake score's samples whose class is hidden", SHARE)
+    fake_guidance: float = key(1.0, "classifier-free guidance of the fake score in the generator's loss; 1 is none", GUIDANCE)
+    fake_training_guidance: float = key(
+        1.0, "classifier-free guidance of the fake score in its own training; 1 is none", GUIDANCE
+    )
+    label_dropout: float = key(0.0, "share of the fake score's training samples without a class, needed for guidance", SHARE)
 
     def __post_init__(self) -> None:
         one_of("objective.method", self.method, METHODS)
@@ -68,13 +77,21 @@ class ObjectiveConfig:
         # Checked here, because training would notice late (the student's first update has no terms to add) or never (a
         # divergence whose terms are all off, beside other terms).
         if self.family == "expanded" and not (self.di or self.fgm or self.sim):
-            raise RequestError("objective.di, fgm and sim are all off", remedy="leave one of them on", param="recipe")
+            raise RequestError(
+                "the expanded family has no term left: objective.di, fgm and sim are all false",
+                remedy="set one of them to true",
+                param="recipe",
+            )
         if not (self.divergence_scale or self.adversarial_scale or self.regression_scale or self.reward_scale):
-            raise RequestError("every scale of the objective is 0", remedy="leave one term on", param="recipe")
+            raise RequestError(
+                "the objective has no term: divergence_scale, adversarial_scale, regression_scale and reward_scale are all 0",
+                remedy="give one of them a value above 0",
+                param="recipe",
+            )
         if self.reward_scale and not self.reward:
             raise RequestError(
-                f"method '{self.method}' needs a reward, with objective.reward_scale {self.reward_scale:g}",
-                remedy="--set reward=file.py:function, images to rewards",
+                f"method '{self.method}' needs a reward function, because objective.reward_scale is {self.reward_scale:g}",
+                remedy="--set reward=file.py:function, a function from images to rewards",
                 param="reward",
             )
 

@@ -30,9 +30,9 @@ def open_reward(name: str, image_shape: ImageShape, num_classes: int) -> Reward:
         raise _refused(name, f"fails on images [2, {_listed(image_shape)}]: {reason}") from error
     if not isinstance(rewards, Tensor) or rewards.shape != (2,):
         got = f"shape {list(rewards.shape)}" if isinstance(rewards, Tensor) else f"a {type(rewards).__name__}"
-        raise _refused(name, f"gives {got} for 2 images, not [2]")
+        raise _refused(name, f"returns {got} for 2 images, not shape [2]")
     if not torch.isfinite(rewards).all():
-        raise _refused(name, f"gives {rewards.tolist()} for two grey images")
+        raise _refused(name, f"returns {rewards.tolist()} for two grey images: rewards must be finite")
     # Without a gradient (a classifier's decision, a count) the reward would train nothing, and no error would show it.
     if not rewards.requires_grad:
         raise _refused(name, "has no gradient to the images")
@@ -42,7 +42,7 @@ def open_reward(name: str, image_shape: ImageShape, num_classes: int) -> Reward:
 def _refused(name: str, problem: str) -> RequestError:
     return RequestError(
         f"reward '{name}' {problem}",
-        remedy="take images [B, C, H, W] and class ids, give differentiable rewards [B]",
+        remedy="write a function of images [B, C, H, W] and class ids that returns differentiable rewards [B]",
         param="reward",
     )
 

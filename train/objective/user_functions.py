@@ -26,7 +26,7 @@ def import_named(text: str, *, param: str) -> Callable[..., Any]:
     """
     if not is_importable_name(text):
         raise RequestError(
-            f"{param} '{text}' names no function", remedy="write module:function or file.py:function", param=param
+            f"{param} '{text}' is not the name of a function", remedy="write module:function or file.py:function", param=param
         )
     source, _, name = text.rpartition(":")
     try:
@@ -35,7 +35,7 @@ def import_named(text: str, *, param: str) -> Callable[..., Any]:
         reason = " ".join(str(error).split())
         raise RequestError(
             f"{param} '{text}' cannot be imported: {reason}",
-            remedy="give a module that Python finds, or file.py:function",
+            remedy="give a module on Python's path, or file.py:function",
             param=param,
         ) from error
     function = getattr(module, name, None)

@@ -10,7 +10,7 @@ import torch
 
 from uni_instruct.engines.hardware.threads import one_torch_thread
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import atomic_file
+from uni_instruct.files import JSON_ERRORS, atomic_file
 from uni_instruct.networks.build import build_denoiser
 from uni_instruct.processes import is_nonzero_rank
 from uni_instruct.progress import ProgressFactory, progress, silent
@@ -73,7 +73,7 @@ def _measured(choices: list[PrecisionChoice], spec: ModelSpec, most: int, with_p
     # All choices in each round, so that another busy process slows all of them alike. Each choice's best time counts.
     trials = [choice for _ in range(ROUNDS) for choice in choices]
     # With one thread the choices rank as with many, and the timing does not depend on threads that other processes delay.
-    with one_torch_thread(), with_progress("precision: what is fastest here", len(trials), "trials") as bar:
+    with one_torch_thread(), with_progress("precision: measuring the fastest", len(trials), "trials") as bar:
         # One image first, to estimate how many images take STEP_S on this machine.
         images = round(min(most, MAX_TIMED_IMAGES, max(1.0, STEP_S / _step_s(spec, choices[0], 1))))
         for number, choice in enumerate(trials):
@@ -104,7 +104,7 @@ def resolve_precision_for_run(loop: LoopConfig, spec: ModelSpec, images: int, fo
     while not file.exists():
         if time.monotonic() - waited > TIMEOUT_S:
             raise RequestError(
-                f"{file} was not written by the first process",
+                f"{file} was not written by rank 0 within {TIMEOUT_S:.0f} s",
                 remedy="give --out a folder that all processes share",
                 param="out",
             )
@@ -112,8 +112,8 @@ def resolve_precision_for_run(loop: LoopConfig, spec: ModelSpec, images: int, fo
     try:
         noted = json.loads(file.read_text())
         return _replace_auto(loop, noted["precision"], noted["channels_last"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"{file} cannot be read", remedy="delete it, and run the same command again") from error
+    except (*JSON_ERRORS, KeyError, TypeError) as error:
+        raise FileFormatError(f"{file} cannot be read", remedy="delete that file and run the same command again") from error
 
 
 def _replace_auto(loop: LoopConfig, precision: str, channels_last: bool | str) -> LoopConfig:

@@ -65,7 +65,7 @@ def start_fabric(devices: int, precision: str) -> Fabric:
     if torch.cuda.is_available() and devices > torch.cuda.device_count():
         raise RequestError(
             f"--devices {devices} is more than the {torch.cuda.device_count()} GPUs of this machine",
-            remedy="ask for fewer, or use torchrun on several machines",
+            remedy="give a smaller --devices, or use torchrun on several machines",
             param="devices",
         )
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // devices if launched else 1
@@ -137,26 +137,29 @@ def with_memory_format(module: Module, loop: LoopConfig) -> Module:
     return module
 
 
-def check_divides(processes: int, batch: int) -> None:
-    """Raise RequestError if a batch cannot be divided equally among the processes."""
-    if batch % processes:
-        raise RequestError(
-            f"a batch of {batch} cannot be divided among {processes} processes",
-            remedy="give a batch that their number divides",
-            param="devices",
-        )
+def check_batches(recipe: Recipe, processes: int) -> None:
+    """Raise RequestError if the batch of a stage that is trained cannot be divided equally among the processes."""
+    stages = (recipe.distillation,) if recipe.teacher.bundle else (recipe.teacher, recipe.distillation)
+    for stage in stages:
+        if stage.batch % processes:
+            nearest = max(1, round(stage.batch / processes)) * processes
+            fewer = max(n for n in range(1, processes) if not any(each.batch % n for each in stages))
+            raise RequestError(
+                f"{stage.section}.batch {stage.batch} cannot be divided among {processes} processes",
+                remedy=f"--set {stage.section}.batch={nearest}, or --devices {fewer}",
+                param="devices",
+            )
 
 
 class BatchShard:
     """This process's shard of every global batch. `whole` and `micro_batches` are slices of the global batch.
 
-    micro_batch is the most images at once, 0 for the whole shard. Raises RequestError if the number of processes does not
-    divide the batch.
+    micro_batch is the most images at once, 0 for the whole shard. The processes divide the batch (`check_batches`).
     """
 
     def __init__(self, fabric: Fabric, batch: int, micro_batch: int):
         # With unequal shards, the mean of the processes' means would not be the mean of the batch.
-        check_divides(fabric.world_size, batch)
+        assert batch % fabric.world_size == 0, "check_batches"
         local = batch // fabric.world_size
         # Every process draws random numbers for the global batch and takes its slice, so that N processes see what one would.
         start = fabric.global_rank * local

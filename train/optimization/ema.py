@@ -104,7 +104,7 @@ class Averages(Generic[Averaged]):
         emas = [Ema(module, halflife, rampup_ratio) for halflife in halflives_kimg]
         averages: list[Average[Averaged]] = [*emas, *(PowerEma(module, std) for std in power_widths)]
         if not emas:
-            raise RequestError("no half-life of an average is given", remedy="give at least one, in kimg")
+            raise RequestError("no half-life for averaging the weights is given", remedy="give at least one, in kimg")
         self.primary: Ema[Averaged] = emas[0]
         self._averages = {average.name: average for average in averages}
         if len(self._averages) < len(averages):
@@ -136,7 +136,8 @@ class Averages(Generic[Averaged]):
         if state.keys() != modules.keys():
             raise FileFormatError(
                 f"the state holds the averages {', '.join(state)}, not {', '.join(modules)}",
-                remedy="resume with the half-lives and widths that the run began with",
+                remedy="resume with the half-lives and widths of averages (ema_halflife_kimg, ema_power_std) that the run was "
+                "started with",
             )
         for name, module in modules.items():
             module.load_state_dict(state[name])
@@ -152,8 +153,8 @@ def power_exponent(std: float) -> float:
     """
     if not MIN_AVERAGE_WIDTH <= std <= WIDEST_AVERAGE:
         raise RequestError(
-            f"width {std:g} of an average is out of range",
-            remedy=f"give {MIN_AVERAGE_WIDTH:g} to {WIDEST_AVERAGE:g} of training time",
+            f"width {std:g} of a power-function average is out of range",
+            remedy=f"give {MIN_AVERAGE_WIDTH:g} to {WIDEST_AVERAGE:g}, relative to training time",
         )
     precision = std**-2
     cubic = np.polynomial.Polynomial([12 - precision, 16 - precision, 7.0, 1.0])

@@ -43,7 +43,9 @@ def save_snapshot(folder: Path, kimg: float, std: float, weights: Mapping[str, T
     """
     power_exponent(std)
     if round(kimg, 3) <= 0:
-        raise RequestError(f"time {kimg:g} kimg of a snapshot is not positive", remedy="average for a step first")
+        raise RequestError(
+            f"time {kimg:g} kimg of a snapshot is not positive", remedy="save the snapshot after at least one step"
+        )
     # Serialised to bytes and written by Python, because Python's error says that the disk is full.
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     with atomic_file(folder / f"power-{float(std)!r}-{kimg:012.3f}kimg.safetensors") as partial:
@@ -68,7 +70,7 @@ def reconstruct(folder: Path, std: float, kimg: float | None = None) -> dict[str
     if not snapshots:
         raise RequestError(
             f"{folder} has no snapshots of averages",
-            remedy="name a run that kept some, as with --set distillation.ema_power_std=[0.05,0.1]",
+            remedy="give a run that was trained with snapshots, as with --set distillation.ema_power_std=[0.05,0.1]",
         )
     last = snapshots[-1].kimg
     kimg = last if kimg is None else kimg
@@ -124,7 +126,8 @@ def _warn_if_far(coefficients: Tensor, products: Tensor, wanted: str) -> None:
     distance = float((difference @ products @ difference / products[-1, -1]).clamp(min=0).sqrt())
     if distance > _TOLERATED_DISTANCE:
         _log.warning(
-            "the average of %s is approximate: its profile is %.0f %% off; a time and width nearer to the snapshots' is better",
+            "the average of %s is only approximate: its profile differs by %.0f %% from the wanted one; choose a time and a "
+            "width closer to those of the snapshots",
             wanted,
             100 * distance,
         )
@@ -161,4 +164,6 @@ def _narrowed(total: Tensor) -> Tensor:
 
 
 def _unlike_others(path: Path) -> FileFormatError:
-    return FileFormatError(f"snapshot {path} holds other weights than the one before it", remedy="remove that file")
+    return FileFormatError(
+        f"snapshot {path} has other tensor names or shapes than the snapshots before it", remedy="remove that file"
+    )

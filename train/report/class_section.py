@@ -60,8 +60,8 @@ def class_section(inputs: ReportInputs) -> list[str]:
         *_table(scores),
         "",
         f"Of {SAMPLES} samples a class, seeds 0 to {SAMPLES - 1}, and as many training images.{more} Variety: the mean "
-        "distance of two samples in the features that scores are measured in, over that of two training images; 1 is as "
-        "varied as the data.",
+        "distance of two samples in the features used for scores, divided by that of two training images. 1: as varied as "
+        "the data.",
         "",
         "A row for each class: training images on the left, samples on the right.",
         "",

@@ -6,6 +6,11 @@ from uni_instruct.bundle import USUAL_VAE
 from uni_instruct.hub import is_on_hub
 from uni_instruct.train.report.inputs import ReportInputs
 
+_NEEDS_DECODER = (
+    "`export`, `evaluate` and `serve` need a generator of pictures. This one makes latents; attach the VAE's decoder first "
+    "(`import` above)."
+)
+
 
 def command_section(inputs: ReportInputs) -> list[str]:
     """The commands as a shell block, to be run in the folder where the run was started."""
@@ -15,9 +20,9 @@ def command_section(inputs: ReportInputs) -> list[str]:
     lines.append("```")
     # Commands that would fail are left out above. These lines say why.
     if not inputs.makes_pictures:
-        lines += ["", "`export`, `evaluate` and `serve` take pictures; these are latents, of which a decoder makes them."]
+        lines += ["", _NEEDS_DECODER]
     elif inputs.plan.dataset is None:
-        lines += ["", "`evaluate` compares with real images, which this run was trained without: `--reference DATA`."]
+        lines += ["", "This run was trained without real images. To evaluate it, give some: `evaluate --reference DATA`."]
     return lines
 
 
@@ -36,7 +41,7 @@ def _commands(inputs: ReportInputs) -> list[tuple[object, ...]]:
         ("images of 64 seeds" if pictures else "latents of 64 seeds", "generate", generator, "--seeds", "0-63", *images),
     ]
     if pictures:
-        commands.insert(1, ("a faster engine, proven equal", "export", generator, "--to", "onnx"))
+        commands.insert(1, ("a faster engine, checked against PyTorch", "export", generator, "--to", "onnx"))
     else:
         attach = ("import", generator, "--decoder", USUAL_VAE, "--out", f"{generator}-pictures")
         commands.append(("the same with its VAE's decoder, which makes pictures", *attach))
@@ -44,7 +49,7 @@ def _commands(inputs: ReportInputs) -> list[tuple[object, ...]]:
         reference = ("--reference", plan.recipe.data, "--teacher", _source(inputs))
         commands.append(("scores of as many samples as the data has", "evaluate", generator, *reference))
     if pictures:
-        commands.append(("HTTP, and a web page to play with", "serve", generator))
+        commands.append(("an HTTP service with a web demo", "serve", generator))
     return commands
 
 

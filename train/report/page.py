@@ -91,5 +91,5 @@ def _section_or_error(section: Section, inputs: ReportInputs, title: str) -> lis
     try:
         return section(inputs)
     except Exception as error:  # drawing and scoring may raise anything; a report without one section is better than none
-        _log.warning("the report lacks '%s': %s: %s", title, type(error).__name__, error)
-        return [f"Not made: {text(str(error) or type(error).__name__)}"]
+        _log.warning("section '%s' of the report could not be made: %s: %s", title, type(error).__name__, error)
+        return [f"This section could not be made: {text(str(error) or type(error).__name__)}"]

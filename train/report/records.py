@@ -1,11 +1,11 @@
 """Reads log.jsonl for the report: the curves of each stage, its evaluations, and the warnings."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from uni_instruct.train.monitoring.history import read_record
 from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
 
@@ -76,21 +76,22 @@ class StageHistory:
 def read_history(folder: Path) -> dict[str, StageHistory]:
     """Stage -> its history, in the order of training; empty if the run has no log."""
     file = folder / "log.jsonl"
-    return parse_history(file.read_text().splitlines()) if file.exists() else {}
+    return parse_history(file.read_bytes().splitlines()) if file.exists() else {}
 
 
-def parse_history(lines: Iterable[str]) -> dict[str, StageHistory]:
-    """As `read_history`, from the log's lines. An incomplete line, left by a killed run, is skipped."""
+def parse_history(lines: Iterable[str | bytes]) -> dict[str, StageHistory]:
+    """As `read_history`, from the log's lines. Incomplete lines, left by a killed run, and foreign lines are skipped."""
     stages: dict[str, StageHistory] = {}
     for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+        record = read_record(line) or {}
+        stage, step, kimg = (record.get(key) for key in ("stage", "step", "kimg"))
+        if not isinstance(stage, str) or not isinstance(step, int):
             continue
-        history = stages.setdefault(record["stage"], StageHistory())
+        history = stages.setdefault(stage, StageHistory())
         if "warning" in record:
-            history.warnings.append((record["step"], record["warning"]))
-        elif "changed" not in record:
+            history.warnings.append((step, str(record["warning"])))
+        elif "changed" not in record and isinstance(kimg, int | float):
             values = {name: value for name, value in record.items() if name not in ("stage", "step", "kimg")}
-            history.records.append(LogLine(step=record["step"], kimg=record["kimg"], values=values))
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            history.records.append(LogLine(step=step, kimg=kimg, values=numbers))
     return stages

@@ -6,7 +6,7 @@ import torch
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.files import atomic_file
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.train.monitoring.scores import MAX_REFERENCE_FOR_PR
+from uni_instruct.train.monitoring import scores as selection
 from uni_instruct.train.report.curves import draw, panels, phase_edges
 from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, picture, spread, table, text
@@ -15,8 +15,10 @@ from uni_instruct.train.report.pictures import neighbour_sheet
 from uni_instruct.train.report.scores import SetScores, samples_of_a_set, score_data, score_sets
 
 SHOWN = 6  # samples shown above their neighbours: the first ones, and as many of those nearest to training images
-NAMES = {"class_accuracy": "classified as asked"}
-_NO_PICTURES = "No pictures: this generator makes latents of a VAE, and has no decoder yet. The commands say how it gets one."
+NAMES = {"class_accuracy": "class accuracy"}
+_NO_PICTURES = (
+    "No pictures: this generator makes latents of a VAE, and has no decoder yet. The section Commands shows how to attach one."
+)
 
 
 def sample_section(inputs: ReportInputs) -> list[str]:
@@ -50,7 +52,7 @@ def score_section(inputs: ReportInputs) -> list[str]:
     """A table of the scores of student, teacher and training images, on seeds that were not used to choose weights."""
     recipe, evaluator = inputs.plan.recipe, inputs.evaluator
     if evaluator is None:
-        return ["Nothing was scored: the recipe's metric is none. `uni-instruct evaluate` scores against any data set."]
+        return ["There are no scores, because the recipe's metric is none. `uni-instruct evaluate` scores the generator."]
     samples = samples_of_a_set(recipe.loop.samples)
     student = inputs.student_scores
     s_per_image = inputs.teacher_images.s_per_image
@@ -59,8 +61,8 @@ def score_section(inputs: ReportInputs) -> list[str]:
         "student, one step": student,
         f"teacher, {inputs.teacher.spec.steps} steps": teacher,
         "training images drawn at random": score_data(evaluator, recipe.loop.metric, samples),
-        "student while training, the best": _best_while_training(inputs, "generator"),
-        "teacher while training, the best": _best_while_training(inputs, "teacher"),
+        "student, best evaluation during training": _best_while_training(inputs, "generator"),
+        "teacher, best evaluation during training": _best_while_training(inputs, "teacher"),
     }
     known = {name: scores for name, scores in rows.items() if scores is not None}
     inputs.facts["scores"] = {name: {"samples": s.samples, **s.values} for name, s in known.items()}
@@ -69,16 +71,18 @@ def score_section(inputs: ReportInputs) -> list[str]:
     lines += [
         "",
         f"Mean ± standard deviation of sets of {samples:,} samples, from seeds 0 to at most {sets * samples - 1:,}, which "
-        f"played no part in choosing weights. Reference: {text(evaluator.reference.name)}, {len(evaluator.reference):,} "
-        "images. Distances depend on the number of samples. Last rows: on the seeds that the weights were chosen by.",
+        f"were not used to choose the weights. Reference: {text(evaluator.reference.name)}, {len(evaluator.reference):,} "
+        "images. Distances depend on the number of samples. Evaluations during training are on the seeds by which the weights "
+        "were chosen, so the best of them is slightly too good.",
     ]
     # The text explains a missing row, so that it is not mistaken for an error.
     if teacher is None:
         lines += ["", f"The teacher was not scored again: {samples:,} samples take {duration(s_per_image * samples)} here."]
-    if len(evaluator.reference) > MAX_REFERENCE_FOR_PR:
+    if not selection.affords_pr(len(evaluator.reference)):
         lines += [
             "",
-            "Precision and recall were left to the evaluations while training: they compare all images of the reference.",
+            "Precision and recall are measured neither here nor during training: the reference has more than "
+            f"{selection.MAX_REFERENCE_FOR_PR:,} images, and they compare all pairs. `uni-instruct evaluate` measures them.",
         ]
     return lines + [f"\nNote: {text(note)}." for note in dict.fromkeys(n for s in (student, teacher) if s for n in s.notes)]
 
@@ -107,8 +111,8 @@ def neighbour_section(inputs: ReportInputs) -> list[str]:
     }
     lines += [
         "",
-        "Nearer: to a training image than half of the training images are to each other; 50 % is as near as the data are to "
-        "themselves, much more would be copying. Copies: the nearest is less than a third as far as the second nearest.",
+        "Nearer: the share of samples whose nearest training image is closer than the median of the column 'data to data'. "
+        "50 % is expected; much more suggests copying. Copies: the nearest is less than a third as far as the second nearest.",
     ]
     for number, space in enumerate(spaces):
         file = f"neighbours-{('pixels', 'features')[number]}.png"
@@ -134,7 +138,7 @@ def curve_section(inputs: ReportInputs) -> list[str]:
         with atomic_file(inputs.pictures / f"curves-{stage}.png") as partial:
             draw(partial, stage.capitalize(), shown, edges)
         lines += ["", picture(f"curves-{stage}.png", f"curves of the {stage}")]
-        lines += ["", "Dotted lines: the objective changes."] if edges else []
+        lines += ["", "Dotted lines: changes of the objective."] if edges else []
     return lines[1:]
 
 
@@ -172,7 +176,7 @@ def _neighbour_table(spaces: list[NeighbourDistances]) -> list[str]:
                 f"{twins:.1%}",
             )
         )
-    header = ("by", "sample to data, median", "data to data, median", "nearer", "copies", "the same of the data")
+    header = ("by", "sample to data, median", "data to data, median", "nearer", "copies", "copies in the data")
     return table(header, rows)
 
 

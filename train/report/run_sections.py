@@ -6,6 +6,7 @@ from uni_instruct import __version__
 from uni_instruct.spec import evaluations
 from uni_instruct.train.dry_run.cost import phases
 from uni_instruct.train.dry_run.report import needs, phase_lines
+from uni_instruct.train.monitoring.clock import TIMED_STAGES
 from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, table, text
 
@@ -50,7 +51,7 @@ def objective_section(inputs: ReportInputs) -> list[str]:
     """What the generator minimised and the critic learned, as text for each phase."""
     lines = []
     for phase in phases(inputs.plan.recipe):
-        alone = ", the critic alone" if phase.critic_alone else ""
+        alone = ", warm-up of the critic" if phase.critic_alone else ""
         lines += ["", f"**{phase.from_kimg:g} to {phase.until_kimg:g} kimg{alone}**", ""]
         lines += [f"- {text(line)}" for line in phase_lines(inputs.plan, phase)]
     return lines[1:]
@@ -73,7 +74,7 @@ def time_section(inputs: ReportInputs, report_s: float) -> list[str]:
     total_s = sum(time_s for *_, time_s in spent)
     rows = [
         ("" if stage == "run" else stage, ACTIVITIES.get(name, name), duration(time_s), f"{time_s / total_s:.1%}")
-        for stage, name, time_s in sorted(spent, key=lambda part: ("teacher", "generator", "run").index(part[0]))
+        for stage, name, time_s in sorted(spent, key=lambda part: TIMED_STAGES.index(part[0]))
     ]
     rows.append(("**in all**", "", f"**{duration(total_s)}**", ""))
     lines = table(("stage", "", "time", "share"), rows, numbers_from=2)
@@ -82,5 +83,5 @@ def time_section(inputs: ReportInputs, report_s: float) -> list[str]:
         kimg = max((record.kimg for record in history.records), default=0.0)
         # A stage that this run did not train has neither.
         if steps_s and kimg:
-            lines += ["", f"{stage}: {1000 * kimg / steps_s:,.0f} images a second, evaluation and writing left out."]
-    return [*lines, "", "Calls that were interrupted or killed count too, and what they did that had to be done again."]
+            lines += ["", f"{stage}: {1000 * kimg / steps_s:,.0f} images a second, without evaluation and saving."]
+    return [*lines, "", "The times include interrupted and killed calls, and steps that had to be repeated after them."]

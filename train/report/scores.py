@@ -85,7 +85,7 @@ def score_data(evaluator: Evaluator, metric: str, samples: int) -> SetScores | N
 
 def _asked(evaluator: Evaluator, metric: str, samples: int, has_class_ids: bool) -> list[str]:
     reference = len(evaluator.reference)
-    compared = ["pr"] if reference <= selection.MAX_REFERENCE_FOR_PR else []
+    compared = ["pr"] if selection.affords_pr(reference) else []
     wanted = [selection.SELECTION_METRICS[metric].asked, "class_accuracy", *compared]
     means = Available(evaluator.extractor, samples, reference if isinstance(evaluator.reference, Dataset) else 0, has_class_ids)
     return [name for name in wanted if METRICS[name].missing(means) is None]

@@ -36,7 +36,7 @@ def step_section(inputs: ReportInputs) -> list[str]:
             break
         measured[steps] = _distance(inputs, steps, samples)
     if not measured or student is None:
-        return [f"The teacher was not scored by its steps: {STEP_COUNTS[0]} steps for {samples:,} samples take too long here."]
+        return [f"Other numbers of steps were not scored: {STEP_COUNTS[0]} steps for {samples:,} samples take too long here."]
     with atomic_file(inputs.pictures / "steps.png") as partial:
         draw_steps(partial, {evaluations(steps): value for steps, value in measured.items()}, student, name)
     inputs.facts["teacher_by_steps"] = {str(steps): value for steps, value in measured.items()}
@@ -45,7 +45,7 @@ def step_section(inputs: ReportInputs) -> list[str]:
     lines = [
         *table(("", "evaluations of the network", text(name)), rows),
         "",
-        f"All of the same {samples:,} seeds. Heun's sampler takes two evaluations a step, and one in the last.",
+        f"All scores use the same {samples:,} seeds. Heun's sampler takes two evaluations a step, and one in the last.",
         "",
         picture("steps.png", "the teacher's distance to the data against its evaluations, with the student's as a line"),
     ]

@@ -43,7 +43,7 @@ class AugmentPipe:
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
             raise RequestError(
-                f"augmentation probability is {self.probability}", remedy="give a value in 0..1", param="probability"
+                f"augmentation probability is {self.probability}", remedy="give a number from 0 to 1", param="probability"
             )
 
     def draw(self, batch: int, rng: torch.Generator) -> "Augmentation":

@@ -17,7 +17,7 @@ from uni_instruct.checkpoints.latent_map import LatentMap, find_latent_map, stat
 from uni_instruct.checkpoints.sharded import content_sha256
 from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
-from uni_instruct.files import cache_folder
+from uni_instruct.files import cache_folder, refuse_file_name
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec, check_name
@@ -169,6 +169,7 @@ def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
 
 def _check_place(out: Path) -> None:
     """Raise RequestError if an import would replace what no import made, such as a training, which may be lost for good."""
+    refuse_file_name(out)
     check_place(out)
     if (out / CONFIG).is_file() and "imported" not in Bundle.open(out).spec.provenance:
         raise RequestError(f"{out} holds a bundle that was not imported", remedy="name another folder", param="out")

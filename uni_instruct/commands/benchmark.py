@@ -29,9 +29,11 @@ MAX_BATCHES, MAX_BATCH_SIZE = 16, 4096
 @click.argument("bundle")
 @click.option("--batches", default=BATCHES, help="Batch sizes.")
 @click.option("--engine", "engines", multiple=True, help="Engine id or runtime; may be repeated. [default: all of the bundle]")
-@click.option("--device", help="Where engines run: cpu, cuda or cuda:1. [default: a GPU where an engine can use one]")
-@click.option("--rounds", type=click.IntRange(1, 1000), default=7, help="Rounds in which all engines take turns.")
-@click.option("--seconds", type=FiniteRange(0.001, 60), default=0.2, help="Least seconds of calls for each figure.")
+@click.option(
+    "--device", help="Device of the engines: cpu, cuda or cuda:1. [default: a GPU if an engine can use one, else the CPU]"
+)
+@click.option("--rounds", type=click.IntRange(1, 1000), default=7, help="Number of rounds. Each measures all engines in turn.")
+@click.option("--seconds", type=FiniteRange(0.001, 60), default=0.2, help="Minimum time of a measurement in seconds.")
 @click.option(
     "--threads",
     type=click.Choice(["alone", "shared"]),
@@ -87,10 +89,12 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
     sizes = sorted({int(part) for part in parts if part.isdecimal() and len(part) < 6})
     if not all(part.isdecimal() and len(part) < 6 for part in parts) or not 1 <= sizes[0] <= sizes[-1] <= MAX_BATCH_SIZE:
         raise RequestError(
-            f"batches '{text[:60]}' are no sizes from 1 to {MAX_BATCH_SIZE}", remedy=f"write them as {BATCHES}", param="batches"
+            f"batches '{text[:60]}' are not sizes from 1 to {MAX_BATCH_SIZE}",
+            remedy=f"write them as {BATCHES}",
+            param="batches",
         )
     if len(sizes) > MAX_BATCHES:
-        raise RequestError(f"{len(sizes)} batch sizes", remedy=f"give at most {MAX_BATCHES}", param="batches")
+        raise RequestError(f"{len(sizes)} batch sizes are too many", remedy=f"give at most {MAX_BATCHES}", param="batches")
     return tuple(sizes)
 
 

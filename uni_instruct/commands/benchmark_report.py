@@ -133,8 +133,8 @@ def _lines(found: EngineComparison, facts: BenchmarkFacts) -> list[str]:
         *gflops,
         *peaks,
         *found.remarks,
-        f"medians of {facts['rounds']} rounds in turns; ratios within a round; eager: torch, float32, contiguous",
-        f"{machine['machine']}; {', '.join(machine['abilities']) or 'none of the abilities that matter'}; "
+        f"medians of {facts['rounds']} rounds of all engines in turn; ratios within a round; eager: torch, float32, contiguous",
+        f"{machine['machine']}; {', '.join(machine['abilities']) or 'no AVX2, AVX-512 or AMX'}; "
         f"{facts['threads']['count']} of {machine['cpus_of_machine']} CPUs, threads {facts['threads']['policy']}; "
         f"load {load['before']:.1f} before, {load['after']:.1f} after",
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),

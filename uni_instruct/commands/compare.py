@@ -30,31 +30,40 @@ from uni_instruct.files import JSON_ERRORS
 # Sets of seeds for each bundle: the fewest that give a useful estimate of the spread.
 SETS = 3
 
-# What must be equal in two results, or their scores are not comparable: its place in a result, and its name for the error.
+_CLASSES = ("classes",)
+# What must be equal in two results, or their scores are not comparable: its place in a result, its name, and its option.
 _MUST_MATCH = (
-    (("reference", "name"), "reference"),
-    (("reference", "samples"), "number of reference images"),
-    (("extractor", "sha256"), "extractor"),
-    (("scores", "generator", "samples"), "number of images"),
-    (("classes",), "draw of classes"),
+    (("reference", "name"), "reference", "--reference"),
+    (("reference", "samples"), "number of reference images", "--reference"),
+    (("extractor", "sha256"), "extractor", "--extractor"),
+    (("scores", "generator", "samples"), "number of images", "--samples"),
+    (_CLASSES, "draw of classes", "--classes"),
 )
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--metric", help="As it is printed, such as FID or precision. [default: the Frechet distance]")
+@click.option(
+    "--metric", help="Name of the metric as evaluate prints it, such as FID or precision. [default: the Frechet distance]"
+)
 @click.option("--reference", help="Data set or statistics that bundles are scored against.")
 @click.option("--sets", type=click.IntRange(1, 100), help=f"Disjoint sets of seeds for each bundle. [default: {SETS}]")
 @click.option(
-    "--samples", type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES), help="Images of a set. [default: as the reference has]"
+    "--samples",
+    type=click.IntRange(MIN_SAMPLES, MAX_SAMPLES),
+    help="Images in each set. [default: as many as the reference has]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="First seed. [default: 0]")
 @click.option(
-    "--extractor", type=click.Choice([*EXTRACTORS, *PRETRAINED]), help="What turns images into features. [default: auto]"
+    "--extractor",
+    type=click.Choice([*EXTRACTORS, *PRETRAINED]),
+    help="Network whose features of the images are compared. [default: auto]",
 )
-@click.option("--engine", help="Engine id of the bundles, or a runtime. [default: the fastest here]")
-@click.option("--device", help="Where engines run: cpu, cuda or cuda:1. [default: a GPU where they can use one]")
+@click.option("--engine", help="Engine id of the bundles, or a runtime. [default: the fastest on this machine]")
+@click.option(
+    "--device", help="Device of the engines: cpu, cuda or cuda:1. [default: a GPU if the engine can use one, else the CPU]"
+)
 @workers_option
 @ray_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -74,7 +83,7 @@ def compare(a: str, b: str, metric: str | None, as_json: bool, **scoring: Any) -
     differences = {"weights": compare_weights(name, *trained), "recipes": compare_recipes(name, *trained)}
     facts = {"metric": name, "level": LEVEL, "a": _means(trained[0]), "b": _means(trained[1])}
     facts |= {what: asdict(difference) for what, difference in differences.items()}
-    facts["note"] = _note(trained)
+    facts["note"] = "; ".join(filter(None, (_note(trained), _note_of_classes([*sides[0], *sides[1]])))) or None
     click.echo(json.dumps(facts, indent=2)) if as_json else _print(facts, differences)
 
 
@@ -108,7 +117,7 @@ class _Result:
         values = tuple(values[name] for values in self.sets)
         if not all(map(math.isfinite, values)):
             raise RequestError(
-                f"{self.source} has {name} {', '.join(map(str, values))}, which compares with nothing",
+                f"{self.source} has {name} {', '.join(map(str, values))}, which cannot be compared",
                 remedy="evaluate it with more --samples, or choose another --metric",
                 param="metric",
             )
@@ -130,7 +139,7 @@ def _opened(a: str, b: str, metric: str | None, scoring: Mapping[str, Any]) -> l
     elif options:
         first = next(iter(options))
         option = first.removesuffix("_address")
-        raise RequestError(f"--{option} is for bundles, and results were given", remedy="leave it out", param=first)
+        raise RequestError(f"--{option} applies to bundles only, but results were given", remedy="leave it out", param=first)
     return [[results[name] for name in side] for side in names]
 
 
@@ -166,14 +175,15 @@ def _read(name: str) -> _Result:
 
 def _no_result(name: str, error: Exception) -> FileFormatError:
     return FileFormatError(
-        f"{name} is no result of a generator ({error})", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
+        f"{name} is not a result of a generator ({error})", remedy="write one: uni-instruct evaluate BUNDLE ... --json > FILE"
     )
 
 
 def _check_trainings(text: str, weights: Sequence[str]) -> None:
     if len(set(weights)) < len(weights):
         raise RequestError(
-            f"{text} has the same weights twice", remedy="give each training once; --sets scores one several times"
+            f"{text} contains the same weights twice",
+            remedy="give each training once; --sets scores one training several times",
         )
 
 
@@ -182,18 +192,26 @@ def _note(trained: Sequence[Sequence[TrainingScores]]) -> str | None:
     if all(len(side) > 1 for side in trained):
         return None
     return (
-        f"training again moves FID some {RETRAINING_TO_RESAMPLING} times as far as other seeds do (arXiv 2606.20536): "
+        f"training again changes FID about {RETRAINING_TO_RESAMPLING} times as much as other seeds do (arXiv 2606.20536): "
         "give several trainings of either side to compare recipes"
     )
 
 
+def _note_of_classes(results: Sequence[_Result]) -> str | None:
+    """A note if one draws its classes uniformly and another has none: on unbalanced data this decides, not the generators."""
+    if {_at(result.facts, _CLASSES) for result in results} != {None, "uniform"}:
+        return None
+    return "some draw their classes uniformly, and some have no classes: fair only if the reference is balanced"
+
+
 def _check_comparable(result: _Result, first: _Result) -> None:
-    for place, what in _MUST_MATCH:
+    for place, what, option in _MUST_MATCH:
         found = [_at(facts, place) for facts in (result.facts, first.facts)]
-        if found[0] != found[1]:
+        # A generator without classes draws none: it is compared with one that has them, and what that means is said.
+        if found[0] != found[1] and not (place == _CLASSES and None in found):
             raise RequestError(
                 f"{first.source} and {result.source} differ in their {what}: {str(found[1])[:40]} and {str(found[0])[:40]}",
-                remedy="evaluate both alike",
+                remedy=f"evaluate both with the same {option}",
             )
 
 

@@ -25,17 +25,17 @@ def data() -> None:
 
 @data.command()
 @click.argument("source")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The zip to write; replaced if there.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The zip to write. An existing one is replaced.")
 @click.option(
     "--resolution", type=click.IntRange(1, MAX_RESOLUTION), help="Centre-crop to a square and resize to this many pixels."
 )
-@click.option("--channels", type=click.IntRange(1, 3), help="Make every image grey (1) or of colour (3).")
+@click.option("--channels", type=click.IntRange(1, 3), help="Convert all images to grey (1) or colour (3).")
 @click.option(
     "--num-classes",
     type=click.IntRange(1, MAX_CLASSES),
-    help="How many classes there are, where the last of them have no image.",
+    help="Number of classes, if the last ones have no images.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def prepare(
     source: str, out: Path, resolution: int | None, channels: int | None, num_classes: int | None, as_json: bool
 ) -> None:
@@ -59,9 +59,11 @@ def prepare(
 @data.command()
 @click.argument("source")
 @click.option(
-    "--resolution", type=click.IntRange(1, MAX_RESOLUTION), help="Sizes may differ: images will be brought to this many pixels."
+    "--resolution",
+    type=click.IntRange(1, MAX_RESOLUTION),
+    help="Allow different sizes: images will be resized to this many pixels.",
 )
-@click.option("--channels", type=click.IntRange(1, 3), help="Images will be made grey (1) or of colour (3).")
+@click.option("--channels", type=click.IntRange(1, 3), help="Images will be converted to grey (1) or colour (3).")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check(source: str, resolution: int | None, channels: int | None, as_json: bool) -> None:
     """Read every image and label of SOURCE and list the faulty files. The exit code is 2 if there are any.
@@ -83,7 +85,7 @@ def check(source: str, resolution: int | None, channels: int | None, as_json: bo
         files = len({(one.source, one.file) for one in found.wrong})
         raise FileFormatError(
             f"{source}: {files} file{'s are' if files > 1 else ' is'} wrong, {found.images} images were read",
-            remedy="replace, remove or label what is named",
+            remedy="replace, remove or label the files that are listed",
         )
 
 

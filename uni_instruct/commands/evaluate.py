@@ -44,21 +44,27 @@ QUICK_SETS, QUICK_VALUES, MIN_SAMPLES_OF_SETS = 3, 500_000, 1000
 
 @click.command()
 @click.argument("images", metavar="BUNDLE|IMAGES")
-@click.option("--reference", "reference_source", required=True, help="Data set, or .npz or .pkl of mu and sigma.")
-@click.option("--teacher", help="Bundle that is scored on the same seeds, for the ratio of the distances.")
+@click.option(
+    "--reference", "reference_source", required=True, help="Data set, or a file of statistics (mu and sigma: .npz or .pkl)."
+)
+@click.option("--teacher", help="Teacher bundle to score on the same seeds, for the ratio of the distances.")
 @click.option(
     "--steps",
     type=click.IntRange(2, 1000),
-    help="Of the sampler of --teacher, or of BUNDLE if that is one; N evaluate its network 2N - 1 times. [default: its own]",
+    help="Sampling steps of --teacher, or of BUNDLE if it is a teacher. N steps take 2N - 1 network evaluations. "
+    "[default: the teacher's own]",
 )
 @click.option("--metrics", help=f"Some of {','.join(METRICS)}. [default: all that apply]")
 @click.option(
-    "--extractor", type=click.Choice([*EXTRACTORS, *PRETRAINED]), default="auto", help="What turns images into features."
+    "--extractor",
+    type=click.Choice([*EXTRACTORS, *PRETRAINED]),
+    default="auto",
+    help="Network whose features of the images are compared.",
 )
 @click.option(
     "--extractor-weights",
     type=click.Path(path_type=Path),
-    help="CLIP's or DINOv2's file of weights. [default: where torch and CLIP keep theirs]",
+    help="File with the weights of CLIP or DINOv2. [default: from the caches of torch and CLIP]",
 )
 @click.option(
     "--samples",
@@ -66,26 +72,30 @@ QUICK_SETS, QUICK_VALUES, MIN_SAMPLES_OF_SETS = 3, 500_000, 1000
     help=f"How many images. [default: as many as the reference has, or {PUBLISHED_SAMPLES}]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="First seed. [default: 0]")
-@click.option("--seeds", "seeds_text", help="All seeds instead, such as 0-4999.")
+@click.option("--seeds", "seeds_text", help="Exact seeds, in place of --seed and --samples, such as 0-4999.")
 @click.option(
     "--sets",
     type=click.IntRange(1, 100),
-    help="Disjoint sets of seeds, --samples each (--seeds is divided), for mean and spread. [default: 3 where that is quick]",
+    help="Number of disjoint sets of seeds, for mean and spread. Each has --samples images; --seeds is divided. "
+    "[default: 3 if that is quick, else 1]",
 )
 @click.option(
     "--classes",
     type=click.Choice([UNIFORM, DATA]),
-    help="How often the seeds draw each class: all alike, or as in the reference. [default: data where it is unbalanced]",
+    help="How classes are drawn: uniformly, or with the frequencies of the reference (data). "
+    "[default: data if the reference is unbalanced, else uniform]",
 )
-@click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest here]")
-@click.option("--device", help="Where the engine runs: cpu, cuda or cuda:1. [default: a GPU where it can use one]")
+@click.option("--engine", help="Engine id of the bundle, or a runtime. [default: the fastest on this machine]")
+@click.option(
+    "--device", help="Device of the engine: cpu, cuda or cuda:1. [default: a GPU if the engine can use one, else the CPU]"
+)
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @workers_option
 @ray_option
 @click.option(
     "--save-statistics",
     type=click.Path(path_type=Path),
-    help="Also write the reference's mu and sigma to this .npz, a --reference for later.",
+    help="Also write the reference's mu and sigma to this .npz, for later use as --reference.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def evaluate(
@@ -211,7 +221,7 @@ def _opened_extractor(name: str, weights: Path | None) -> str | Extractor:
         return name
     if name not in PRETRAINED:
         raise RequestError(
-            f"--extractor-weights are for a network that the user brings, not for '{name}'",
+            f"--extractor-weights does not apply to extractor '{name}'",
             remedy=f"leave --extractor-weights out, or use --extractor with one of {', '.join(PRETRAINED)}",
             param="extractor_weights",
         )
@@ -234,7 +244,7 @@ def _check_images_options(bundle: Bundle | None, options: Mapping[str, object]) 
     """Raise RequestError for an option that applies to bundles only, if images were given."""
     given = next((name for name, value in options.items() if value is not None), None)
     if given and bundle is None:
-        raise RequestError(f"{given} needs a bundle, and images were given", remedy=f"leave {given} out", param=given)
+        raise RequestError(f"{given} applies to bundles only, but images were given", remedy=f"leave {given} out", param=given)
 
 
 def _check_statistics_path(path: Path | None) -> None:
@@ -270,7 +280,9 @@ def choose_seeds(
                 f"{len(seeds)} seeds cannot be divided into {sets} equal sets", remedy="give a multiple of --sets", param="sets"
             )
         if sets > 1 and len(set(seeds)) < len(seeds):
-            raise RequestError("sets of seeds that share some are not disjoint", remedy="give each seed once", param="seeds")
+            raise RequestError(
+                "a seed is repeated, so the sets of seeds are not disjoint", remedy="give each seed once", param="seeds"
+            )
         check_count(len(seeds) // sets)  # before the reference's features are computed, which may take minutes
         return seeds
     # By default as many images as the reference has, or as publications use: a Frechet distance depends on their number.

@@ -32,7 +32,7 @@ def score_facts(
     notes += [note for role in sources for note in (*scores[role][0].notes, sources[role].note) if note]
     sets = len(scores[next(iter(sources))])
     if seeds is not None and sets == 1:
-        notes.append("one set of seeds has no spread: --sets 3 measures it")
+        notes.append("the spread over seeds is unknown with one set: --sets 3 measures it")
     return {
         "reference": {"name": reference.name, "samples": len(reference)},
         "extractor": {

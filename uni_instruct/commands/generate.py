@@ -37,7 +37,7 @@ GRID_IMAGES = 1024
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("bundle")
-@click.option("--seeds", "seeds_text", required=True, help="One image each: 7, 0-63 or 1,5,10-12.")
+@click.option("--seeds", "seeds_text", required=True, help="Seeds, one for each image: 7, 0-63 or 1,5,10-12.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -48,35 +48,39 @@ GRID_IMAGES = 1024
     "--class",
     "classes",
     multiple=True,
-    help="Class name or id: one for all seeds, or repeated, one for each. [default: each seed draws its own]",
+    help="Class name or id: one for all seeds, or repeated, one for each. [default: drawn from each seed]",
 )
 @click.option(
     "--by-class",
     "by_classes",
     is_flag=True,
-    help="The classes in equal shares of the seeds, one after the other: a row of --grid each.",
+    help="Divide the seeds equally among the classes, in order. --grid then has one row for each class.",
 )
 @click.option(
     "--classes",
     "shares",
     type=click.Choice([UNIFORM, DATA]),
-    help="How often the seeds draw each class: all alike, or as in the data of its training. [default: uniform]",
+    help="How classes are drawn: uniformly, or with the frequencies of the training data (data). [default: uniform]",
 )
 @click.option(
     "--steps",
     type=click.IntRange(2, 1000),
-    help="Of a teacher's sampler; N evaluate its network 2N - 1 times. [default: its own]",
+    help="Sampling steps of a teacher. N steps take 2N - 1 network evaluations. [default: the teacher's own]",
 )
-@click.option("--engine", help="Engine id, as onnx-fp32, or a runtime, as onnx. [default: the fastest here]")
-@click.option("--device", help="Where it runs: cpu, cuda or cuda:1. [default: a GPU where the engine can use one]")
+@click.option("--engine", help="Engine id, as onnx-fp32, or a runtime, as onnx. [default: the fastest on this machine]")
+@click.option(
+    "--device", help="Device of the engine: cpu, cuda or cuda:1. [default: a GPU if the engine can use one, else the CPU]"
+)
 @click.option("--batch", type=click.IntRange(1, 4096), default=BATCH, help="Images at once.")
 @click.option(
     "--grid", "grid_path", type=click.Path(path_type=Path), help=f"Also write a PNG of the first {GRID_IMAGES} images."
 )
 @workers_option
 @ray_option
-@click.option("--shard", "part_text", metavar="K/N", help="Make part K of N alone, for batch systems; all give the same --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@click.option(
+    "--shard", "part_text", metavar="K/N", help="Make only part K of N, for batch systems. All jobs use the same --out."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def generate(
     bundle: str,
     seeds_text: str,
@@ -133,16 +137,24 @@ def _opened(bundle: str, steps: int | None, *, pictures: bool) -> Bundle:
 
 def _check_sharing(out: Path | None, grid_path: Path | None, worker_options: WorkerOptions, part: Part | None) -> None:
     if out is None and (part or worker_options.wanted):
-        raise RequestError("--workers, --ray and --shard write a set", remedy="give --out", param="out")
+        raise RequestError("--workers, --ray and --shard need an output", remedy="give --out", param="out")
     if part and grid_path:
-        raise RequestError("a part alone has no grid", remedy="leave --grid out, and give it once all is done", param="grid")
+        raise RequestError(
+            "--grid cannot be combined with --shard",
+            remedy="leave --grid out, and give it when all shards are done",
+            param="grid",
+        )
 
 
 def _check_classes(by_classes: bool, classes: tuple[str, ...], shares: str | None) -> None:
     if by_classes and classes:
         raise RequestError("--class and --by-class both say which classes", remedy="leave one out", param="by_class")
     if shares and (by_classes or classes):
-        raise RequestError("--classes says how seeds draw classes, and they are given", remedy="leave one out", param="classes")
+        raise RequestError(
+            "--classes draws the classes from the seeds, but --class or --by-class gives them",
+            remedy="leave one out",
+            param="classes",
+        )
 
 
 def _shares(spec: ModelSpec, wanted: str | None) -> np.ndarray | None:
@@ -208,10 +220,12 @@ def _check_paths(out: Path | None, grid: Path | None, count: int) -> None:
     if grid is not None and grid.suffix.lower() != ".png":
         raise RequestError(f"--grid {grid} is not the name of a PNG", remedy="give a file such as grid.png", param="grid")
     if out is None and grid is None:
-        raise click.UsageError("Missing option '--out', or '--grid' for a picture alone.")
+        raise click.UsageError("Missing option '--out', or '--grid' to write only a picture.")
     if out is None and count > GRID_IMAGES:
         raise RequestError(
-            f"a picture alone holds {GRID_IMAGES} images, not {count}", remedy="give --out for the rest", param="out"
+            f"--grid without --out holds at most {GRID_IMAGES} images, not {count}",
+            remedy="give --out to write all of them",
+            param="out",
         )
 
 
@@ -224,7 +238,7 @@ def _report(facts: dict[str, object], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
     elif not facts["complete"]:
-        print(f"{facts['out']}: shard {facts['shard']} is done; the set is written once the others are")
+        print(f"{facts['out']}: shard {facts['shard']} is done; the set is written when all shards are done")
     else:
         verb = "was complete" if facts["already"] else "written"
         classes = f", classes {facts['classes']}" if facts["classes"] == DATA else ""

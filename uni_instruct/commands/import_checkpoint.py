@@ -19,14 +19,17 @@ _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("checkpoint")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle; replaced if there.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle. An earlier import there is replaced."
+)
 @click.option(
     "--as",
     "role",
     type=click.Choice(["generator", "teacher"]),
-    help="One step, or many.  [default: teacher where the file names a denoiser's loss]",
+    help="What the network is: a one-step generator, or a many-step teacher.  [default: teacher if the file names a "
+    "denoiser's loss, else generator]",
 )
-@click.option("--network", help="Which network of a training state.  [default: the generator's average]")
+@click.option("--network", help="Network to import from a training state.  [default: the generator's EMA]")
 @click.option("--name", help="Name of the bundle.  [default: the file's]")
 @click.option(
     "--sigma-init", default=DEFAULT_SIGMA_INIT, type=FiniteRange(1e-3, 1e4), help="Noise level of a generator's input."
@@ -35,11 +38,10 @@ _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 @click.option(
     "--patch",
     type=click.IntRange(1, 4),
-    help="Side of the squares of pixels that the network sees as one: 1, 2 or 4.  [default: what the config.json of a bundle "
-    "beside the file says, else 1]",
+    help="Patch size of the network's input: 1, 2 or 4.  [default: from a bundle's config.json beside the file, else 1]",
 )
 @click.option(
-    "--latents", is_flag=True, help="The network makes a VAE's latents, scaled as EDM2 does.  [default: what the file says]"
+    "--latents", is_flag=True, help="The network makes a VAE's latents, scaled as EDM2 does.  [default: detected from the file]"
 )
 @click.option(
     "--decoder",
@@ -47,7 +49,7 @@ _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
     "CHECKPOINT may then be a bundle as well.",
 )
 @click.option("--licence", help="Licence of the weights.  [default: NVIDIA's for what derives from EDM, else unknown]")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def import_checkpoint(
     checkpoint: str,
     out: Path,
@@ -62,7 +64,7 @@ def import_checkpoint(
     licence: str | None,
     as_json: bool,
 ) -> None:
-    """Make a bundle of CHECKPOINT: a file of EDM, EDM2, SiD, SiDA or Uni-Instruct, a state dict, or hf://owner/name/file.
+    """Convert CHECKPOINT to a bundle: a file of EDM, EDM2, SiD, SiDA or Uni-Instruct, a state dict, or hf://owner/name/file.
 
     No code in the file is run. Every weight must be present and fit, or nothing is written. docs/checkpoints.md lists the
     formats; `uni-instruct inspect` shows what a file contains. With --decoder, CHECKPOINT may be a bundle that makes latents.
@@ -105,7 +107,9 @@ def _decoder_alone(bundle: str, decoder: str | None) -> str:
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     for name in sorted(set(given) - {"checkpoint", "out", "decoder", "as_json"}):
         option = "--as" if name == "role" else f"--{name.replace('_', '-')}"
-        raise RequestError(f"{bundle} is a bundle, which says that itself", remedy=f"leave {option} out", param=name)
+        raise RequestError(
+            f"{option} applies to checkpoints only, but {bundle} is a bundle", remedy=f"leave {option} out", param=name
+        )
     return decoder
 
 
@@ -116,7 +120,7 @@ def _report(bundle: Bundle, *, guessed: bool, as_json: bool) -> None:
         facts = {"bundle": str(out), "kind": role, "weights_sha256": bundle.weights_sha256, "network": spec.network}
         click.echo(json.dumps(facts | {"makes_pictures": spec.makes_pictures, "provenance": dict(spec.provenance)}))
         return
-    guess = f" (taken for one; --as {other} if it is not)" if guessed else ""
+    guess = f" (assumed; give --as {other} if it is one)" if guessed else ""
     what = "" if spec.makes_pictures else " latents"
     click.echo(f"{role}{guess}: {out}, {spec.network} of {_size(spec.image_shape)}{what}, licence {spec.licence}")
     place = quote(str(out))

@@ -25,7 +25,7 @@ CLASSES_SHOWN = 20
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("source")
-@click.option("--data", "as_data", is_flag=True, help="Take SOURCE for a data set, where a generator has the same name.")
+@click.option("--data", "as_data", is_flag=True, help="Read SOURCE as a data set if a generator has the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(source: str, as_data: bool, as_json: bool) -> None:
     """Show what is in SOURCE.
@@ -162,7 +162,7 @@ def bundle_rows(facts: BundleFacts) -> list[Row]:
     hint = [("engines", f"none exported; uni-instruct export {quote(facts['path'])} --to onnx")] if facts["steps"] == 1 else []
     if not facts["makes_pictures"]:
         attach = f"uni-instruct import {quote(facts['path'])} --decoder VAE --out BUNDLE"
-        hint = [("decoder", f"none, so that it makes no pictures; {attach}")]
+        hint = [("decoder", f"none, so the output is latents; to add one: {attach}")]
     return [
         (facts["kind"], facts["name"]),
         ("images" if facts["makes_pictures"] else "latents", _shape_text(facts["image_shape"])),
@@ -219,7 +219,7 @@ def _engine_text(engine: EngineFacts) -> str:
 
 def _parity_text(parity: ParityReport) -> str:
     if not parity:
-        return "built but untried, for want of its GPU: the machine that runs it checks it first"
+        return "built but not yet checked, because this machine lacks its GPU; the machine that runs it checks it first"
     invariant = "yes" if parity["batch_invariant"] else "no"
     return (
         f"against torch relative L2 {parity['relative_l2']:.1e}, equal pixels {parity['equal_pixels']:.3%}; "
@@ -233,7 +233,7 @@ def _here_text(here: EngineStatusFacts) -> str:
     texts = {
         "trusted": f"trusted on this machine{speed}",
         "refused": "refused on this machine",
-        "untried": "not yet tried on this machine: its first use does",
+        "untried": "not yet tried on this machine; its first use tries it",
         "absent": "cannot run here",
         "unknown": "of a runtime that this version does not know",
     }

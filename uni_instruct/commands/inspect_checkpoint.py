@@ -57,9 +57,9 @@ def checkpoint_rows(facts: dict[str, Any]) -> list[Row]:
         ]
     elif others:
         command = f"uni-instruct import {path} --network {quote(others[0])} --out BUNDLE"
-        end = [("imported", f"network {chosen} cannot be, {', '.join(others)} can"), ("next", command)]
+        end = [("imported", f"network {chosen} cannot be imported, but {', '.join(others)} can"), ("next", command)]
     else:
-        end = [("imported", "no network of this file can be")]
+        end = [("imported", "no network of this file can be imported")]
     return [
         ("checkpoint", f"{facts['format']}, {facts['file_bytes'] / 1e6:.1f} MB"),
         *((f"network {network['role']}", _network_text(network)) for network in facts["networks"]),

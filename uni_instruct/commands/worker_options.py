@@ -7,7 +7,7 @@ from uni_instruct.sampling.workers import LOCAL, MAX_WORKERS, WorkerOptions
 workers_option = click.option(
     "--workers",
     type=click.IntRange(1, MAX_WORKERS),
-    help="Processes that share the work, each with its part of the cores, or a GPU. [default: this one alone]",
+    help="Number of worker processes. They share the cores, or the GPUs in turn. [default: no workers]",
 )
 ray_option = click.option(
     "--ray",
@@ -15,7 +15,7 @@ ray_option = click.option(
     is_flag=False,
     flag_value=LOCAL,
     metavar="[ADDRESS]",
-    help="Let Ray's actors do the work: of the cluster at ADDRESS (HOST:PORT), or without it of a Ray on this machine.",
+    help="Use Ray actors: of the cluster at ADDRESS (HOST:PORT), or by default of a Ray started on this machine.",
 )
 
 

@@ -37,7 +37,7 @@ class GraphPorts:
         inputs = checked_inputs(self.spec, noise, class_ids)
         if isinstance(inputs.class_ids, ClassMixture) and not self.mixes_classes:
             raise RequestError(
-                f"engine {self.stored.engine_id} was exported before engines could mix classes",
+                f"engine {self.stored.engine_id} was exported by an older version, and cannot mix classes",
                 remedy=self.stored.export_again(),
                 param="class_ids",
             )
@@ -74,7 +74,8 @@ def check_interface(
     fits = mixes or set(inputs) == expected
     if not fits or set(outputs) != {IMAGES, DENOISED} or tuple(inputs[noise][1:]) != spec.noise_shape:
         raise BundleError(
-            f"the graph maps {dict(inputs)} to {sorted(outputs)}, which does not fit generator '{spec.name}'",
+            f"the engine's graph has inputs {dict(inputs)} and outputs {sorted(outputs)}, "
+            f"which do not match generator '{spec.name}'",
             remedy="export the engine again",
         )
     return GraphPorts(spec, stored, noise, mixes)

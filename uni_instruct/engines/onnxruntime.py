@@ -185,8 +185,8 @@ def _session(
     # If a provider cannot be used, ONNX Runtime falls back to the CPU without an error.
     if session.get_providers()[0] != provider:
         raise RequestError(
-            f"ONNX Runtime uses {session.get_providers()[0]}, not {provider}",
-            remedy="install the onnxruntime build that has it, and its libraries",
+            f"ONNX Runtime could not load {provider}, and fell back to {session.get_providers()[0]}",
+            remedy="install the onnxruntime package with that provider, and the GPU libraries that it needs",
             param="engine",
         )
     return session
@@ -219,8 +219,8 @@ def _add_plugin(runtime: "types.ModuleType", options: "onnxruntime.SessionOption
     devices = [device for device in runtime.get_ep_devices() if device.ep_name == name]
     if index >= len(devices):
         raise RequestError(
-            f"{TENSORRT_RTX} finds {len(devices)} GPUs, and cuda:{index} was asked for",
-            remedy="it needs an RTX card, of compute capability 8.0 or more; use another engine",
+            f"{TENSORRT_RTX} supports {len(devices) or 'none'} of this machine's GPUs, and cuda:{index} was asked for",
+            remedy="use another engine, or an RTX GPU of compute capability 8.0 or higher",
             param="device",
         )
     options.add_provider_for_devices([devices[index]], {})

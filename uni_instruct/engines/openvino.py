@@ -166,7 +166,11 @@ def _compiled(file: Path, engine_id: EngineId, streams: int) -> "openvino.Compil
         raise BundleError(f"OpenVINO cannot load {file}: {problem}", remedy="export the engine again") from error
     found = model.get_property("INFERENCE_PRECISION_HINT").to_string()
     if found != hint:
-        raise RequestError(f"OpenVINO would compute in {found}, not in {hint}", remedy="use another engine", param="engine")
+        raise RequestError(
+            f"OpenVINO computes in {found} on this processor, and engine {engine_id} needs {hint}",
+            remedy="use another engine",
+            param="engine",
+        )
     return model
 
 

@@ -64,11 +64,20 @@ class Agreement:
     def problem(self, tolerance: Tolerance) -> str:
         """What is out of tolerance, in words; '' if nothing is."""
         if not self.relative_l2 <= tolerance.relative_l2:  # `not <=`, as NaN must fail too
-            return f"it differs from torch by {self.relative_l2:.1e} (relative L2), more than {tolerance.relative_l2:.0e}"
+            return (
+                f"its images differ from torch's by a relative L2 distance of {self.relative_l2:.1e} "
+                f"(at most {tolerance.relative_l2:.0e} is allowed)"
+            )
         if self.pixel_difference > tolerance.pixel_difference:
-            return f"a pixel differs from torch's by {self.pixel_difference} levels, more than {tolerance.pixel_difference}"
+            return (
+                f"a pixel differs from torch's by {self.pixel_difference} of 255 levels "
+                f"(at most {tolerance.pixel_difference} are allowed)"
+            )
         if self.psnr_db < tolerance.psnr_db:
-            return f"its pixels have a PSNR of {self.psnr_db:.1f} dB to torch's, less than {tolerance.psnr_db:.0f}"
+            return (
+                f"the PSNR between its pixels and torch's is {self.psnr_db:.1f} dB "
+                f"(at least {tolerance.psnr_db:.0f} dB is required)"
+            )
         return ""
 
 

@@ -46,8 +46,9 @@ class EngineId:
         match = _ID.fullmatch(text)
         if match is None:
             raise RequestError(
-                f"engine '{text[:60]}' is no engine id",
-                remedy=f"write it as onnx-fp32 or tensorrt-fp16-sm90; precisions are {', '.join(PRECISIONS)}",
+                f"'{text[:60]}' is not an engine id",
+                remedy="write RUNTIME-PRECISION or RUNTIME-PRECISION-TARGET, such as onnx-fp32 or tensorrt-fp16-sm90; "
+                f"precisions are {', '.join(PRECISIONS)}",
                 param="engine",
             )
         return cls(match["runtime"], match["precision"], match["target"] or "")
@@ -123,11 +124,14 @@ class EngineRecord:
         except FileNotFoundError as error:
             raise BundleError(f"{folder} has no {RECORD}", remedy="export the engine again") from error
         except (OSError, *JSON_ERRORS, KeyError, TypeError, AttributeError, RequestError) as error:
-            raise BundleError(f"{path} does not describe an engine", remedy="export the engine again") from error
+            raise BundleError(f"{path} is not a valid engine record", remedy="export the engine again") from error
         if not _is_file_name(record.file):
-            raise BundleError(f"{path} names the file {repr(record.file)[:60]}", remedy="export the engine again")
+            raise BundleError(
+                f"{path} names {repr(record.file)[:60]} as the engine's file, which is not a plain file name",
+                remedy="export the engine again",
+            )
         if not record.is_whole():
-            raise BundleError(f"{path} does not describe an engine", remedy="export the engine again")
+            raise BundleError(f"{path} is not a valid engine record", remedy="export the engine again")
         return record
 
     def is_whole(self) -> bool:
@@ -159,9 +163,12 @@ class StoredEngine:
         except BundleError as error:
             raise BundleError(error.problem, remedy=self.export_again()) from error
         if record.id != self.engine_id:
-            raise BundleError(f"{self.folder / RECORD} describes {record.engine_id}", remedy=self.export_again())
+            raise BundleError(
+                f"{self.folder / RECORD} describes engine {record.engine_id}, but its folder is for {self.engine_id}",
+                remedy=self.export_again(),
+            )
         if record.weights_sha256 != self.weights_sha256:
-            problem = f"{self.folder} was built from other weights than those of {self.bundle}"
+            problem = f"the engine in {self.folder} was built from other weights than those in {self.bundle}"
             raise BundleError(problem, remedy=self.export_again())
         return record
 

@@ -89,7 +89,7 @@ class Runtime:
         if len(rivals) > 1:
             names = " ".join(self.distributions)
             raise RequestError(
-                f"{' and '.join(rivals)} are both installed, and overwrite each other's files",
+                f"{' and '.join(rivals)} are both installed, but they share files and break each other",
                 remedy=f"pip uninstall -y {names}, then pip install the one that you need",
                 param="engine",
             )
@@ -124,15 +124,18 @@ class Runtime:
                 param="device",
             )
         if kind == CUDA and not self._has_cuda():
+            # torch's builds have one name. onnxruntime-gpu is the CUDA build of onnxruntime.
+            build = "" if self.cuda_distributions != self.distributions else "a CUDA build of "
             raise RequestError(
                 f"{self.version()} cannot use {device}",
-                remedy=f"install {' or '.join(self.cuda_distributions)} with CUDA in its place, or use --device {CPU}",
+                remedy=f"install {build}{' or '.join(self.cuda_distributions)} instead, or use --device {CPU}",
                 param="device",
             )
         if kind == CUDA and engine_id.target and engine_id.target != f"sm{gpus()[device_index(device)].sm}":
             name, sm = gpus()[device_index(device)]
             raise RequestError(
-                f"engine {engine_id} was built for {engine_id.target}, and {device} ({name}) is sm{sm}",
+                f"engine {engine_id} runs only on GPUs of compute capability {engine_id.target}, "
+                f"and {device} ({name}) has sm{sm}",
                 remedy=f"export it with --to {engine_id.runtime} --sm {sm}, or use another engine",
                 param="device",
             )

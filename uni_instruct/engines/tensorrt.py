@@ -136,11 +136,11 @@ class _Program:
             own_memory if self._kernels is None else self._kernels.config(own_memory)
         )
         if context is None:
-            raise _failed("gives no execution context")
+            raise _failed("TensorRT cannot create an execution context")
         context.set_device_memory(self._activations, max(_ALIGNMENT, self._engine.device_memory_size_v2))
         for name, shape in self.inputs.items():
             if not context.set_input_shape(name, (size, *shape[1:])):
-                raise _failed(f"takes no batch of {size}")
+                raise _failed(f"the TensorRT engine does not accept a batch of {size}")
         for name, address in self._addresses.items():
             context.set_tensor_address(name, address)
         return context
@@ -165,7 +165,7 @@ class _Call:
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream.handle):
-            raise _failed("does not run")
+            raise _failed("the TensorRT engine failed to run")
 
 
 class _KernelCache:
@@ -213,10 +213,16 @@ def load_package(engine_id: EngineId) -> "types.ModuleType":
 def check_version(record: EngineRecord, installed: str) -> None:
     """Raises BundleError if another version of TensorRT built the plan: each version runs only its own plans."""
     package = PACKAGES[record.id.runtime]
-    built = record.versions.get(package, "none on record")
+    built = record.versions.get(package)
+    if built is None:
+        raise BundleError(
+            f"the record of engine {record.engine_id} lacks the version of {package} that built it",
+            remedy="export the engine again",
+        )
     if built != installed:
         raise BundleError(
-            f"engine {record.engine_id} was built by {package} {built}, and {package} {installed} is installed",
+            f"engine {record.engine_id} runs only with {package} {built}, which built it, "
+            f"and {package} {installed} is installed",
             remedy=f"export it again, or pip install {package}=={built}",
         )
 
@@ -253,7 +259,7 @@ def logger(trt: "types.ModuleType") -> Any:
 
 def last_error() -> str:
     """The last error that TensorRT logged."""
-    return _errors[-1][:300] if _errors else "it does not say why"
+    return _errors[-1][:300] if _errors else "TensorRT gives no reason"
 
 
 def _unfit(trt: "types.ModuleType", file: Path, reason: str) -> BundleError:
@@ -261,9 +267,7 @@ def _unfit(trt: "types.ModuleType", file: Path, reason: str) -> BundleError:
 
 
 def _failed(what: str) -> UniInstructError:
-    return UniInstructError(
-        f"the TensorRT engine {what}: {last_error()}", remedy="free memory on the GPU, or use another engine"
-    )
+    return UniInstructError(f"{what}: {last_error()}", remedy="free memory on the GPU, or use another engine")
 
 
 def _cache_file(record: EngineRecord) -> Path | None:

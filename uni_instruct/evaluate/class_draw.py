@@ -58,12 +58,12 @@ def draw_classes(
     counts = class_counts(spec, reference)
     if counts is None and how == DATA:
         raise RequestError(
-            "the reference does not say how often each of the generator's classes occurs",
-            remedy="give a data set that has them as --reference, or --classes uniform",
+            "the reference has no frequencies for the generator's classes",
+            remedy="give a data set with these classes as --reference, or --classes uniform",
             param="classes",
         )
     unbalanced = counts is not None and counts.max() > MAX_BALANCED_RATIO * counts.min()
     if counts is None or how == UNIFORM or (how is None and not unbalanced):
         return DrawnClasses(resolve_class_ids(spec, seeds), UNIFORM)
-    note = f"classes are drawn as often as in the reference ({counts.min():,} to {counts.max():,} images each)"
+    note = f"classes are drawn with the frequencies of the reference ({counts.min():,} to {counts.max():,} images each)"
     return DrawnClasses(resolve_class_ids(spec, seeds, shares=counts), DATA, note if unbalanced else "")

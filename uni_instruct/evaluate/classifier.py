@@ -126,7 +126,9 @@ def trained_classifier(dataset: Dataset, with_progress: ProgressFactory = silent
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     # Trainings that are started together need the same classifier: the first process makes it, the others wait for it.
-    with locked(lock, lambda: _log.warning("waiting for the classifier of '%s', which another training makes", dataset.name)):
+    with locked(
+        lock, lambda: _log.warning("waiting for another process, which is training the classifier of '%s'", dataset.name)
+    ):
         try:
             if not _is_whole(path):
                 _train_into(path, dataset, fingerprint, with_progress)
@@ -266,5 +268,5 @@ def _cache_errors(path: Path) -> Iterator[None]:
         with disk_errors(path):
             yield
     except DiskError as error:
-        remedy = "set XDG_CACHE_HOME to a folder with space that can be written"
+        remedy = "set XDG_CACHE_HOME to a writable folder with free space"
         raise RequestError(error.problem, remedy=remedy, param="extractor") from error

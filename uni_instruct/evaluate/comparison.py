@@ -70,7 +70,8 @@ def compare_recipes(name: str, a: Sequence[TrainingScores], b: Sequence[Training
         # One training is one draw, so more sets of seeds do not reduce the error.
         errors.append(_Error(RETRAINING_TO_RESAMPLING * stdev(side[0].values), seeds.freedom))
     basis = (
-        f"retraining, guessed to move scores {RETRAINING_TO_RESAMPLING} times as far as seeds do: give several trainings"
+        f"retraining, estimated to change scores {RETRAINING_TO_RESAMPLING} times as much as other seeds do: "
+        "give several trainings"
         if guessed
         else "retraining"
     )

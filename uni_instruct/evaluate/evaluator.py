@@ -140,8 +140,8 @@ class Evaluator:
             outside = class_ids[(class_ids < 0) | (class_ids >= known)] if known else class_ids[:0]
             if len(outside):
                 raise RequestError(
-                    f"class id {outside[0]} is outside 0..{known - 1}, the reference's",
-                    remedy="give ids in its numbering, or none",
+                    f"class id {outside[0]} is outside 0..{known - 1}, the ids of the reference",
+                    remedy="give ids in the reference's numbering, or leave class_ids out",
                     param="class_ids",
                 )
         features = self.extractor(checked_batches(batches, self.required_shape))
@@ -241,11 +241,15 @@ def _extractor_of(statistics: Statistics, asked: str | Extractor) -> Extractor:
     try:
         extractor = open_classifier(classifier_path(statistics.fingerprint), statistics.extractor)
     except FileFormatError as error:
-        raise RequestError(f"{statistics.extractor} is not in the cache", remedy=remedy, param="reference") from error
+        raise RequestError(
+            f"the classifier of the statistics, {statistics.extractor}, is not on this machine",
+            remedy=remedy,
+            param="reference",
+        ) from error
     # A classifier that was trained on another machine has slightly different weights, so its features differ.
     if extractor.sha256 != statistics.extractor_sha256:
         raise RequestError(
-            f"the statistics of {statistics.name} were made by another {statistics.extractor} than this machine has",
+            f"the statistics of {statistics.name} were made by a {statistics.extractor} with other weights than this machine's",
             remedy=remedy,
             param="reference",
         )

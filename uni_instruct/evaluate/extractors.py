@@ -115,7 +115,11 @@ class Extractor:
     def required_file(self) -> ExtractorFile:
         """What workers open it from. Raises RequestError if it has no file, but exists in this process only."""
         if self.file is None:
-            raise RequestError(f"extractor {self.name} is in no file", remedy="score without workers", param="extractor")
+            raise RequestError(
+                f"extractor {self.name} exists in this process only, so workers cannot load it",
+                remedy="score without workers",
+                param="extractor",
+            )
         return self.file
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Features:

@@ -48,10 +48,11 @@ def find_weights(name: str, path: Path | None = None) -> tuple[Path, str]:
     file = weight_file(name)
     found = path or next((place for place in file.places if place.is_file()), None)
     if found is None or not found.is_file():
-        missing = f"{path} is missing" if path else f"{name} has no weights on this machine"
+        missing = f"{path} is missing" if path else f"the weights of {name} are not on this machine"
         raise RequestError(
             missing,
-            remedy=f"put {file.places[0].name} from {file.url} into {file.places[0].parent}, or give its --extractor-weights",
+            remedy=f"put {file.places[0].name} from {file.url} into {file.places[0].parent}, "
+            "or give the file with --extractor-weights",
             param="extractor",
         )
     digest = sha256(found)

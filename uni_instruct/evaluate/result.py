@@ -70,7 +70,7 @@ def parse_result(facts: object) -> EvaluationResult:
     _check(found, "seeds", str)
     _check(found, "classes", str)
     if not isinstance(found.get("sets", 1), int):
-        raise ValueError("sets is no whole number")
+        raise ValueError("sets is not a whole number")
     return cast(EvaluationResult, found)
 
 
@@ -78,7 +78,7 @@ def _check_role(role: Mapping[str, object]) -> None:
     values = _numbers(role.get("values"))
     by_set = role.get("by_set", [values])
     if not isinstance(by_set, list) or not by_set:
-        raise ValueError("its sets of seeds are no list")
+        raise ValueError("its sets of seeds are not a list")
     for part in (*by_set, role.get("spread", values)):
         if _numbers(part).keys() != values.keys():
             raise ValueError("its sets of seeds have different metrics")
@@ -91,7 +91,7 @@ def _numbers(part: object) -> Mapping[str, object]:
     for name, value in values.items():
         # Within what a mean of many can hold; a comparison with nan and inf is false, and lets both through.
         if isinstance(value, bool) or not isinstance(value, int | float) or (abs(value) > 1e100 and value * 0 == 0):
-            raise ValueError(f"{str(name)[:40]} is no number")
+            raise ValueError(f"{str(name)[:40]} is not a number")
     if not values:
         raise ValueError("nothing was measured")
     return values
@@ -99,10 +99,10 @@ def _numbers(part: object) -> Mapping[str, object]:
 
 def _mapping(part: object) -> Mapping[str, object]:
     if not isinstance(part, dict):
-        raise ValueError("it is no result")
+        raise ValueError("it is not a result")
     return part
 
 
 def _check(part: Mapping[str, object], key: str, kind: type) -> None:
     if part.get(key) is not None and not isinstance(part[key], kind):
-        raise ValueError(f"{key} is no {kind.__name__}")
+        raise ValueError(f"{key} is not of type {kind.__name__}")

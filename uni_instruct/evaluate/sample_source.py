@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from uni_instruct.bundle import Bundle
-from uni_instruct.class_map import format_class_names, has_names, ids_by_name
+from uni_instruct.class_map import format_class_names, has_names, ids_by_name, unmatched_name
 from uni_instruct.data import Dataset
 from uni_instruct.engine import TORCH, TORCH_COMPILED, select_engine
 from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages
@@ -129,9 +129,6 @@ def reference_class_ids(
         return class_ids, ""
     ids = ids_by_name(names, theirs)
     if ids is None:
-        unknown = next(name for name in names if ids_by_name([name], theirs) is None)
-        shown = format_class_names(theirs)
-        if several := theirs.count(unknown):
-            return None, f"no class_accuracy: {several} classes of the reference's {shown} are called {unknown}"
-        return None, f"no class_accuracy: class '{unknown}' is not among the reference's {shown}"
+        unknown = unmatched_name(names, theirs)
+        return None, f"no class_accuracy: class '{unknown}' is not among the reference's {format_class_names(theirs)}"
     return ids[class_ids], ""

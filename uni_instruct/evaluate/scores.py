@@ -103,7 +103,9 @@ def check_count(count: int) -> None:
 def check_metrics(names: Sequence[str]) -> list[str]:
     """The names without duplicates. Raises RequestError for an unknown name, or an empty list."""
     if isinstance(names, str):  # otherwise each letter would be read as a name
-        raise RequestError(f"metrics {names!r} are no list", remedy="give names in one, such as ['fd', 'pr']", param="metrics")
+        raise RequestError(
+            f"metrics {names!r} are not a list", remedy="give a list of names, such as ['fd', 'pr']", param="metrics"
+        )
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         problem = f"metric '{unknown[0]}' is unknown" if unknown else "no metric was named"
@@ -227,7 +229,7 @@ def _inception(available: Available) -> str | None:
 def _class_ids(available: Available) -> str | None:
     if not available.extractor.num_classes:
         return f"{available.extractor.name} does not know the reference's classes"
-    return None if available.has_class_ids else "it is not known which class each image should have"
+    return None if available.has_class_ids else "the classes of the images are unknown"
 
 
 # Name of a metric in --metrics -> its functions.
@@ -247,11 +249,12 @@ def _notes(extractor: Extractor, comparison: Comparison) -> tuple[str, ...]:
     count = comparison.generated.count
     few = count <= extractor.dim
     unpublished = extractor.is_inception and not few and count < PUBLISHED_SAMPLES
+    accuracy = extractor.heldout_accuracy or 0
     poor = extractor.heldout_accuracy is not None and extractor.heldout_accuracy < POOR_ACCURACY
     notes = {
-        f"{count} images are no more than the {extractor.dim} features: their Frechet distance is too large": few,
+        f"{count} images are too few for {extractor.dim} features: the Frechet distance is overestimated": few,
         f"published FIDs use {PUBLISHED_SAMPLES} images; fewer give a larger FID": unpublished,
-        f"{extractor.name} is right on only {extractor.heldout_accuracy or 0:.1%} of held-out images": poor,
+        f"{extractor.name} has an accuracy of only {accuracy:.1%} on held-out images, so its scores say little": poor,
         f"kd, precision and recall compare {KEPT_IMAGES} of the images, evenly spaced": count > KEPT_IMAGES,
     }
     return tuple(note for note, holds in notes.items() if holds)

@@ -87,7 +87,7 @@ def _pickled_statistics(path: Path) -> Statistics:
     if not isinstance(fid, dict):
         found = f"keys {', '.join(map(str, content))[:80]}" if isinstance(content, dict) else type(content).__name__
         raise FileFormatError(
-            f"{path} holds no reference statistics but {found}",
+            f"{path} contains no reference statistics, only {found}",
             remedy="give a file that EDM2's calculate_metrics.py wrote, or an .npz of mu and sigma",
         )
     # EDM2's num_images is not used. It counts all of ImageNet, and `evaluate` would generate as many; 50,000 are customary.
@@ -129,13 +129,15 @@ def _statistics(path: Path, arrays: Mapping[str, Any]) -> Statistics:
         raise FileFormatError(f"mu and sigma in {path} are not numbers", remedy="give mu [D] and sigma [D, D]") from error
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise FileFormatError(
-            f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}", remedy="give finite mu [D] and sigma [D, D]"
+            f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}, or values that are not finite",
+            remedy="give finite mu [D] and sigma [D, D]",
         )
     extractor = str(arrays.get("extractor", INCEPTION))
     # Statistics of other extractors (DINOv2's with 768 or 1024 features) differ from InceptionV3's in size only.
     if extractor == INCEPTION and len(mu) != INCEPTION_DIM:
         raise FileFormatError(
-            f"{path} has {len(mu)} features, {INCEPTION} has {INCEPTION_DIM}", remedy="write it with --save-statistics"
+            f"{path} has {len(mu)} features, but {INCEPTION} has {INCEPTION_DIM}",
+            remedy="write statistics of another extractor with --save-statistics",
         )
     return Statistics(
         name=str(arrays.get("name", path.stem)),

@@ -172,7 +172,7 @@ def load_decoder(bundle: Bundle) -> LatentDecoder | None:
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:300]
         raise BundleError(
-            f"{DECODER} of {bundle.path} does not fit its decoder: {problem}", remedy="copy the whole folder again"
+            f"{DECODER} of {bundle.path} does not fit its decoder: {problem}", remedy="copy or download the whole folder again"
         ) from error
     return decoder.eval()
 

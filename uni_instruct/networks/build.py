@@ -1,6 +1,7 @@
 """Build a spec's denoiser: the network, its preconditioning and patches, and its weights."""
 
 import dataclasses
+import inspect
 import reprlib
 from collections.abc import Callable, Mapping
 
@@ -46,8 +47,8 @@ def build_denoiser(spec: ModelSpec) -> Denoiser:
     args = dict(spec.network_args)
     if "out_channels" in args:
         raise RequestError(
-            f"network_args name out_channels {args['out_channels']}",
-            remedy="leave it out: it follows from the image and the preconditioning",
+            f"network.out_channels {args['out_channels']} cannot be set",
+            remedy="leave it out: the image and the preconditioning determine it",
             param="network",
         )
     try:
@@ -58,12 +59,26 @@ def build_denoiser(spec: ModelSpec) -> Denoiser:
         # iDDPM's networks predict a variance too, in additional output channels.
         if preconditioning.out_factor > 1:
             args["out_channels"] = preconditioning.out_factor * shape[0]
+        _check_arguments(spec.network, args)
         model = NETWORKS[spec.network](shape, spec.num_classes, **args)
     except ResolutionError as error:
         raise _too_coarse(spec.noise_shape, patch, error) from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise RequestError(f"network '{spec.network}': {error}", remedy="see docs/recipes.md for its arguments") from error
+        # Of a norm over groups of channels, which torch names and nobody has given.
+        groups = "num_groups" in str(error)
+        remedy = "give model_channels as a multiple of 32" if groups else "see docs/recipes.md for its arguments"
+        raise RequestError(f"network '{spec.network}': {error}", remedy=remedy, param="network") from error
     return Denoiser(model, spec.noise_shape, spec.num_classes, preconditioning, patch=patch)
+
+
+def _check_arguments(network: str, args: Mapping[str, object]) -> None:
+    """Raises RequestError for an argument that this network does not have, and another may."""
+    known = list(inspect.signature(NETWORKS[network]).parameters)
+    for name in args:
+        if name not in known:
+            others = ", ".join(other for other, made in NETWORKS.items() if name in inspect.signature(made).parameters)
+            remedy = "leave it out" + (f", or choose one of {others}" if others else "")
+            raise RequestError(f"network '{network}' has no argument {name}", remedy=remedy, param="network")
 
 
 def patched_shape(image_shape: ImageShape, patch: int) -> ImageShape:
@@ -94,8 +109,8 @@ def _too_coarse(image_shape: ImageShape, patch: int, error: ResolutionError) -> 
     fitting = _fitting(image_shape, error.divisor)
     first = f"choose network.patch {fitting}" if fitting else "resize the data"
     return RequestError(
-        f"with network.patch {patch} the network sees {width}x{height} as {width // patch}x{height // patch}, "
-        f"which is not divisible by {error.divisor}",
+        f"network.patch {patch} turns images of {width}x{height} into inputs of {width // patch}x{height // patch}, "
+        f"which are not divisible by {error.divisor}",
         remedy=f"{first}, or use fewer than {error.level_count} levels",
         param="network",
     )
@@ -140,6 +155,6 @@ def load_denoiser(bundle: Bundle) -> Denoiser:
         problem = " ".join(str(error).split())[:300]
         raise BundleError(
             f"weights of {bundle.path} do not fit its network: {problem}",
-            remedy="copy the whole folder again",
+            remedy="copy or download the whole folder again",
         ) from error
     return denoiser.eval()

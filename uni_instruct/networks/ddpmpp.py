@@ -186,7 +186,7 @@ def _check_choice(name: str, value: str, known: Collection[str]) -> None:
 def _check_filter(taps: Sequence[float]) -> None:
     if len(taps) % 2 or not sum(taps):
         raise RequestError(
-            f"resample_filter {list(taps)} does not double and halve",
+            f"resample_filter {list(taps)} cannot double or halve a resolution",
             remedy="give an even number of taps whose sum is not 0, such as [1, 1] or [1, 3, 3, 1]",
             param="network",
         )

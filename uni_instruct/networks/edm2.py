@@ -152,7 +152,7 @@ class Block(nn.Module):
         if self.heads and out_channels % self.heads:
             raise RequestError(
                 f"{out_channels} channels cannot be divided among {self.heads} attention heads",
-                remedy=f"choose channels_per_head so that {out_channels} // channels_per_head divides {out_channels}",
+                remedy=f"choose a channels_per_head that divides {out_channels}",
                 param="network",
             )
         self.emb_gain = nn.Parameter(torch.zeros([]))

@@ -238,7 +238,8 @@ def _check_range(preconditioning: Preconditioning) -> None:
     low, high = preconditioning.sigma_min, preconditioning.sigma_max
     numbers = all(isinstance(level, int | float) and not isinstance(level, bool) for level in (low, high))
     if not numbers or not 0 <= low < high:
-        raise _fault(preconditioning, f"noise levels {low!r} to {high!r} are no range", "give 0 <= sigma_min < sigma_max")
+        problem = f"noise levels from {low!r} to {high!r} are not a range"
+        raise _fault(preconditioning, problem, "choose constants with 0 <= sigma_min < sigma_max")
 
 
 def _fault(preconditioning: Preconditioning, problem: str, remedy: str) -> RequestError:

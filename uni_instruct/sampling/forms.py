@@ -18,7 +18,7 @@ from uni_instruct.data.image_files import decode
 from uni_instruct.data.labels import RECORD
 from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, ZipStore, reason_of
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder
+from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, is_named_as_file
 from uni_instruct.images import encode
 from uni_instruct.sampling.sample_set import RequestFacts, Samples, SampleSet
 from uni_instruct.sampling.tar_shards import read_tar_folder, request_of_tar_folder, write_tar_folder
@@ -27,7 +27,6 @@ from uni_instruct.spec import ModelSpec
 # The name of the images in an npz, or of a VAE's latents if there is no decoder.
 IMAGES, LATENTS = "arr_0", "latents"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date, so that the same set always makes the same bytes
-_FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".pt", ".tar", ".gz", ".json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +47,10 @@ class Form:
 def form_of(out: Path) -> Form:
     """The form for the suffix of `out`; a folder for no or an unknown suffix. Raises RequestError for other file types."""
     suffix = out.suffix.lower()
-    if suffix in _FILE_SUFFIXES:
+    if suffix not in FORMS and is_named_as_file(out):
         tars = ", or for tar shards a folder that ends in .wds" if suffix == ".tar" else ""
         remedy = f"give a folder, or a file that ends in .npz or .zip{tars}"
-        raise RequestError(f"--out {out} ends in {suffix}", remedy=remedy, param="out")
+        raise RequestError(f"--out {out} has the unsupported suffix {suffix}", remedy=remedy, param="out")
     return FORMS.get(suffix, FORMS[""])
 
 
@@ -73,8 +72,8 @@ def check_finished(path: Path) -> None:
     """Raise RequestError if `generate` has started this set and not finished it."""
     if not path.exists() and work_folder(path).is_dir():
         raise RequestError(
-            f"the samples of {path} are not finished, and wait in {work_folder(path)}",
-            remedy="give the same 'generate' again, without --shard, or wait for its other shards",
+            f"the samples of {path} are not finished: the shards made so far are in {work_folder(path)}",
+            remedy="run the same 'generate' again, without --shard, or wait for its other shards",
             param="path",
         )
 
@@ -227,8 +226,8 @@ def _check_named_by_seed(spec: ModelSpec, seeds: Sequence[int]) -> None:
     _check_pictures(spec, seeds)
     if len(set(seeds)) < len(seeds):
         raise RequestError(
-            f"{len(seeds) - len(set(seeds))} seeds are given twice, and a folder's files are named by seed",
-            remedy="give each once, or an --out that ends in .npz or .zip",
+            f"{len(seeds) - len(set(seeds))} seeds are repeated, but the files of a folder are named by seed",
+            remedy="give each seed once, or an --out that ends in .npz or .zip",
             param="seeds",
         )
 

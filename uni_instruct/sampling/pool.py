@@ -114,8 +114,8 @@ class Deaths(Generic[T]):
         self.counts[shard] = self.counts.get(shard, 0) + 1
         if self.counts[shard] >= MAX_DEATHS:
             raise UniInstructError(
-                f"{MAX_DEATHS} workers died over images {shard.start} to {shard.stop - 1}, the last by {how}",
-                remedy="where memory is short give fewer --workers or a smaller --batch; what is done is kept",
+                f"{MAX_DEATHS} workers died while making images {shard.start} to {shard.stop - 1}, the last from {how}",
+                remedy="if memory is short, give fewer --workers or a smaller --batch; finished images are kept",
             )
 
 
@@ -125,4 +125,6 @@ def failure(shard: Shard | None, error: BaseException) -> UniInstructError:
         return error
     what = f"images {shard.start} to {shard.stop - 1} failed" if shard else "a worker cannot start"
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return UniInstructError(f"{what}: {reason}", remedy="the same without --workers or --ray says more; what is done is kept")
+    return UniInstructError(
+        f"{what}: {reason}", remedy="run it without --workers or --ray for the full error; finished images are kept"
+    )

@@ -88,7 +88,7 @@ class ProcessPool(Generic[T]):
         elif not worker.started:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS * len(self._workers):
-                raise UniInstructError(f"workers die as they start, the last by {how}", remedy="give fewer --workers")
+                raise UniInstructError(f"workers die while they start, the last from {how}", remedy="give fewer --workers")
         place = self._workers.index(worker)
         with _quiet_interrupts():
             self._workers[place] = self._started(self._environments[place])

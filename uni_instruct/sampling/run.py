@@ -209,8 +209,9 @@ def is_finished(request: SampleRequest, out: Path) -> bool:
     found = _with_ids(finished_request(out))
     if found == request.facts():
         return True
-    holds = f"the images of another request ({_difference(found, request.facts())})" if found else "something else"
-    raise RequestError(f"{out} holds {holds}", remedy="choose another --out or delete it", param="out")
+    other = f"holds the images of another request ({_difference(found, request.facts())})" if found else ""
+    fault = other or "exists and is not a set of samples"
+    raise RequestError(f"{out} {fault}", remedy="choose another --out or delete it", param="out")
 
 
 def recorded_engine(out: Path) -> str | None:
@@ -252,7 +253,7 @@ def _enter(folder: Path, out: Path, shared: bool) -> int:
                 continue
             raise RequestError(f"another process is writing {out}", remedy="wait for it or choose another --out", param="out")
         if held is None:
-            log.warning("%s is on a file system without locks: processes may make the same images twice", folder)
+            log.warning("%s is on a file system without locks: two processes may make the same images", folder)
         with suppress(FileNotFoundError):
             # Before the lock was taken, another process may have removed the folder, and the locked file with it.
             if os.path.samestat(os.fstat(file), path.stat()):

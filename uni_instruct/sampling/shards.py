@@ -169,4 +169,4 @@ class Shards:
 
 
 def _lost(path: Path) -> FileFormatError:
-    return FileFormatError(f"{path} was removed while it was needed", remedy="run the same command again")
+    return FileFormatError(f"{path} was removed while it was in use", remedy="run the same command again")

@@ -55,7 +55,7 @@ def read_tar_folder(out: Path, count: int | None) -> Samples:
     left = len(manifest["seeds"]) if count is None else count
     for file in manifest["files"]:
         if left > 0 and sha256(out / file["name"]) != file["sha256"]:
-            raise FileFormatError(f"{out / file['name']} was changed since it was written", remedy="copy or make it again")
+            raise FileFormatError(f"{out / file['name']} has changed since it was written", remedy="copy or generate it again")
         left -= file["images"]
     store = TarStore(out)
     names = image_members(store.names())[:count]

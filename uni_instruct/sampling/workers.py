@@ -41,8 +41,8 @@ class WorkerOptions:
         """Raise RequestError if workers are combined with a GPU's number, such as cuda:1: each worker is assigned a GPU."""
         if self.wanted and device is not None and ":" in device:
             raise RequestError(
-                f"workers take the GPUs in turn, and {device} is one",
-                remedy="give --device cuda, or no --workers",
+                f"--device {device} names one GPU, but workers are distributed over all GPUs",
+                remedy="give --device cuda, or leave --workers out",
                 param="device",
             )
 

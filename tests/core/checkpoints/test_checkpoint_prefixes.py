@@ -119,7 +119,7 @@ def test_data_named_as_a_checkpoint_are_data(tmp_path: Path, cli: Cli) -> None:
 def test_inspect_does_not_recommend_what_it_has_just_refused(tmp_path: Path, tiny_bundle: Bundle, cli: Cli) -> None:
     foreign = saved(tmp_path / "foreign.pt", {"w": torch.ones(2)})
     output = cli("inspect", foreign)[1]
-    assert "imported: no network of this file can be" in output
+    assert "imported: no network of this file can be imported" in output
     assert "next:" not in output
     mixed = saved(tmp_path / "mixed file.pt", {"ema": {"w": torch.ones(2)}, "net": state_of(tiny_bundle)})
     output = cli("inspect", mixed)[1]

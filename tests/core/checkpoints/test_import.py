@@ -61,7 +61,8 @@ def test_an_import_replaces_what_an_import_made_and_nothing_else(cli: Cli, tmp_p
     run, weights = tmp_path / "run", tiny_bundle.path / "model.safetensors"
     shutil.copytree(tiny_bundle.path, run / "generator")
     (run / "recipe.yaml").write_text("name: x\ndata: digits\n")
-    for out, said in ((run, "holds something that is no bundle"), (run / "generator", "holds a bundle that was not imported")):
+    places = {run: "holds something that is not a bundle", run / "generator": "holds a bundle that was not imported"}
+    for out, said in places.items():
         code, _, errors = cli("import", weights, "--out", out)
         assert (code, errors) == (2, f"error: {out} {said}; name another folder\n")
     assert Bundle.open(run / "generator").spec == tiny_bundle.spec

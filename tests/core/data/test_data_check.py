@@ -51,7 +51,7 @@ def test_every_wrong_file_of_a_zip_is_named_in_order(tmp_path: Path, cli: Cli) -
     assert "7/7 images" in errors
     assert (
         errors.splitlines()[-1]
-        == f"error: {path}: 7 files are wrong, 7 images were read; replace, remove or label what is named"
+        == f"error: {path}: 7 files are wrong, 7 images were read; replace, remove or label the files that are listed"
     )
     code, output, _ = cli("data", "check", path, "--json")
     facts = json.loads(output)
@@ -141,6 +141,13 @@ def test_an_empty_name_is_not_the_working_folder(
     monkeypatch.chdir(tmp_path)
     assert cli(*command, "")[0] == 2
     assert cli(*command, ".")[0] == 0
+
+
+def test_a_pipe_is_no_data_set_and_is_not_waited_for(tmp_path: Path, cli: Cli) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for command, said in ((["data", "check"], "there is no data set"), (["inspect"], "there is no bundle, data set or")):
+        code, _, errors = cli(*command, tmp_path / "pipe")
+        assert (code, errors.startswith(f"error: {said}")) == (2, True), errors
 
 
 def test_latents_that_are_wrong_are_named(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_features_that_others_keep_become_statistics(tmp_path: Path) -> None:
     assert isinstance(reference, Statistics)
     assert np.array_equal(reference.sigma, sigma)
     np.savez(tmp_path / "x.npz", pool_3=features[:, :64])
-    with pytest.raises(RequestError, match="has 64 features, inception-v3 has 2048"):
+    with pytest.raises(RequestError, match="has 64 features, but inception-v3 has 2048"):
         open_reference(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", feats=np.zeros(3, np.int64))
     with pytest.raises(RequestError, match=r"has feats of int64 \[3\]; give features \[N, 2048\], or mu and sigma"):
@@ -82,7 +82,7 @@ def test_torch_fidelitys_cache_of_a_data_set_is_a_reference(
     assert isinstance(reference, Statistics)
     assert np.array_equal(reference.mu, moments["mu"])
     torch.save(torch.zeros(3, 2048), path)
-    with pytest.raises(RequestError, match="holds no reference statistics but ndarray"):
+    with pytest.raises(RequestError, match="contains no reference statistics, only ndarray"):
         open_reference(path)
 
 
@@ -99,9 +99,9 @@ class Attack:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"fd_dinov2": {}}, r"ref\.pkl holds no reference statistics but keys fd_dinov2; give a file that EDM2's"),
-        ([1, 2], r"holds no reference statistics but list"),
-        ({"fid": {"mu": np.zeros(3), "sigma": np.eye(3)}}, r"has 3 features, inception-v3 has 2048"),
+        ({"fd_dinov2": {}}, r"ref\.pkl contains no reference statistics, only keys fd_dinov2; give a file that EDM2's"),
+        ([1, 2], r"contains no reference statistics, only list"),
+        ({"fid": {"mu": np.zeros(3), "sigma": np.eye(3)}}, r"has 3 features, but inception-v3 has 2048"),
         ({"fid": {"mu": np.zeros(3), "sigma": np.eye(4)}}, r"has mu \[3\] and sigma \[4, 4\]"),
         ({"fid": {"mu": np.full(3, np.nan), "sigma": np.eye(3)}}, r"give finite mu \[D\] and sigma"),
         ({"fid": {"mu": "text", "sigma": {}}}, r"mu and sigma in .*ref\.pkl are not numbers"),

@@ -180,7 +180,7 @@ def test_a_mixture_of_lists_and_views_is_that_of_arrays(engine: Engine, bundle: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ids, share: (ids, ids, share + 0.6), "share 1.1 is outside 0..1; 0 is the one class"),
+        (lambda ids, share: (ids, ids, share + 0.6), "share 1.1 is outside 0..1; give 0 for the first class"),
         (lambda ids, share: (ids, ids, share - 0.6), "share -0.1 is outside 0..1"),
         (lambda ids, share: (ids, ids, share * np.nan), "share nan is outside 0..1"),
         (lambda ids, share: (ids, ids, share[:-1]), r"shares are float32 \[7\], not numbers \[8\]; give one for each"),

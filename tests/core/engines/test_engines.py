@@ -131,7 +131,9 @@ def test_an_engine_id_is_written_as_it_is_read(text: str, engine_id: EngineId) -
 
 @pytest.mark.parametrize("text", ["", "onnx", "fp32", "onnx-fp33", "onnx-fp32-", "Onnx-fp32", "../onnx-fp32", "onnx-fp32-a/b"])
 def test_what_is_no_engine_id_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match="is no engine id; write it as onnx-fp32 or tensorrt-fp16-sm90"):
+    with pytest.raises(
+        RequestError, match=r"is not an engine id; write RUNTIME-PRECISION .*, such as onnx-fp32 or tensorrt-fp16-sm90"
+    ):
         EngineId.parse(text)
 
 
@@ -178,20 +180,20 @@ def flip_bit(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "altered": (flip_bit, "does not match the sha256 in engine.json; run 'uni-instruct export"),
     "file missing": (lambda folder: (folder / EngineRecord.read(folder).file).unlink(), "has no tiny-8x8-onnx-fp32.onnx"),
-    "other weights": (edit_record(weights_sha256="0" * 64), "was built from other weights than those of"),
-    "outside its folder": (edit_record(file="../../model.safetensors"), "names the file '../../model.safetensors'"),
-    "file no name": (edit_record(file=None), "names the file None"),
-    "record truncated": (lambda folder: (folder / RECORD).write_text('{"kind": "on'), "does not describe an engine"),
-    "record binary": (lambda folder: (folder / RECORD).write_bytes(bytes(range(256))), "does not describe an engine"),
-    "record foreign": (lambda folder: (folder / RECORD).write_text("[1, 2]"), "does not describe an engine"),
-    "no report": (edit_record(parity=None), "does not describe an engine"),
-    "report of nothing": (edit_record(parity={"images": 64}), "does not describe an engine"),
-    "file too long": (edit_record(file="x" * 5000), "names the file 'xxx"),
-    "file above": (edit_record(file=".."), "names the file '..'"),
-    "file empty": (edit_record(file=""), "names the file ''"),
-    "record nested too deeply": (lambda folder: (folder / RECORD).write_text("[" * 200_000), "does not describe an engine"),
-    "record too large": (lambda folder: (folder / RECORD).open("ab").truncate(2**33), "does not describe an engine"),
-    "record a folder": (lambda folder: [(folder / RECORD).unlink(), (folder / RECORD).mkdir()], "does not describe an engine"),
+    "other weights": (edit_record(weights_sha256="0" * 64), "was built from other weights than those in"),
+    "outside its folder": (edit_record(file="../../model.safetensors"), "names '../../model.safetensors' as the engine's file"),
+    "file no name": (edit_record(file=None), "names None as the engine's file"),
+    "record truncated": (lambda folder: (folder / RECORD).write_text('{"kind": "on'), "is not a valid engine record"),
+    "record binary": (lambda folder: (folder / RECORD).write_bytes(bytes(range(256))), "is not a valid engine record"),
+    "record foreign": (lambda folder: (folder / RECORD).write_text("[1, 2]"), "is not a valid engine record"),
+    "no report": (edit_record(parity=None), "is not a valid engine record"),
+    "report of nothing": (edit_record(parity={"images": 64}), "is not a valid engine record"),
+    "file too long": (edit_record(file="x" * 5000), "names 'xxx"),
+    "file above": (edit_record(file=".."), "names '..' as the engine's file"),
+    "file empty": (edit_record(file=""), "names '' as the engine's file"),
+    "record nested too deeply": (lambda folder: (folder / RECORD).write_text("[" * 200_000), "is not a valid engine record"),
+    "record too large": (lambda folder: (folder / RECORD).open("ab").truncate(2**33), "is not a valid engine record"),
+    "record a folder": (lambda folder: [(folder / RECORD).unlink(), (folder / RECORD).mkdir()], "is not a valid engine record"),
 }
 
 
@@ -227,7 +229,7 @@ def test_a_report_that_was_edited_is_told_with_the_export_that_mends_it(
 @pytest.mark.parametrize("changes", [{"way": 7}, {"way": ["x"]}, {"versions": {"onnx": 7}}, {"file_sha256": 7}])
 def test_a_record_with_a_value_of_another_type_is_refused(changes: dict[str, Any], exported: Bundle) -> None:
     edit_record(**changes)(exported.engine_folder(ONNX))
-    with pytest.raises(BundleError, match="does not describe an engine"):
+    with pytest.raises(BundleError, match="is not a valid engine record"):
         exported.engines()[ONNX].record()
 
 
@@ -255,9 +257,10 @@ def test_a_file_that_is_no_graph_is_one_line_and_never_runs(
     options = ("--seeds", "0-3", "--out", tmp_path / "out", "--engine", "onnx-fp32")
     code, output, errors = cli("generate", exported.path, *options)
     assert (code, output) == (1, "")
-    assert "engine onnx-fp32 is refused on this machine: ONNX Runtime cannot load" in errors
+    assert "engine onnx-fp32 cannot be used on this machine: ONNX Runtime cannot load" in errors
     first, *others = errors.splitlines()
-    assert first == "trying engine onnx-fp32 on this machine, once ..."  # from the first second on somebody sees why it waits
+    # from the first second on, the user sees why it waits
+    assert first == "checking engine onnx-fp32 on this machine before its first use ..."
     assert [line.partition(":")[0] for line in others] == ["error"]
     assert sorted(os.listdir(tmp_path)) == ["bundle", "cache"]
 
@@ -268,7 +271,7 @@ def test_the_graph_of_another_generator_is_refused(exported: Bundle, tmp_path: P
     with pytest.raises(BundleError, match="was built from other weights"):
         OnnxEngine(other, other.engines()[ONNX])
     edit_record(weights_sha256=other.weights_sha256)(other.engine_folder(ONNX))
-    with pytest.raises(BundleError, match="which does not fit generator 'tiny'"):
+    with pytest.raises(BundleError, match="which do not match generator 'tiny'"):
         OnnxEngine(other, other.engines()[ONNX])
 
 
@@ -280,7 +283,7 @@ def test_a_provider_that_is_not_in_use_is_refused(exported_bundle: Bundle, monke
         OnnxEngine(exported_bundle, stored, provider="CUDAExecutionProvider")
     # ONNX Runtime itself falls back to the CPU; this machine's build, or the machine, has no such provider.
     monkeypatch.setitem(onnx_engine.PROVIDERS, "DmlExecutionProvider", "cpu")
-    with pytest.raises(RequestError, match="uses CPUExecutionProvider, not DmlExecutionProvider"):
+    with pytest.raises(RequestError, match="could not load DmlExecutionProvider, and fell back to CPUExecutionProvider"):
         OnnxEngine(exported_bundle, stored, provider="DmlExecutionProvider")
 
 

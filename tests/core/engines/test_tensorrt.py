@@ -117,9 +117,12 @@ def test_a_plan_of_another_version_says_which(planned: Bundle) -> None:
     record = EngineRecord.read(planned.engine_folder(PLAN))
     check_version(record, "11.0")
     with pytest.raises(
-        BundleError, match=r"was built by tensorrt 11\.0, and tensorrt 11\.1 is installed; export it again, or pip"
+        BundleError,
+        match=r"runs only with tensorrt 11\.0, which built it, and tensorrt 11\.1 is installed; export it again, or pip",
     ):
         check_version(record, "11.1")
+    with pytest.raises(BundleError, match="lacks the version of tensorrt that built it; export the engine again"):
+        check_version(replace(record, versions={}), "11.1")
 
 
 def test_a_plan_for_another_gpu_is_refused_and_the_others_are_not(planned: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +132,7 @@ def test_a_plan_for_another_gpu_is_refused_and_the_others_are_not(planned: Bundl
     monkeypatch.setattr(runtime.Runtime, "is_installed", lambda self: True)
     monkeypatch.setattr(runtime, "version", lambda name: f"1.0{'+cpu' * (name == 'torch')}")
     monkeypatch.setattr(runtime, "RUNTIMES", runtime.RUNTIMES)
-    problem = r"engine tensorrt-fp32-sm89 was built for sm89, and cuda:0 \(NVIDIA GeForce RTX 5090\) is sm120"
+    problem = r"engine tensorrt-fp32-sm89 runs only on GPUs of compute capability sm89, and cuda:0 \(NVIDIA .* 5090\) has sm120"
     with pytest.raises(RequestError, match=problem + "; export it with --to tensorrt --sm 120, or use another engine"):
         select_engine(planned, "tensorrt")
     assert engine_status(planned, PLAN).state == "absent"
@@ -168,7 +171,7 @@ def test_a_plan_is_built_without_its_gpu_and_stays_untried(built: Bundle, cli: C
     assert record.versions["tensorrt_rtx"]
     code, output, _ = cli("inspect", built.path)
     assert code == 0
-    assert "built but untried, for want of its GPU: the machine that runs it checks it first" in output
+    assert "built but not yet checked, because this machine lacks its GPU; the machine that runs it checks it first" in output
     assert "cannot run here: engine tensorrt-rtx-fp16-sm89 needs a CUDA device, and this process sees none" in output
     for wanted in ("tensorrt-rtx", str(RTX)):
         code, _, error = cli("generate", built.path, "--seeds", "0", "--engine", wanted, "--out", built.path.parent / "out")
@@ -207,5 +210,5 @@ def test_an_altered_plan_and_one_of_other_weights_never_run(built: Bundle, tmp_p
         stored.file()
     values = json.loads((stored.folder / RECORD).read_text())
     (stored.folder / RECORD).write_text(json.dumps(values | {"weights_sha256": "0" * 64}))
-    with pytest.raises(BundleError, match="was built from other weights than those of"):
+    with pytest.raises(BundleError, match="was built from other weights than those in"):
         stored.record()

@@ -37,16 +37,14 @@ def data_of(counts: list[int], names: tuple[str, ...] = ()) -> Dataset:
 def test_a_name_wins_over_an_id() -> None:
     numbered = spec_of("1", "2", "3")
     assert [numbered.class_id(label) for label in ("1", "2", "3", 0, 1, 2)] == [0, 1, 2, 0, 1, 2]
-    with pytest.raises(
-        RequestError, match=r"class 0 is no class's name, .* no id either; give a name, such as 1 for the class of"
-    ):
+    with pytest.raises(RequestError, match=r"no class is named 0, .* are numbers; give a name, such as 1 for the class with"):
         numbered.class_id("0")
     assert [spec_of("1", "cat").class_id(label) for label in ("1", "0", "cat")] == [0, 0, 1]
 
 
 def test_an_ambiguous_name_is_refused_and_an_id_is_not() -> None:
     twins = spec_of("cat", "dog", "cat")
-    with pytest.raises(RequestError, match="2 classes are called cat; give an id: 0, 2"):
+    with pytest.raises(RequestError, match="2 classes are named cat; give an id: 0, 2"):
         twins.class_id("cat")
     assert [twins.class_id(label) for label in ("dog", "0", "2")] == [1, 0, 2]
 
@@ -62,7 +60,7 @@ def test_accents_may_be_written_apart_or_not() -> None:
 
 @pytest.mark.parametrize(("label", "near"), [("tomcat", "cat"), ("DOGG", "dog"), ("red fx", "red fox")])
 def test_a_refusal_names_the_nearest_classes(label: str, near: str) -> None:
-    with pytest.raises(RequestError, match=rf"is outside 0\.\.2; the nearest are {near}; 'uni-instruct inspect' lists"):
+    with pytest.raises(RequestError, match=rf"nor an id in 0\.\.2; the nearest are {near}; 'uni-instruct inspect' lists"):
         spec_of("cat", "dog", "red fox").class_id(label)
 
 
@@ -82,16 +80,14 @@ def test_classes_are_drawn_as_in_unbalanced_data_and_else_alike() -> None:
     assert drawn.class_ids is not None
     shares = np.bincount(drawn.class_ids, minlength=3) / 3000
     assert np.abs(shares - np.array([178, 100, 20]) / 298).max() < 0.04
-    assert (drawn.how, drawn.note) == (DATA, "classes are drawn as often as in the reference (20 to 178 images each)")
+    assert (drawn.how, drawn.note) == (DATA, "classes are drawn with the frequencies of the reference (20 to 178 images each)")
     uniform = resolve_class_ids(spec, seeds)
     for how, counts in ((UNIFORM, [20, 178, 100]), (None, [100, 100, 149])):
         drawn = draw_classes(spec, seeds, data_of(counts, names), how)
         assert np.array_equal(drawn.class_ids, uniform)  # type: ignore[arg-type]
         assert (drawn.how, drawn.note) == (UNIFORM, "")
     assert draw_classes(spec, seeds, data_of([5, 1], ("a", "b"))).how == UNIFORM  # it lacks a class
-    with pytest.raises(
-        RequestError, match=r"does not say how often each of the generator's classes occurs; .*--classes uniform"
-    ):
+    with pytest.raises(RequestError, match=r"has no frequencies for the generator's classes; .*--classes uniform"):
         draw_classes(spec, seeds, data_of([5, 1], ("a", "b")), DATA)
     none = dataclasses.replace(spec, num_classes=0, class_names=())
     assert draw_classes(none, seeds, None) == (None, "", "")
@@ -109,7 +105,7 @@ def test_evaluate_says_how_classes_were_drawn(tmp_path: Path, tiny_bundle: Bundl
     facts = json.loads(output)
     assert (facts["classes"], facts["notes"][0]) == (
         DATA,
-        "classes are drawn as often as in the reference (10 to 60 images each)",
+        "classes are drawn with the frequencies of the reference (10 to 60 images each)",
     )
     code, output, _ = cli(*command, "--extractor", "classifier", "--classes", "uniform")
     assert (code, "seeds 0-49, classes uniform" in output) == (0, True)
@@ -151,6 +147,9 @@ def test_generate_draws_classes_as_in_the_data_of_the_training(tmp_path: Path, c
         assert np.bincount(made["class_ids"], minlength=10)[2:].sum() == 0
         assert np.array_equal(made["class_ids"], random_class_ids(range(200), 10, np.array(counts)))
     code, _, errors = cli(*command, tmp_path / "y.npz", "--classes", "data", "--class", "1")
-    assert (code, "--classes says how seeds draw classes, and they are given; leave one out" in errors) == (2, True)
+    assert (
+        code,
+        "--classes draws the classes from the seeds, but --class or --by-class gives them; leave one out" in errors,
+    ) == (2, True)
     facts = json.loads(cli(*command, tmp_path / "z.npz", "--json")[1])
     assert facts["classes"] == UNIFORM

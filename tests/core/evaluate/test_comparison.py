@@ -81,19 +81,37 @@ def test_the_command_says_what_can_be_said(tmp_path: Path, cli: Cli) -> None:
     assert json.loads(cli("compare", a[0], b[0], "--metric", "recall", "--json")[1])["weights"]["verdict"] == "inconclusive"
 
 
+@pytest.mark.parametrize(("classes", "said"), [("uniform", True), ("data", False), (None, False)])
+def test_a_generator_without_classes_compares_and_what_decides_is_said(
+    tmp_path: Path, cli: Cli, classes: str | None, said: bool
+) -> None:
+    """It was refused, with a remedy that nobody could follow: there are no classes to draw alike."""
+    a = result(tmp_path / "a.json", "a", [1.0, 1.1], classes=classes)
+    b = result(tmp_path / "b.json", "b", [2.0, 2.1], classes=None)
+    for pair in ((a, b), (b, a)):
+        code, out, errors = cli("compare", *pair, "--json")
+        assert code == 0, errors
+        note = json.loads(out)["note"]
+        assert ("fair only if the reference is balanced" in note) == said
+        assert "training again moves FID" in note
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, cli: Cli) -> None:
     a = result(tmp_path / "a.json", "a", [1.0, 1.1])
     other = result(tmp_path / "b.json", "b", [1.0, 1.1], extractor={"sha256": "f"})
     classes = result(tmp_path / "c.json", "c", [1.0, 1.1], classes="data")
     (tmp_path / "d.json").write_text("[]")
     wrong = {
-        (a, other): "differ in their extractor: e and f; evaluate both alike",
-        (a, classes): "differ in their draw of classes: uniform and data",
+        (a, other): "differ in their extractor: e and f; evaluate both with the same --extractor",
+        (a, classes): "differ in their draw of classes: uniform and data; evaluate both with the same --classes",
         (a, tmp_path / "none.json"): "there is no result or bundle",
-        (a, tmp_path / "d.json"): "is no result of a generator (it is no result); write one: uni-instruct evaluate BUNDLE",
-        (a, f"{a},{a}"): "has the same weights twice",
-        (a, a, "--sets", "3"): "--sets is for bundles, and results were given; leave it out",
-        (a, a, "--ray"): "--ray is for bundles, and results were given; leave it out",
+        (
+            a,
+            tmp_path / "d.json",
+        ): "is not a result of a generator (it is not a result); write one: uni-instruct evaluate BUNDLE",
+        (a, f"{a},{a}"): "contains the same weights twice",
+        (a, a, "--sets", "3"): "--sets applies to bundles only, but results were given; leave it out",
+        (a, a, "--ray"): "--ray applies to bundles only, but results were given; leave it out",
         (a, a, "--metric", "IS"): "has no IS; choose one of FD(x), recall",
     }
     for arguments, message in wrong.items():
@@ -144,7 +162,7 @@ def test_an_edited_result_is_one_line_wherever_it_is_edited(tmp_path: Path, cli:
 def test_what_is_no_finite_number_is_not_compared(tmp_path: Path, cli: Cli, value: float) -> None:
     a, b = (result(tmp_path / f"{name}.json", name, [1.0, number]) for name, number in (("a", 1.1), ("b", value)))
     code, _, err = cli("compare", a, b)
-    assert (code, f"has FD(x) 1.0, {value}, which compares with nothing; evaluate it with more --samples" in err) == (2, True)
+    assert (code, f"has FD(x) 1.0, {value}, which cannot be compared; evaluate it with more --samples" in err) == (2, True)
     assert cli("compare", a, b, "--metric", "recall")[0] == 0
 
 

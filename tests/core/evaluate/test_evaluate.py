@@ -259,7 +259,7 @@ def test_processes_that_want_one_classifier_train_it_once(
     assert len(trained) == 1
     assert paths[0] == paths[1]
     assert [path.name for path in paths[0].parent.iterdir()] == [paths[0].name]
-    assert "waiting for the classifier of 'arrays'" in caplog.text
+    assert "training the classifier of 'arrays'" in caplog.text
 
 
 @pytest.mark.usefixtures("quick_classifier")
@@ -293,7 +293,10 @@ def test_statistics_stand_for_their_data_set(digits: Dataset, evaluator: Evaluat
 def test_statistics_of_a_classifier_that_is_gone(some_digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = Evaluator(some_digits, "classifier").statistics()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    with pytest.raises(RequestError, match="arrays-classifier is not in the cache; give the data set itself"):
+    with pytest.raises(
+        RequestError,
+        match="the classifier of the statistics, arrays-classifier, is not on this machine; give the data set itself",
+    ):
         Evaluator(statistics)
 
 
@@ -340,17 +343,19 @@ def test_faulty_requests(digits: Dataset, evaluator: Evaluator) -> None:
     unlabelled = arrays_dataset(images, None)
     wrong = {
         "metric 'fid' is unknown; choose from fd, kd, pr": lambda: evaluator(images, metrics=["fid"]),
-        "metrics 'fd' are no list; give names in one": lambda: evaluator(images, metrics="fd"),
+        "metrics 'fd' are not a list; give a list of names": lambda: evaluator(images, metrics="fd"),
         "class id 10 is outside 0..9": lambda: evaluator(images, np.arange(1, 11)),
         "class id -1 is outside 0..9": lambda: evaluator(images, np.arange(-1, 9)),
         "no metric was named": lambda: evaluator(images, metrics=[]),
         "metric 'is' cannot be measured: it is defined by InceptionV3": lambda: evaluator(images, metrics=["is"]),
-        "metric 'class_accuracy' cannot be .* which class": lambda: evaluator(images, metrics=["class_accuracy"]),
+        "metric 'class_accuracy' cannot be measured: the classes of the images are unknown": lambda: evaluator(
+            images, metrics=["class_accuracy"]
+        ),
         "3 images are too few to score": lambda: evaluator(images[:3]),
         "there are no images to score": lambda: evaluator(images[:0]),
         "2 class ids were given for 10 images": lambda: evaluator(images, np.array([1, 2])),
         r"images of shape \[1, 4, 8\] cannot be compared": lambda: evaluator(images[:, :4]),
-        r"images are float64 .* from -1 to 1, not uint8 \[N, H, W, C\]; give bytes": lambda: evaluator(images / 127.5 - 1),
+        r"images are float64 .* from -1 to 1, not uint8 \[N, H, W, C\]; convert floats": lambda: evaluator(images / 127.5 - 1),
         r"images are float32 \[2, 8, 8, 1\]": lambda: evaluator.score_batches([images[:8], images[8:].astype(np.float32)]),
         r"images are int64 \[10, 8, 8, 1\], not uint8": lambda: evaluator.extractor([images.astype(int)]),
         r"images are uint8 \[10, 8, 8\], not uint8 \[N, H, W, C\]": lambda: evaluate_images(images[..., 0], digits),

@@ -119,22 +119,22 @@ def test_as_many_seeds_as_the_reference_has_images(cli: Cli, tiny_bundle: Bundle
         (["nothing", "--reference", "digits"], "there is no bundle and there are no images at nothing"),
         (["digits", "--reference", "nothing"], "there is no data set nothing"),
         (["digits", "--reference", "bad.npz"], "bad.npz has mu [3] and sigma [2, 2]"),
-        (["digits", "--reference", "small.npz"], "small.npz has 3 features, inception-v3 has 2048"),
+        (["digits", "--reference", "small.npz"], "small.npz has 3 features, but inception-v3 has 2048"),
         (["digits", "--reference", "digits", "--metrics", "fd,fid"], "metric 'fid' is unknown"),
         (["digits", "--reference", "digits", "--metrics", "is"], "metric 'is' cannot be measured"),
         (["digits", "--reference", "digits", "--samples", "0"], "0 is not in the range"),
         (["digits", "--reference", "digits", "--samples", "99999999999"], "99999999999 is not in the range"),
-        (["wide.npz", "--reference", "digits", "--seeds", "0-9"], "--seeds needs a bundle, and images were given"),
-        (["wide.npz", "--reference", "digits", "--teacher", "x"], "--teacher needs a bundle, and images were given"),
-        (["digits", "--reference", "digits", "--steps", "3"], "is a one-step generator, which has no sampler to take 3 steps"),
-        (["wide.npz", "--reference", "digits", "--steps", "3"], "--steps needs a bundle, and images were given"),
+        (["wide.npz", "--reference", "digits", "--seeds", "0-9"], "--seeds applies to bundles only, but images were given"),
+        (["wide.npz", "--reference", "digits", "--teacher", "x"], "--teacher applies to bundles only, but images were given"),
+        (["digits", "--reference", "digits", "--steps", "3"], "is a one-step generator and cannot be sampled in 3 steps"),
+        (["wide.npz", "--reference", "digits", "--steps", "3"], "--steps applies to bundles only, but images were given"),
         (["digits", "--reference", "digits", "--extractor", "dino"], "'dino' is not one of"),
         (["digits", "--reference", "digits", "--save-statistics", "x.txt"], "x.txt is not the name of an .npz"),
         (["BUNDLE", "--reference", "digits", "--seeds", "x"], "seeds 'x' cannot be read"),
         (["BUNDLE", "--reference", "digits", "--seeds", "0-9", "--samples", "5"], "--seeds already says which"),
         (["BUNDLE", "--reference", "digits", "--seeds", "0-2"], "3 images are too few"),
         (["BUNDLE", "--reference", "digits", "--seeds", "0-9", "--sets", "3"], "10 seeds cannot be divided into 3 equal sets"),
-        (["wide.npz", "--reference", "digits", "--sets", "3"], "--sets needs a bundle, and images were given"),
+        (["wide.npz", "--reference", "digits", "--sets", "3"], "--sets applies to bundles only, but images were given"),
         (["BUNDLE", "--reference", "digits", "--engine", "onnx"], "has no onnx engine"),
         (["BUNDLE", "--reference", "digits", "--engine", "abacus"], "engine 'abacus' is unknown"),
         (["BUNDLE", "--reference", "digits", "--teacher", "nothing"], "there is no bundle nothing"),
@@ -172,7 +172,7 @@ def test_bundles_and_runs_are_compared_as_their_results_are(cli: Cli, tiny_bundl
     assert code == 0, err
     assert json.loads(out) == truth
     assert truth["metric"] == FD
-    assert "training again moves FID some 3.2 times as far as other seeds do" in truth["note"]
+    assert "training again changes FID about 3.2 times as much as other seeds do" in truth["note"]
     mixed = cli("compare", tmp_path / "a", tmp_path / "run", "--reference", "digits", *scored, "--json")
     assert json.loads(mixed[1]) == truth
 
@@ -186,7 +186,7 @@ def test_several_trainings_of_either_side_are_bundles_too(cli: Cli, tiny_bundle:
     assert "2 trainings" in out
     assert "note:" not in out
     code, _, err = cli("compare", f"{others[0]},{others[0]}", others[1], "--reference", "digits")
-    assert (code, "has the same weights twice; give each training once" in err) == (2, True), err
+    assert (code, "contains the same weights twice; give each training once" in err) == (2, True), err
     code, _, err = cli("compare", others[0], others[1])
     assert (code, err.strip()) == (2, "error: bundles are scored against a reference; give --reference DATA")
     code, _, err = cli("compare", others[0], others[1], "--reference", "digits", "--metric", "beauty")

@@ -62,7 +62,7 @@ def test_inception_network_scores_grey_and_colour_alike(tmp_path: Path) -> None:
     assert list(scores.values) == ["KID", "precision", "recall", "IS"]
     assert scores.values == Evaluator(arrays_dataset(colour, None), extractor)(colour[:10], metrics=["kd", "pr", "is"]).values
     assert (scores.values["precision"], scores.extractor) == (1.0, "inception-v3")
-    assert "10 images are no more than the 2048 features" in scores.notes[0]
+    assert "10 images are too few for 2048 features" in scores.notes[0]
 
 
 def test_features_are_made_in_full_float32() -> None:

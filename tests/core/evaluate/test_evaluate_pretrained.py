@@ -137,8 +137,8 @@ def test_a_missing_file_is_one_line_with_what_to_put_where(name: str, offline: N
         Evaluator(colour, name)
     message, file = str(error.value), weight_file(name)
     assert "\n" not in message
-    assert message.startswith(f"{name} has no weights on this machine; put {file.places[0].name} from https://")
-    assert message.endswith(f"into {file.places[0].parent}, or give its --extractor-weights")
+    assert message.startswith(f"the weights of {name} are not on this machine; put {file.places[0].name} from https://")
+    assert message.endswith(f"into {file.places[0].parent}, or give the file with --extractor-weights")
 
 
 def test_a_file_in_the_cache_is_found(dino_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,9 +118,12 @@ def other(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
             "does not describe a decoder: block_out_channels is 'None'",
         ),
         (lambda folder: write_vae(folder, block_out_channels=[8, 14]), r"\[8, 14\] channels do not divide into 4 groups"),
-        (lambda folder: write_vae(folder, block_out_channels=[8] * 40), r"describes a decoder of channels \[8, 8"),
+        (lambda folder: write_vae(folder, block_out_channels=[8] * 40), r"describes a decoder with block_out_channels \[8, 8"),
         (lambda folder: write_vae(folder, layers_per_block=10**9), "a decoder of 1000000000 layers"),
-        (lambda folder: write_vae(folder, out_channels=2), "1 layers and 2 output channels; give one of 1 or 3"),
+        (
+            lambda folder: write_vae(folder, out_channels=2),
+            "1 layers a block and 2 output channels, which is not supported; give one",
+        ),
         (lambda folder: folder, "there is no file .*vae; "),
     ],
 )
@@ -148,8 +151,11 @@ def test_files_that_are_not_safetensors_are_refused_unread(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latents": False}, "a decoder of 4 channels for a network of 4 that makes no latents"),
-        ({"noise_shape": (3, 8, 8)}, "a decoder of 4 channels for a network of 3;"),
+        ({"latents": False}, "a decoder of latents of 4 channels does not fit a network that makes images of 4 channels"),
+        (
+            {"noise_shape": (3, 8, 8)},
+            "a decoder of latents of 4 channels does not fit a network that makes latents of 3 channels;",
+        ),
     ],
 )
 def test_a_decoder_belongs_to_a_network_of_its_latents(changes: dict[str, Any], message: str) -> None:

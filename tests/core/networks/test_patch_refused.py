@@ -38,13 +38,13 @@ def test_one_is_what_is_not_given() -> None:
         (
             28,
             ["network.patch=4"],
-            "with network.patch 4 the network sees 28x28 as 7x7, which is not divisible by 2; "
+            "network.patch 4 turns images of 28x28 into inputs of 7x7, which are not divisible by 2; "
             "choose network.patch 1 or 2, or use fewer than 2 levels",
         ),
         (
             28,
             ["network.patch=4", "channel_mult=[1,1,1,1,1]"],
-            "as 7x7, which is not divisible by 16; resize the data, or use fewer",
+            "into inputs of 7x7, which are not divisible by 16; resize the data, or use fewer",
         ),
         (28, ["network.patch=1", "channel_mult=[1,1,1,1]"], "resolution 28x28 is not divisible by 8; use fewer than 4 levels"),
         (30, ["network.patch=4"], "network.patch 4 does not divide images of 30x30; choose 1 or 2, or resize the data"),

@@ -129,7 +129,9 @@ def test_where_no_cluster_is_one_line_says_so(tmp_path: Path, cli: Cli) -> None:
     code, _, err = cli("generate", "digits", "--seeds", "0-9", "--out", tmp_path / "out", "--ray", "127.0.0.1:1")
     assert code == 2
     assert "there is no Ray cluster at 127.0.0.1:1: [Errno 111] Connection refused; give its HOST:PORT" in err
-    assert "that is no HOST:PORT" in cli("generate", "digits", "--seeds", "0", "--out", tmp_path / "out", "--ray", "nowhere")[2]
+    assert (
+        "that is not HOST:PORT" in cli("generate", "digits", "--seeds", "0", "--out", tmp_path / "out", "--ray", "nowhere")[2]
+    )
 
 
 def test_without_the_extra_the_error_names_it(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def test_claims_exclude_each_other_and_end(tmp_path: Path) -> None:
     assert first.missing() == [Shard(0, 4), Shard(8, 10)]
     assert [path.name for path in tmp_path.glob("*4.*")] == ["000000004.npy"]
     np.testing.assert_array_equal(first.read(np.array([5, 7])), np.full((2, 2, 2, 1), 7, np.uint8))
-    with pytest.raises(FileFormatError, match=r"000000000\.npy was removed while it was needed"):
+    with pytest.raises(FileFormatError, match=r"000000000\.npy was removed while it was in use"):
         first.read(np.array([1]))
 
 
@@ -301,8 +301,10 @@ def test_a_set_whose_shards_are_not_all_done_is_said_to_be_unfinished(
     assert cli(*request, "--shard", "1/2")[0] == 0
     status, _, error = cli("evaluate", "set", "--reference", "digits")
     assert status == 2
-    assert error.startswith("error: the samples of set are not finished, and wait in ")
-    with pytest.raises(RequestError, match=r"not finished, and wait in .*; give the same 'generate' again, without --shard"):
+    assert error.startswith("error: the samples of set are not finished: the shards made so far are in ")
+    with pytest.raises(
+        RequestError, match=r"not finished: the shards made so far are in .*; run the same 'generate' again, without --shard"
+    ):
         read_samples("set")
     assert cli(*request)[0] == 0
     assert len(read_samples("set").images) == 1025

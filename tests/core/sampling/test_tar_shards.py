@@ -81,7 +81,7 @@ def test_damage_is_told(tars: Path, tmp_path: Path) -> None:
     changed = bytearray(content)
     changed[520] ^= 1
     first.write_bytes(changed)
-    with pytest.raises(FileFormatError, match=r"000000\.tar was changed since it was written; copy or make it again"):
+    with pytest.raises(FileFormatError, match=r"000000\.tar has changed since it was written; copy or generate it again"):
         read_samples(tars)
     first.write_bytes(content[:4096])
     with pytest.raises(FileFormatError, match=r"000000\.tar has 4096 bytes, manifest\.json says"):

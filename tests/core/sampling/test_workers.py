@@ -135,7 +135,7 @@ def test_parts_make_the_set_in_any_order_and_the_last_writes_it(
     for number in (2, 3, 1):
         code, text, err = cli(*arguments(exported_bundle, out, "--shard", f"{number}/3"))
         assert code == 0, err
-        assert ("written" if number == 1 else f"shard {number}/3 is done; the set is written once the others are") in text
+        assert ("written" if number == 1 else f"shard {number}/3 is done; the set is written when all shards are done") in text
         assert out.exists() == (number == 1)
     assert sha256(out) == sha256(alone)
     assert "was complete" in cli(*arguments(exported_bundle, out, "--shard", "2/3"))[1]
@@ -169,8 +169,8 @@ def test_parts_out_of_range_are_refused(text: str, message: str) -> None:
 def test_what_does_not_fit_together_is_one_line(exported_bundle: Bundle, tmp_path: Path, cli: Cli) -> None:
     base = ("generate", exported_bundle.path, "--seeds", "0-9")
     wrong = {
-        ("--grid", "x.png", "--workers", "2"): "--workers, --ray and --shard write a set; give --out",
-        ("--out", "x", "--grid", "x.png", "--shard", "1/2"): "a part alone has no grid",
+        ("--grid", "x.png", "--workers", "2"): "--workers, --ray and --shard need an output; give --out",
+        ("--out", "x", "--grid", "x.png", "--shard", "1/2"): "--grid cannot be combined with --shard",
         ("--out", "x", "--workers", "0"): "0 is not in the range",
         ("--out", "x.tar"): "for tar shards a folder that ends in .wds",
     }
@@ -195,7 +195,7 @@ def test_a_task_that_kills_every_worker_is_given_up_and_named() -> None:
         pool.submit(Task(Shard(3, 7), np.arange(4), None))
         with pytest.raises(UniInstructError) as error:
             wait_for_ever(pool)
-    assert str(error.value).startswith(f"{MAX_DEATHS} workers died over images 3 to 6, the last by exit code 3; ")
+    assert str(error.value).startswith(f"{MAX_DEATHS} workers died while making images 3 to 6, the last from exit code 3; ")
 
 
 def test_a_worker_s_error_is_the_user_s(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.class_mixture import ClassIds, ClassMixture
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import generate_images, mix_classes, resolve_class_ids
-from uni_instruct.noise import noise
+from uni_instruct.noise import Between, noise
 from uni_instruct.serve.batching import batch_sizes
 from uni_instruct.serve.batching import batcher as batcher_module
 from uni_instruct.serve.batching.batch_sizes import prewarm
@@ -250,7 +250,9 @@ def test_the_queue_is_bounded_in_images(engine: Engine) -> None:
         await until(lambda: gate.batches)
         waiting = ask(batcher, gate, list(range(10, 16)))
         await asyncio.sleep(0)
-        with pytest.raises(QueueFullError, match="holds 6 of at most 8 images; try again in") as refused:
+        with pytest.raises(
+            QueueFullError, match="no room for this request: 6 of at most 8 images are waiting; try again in"
+        ) as refused:
             await ask(batcher, gate, [20, 21, 22])
         assert refused.value.retry_after_s >= 1
         fits = ask(batcher, gate, [20, 21])
@@ -272,7 +274,7 @@ def test_what_was_cancelled_or_expired_never_runs(engine: Engine) -> None:
         left, expired = ask(batcher, gate, [2, 3, 4]), ask(batcher, gate, [5, 6], timeout_s=0.01)
         await asyncio.sleep(0)
         left.cancel()
-        with pytest.raises(TimedOutError, match="2 images were not made in"):
+        with pytest.raises(TimedOutError, match="2 images were not made within"):
             await expired
         full = ask(batcher, gate, list(range(10, 18)))  # they no longer take up room
         gate.let(10)
@@ -321,6 +323,23 @@ def test_a_bad_item_fails_alone(engine: Engine, caplog: pytest.LogCaptureFixture
         run(work())
 
 
+def test_an_image_between_seeds_that_fails_is_named_in_words(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Gate):
+        def __call__(self, z: np.ndarray, class_ids: ClassIds | None) -> np.ndarray:
+            raise RuntimeError("poisoned")
+
+    async def work() -> None:
+        gate = Failing(engine, is_open=True)
+        batcher = make(gate)
+        with pytest.raises(EngineFailedError) as failed:
+            await batcher.submit([Between(3, 58, 0.5)], resolve_class_ids(gate.spec, [3]), FOREVER_S)
+        assert failed.value.problem == "the engine failed between seeds 3 and 58, at 0.500: poisoned"
+        await batcher.close()
+
+    run(work())
+    assert [record.getMessage() for record in caplog.records] == ["the engine failed between seeds 3 and 58, at 0.500"]
+
+
 def test_an_engine_that_answers_another_shape_is_an_error(engine: Engine) -> None:
     class Cropping(Gate):
         def __call__(self, z: np.ndarray, class_ids: np.ndarray | None) -> np.ndarray:
@@ -329,7 +348,7 @@ def test_an_engine_that_answers_another_shape_is_an_error(engine: Engine) -> Non
     async def work() -> None:
         gate = Cropping(engine, is_open=True)
         batcher = make(gate)
-        with pytest.raises(EngineFailedError, match=r"\(1, 4, 8, 1\) for uint8 \(1, 8, 8, 1\)"):
+        with pytest.raises(EngineFailedError, match=r"\(1, 4, 8, 1\) instead of uint8 \(1, 8, 8, 1\)"):
             await ask(batcher, gate, [1])
         await batcher.close()
 

@@ -130,13 +130,14 @@ def test_what_cannot_be_served_without_torch_is_refused_with_what_to_do(
         f"{path} has no engine that runs without torch; uni-instruct export {path} --to onnx"
     )
     latents = random_bundle(tmp_path / "latents", seed=0, image_shape=(4, 8, 8), latents=True)
-    assert "makes a VAE's latents, no pictures; give it the VAE's decoder: uni-instruct import" in refused(
-        latents.path, "--out", out
+    assert (
+        "makes a VAE's latents and has no decoder to turn them into pictures; add the VAE's decoder: uni-instruct import"
+        in refused(latents.path, "--out", out)
     )
     assert "is a teacher of 4 steps, which needs torch" in refused("digits", f"t={tiny_teacher.path}", "--out", out)
     for engine in ("openvino-fp32", "torch-fp32", "abacus"):
         wanted = refused("digits", "--engine", engine, "--out", out)
-        assert wanted.endswith(f"has no engine {engine} for a Bento; choose one of onnx-fp32")
+        assert wanted.endswith(f"has no engine {engine} that runs in a Bento; choose one of onnx-fp32")
     assert "are both called digits; give one a name of its own" in refused("digits", "digits", "--out", out)
     assert "there is no bundle" in refused(tmp_path / "nothing", "--out", out)
     altered = Path(shutil.copytree(exported_bundle.path, tmp_path / "altered"))

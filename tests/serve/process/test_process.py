@@ -180,7 +180,7 @@ def test_bentomls_client_gets_arrays(bento: Running, exported_bundle: Bundle, mo
         (b'{"seeds": [1], "num_images": 1}', "application/json", 400, "both seeds and num_images are given"),
         (b'{"model": "red"}', "application/json", 404, "no model 'red' is served"),
         (b"{", "application/json", 400, "the body is not JSON"),
-        (b"seeds=1", "application/x-www-form-urlencoded", 415, "is not read here; send application/json"),
+        (b"seeds=1", "application/x-www-form-urlencoded", 415, "is not supported; send application/json"),
     ],
 )
 def test_bentomls_own_route_is_as_strict_as_the_others(
@@ -344,12 +344,15 @@ def test_wrong_requests_are_one_line_and_exit_code_2(exported_bundle: Bundle, tm
         taken.listen()
         port = str(taken.getsockname()[1])
         message = refused(str(exported_bundle.path), "--port", port)
-        assert message == f"error: port {port} is taken; choose another --port\n"
+        assert message == f"error: port {port} is already in use; choose another --port\n"
     assert refused(str(tmp_path / "nothing")).startswith("error: there is no bundle")
     assert refused(str(exported_bundle.path), "--engine", "abacus").startswith("error: engine 'abacus' is unknown; choose one")
     assert refused(str(exported_bundle.path), "--host", "no.such.host.invalid").startswith("error: host no.such.host.invalid")
     latents = random_bundle(tmp_path / "latents", seed=0, image_shape=(4, 8, 8), latents=True)
-    assert "makes a VAE's latents, no pictures; give it the VAE's decoder: uni-instruct import" in refused(str(latents.path))
+    assert (
+        "makes a VAE's latents and has no decoder to turn them into pictures; add the VAE's decoder: uni-instruct import"
+        in refused(str(latents.path))
+    )
     assert "0 is not in the range" in refused(str(exported_bundle.path), "--port", "0")
     altered = Path(shutil.copytree(exported_bundle.path, tmp_path / "altered"))
     (altered / "engines/onnx-fp32/tiny-8x8-onnx-fp32.onnx").write_bytes(b"altered")
@@ -365,7 +368,7 @@ def test_workers_that_cannot_live_end_the_command(exported_bundle: Bundle, tmp_p
     running = start(exported_bundle, tmp_path, "--no-ui", "--workers", "2", PYTHONPATH=str(tmp_path))
     try:
         assert running.process.wait(PATIENCE_S) == 1
-        assert "error: workers end before they are ready, " in running.log.read_text()
+        assert "error: worker processes end before they are ready (" in running.log.read_text()
     finally:
         running.kill()
 

@@ -54,13 +54,13 @@ WRONG = [
     (b'{"seeds": [1], "num_images": 1}', "both seeds and num_images are given; give one of them"),
     (b'{"class_ids": [3]}', "class 3 is outside 0..2"),
     (b'{"class_ids": [-1]}', "class -1 is outside 0..2"),
-    (b'{"classes": ["three"]}', "class three is outside 0..2"),
+    (b'{"classes": ["three"]}', "class three is neither a class name nor an id in 0..2"),
     (b'{"class_ids": []}', "the list of classes is empty"),
     (b'{"class_ids": [1], "classes": ["one"]}', "both class_ids and classes are given"),
     (b'{"seeds": [1, 2, 3], "class_ids": [1, 2]}', "2 classes were given for 3 seeds"),
     (b'{"format": "bmp"}', "format is 'bmp'; choose one of png, jpeg, webp, npz, zip, json"),
-    (b'{"num_images": 4, "format": "jpeg"}', "4 images do not fit one jpeg"),
-    (b'{"num_images": 4, "format": "npz", "grid": true}', "a grid is one picture, and npz is none"),
+    (b'{"num_images": 4, "format": "jpeg"}', "4 images do not fit into one jpeg file"),
+    (b'{"num_images": 4, "format": "npz", "grid": true}', "a grid is a picture, and npz is not a picture format"),
     (b'{"grid": 1}', "grid is 1; give true or false"),
 ]
 

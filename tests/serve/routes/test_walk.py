@@ -1,11 +1,13 @@
 """POST /v1/walk, /v1/compare and GET /v1/about on a real engine, in this process."""
 
+import asyncio
 import base64
 import dataclasses
 import io
 import json
 import re
 import shutil
+import threading
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,7 +20,7 @@ import pytest
 from PIL import Image
 
 from builders.paths import FORMAT_1
-from builders.serving import app_of, client_of, run
+from builders.serving import FOREVER_S, app_of, client_of, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.errors import RequestError
@@ -26,6 +28,7 @@ from uni_instruct.generate import mix_classes, resolve_class_ids
 from uni_instruct.images import grid
 from uni_instruct.noise import Between, NoisePoint, draw_inputs
 from uni_instruct.serve.demo import mount as demo_module
+from uni_instruct.serve.demo.compare import SideBySide, class_ids_of_teacher, find_teacher
 from uni_instruct.serve.routes.walk import WalkRequest, resolve_walk
 
 
@@ -183,11 +186,11 @@ def test_the_animation_has_every_frame_enlarged_by_a_whole_factor(digits: Bundle
         ({}, "seeds is missing; give two or more seeds, such as [7, 8]"),
         ([], "the body is [], not an object"),
         ({"seeds": "7"}, "seeds is '7'; give two or more seeds"),
-        ({"seeds": []}, "the way has 0 stops; give 1 to 64 seeds"),
-        ({"seeds": [1] * 65}, "the way has 65 stops"),
+        ({"seeds": []}, "the walk has 0 stops; give 1 to 64 seeds"),
+        ({"seeds": [1] * 65}, "the walk has 65 stops"),
         ({"seeds": [7, -1]}, "seed -1 is not an integer in [0, 2**63)"),
         ({"seeds": [2**63 - 1], "count": 2}, "seed 9223372036854775808 is not an integer in [0, 2**63)"),
-        ({"seeds": [7, 8], "positions": [1.5]}, "position 1.5 is not on the way; choose positions from 0 to 1"),
+        ({"seeds": [7, 8], "positions": [1.5]}, "position 1.5 is not on the walk; choose positions from 0 to 1"),
         ({"seeds": [7, 8], "positions": []}, "0 positions of 1 images were asked for; ask for 1 to 8 images"),
         ({"seeds": [7, 8], "positions": [0.5] * 3, "count": 3}, "3 positions of 3 images were asked for"),
         ({"seeds": [7, 8], "frames": 10**9}, "1000000000 frames of 1 images were asked for"),
@@ -196,7 +199,7 @@ def test_the_animation_has_every_frame_enlarged_by_a_whole_factor(digits: Bundle
         ({"seeds": [7, 8], "class_ids": [12]}, "class 12 is outside 0..9"),
         ({"seeds": [7, 8], "class_ids": [1, 2, 3]}, "3 classes were given for 2 seeds"),
         ({"seeds": [7, 8], "classes": []}, "the list of classes is empty"),
-        ({"seeds": [7, 8], "frames": 2, "animated": True}, 'png does not move; give "format": "webp"'),
+        ({"seeds": [7, 8], "frames": 2, "animated": True}, 'png cannot be animated; give "format": "webp"'),
         (
             {"seeds": [7], "frames": 1, "count": 5, "animated": True, "format": "webp", "scale": 64},
             "the animation would be 1536 pixels wide; choose a scale of at most 42",
@@ -210,6 +213,20 @@ def test_what_is_wrong_is_said_with_its_remedy(digits: Bundle, body: object, pro
             answer = await client.post("/v1/walk", content=json.dumps(body))
             assert answer.status_code == 400
             assert problem in answer.json()["error"]["message"]
+
+    run(work())
+
+
+def test_the_description_names_only_headers_that_are_sent(digits: Bundle) -> None:
+    async def work() -> None:
+        async with client_of_demo(digits) as client:
+            paths = (await client.get("/openapi.json")).json()["paths"]
+            for path, body in (("/v1/generate", {"seeds": [7]}), ("/v1/walk", {"seeds": [7, 8], "positions": [0.5]})):
+                described = paths[path]["post"]["responses"]["200"]["description"]
+                # Sent only if the bundle has an engine that is refused.
+                named = {name.lower() for name in re.findall(r"(?:X|Server)-[\w-]+", described)} - {"x-engines-refused"}
+                sent = (await client.post(path, json=body)).headers
+                assert {name for name in named if name not in sent} == set(), path
 
     run(work())
 
@@ -273,6 +290,21 @@ def test_a_comparison_shows_both_sides_and_what_differs(tmp_path: Path, digits: 
     run(work())
 
 
+def test_a_teacher_is_asked_for_the_class_of_the_same_name(tmp_path: Path, digits: Bundle, digits_teacher: Path) -> None:
+    names, teacher = tuple("abcdefghij"), Bundle.open(digits_teacher)
+    spec = dataclasses.replace(digits.spec, class_names=names)
+    for order, asked in (((*names[1:], names[0]), [2, 9]), (names, [3, 0]), ((), [3, 0]), (tuple("klmnopqrst"), None)):
+        other = dataclasses.replace(teacher.spec, class_names=order)
+        Bundle.write(tmp_path / "generator", spec, digits.weights(), "")
+        Bundle.write(tmp_path / "teacher", other, teacher.weights(), "")
+        found = find_teacher(Bundle.open(tmp_path / "generator"))
+        assert (found is None) == (asked is None)
+        if found is not None:
+            ids = class_ids_of_teacher(found.spec, spec, np.array([3, 0]))
+            assert ids is not None
+            assert ids.tolist() == asked
+
+
 def test_a_comparison_with_what_is_not_there_is_refused(digits: Bundle) -> None:
     async def work() -> None:
         async with client_of_demo(digits) as client:
@@ -285,6 +317,34 @@ def test_a_comparison_with_what_is_not_there_is_refused(digits: Bundle) -> None:
                 assert answer.status_code == 400
                 assert problem in answer.json()["error"]["message"]
             assert (await client.get("/v1/about/config.json")).status_code == 404
+
+    run(work())
+
+
+def test_comparisons_beyond_those_that_may_wait_are_refused_by_their_number(
+    digits: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+    opened = SideBySide._engine_for
+
+    def slow(self: SideBySide, bundle: Bundle, other: str) -> Engine:
+        assert let_go.wait(FOREVER_S)
+        return opened(self, bundle, other)
+
+    monkeypatch.setattr(SideBySide, "_engine_for", slow)
+
+    async def work() -> None:
+        async with client_of_demo(digits) as client:
+            tasks = [
+                asyncio.create_task(client.post("/v1/compare", json={"other": "torch-fp32", "seeds": [7]})) for _ in range(5)
+            ]
+            refused = (await next(asyncio.as_completed(tasks))).json()["error"]
+            let_go.set()
+            answers = [await task for task in tasks]
+            assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429]
+            assert refused["message"] == "4 comparisons are running or waiting already; try again in 2 s"
+            again = next(answer for answer in answers if answer.status_code == 429)
+            assert again.headers["retry-after"] == "2"
 
     run(work())
 

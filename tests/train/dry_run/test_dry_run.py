@@ -44,7 +44,7 @@ def objective(**changes: object) -> ObjectiveConfig:
         ),
         (
             objective(),
-            ["DI is zero, as h is constant", "noise levels 0.002..24.4 (Karras rho schedule, tmin 0 to tmax 800)"],
+            ["DI is zero, as h is constant", "noise levels: 0.002..24.4 (Karras rho schedule, tmin 0 to tmax 800)"],
             [],
         ),
         (objective(alpha=1.2), ["FGM x 2(1 - 1.2) + SIM"], ["FGM is zero"]),
@@ -67,7 +67,7 @@ def objective(**changes: object) -> ObjectiveConfig:
             ],
             ["is zero"],
         ),
-        (objective(divergence="chi-square", exact_sim=False), ["SIM (weight held fixed, which is biased)"], ["differentiated"]),
+        (objective(divergence="chi-square", exact_sim=False), ["SIM (weight held fixed: biased gradient)"], ["differentiated"]),
         (objective(divergence="chi-square", di=False, sim=False), [": FGM x 2(1 - 0.5)"], ["SIM", "DI"]),
         (objective(fgm=False, sim=False), ["expanded over noise levels: nothing", "DI is zero"], []),
         (objective(divergence="jeffreys", mix=0.25), ["0.5 forward KL + 1.5 reverse KL", "DI is zero, as h is linear"], []),
@@ -92,11 +92,15 @@ def objective(**changes: object) -> ObjectiveConfig:
             ["minimise - 1 x reward r.py:f"],
             ["KL", "weight"],
         ),
-        (objective(weighting="sid"), ["weighted by 1 / mean |G(z) - D_q|"], ["exactly", "alike"]),
-        (objective(weighting="exact"), ["weighted exactly"], ["mean |G(z)"]),
-        (objective(weighting="uniform"), ["weighted alike"], ["mean |G(z)"]),
+        (objective(weighting="sid"), ["weighted by 1 / mean |G(z) - D_q|"], ["exact", "same weight"]),
+        (objective(weighting="exact"), ["exact weighting"], ["mean |G(z)"]),
+        (objective(weighting="uniform"), ["the same weight for every noise level"], ["mean |G(z)"]),
         (objective(tmin=340, tmax=1000), ["0.507..80 (Karras rho schedule, tmin 340 to tmax 1000)"], []),
-        (objective(noise="lognormal", noise_mean=-0.8), ["logarithm is normal, mean -0.8, deviation 1.2"], ["Karras"]),
+        (
+            objective(noise="lognormal", noise_mean=-0.8),
+            ["noise levels: log sigma normal with mean -0.8, standard deviation 1.2"],
+            ["Karras"],
+        ),
         (
             objective(divergence="forward-kl", ratio_mean="running", ratio_bins=8),
             ["running mean of its noise bin (8 bins)"],
@@ -122,8 +126,8 @@ def test_the_formula_says_what_the_configuration_says(config: ObjectiveConfig, s
         ([], ["critic: fake score; 1 update a step, at the generator's"], ["discriminator", "without", "augmented"]),
         (["divergence=forward-kl"], ["discriminator on the fake score's encoder (its loss x 0.1)"], ["own"]),
         (["adversarial_scale=1", "discriminator=own"], ["discriminator on an encoder of its own"], ["score's enc"]),
-        (["critic_updates=5", "critic_noise=lognormal"], ["5 updates a step, at noise levels whose log"], ["generator's"]),
-        (["noise=lognormal", "critic_noise=lognormal"], ["at the generator's noise levels"], ["logarithm"]),
+        (["critic_updates=5", "critic_noise=lognormal"], ["5 updates a step; noise levels: log sigma"], ["generator's"]),
+        (["noise=lognormal", "critic_noise=lognormal"], ["at the generator's noise levels"], ["log sigma"]),
         (["fake_training_guidance=1.5"], ["fake score trained under classifier-free guidance of 1.5"], []),
         (["objective.label_dropout=0.1"], ["fake score trained without the class for 0.1 of the images"], []),
         (["distillation.augment=0.12"], ["augmented with probability 0.12"], []),
@@ -156,10 +160,10 @@ def test_every_method_is_told_with_its_source_and_its_departures(name: str, tmp_
 
     changed = dataclasses.replace(plain, alpha=0.7, tmax=900.0, critic_updates=method.settings.get("critic_updates", 1))
     usual = f"{method.settings.get('alpha', 0.5):g}"
-    departures = [line for line in method_lines(changed) if line.startswith("departs")]
-    assert departures == [f"departs from the method's settings: alpha 0.7 (not {usual}), tmax 900 (not 800)"]
+    departures = [line for line in method_lines(changed) if line.startswith("differs")]
+    assert departures == [f"differs from the method's settings: alpha 0.7 (not {usual}), tmax 900 (not 800)"]
     restored = dataclasses.replace(changed, alpha=method.settings.get("alpha", 0.5), tmax=800.0)
-    assert not any(line.startswith("departs") for line in method_lines(restored))
+    assert not any(line.startswith("differs") for line in method_lines(restored))
 
 
 # --- needs
@@ -196,7 +200,7 @@ def test_why_data_are_needed(tiny_teacher: Bundle, given: bool, changes: list[st
 def test_data_that_are_named_for_nothing_are_told(tiny_teacher: Bundle) -> None:
     told = needs(tiny_plan(f"teacher.bundle={tiny_teacher.path}", "metric=none"))["real_data"]
     assert told.startswith("none needed")
-    assert "digits, 1,797 images of 8x8x1, 10 classes, is named but not used" in told
+    assert "digits, 1,797 images of 8x8x1, 10 classes, named in the recipe but not used" in told
 
 
 def test_reward_pairs_and_start_are_told(tmp_path: Path, tiny_teacher: Bundle, tiny_bundle: Bundle) -> None:
@@ -262,7 +266,13 @@ def test_the_output_is_the_recipe_with_comments(
     comments, _, recipe = out.partition("\n\n")
     assert all(line.startswith("#") for line in comments.splitlines())
     assert "#" not in recipe.replace("# 1", "")
-    for words in ("# OBJECTIVE", "0 to 0.016 kimg, the critic alone:", "method dmd (arXiv 2311.18828)", "# NEEDS", "# COST"):
+    for words in (
+        "# OBJECTIVE",
+        "0 to 0.016 kimg, warm-up of the critic:",
+        "method dmd (arXiv 2311.18828)",
+        "# NEEDS",
+        "# COST",
+    ):
         assert words in comments
     assert "(a step measured on 4 images here)" in comments
 

@@ -45,7 +45,7 @@ def test_all_trials_have_the_same_arithmetic(tmp_path: Path) -> None:
     ("methods", "message"),
     [
         (["sidd"], "--methods 'sidd' is unknown; choose one of diff-instruct"),
-        ([" , "], "--methods names none"),
+        ([" , "], "--methods names no method"),
         (["sid alpha"], "'alpha' after 'sid' has no value; write key=value"),
         (["sid", "sid"], "--methods has 'sid' twice"),
     ],
@@ -60,7 +60,7 @@ def test_wrong_methods_are_refused(methods: list[str], message: str) -> None:
     [
         (("--methods", "sid, di++"), "method 'di++' needs a reward"),
         (("--methods", "sid alpha=high"), "recipe key 'objective.alpha' is 'high'"),
-        (("--methods", "sid", "loop.metric=none"), "a lab compares scores, and loop.metric is none"),
+        (("--methods", "sid", "loop.metric=none"), "a lab compares scores, but loop.metric is none"),
         (("--methods", "sid", "--seeds", "0-999999"), "more than 1000 trainings"),
         (("--methods", "sid", "teacher.bundle=nowhere"), "there is no bundle nowhere"),
     ],
@@ -72,6 +72,14 @@ def test_what_would_fail_is_refused_before_anything_is_trained(
     assert (code, message in errors) == (2, True), errors
     assert not (tmp_path / "lab" / "experiments").exists()
     assert not (tmp_path / "lab" / "teacher-run").exists()
+
+
+def test_a_folder_of_somebodys_is_not_replaced_by_the_labs(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "thesis.tex").write_text("mine")
+    code, _, errors = cli("lab", "digits", *SMALL, "--out", tmp_path, "--methods", "sid")
+    assert (code, errors) == (2, f"error: {tmp_path}/report would be replaced, and no training made it; choose another --out\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
 @pytest.mark.slow
@@ -135,4 +143,4 @@ def test_a_teacher_alone_is_gone_on_from(cli: Cli, tmp_path: Path) -> None:
     assert Bundle.open(tmp_path / "run" / "generator").spec.provenance["teacher_sha256"] == teacher
     code, _, errors = cli(*words, f"teacher.bundle={tmp_path / 'run' / 'teacher'}", "--teacher-only")
     assert (code, errors.count("\n")) == (2, 1)
-    assert "leave teacher.bundle empty, or do without --teacher-only" in errors
+    assert "leave out teacher.bundle or --teacher-only" in errors

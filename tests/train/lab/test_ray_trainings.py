@@ -106,7 +106,9 @@ def test_the_teacher_s_path_comes_back_as_it_is_here(training: Training) -> None
 
 
 def test_a_node_of_another_version_is_refused(training: Training) -> None:
-    with pytest.raises(RequestError, match=rf"a node of the cluster has uni-instruct {__version__}, this machine 0\.0\.0"):
+    with pytest.raises(
+        RequestError, match=rf"a node of the cluster has uni-instruct {__version__}, but this machine has 0\.0\.0"
+    ):
         TrainingActor().begin(training, None, None, "0.0.0")
 
 

@@ -31,7 +31,9 @@ CURVES = {
     "collapse": Curves("generator/diversity", [1, 0.8, 0.49, 0.2, 0.06], [0.51, 0.5, 0.9, 1, 1.1, 3], "vary 0.06 times"),
     "discriminator won": Curves("discriminator/accuracy", [0.6, 0.98, 1, 0.99], [0.97, 0.5, 0.52, 0.5, 0.5], "right on 99.0%"),
     "ratio at the clamp": Curves("ratio/clamped", [0, 0.11, 0.3, 0.5], [0, 0.1, 0.1, 0.1, 0.1], "50% of the log-ratios"),
-    "few samples count": Curves("ratio/effective_sample_size", [1, 0.09, 0.05, 0.02], [0.1, 0.1, 0.1, 1, 1], "2.0% of it"),
+    "few samples count": Curves(
+        "ratio/effective_sample_size", [1, 0.09, 0.05, 0.02], [0.1, 0.1, 0.1, 1, 1], "2.0% of the batch"
+    ),
     # At first the fake score is the teacher's copy; the distance that it then takes is no sickness, nor is a single bad line.
     "fake score lags": Curves(
         "generator/score_distance", [*CALM, 2.6, 4, 6, 9], [1e-6, 1e-3, *CALM, 2.6, 9, 2, 9, 2], "10.0 times"

@@ -81,7 +81,7 @@ def test_status_through_the_life_of_a_run(tmp_path: Path) -> None:
 
     refused = call_cli(*train_command(out))
     assert refused.returncode == 2
-    kill = f"wait for it, or stop it with 'kill {process.pid}', or choose another --out"
+    kill = f"wait until it has finished, or stop it with 'kill {process.pid}', or choose another --out"
     assert refused.stderr == f"error: {out} is being trained by process {process.pid} on this machine; {kill}\n"
 
     ended(process, signal.SIGKILL)
@@ -137,7 +137,7 @@ def test_a_system_without_niceness_refuses_it(
 ) -> None:
     monkeypatch.delattr(os, "nice")
     code, _, errors = cli("train", "digits", "--dry-run", "--nice", "5")
-    assert (code, errors) == (2, "error: --nice: this system has no niceness; leave it out\n")
+    assert (code, errors) == (2, "error: --nice is not supported on this system; leave it out\n")
 
 
 def test_the_pipeline_itself_refuses_a_folder_that_is_taken(tmp_path: Path) -> None:
@@ -146,7 +146,9 @@ def test_the_pipeline_itself_refuses_a_folder_that_is_taken(tmp_path: Path) -> N
 
     with RunLock(tmp_path / "run") as other:
         assert other.acquire()
-        with pytest.raises(RequestError, match="run is being trained by another process; wait for it, or choose"):
+        with pytest.raises(
+            RequestError, match="run is being trained by another process; wait until it has finished, or choose"
+        ):
             train(load_recipe("digits", SETTINGS), tmp_path / "run")
     assert [file.name for file in (tmp_path / "run").iterdir()] == [LOCK]
 
@@ -192,7 +194,7 @@ def test_numbers_are_those_of_the_log(tmp_path: Path) -> None:
     assert teacher.last_scores.step == 15
     assert [warning.warning for warning in status.warnings] == ["sick; turn a knob"]
     text = status_text(status)
-    assert "teacher: step 20 of 25 (0.16 of 0.2 kimg, 80 %); 400 images/s lately, 160 over the stage; 0 s left" in text
+    assert "teacher: step 20 of 25 (0.16 of 0.2 kimg, 80 %); 400 images/s at present, 160 over the stage; 0 s left" in text
     assert f"best scores at 0.08 kimg: {FD} 1.5, precision 0.5" in text
     assert "warning: teacher, step 20: sick; turn a knob" in text
 
@@ -278,7 +280,7 @@ def test_state_of_a_run_whose_lock_nobody_holds(tmp_path: Path, host: str, ended
     if state == "failed":
         assert status.known_by.endswith(": no disk; buy one")
     if state.startswith("probably"):
-        assert "by the time of the last line" in status.known_by
+        assert "by the time since the run last wrote" in status.known_by
 
 
 def test_the_stage_that_a_running_process_is_at_is_not_called_not_begun(tmp_path: Path) -> None:
@@ -291,10 +293,10 @@ def test_the_stage_that_a_running_process_is_at_is_not_called_not_begun(tmp_path
         assert lock.acquire()
         lock.note(devices=1)
         running = status_text(read_status(run))
-    assert stopped.count("not begun") == stopped.count("to go") == 2
+    assert stopped.count("not started") == stopped.count("kimg) left") == 2
     assert "teacher: no log line yet, " in running
-    assert "time left not known before the teacher's and the generator's first log line" in running
-    assert "generator: not begun, " in running
+    assert "the time left is not known before the teacher's and the generator's first log line" in running
+    assert "generator: not started, " in running
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "7", '{"pid": 1}'])
@@ -328,20 +330,20 @@ def test_command_to_resume_is_quoted_and_says_where(devices: int, tmp_path: Path
     ("arguments", "message"),
     [
         (["digits", "--status"], "'digits' is a recipe, not a run; give the folder that was given as --out"),
-        (["nowhere", "--status"], "there is no run nowhere; give the folder that was given as --out; a training makes it"),
-        (["empty", "--status"], "empty is no run: it has no recipe.yaml; give the folder that was given as --out"),
-        (["run/teacher", "--status"], "run/teacher is no run: it has no recipe.yaml; give {root}/run"),
-        ([".", "--status"], ". is no run: it has no recipe.yaml; give run"),
+        (["nowhere", "--status"], "there is no run nowhere; give the folder that was given as --out; a training creates it"),
+        (["empty", "--status"], "empty is not a run's folder: it has no recipe.yaml; give the folder that was given as --out"),
+        (["run/teacher", "--status"], "run/teacher is not a run's folder: it has no recipe.yaml; give {root}/run"),
+        ([".", "--status"], ". is not a run's folder: it has no recipe.yaml; give run"),
         (["run/recipe.yaml", "--status"], "run/recipe.yaml is a file, not the folder of a run; give the folder"),
         (
             ["digits", "--status", "--out", "run"],
-            "--status takes no --out: digits is to be the run; uni-instruct train run --status",
+            "--status takes no --out, because its argument (digits) is the run's folder; uni-instruct train run --status",
         ),
         (
             ["run", "--status", "--nice", "3"],
-            "--status changes nothing, and takes --json alone; uni-instruct train run --status",
+            "--status can only be combined with --json; uni-instruct train run --status",
         ),
-        (["cut", "--status"], "cut/recipe.yaml does not say how long teacher is; give the folder of a run"),
+        (["cut", "--status"], "cut/recipe.yaml has no valid teacher.duration_kimg or teacher.batch; give the folder of a run"),
         (["run", "--nice", "20"], "Invalid value for '--nice': 20 is not in the range 0<=x<=19."),
     ],
 )
@@ -408,7 +410,7 @@ def test_a_file_system_without_locks_trains_with_a_warning(
     with RunLock(run) as lock:
         assert lock.acquire()
         lock.note(devices=1)
-        assert "file system without locks" in caplog.text
+        assert "file system without file locks" in caplog.text
         assert is_locked(run) is None
         assert read_status(run).state == "probably running"
     assert read_status(run).state == "finished"

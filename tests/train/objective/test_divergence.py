@@ -31,10 +31,10 @@ EXPRESSIONS = {
 REFUSED = {
     "-r*log(r)": r"is not convex: its second derivative at r = 0.001 is -1e\+03; give a convex f",
     "(r-1)**3": "is not convex: its second derivative at r = 0.001 is -5.99",
-    "r*log(r) + 1": "is 1 at r = 1; subtract that, so that f",
-    "2*r - 2": r"has no curvature, so that its weight h = r\^2 f'' is zero; give a strictly convex f",
+    "r*log(r) + 1": "is 1 at r = 1; subtract that value from f, so that f",
+    "2*r - 2": r"has no curvature \(f'' = 0\), so its weight h = r\^2 f'' is zero and it trains nothing; give a strictly",
     "abs(r - 1)": "has no curvature",
-    "exp(r**2) - exp(1)": "has a second derivative that is not finite at r = 26.6; give one that is finite for r in 1e-3..1e3",
+    "exp(r**2) - exp(1)": "has a second derivative that is not finite at r = 26.6; give an f that is finite for r in 1e-3..1e3",
     "r*log(r) + 1/0": "cannot be computed: float division by zero",
     "9**9**9 * r": "cannot be computed: ",
     "-" * 5000 + "r": "is unknown",
@@ -138,7 +138,7 @@ def test_what_is_no_divergence_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", FORBIDDEN)
 def test_expressions_are_read_and_never_executed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match=rf"holds '.*{FORBIDDEN[text]}.*'; use r, numbers"):
+    with pytest.raises(RequestError, match=rf"contains '.*{FORBIDDEN[text]}.*', which is not supported; use r, numbers"):
         find_divergence(text)
     assert not list(tmp_path.iterdir())
 

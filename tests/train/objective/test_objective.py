@@ -112,7 +112,7 @@ def test_switches_leave_out_their_terms_alone(off: tuple[str, ...]) -> None:
 
 
 def test_an_objective_without_any_term_is_refused() -> None:
-    with pytest.raises(RequestError, match="di, fgm and sim are all off; leave one of them on"):
+    with pytest.raises(RequestError, match="di, fgm and sim are all false; set one of them to true"):
         ObjectiveConfig(di=False, fgm=False, sim=False)
 
 

@@ -6,6 +6,7 @@ How many processes there are where nobody says, and what they do together beside
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from torch import Tensor
 from builders.machine import call_cli, run_cli
 from uni_instruct.errors import RequestError
 from uni_instruct.train.optimization import distributed
-from uni_instruct.train.optimization.distributed import BatchShard, processes_for
+from uni_instruct.train.optimization.distributed import BatchShard, check_batches, processes_for
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.run_lock import read_run_process
 
@@ -104,8 +105,23 @@ def test_each_process_takes_its_part_of_a_batch_that_they_divide() -> None:
     second = cast(Fabric, SimpleNamespace(world_size=2, global_rank=1))
     shard = BatchShard(second, batch=64, micro_batch=24)
     assert (shard.whole, shard.micro_batches) == (slice(32, 64), [slice(32, 56), slice(56, 64)])
-    with pytest.raises(RequestError, match="a batch of 63 cannot be divided among 2 processes; give a batch that their number"):
-        BatchShard(second, batch=63, micro_batch=0)
+
+
+@pytest.mark.parametrize("setting", ["teacher.batch=100", "distillation.batch=100", "teacher.batch=1"])
+@pytest.mark.parametrize("processes", [3, 7, 64])
+def test_a_batch_that_does_not_divide_is_named_and_both_ways_out_work(setting: str, processes: int) -> None:
+    even = [f"{section}.batch={3 * 7 * 64}" for section in ("teacher", "distillation")]
+    recipe, (key, batch) = load_recipe("digits", [*even, setting]), setting.split("=")
+    with pytest.raises(RequestError, match=rf"{key} {batch} cannot be divided among {processes} processes") as refused:
+        check_batches(recipe, processes)
+    found = re.fullmatch(r"--set (\S+), or --devices (\d+)", refused.value.remedy)
+    assert found
+    check_batches(load_recipe("digits", [*even, found[1]]), processes)
+    check_batches(recipe, int(found[2]))
+
+
+def test_the_batch_of_a_teacher_that_is_given_is_not_asked_for() -> None:
+    check_batches(load_recipe("digits", ["teacher.batch=1", "teacher=somewhere", "distillation.batch=6"]), 3)
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_a_poor_reconstruction_is_announced(training: Training, caplog: pytest.L
         reconstruct(training.folder, 0.12)
         assert not caplog.records
         reconstruct(training.folder, 0.05, 0.975 * LAST_KIMG)
-    assert "width 0.05 at 49.92 kimg is approximate: its profile is" in caplog.text
+    assert "width 0.05 at 49.92 kimg is only approximate: its profile differs by" in caplog.text
 
 
 def test_snapshots_are_listed_by_time_with_exact_values(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_a_snapshot_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("std", "kimg", "message"),
     [
-        (0.3, None, "width 0.3 of an average is out of range; give 0.005 to 0.28"),
-        (0.001, None, "width 0.001 of an average is out of range"),
+        (0.3, None, "width 0.3 of a power-function average is out of range; give 0.005 to 0.28"),
+        (0.001, None, "width 0.001 of a power-function average is out of range"),
         (0.1, 60.0, r"time 60 kimg is not covered by the snapshots in .*; give more than 0, up to 51.2"),
         (0.1, 0.0, "time 0 kimg is not covered"),
     ],
@@ -151,7 +151,7 @@ def test_what_cannot_be_reconstructed_is_refused(training: Training, std: float,
 
 
 def test_a_folder_without_snapshots_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"has no snapshots of averages; name a run that kept some"):
+    with pytest.raises(RequestError, match=r"has no snapshots of averages; give a run that was trained with snapshots"):
         reconstruct(tmp_path / "absent", 0.1)
 
 
@@ -165,8 +165,8 @@ def test_a_snapshot_that_could_not_be_used_is_not_written(tmp_path: Path, kimg: 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"a": torch.zeros(1)}, "holds other weights"),  # which addition would broadcast
-        ({"a": torch.zeros(4), "b": torch.zeros(1)}, "holds other weights"),
+        ({"a": torch.zeros(1)}, "has other tensor names or shapes"),  # which addition would broadcast
+        ({"a": torch.zeros(4), "b": torch.zeros(1)}, "has other tensor names or shapes"),
         (None, "cannot be read"),
     ],
 )

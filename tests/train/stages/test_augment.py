@@ -192,7 +192,7 @@ def test_images_one_pixel_wide_stay_finite(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("probability", [-0.1, 1.5, math.nan])
 def test_impossible_probabilities_are_refused(probability: float) -> None:
-    with pytest.raises(RequestError, match=rf"probability is {probability}; give a value in 0\.\.1"):
+    with pytest.raises(RequestError, match=rf"probability is {probability}; give a number from 0 to 1"):
         AugmentPipe(probability=probability)
 
 

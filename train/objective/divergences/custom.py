@@ -14,7 +14,7 @@ from uni_instruct.train.objective.user_functions import import_named, is_importa
 
 # The ratios at which f is checked: 1e-3 to 1e3. With the default logit clamp of 5, exp(logit) is in 0.007..148.
 _CHECKED = torch.logspace(-3, 3, 241, dtype=torch.float64)
-FINITE = "give one that is finite for r in 1e-3..1e3"
+FINITE = "give an f that is finite for r in 1e-3..1e3"
 MAX_EXPRESSION_LENGTH = 500  # characters; keeps the syntax tree shallow enough for recursion
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -71,7 +71,7 @@ def _check(text: str, f: Elementwise) -> None:
         raise _refused(text, f"cannot be differentiated twice: {reason}", "write it with torch operations on r") from error
     # `not abs(value) < 1e-6` also refuses a NaN; `abs(value) >= 1e-6` would not.
     if not abs(value) < 1e-6:
-        raise _refused(text, f"is {value:.4g} at r = 1", "subtract that, so that f(1) = 0")
+        raise _refused(text, f"is {value:.4g} at r = 1", "subtract that value from f, so that f(1) = 0")
     if not torch.isfinite(second_derivative).all():
         where = float(_CHECKED[~torch.isfinite(second_derivative)][0])
         raise _refused(text, f"has a second derivative that is not finite at r = {where:.3g}", FINITE)
@@ -80,7 +80,8 @@ def _check(text: str, f: Elementwise) -> None:
         where, second = float(_CHECKED[bad][0]), float(second_derivative[bad][0])
         raise _refused(text, f"is not convex: its second derivative at r = {where:.3g} is {second:.3g}", "give a convex f")
     if not (second_derivative > 0).any():
-        raise _refused(text, "has no curvature, so that its weight h = r^2 f'' is zero", "give a strictly convex f")
+        problem = "has no curvature (f'' = 0), so its weight h = r^2 f'' is zero and it trains nothing"
+        raise _refused(text, problem, "give a strictly convex f")
 
 
 def _refused(text: str, problem: str, remedy: str) -> RequestError:
@@ -137,4 +138,4 @@ def _value(node: ast.expr, r: Tensor, text: str) -> Any:
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
             return _FUNCTIONS[name](torch.as_tensor(_value(argument, r, text), dtype=r.dtype))
     known = ", ".join(_FUNCTIONS)
-    raise _refused(text, f"holds '{ast.unparse(node)}'", f"use r, numbers, + - * / ** and {known}")
+    raise _refused(text, f"contains '{ast.unparse(node)}', which is not supported", f"use r, numbers, + - * / ** and {known}")

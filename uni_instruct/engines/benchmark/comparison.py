@@ -48,12 +48,14 @@ class BenchmarkPlan:
     def __post_init__(self) -> None:
         if self.bundle.spec.steps > 1:
             raise RequestError(
-                f"'{self.bundle.spec.name}' takes {self.bundle.spec.steps} steps: a teacher",
-                remedy="give a one-step generator, such as digits",
+                f"'{self.bundle.spec.name}' is a teacher of {self.bundle.spec.steps} steps, not a one-step generator",
+                remedy="benchmark a one-step generator, such as digits",
                 param="bundle",
             )
         if not math.isfinite(self.min_s):  # inf would measure forever, nan passes any bound
-            raise RequestError(f"{self.min_s} seconds for a figure", remedy="give a number such as 0.2", param="seconds")
+            raise RequestError(
+                f"{self.min_s} is not a duration in seconds", remedy="give a number such as 0.2", param="seconds"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,10 @@ def compare(plan: BenchmarkPlan, progress: ProgressFactory) -> EngineComparison:
     trusted = [status for status in found if status.state == "trusted"]
     chosen, remarks = _note(plan, trusted, rows)
     if not any(entry.name == EAGER for entry in entries):
-        remarks.append("no eager row: torch is not installed, or does not run on that device")
+        remarks.append("no comparison with torch eager: torch is not installed, or does not run on that device")
     if flops is None or not peaks:
-        remarks.append("no share of the peak: torch counts the generator's FLOPs, and torch or OpenVINO finds the peak")
+        needs = "torch (to count the generator's FLOPs), and torch or OpenVINO (to measure the peak)"
+        remarks.append(f"no share of the peak: it needs {needs}")
     return EngineComparison(
         rows=rows,
         peaks={name: _peak_facts(name, peak, plan, seconds) for name, peak in peaks.items()},
@@ -137,7 +140,7 @@ def _prepare(
 ) -> tuple[list[EngineStatus], list[_Entry], dict[str, Convolutions]]:
     """Try and open the engines and find the peaks, with progress bars: the statuses, what to measure, and the peaks by name."""
     wanted = resolve_engines(plan.bundle, plan.engines, plan.device)
-    with progress("try engines", len(wanted), "engines") as bar:
+    with progress("check engines", len(wanted), "engines") as bar:
         found = statuses(plan.bundle, wanted, plan.device, bar)
     trusted = [status for status in found if status.state == "trusted"]
     if not trusted:
@@ -244,16 +247,16 @@ def _row(entry: _Entry, batch: int, seconds: Seconds, peaks: Mapping[str, Convol
 def _note(plan: BenchmarkPlan, trusted: Sequence[EngineStatus], rows: Sequence[SpeedRow]) -> tuple[str, list[str]]:
     """Record the speeds. Returns the engine that `open_engine` then chooses ('' if nothing was recorded), and remarks on it."""
     if plan.engines:
-        return "", ["only some engines were measured: what open_engine chooses stays as it was"]
+        return "", ["only some engines were measured, so the default engine does not change"]
     # An engine is chosen before its batch sizes are known. So use the batch size of trials, or the measured one nearest to it.
     batch = min(plan.batches, key=lambda size: (abs(size - REFERENCE_IMAGES), size))
     medians = {row.engine: row.images_per_s.median for row in rows if row.batch == batch and not row.streams}
     stamp = datetime.now(UTC).isoformat(timespec="seconds")
     speeds = {status: medians[str(status.engine_id)] for status in trusted}
     if not record_speeds(plan.bundle, speeds, stamp):
-        return "", ["the user's cache cannot be written: what open_engine chooses stays as it was"]
+        return "", ["the user's cache cannot be written, so the default engine does not change"]
     chosen = str(select_engine(plan.bundle, None, plan.device).engine_id)
-    return chosen, [f"open_engine and every command now choose {chosen}, the fastest here at batch {batch}"]
+    return chosen, [f"the default engine is now {chosen}, the fastest on this machine at batch {batch}"]
 
 
 def _peak_name(precision: str, device: str) -> str:

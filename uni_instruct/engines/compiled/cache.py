@@ -44,7 +44,7 @@ def ensure_compiled(bundle: Bundle, engine_id: EngineId) -> Path | None:
                 with atomic_file(path) as partial:
                     _compile(bundle, engine_id, partial)
     except (DiskError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        _log.info("engine %s cannot be kept, every process compiles it anew: %s", engine_id, error)
+        _log.info("engine %s cannot be written to the cache, so every process compiles it again: %s", engine_id, error)
         return None
     return path
 
@@ -85,7 +85,7 @@ def compiled_path(bundle: Bundle, engine_id: EngineId) -> Path:
 
 def _compile(bundle: Bundle, engine_id: EngineId, path: Path) -> None:
     """Compile the engine to `path`. Inductor's other files go into a temporary folder."""
-    _log.info("compiling engine %s for this processor, once; it takes half a minute to several ...", engine_id)
+    _log.info("compiling engine %s for this processor, once; this takes half a minute to several minutes ...", engine_id)
     with tempfile.TemporaryDirectory(prefix="uni-instruct-compiling-") as scratch:
         made = Path(scratch) / "engine.so"
         done = run_worker(
@@ -99,7 +99,7 @@ def _compile(bundle: Bundle, engine_id: EngineId, path: Path) -> None:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise CompilationError(
                 f"engine {engine_id} cannot be compiled here: {reason[:300]}",
-                remedy=f"check the compiler in CXX, or use --engine torch-{engine_id.precision}",
+                remedy=f"check the C++ compiler (environment variable CXX), or use --engine torch-{engine_id.precision}",
                 param="engine",
             )
         with disk_errors(path):

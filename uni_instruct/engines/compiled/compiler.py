@@ -16,6 +16,7 @@ def check_compiler() -> None:
     if shutil.which(compiler) is None:
         raise RequestError(
             f"compiled engines need a C++ compiler, and there is no '{compiler}' here",
-            remedy=f"install it (Debian: apt install {_DEFAULT}), name yours in CXX, or use --engine torch-fp32",
+            remedy=f"install it (Debian: apt install {_DEFAULT}), set the environment variable CXX to your compiler, "
+            "or use --engine torch-fp32",
             param="engine",
         )

@@ -93,4 +93,4 @@ class CompiledLibrary:
     @staticmethod
     def _check(failed: int) -> None:
         if failed:  # the library has printed the reason to standard error
-            raise RuntimeError("the compiled code failed, as standard error says")
+            raise RuntimeError("the compiled code failed (the reason is on standard error)")

@@ -170,8 +170,8 @@ def _call(name: str, *arguments: object) -> None:
         text = c_char_p()
         _driver().cuGetErrorString(code, byref(text))
         raise UniInstructError(
-            f"{name} of CUDA's driver failed: {(text.value or b'unknown error').decode()} ({code})",
-            remedy="nvidia-smi shows the GPU's state and memory; without room there, take a smaller model or another device",
+            f"the CUDA driver call {name} failed: {(text.value or b'unknown error').decode()} ({code})",
+            remedy="check the GPU with nvidia-smi; if its memory is full, use a smaller model or another device",
         )
 
 

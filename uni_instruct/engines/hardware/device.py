@@ -24,8 +24,12 @@ def checked_device(text: str) -> str:
             param="device",
         )
     if index >= count:
-        there = ", ".join(f"cuda:{number}" for number in range(count))
-        raise RequestError(f"device {text} was asked for, and there is {there}", remedy="use one of them", param="device")
+        there = " or ".join(f"cuda:{number}" for number in range(count))
+        raise RequestError(
+            f"device {text} was asked for, and this process sees only {count} CUDA device{'s' if count > 1 else ''}",
+            remedy=f"use {there}",
+            param="device",
+        )
     return f"{CUDA}:{index}"
 
 

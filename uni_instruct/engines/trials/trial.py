@@ -26,6 +26,8 @@ TIMEOUT_S = 600
 # Signals that a user or the system sends to a process: death by one of them says nothing about the engine.
 _EXTERNAL_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _one_at_a_time = threading.Lock()
+# Results that could not be written to the cache. Choosing an engine and opening it both need them.
+_unrecorded: "dict[TrialKey, Trial]" = {}
 _log = logging.getLogger(__name__)
 
 
@@ -105,25 +107,27 @@ def recorded_trial(key: TrialKey) -> Trial | None:
 
 
 def try_engine(bundle: Bundle, engine_id: EngineId, key: TrialKey) -> Trial:
-    """The recorded result, or else that of a trial now, which is then recorded if it lasts and the cache can be written.
+    """The recorded result, or else that of a trial now, which is recorded if it lasts (without a writable cache: in memory).
 
     Raises BundleError if the engine's files or reference.npz are damaged: that is no result about this machine.
     """
     # Two trials at once would measure each other's load.
     with _one_at_a_time:
-        trial = recorded_trial(key)
+        trial = recorded_trial(key) or _unrecorded.get(key)
         if trial is not None:
             return trial
         if stored := bundle.engines().get(engine_id):
             stored.file()
         bundle.reference()
-        _log.info("trying engine %s on this machine, once ...", engine_id)
+        _log.info("checking engine %s on this machine before its first use ...", engine_id)
         if stored and not key.reference_sha256:
-            writes = f"'uni-instruct export {quote(str(bundle.path))} --to onnx' writes it"
-            _log.warning("there is no %s to hold engine %s against, so that it is only timed; %s", REFERENCE, engine_id, writes)
+            writes = f"'uni-instruct export {quote(str(bundle.path))} --to onnx' writes that file"
+            _log.warning("there is no %s to compare engine %s with, so it is only timed; %s", REFERENCE, engine_id, writes)
         trial = _run(bundle.path, engine_id, key.device)
         if trial.lasting:
             _note(key, trial)
+            if recorded_trial(key) is None:
+                _unrecorded[key] = trial
         return trial
 
 
@@ -137,7 +141,7 @@ def record_speed(key: TrialKey, trial: Trial | None, images_per_s: float, benchm
 
 def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
     def on_progress(past_s: float) -> None:
-        _log.info("trying engine %s: %.0f s of at most %d", engine_id, past_s, TIMEOUT_S)
+        _log.info("checking engine %s: %.0f of at most %d s", engine_id, past_s, TIMEOUT_S)
 
     arguments = [str(bundle.resolve()), str(engine_id), device]
     done = run_worker("uni_instruct.engines.trials.worker", arguments, on_progress, timeout_s=TIMEOUT_S)
@@ -145,12 +149,13 @@ def _run(bundle: Path, engine_id: EngineId, device: str) -> Trial:
         return Trial(problem=f"it did not answer in {TIMEOUT_S} s", lasting=False)
     if done.returncode < 0:
         return Trial(
-            problem=f"it died of {signal.Signals(-done.returncode).name}", lasting=-done.returncode not in _EXTERNAL_SIGNALS
+            problem=f"its process was ended by {signal.Signals(-done.returncode).name}",
+            lasting=-done.returncode not in _EXTERNAL_SIGNALS,
         )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        return Trial(problem=f"it could not be tried: {reason[:300]}", lasting=False)
+        return Trial(problem=f"it could not be checked: {reason[:300]}", lasting=False)
     return Trial(**json.loads(lines[-1]))
 
 
@@ -159,7 +164,7 @@ def _note(key: TrialKey, trial: Trial) -> None:
         with atomic_file(key.note()) as partial:
             partial.write_text(json.dumps(asdict(key) | asdict(trial), indent=2) + "\n")
     except (DiskError, OSError, RuntimeError) as error:
-        _log.info("the trial of %s cannot be recorded, the next process tries again: %s", key.engine_id, error)
+        _log.info("the check of engine %s cannot be recorded, so the next process repeats it: %s", key.engine_id, error)
 
 
 def _is_plausible(trial: Trial) -> bool:

@@ -52,7 +52,7 @@ def _try(bundle: Bundle, engine: Engine) -> Trial:
     # A runtime's kernels depend on the batch size, so try a large batch and a single image, as in a server.
     outputs = [engine.outputs(z, class_ids), engine.outputs(z[:1], first)]
     if not all(np.isfinite(found.images).all() for found in outputs):
-        return Trial(problem="it gives values that are not finite")
+        return Trial(problem="it returns NaN or infinite values")
     compared = Trial() if truth is None else _compare(engine.id, outputs, truth)
     return replace(compared, images_per_s=len(z) / _seconds(engine, z, class_ids))
 

@@ -58,7 +58,7 @@ def test_every_engine_beside_eager_and_the_peak(bundle: Bundle, cli: Cli, tmp_pa
     assert found["command"].startswith("uni-instruct benchmark ")
     assert {"onnxruntime", "torch", "numpy"} <= set(found["versions"])
     assert found["machine"]["cpus_usable"] >= 1
-    assert errors.splitlines()[0] == "try engines: 0/2 engines"  # before anything takes time
+    assert errors.splitlines()[0] == "check engines: 0/2 engines"  # before anything takes time
     with Image.open(tmp_path / "speed.png") as picture:
         assert picture.size == (1050, 675)
 
@@ -99,7 +99,7 @@ def test_a_part_of_the_engines_changes_nothing(bundle: Bundle, cli: Cli) -> None
     found = json.loads(cli("benchmark", bundle.path, "--batches", "1", "--engine", "onnx", *QUICK, "--json")[1])
     assert {row["engine"] for row in found["rows"]} == {"eager fp32", "onnx-fp32"}
     assert found["chosen"] == ""
-    assert found["remarks"] == ["only some engines were measured: what open_engine chooses stays as it was"]
+    assert found["remarks"] == ["only some engines were measured, so the default engine does not change"]
     assert select_engine(bundle) == before
 
 
@@ -129,16 +129,16 @@ def test_without_torch_there_is_no_eager_row_and_it_says_so(bundle: Bundle, tmp_
     assert {row["engine"] for row in found["rows"]} == {"onnx-fp32"}
     assert [row["to_eager"] for row in found["rows"]] == [None, None]
     assert found["left_out"] == {"torch-fp32": "package 'torch' is not installed"}
-    assert any(remark.startswith("no eager row: torch is not installed") for remark in found["remarks"])
+    assert any(remark.startswith("no comparison with torch eager: torch is not installed") for remark in found["remarks"])
     assert found["chosen"] == "onnx-fp32"
 
 
 WRONG = {
-    ("--batches", "0"): "batches '0' are no sizes from 1 to 4096; write them as 1,4,16,64",
-    ("--batches", "1,,2"): "batches '1,,2' are no sizes",
-    ("--batches", "-1"): "batches '-1' are no sizes",
-    ("--batches", "4097"): "are no sizes from 1 to 4096",
-    ("--batches", ",".join(map(str, range(1, 20)))): "19 batch sizes; give at most 16",
+    ("--batches", "0"): "batches '0' are not sizes from 1 to 4096; write them as 1,4,16,64",
+    ("--batches", "1,,2"): "batches '1,,2' are not sizes",
+    ("--batches", "-1"): "batches '-1' are not sizes",
+    ("--batches", "4097"): "are not sizes from 1 to 4096",
+    ("--batches", ",".join(map(str, range(1, 20)))): "19 batch sizes are too many; give at most 16",
     ("--engine", "onnx-fp4"): "engine 'onnx-fp4' is unknown",
     ("--engine", "openvino"): "has no openvino engine; uni-instruct export",
     ("--device", "tpu"): "device 'tpu' is unknown; use cpu, cuda or cuda:1",
@@ -160,7 +160,10 @@ def test_a_wrong_request_is_one_line_and_code_2(wrong: tuple[str, str], bundle: 
 
 def test_a_teacher_is_no_one_step_generator(tiny_teacher: Bundle, cli: Cli) -> None:
     code, _, errors = cli("benchmark", tiny_teacher.path)
-    assert (code, errors) == (2, "error: 'tiny' takes 4 steps: a teacher; give a one-step generator, such as digits\n")
+    assert (code, errors) == (
+        2,
+        "error: 'tiny' is a teacher of 4 steps, not a one-step generator; benchmark a one-step generator, such as digits\n",
+    )
 
 
 def test_without_matplotlib_the_extra_is_named_before_anything_is_measured(

@@ -123,7 +123,7 @@ def test_a_compiler_that_fails_is_named_and_torch_alone_goes_on(
     code, output, errors = cli("generate", tiny_bundle.path, "--seeds", "0", "--out", tmp_path / "o", *wanted)
     assert (code, output) == (1, "")
     assert "error: engine torch-fp32-compiled cannot be compiled here: " in errors
-    assert "; check the compiler in CXX, or use --engine torch-fp32\n" in errors
+    assert "; check the C++ compiler (environment variable CXX), or use --engine torch-fp32\n" in errors
     assert not list(cache.glob("*.so"))
     with pytest.raises(CompilationError):
         load_engine(tiny_bundle, TORCH_COMPILED)
@@ -160,7 +160,7 @@ def test_without_a_cache_it_is_compiled_for_this_process(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.INFO):
         engine = load_engine(tiny_bundle, TORCH_COMPILED)
-    assert "cannot be kept, every process compiles it anew" in caplog.text
+    assert "cannot be written to the cache, so every process compiles it again" in caplog.text
     inputs = noise(range(5), tiny_bundle.spec.noise_shape), round_robin_class_ids(tiny_bundle.spec, 5)
     truth = load_engine(tiny_bundle, TORCH).outputs(*inputs)
     assert not agreement([engine.outputs(*inputs)], truth.images).problem(TOLERANCES["fp32"])

@@ -38,7 +38,9 @@ def test_an_empty_device_is_not_taken_for_none(arguments: str, exported_bundle: 
 def test_a_device_is_counted_among_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "gpus", lambda: (Gpu("A", 89), Gpu("B", 120)))
     assert [checked_device(text) for text in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]
-    with pytest.raises(RequestError, match="device cuda:2 was asked for, and there is cuda:0, cuda:1; use one of them"):
+    with pytest.raises(
+        RequestError, match="device cuda:2 was asked for, and this process sees only 2 CUDA devices; use cuda:0 or cuda:1"
+    ):
         checked_device("cuda:2")
 
 
@@ -82,9 +84,9 @@ def test_a_build_without_cuda_is_told_from_a_machine_without_a_gpu(
         monkeypatch.setattr(module, "gpus", lambda: (Gpu("A", 89),))
     monkeypatch.setattr(runtime, "version", lambda name: {"torch": "2.13.0+cpu", "onnxruntime": "1.32.0"}[name])
     monkeypatch.setattr(runtime, "PackageNotFoundError", KeyError)
-    with pytest.raises(RequestError, match=r"onnxruntime 1\.32\.0 cannot use cuda:0; install onnxruntime-gpu with CUDA"):
+    with pytest.raises(RequestError, match=r"onnxruntime 1\.32\.0 cannot use cuda:0; install onnxruntime-gpu instead"):
         open_engine(exported_bundle, "onnx-fp32", device="cuda")
-    with pytest.raises(RequestError, match=r"torch 2\.13\.0\+cpu cannot use cuda:0; install torch with CUDA"):
+    with pytest.raises(RequestError, match=r"torch 2\.13\.0\+cpu cannot use cuda:0; install a CUDA build of torch instead"):
         open_engine(exported_bundle, TORCH, device="cuda")
     assert open_engine(exported_bundle, "onnx-fp32").device == "cpu"
 
@@ -97,5 +99,7 @@ def test_openvino_is_refused_on_a_gpu(exported_bundle: Bundle, monkeypatch: pyte
 
 def test_two_packages_of_one_module_are_refused(exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "version", lambda name: "1.32.0")
-    with pytest.raises(RequestError, match="are both installed, and overwrite each other's files; pip uninstall -y onnx"):
+    with pytest.raises(
+        RequestError, match="are both installed, but they share files and break each other; pip uninstall -y onnx"
+    ):
         open_engine(exported_bundle, "onnx-fp32")

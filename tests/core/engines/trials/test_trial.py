@@ -119,8 +119,8 @@ def test_an_engine_is_tried_once_and_what_it_did_is_noted(bundle: Bundle, cache:
 
 
 WRONG = {
-    slightly_wrong: "it differs from torch by",
-    not_finite: "it gives values that are not finite",
+    slightly_wrong: "its images differ from torch's by",
+    not_finite: "it returns NaN or infinite values",
     raising: "it raises",
     lambda model: model.graph.ClearField("node"): "ONNX Runtime cannot load",
 }
@@ -142,15 +142,17 @@ def test_an_engine_that_cannot_be_trusted_here_is_refused_and_all_say_so(
     (refused,) = selection.refused
     assert refused.engine_id == ONNX
     assert WRONG[wrong] in refused.reason
-    assert f"engine onnx-fp32 is refused on this machine: {refused.reason}; torch-fp32 takes its place" in caplog.text
+    assert f"engine onnx-fp32 cannot be used on this machine: {refused.reason}; using torch-fp32 instead" in caplog.text
     (fact,) = json.loads(cli("inspect", bundle.path, "--json")[1])["engines"]
     assert (fact["here"]["state"], fact["here"]["reason"]) == ("refused", refused.reason)
     assert f"refused on this machine: {refused.reason}" in cli("inspect", bundle.path)[1]
     for wanted in ("onnx-fp32", "onnx"):  # asked for, it is never another
         code, output, errors = cli("generate", bundle.path, "--seeds", "0", "--out", tmp_path / "out", "--engine", wanted)
         assert (code, output) == (1, "")
-        assert "engine onnx-fp32 is refused on this machine" in errors
-        assert f"use --engine torch-fp32, or delete {next(cache.glob('onnx-*'))} to have it tried again" in errors
+        assert "engine onnx-fp32 cannot be used on this machine" in errors
+        note = next(cache.glob("onnx-*"))
+        remedy = f"use --engine torch-fp32, or delete {note}, where the failure is recorded, to have it checked again"
+        assert remedy in errors
         assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
     next(cache.glob("onnx-*")).unlink()
@@ -224,8 +226,18 @@ def test_without_a_cache_it_works_too(kind: str, bundle: Bundle, tmp_path: Path,
         (tmp_path / "cache").write_text("")
     assert open_engine(bundle, ONNX).id == ONNX
     rewrite(bundle, slightly_wrong)
-    with pytest.raises(EngineRefusedError, match="it differs from torch"):
+    with pytest.raises(EngineRefusedError, match="its images differ from torch's"):
         open_engine(bundle, ONNX)
+
+
+def test_without_a_cache_a_process_tries_an_engine_once(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setattr(trial_module, "_unrecorded", {})
+    assert open_engine(bundle, ONNX).id == ONNX
+    monkeypatch.setattr(trial_module, "_run", None)  # a second trial would be an error
+    assert open_engine(bundle, ONNX).id == ONNX
 
 
 def test_a_read_only_cache_is_no_error(bundle: Bundle, cache: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +276,7 @@ print(selection.engine_id, [status.state for status in selection.statuses])
     done = subprocess.run(
         [sys.executable, "-c", code, str(bundle.path)], env=environment, capture_output=True, text=True, check=False
     )
-    assert "EngineRefusedError: engine onnx-fp32 is refused on this machine: it differs" in done.stderr
+    assert "EngineRefusedError: engine onnx-fp32 cannot be used on this machine: its images differ" in done.stderr
     assert "pip install 'uni-instruct[train]' for torch, or delete" in done.stderr
 
 
@@ -278,7 +290,7 @@ def test_a_process_that_dies_is_told_by_its_signal(
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         selection = select_engine(bundle)
         assert selection.engine_id == TORCH
-        assert [status.reason for status in selection.refused] == [f"it died of {name}"]
+        assert [status.reason for status in selection.refused] == [f"its process was ended by {name}"]
         assert bool(notes(cache)) is lasting
         shutil.rmtree(cache, ignore_errors=True)
 
@@ -307,6 +319,6 @@ def test_damage_is_no_matter_of_the_machine(bundle: Bundle, cache: Path) -> None
 def test_without_a_reference_an_engine_is_timed_and_taken_at_its_word(bundle: Bundle, cache: Path) -> None:
     (bundle.path / REFERENCE).unlink()
     (status,) = select_engine(bundle, ONNX).statuses
-    assert (status.state, status.reason) == ("trusted", "no reference.npz to hold it against")
+    assert (status.state, status.reason) == ("trusted", "there is no reference.npz to compare it with")
     assert status.trial is not None
     assert asdict(status.trial)["relative_l2"] is None
