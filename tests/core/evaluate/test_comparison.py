@@ -93,7 +93,7 @@ def test_a_generator_without_classes_compares_and_what_decides_is_said(
         assert code == 0, errors
         note = json.loads(out)["note"]
         assert ("fair only if the reference is balanced" in note) == said
-        assert "training again moves FID" in note
+        assert "training again changes FID" in note
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, cli: Cli) -> None:
