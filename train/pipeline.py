@@ -34,7 +34,7 @@ from uni_instruct.train.plan import Plan, load_start, make_plan
 from uni_instruct.train.report.page import REPORT, report_is_current, write_report
 from uni_instruct.train.rng import initial_weights
 from uni_instruct.train.run import Run, lock_run_folder
-from uni_instruct.train.scoring_choice import announce, choose_scoring
+from uni_instruct.train.scoring_choice import announce, announce_note, choose_scoring
 from uni_instruct.train.stages.data_loader import DataLoader
 from uni_instruct.train.stages.distillation import DistillationModels, DistillationStage
 from uni_instruct.train.stages.teacher import TeacherStage
@@ -88,6 +88,7 @@ def _resolved_recipe(plan: Plan, out: Path) -> Recipe:
     """The plan's recipe with every `auto` resolved for this run."""
     recipe = plan.recipe
     scoring = choose_scoring(recipe.loop, plan.dataset)
+    announce_note(plan.dataset)
     announce(scoring, recipe.loop)
     images = max(config.micro_batch or config.batch for config in (recipe.teacher, recipe.distillation))
     return dataclasses.replace(recipe, loop=resolve_precision_for_run(scoring.loop, plan.teacher_spec, images, out))

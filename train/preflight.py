@@ -101,7 +101,8 @@ def _data(preflight: Preflight) -> str:
             )
     channels, height, width = dataset.image_shape
     read = f"{sampled:,} of {len(dataset):,} images of {width}x{height}x{channels} read"
-    return f"{dataset.name}: {read}, {classes}; 'uni-instruct data check' reads all"
+    note = f"; {dataset.note}" if dataset.note else ""
+    return f"{dataset.name}: {read}, {classes}; 'uni-instruct data check' reads all{note}"
 
 
 def _recipe(preflight: Preflight) -> str:

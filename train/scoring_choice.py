@@ -56,6 +56,12 @@ def announce(scoring: ScoringChoice, asked: LoopConfig) -> None:
         log.warning("%s", scoring.words)
 
 
+def announce_note(dataset: Dataset | None) -> None:
+    """Log the note of the data set, such as its skipped files, before the training starts. Only rank 0 logs."""
+    if dataset is not None and dataset.note and not is_nonzero_rank():
+        log.warning("data set '%s': %s", dataset.name, dataset.note)
+
+
 def _inception(loop: LoopConfig, dataset: Dataset, can_classify: bool, small: bool) -> ScoringChoice:
     chosen = dataclasses.replace(loop, extractor="inception")
     words = "the best weights are chosen by InceptionV3's features (loop.extractor=inception)"

@@ -14,6 +14,7 @@ import numpy as np
 
 from uni_instruct.engines.record import RECORD, EngineId, StoredEngine, id_of_folder
 from uni_instruct.errors import BundleError, RequestError
+from uni_instruct.file_type import import_of_weights
 from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
 from uni_instruct.reference import REFERENCE, Reference
@@ -250,6 +251,8 @@ def find_bundle(source: str | Path) -> tuple[Path, str]:
     shipped = f"{', '.join(shipped_generators()) or 'none'} (teachers: {', '.join(shipped_teachers()) or 'none'})"
     problem = f"{source} is not a bundle (it has no {CONFIG})" if path.exists() else f"there is no bundle {source}"
     remedy = f"give a folder that 'train' wrote, hf://owner/name, or a shipped generator: {shipped}"
+    if command := import_of_weights(path):
+        remedy = f"import the weights there: {command}"
     raise RequestError(problem, remedy=remedy, param="bundle")
 
 
@@ -295,7 +298,9 @@ def _read_config(path: Path) -> _Config:
         raise BundleError(f"{path} is not JSON: {error}", remedy="copy or download the whole folder again") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or "weights_sha256" not in config:
-        raise BundleError(f"{path} is not the configuration of a bundle", remedy="give a folder that 'train' wrote")
+        command = import_of_weights(path.parent)
+        other = f", or import the weights there: {command}" if command else ""
+        raise BundleError(f"{path} is not the configuration of a bundle", remedy=f"give a folder that 'train' wrote{other}")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"{path} has format version {version}, but this uni-instruct reads versions up to {FORMAT_VERSION}",

@@ -3,6 +3,7 @@
 import importlib
 import io
 import sys
+import warnings
 from typing import Any
 
 import rich_click as click
@@ -111,6 +112,8 @@ def main() -> None:
     """Entry point. Prints the project's errors as one line on standard error and exits with their exit code."""
     sleep_while_waiting()
     _print_any_name()
+    # Pillow warns about broken metadata of a photograph at each reading, but names its own source file, not the photograph.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     if not is_nonzero_rank():
         log_to_stderr("uni_instruct.engines.trials.trial")
         log_to_stderr("uni_instruct.engines.compiled.cache")

@@ -1,6 +1,7 @@
 """Escape text from outside (file names, class names), so that it is one line and valid in terminals, JSON and HTTP."""
 
 import unicodedata
+from collections.abc import Sequence
 
 # Unicode categories of characters that end a line, control a terminal, or stand for an undecodable byte: control characters,
 # surrogates, line and paragraph separators.
@@ -12,6 +13,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(_escape(character) if unicodedata.category(character) in _ESCAPED else character for character in text)
+
+
+def counted(names: Sequence[str], what: str) -> str:
+    """The number and the first three of the names: '2 files (a, b)'. what: the noun in the singular."""
+    shown = ", ".join(map(printable, names[:3]))
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 3 else ''})"
+
+
+def joined_notes(*notes: str) -> str:
+    """The notes that are not empty, joined by '; '."""
+    return "; ".join(note for note in notes if note)
 
 
 def _escape(character: str) -> str:

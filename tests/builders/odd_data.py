@@ -3,8 +3,10 @@
 What is right is known from how a set was made, by the rules that docs/data.md states, and not from reading it.
 """
 
+import io
 import os
 import random
+import tarfile
 import unicodedata
 import warnings
 import zipfile
@@ -85,13 +87,13 @@ def odd_data(seed: int, folder: Path) -> OddData:
     making = _Making(
         rng, rng.random() < 0.5, rng.choice(["", "", "photos/", "a b/c/"]), rng.choice([(8, 8), (16, 16), (16, 8)])
     )
-    making.drawn.append(f"{'zip' if making.zipped else 'folder'} below '{making.root}', pictures of {making.size}")
+    making.drawn.append(f"{'archive' if making.zipped else 'folder'} below '{making.root}', pictures of {making.size}")
     _layout(making)
     _labels(making)
     for step in (_broken, _another_size, _others, _droppings, _links, _written_twice):
         step(making)
     place = rng.choice(["data", "my photos", "x,y", "100% \u00e9", "line\nbreak", "caf\udce9"])
-    path = folder / (place + rng.choice([".zip", ".bin", ".ZIP"]) if making.zipped else place)
+    path = folder / (place + rng.choice([".zip", ".bin", ".ZIP", ".tar", ".TAR"]) if making.zipped else place)
     _write(making, path)
     facts = {name: value for name, value in vars(making).items() if name in OddData.__dataclass_fields__}
     return OddData(path=path, **facts)
@@ -127,7 +129,7 @@ def _layout(making: _Making) -> None:
     if kind == "beside each other" and making.root and not making.zipped:
         making.classes = dict.fromkeys(making.classes, making.root.rstrip("/").rpartition("/")[2])
     if kind == "splits":
-        making.faults.append(ONLY_BY_FOLDER + "has folders Test, train: parts of a data set")
+        making.faults.append(ONLY_BY_FOLDER + "has folders Test, train, which are parts of a data set")
     if kind == "shards":
         making.notes.append(ONLY_BY_FOLDER + "folders are numbered with their images: read without classes")
     if kind == "loose ones":
@@ -234,6 +236,13 @@ def _beside_a_picture(making: _Making, name: str, content: bytes) -> None:
 
 
 def _write(making: _Making, path: Path) -> None:
+    if path.suffix.lower() == ".tar":
+        with tarfile.open(path, "w") as tar:
+            for name in [*making.again, *making.files]:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(making.files[name])
+                tar.addfile(entry, io.BytesIO(making.files[name]))
+        return
     if making.zipped:
         method = making.rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
         names = [*making.again, *making.files]

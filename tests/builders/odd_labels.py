@@ -82,13 +82,13 @@ def _from_one(drawn: _Drawn) -> _Said:
 
 def _extra(drawn: _Drawn) -> _Said:
     """Labels of a picture that is not there: somebody copied a part."""
-    note = r"1 label \([^)]*gone.png\) of no image here"
+    note = r"1 label \([^)]*gone.png\) without an image"
     return _Said(content={"labels": [*drawn.entries(), ["gone.png", 0]]}, classes=drawn.numbered(), notes=(note,))
 
 
 def _few_names(drawn: _Drawn) -> _Said:
     """One name for all classes: those names are of something else."""
-    note = "has 1 class names for .* classes: left out" if drawn.highest else ""
+    note = "has 1 class names for .* classes: ignored" if drawn.highest else ""
     content = {"labels": drawn.entries(), "class_names": ["kind 0"]}
     return _Said(content=content, classes=drawn.numbered(), notes=(note,) if note else ())
 
@@ -149,10 +149,10 @@ SAID: dict[str, Callable[[_Drawn], _Said]] = {
     "of something else": _something_else,
     "words": _first_is("cat", "label cat, which is not a class"),
     "a float": _first_is(1.0, "label 1.0, which is not a class"),
-    "a truth": _first_is(True, "label True, which is not a class"),
+    "a truth": _first_is(True, "label true, which is not a class"),
     "negative": _first_is(-1, "label -1, which is not a class"),
     "a huge number": _first_is(10**30, "label 10+, which is not a class"),
-    "nothing for one": _first_is(None, "label None, which is not a class"),
+    "nothing for one": _first_is(None, "label null, which is not a class"),
     "mixed": _first_is([0, 1], "label .*, which is not a (vector|class)"),
     "one missing": _missing,
     "two of one file": _twice,
@@ -160,7 +160,7 @@ SAID: dict[str, Callable[[_Drawn], _Said]] = {
     "a number": _content({"labels": 3}, "are not a list of"),
     "of no file's name": _content({"labels": [[1, 0], [2, 0]]}, "are not a list of"),
     "triples": _content({"labels": [["a.png", 0, 1]]}, "are not a list of"),
-    "a list at the top": _content([1], "is not an object"),
+    "a list at the top": _content([1], "is not a JSON object"),
     "no JSON": _content("{,", "is not JSON"),
     "classes in words": _content({"labels": None, "num_classes": "ten"}, "num_classes ten in .* is not a number"),
 }

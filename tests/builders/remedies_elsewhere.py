@@ -47,7 +47,7 @@ RULES = (
     Rule("what such a checkpoint's error becomes", path=r"checkpoints/budget\.py", problem=r"^\{\} \{\}$"),
     Rule(
         "asks for a file of a project that is known; tests/core/checkpoints import files of each",
-        remedy=r"^files of \{\} are|^import a file of",
+        remedy=r"^give a file with (one of )?\{\}|^import a file of",
     ),
     Rule(
         "a damaged checkpoint: its filters; tests/core/checkpoints alter every weight",

@@ -176,7 +176,7 @@ CALLS = [
          value("--out", "{out}", "name a file or folder in it")),
     Call("uni_instruct/bundle.py", "{} holds something that is not", "import {weights} --out {filled}",
          value("--out", "{out}", "name another folder")),
-    Call("uni_instruct/checkpoints/import_bundle.py", "{} holds a bundle that no import", "import {weights} --out {copy}",
+    Call("uni_instruct/checkpoints/import_bundle.py", "{} holds a bundle that was not imported", "import {weights} --out {copy}",
          value("--out", "{out}", "name another folder")),
     Call("uni_instruct/files.py", "{} cannot be used: {}", f"inspect {'a' * 300}",
          lambda remedy, arguments: [word.replace("a" * 300, "digits") for word in arguments if remedy == "give a shorter name"]),

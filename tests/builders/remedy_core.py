@@ -22,7 +22,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.autoencoder_kl import WEIGHTS, read_decoder
 from uni_instruct.checkpoints.budget import reading
-from uni_instruct.checkpoints.fit import finite
+from uni_instruct.checkpoints.fit import check_fit, finite
 from uni_instruct.checkpoints.import_bundle import ImportRequest, attach_decoder, bundle_from_checkpoint
 from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.evaluate.class_draw import draw_classes
@@ -192,12 +192,12 @@ def decoder(path: str, message: str, wrong: dict[str, Any], words: str, **right:
 
 DATA = [
     Value(L, "{} holds several data sets", lambda tmp: open_dataset(two_sets(tmp)), lambda remedy, tmp: said(remedy, "one by one", open_dataset(two_sets(tmp) / "a"))),
-    Value(L, "{} holds several data sets", lambda tmp: open_dataset(two_sets(tmp)), lambda remedy, tmp: said(remedy, "with commas between", open_dataset(f"{two_sets(tmp)}/a,{tmp}/x/b"))),
+    Value(L, "{} holds several data sets", lambda tmp: open_dataset(two_sets(tmp)), lambda remedy, tmp: said(remedy, "separated by commas", open_dataset(f"{two_sets(tmp)}/a,{tmp}/x/b"))),
     Value(L, "(read_labels)", lambda tmp: labelled(tmp, ["a.png", 0]), lambda remedy, tmp: labelled(tmp, ["a.png", 0], ["b.png", int(said(remedy, "label every image", 1))])),
     Value(L, "(read_labels)", lambda tmp: labelled(tmp, ["a.png", "cat"], ["b.png", "dog"]),
-          lambda remedy, tmp: open_dataset(zip_of(tmp / "x.zip", {"a.png": GREY, "b.png": GREY}, f'{{"labels": [["a.png", 0], ["b.png", 1]], {found("names: (.*)", remedy)}}}'))),
+          lambda remedy, tmp: open_dataset(zip_of(tmp / "x.zip", {"a.png": GREY, "b.png": GREY}, f'{{"labels": [["a.png", 0], ["b.png", 1]], {found("labels.: (.*)", remedy)}}}'))),
     Value(L, "{} has two labels", lambda tmp: labelled(tmp, ["a.png", 0], ["b.png", 1], ["b.png", 0]), lambda remedy, tmp: labelled(tmp, ["a.png", 0], ["b.png", int(said(remedy, "leave one of them out", 1))])),
-    Value("uni_instruct/data/concat.py", "a class is '{}' in", lambda tmp: named(tmp, "owl"), lambda remedy, tmp: named(tmp, said(remedy, "that hold the same", "dog"))),
+    Value("uni_instruct/data/concat.py", "a class is '{}' in", lambda tmp: named(tmp, "owl"), lambda remedy, tmp: named(tmp, said(remedy, "with the same classes", "dog"))),
     Value("uni_instruct/data/dataset.py", "data set '{}' holds latents", lambda tmp: latents(tmp).require_images(),
           lambda remedy, tmp: said(remedy, "give the images", unlabelled(tmp)).require_images() is None),
     Value("uni_instruct/data/file_kinds.py", "{} holds latents", lambda tmp: [latents(tmp), open_dataset(tmp / "x.zip", resolution=4)],
@@ -232,15 +232,18 @@ BUNDLES = [
     Value(A, "there is no {} beside", lambda tmp: damaged_vae(tmp, "config.json", None), lambda remedy, tmp: said(remedy, "with its config.json beside it", read_decoder(str(vae(tmp))))),
     Value(A, "(_spec)", lambda tmp: read_decoder(str(vae(tmp, _class_name="VQModel"))), lambda remedy, tmp: said(remedy, "of an AutoencoderKL", read_decoder(str(vae(tmp))))),
     Value(A, "the VAE {} has {} channels", lambda tmp: read_decoder(str(vae(tmp, latent_channels=16))), lambda remedy, tmp: said(remedy, "the VAE that the network", read_decoder(str(vae(tmp))))),
-    Value(A, "{} is no decoder's", lambda tmp: read_decoder(str(vae(tmp, block_out_channels="x"))), lambda remedy, tmp: said(remedy, "as diffusers saves it", read_decoder(str(vae(tmp))))),
+    Value(A, "{} does not describe a decoder", lambda tmp: read_decoder(str(vae(tmp, block_out_channels="x"))), lambda remedy, tmp: said(remedy, "as diffusers saves it", read_decoder(str(vae(tmp))))),
     Value(A, "{} describes {}", lambda tmp: read_decoder(str(vae(tmp, out_channels=2))), lambda remedy, tmp: read_decoder(str(vae(tmp, out_channels=int(found(r"or (\d) .colour. output", remedy)))))),
     Value("uni_instruct/checkpoints/source.py", "(opened)", lambda tmp: bundle_from_checkpoint(tmp / "none", tmp / "out", ImportRequest()), lambda remedy, tmp: said(remedy, "the path of a checkpoint", imported(tmp, name="x"))),
     Value("uni_instruct/checkpoints/budget.py", "cannot read {}", lambda _: read_under("x", PermissionError(13, "Permission denied")), lambda remedy, _: read_under("x", said(remedy, "make it readable", None))),
     Value("uni_instruct/checkpoints/fit.py", "weight {} holds values", lambda _: finite("w", np.array([np.nan])), lambda remedy, _: finite("w", said(remedy, "an earlier state", np.ones(1)))),
+    Value("uni_instruct/checkpoints/fit.py", "weight {} is of type {}", lambda _: finite("w", np.ones(1, np.int8)), lambda remedy, _: finite("w", np.ones(1, np.int8).astype(found(r"as (float)s", remedy)))),
+    Value("uni_instruct/checkpoints/fit.py", "the {} {}: {}{}", lambda _: check_fit("network", {"a": (1,)}, {"a": np.ones(1), "b": np.ones(1)}),
+          lambda remedy, _: check_fit("network", {"a": (1,)}, said(remedy, "state_dict of that network alone", {"a": np.ones(1)})) is None),
     Value("uni_instruct/checkpoints/import_bundle.py", "{} makes pictures by itself", lambda tmp: attach_decoder(random_bundle(tmp / "p", 1), "vae", tmp / "o"),
           lambda remedy, tmp: said(remedy, "leave --decoder out", Bundle.open(tmp / "p")).check_makes_pictures() is None),
     Value("uni_instruct/checkpoints/state_dict_adapter.py", "the network is fed {} channels", lambda tmp: imported(tmp, patch=2), lambda remedy, tmp: imported(tmp, patch=said(remedy, "or leave it out", None))),
-    Value("uni_instruct/checkpoints/architecture.py", "the weights are those of no network", lambda _: infer_architecture({"a": np.zeros(1)}),
+    Value("uni_instruct/checkpoints/architecture.py", "the weights are not those of a supported network", lambda _: infer_architecture({"a": np.zeros(1)}),
           lambda remedy, tmp: said(remedy, "a file of EDM, EDM2, SiD or Uni-Instruct", imported(tmp))),
     Value(S, "decoder '{}' is unknown", lambda _: vae_spec(architecture="vq"), lambda remedy, _: vae_spec(architecture=remedy.split()[-1])),
     decoder(S, "a decoder with block_out_channels", {"norm_num_groups": 0}, "give another VAE"),

@@ -2,6 +2,7 @@
 """Files of data and of statistics that are refused, and how each remedy is followed."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,24 @@ from uni_instruct.evaluate.statistics import Statistics, open_reference, write_s
 
 PICTURES = {"class_name": "StandardRGBEncoder"}
 IMAGES = np.zeros((4, 4, 4, 1), np.uint8)
+
+
+def locked(tmp: Path, method: int = zipfile.ZIP_STORED) -> Path:
+    """A zip that is packed by a method, or where it is only stored, encrypted by its flags."""
+    with zipfile.ZipFile(tmp / "x.zip", "w", method) as archive:
+        archive.writestr("a.png", GREY)
+    if method == zipfile.ZIP_STORED:
+        content = bytearray((tmp / "x.zip").read_bytes())
+        content[6] |= 1
+        content[content.index(b"PK\1\2") + 8] |= 1
+        (tmp / "x.zip").write_bytes(content)
+    return tmp / "x.zip"
+
+
+def unpacked(tmp: Path) -> Path:
+    (tmp / "x").mkdir()
+    (tmp / "x" / "a.png").write_bytes(GREY)
+    return tmp / "x"
 
 
 def npz(tmp: Path, **arrays: Any) -> Path:
@@ -54,7 +73,8 @@ def both(tmp: Path, first: list[int], second: list[int], side: int = 4, **form: 
     return open_dataset(f"{tmp}/a.zip,{tmp}/b.zip", **form)
 
 
-S, C, T, M = (
+Z, S, C, T, M = (
+    "uni_instruct/data/storage.py",
     "uni_instruct/data/sources.py",
     "uni_instruct/data/concat.py",
     "uni_instruct/evaluate/statistics.py",
@@ -69,7 +89,7 @@ FILES = [
     Value(S, "{} is not a data set", lambda tmp: (tmp / "x.txt").write_text("x") and open_dataset(tmp / "x.txt"),
           lambda remedy, tmp: said(remedy, "zip", open_dataset(grey_zip(tmp / "a.zip", [1])))),
     Value(C, "data set '{}' has no classes", lambda tmp: with_classes(data(tmp, arr_0=IMAGES), 3),
-          lambda remedy, tmp: said(remedy, "leave their number out", data(tmp, arr_0=IMAGES))),
+          lambda remedy, tmp: said(remedy, "leave the number of classes out", data(tmp, arr_0=IMAGES))),
     Value(C, "{} has {}, {} {}", lambda tmp: both(tmp, [0, 1], [0, 1, 2]),
           lambda remedy, tmp: both(tmp, [0, 1], [0, 1, 2], num_classes=said(remedy, "--num-classes", 3))),
     Value("uni_instruct/data/idx.py", "IDX files in {} have shapes", lambda tmp: idx(tmp, np.zeros((4, 2), np.uint8)),
@@ -77,6 +97,9 @@ FILES = [
     Value("uni_instruct/data/idx.py", "{} has no {} or", lambda tmp: idx(tmp, LABELS, "train-labels"), lambda remedy, tmp: idx(tmp, said(remedy, "all IDX files", LABELS))),
     Value("uni_instruct/data/labels.py", "{} in {} is not JSON", lambda tmp: open_dataset(zip_of(tmp / "x.zip", {"a.png": GREY}, "{")),
           lambda remedy, tmp: said(remedy, "prepare it again", open_dataset(zip_of(tmp / "x.zip", {"a.png": GREY}, json.dumps({"labels": None}))))),
+    Value(Z, "{} is encrypted", lambda tmp: open_dataset(locked(tmp)), lambda remedy, tmp: said(remedy, "unpack it with its password", open_dataset(unpacked(tmp)))),
+    Value(Z, "(_check_packing)", lambda tmp: open_dataset(locked(tmp, zipfile.ZIP_BZIP2)),
+          lambda remedy, tmp: said(remedy, "unpack it and give the folder", open_dataset(unpacked(tmp)))),
     Value(T, "mu and sigma in {}", lambda tmp: statistics(tmp, mu=np.array(["a"])), lambda remedy, tmp: statistics(tmp, mu=said(remedy, "mu [D]", np.zeros(2048)))),
     Value(T, "{} has mu {}", lambda tmp: statistics(tmp, mu=np.zeros(3)), lambda remedy, tmp: statistics(tmp, mu=said(remedy, "mu [D]", np.zeros(2048)))),
     Value(T, "{} has {}", lambda tmp: open_reference(npz(tmp, pool_3=np.zeros((4, 4), int))),
@@ -89,7 +112,7 @@ FILES = [
     Value(M, "the file says that its network", lambda _: find_latent_map({"encoder": PICTURES}, 3, True),
           lambda remedy, _: find_latent_map({"encoder": PICTURES}, 3, said(remedy, "leave out --latents", False)) is None),
     Value(M, "the file's encoder '{}'", lambda _: find_latent_map({"encoder": {"class_name": "other"}}, 3, False),
-          lambda remedy, _: find_latent_map({"encoder": {"class_name": found(r"files of (\S+) and", remedy)}}, 3, False) is None),
+          lambda remedy, _: find_latent_map({"encoder": {"class_name": found(r"a file with (\S+) or", remedy)}}, 3, False) is None),
     Value("uni_instruct/class_map.py", "{} has the classes", lambda _: match_classes(("a", "b"), ("a", "c"), "one", "the other"),
           lambda remedy, _: match_classes(("a", "b"), said(remedy, "in any order", ("b", "a")), "one", "the other")),
 ]  # fmt: skip

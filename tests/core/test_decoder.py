@@ -311,7 +311,7 @@ def test_contradictions_are_one_line(cli: Cli, tmp_path: Path, latents: Bundle, 
     for arguments, message in (
         (["import", pictures, "--latents", *out], "says that its network makes pictures (StandardRGBEncoder); leave out"),
         (["import", three, *out], "encoder has 4 scales and 4 biases, its network 3 channels; download it again"),
-        (["import", unknown, *out], "encoder 'Codebook' is not known here"),
+        (["import", unknown, *out], "encoder 'Codebook' is not supported"),
         (["import", grey, "--decoder", vae, *out], "makes 3 channels, EDM2's latents have 4; leave out"),
         (["import", latents.path, *out], "is a bundle already; give --decoder VAE to add one"),
         (["import", latents.path, "--decoder", vae, "--steps", "4", *out], "--steps applies to checkpoints only, but "),

@@ -56,6 +56,22 @@ def data_of(count: int, classes: int, channels: int = 3, side: int = 32) -> Data
     )
 
 
+def test_what_is_passed_over_is_said_before_anything_is_trained(
+    photos: Path, tmp_path: Path, cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever trains without having looked at the data first hears it too."""
+    (photos / "metadata.jsonl").write_text("{}")
+    (photos / "film.mp4").write_bytes(b"x")
+    note = "2 files (film.mp4, metadata.jsonl) skipped: not images; classes are read from dataset.json or folders, not from"
+    given = [f"data={photos}", *SHORT, "loop.metric=none"]
+    for command in (["train", "digits", "--dry-run"], ["doctor", "digits"]):
+        code, output, errors = cli(*command, *given)
+        words = " ".join(output.replace("#", " ").split())  # a dry run breaks its lines
+        assert (code, note in words) == (0, True), (command, output, errors)
+    assert cli("train", "digits", "--out", tmp_path / "run", *given)[0] == 0
+    assert caplog.messages[0].startswith(f"data set 'photos': {note}")
+
+
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("dataset", "extractor", "words"),

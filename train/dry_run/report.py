@@ -150,7 +150,8 @@ def _data_need(plan: Plan) -> str:
         named = "" if plan.dataset is None else f" ({_described(plan.dataset)}, named in the recipe but not used)"
         return f"none needed, as the teacher is given and no density ratio, adversarial term or metric is asked for{named}"
     assert plan.dataset is not None
-    return f"{_described(plan.dataset)}: {why}"
+    note = f"; {plan.dataset.note}" if plan.dataset.note else ""
+    return f"{_described(plan.dataset)}: {why}{note}"
 
 
 def _ratio_need(objectives: Sequence[ObjectiveConfig]) -> str:

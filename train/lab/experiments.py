@@ -14,7 +14,7 @@ from uni_instruct.train.plan import make_plan
 from uni_instruct.train.recipe import load_recipe
 from uni_instruct.train.recipe_keys import one_of
 from uni_instruct.train.run_lock import refuse_foreign
-from uni_instruct.train.scoring_choice import announce, choose_scoring
+from uni_instruct.train.scoring_choice import announce, announce_note, choose_scoring
 
 TEACHER_RUN, EXPERIMENTS = "teacher-run", "experiments"
 # No report for each experiment: it takes a minute, and the lab's page replaces it. The user's settings can override this.
@@ -135,6 +135,7 @@ def resolve_lab(lab: Lab) -> Lab:
         plan = make_plan(recipe)
         if first is None:
             scoring = choose_scoring(recipe.loop, plan.dataset)
+            announce_note(plan.dataset)
             announce(scoring, recipe.loop)
             images = recipe.distillation.micro_batch or recipe.distillation.batch
             first = resolve_precision_for_run(scoring.loop, plan.teacher_spec, images, lab.folder)

@@ -1,1 +1,1 @@
-"""Other projects' checkpoints, read without running anything in them: NumPy arrays and plain values, no torch."""
+"""Read other projects' checkpoints without running anything in them, as NumPy arrays and plain values. Needs no torch."""

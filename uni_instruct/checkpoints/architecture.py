@@ -1,4 +1,4 @@
-"""The architecture of bare weights, read off their names and shapes, in the class and argument names of EDM and EDM2."""
+"""Infer the architecture of bare weights from their names and shapes, in the class and argument names of EDM and EDM2."""
 
 import math
 import re
@@ -15,18 +15,18 @@ _FIRST = re.compile(r"enc\.(\d+)x\1_conv\.weight")
 
 
 def infer_architecture(weights: Weights) -> tuple[str, dict[str, Any]]:
-    """(class name of the preconditioned network, its arguments) of weights named as EDM or EDM2 names them, without prefix.
+    """(class name of the preconditioned network, its arguments), from weights named as in EDM or EDM2, without prefixes.
 
-    Weights cannot tell dropout (taken for 0), sigma_data (0.5), EDM2's balances (its defaults), nor VP's and VE's
-    preconditioning from EDM's: they are taken for EDM's. Raises FileFormatError where the names are no such network's.
+    Weights do not show everything: dropout is assumed to be 0, sigma_data 0.5, EDM2's balances their defaults, and the
+    preconditioning EDM's (also for VP and VE). Raises FileFormatError if the names are not those of such a network.
     """
     first = max((int(found[1]) for name in weights if (found := _FIRST.fullmatch(name))), default=0)
     if not first:
         raise FileFormatError(
-            "the weights are those of no network known here (none is called enc.<size>x<size>_conv.weight)",
+            "the weights are not those of a supported network (none is called enc.<size>x<size>_conv.weight)",
             remedy="give a file of EDM, EDM2, SiD or Uni-Instruct",
         )
-    # Layers that only EDM2's networks have, and of EDM's two only ADM.
+    # Only EDM2's networks have emb_fourier. Of EDM's two networks, only ADM has out_conv.
     read = _edm2 if "emb_fourier.freqs" in weights else _adm if "out_conv.weight" in weights else _ddpmpp
     try:
         return read(weights, first)
@@ -72,7 +72,7 @@ def _adm(weights: Weights, size: int) -> tuple[str, dict[str, Any]]:
 def _edm2(weights: Weights, size: int) -> tuple[str, dict[str, Any]]:
     emb, noise = weights["emb_noise.weight"].shape
     widths, common = _common(weights, size, "conv_res1", "attn_qkv", "emb_label")
-    # No layer of EDM2's is model_channels wide by definition: its largest value that all widths are multiples of is taken.
+    # No layer of EDM2 has model_channels channels by definition. The greatest common divisor of all widths is taken.
     channels = math.gcd(*widths, emb, noise)
     return "Precond", {
         **common,
@@ -84,14 +84,14 @@ def _edm2(weights: Weights, size: int) -> tuple[str, dict[str, Any]]:
 
 
 def _class_name(common: dict[str, Any], last: np.ndarray) -> str:
-    """The preconditioning, by the last layer: iDDPM's estimates a variance beside the mean, in twice the channels."""
+    """The preconditioning, from the last layer: iDDPM's network also estimates a variance, in twice the channels."""
     return "iDDPMPrecond" if last.shape[0] == 2 * common["img_channels"] else "EDMPrecond"
 
 
 def _common(weights: Weights, size: int, conv: str, qkv: str, label: str) -> tuple[list[int], dict[str, Any]]:
     """The channels of each level, and the arguments that every architecture has.
 
-    conv, qkv and label are what the architecture calls a block's convolution, its attention, and the layer of classes.
+    conv, qkv and label: the architecture's names for a block's convolution, its attention, and the layer of classes.
     """
     sizes = sorted({int(found[1]) for name in weights if (found := re.match(r"enc\.(\d+)x\1_block0\.", name))}, reverse=True)
     blocks = {name.split(".")[1] for name in weights if name.startswith(f"enc.{size}x{size}_block")}
@@ -115,7 +115,7 @@ def _columns(weights: Weights, layer: str) -> int:
 
 
 def _taps(weights: Weights) -> list[int]:
-    """The separable filter of the first resampling layer, in whole numbers. The file holds its outer product, of sum 1."""
+    """The separable filter of the first resampling layer, as integers. The file holds its outer product, with a sum of 1."""
     kernels = (array for name, array in weights.items() if name.endswith("resample_filter"))
     rows = next(kernels, np.ones((1, 1, 2, 2), np.float32) / 4)[0, 0].astype(np.float64).sum(1)
     return [round(value) for value in rows / rows[0]]
@@ -127,5 +127,5 @@ def _ratios(widths: list[int], channels: int) -> list[int]:
 
 def _ratio(width: int, channels: int) -> int:
     if width % channels:
-        raise ValueError(f"{width} channels are no multiple of {channels}")
+        raise ValueError(f"{width} channels are not a multiple of {channels}")
     return width // channels

@@ -1,4 +1,4 @@
-"""A VAE as diffusers saves it (AutoencoderKL): its decoder, from safetensors and config.json, every weight accounted for."""
+"""Read the decoder of a VAE as diffusers saves it (AutoencoderKL): safetensors and config.json. Every weight is checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.spec import AUTOENCODER_KL, DecoderSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# What config.json may leave out, as diffusers fills it in; block_out_channels it must give.
+# diffusers' defaults for what config.json may leave out. block_out_channels must be there.
 DEFAULTS: dict[str, Any] = {
     "layers_per_block": 1,
     "norm_num_groups": 32,
@@ -25,31 +25,31 @@ DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     "use_post_quant_conv": True,
 }
-# Before diffusers 0.17 attention had these names, and 1x1 convolutions in files that were converted from Stable Diffusion's.
+# Names of attention layers before diffusers 0.17. In files converted from Stable Diffusion's they are 1x1 convolutions.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _ATTENTION = "decoder.mid_block.attentions.0."
-# The half that makes latents of pictures.
+# Weights of the encoder, which makes latents of pictures and is not needed.
 _ENCODER = ("encoder.", "quant_conv.")
 _GIVE = "give the folder or .safetensors of an AutoencoderKL as diffusers saves it, with its config.json beside it"
 
 
-# EDM2 feeds its VAE pixels in [0, 1] and cuts 255 D off to bytes: with these two, 127.5 x + 128 is that very number.
+# EDM2's VAE uses pixels D in [0, 1], and EDM2 truncates 255 D to bytes. With this scale and shift, 127.5 x + 128 equals 255 D.
 EDM2_PIXEL_SCALE, EDM2_PIXEL_SHIFT = 2.0, -1 - 1 / 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDecoder:
-    """A decoder as a file has it, float32 by diffusers' names; its spec lacks the hash of a file that is yet to be written."""
+    """A decoder as read from a file: float32 weights by diffusers' names. Its spec has no hash until its file is written."""
 
     spec: DecoderSpec
     weights: Mapping[str, np.ndarray]
 
 
 def read_decoder(source: str, latents: LatentMap = EDM2_LATENTS) -> StoredDecoder:
-    """A folder that diffusers wrote, its .safetensors, or either on the hub: hf://owner/name[/folder][@revision].
+    """Read a folder that diffusers wrote, its .safetensors, or either on the hub: hf://owner/name[/folder][@revision].
 
-    Nothing in it is run. Raises RequestError where there is none, FileFormatError where it is damaged, another kind of VAE,
-    or where weights are missing, left over, of another shape, or not finite.
+    Nothing in it is run. Raises RequestError if there is none; FileFormatError if it is damaged or another kind of VAE, or if
+    weights are missing, left over, of another shape, or not finite.
     """
     path, origin = _find(source)
     with opened(path) as (file, name, size):
@@ -59,19 +59,19 @@ def read_decoder(source: str, latents: LatentMap = EDM2_LATENTS) -> StoredDecode
     if not config:
         raise RequestError(f"there is no {CONFIG} beside {path}", remedy=_GIVE, param="decoder")
     spec = _spec(path.with_name(CONFIG), config, latents, f"{origin}, sha256 {sha256(path)}")
-    weights = {_present(name): array for name, array in tensors.items() if not name.startswith(_ENCODER)}
-    return StoredDecoder(spec=spec, weights=_fitted(spec, weights))
+    weights = {_current_name(name): array for name, array in tensors.items() if not name.startswith(_ENCODER)}
+    return StoredDecoder(spec=spec, weights=_checked(spec, weights))
 
 
 def _find(source: str) -> tuple[Path, str]:
-    """The weights' file, its config.json beside it, and where it is from."""
+    """The file of weights, with its config.json beside it, and its origin."""
     if not is_on_hub(source):
         path = Path(source)
         return (path / WEIGHTS if path.is_dir() else path), Path(source).name
     address, _, revision = source.partition("@")
     folder, name = address.rsplit("/", 1) if address.endswith(".safetensors") else (address, WEIGHTS)
     at = f"@{revision}" if revision else ""
-    fetch(f"{folder}/{CONFIG}{at}")  # lands beside the weights, in the folder of the same commit
+    fetch(f"{folder}/{CONFIG}{at}")  # saved beside the weights, in the folder of the same commit
     download = fetch(f"{folder}/{name}{at}")
     return download.path, download.origin
 
@@ -96,21 +96,21 @@ def _spec(path: Path, config: Mapping[str, Any], latents: LatentMap, source: str
     try:
         return DecoderSpec.from_config(values)
     except TypeError as error:
-        raise FileFormatError(f"{path} is no decoder's: {error}", remedy=_GIVE, param="decoder") from error
+        raise FileFormatError(f"{path} does not describe a decoder: {error}", remedy=_GIVE, param="decoder") from error
     except BundleError as error:
         raise FileFormatError(f"{path} describes {error.problem}", remedy=error.remedy, param="decoder") from error
 
 
-def _present(name: str) -> str:
-    """The name that diffusers gives the tensor today."""
+def _current_name(name: str) -> str:
+    """diffusers' current name of a tensor."""
     if not name.startswith(_ATTENTION):
         return name
     layer, _, kind = name.removeprefix(_ATTENTION).rpartition(".")
     return f"{_ATTENTION}{FORMER_NAMES.get(layer, layer)}.{kind}"
 
 
-def _fitted(spec: DecoderSpec, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights in float32, once each is known to fit."""
+def _checked(spec: DecoderSpec, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights in float32, once all are known to fit."""
     from uni_instruct.networks.autoencoder import decoder_shapes
 
     expected = decoder_shapes(spec)

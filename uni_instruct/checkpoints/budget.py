@@ -1,7 +1,7 @@
-"""How much a checkpoint may ask for, how much it has asked for so far, and how it is refused.
+"""Limits on what a checkpoint may ask for, a count of what it has asked for, and the errors that refuse it.
 
-A few bytes in a hostile file can ask for any amount of memory or time: a length, a shape, a value that is repeated. So whatever
-costs something is counted before it is spent.
+A few bytes in a hostile file can ask for any amount of memory or time: a length, a shape, a repeated value. So every cost is
+counted before it is paid.
 """
 
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from uni_instruct.errors import FileFormatError, RequestError
 
-AGAIN = "copy or download it again"
-FOREIGN = "nothing in it was run; give a file as EDM, EDM2, SiD, SiDA or Uni-Instruct write it, or a .safetensors"
+COPY_AGAIN = "copy or download it again"
+UNSUPPORTED = "nothing in it was run; give a file of EDM, EDM2, SiD, SiDA or Uni-Instruct, or a .safetensors"
 _NAME_SHOWN = 80
-# Integers hash to themselves, so a file can choose keys that collide, and make each insertion walk through all the others.
+# Integers hash to themselves, so a file can choose keys that collide, and each insertion then compares all the others.
 _NUMBER_KEYS = 20_000
 
 
@@ -21,9 +21,9 @@ _NUMBER_KEYS = 20_000
 class Limits:
     """What reading one file may cost. The defaults are several times what the largest published files need.
 
-    opcodes: steps of all its pickles together. values and depth: of the tree that comes out, a value that occurs twice counted
-    twice. text_bytes: strings and bytes outside tensors. tensor_ratio: bytes of all tensors over those of the file; widening
-    bfloat16 doubles them, and tied weights count as often as they occur.
+    opcodes: steps of all its pickles together. values and depth: of the resulting tree; a value that occurs twice counts twice.
+    text_bytes: strings and bytes outside tensors. tensor_ratio: bytes of all tensors over those of the file. Widening bfloat16
+    doubles them, and tied weights count each time they occur.
     """
 
     file_bytes: int = 64 << 30
@@ -35,9 +35,9 @@ class Limits:
 
 
 class MalformedFile(Exception):
-    """What is wrong with a file, in words that follow its name. `reading` puts the name before them, as a FileFormatError."""
+    """A fault of a file, in words that follow its name. `reading` adds the name and raises it as FileFormatError."""
 
-    def __init__(self, problem: str, remedy: str = AGAIN):
+    def __init__(self, problem: str, remedy: str = COPY_AGAIN):
         super().__init__(problem)
         self.problem, self.remedy = problem, remedy
 
@@ -64,21 +64,21 @@ class Budget:
         self._left = dict(self._allowed)
 
     def spend(self, what: str, amount: int) -> None:
-        """Raises MalformedFile where the file asks for more than it may."""
+        """Count a cost. Raises MalformedFile if the file asks for more than it may."""
         self._left[what] -= amount
         if self._left[what] < 0:
-            raise MalformedFile(f"asks for more than {self._allowed[what]:,} {what}", FOREIGN)
+            raise MalformedFile(f"asks for more than {self._allowed[what]:,} {what}", UNSUPPORTED)
 
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Within the block, whatever goes wrong while the named file is read becomes one of the project's errors."""
+    """Within the block, turn every error of reading the named file into one of the project's errors."""
     try:
         yield
     except MalformedFile as error:
         raise FileFormatError(f"{name} {error.problem}", remedy=error.remedy, param="checkpoint") from error
     except OSError as error:
-        remedy = "make it readable" if isinstance(error, PermissionError) else AGAIN
+        remedy = "make it readable" if isinstance(error, PermissionError) else COPY_AGAIN
         raise RequestError(f"cannot read {name}: {error.strerror or error}", remedy=remedy, param="checkpoint") from error
     except MemoryError as error:
         raise RequestError(
@@ -87,6 +87,6 @@ def reading(name: str) -> Iterator[None]:
 
 
 def shown(name: object) -> str:
-    """A name out of a file as it may stand in a message: quoted, in ASCII, short."""
+    """A name from a file, as it may be shown in a message: quoted, in ASCII, short."""
     text = name if isinstance(name, str) else type(name).__name__
     return ascii(text if len(text) <= _NAME_SHOWN else text[:_NAME_SHOWN] + "...")

@@ -1,31 +1,36 @@
-"""What a checkpoint holds, whoever wrote it: networks with their tensors and configuration, and facts about their training."""
+"""What a checkpoint of any project holds: networks with their tensors and configuration, and facts about their training."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.modules import config_of, is_network, plain_value, tensors_of
 from uni_instruct.checkpoints.pickle.unpickle import StoredModule, pickled, plain
 from uni_instruct.checkpoints.prefixes import is_counter, network_prefixes
 from uni_instruct.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
+from uni_instruct.checkpoints.sharded import check_is_whole, is_index, parts_of
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.torch_file import zipped
+from uni_instruct.file_type import PULL_LFS, FileType, begins_as_lfs
 from uni_instruct.zip_entry import SIGNATURE as ZIP
 
 _PICKLE = b"\x80"
-# What stands in the names of states that hold tensors and are no networks.
+_HEAD = 32
+# Part of the names of optimizer states, which hold tensors but no networks.
 _OPTIMIZER = "optim"
 
 
 @dataclass(frozen=True)
 class StoredNetwork:
-    """A network in a file. name: what the file calls it, such as 'ema'. class_name: such as 'EDMPrecond', '' for bare weights.
+    """A network in a file. name: its name there, such as 'ema'. class_name: such as 'EDMPrecond', or '' for bare weights.
 
-    config: the arguments and attributes that the file gives, {} for bare weights. tensors: by state-dict name.
+    config: the arguments and attributes in the file; for bare weights the config.json beside safetensors, else {}. tensors: by
+    state-dict name.
     """
 
     name: str
@@ -36,7 +41,7 @@ class StoredNetwork:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's networks, and what else it says in plain values: data set, loss, augmentation, optimizers, progress."""
+    """A file's networks, and its other content as plain values: data set, loss, augmentation, optimizers, progress."""
 
     format: str
     networks: tuple[StoredNetwork, ...]
@@ -45,15 +50,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """A format of file: a dict with these keys, in which networks stand as modules, or as bare weights."""
+    """A file format: a dict with these keys. modules: whether its networks are modules, or bare weights."""
 
     name: str
     keys: frozenset[str]
     modules: bool
 
 
-# A file has the first format whose keys are all there, so that one which asks for less comes later. SiDA and Uni-Instruct write
-# SiD's files; theirs hold weights where SiD's hold modules.
+# A file has the first format whose keys it has, so formats with fewer keys come later. SiDA and Uni-Instruct write SiD's files,
+# with weights in place of modules.
 FORMATS = (
     CheckpointFormat("edm2 pickle", frozenset({"ema", "encoder", "dataset_kwargs", "loss_fn"}), modules=True),
     CheckpointFormat("edm pickle", frozenset({"ema", "loss_fn", "augment_pipe", "dataset_kwargs"}), modules=True),
@@ -68,57 +73,92 @@ FORMATS = (
 
 
 def read_checkpoint(path: str | Path, limits: Limits | None = None) -> Checkpoint:
-    """What a file of EDM, EDM2, SiD, SiDA or Uni-Instruct holds, or one of bare weights: a state dict, or safetensors.
+    """Read a file of EDM, EDM2, SiD, SiDA or Uni-Instruct, or bare weights: a state dict, safetensors, or an index of parts.
 
-    A config.json beside the latter is read too. The file is recognised by content, not by name; nothing in it is run. Raises
-    RequestError where it cannot be read, FileFormatError where it is damaged, no checkpoint, contradicts itself, exceeds the
-    limits, or names something foreign.
+    A config.json beside safetensors is read too. Files are recognised by content, an index by its name; nothing in them is run.
+    Raises RequestError if the file cannot be read; FileFormatError if it is damaged, not a checkpoint, contradicts itself,
+    exceeds the limits, or names a global that is not allowed.
     """
     limits = limits or Limits()
+    if is_index(Path(path)):
+        return _joined(Path(path), limits)
     with opened(path) as (file, name, size), reading(name):
-        budget = Budget(limits, size)
-        read = _unpickler(file, size)
-        if read is not None:
-            return _checkpoint(plain(read(file, budget, size), budget), budget)
-    tensors, config = read_safetensors(path, limits)
-    with reading(name):
-        return Checkpoint("safetensors", (StoredNetwork("weights", "", config, _weights(tensors, budget)),), {})
+        check_is_whole(name)
+        value, budget = _value(file, limits, size)
+        if value is not None:
+            return _checkpoint(value, budget)
+    return _bare("safetensors", *read_safetensors(path, limits), budget)
+
+
+def _value(file: BinaryIO, limits: Limits, size: int) -> tuple[object, Budget]:
+    """The value of a pickle or of torch's file, None for safetensors; and the budget of the file."""
+    budget = Budget(limits, size)
+    read = _unpickler(file, size)
+    return None if read is None else plain(read(file, budget, size), budget), budget
+
+
+def _joined(index: Path, limits: Limits) -> Checkpoint:
+    """The weights of all files that an index names. Raises as `read_checkpoint`, also if two files hold one weight."""
+    with reading(str(index)):
+        parts = parts_of(index)
+        budget = Budget(limits, sum(part.stat().st_size for part in parts))
+        tensors: dict[str, np.ndarray] = {}
+        config: dict[str, Any] = {}
+        for part in parts:
+            with opened(part) as (file, name, size), reading(name):
+                found, _ = _value(file, limits, size)
+            if found is None:
+                found, config = read_safetensors(part, limits)
+            if not _is_weights(found) or tensors.keys() & found.keys():
+                raise MalformedFile(
+                    f"names the part {part.name}, which holds no weights, or weights that another part has too", UNSUPPORTED
+                )
+            tensors |= found
+        return _bare("sharded weights", tensors, config, budget)
+
+
+def _bare(form: str, tensors: dict[str, np.ndarray], config: dict[str, Any], budget: Budget) -> Checkpoint:
+    """The checkpoint of bare weights and a configuration: one network, or several if the names of the weights separate them."""
+    parts = [(part.name, part.stored) for part in _split_networks("", "weights", tensors)]
+    networks = (StoredNetwork(name, "", config, _weights(stored, budget)) for name, stored in parts if isinstance(stored, dict))
+    return Checkpoint(form, tuple(networks), {})
 
 
 def read_plain(path: str | Path, limits: Limits | None = None) -> object:
-    """The value of a pickle or of torch's file, whatever it holds, as `read_pickle` gives it. Raises as `read_checkpoint`."""
+    """The value of a pickle or of torch's file, whatever it holds, as from `read_pickle`. Raises as `read_checkpoint`."""
     with opened(path) as (file, name, size), reading(name):
-        budget = Budget(limits or Limits(), size)
-        read = _unpickler(file, size)
-        if read is None:
-            raise MalformedFile("is a file of safetensors", FOREIGN)
-        return plain(read(file, budget, size), budget)
+        value, _ = _value(file, limits or Limits(), size)
+        if value is None:
+            raise MalformedFile("is a file of safetensors", UNSUPPORTED)
+        return value
 
 
 def _unpickler(file: BinaryIO, size: int) -> Callable[[BinaryIO, Budget, int], object] | None:
-    """What reads the file by its first bytes; None for safetensors. Raises MalformedFile for what is no checkpoint."""
+    """The function that reads the file, by its first bytes; None for safetensors. Raises MalformedFile for other files."""
     if Source(file, 0, size).starts_with(ZIP):
         return zipped
-    # Before pickles: a safetensors file begins with a length, whose first byte may be a pickle's.
+    # Checked before pickles: a safetensors file begins with a length, whose first byte may equal a pickle's.
     if looks_like_safetensors(file, size):
         return None
     if Source(file, 0, size).starts_with(_PICKLE):
         return pickled
-    raise MalformedFile("is no checkpoint: neither a pickle, nor torch's zip, nor safetensors", FOREIGN)
+    if begins_as_lfs(Source(file, 0, size).read(min(size, _HEAD))):
+        raise MalformedFile(f"is {FileType.LFS.value}", PULL_LFS)
+    raise MalformedFile("is not a checkpoint: neither a pickle, nor torch's zip, nor safetensors", UNSUPPORTED)
 
 
 def _checkpoint(value: object, budget: Budget) -> Checkpoint:
     if is_network(value):
         return Checkpoint("module", (_network("module", value, budget),), {})
     if not isinstance(value, dict):
-        raise MalformedFile(f"holds a {type(value).__name__}, no checkpoint", FOREIGN)
+        raise MalformedFile(f"holds a {type(value).__name__}, not a checkpoint", UNSUPPORTED)
     if _is_weights(value):
-        parts = _split("", "weights", value)
+        parts = _split_networks("", "weights", value)
         return Checkpoint("state dict", tuple(_network(part.name, part.stored, budget) for part in parts), {})
-    found = list(_found(value))
+    found = _with_unique_names(list(_found(value)))
     networks = tuple(_network(part.name, part.stored, budget) for part in found)
     if not networks or len({network.name for network in networks}) < len(networks):
-        raise MalformedFile("holds two networks of one name" if networks else "holds no network", FOREIGN)
+        raise MalformedFile("holds two networks of one name" if networks else "holds no network", UNSUPPORTED)
     modules = any(isinstance(part.stored, StoredModule) for part in found)
     name = next(form.name for form in FORMATS if form.keys <= value.keys() and form.modules == modules)
     taken = {part.key for part in found}
@@ -127,7 +167,7 @@ def _checkpoint(value: object, budget: Budget) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _Found:
-    """A network under a key of the file's dict. name is that key, and of several averages under it also their width."""
+    """A network below `key` of the file's dict. name: its nearest key; for one of several averages, also the width."""
 
     key: object
     name: str
@@ -135,31 +175,49 @@ class _Found:
 
 
 def _found(value: dict[Any, Any]) -> Iterator[_Found]:
-    """Modules and state dicts, also those in dicts of them, and the averages of EDM2's states ({'emas': [], 'stds': []})."""
+    """Yield modules and state dicts, also from nested dicts, and the averages of EDM2's states ({'emas': [], 'stds': []})."""
     for key, part in value.items():
-        if is_network(part) or _is_weights(part):
-            yield from _split(key, str(key), part)
-        elif isinstance(part, dict) and isinstance(part.get("emas"), list) and isinstance(part.get("stds"), list):
+        if isinstance(part, dict) and isinstance(part.get("emas"), list) and isinstance(part.get("stds"), list):
             if len(part["emas"]) != len(part["stds"]) or not all(map(_is_weights, part["emas"])):
-                raise MalformedFile(f"has averages in {shown(key)} that do not fit their widths", FOREIGN)
+                raise MalformedFile(f"has averages in {shown(key)} that do not fit their widths", UNSUPPORTED)
             for std, weights in zip(part["stds"], part["emas"], strict=True):
                 yield _Found(key, f"{key} {std}", weights)
-        elif isinstance(part, dict) and _OPTIMIZER not in str(key).lower():
-            # FastGen's {'model': {'net': ..., 'fake_score': ...}}: networks by name, one level down.
-            for name, inner in part.items():
-                if is_network(inner) or _is_weights(inner):
-                    yield from _split(key, str(name), inner)
+        else:
+            yield from _networks_in(key, str(key), part)
 
 
-def _split(key: object, name: str, stored: StoredModule | dict[str, np.ndarray]) -> Iterator[_Found]:
-    """The network; of Lightning's state dict, which names several (net., net_ema.), each of them by its own name."""
+def _with_unique_names(found: list[_Found]) -> list[_Found]:
+    """Networks that have one name in several dicts of a file: the dict's name is added."""
+    names = Counter(part.name for part in found)
+    return [part if names[part.name] == 1 else replace(part, name=f"{part.key}.{part.name}") for part in found]
+
+
+def _networks_in(key: object, name: str, part: object) -> Iterator[_Found]:
+    """Yield the networks in a value, named by their nearest key: FastGen's {'model': {'net': ..., 'fake_score': ...}}."""
+    if is_network(part) or _is_weights(part):
+        yield from _split_networks(key, name, part)
+    elif isinstance(part, dict) and _OPTIMIZER not in name.lower():
+        # The recursion is bounded, because the budget limits how deep values nest.
+        for inner, value in part.items():
+            yield from _networks_in(key, str(inner), value)
+
+
+def _split_networks(key: object, name: str, stored: StoredModule | dict[str, np.ndarray]) -> Iterator[_Found]:
+    """Yield the network, or each network of a state dict that holds several under prefixes (Lightning's net., net_ema.).
+
+    Other weights (of a loss, a metric) belong to other modules, and are named by the first part of their names.
+    """
     prefixes = network_prefixes(stored) if isinstance(stored, dict) else []
-    if not isinstance(stored, dict) or len(prefixes) < 2:
+    if not isinstance(stored, dict) or "" in prefixes or not prefixes:
         yield _Found(key, name, stored)
         return
-    for prefix in prefixes:
-        part = {at: array for at, array in stored.items() if at.startswith(prefix)}
-        yield _Found(key, prefix.rstrip(".") or name, part)
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for at, array in stored.items():
+        prefix = next((prefix for prefix in prefixes if at.startswith(prefix)), f"{at.partition('.')[0]}.")
+        # A wrapper's counter does not belong to another module.
+        parts.setdefault(prefix if prefix in prefixes or not is_counter(at) else prefixes[0], {})[at] = array
+    for prefix in [*prefixes, *(other for other in parts if other not in prefixes)]:
+        yield _Found(key, (prefix.rstrip(".") if len(parts) > 1 else "") or name, parts[prefix])
 
 
 def _is_weights(value: object) -> TypeGuard[dict[str, np.ndarray]]:
@@ -177,20 +235,20 @@ def _network(name: str, stored: StoredModule | dict[str, np.ndarray], budget: Bu
 
 
 def _weights(tensors: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
-    """The tensors, counted against the budget; counters that are plain numbers as arrays without dimensions.
+    """The tensors, counted against the budget. Counters that are plain numbers become arrays without dimensions.
 
-    Raises MalformedFile where there are none, or a few repeat without end.
+    Raises MalformedFile if there are none, or if repeated tensors exceed the budget.
     """
     tensors = {name: array if isinstance(array, np.ndarray) else np.array(array) for name, array in tensors.items()}
-    # One storage can stand under any number of names, at no cost in the file.
+    # Counted by name: one storage can have any number of names, at no cost in the file.
     if not tensors:
-        raise MalformedFile("has a network without weights", FOREIGN)
+        raise MalformedFile("has a network without weights", UNSUPPORTED)
     budget.spend("bytes of networks", sum(array.nbytes for array in tensors.values()))
     return tensors
 
 
 def _fact(value: object) -> object:
-    """A plain value. Of an optimizer it is the settings, without the moments and the list of parameters."""
+    """A plain value. Of an optimizer only the settings, without the moments and the list of parameters."""
     if isinstance(value, dict) and {"state", "param_groups"} <= value.keys():
         groups = value["param_groups"] if isinstance(value["param_groups"], list) else []
         settings = [

@@ -1,4 +1,4 @@
-"""From a checkpoint's file to a bundle, with where it comes from."""
+"""Make a bundle of a checkpoint's file, with a record of its origin."""
 
 import re
 from collections.abc import Mapping
@@ -14,18 +14,21 @@ from uni_instruct.card_usage import usage
 from uni_instruct.checkpoints.autoencoder_kl import StoredDecoder, read_decoder
 from uni_instruct.checkpoints.checkpoint import Checkpoint, StoredNetwork, read_checkpoint
 from uni_instruct.checkpoints.latent_map import LatentMap, find_latent_map, stated_latent_map
+from uni_instruct.checkpoints.sharded import content_sha256
 from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
-from uni_instruct.files import cache_folder, refuse_file_name, sha256
+from uni_instruct.files import cache_folder, refuse_file_name
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec, check_name
 
-# Networks of a training state that denoise at every noise level, and so are teachers.
+# Networks of a training state that denoise at every noise level, and are therefore teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")
-# The average of the weights is what every project publishes and scores.
+# Names of the average of the weights, which every project publishes and scores.
 PREFERRED = ("ema", "G_ema", "G_ema_state", "net_ema", "ema_net", "ema_model", "model_ema", "student_ema")
-# EDM's and EDM2's code and weights are NVIDIA's; what was trained with them carries their classes.
+_AVERAGE = re.compile(r"(?:^|[._ ])(?:ema|averaged?)(?:$|[._ ])", re.IGNORECASE)
+_OTHERS = re.compile(r"(?:^|[._ ])(?:fake_score|true_score|real_score|teacher|discriminator|disc|critic|D)(?:$|[._ ])")
+# EDM's and EDM2's code and weights are NVIDIA's. A file that names their classes was trained with them.
 NVIDIAS_LICENCE = "CC-BY-NC-SA-4.0, as far as it derives from NVIDIA's EDM"
 UNKNOWN_LICENCE = "unknown: that of the file's source"
 
@@ -57,10 +60,10 @@ The network makes a VAE's latents. Pictures are made of them by the decoder of `
 class ImportRequest:
     """What the file does not say. None takes what its format suggests.
 
-    role: 'generator' of one step, or 'teacher' for many. network: its name in the file. sigma_init: the noise level of a
-    one-step generator's input. steps: of the teacher's sampler. origin: the address on the hub of a file from there. patch: the
-    side of the squares of pixels that the network sees as one. latents: where the file does not say, the network makes a VAE's
-    latents, scaled as EDM2 does. decoder: what `read_decoder` takes; it implies latents.
+    role: 'generator' (one step) or 'teacher' (many). network: its name in the file. sigma_init: the noise level of a one-step
+    generator's input. steps: of the teacher's sampler. origin: the address of a file from the hub. patch: the side of the
+    squares of pixels that the network takes as one. latents: if the file does not say, the network makes a VAE's latents,
+    scaled as in EDM2. decoder: a source for `read_decoder`; it implies latents.
     """
 
     role: str | None = None
@@ -76,9 +79,9 @@ class ImportRequest:
 
 
 def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, with_progress: ProgressFactory = silent) -> Bundle:
-    """Writes the file's network as a bundle into `out`. with_progress: progress of a decoder's reference images.
+    """Write the file's network as a bundle into `out`. with_progress: progress of a decoder's reference images.
 
-    Raises FileFormatError where the file is not one that can be read safely, RequestError where it lacks what is asked for.
+    Raises FileFormatError if the file cannot be read safely, RequestError if it lacks what is requested.
     """
     from uni_instruct.networks.reference import make_reference
 
@@ -88,7 +91,7 @@ def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, with_p
     checkpoint = read_checkpoint(path)
     stored = choose_network(checkpoint, request.network)
     translation = translate(stored, request.patch)
-    # The last: a bundle's config.json, beside its weights.
+    # The last condition: the config.json of a bundle is beside its weights.
     asked = request.latents or request.decoder is not None or stored.config.get("latents") is True
     latents = find_latent_map(checkpoint.facts, translation.image_shape[0], asked)
     spec = _spec(path, checkpoint, stored, translation, latents, request)
@@ -99,16 +102,16 @@ def bundle_from_checkpoint(path: Path, out: Path, request: ImportRequest, with_p
 
 
 def attach_decoder(bundle: Bundle, decoder: str, out: Path, with_progress: ProgressFactory = silent) -> Bundle:
-    """The bundle with that decoder, in `out`, which may be its own folder; engines are left behind.
+    """The bundle with that decoder, written to `out`, which may be its own folder. Engines are not copied.
 
-    decoder: what `read_decoder` takes. Raises RequestError where the bundle makes pictures by itself, and as `read_decoder`.
+    decoder: a source for `read_decoder`. Raises RequestError if the bundle makes pictures itself, and as `read_decoder`.
     """
     if not bundle.spec.latents:
         raise RequestError(f"{bundle.origin} makes pictures by itself", remedy="leave --decoder out", param="decoder")
     if out.resolve() != bundle.path.resolve():
         _check_place(out)
     stored = read_decoder(decoder, stated_latent_map(bundle.spec.provenance))
-    # A former decoder's section is the last of the card.
+    # Without the section of a former decoder, which is the last of the card.
     card = (bundle.path / CARD).read_text().partition(f"\n{_DECODER_TITLE}")[0]
     return _write_decoded(out, bundle.spec, bundle.weights(), card, stored, with_progress, bundle.stored_precision())
 
@@ -137,10 +140,10 @@ def _write_decoded(
 
 
 def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
-    """A bundle, or a checkpoint's file as one, imported once and then kept in the cache. role: as in ImportRequest.
+    """Open a bundle, or import a checkpoint's file once and keep the bundle in the cache. role: as in ImportRequest.
 
-    latents: that it goes with a VAE's latents, which counts where the file does not say what it makes. Takes whatever
-    `Bundle.open` takes, a path, and hf://owner/name/file. Raises as it and `bundle_from_checkpoint` do.
+    latents: the data are a VAE's latents; it is used if the file does not say what its network makes. source: anything that
+    `Bundle.open` takes, a path, or hf://owner/name/file. Raises as `Bundle.open` and `bundle_from_checkpoint`.
     """
     origin, path = source, Path(source)
     if is_on_hub(source):
@@ -148,8 +151,8 @@ def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
         origin, path = download.origin, download.path
     if not path.is_file():
         return Bundle.open(source)
-    # Under the file's hash and our version: another file of the same name, or a reader that was mended, is imported anew.
-    made_of = f"{sha256(path)}-{__version__}"
+    # Cached by the file's hash and this version, so another file of the same name, or a corrected reader, is imported again.
+    made_of = f"{content_sha256(path)}-{__version__}"
     folder = cache_folder() / "imported" / f"{made_of}-{role}"
     if not (folder / CONFIG).is_file():
         try:
@@ -157,7 +160,7 @@ def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
         except RequestError as error:
             if error.param != "latents" or not latents:
                 raise
-            # Kept apart: beside other data nothing would say that these are latents.
+            # In a separate folder: with other data, nothing would say that these are latents.
             folder = folder.with_name(f"{made_of}-latents-{role}")
             if not (folder / CONFIG).is_file():
                 bundle_from_checkpoint(path, folder, ImportRequest(role=role, origin=origin, latents=True))
@@ -165,26 +168,33 @@ def open_or_import(source: str, role: str, latents: bool = False) -> Bundle:
 
 
 def _check_place(out: Path) -> None:
-    """Raises RequestError where an import would replace what no import made: a training cannot be had again so."""
+    """Raise RequestError if an import would replace what no import made, such as a training, which may be lost for good."""
     refuse_file_name(out)
     check_place(out)
     if (out / CONFIG).is_file() and "imported" not in Bundle.open(out).spec.provenance:
-        raise RequestError(f"{out} holds a bundle that no import made", remedy="name another folder", param="out")
+        raise RequestError(f"{out} holds a bundle that was not imported", remedy="name another folder", param="out")
 
 
 def choose_network(checkpoint: Checkpoint, name: str | None) -> StoredNetwork:
-    """The network of that name; without a name the average. Raises RequestError where the file has none of that name."""
+    """The network of that name, by default the average. Raises RequestError if the file has no network of that name."""
     networks = {network.name: network for network in checkpoint.networks}
     if name is None:
-        name = next((preferred for preferred in PREFERRED if preferred in networks), next(iter(networks)))
+        name = _default_network(list(networks))
     if name not in networks:
         remedy = f"choose one of {', '.join(networks)}"
         raise RequestError(f"the file holds no network '{name}'", remedy=remedy, param="network")
     return networks[name]
 
 
+def _default_network(names: list[str]) -> str:
+    """The first of PREFERRED, else a network whose name says 'average', else one that is no teacher or critic."""
+    called_average = [name for name in names if _AVERAGE.search(name) and not _OTHERS.search(name)]
+    generators = [name for name in names if not _OTHERS.search(name)]
+    return next((name for name in PREFERRED if name in names), [*called_average, *generators, *names][0])
+
+
 def likely_role(checkpoint: Checkpoint, stored: StoredNetwork) -> str:
-    """'teacher' or 'generator', by what the file holds beside the network."""
+    """'teacher' or 'generator', judged by what the file holds beside the network."""
     # EDM and EDM2 keep a denoiser's loss in the file; snapshots of SiD and its successors hold nothing but the average.
     return "teacher" if "loss_fn" in checkpoint.facts or stored.name in DENOISERS else "generator"
 
@@ -201,7 +211,7 @@ def _spec(
     provenance: dict[str, object] = {
         "imported": {
             "file": request.origin if is_on_hub(request.origin) else path.name,
-            "sha256": sha256(path),
+            "sha256": content_sha256(path),
             "format": checkpoint.format,
             "network": stored.name,
             "class": stored.class_name or "read off the weights",

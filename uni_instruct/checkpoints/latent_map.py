@@ -1,4 +1,4 @@
-"""Whether a stored network makes pictures or a VAE's latents, and how those lie beside the VAE's own: as the file says."""
+"""Find out from a file whether its network makes pictures or a VAE's latents, and how to map these to the VAE's own."""
 
 import math
 from collections.abc import Mapping
@@ -7,32 +7,32 @@ from dataclasses import dataclass
 from uni_instruct.data.vae_latents import FINAL_STD, RAW_MEAN, RAW_STD
 from uni_instruct.errors import FileFormatError, RequestError
 
-# EDM2's two encoders, which its files name.
+# The names of EDM2's two encoders in its files.
 _PICTURES, _LATENTS = "StandardRGBEncoder", "StabilityVAEEncoder"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentMap:
-    """From a network's latents z to its VAE's: raw = scale z + shift, a value of each for every channel."""
+    """The map from a network's latents z to its VAE's: raw = scale z + shift, with one value per channel."""
 
     scale: tuple[float, ...]
     shift: tuple[float, ...]
 
     def to_json(self) -> dict[str, list[float]]:
-        """As provenance holds it."""
+        """The map as provenance holds it."""
         return {"scale": list(self.scale), "shift": list(self.shift)}
 
 
-# EDM2's, to which `data.vae_latents` brings what is trained on.
+# EDM2's map. `data.vae_latents` scales training data accordingly.
 EDM2_LATENTS = LatentMap(scale=tuple(std / FINAL_STD for std in RAW_STD), shift=RAW_MEAN)
 
 
 def find_latent_map(facts: Mapping[str, object], channels: int, asked: bool) -> LatentMap | None:
-    """The map of the latents that a file's network of so many channels makes; None where it makes pictures.
+    """The map of the latents that a file's network makes, or None if it makes pictures. channels: those that it makes.
 
-    The file's own encoder decides. Where it names none, asked does: the user says that the network makes latents, which are
-    taken for EDM2's. Raises RequestError where the two contradict each other or neither tells, FileFormatError for an encoder
-    without its numbers.
+    The file's own encoder decides. If the file names none, `asked` does: the user says that the network makes latents, which
+    are then taken as EDM2's. Raises RequestError if the two contradict each other or neither tells, FileFormatError if an
+    encoder lacks its numbers.
     """
     encoder = facts.get("encoder")
     if isinstance(encoder, Mapping):
@@ -53,7 +53,7 @@ def find_latent_map(facts: Mapping[str, object], channels: int, asked: bool) -> 
 
 
 def stated_latent_map(provenance: Mapping[str, object]) -> LatentMap:
-    """That of a bundle: what its file said at import, else EDM2's, which training uses."""
+    """The map of a bundle: the one that its file stated at import, else EDM2's, which training uses."""
     imported = provenance.get("imported")
     stated = imported.get("latents") if isinstance(imported, dict) else None
     if stated is None:
@@ -74,7 +74,7 @@ def _of_encoder(encoder: Mapping[str, object], channels: int, asked: bool) -> La
         return None
     if name != _LATENTS:
         raise RequestError(
-            f"the file's encoder '{str(name)[:40]}' is not known here", remedy=f"files of {_PICTURES} and {_LATENTS} are"
+            f"the file's encoder '{str(name)[:40]}' is not supported", remedy=f"give a file with {_PICTURES} or {_LATENTS}"
         )
     scale, bias = _numbers(encoder, "scale"), _numbers(encoder, "bias")
     if not len(scale) == len(bias) == channels or 0 in scale:
@@ -82,7 +82,7 @@ def _of_encoder(encoder: Mapping[str, object], channels: int, asked: bool) -> La
             f"the file's encoder has {len(scale)} scales and {len(bias)} biases, its network {channels} channels",
             remedy="download it again",
         )
-    # EDM2 keeps the way there: z = scale raw + bias.
+    # EDM2 stores the inverse map: z = scale raw + bias.
     pairs = list(zip(scale, bias, strict=True))
     return LatentMap(scale=tuple(1 / a for a, _ in pairs), shift=tuple(-b / a for a, b in pairs))
 
@@ -90,5 +90,5 @@ def _of_encoder(encoder: Mapping[str, object], channels: int, asked: bool) -> La
 def _numbers(values: object, name: str) -> tuple[float, ...]:
     found = values.get(name) if isinstance(values, Mapping) else None
     if not isinstance(found, list) or not all(isinstance(part, int | float) and math.isfinite(part) for part in found):
-        raise FileFormatError(f"{name} of the latents is {str(found)[:40]}, no list of numbers", remedy="download it again")
+        raise FileFormatError(f"{name} of the latents is {str(found)[:40]}, not a list of numbers", remedy="download it again")
     return tuple(map(float, found))

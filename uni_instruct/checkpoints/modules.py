@@ -1,24 +1,24 @@
-"""Modules as pickles store them, read as weights by state-dict name and as the configuration that they were made with."""
+"""Read pickled modules as weights by state-dict name, and as the configuration that they were made with."""
 
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.unpickle import SMALL, StoredModule
 
-# What a preconditioning calls the network inside it: `model` in EDM, SiD and SiDA, `unet` in EDM2.
+# The attribute of a preconditioning that is the network inside it: `model` in EDM, SiD and SiDA, `unet` in EDM2.
 _INNER = ("model", "unet")
-# A preconditioning derives these from img_channels; they are no settings of their own.
+# A preconditioning derives these from img_channels, so they are not settings of their own.
 _DERIVED = frozenset({"in_channels", "out_channels"})
-# State that says in which mode a module was when it was saved, not what it is.
+# The mode that a module was saved in, which is not part of its configuration.
 _MODES = frozenset({"training"})
 _MAX_NAME_LENGTH = 500
 
 
 def is_network(value: object) -> TypeGuard[StoredModule]:
-    """Whether a value is a module, and not another object that was pickled with its class."""
+    """Whether a value is a module, not another object that was pickled with its class."""
     return isinstance(value, StoredModule) and "_modules" in value.state and "_parameters" in value.state
 
 
@@ -27,17 +27,17 @@ def tensors_of(module: StoredModule) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name, array in _walk(module, ""):
         if name in tensors or len(name) > _MAX_NAME_LENGTH:
-            raise MalformedFile(f"has two tensors {shown(name)}, or a name that is too long", FOREIGN)
+            raise MalformedFile(f"has two tensors {shown(name)}, or a name that is too long", UNSUPPORTED)
         tensors[name] = array
     return tensors
 
 
 def config_of(module: StoredModule) -> dict[str, Any]:
-    """How a network was configured: its arguments, those of the network inside it, and its plain attributes.
+    """A network's configuration: its arguments, those of the network inside it, and its plain attributes.
 
-    An attribute replaces an argument of the same name, as it is what the network used.
-
-    `model_type` is the class of the network inside. Raises MalformedFile where two of these contradict each other.
+    An attribute replaces an argument of the same name, because it is what the network used. `model_type` is the class of the
+    network inside.
+    Raises MalformedFile if the arguments of the two contradict each other.
     """
     inner = _inner(module)
     arguments = _arguments(module)
@@ -53,13 +53,13 @@ def config_of(module: StoredModule) -> dict[str, Any]:
 
 
 def attributes_of(module: StoredModule) -> dict[str, Any]:
-    """The plain attributes: numbers, strings, containers of them. Small arrays become lists, others are left out."""
+    """The plain attributes: numbers, strings, and containers of them. Small arrays become lists; others are left out."""
     public = {name: value for name, value in module.state.items() if not name.startswith("_") and name not in _MODES}
     return {name: plain for name, value in public.items() if (plain := plain_value(value)) is not None or value is None}
 
 
 def plain_value(value: object) -> Any:
-    """The value with small arrays as lists and modules as their attributes; None for what has no plain form."""
+    """The value with small arrays as lists and modules as their attributes; None if it has no plain form."""
     if isinstance(value, np.ndarray):
         return value.tolist() if value.size <= SMALL else None
     if isinstance(value, StoredModule):
@@ -74,20 +74,20 @@ def plain_value(value: object) -> Any:
 def _walk(module: StoredModule, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     left_out = module.state.get("_non_persistent_buffers_set", set())
     if not isinstance(left_out, set | frozenset):
-        raise MalformedFile(f"has a module {module.class_name} whose list of buffers is broken", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} whose list of buffers is broken", UNSUPPORTED)
     # The names of these attributes, and their order, are those of torch.nn.Module.
     for part, skipped in (("_parameters", frozenset()), ("_buffers", left_out)):
         for name, array in _children(module, part).items():
             if array is None or name in skipped:
                 continue
             if not isinstance(array, np.ndarray):
-                raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is no tensor", FOREIGN)
+                raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is not a tensor", UNSUPPORTED)
             yield prefix + name, array
     for name, child in _children(module, "_modules").items():
         if child is None:
             continue
         if not is_network(child):
-            raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is no module", FOREIGN)
+            raise MalformedFile(f"has a module {module.class_name} whose {shown(name)} is not a module", UNSUPPORTED)
         yield from _walk(child, f"{prefix}{name}.")
 
 
@@ -95,10 +95,10 @@ def _children(module: StoredModule, part: str) -> dict[str, Any]:
     """A module's parameters, buffers or modules by name. part: '_parameters', '_buffers' or '_modules'."""
     children = module.state.get(part)
     if not isinstance(children, dict):
-        raise MalformedFile(f"has a module {module.class_name} whose {part} is no dict", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} whose {part} is not a dict", UNSUPPORTED)
     for name in children:
         if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_LENGTH or "." in name:
-            raise MalformedFile(f"has a module {module.class_name} with the name {shown(name)} in its {part}", FOREIGN)
+            raise MalformedFile(f"has a module {module.class_name} with the name {shown(name)} in its {part}", UNSUPPORTED)
     return children
 
 
@@ -109,8 +109,8 @@ def _inner(module: StoredModule) -> StoredModule | None:
 
 
 def _arguments(module: StoredModule) -> dict[str, Any]:
-    """What a module was made with, by name."""
+    """The arguments that a module was made with, by name."""
     arguments = module.state.get("_init_kwargs") or {}
     if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
-        raise MalformedFile(f"has a module {module.class_name} with broken arguments", FOREIGN)
+        raise MalformedFile(f"has a module {module.class_name} with broken arguments", UNSUPPORTED)
     return {name: plain_value(value) for name, value in arguments.items()}

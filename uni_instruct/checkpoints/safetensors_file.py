@@ -1,4 +1,4 @@
-"""Safetensors (github.com/huggingface/safetensors): a header in JSON, then every tensor's bytes."""
+"""Safetensors (github.com/huggingface/safetensors): a header in JSON, then the bytes of every tensor."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from uni_instruct.bundle import CONFIG
 from uni_instruct.checkpoints import tensors
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, Limits, MalformedFile, reading, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, Limits, MalformedFile, reading, shown
 from uni_instruct.checkpoints.source import Source, Span, opened
 from uni_instruct.checkpoints.tensors import Storage, stored_tensor
 
@@ -32,9 +32,9 @@ _ELEMENTS = {
 
 
 def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays by name, bfloat16 widened to float32, and the config.json beside the file, {} where there is none.
+    """The arrays by name, bfloat16 widened to float32; and the config.json beside the file, or {} if there is none.
 
-    Raises FileFormatError where either is damaged.
+    Raises FileFormatError if either is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -42,7 +42,7 @@ def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[
         budget = Budget(limits or Limits(), size)
         header, start = _header(file, budget, size)
         try:
-            # Opened for its checks alone (gaps, overlaps, sizes): it cannot hand bfloat16 to NumPy.
+            # Opened only for its checks (gaps, overlaps, sizes), because it cannot return bfloat16 to NumPy.
             with safe_open(str(source), framework="numpy"):
                 pass
         except SafetensorError as error:
@@ -52,17 +52,17 @@ def read_safetensors(source: str | Path, limits: Limits | None = None) -> tuple[
 
 
 def looks_like_safetensors(file: BinaryIO, size: int) -> bool:
-    """Whether the file begins as one: the length of a header, and an object of JSON."""
+    """Whether the file begins like safetensors: with the length of a header, and a JSON object."""
     source = Source(file, 0, size)
     return size > 8 and source.unsigned(8) <= source.end - source.position and source.starts_with(b"{")
 
 
 def _header(file: BinaryIO, budget: Budget, size: int) -> tuple[dict[str, Any], int]:
-    """The header, and where the tensors begin."""
+    """The header, and the offset of the tensors."""
     source = Source(file, 0, size)
     length = source.unsigned(8)
     if length > _MAX_HEADER_BYTES:
-        raise MalformedFile(f"has a header of {length:,} bytes", FOREIGN)
+        raise MalformedFile(f"has a header of {length:,} bytes", UNSUPPORTED)
     budget.spend("bytes of text", length)
     return _json(source.read(length), "a header"), source.position
 
@@ -72,7 +72,7 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     with opened(path) as (file, name, size), reading(name):
         if size > _MAX_CONFIG_BYTES:
-            raise MalformedFile(f"has {size:,} bytes, more than a configuration", FOREIGN)
+            raise MalformedFile(f"has {size:,} bytes, more than a configuration", UNSUPPORTED)
         return _json(Source(file, 0, size).read(size), "content")
 
 
@@ -82,13 +82,13 @@ def _json(content: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise MalformedFile(f"has {what} that is not JSON: {shown(str(error))}") from error
     if not isinstance(value, dict):
-        raise MalformedFile(f"has {what} that is no JSON object")
+        raise MalformedFile(f"has {what} that is not a JSON object")
     return value
 
 
 def _array(file: BinaryIO, budget: Budget, start: int, entry: Any) -> np.ndarray:
-    """A tensor by its entry in the header."""
-    # Checked again, though safetensors has checked it: of a key that stands twice it may have taken the other.
+    """The tensor of one entry in the header."""
+    # Checked again, although safetensors checked it: if a key occurs twice, it may have taken the other entry.
     values = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _ELEMENTS:

@@ -1,4 +1,4 @@
-"""A stretch of an open file, read from front to back and never beyond its end."""
+"""Read a range of an open file from front to back, never beyond its end."""
 
 import zlib
 from collections.abc import Iterator
@@ -11,12 +11,13 @@ import numpy as np
 
 from uni_instruct.checkpoints.budget import MalformedFile
 from uni_instruct.errors import RequestError
+from uni_instruct.file_type import import_of_weights
 
 _BLOCK = 1 << 20
 
 
 class Source:
-    """Reads a file between two positions; `position` is the next byte's."""
+    """Reads a file between two positions. `position` is that of the next byte."""
 
     def __init__(self, file: BinaryIO, start: int, end: int):
         self._file = file
@@ -24,7 +25,7 @@ class Source:
         file.seek(start)
 
     def read(self, size: int) -> bytes:
-        """The next bytes. Raises MalformedFile where there are fewer."""
+        """The next bytes. Raises MalformedFile if there are fewer."""
         self._advance(size)
         data = self._file.read(size)
         if len(data) != size:
@@ -32,7 +33,7 @@ class Source:
         return data
 
     def starts_with(self, magic: bytes) -> bool:
-        """Whether the next bytes are these; they stay unread."""
+        """Whether the next bytes are these. The position does not change."""
         found = self._file.read(min(len(magic), self.end - self.position))
         self._file.seek(self.position)
         return found == magic
@@ -42,8 +43,8 @@ class Source:
         return int.from_bytes(self.read(size), "little")
 
     def line(self, limit: int) -> bytes:
-        """The next bytes up to a newline, which is left out. Raises MalformedFile where none follows within the limit."""
-        # The limit comes first: without it a file of one endless line would be read into memory.
+        """The next bytes up to a newline, without it. Raises MalformedFile if there is none within the limit."""
+        # With a limit, because a file of one endless line would otherwise be read into memory.
         line = self._file.readline(min(limit, self.end - self.position))
         self._advance(len(line))
         if not line.endswith(b"\n"):
@@ -51,7 +52,7 @@ class Source:
         return line[:-1]
 
     def span(self, size: int) -> "Span":
-        """The next bytes as a Span, which stay unread."""
+        """The next bytes as a Span. They are skipped, not read."""
         start = self.position
         self._advance(size)
         self._file.seek(self.position)
@@ -59,7 +60,7 @@ class Source:
 
     def _advance(self, size: int) -> None:
         if size > self.end - self.position:
-            raise MalformedFile(f"ends too early: {size:,} bytes are announced where {self.end - self.position:,} are left")
+            raise MalformedFile(f"ends too early: {size:,} bytes are announced, but only {self.end - self.position:,} are left")
         self.position += size
 
 
@@ -73,7 +74,7 @@ class Span:
 
     @contextmanager
     def opened(self) -> Iterator[Source]:
-        """Reads the span; afterwards the file stands where it stood before, for whoever else reads it."""
+        """Read the span. Afterwards the file is at its former position again, for its other readers."""
         position = self.file.tell()
         try:
             yield Source(self.file, self.start, self.start + self.size)
@@ -81,7 +82,7 @@ class Span:
             self.file.seek(position)
 
     def content(self, most: int) -> bytes:
-        """Its first bytes, as many as there are."""
+        """Its first bytes, at most `most`."""
         with self.opened() as source:
             return source.read(min(self.size, most))
 
@@ -94,7 +95,7 @@ class Span:
         return crc
 
     def read_into(self, array: np.ndarray) -> None:
-        """Fills a contiguous array of the span's size."""
+        """Fill a contiguous array of the span's size."""
         self.file.seek(self.start)
         # Python cannot cast a view of no bytes.
         if array.nbytes and self.file.readinto(array.data.cast("B")) != self.size:  # type: ignore[attr-defined]
@@ -103,13 +104,15 @@ class Span:
 
 @contextmanager
 def opened(source: str | Path | BinaryIO) -> Iterator[tuple[BinaryIO, str, int]]:
-    """The file, its name for messages, and its size. An open file is left open. Raises RequestError where there is none."""
+    """The file, its name for messages, and its size. An open file stays open. Raises RequestError if there is no such file."""
     if not isinstance(source, str | Path):
         yield source, str(getattr(source, "name", "the file")), source.seek(0, 2)
         return
     path = Path(source)
     if not path.is_file():
         problem = f"{path} is not a file" if path.exists() else f"there is no file {path}"
-        raise RequestError(problem, remedy="give the path of a checkpoint", param="checkpoint")
+        command = import_of_weights(path) if path.is_dir() else ""
+        remedy = f"give the path of its weights: {command}" if command else "give the path of a checkpoint"
+        raise RequestError(problem, remedy=remedy, param="checkpoint")
     with path.open("rb") as file:
         yield file, str(path), file.seek(0, 2)

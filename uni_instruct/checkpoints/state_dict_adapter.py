@@ -1,4 +1,4 @@
-"""From a stored network, in the names of EDM and EDM2, to a spec and weights of this package. No weight may be left over."""
+"""Translate a stored network in the names of EDM and EDM2 to a spec and weights of this package. No weight may be left over."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from uni_instruct.checkpoints.architecture import infer_architecture
 from uni_instruct.checkpoints.checkpoint import StoredNetwork
-from uni_instruct.checkpoints.fit import check_fit, finite, weight_mismatch
+from uni_instruct.checkpoints.fit import SAVE_ALONE, check_fit, finite, weight_mismatch
 from uni_instruct.checkpoints.prefixes import is_counter, split_weights
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.spec import ImageShape, ModelSpec
@@ -17,14 +17,14 @@ from uni_instruct.spec import ImageShape, ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class ArgumentMap:
-    """What a class of EDM's or EDM2's is called here, and which of its arguments are used; they have the same names here.
+    """A class of EDM or EDM2: its name here, and which of its arguments are used. Arguments have the same names here.
 
-    passed_over: arguments that change no image. defaults: the class's own, where they differ from those here.
+    ignored: arguments that change no image. defaults: those of the class that differ from the defaults here.
     """
 
     name: str
     arguments: frozenset[str]
-    passed_over: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -34,10 +34,10 @@ NETWORK_ARGUMENTS = {
         name="ddpmpp",
         arguments=_UNET
         | {"augment_dim", "channel_mult_noise", "embedding_type", "encoder_type", "decoder_type", "resample_filter"},
-        passed_over=frozenset({"label_dropout"}),
+        ignored=frozenset({"label_dropout"}),
         defaults={"channel_mult": [1, 2, 2, 2]},
     ),
-    "DhariwalUNet": ArgumentMap(name="adm", arguments=_UNET | {"augment_dim"}, passed_over=frozenset({"label_dropout"})),
+    "DhariwalUNet": ArgumentMap(name="adm", arguments=_UNET | {"augment_dim"}, ignored=frozenset({"label_dropout"})),
     "UNet": ArgumentMap(
         name="edm2",
         arguments=_UNET
@@ -51,13 +51,13 @@ PRECONDITIONING_ARGUMENTS = {
     "Precond": ArgumentMap(
         name="edm",
         arguments=frozenset({"sigma_data"}),
-        passed_over=frozenset({"logvar_channels", "force_normalization", "use_gan"}),
+        ignored=frozenset({"logvar_channels", "force_normalization", "use_gan"}),
     ),
-    "VPPrecond": ArgumentMap(name="vp", arguments=frozenset({"beta_d", "beta_min", "M", "epsilon_t"}), passed_over=_RANGE),
+    "VPPrecond": ArgumentMap(name="vp", arguments=frozenset({"beta_d", "beta_min", "M", "epsilon_t"}), ignored=_RANGE),
     "VEPrecond": ArgumentMap(name="ve", arguments=_RANGE),
-    "iDDPMPrecond": ArgumentMap(name="iddpm", arguments=frozenset({"C_1", "C_2", "M"}), passed_over=_RANGE),
+    "iDDPMPrecond": ArgumentMap(name="iddpm", arguments=frozenset({"C_1", "C_2", "M"}), ignored=_RANGE),
 }
-# The network inside a preconditioning where the file does not say: the default of that class in EDM and EDM2.
+# The network inside a preconditioning if the file does not say: the default of that class in EDM and EDM2.
 DEFAULT_NETWORKS = {
     "EDMPrecond": "DhariwalUNet",
     "Precond": "UNet",
@@ -65,7 +65,7 @@ DEFAULT_NETWORKS = {
     "VEPrecond": "SongUNet",
     "iDDPMPrecond": "DhariwalUNet",
 }
-# SiDA and Uni-Instruct write these classes, which can also stop after the encoder; their weights are those of EDM's.
+# Classes of SiDA and Uni-Instruct, which can also stop after the encoder. Their weights are those of EDM's classes.
 ALIASES = {
     "EDMPrecond_EncoderDecoder": "EDMPrecond",
     "EDM_2_Precond_EncoderDecoder": "Precond",
@@ -74,16 +74,16 @@ ALIASES = {
     "DhariwalUNet_EncoderDecoder": "DhariwalUNet",
     "UNet_EncoderDecoder": "UNet",
 }
-# Far beyond any network of these classes; with larger values, building the network to compare weights would not end.
+# Far beyond any network of these classes. With larger values, building the network to compare weights would take forever.
 ARGUMENT_LIMITS = {"num_blocks": 64, "M": 10_000, "img_resolution": 8192, "img_channels": 1024}
 MAX_ARGUMENT, MAX_LIST_LENGTH = 1_000_000, 32
-# Arguments of every preconditioning: read by name below, or without effect on images.
+# Arguments of every preconditioning. They are read by name below, or change no image.
 COMMON = frozenset({"img_resolution", "img_channels", "label_dim", "model_type", "use_fp16"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """A network in this package's names. left_out are the tensors that only the original's training needs."""
+    """A network in this package's names. left_out: tensors that only the original's training needs."""
 
     image_shape: ImageShape
     num_classes: int
@@ -93,7 +93,7 @@ class Translation:
     left_out: tuple[str, ...]
 
     def spec(self, **more: Any) -> ModelSpec:
-        """The bundle's spec. more: the fields of ModelSpec that the file does not say."""
+        """The bundle's spec. more: the fields of ModelSpec that the file does not state."""
         return ModelSpec(
             noise_shape=self.image_shape,
             num_classes=self.num_classes,
@@ -104,13 +104,14 @@ class Translation:
 
 
 def translate(stored: StoredNetwork, patch: int | None = None) -> Translation:
-    """The stored network, its weights under this package's names.
+    """The stored network, with its weights under this package's names.
 
-    patch: the side of the squares of pixels that the network sees as one. Weights do not show it: they are the same for smaller
-    images with more channels. None takes the patch of a bundle's config.json beside the file, else 1, as EDM's networks have.
+    patch: the side of the squares of pixels that the network takes as one. Weights do not show it: they are the same as for
+    smaller images with more channels. None takes the patch of a bundle's config.json beside the file, else 1, as in EDM's
+    networks.
 
-    Raises RequestError for a class or argument that is not known here, FileFormatError where weights are missing, left over,
-    of another shape, or not finite.
+    Raises RequestError for an unknown class or argument; FileFormatError if weights are missing, left over, of another shape,
+    or not finite.
     """
     bare, outer = split_weights(stored.tensors)
     class_name, config = (stored.class_name, stored.config) if stored.class_name else infer_architecture(bare)
@@ -135,14 +136,14 @@ def translate(stored: StoredNetwork, patch: int | None = None) -> Translation:
 
 
 def _patch_beside(stored: StoredNetwork) -> int:
-    """The patch in a bundle's config.json beside the file; 1 where there is none."""
+    """The patch in a bundle's config.json beside the file; 1 if there is none."""
     args = {} if stored.class_name else stored.config.get("network_args")
     patch: int = args.get("patch", 1) if isinstance(args, dict) else 1
     return patch
 
 
 def _image_shape(channels: int, size: int, patch: int) -> ImageShape:
-    """[C, H, W] of the images, from that of the network's input. Raises RequestError where the patch does not fit."""
+    """[C, H, W] of the images, from that of the network's input. Raises RequestError if the patch does not fit."""
     from uni_instruct.networks.build import check_patch
 
     check_patch(patch)
@@ -158,17 +159,19 @@ def _image_shape(channels: int, size: int, patch: int) -> ImageShape:
 def _known(name: str, table: Mapping[str, ArgumentMap], what: str) -> str:
     name = ALIASES.get(name, name)
     if name not in table:
-        raise RequestError(f"{what} '{name}' is not known here", remedy=f"files of {', '.join(table)} are", param="checkpoint")
+        raise RequestError(
+            f"{what} '{name}' is not supported", remedy=f"give a file with one of {', '.join(table)}", param="checkpoint"
+        )
     return name
 
 
 def _check_arguments(config: Mapping[str, Any], *maps: ArgumentMap) -> None:
-    # An argument that is not known might change images, and a network without it would be quietly another one.
-    known = COMMON.union(*(known.arguments for known in maps), *(known.passed_over for known in maps))
+    # An unknown argument might change images, and a network without it would silently be another one.
+    known = COMMON.union(*(known.arguments for known in maps), *(known.ignored for known in maps))
     unknown = sorted(set(config) - known)
     if unknown:
         raise RequestError(
-            f"the network was made with '{unknown[0]}', which is not known here",
+            f"the network was made with '{unknown[0]}', which is not supported",
             remedy="import a file of EDM, EDM2, SiD or Uni-Instruct",
             param="checkpoint",
         )
@@ -196,19 +199,19 @@ def _implausible(name: str, value: Any) -> FileFormatError:
 
 
 def _chosen(config: Mapping[str, Any], names: ArgumentMap) -> dict[str, Any]:
-    """The arguments of those names, with the defaults of the original class."""
-    # EDM's largest noise level is infinity, which JSON does not know; it is the default here too.
+    """The arguments that the map uses, with the defaults of the original class."""
+    # EDM's largest noise level is infinity, which JSON cannot store. It is the default here too.
     given = {name: config[name] for name in sorted(names.arguments) if name in config and config[name] != math.inf}
     return {**names.defaults, **given}
 
 
 def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> None:
-    """Checks the weights outside the network: EDM2's estimate of uncertainty, and iDDPM's table of noise levels."""
+    """Check the weights outside the network: EDM2's estimate of uncertainty, and iDDPM's table of noise levels."""
     for name, array in outer.items():
         if is_counter(name) or name.startswith(("logvar_fourier.", "logvar_linear.")):
-            continue  # how often a wrapper has averaged; what EDM2's training weighs its loss by. No image depends on them
+            continue  # counters of wrappers, and EDM2's weights for its loss; no image depends on them
         if name != "u":
-            raise weight_mismatch("network", "holds weights that are not its own", [name])
+            raise weight_mismatch("network", "holds weights that are not its own", [name], SAVE_ALONE)
         from uni_instruct.networks.preconditioning import IDDPM
 
         constants = {key: value for key, value in translation.network_args["preconditioning"].items() if key != "name"}
@@ -218,7 +221,7 @@ def _check_outer(outer: Mapping[str, np.ndarray], translation: Translation) -> N
 
 
 def _check_filters(tensors: Mapping[str, np.ndarray], taps: Sequence[float]) -> None:
-    """Checks the resampling filters: they are stored, but follow from the configuration, and must agree with it."""
+    """Check the resampling filters. They are stored, but follow from the configuration, and must agree with it."""
     expected = np.outer(taps, taps) / np.sum(taps) ** 2
     for name, array in tensors.items():
         if name.endswith("resample_filter") and not np.allclose(array, expected, atol=1e-6):
@@ -231,7 +234,7 @@ def _check_weights(translation: Translation) -> None:
 
     from uni_instruct.networks.build import build_denoiser
 
-    # On "meta" a network has shapes and no memory.
+    # On the device "meta", a network has shapes but takes no memory.
     with torch.device("meta"):
         denoiser = build_denoiser(translation.spec(name="imported"))
     expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Tensors as files store them: a flat storage of elements, and how a tensor lies in it (offset, shape, strides)."""
+"""Tensors as files store them: a flat storage of elements, and the place of a tensor in it (offset, shape, strides)."""
 
 import math
 import zlib
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.source import Span
 
 _MAX_DIMENSIONS = 32
@@ -18,7 +18,7 @@ _MAX_DIMENSION = 1 << 62
 
 @dataclass(frozen=True)
 class Element:
-    """A type of element: `stored` as it stands in the file, `plain` as it is handed out. They differ for bfloat16 and bool."""
+    """A type of element. stored: its dtype in the file. plain: its dtype in results. They differ for bfloat16 and bool."""
 
     name: str
     stored: np.dtype[Any]
@@ -35,7 +35,7 @@ INT8, INT16, INT32, INT64 = (_element(f"int{8 * n}", f"<i{n}") for n in (1, 2, 4
 UINT8, UINT16, UINT32, UINT64 = (_element(f"uint{8 * n}", f"<u{n}") for n in (1, 2, 4, 8))
 BOOL = Element("bool", np.dtype("u1"), np.dtype("?"))
 
-# The globals by which torch names them.
+# torch's globals for the types of storages.
 STORAGE_TYPES = {
     "torch.HalfStorage": FLOAT16,
     "torch.BFloat16Storage": BFLOAT16,
@@ -51,7 +51,7 @@ STORAGE_TYPES = {
 
 
 class Storage:
-    """Elements in a row. Their place in the file (span) may become known only after the tensors that lie in them."""
+    """A flat sequence of elements. Its place in the file (span) may become known later than the tensors that use it."""
 
     def __init__(self, budget: Budget, element: Element, numel: object, span: Span | None = None, crc: int | None = None):
         if type(numel) is not int or numel < 0:
@@ -60,7 +60,7 @@ class Storage:
         self.element, self.numel, self.span, self.crc = element, numel, span, crc
 
     def read(self) -> np.ndarray:
-        """The elements [numel], checked against the file's checksum where it has one."""
+        """The elements [numel], checked against the file's checksum if it has one."""
         if self.span is None or self.span.size != self.numel * self.element.stored.itemsize:
             raise MalformedFile("has a storage whose bytes are missing")
         stored = np.empty(self.numel, self.element.stored)
@@ -70,13 +70,13 @@ class Storage:
         # A bfloat16 is the upper half of a float32, and NumPy has no type for it.
         if self.element is BFLOAT16:
             return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
-        # A bool's byte may hold any value in a file; NumPy computes wrongly with others than 0 and 1.
+        # The byte of a bool may have any value in a file, but NumPy computes wrongly with values other than 0 and 1.
         return stored != 0 if self.element is BOOL else stored
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """Where a tensor lies in its storage: offset and strides count elements."""
+    """The place of a tensor in its storage. Offset and strides count elements."""
 
     storage: Storage
     offset: int
@@ -84,7 +84,7 @@ class StoredTensor:
     strides: tuple[int, ...]
 
     def of(self, flat: np.ndarray) -> np.ndarray:
-        """The tensor, given its storage's elements: a view where it is all of them, else a copy."""
+        """The tensor, from its storage's elements: a view if it is all of them, else a copy."""
         numel = math.prod(self.shape)
         if not numel or self.strides == _contiguous(self.shape):
             # A small part is copied: a view would keep all of the storage in memory.
@@ -95,21 +95,23 @@ class StoredTensor:
 
 
 def stored_tensor(budget: Budget, storage: Storage, offset: object, shape: object, strides: object) -> StoredTensor:
-    """A checked tensor; without strides it has no gaps. Raises MalformedFile for one larger than its storage or outside it."""
+    """A checked tensor; strides None: contiguous. Raises MalformedFile if it does not fit into its storage."""
     sizes = _sizes(shape, "shape")
     steps = _contiguous(sizes) if strides is None else _sizes(strides, "strides")
     if type(offset) is not int or offset < 0 or len(sizes) != len(steps):
         raise MalformedFile("has a tensor with broken strides")
     numel = math.prod(sizes)
-    # No elements, but sizes such as [0, 2**60], which break whoever multiplies the rest.
+    # No elements, but sizes such as [0, 2**60], which break code that multiplies the other sizes.
     if not numel and math.prod(max(size, 1) for size in sizes) > _MAX_EMPTY_TENSOR:
-        raise MalformedFile("has an empty tensor of absurd size", FOREIGN)
+        raise MalformedFile("has an empty tensor of absurd size", UNSUPPORTED)
     last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
-    # Strides of 0 repeat elements without end: no tensor may have more than its storage.
+    # A stride of 0 can repeat an element any number of times, so no tensor may have more elements than its storage.
     if numel and (numel > storage.numel or last >= storage.numel):
-        raise MalformedFile(f"has a tensor of {numel:,} elements that reaches beyond its storage of {storage.numel:,}", FOREIGN)
+        raise MalformedFile(
+            f"has a tensor of {numel:,} elements that reaches beyond its storage of {storage.numel:,}", UNSUPPORTED
+        )
     budget.spend("bytes of tensors", numel * storage.element.plain.itemsize)
-    # Along an axis of one element no stride is ever taken, and files hold any number there.
+    # The stride of an axis with one element is never used, and files hold any number there.
     steps = tuple(plain if size < 2 else step for size, step, plain in zip(sizes, steps, _contiguous(sizes), strict=True))
     return StoredTensor(storage, offset, sizes, steps)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
+from uni_instruct.file_type import CHECKPOINTS, INDEX, FileType, file_type
 
 if TYPE_CHECKING:
     from uni_instruct.checkpoints.checkpoint import StoredNetwork
@@ -19,6 +19,8 @@ def is_checkpoint(path: Path) -> bool:
     """Whether the path is a checkpoint's file: by its content, or by its suffix if the content is of no known type."""
     if not path.is_file():
         return False
+    if path.name.endswith(INDEX):
+        return True
     kind = file_type(path)
     return kind in CHECKPOINTS or (path.suffix.lower() in _SUFFIXES and kind in (FileType.OTHER, FileType.EMPTY))
 

@@ -1,6 +1,7 @@
-"""Data sets in and out: digits, Fashion-MNIST, emoji, image folders, EDM's and EDM2's zips, arrays. NumPy and Pillow only.
+"""Read and write data sets: digits, Fashion-MNIST, emoji, image folders, EDM's and EDM2's zips, tars, arrays.
 
-A name is imported when it is first used: who writes images needs none of the readers, which take a third of a command's start.
+NumPy and Pillow are enough for all but `digits` (scikit-learn) and `emoji` (fontTools). Names are imported when they are first
+used: code that only writes images does not need the readers, whose import takes a third of a command's start.
 """
 
 import importlib

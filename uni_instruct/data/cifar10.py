@@ -1,6 +1,6 @@
 """CIFAR-10 as its authors publish it for Python (Krizhevsky 2009): 60,000 colour images of 32x32 in ten classes.
 
-A folder `cifar-10-batches-py` of pickles, or the archive of it. Nothing in the pickles is run.
+It is a folder `cifar-10-batches-py` of pickles, or the archive of that folder. Nothing in the pickles is run.
 """
 
 import io
@@ -27,7 +27,7 @@ _Read = Callable[[str], bytes]
 
 
 def has_cifar10(path: Path) -> bool:
-    """Whether a path is the folder, or the archive of it."""
+    """Whether a path is that folder, or its archive."""
     if path.is_dir():
         return (path / META).is_file() and (path / TRAIN[0]).is_file()
     if not path.is_file() or file_type(path) is not FileType.TAR:
@@ -41,7 +41,7 @@ def has_cifar10(path: Path) -> bool:
 
 
 def open_cifar10(path: Path) -> Dataset:
-    """The 50,000 images for training; those for testing are left out. Raises FileFormatError where it is not whole."""
+    """The 50,000 training images, without the test images. Raises FileFormatError if files are missing or damaged."""
     if path.is_dir():
         return _dataset(path, lambda name: (path / name).read_bytes())
     try:
@@ -79,12 +79,12 @@ def _dataset(path: Path, read: _Read) -> Dataset:
         licence="unknown",
         source=str(path),
         reader=ArrayReader(np.ascontiguousarray(pixels)),
-        note="the images for training; those for testing are left out",
+        note="the training images; the test images are left out",
     )
 
 
 def _values(path: Path, name: str, read: _Read) -> dict[str, Any]:
-    """A pickled dict; keys are text whatever Python wrote them."""
+    """A pickled dict. Its keys are decoded to text, because Python 2 wrote bytes."""
     try:
         content = read_pickle(io.BytesIO(read(name)))
     except KeyError as error:
@@ -94,7 +94,7 @@ def _values(path: Path, name: str, read: _Read) -> dict[str, Any]:
     except FileFormatError as error:
         raise FileFormatError(f"{name} in {path}: {error.problem}", remedy=_REMEDY) from error
     if not isinstance(content, dict):
-        raise FileFormatError(f"{name} in {path} is no dict", remedy=_REMEDY)
+        raise FileFormatError(f"{name} in {path} is not a dict", remedy=_REMEDY)
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): _texts(value) for key, value in content.items()}
 
 

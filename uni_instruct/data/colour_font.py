@@ -13,20 +13,20 @@ from uni_instruct.data.storage import UNREADABLE, reason_of
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
 
 REMEDY = "apt install fonts-noto-color-emoji, or give a colour font's file as emoji:FILE"
-MAX_SIDE = 255  # a strike's metrics are bytes
-MAX_NAME_BYTES = 1 << 20  # of the table of names: it is addressed by 16 bits, and fontTools takes hours over a longer one
-_VARIATION = 0xFE0F  # asks for the colour form; fonts join sequences with it or without
+MAX_SIDE = 255  # pixels: a strike stores its metrics as bytes
+MAX_NAME_BYTES = 1 << 20  # of the name table; its offsets have 16 bits, and fontTools takes hours to read a longer one
+_VARIATION = 0xFE0F  # variation selector for the colour form; fonts list sequences with it or without it
 _LIGATURES = 4
 _NAME, _VERSION, _LICENCE = 4, 5, 13
 _TABLES = ("CBDT", "CBLC", "cmap", "name")
 
 
 class ColourFont:
-    """The pictures in a font's tables CBDT and CBLC, found through cmap and, for sequences, the ligatures of GSUB.
+    """The pictures in a font's tables CBDT and CBLC, found by its cmap and, for sequences, by the ligatures of GSUB.
 
-    No text engine draws them, so that a font gives the same pictures everywhere: FreeType cannot join sequences, and HarfBuzz,
-    which can, is not in every build of Pillow.
-    Raises RequestError where there is no such file, FileFormatError for what is no font or has no colour pictures.
+    The pictures are read without a text engine, so a font gives the same pictures on every machine: FreeType cannot join
+    sequences, and HarfBuzz, which can, is missing in some builds of Pillow.
+    Raises RequestError if there is no such file, FileFormatError if it is not a font or has no colour pictures.
     """
 
     def __init__(self, path: Path):
@@ -42,9 +42,9 @@ class ColourFont:
             raise FileFormatError(problem, remedy=REMEDY, param="source") from error
 
     def picture(self, sequence: Sequence[int]) -> Image.Image | None:
-        """The one picture, RGBA, of those code points; None where the font has none, or only several side by side.
+        """The RGBA picture of a sequence of code points. None if the font has none, or only several pictures side by side.
 
-        Raises FileFormatError where it is damaged.
+        Raises FileFormatError if the picture is damaged.
         """
         # Fonts list some sequences with the variation selector and some without.
         plain = [point for point in sequence if point != _VARIATION]
@@ -68,7 +68,7 @@ class ColourFont:
             self._characters: dict[int, str] = font.getBestCmap() or {}
             self._ligatures = _ligatures(font)
             sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes]
-            # A strike is one size of all pictures; the largest loses least when it is scaled down.
+            # A strike holds all pictures at one size. The largest loses least when it is scaled down.
             strike = font["CBDT"].strikeData[sizes.index(max(sizes))]
             self._strike = {name: glyph.imageData for name, glyph in strike.items() if hasattr(glyph, "imageData")}
 
@@ -92,7 +92,7 @@ def _named(font: Any, number: int) -> str:
 
 
 def _ligatures(font: Any) -> dict[tuple[str, ...], str]:
-    """Names of glyphs in a row -> the name of the one that replaces them."""
+    """Map each sequence of glyph names to the name of the glyph that replaces it."""
     found: dict[tuple[str, ...], str] = {}
     lookups = font["GSUB"].table.LookupList.Lookup if "GSUB" in font else []
     for table in (getattr(sub, "ExtSubTable", sub) for lookup in lookups for sub in lookup.SubTable):
@@ -105,7 +105,7 @@ def _ligatures(font: Any) -> dict[tuple[str, ...], str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within the block fontTools is silent: it warns of every oddity in a font, which may be thousands of lines."""
+    """Silence fontTools within the block. It warns about every oddity of a font, which may be thousands of lines."""
     logger = logging.getLogger("fontTools")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -121,5 +121,5 @@ def _unreadable() -> tuple[type[BaseException], ...]:
         from fontTools.ttLib import TTLibError
     except ModuleNotFoundError as error:
         raise MissingExtraError("fonttools", extra="train") from error
-    # fontTools asserts what it expects of a table; ImportError: woff2 needs a package of its own.
+    # AssertionError: fontTools asserts what it expects of a table. ImportError: woff2 needs another package.
     return (*UNREADABLE, TTLibError, Error, AssertionError, ImportError)

@@ -1,4 +1,4 @@
-"""Several data sets as one, in the order in which they are given."""
+"""Join several data sets into one, in the order in which they are given."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +11,9 @@ from uni_instruct.spec import ImageShape
 
 
 def concatenated(parts: Sequence[Dataset]) -> Dataset:
-    """The images of all parts, in their order. Class names may be missing (plain numbers) in some parts.
+    """The images of all parts, in order. Parts whose class names are plain numbers take the names of another part.
 
-    Raises FileFormatError where shapes, classes or contents (images, latents) differ.
+    Raises FileFormatError if shapes, classes or content (images or latents) differ.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -35,7 +35,7 @@ def concatenated(parts: Sequence[Dataset]) -> Dataset:
 
 
 class ConcatReader:
-    """Images of several readers, numbered from the first of the first to the last of the last."""
+    """Reads from several readers as if they were one; the indices of each reader follow those of the one before."""
 
     def __init__(self, readers: Sequence[ImageReader]):
         self.readers = readers
@@ -51,7 +51,7 @@ class ConcatReader:
         owners = np.searchsorted(self.ends, indices, side="right")
         if not len(indices):
             return self.readers[0].read(indices)
-        # Each reader is asked once, for all that is its own: reading one by one would cost a call an image.
+        # One call to each reader, for all of its images. Reading one by one would cost a call per image.
         out: np.ndarray | None = None
         for owner in np.unique(owners):
             chosen, reader = owners == owner, self.readers[owner]
@@ -63,14 +63,14 @@ class ConcatReader:
 
 
 def with_classes(dataset: Dataset, num_classes: int) -> Dataset:
-    """The data set with its number of classes stated, for one that lacks the last of them.
+    """The data set with `num_classes` classes, for a data set that has no images of the last classes.
 
-    Raises RequestError for a data set without classes, FileFormatError for labels beyond the number.
+    Raises RequestError if it has no classes, FileFormatError if a label is outside the number.
     """
     if dataset.labels is None:
         raise RequestError(
             f"data set '{dataset.name}' has no classes{f' ({dataset.note})' if dataset.note else ''}",
-            remedy="leave their number out",
+            remedy="leave the number of classes out",
             param="num_classes",
         )
     names = dataset.class_names if len(dataset.class_names) == num_classes else number_names(num_classes)
@@ -78,17 +78,17 @@ def with_classes(dataset: Dataset, num_classes: int) -> Dataset:
 
 
 def shape_remedy(one: ImageShape, other: ImageShape) -> str:
-    """What brings images of two shapes [C, H, W] to one: the options that it takes, and no others."""
+    """The command that brings images of two shapes [C, H, W] to one, with only the options that are needed."""
     options = " --resolution" * (tuple(one[1:]) != tuple(other[1:])) + " --channels" * (one[0] != other[0])
     return f"bring them to one shape with 'uni-instruct data prepare{options}'"
 
 
 def _check_fit(first: Dataset, part: Dataset) -> None:
-    remedy = "give data sets that hold the same"
+    remedy = "give data sets with the same classes"
     if first.latents != part.latents or first.image_shape != part.image_shape:
         remedy = shape_remedy(first.image_shape, part.image_shape)
     elif first.num_classes != part.num_classes:
-        remedy = "state the number with 'uni-instruct data prepare --num-classes' where some lack the last classes"
+        remedy = "if some lack images of the last classes, state the number with 'uni-instruct data prepare --num-classes'"
     if _content(first) != _content(part):
         raise FileFormatError(f"{first.source} has {_content(first)}, {part.source} {_content(part)}", remedy=remedy)
     if _has_names(first) and _has_names(part) and first.class_names != part.class_names:

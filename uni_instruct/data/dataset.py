@@ -1,4 +1,4 @@
-"""Dataset: images with their classes, read when asked for."""
+"""Dataset: images with their classes, read on demand."""
 
 import hashlib
 import unicodedata
@@ -15,28 +15,29 @@ from uni_instruct.spec import ImageShape
 
 READ_BATCH = 256
 _SAMPLED = 1024
-MAX_CLASSES = 1_000_000  # more are a mistake, and naming them all would fill the memory
+MAX_CLASSES = 1_000_000  # a larger number is a mistake, and a list of its names would fill memory
 
 
 class ImageReader(Protocol):
-    """Where a data set's images come from."""
+    """The source of a data set's images."""
 
     def __len__(self) -> int:
         """Number of images."""
         ...
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Those images, a fresh array uint8 [B, H, W, C]; of latents, float32 [B, 8, H, W]. indices is int64 [B]."""
+        """The images at `indices` (int64 [B]), a new array: uint8 [B, H, W, C]; for latents float32 [B, 8, H, W]."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Images of one shape and, where they have classes, the class of each.
+    """Images of one shape and, if they have classes, the class of each.
 
-    image_shape is [C, H, W]; labels is int64 [N] in 0..num_classes-1, or None; num_classes is 0 without labels;
-    class_names names every class. latents: a VAE's latents stand in for images; they can be trained on, not looked at.
-    note is what a user should know about it. Raises FileFormatError where these do not fit together.
+    image_shape is [C, H, W]. labels is int64 [N] in 0..num_classes-1, or None; num_classes is then 0. class_names names every
+    class. latents: a VAE's latents take the place of images; they can be trained on, but not shown. note: what a user should
+    know about the data.
+    Raises FileFormatError if these do not fit together.
     """
 
     name: str
@@ -51,12 +52,18 @@ class Dataset:
     note: str = ""
 
     def __post_init__(self) -> None:
-        # As in ModelSpec: names are compared in one form of Unicode. A folder's name need not be text.
+        # NFC, as in ModelSpec, because names are compared. `printable`, because a folder's name may contain bytes that are not
+        # text.
         names = (printable(unicodedata.normalize("NFC", name)) for name in self.class_names)
         object.__setattr__(self, "class_names", tuple(names))
         object.__setattr__(self, "name", printable(self.name))
         if not len(self):
             raise FileFormatError(f"data set '{self.source}' has no images", remedy="give at least one image")
+        if min(self.image_shape) < 1:
+            _, height, width = self.image_shape
+            raise FileFormatError(
+                f"data set '{self.source}' has images of {width}x{height}", remedy="give images of at least one pixel"
+            )
         if len(self.class_names) != self.num_classes or (self.labels is None) != (self.num_classes == 0):
             raise FileFormatError(
                 f"data set '{self.source}' has {self.num_classes} classes, {len(self.class_names)} class names and "
@@ -70,27 +77,27 @@ class Dataset:
         return len(self.reader)
 
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Those images: uint8 [B, H, W, C]. Reads only them and keeps none.
+        """The images at `indices`: uint8 [B, H, W, C]. Reads only these and keeps none in memory.
 
-        Raises FileFormatError for a file that is corrupt or of another size than the rest, RequestError for latents.
+        Raises FileFormatError if a file is corrupt or has another size than the rest, RequestError for latents.
         """
         self.require_images()
         return self.stored(indices)
 
     def require_images(self) -> None:
-        """Raises RequestError where it holds latents, which cannot be looked at."""
+        """Raise RequestError if the data are latents, which cannot be shown."""
         if self.latents:
             raise RequestError(
-                f"data set '{self.name}' holds latents of a VAE, and images are needed here",
+                f"data set '{self.name}' holds latents of a VAE, but images are needed here",
                 remedy="give the images that it was made from; to train on latents, --set metric=none",
                 param="data",
             )
 
     def floats(self, indices: Sequence[int] | np.ndarray, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Those images as networks take them: float32 [B, H, W, C], pixels in [-1, 1].
+        """The images at `indices` as network inputs: float32 [B, H, W, C], pixels in [-1, 1].
 
-        Latents are drawn from the VAE's distribution and have a deviation of 0.5 (`draw_latents`); image i depends on seeds[i]
-        alone.
+        Latents are drawn from the VAE's distribution and scaled to a standard deviation of 0.5 (`draw_latents`). Image i
+        depends on seeds[i] only.
         """
         stored = self.stored(indices)
         if self.latents:
@@ -99,29 +106,29 @@ class Dataset:
         return stored.astype(np.float32) / 127.5 - 1
 
     def stored(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Those images as they are stored: uint8 [B, H, W, C]; of latents, means and deviations, float32 [B, 8, H, W]."""
+        """The images at `indices` as stored: uint8 [B, H, W, C]; for latents float32 [B, 8, H, W] of means and deviations."""
         return self.reader.read(np.asarray(indices, dtype=np.int64))
 
     def batches(self, batch: int = READ_BATCH) -> Iterator[np.ndarray]:
-        """All images in their order, each part uint8 [<=batch, H, W, C]."""
+        """All images in order, in batches: uint8 [<=batch, H, W, C]."""
         for part in self._parts(batch):
             yield self.images(part)
 
     def fingerprint(self) -> str:
-        """SHA-256 of pixels (or latents) and labels, in hex: the same data in another container has the same fingerprint."""
+        """SHA-256 of pixels (or latents) and labels, in hex. It does not depend on the container (zip, folder, ...)."""
         digest = hashlib.sha256(f"{len(self)} {tuple(self.image_shape)} {self.num_classes}".encode())
         for part in self._parts(READ_BATCH):
             digest.update(self.stored(part).tobytes())
         if self.labels is not None:
-            # In one byte order, or the fingerprint would depend on the machine.
+            # In one byte order, so that the fingerprint is the same on every machine.
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def sample_fingerprint(self) -> str:
-        """SHA-256 of number, shape, labels, class names and up to 1,024 images, evenly spaced: a second's work at most.
+        """SHA-256 of number, shape, labels, class names and up to 1,024 evenly spaced images, in hex.
 
-        As `fingerprint`, it does not depend on the container. It tells data apart to which images were added, of which some
-        were removed, or whose classes are others; a few pictures that were painted over it may miss.
+        It takes a second at most. Like `fingerprint`, it does not depend on the container. It detects added or removed images
+        and changed classes. It may miss changed pixels in a few images.
         """
         names = "\n".join(self.class_names)
         digest = hashlib.sha256(f"{len(self)} {tuple(self.image_shape)} {self.num_classes} {names}".encode())
@@ -132,9 +139,9 @@ class Dataset:
         return digest.hexdigest()
 
     def check_sample(self) -> int:
-        """Reads up to 1,024 images, evenly spaced: all of a small data set; returns how many.
+        """Read up to 1,024 evenly spaced images (all of a small data set), and return how many were read.
 
-        Raises FileFormatError for one that is corrupt or of another size than the rest.
+        Raises FileFormatError if one is corrupt or has another size than the rest.
         """
         return sum(len(part) for part in self._sampled())
 
@@ -144,7 +151,7 @@ class Dataset:
         for start in range(0, count, READ_BATCH):
             yield self.stored(sampled[start : start + READ_BATCH])
 
-    # Part by part: a data set may be larger than the memory.
+    # In parts, because a data set may be larger than memory.
     def _parts(self, batch: int) -> Iterator[np.ndarray]:
         for start in range(0, len(self), batch):
             yield np.arange(start, min(start + batch, len(self)))
@@ -163,7 +170,7 @@ class Dataset:
 
 
 class ArrayReader:
-    """Images that are in memory: uint8 [N, H, W, C]."""
+    """Reads images from an array in memory: uint8 [N, H, W, C]."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
@@ -177,5 +184,5 @@ class ArrayReader:
 
 
 def number_names(count: int) -> tuple[str, ...]:
-    """'0', '1', ...: the names of classes that have no other."""
+    """'0', '1', ...: the names of classes that have no other names."""
     return tuple(str(number) for number in range(count))

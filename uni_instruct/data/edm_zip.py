@@ -1,8 +1,8 @@
-"""EDM's data set zip: images stored uncompressed, their classes in `dataset.json`; EDM2's has latents in place of images.
+"""EDM's data set zip: uncompressed images, with their classes in `dataset.json`. EDM2's holds latents in place of images.
 
 In `dataset.json`, `labels` is [[file, class], ...] or null; a class may also be a one-hot vector. EDM takes the largest class
-plus one for the number of classes. This package adds what EDM ignores: name, image_shape, num_classes, class_names, licence,
-source.
+plus one as the number of classes. This package adds fields that EDM ignores: name, image_shape, num_classes, class_names,
+licence, source.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct.data.dataset import READ_BATCH, Dataset
-from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, passed_over_note
+from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, skipped_note
 from uni_instruct.data.labels import META, Meta, read_description, read_meta
 from uni_instruct.data.storage import ZipStore
 from uni_instruct.data.vae_latents import moments_bytes
@@ -22,14 +22,14 @@ from uni_instruct.images import encode
 from uni_instruct.progress import Progress
 
 ZIP_REMEDY = "give a zip of images, as 'data prepare' writes it"
-# The time of every entry, the earliest that a zip knows: the same data set gives the same bytes.
+# The time of every entry, so that the same data set gives the same bytes. It is the earliest that a zip can store.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def write_zip(dataset: Dataset, path: Path, progress: Progress | None = None) -> None:
-    """Writes EDM's zip, or for latents EDM2's, whole or not at all. progress advances by an image each.
+    """Write EDM's zip, or EDM2's for latents. The file is written completely or not at all. progress advances by one per image.
 
-    Raises DiskError where it cannot be written, FileFormatError where an image cannot be read.
+    Raises DiskError if the zip cannot be written, FileFormatError if an image cannot be read.
     """
     pattern, encoded = _LATENT if dataset.latents else _PICTURE
     names = [pattern.format(folder=index // 1000, index=index) for index in range(len(dataset))]
@@ -44,27 +44,30 @@ def write_zip(dataset: Dataset, path: Path, progress: Progress | None = None) ->
 
 
 def open_zip(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
-    """A zip that `write_zip`, EDM's or EDM2's tool or another wrote; without `dataset.json` its folders are its classes.
+    """Open a zip of `write_zip`, EDM's or EDM2's tool or another program. If `dataset.json` has no labels, folders are classes.
 
-    Raises FileFormatError where it is corrupt, has no images, or its `dataset.json` does not fit them.
+    Raises FileFormatError if the zip is corrupt or has no images, or if its `dataset.json` does not match them.
     """
     store = ZipStore(path)
     names = store.names()
     found = data_files(store, names, ZIP_REMEDY)
     meta = read_meta(store, names)
-    # Not every size: a zip may hold a million files, and whoever wrote it has seen to them. Others show when read.
+    # Sizes are not compared here: a zip may hold a million files, and the tool that wrote it checked them. A wrong size is an
+    # error when the image is read.
     content = content_of(store, found, form, every_header=False, stated=stated_channels(meta))
-    return dataset_of(content, read_description(store, found.files, meta), passed_over_note(found, store))
+    description = read_description(store, found.files, meta)
+    unlabelled = description.labels is None and not meta.has_labels
+    return dataset_of(content, description, skipped_note(found, store, unlabelled))
 
 
 def stated_channels(meta: Meta) -> int | None:
-    """The channels of the shape that `dataset.json` gives, where it gives one of images."""
+    """The channels of the image shape in `dataset.json`; None if it states none."""
     shape = meta.content.get("image_shape")
     return shape[0] if isinstance(shape, list) and len(shape) == 3 and shape[0] in (1, 3) else None
 
 
 def dataset_meta(dataset: Dataset, names: list[str]) -> dict[str, object]:
-    """The content of `dataset.json` for a data set whose images have those file names."""
+    """The content of `dataset.json` for a data set whose images have these file names."""
     labels = dataset.labels
     return {
         "name": dataset.name,
@@ -77,7 +80,7 @@ def dataset_meta(dataset: Dataset, names: list[str]) -> dict[str, object]:
     }
 
 
-# How EDM's and EDM2's tools name files, and what makes a file's bytes.
+# File names as EDM's and EDM2's tools write them, with the functions that encode a file.
 PICTURE_NAME = "{folder:05d}/img{index:08d}.png"
 _PICTURE: tuple[str, Callable[[np.ndarray], bytes]] = (PICTURE_NAME, encode)
 _LATENT: tuple[str, Callable[[np.ndarray], bytes]] = ("{folder:05d}/img-mean-std-{index:08d}.npy", moments_bytes)

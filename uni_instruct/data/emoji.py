@@ -18,7 +18,7 @@ SIDE = 32
 DEBIAN_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 _TABLE = "emoji_sequences.txt"
-_CANVAS = 17 / 16  # of the largest picture's side, which leaves it a margin of almost a pixel
+_CANVAS = 17 / 16  # times the largest picture's side, which leaves it a margin of almost a pixel
 _WHITE = (255, 255, 255)
 _LINEAR_MAX = 65535
 
@@ -26,12 +26,10 @@ CodePoints = tuple[int, ...]
 
 
 def open_emoji(font: Path | None = None) -> Dataset:
-    """Every emoji of the table that the font has one picture of, in the table's order. Of equal pictures the first is kept.
+    """Every emoji of the table for which the font has one picture, in the table's order. Of equal pictures the first is kept.
 
-    Without a font it is that of Debian's package.
-
-    Raises RequestError where there is no such font, FileFormatError for one that is damaged, has no colour pictures, or
-    lacks most emoji.
+    font: by default the one of Debian's package.
+    Raises RequestError if there is no such font; FileFormatError if it is damaged, has no colour pictures, or lacks most emoji.
     """
     path = font or DEBIAN_FONT
     return _rendered(path, path.stat().st_mtime_ns if path.exists() else 0)
@@ -39,7 +37,7 @@ def open_emoji(font: Path | None = None) -> Dataset:
 
 @lru_cache(maxsize=1)
 def _rendered(path: Path, _changed_ns: int) -> Dataset:
-    """The data set of that font file. It is cached, as one command may open its data several times and this takes seconds."""
+    """The data set of a font file, cached: one command may open its data several times, and rendering takes seconds."""
     opened = ColourFont(path)
     groups = emoji_groups()
     found = [(picture, label) for label, rows in enumerate(groups.values()) for row in rows if (picture := opened.picture(row))]
@@ -63,7 +61,7 @@ def _rendered(path: Path, _changed_ns: int) -> Dataset:
 
 
 def emoji_groups() -> dict[str, list[CodePoints]]:
-    """Unicode's groups, and the code points of every emoji in each: the fully-qualified ones, without skin tones."""
+    """Unicode's groups, each with the code points of its fully-qualified emoji without skin tones."""
     groups: dict[str, list[CodePoints]] = {}
     for line in files("uni_instruct.data").joinpath(_TABLE).read_text("utf-8").splitlines():
         if line.startswith("group: "):
@@ -74,23 +72,23 @@ def emoji_groups() -> dict[str, list[CodePoints]]:
 
 
 def downscaled(pictures: Sequence[Image.Image]) -> np.ndarray:
-    """RGBA pictures on white, each centred by what can be seen of it, all at one scale: uint8 [N, SIDE, SIDE, 3].
+    """RGBA pictures on white, each centred by its visible part, all at one scale: uint8 [N, SIDE, SIDE, 3].
 
-    A pixel is the mean of the light of the area it covers. All sums are of whole numbers below 2^53, so that every machine
-    gives the same pixels.
+    A pixel is the mean of the light of the area that it covers. All sums are of integers below 2^53, so every machine computes
+    the same pixels.
     """
-    # One scale for all, by the largest: scaled each for itself, a heart would be as large as a house.
+    # One scale for all pictures, set by the largest. With one scale each, a heart would be as large as a house.
     cut = [picture.crop(picture.getchannel("A").getbbox()) for picture in pictures]
     side = math.ceil(max(max(picture.size) for picture in cut) * _CANVAS)
     weights = _area_weights(side)
     light = _linear_light()
-    # Where one of the 256 levels ends and the next begins, in sums over side * side pixels.
+    # The borders between the 256 levels, as sums over side * side pixels.
     borders = (light[1:] + light[:-1]) / 2 * side**2
     out = np.empty((len(cut), SIDE, SIDE, 3), dtype=np.uint8)
     for row, picture in zip(out, cut, strict=True):
         canvas = Image.new("RGB", (side, side), _WHITE)
         canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2), picture)
-        # In linear light, not in sRGB's levels: the mean of levels would make thin lines too dark.
+        # Averaged in linear light: the mean of sRGB levels would make thin lines too dark.
         lines = weights @ light[np.asarray(canvas)].reshape(side, -1)
         sums = weights @ lines.reshape(SIDE, side, 3).swapaxes(0, 1).reshape(side, -1)
         row[...] = np.searchsorted(borders, sums).reshape(SIDE, SIDE, 3).swapaxes(0, 1)
@@ -98,13 +96,13 @@ def downscaled(pictures: Sequence[Image.Image]) -> np.ndarray:
 
 
 def _area_weights(side: int) -> np.ndarray:
-    """float64 [SIDE, side]: how much of each of `side` pixels lies in each of SIDE, in whole parts that sum to side a row."""
+    """float64 [SIDE, side]: how much of each of `side` pixels is in each of SIDE, as integers; each row sums to side."""
     fine, coarse = np.arange(side) * SIDE, np.arange(SIDE)[:, None] * side
     return np.maximum(np.minimum(fine + SIDE, coarse + side) - np.maximum(fine, coarse), 0).astype(np.float64)
 
 
 def _linear_light() -> np.ndarray:
-    """float64 [256]: the light of each level of sRGB (IEC 61966-2-1), whole numbers in 0..65535."""
+    """float64 [256]: the light of each sRGB level (IEC 61966-2-1), as integers in 0..65535."""
     level = np.arange(256) / 255
     return np.rint(np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4) * _LINEAR_MAX)
 
@@ -117,5 +115,5 @@ def _first_of_equals(images: np.ndarray) -> list[int]:
 
 
 def _note(missing: int, equal: int) -> str:
-    parts = [f"{missing} emoji are not in the font"] * bool(missing) + [f"{equal} equal to another are left out"] * bool(equal)
+    parts = [f"{missing} emoji are not in the font"] * bool(missing) + [f"{equal} duplicates are left out"] * bool(equal)
     return ", ".join(parts)

@@ -1,9 +1,9 @@
-"""A folder of images or latents: classes are its sub-folders, or what a `dataset.json` beside the images says."""
+"""A folder of images or latents. Its classes are its sub-folders, or what a `dataset.json` in it says."""
 
 from pathlib import Path
 
 from uni_instruct.data.dataset import Dataset
-from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, passed_over_note
+from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, data_files, dataset_of, skipped_note
 from uni_instruct.data.labels import read_description, read_meta
 from uni_instruct.data.storage import FolderStore
 
@@ -11,16 +11,18 @@ FOLDER_REMEDY = "give a folder of images, or of one sub-folder for each class"
 
 
 def open_folder(path: Path, form: ImageForm = AS_THEY_ARE) -> Dataset:
-    """The images below a folder, sorted by name. Every file's header is read now, its pixels when they are asked for.
+    """The images below a folder, in natural order. Every file's header is read now, its pixels on demand.
 
-    Without `dataset.json`, images in sub-folders have those as classes, sorted; images beside each other have none.
-    Raises FileFormatError where there are none, sizes are mixed (without a resolution), or a class is empty.
+    Without labels in `dataset.json`, the sub-folders are the classes, in natural order; if all images are in one folder, there
+    are none.
+    Raises FileFormatError if there are no images, sizes are mixed (without a resolution), or a class folder is empty.
     """
     store = FolderStore(path)
     names = store.names()
     found = data_files(store, names, FOLDER_REMEDY)
     meta = read_meta(store, names)
     description = read_description(store, found.files, meta)
-    # Every header: nobody has looked at a folder of photographs, and training would meet the odd one after hours.
+    # Every header: a folder of photographs was not checked before, and training would fail at a wrong size after hours.
     content = content_of(store, found, form, every_header=True)
-    return dataset_of(content, description, passed_over_note(found, store))
+    unlabelled = description.labels is None and not meta.has_labels
+    return dataset_of(content, description, skipped_note(found, store, unlabelled))

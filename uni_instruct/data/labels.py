@@ -1,6 +1,7 @@
-"""What a `dataset.json` says about the files beside and below it: labels, number and names of classes, name, licence."""
+"""Read `dataset.json`: labels, number and names of classes, name and licence of the files beside and below it."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,16 +10,17 @@ import numpy as np
 
 from uni_instruct.data.class_folders import FolderClasses, folder_classes
 from uni_instruct.data.dataset import MAX_CLASSES, number_names
-from uni_instruct.data.storage import UNREADABLE, Store, counted, name_in_store, plain_name, reason_of
+from uni_instruct.data.storage import UNREADABLE, Store, name_in_store, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
+from uni_instruct.printable import counted, joined_notes
 
 META = "dataset.json"
-# What `generate` writes beside its images: the seeds in their order, the request, and of a folder each file's hash.
+# The file that `generate` writes beside its images: the seeds in order, the request, and for a folder each file's hash.
 RECORD = "samples.json"
 
 
 class LabelMismatch(NamedTuple):
-    """A file whose label is wrong, the problem in words that follow the file's name, and the remedy."""
+    """A file whose label is wrong. problem: words that follow the file's name."""
 
     file: str
     problem: str
@@ -27,7 +29,7 @@ class LabelMismatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """class_ids: int64 [N], or None. note: why there are no classes although there are labels."""
+    """The classes of the files. class_ids: int64 [N], or None. note: for example why labels give no classes."""
 
     class_ids: np.ndarray | None
     num_classes: int
@@ -36,7 +38,7 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """The fields of a Dataset that `dataset.json` gives; see there."""
+    """The fields of a Dataset that `dataset.json` or the folders give; see Dataset."""
 
     name: str
     labels: np.ndarray | None
@@ -49,7 +51,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Meta:
-    """A `dataset.json`: its content, and the folder that it lies in, '' or 'a/b/'. found: whether there is one."""
+    """A `dataset.json`. content: its JSON object. folder: where it is, '' or 'a/b/'. found: whether the file exists."""
 
     content: dict[str, object] = field(default_factory=dict)
     folder: str = ""
@@ -57,23 +59,24 @@ class Meta:
 
     @property
     def has_labels(self) -> bool:
-        """Whether it says what classes there are; null says that there are none."""
+        """Whether it states the classes. `null` states that there are none."""
         return "labels" in self.content
 
 
 def read_description(store: Store, files: list[str], meta: Meta) -> Description:
-    """What `dataset.json` says about the files, or where it says nothing of classes, their folders.
+    """Read what `dataset.json` says about the files. If it does not state the classes, the folders are the classes.
 
-    Raises FileFormatError where it does not fit them, or as `folder_classes` does.
+    Raises FileFormatError if it does not match the files, or as `folder_classes` does.
     """
     labels = read_labels(store, files, meta)
     by_folder = FolderClasses((), None) if meta.has_labels else folder_classes(store, files)
     num_classes = labels.num_classes or len(by_folder.names)
-    named = meta.content.get("class_names")
-    class_names = tuple(str(name) for name in named) if isinstance(named, list) else by_folder.names
-    # EDM's tools write none, others write all sorts.
-    unfit = isinstance(named, list) and num_classes and len(named) != num_classes
-    # '.' has no name of its own; a file's suffix is none.
+    named = _named_classes(meta.content.get("class_names"))
+    class_names = by_folder.names if named is None else named
+    # EDM's tools write no class names, and other tools write them in many forms.
+    unfit = named is not None and num_classes and len(named) != num_classes
+    unread = named is None and num_classes and meta.content.get("class_names") is not None
+    # Resolved, because '.' has no name. The suffix of a file is not part of its name.
     own_name = store.path.resolve().name if store.path.is_dir() else store.path.stem
     silent = f"{META} says nothing about labels" if meta.found and not meta.has_labels else ""
     return Description(
@@ -87,13 +90,25 @@ def read_description(store: Store, files: list[str], meta: Meta) -> Description:
             labels.note,
             silent,
             by_folder.note,
-            f"{META} has {len(class_names)} class names for {num_classes} classes: left out" if unfit else "",
+            f"{META} has {len(class_names)} class names for {num_classes} classes: ignored" if unfit else "",
+            f"class_names in {META} is not a list of names: ignored" if unread else "",
         ),
     )
 
 
+def _named_classes(named: object) -> tuple[str, ...] | None:
+    """Class names in the order of their ids, from a list, {id: name} or {name: id}. None for anything else."""
+    if isinstance(named, dict) and all(type(number) is int for number in named.values()):
+        named = {str(number): name for name, number in named.items()}
+    if isinstance(named, dict):
+        named = [named.get(str(number)) for number in range(len(named))]
+    if not isinstance(named, list) or not all(type(name) in (str, int, float) for name in named):
+        return None
+    return tuple(str(name) for name in named)
+
+
 def read_meta(store: Store, names: list[str]) -> Meta:
-    """The `dataset.json` among the names that lies highest. Raises FileFormatError where it is no JSON object, or two do."""
+    """The topmost `dataset.json` of the names. Raises FileFormatError if it is not a JSON object, or two are at one depth."""
     found = sorted((name for name in names if name.rpartition("/")[2] == META), key=lambda name: (name.count("/"), name))
     if not found:
         return Meta()
@@ -102,19 +117,30 @@ def read_meta(store: Store, names: list[str]) -> Meta:
         places = [place.rpartition("/")[0] for place in found[:2]]
         raise FileFormatError(
             f"{store.path} holds several data sets ({', '.join(places)}, each with a {META})",
-            remedy=f"give them one by one, or with commas between{'' if store.path.is_dir() else ', once it is unpacked'}",
+            remedy=f"{'' if store.path.is_dir() else 'unpack it and '}give them one by one, or separated by commas",
         )
     try:
-        content = json.loads(store.read(name))
+        content = json.loads(store.read(name), object_pairs_hook=_each_key_once)
     except UNREADABLE as error:
-        raise FileFormatError(f"{META} in {store.path} is not JSON: {reason_of(error)}", remedy="prepare it again") from error
+        raise FileFormatError(
+            f"{META} in {store.path} is not JSON: {reason_of(error)}", remedy="correct it, or prepare it again"
+        ) from error
     if not isinstance(content, dict):
-        raise FileFormatError(f"{META} in {store.path} is not an object", remedy='write {"labels": [[file, class], ...]}')
+        raise FileFormatError(f"{META} in {store.path} is not a JSON object", remedy='write {"labels": [[file, class], ...]}')
     return Meta(content, name.removesuffix(META), found=True)
 
 
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. Raises ValueError if a key occurs twice with different values; the json module would take the last."""
+    content: dict[str, object] = {}
+    for key, value in pairs:
+        if content.setdefault(key, value) != value:
+            raise ValueError(f"{key[:40]!r} occurs twice, with different values")
+    return content
+
+
 def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
-    """The files' classes. One-hot vectors are classes; other vectors give none.
+    """The files' classes. One-hot vectors are classes; other vectors are not, and the files are read without classes.
 
     Raises FileFormatError for the first file whose label is missing or wrong.
     """
@@ -125,7 +151,7 @@ def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
     mismatch = next(label_mismatches(by_file, files, stated), None)
     if mismatch is not None:
         raise FileFormatError(f"{name_in_store(store, mismatch.file)} {mismatch.problem}", remedy=mismatch.remedy)
-    # All are integers or all are vectors now: whatever differs from the first is a mismatch.
+    # Now all labels are integers, or all are vectors: a label of another kind than the first is a mismatch.
     labels = [by_file[file] for file in files]
     vectors = [label for label in labels if isinstance(label, list)]
     if not vectors:
@@ -141,13 +167,17 @@ def read_labels(store: Store, files: list[str], meta: Meta) -> Labels:
 
 
 def label_entries(store: Store, meta: Meta) -> dict[str, object] | None:
-    """File -> label, as `dataset.json` has them; None where it has none. Raises FileFormatError where they are no list."""
+    """The labels in `dataset.json` by file; None if it has none.
+
+    Raises FileFormatError if they are not a list of [file, class], or if a file has two labels.
+    """
     entries = meta.content.get("labels")
     if entries is None:
         return None
     by_file: dict[str, object] = {}
+    present = set(store.names()) if meta.folder else set[str]()
     for name, label in _pairs(store, entries):
-        file = _full_name(name, meta.folder)
+        file = _full_name(name, meta.folder, present)
         if file in by_file and by_file[file] != label:
             raise FileFormatError(
                 f"{name_in_store(store, file)} has two labels in {META}, {_shown(by_file[file])} and {_shown(label)}",
@@ -158,7 +188,7 @@ def label_entries(store: Store, meta: Meta) -> dict[str, object] | None:
 
 
 def stated_classes(store: Store, meta: Meta) -> int:
-    """The number of classes that `dataset.json` states, 0 where it states none. Raises FileFormatError for a wrong one."""
+    """The number of classes that `dataset.json` states, or 0. Raises FileFormatError if it is not a number of classes."""
     stated = meta.content.get("num_classes") or 0
     if type(stated) is not int or not 0 <= stated <= MAX_CLASSES:
         raise FileFormatError(
@@ -169,13 +199,15 @@ def stated_classes(store: Store, meta: Meta) -> int:
 
 
 def label_mismatches(by_file: dict[str, object], files: list[str], stated: int) -> Iterator[LabelMismatch]:
-    """Files whose label is missing, no class, outside the stated classes, or of another kind than the first file's."""
-    # The first file decides whether labels are class ids or vectors: a mixture has no meaning.
+    """Yield files whose label is missing, not a class, outside the stated classes, or of another kind than the first file's."""
+    # The first file decides whether labels are class ids or vectors, because they cannot be mixed.
     first = by_file.get(files[0])
     width = len(first) if isinstance(first, list) else 0
+    by_stem: dict[str, str] | None = None
     for file in files:
         if file not in by_file:
-            yield LabelMismatch(file, f"has no label in {META}", "label every image, or write null for all")
+            by_stem = {_stem(name): name for name in by_file} if by_stem is None else by_stem
+            yield _no_label(file, by_stem.get(_stem(file)))
             continue
         problem = _vector_problem(by_file[file], width) if width else _class_problem(by_file[file], stated)
         if problem:
@@ -185,29 +217,24 @@ def label_mismatches(by_file: dict[str, object], files: list[str], stated: int) 
 
 
 def first_label_note(class_ids: np.ndarray) -> str:
-    """What to say of labels that begin above 0, as a count from 1 does; empty for others."""
+    """A note on labels that start above 0, such as those that count from 1; '' for others."""
     first = int(class_ids.min())
     missing = "class 0 has" if first == 1 else f"classes 0 to {first - 1} have"
     return f"labels begin at {first}: {missing} no image" if first else ""
 
 
-def joined_notes(*notes: str) -> str:
-    """Those notes that say something, in one."""
-    return "; ".join(note for note in notes if note)
-
-
 def _absent_note(by_file: dict[str, object], files: list[str]) -> str:
-    """Labels of images that are not there, as where a part was copied."""
+    """A note on labels of images that are not there, for example because only a part was copied; '' if there are none."""
     absent = sorted(by_file.keys() - set(files)) if len(by_file) > len(files) else []
-    return f"{counted(absent, 'label')} of no image here" if absent else ""
+    return f"{counted(absent, 'label')} without an image" if absent else ""
 
 
 def _pairs(store: Store, entries: object) -> list[tuple[str, object]]:
-    """[[file, class], ...], or an object that says the same. Raises FileFormatError for anything else."""
+    """The labels as [(file, class), ...], from such a list or from {file: class}. Raises FileFormatError for anything else."""
     pairs = list(entries.items()) if isinstance(entries, dict) else entries
     if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
         raise FileFormatError(
-            f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write them so, or null"
+            f"labels in {META} of {store.path} are not a list of [file, class]", remedy="write [[file, class], ...], or null"
         )
     return [(name, label) for name, label in pairs]
 
@@ -216,21 +243,35 @@ def _is_pair(entry: object) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)
 
 
-def _full_name(name: str, folder: str) -> str:
-    """A file as a store names it, from what `dataset.json` in that folder calls it: seen from there, or from the top."""
+def _full_name(name: str, folder: str, present: set[str]) -> str:
+    """The file that `dataset.json` means by a name, which counts from its own folder or from the top."""
     name = plain_name(name)
-    return name if name.startswith(folder) else folder + name
+    within = name if name.startswith(folder) else folder + name
+    return name if within not in present and name in present else within
+
+
+def _stem(name: str) -> str:
+    """The base name of a file, without its suffix and in lower case."""
+    return os.path.splitext(name.rpartition("/")[2])[0].casefold()
+
+
+def _no_label(file: str, labelled: str | None) -> LabelMismatch:
+    """The error for a file without a label. labelled: a name that has a label and may mean this file."""
+    if labelled is None:
+        return LabelMismatch(file, f"has no label in {META}", "label every image, or write null for all")
+    problem = f"has no label in {META}, which has one for {labelled}"
+    return LabelMismatch(file, problem, f"name the image {file} in {META}")
 
 
 def _numbers_for_words(by_file: dict[str, object]) -> str:
     words = sorted({label for label in by_file.values() if isinstance(label, str)})
     shown = ", ".join(json.dumps(word, ensure_ascii=False)[:40] for word in words[:3])
     more = ", ..." if len(words) > 3 else ""
-    return f'write the classes\' numbers, from 0, and beside "labels" their names: "class_names": [{shown}{more}]'
+    return f'use numbers from 0 as labels, and add the names beside "labels": "class_names": [{shown}{more}]'
 
 
 def _class_problem(label: object, stated: int) -> str:
-    # Exactly int: True is an int to Python, and 1.0 equals one.
+    # Exactly int: in Python, True is an int too, and 1.0 equals 1.
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
         return "which is not a class: an integer from 0"
     return f"outside the classes 0..{stated - 1}" if stated and label >= stated else ""
@@ -238,7 +279,7 @@ def _class_problem(label: object, stated: int) -> str:
 
 def _vector_problem(label: object, width: int) -> str:
     fits = isinstance(label, list) and len(label) == width and all(type(number) in (int, float) for number in label)
-    return "" if fits else f"which is not a vector of {width} numbers as the first is"
+    return "" if fits else f"which is not a vector of {width} numbers like the first"
 
 
 def _is_one_hot(vector: list[float]) -> bool:
@@ -246,4 +287,5 @@ def _is_one_hot(vector: list[float]) -> bool:
 
 
 def _shown(value: object) -> str:
-    return str(value)[:40]
+    """A value as JSON, but text without quotes; at most 40 characters."""
+    return (value if isinstance(value, str) else json.dumps(value))[:40]

@@ -1,4 +1,7 @@
-"""Latents of a VAE, as EDM2's data set tool keeps them: .npy files of mean and deviation, from which latents are drawn."""
+"""A VAE's latents in the format of EDM2's data set tool: .npy files of mean and standard deviation.
+
+Latents are drawn from these at each use.
+"""
 
 import io
 from collections.abc import Sequence
@@ -10,8 +13,8 @@ from uni_instruct.errors import FileFormatError
 from uni_instruct.noise import noise
 
 _SUFFIXES = frozenset({".npy"})
-# Stability AI's VAE (sd-vae-ft-mse) and ImageNet: mean and deviation of each latent channel, as EDM2 assumes them
-# (arXiv 2312.02696 and its code), and the deviation that latents are brought to, which is sigma_data.
+# Mean and standard deviation of each latent channel of Stability AI's VAE (sd-vae-ft-mse) over ImageNet, as EDM2 assumes them
+# (arXiv 2312.02696 and its code); and the standard deviation that latents are scaled to, which is sigma_data.
 RAW_MEAN = (5.81, 3.25, 0.12, -2.15)
 RAW_STD = (4.17, 4.62, 3.71, 3.28)
 FINAL_STD = 0.5
@@ -19,7 +22,7 @@ CHANNELS = len(RAW_MEAN)
 
 
 class LatentReader:
-    """Reads mean and deviation of the named files: float32 [B, 8, H, W], the four means first."""
+    """Reads mean and standard deviation from the named files: float32 [B, 8, H, W], the four means first."""
 
     def __init__(self, store: Store, names: list[str], size: tuple[int, int]):
         self.store, self.names, self.size = store, names, size
@@ -28,7 +31,7 @@ class LatentReader:
         return len(self.names)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """See ImageReader. Raises FileFormatError that names the file at fault."""
+        """See ImageReader. Raises FileFormatError, which names the file, if one cannot be read or has another size."""
         out = np.empty((len(indices), 2 * CHANNELS, *self.size), dtype=np.float32)
         for row, index in zip(out, indices, strict=True):
             row[...] = self._moments(self.names[index])
@@ -45,7 +48,7 @@ class LatentReader:
 
 
 def read_moments(store: Store, name: str) -> np.ndarray:
-    """Mean and deviation in one file: float32 [8, H, W]. Nothing in it is executed. Raises FileFormatError."""
+    """Mean and standard deviation in one file: float32 [8, H, W]. Nothing in it is executed. Raises FileFormatError."""
     try:
         moments = np.load(io.BytesIO(store.read(name)), allow_pickle=False)
     except UNREADABLE as error:
@@ -59,19 +62,19 @@ def read_moments(store: Store, name: str) -> np.ndarray:
 
 
 def moments_bytes(moments: np.ndarray) -> bytes:
-    """The .npy file of mean and deviation float32 [8, H, W]."""
+    """The bytes of an .npy file with mean and standard deviation, float32 [8, H, W]."""
     buffer = io.BytesIO()
     np.save(buffer, moments)
     return buffer.getvalue()
 
 
 def draw_latents(moments: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
-    """A draw from each N(mean, deviation^2), brought to mean 0 and deviation 0.5 over ImageNet: float32 [B, H, W, 4].
+    """Draw from each N(mean, deviation^2), scaled to mean 0 and standard deviation 0.5 over ImageNet: float32 [B, H, W, 4].
 
-    moments is float32 [B, 8, H, W]; latent i depends on moments[i] and seeds[i] alone.
+    moments is float32 [B, 8, H, W]. Latent i depends on moments[i] and seeds[i] only.
     """
-    # z = mean + std * eps, then per channel (z - RAW_MEAN) * FINAL_STD / RAW_STD: the reparametrised draw of a VAE
-    # (arXiv 1312.6114, section 2.4), and EDM2's scaling, which brings latents to the sigma_data that networks expect.
+    # z = mean + std * eps, then per channel (z - RAW_MEAN) * FINAL_STD / RAW_STD: the reparametrised draw of a VAE (arXiv
+    # 1312.6114, section 2.4), and EDM2's scaling to the sigma_data that networks expect.
     mean, std = moments[:, :CHANNELS], moments[:, CHANNELS:]
     raw = mean + noise(seeds, mean.shape[1:]) * std
     offset, scale = (np.array(values, np.float32).reshape(CHANNELS, 1, 1) for values in (RAW_MEAN, RAW_STD))
@@ -80,7 +83,7 @@ def draw_latents(moments: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
 
 
 def is_latent(name: str) -> bool:
-    """Whether a file name looks like a latent's, and is not hidden."""
+    """Whether a file name has the suffix of latents and is not hidden."""
     return has_suffix(name, _SUFFIXES)
 
 

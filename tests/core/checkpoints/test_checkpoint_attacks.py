@@ -143,7 +143,7 @@ ATTACKS: dict[str, tuple[Made, str]] = {
     ),
     "persistent id of something": (zipped(weights(text("os.system") + b"Q")), "has a persistent id that is not torch's"),
     "buffers from outside": (whole(b"\x97\x98"), "uses pickle's NEXT_BUFFER"),
-    "unknown opcode": (whole(b"\xff"), "uses pickle's opcode 0xff"),
+    "unknown opcode": (whole(b"\xff"), "uses pickle's unknown opcode 0xff"),
     "memo bomb of lists": (inside(doubled(60, b"]", b"](@@@@@@@@@@e")), "asks for more than 1,000,000 values"),
     "memo bomb of tuples": (inside(doubled(60, b")", b"(@@@@@@@@@@t")), "asks for more than 1,000,000 values"),
     "memo bomb of small arrays": (
@@ -223,7 +223,7 @@ ATTACKS: dict[str, tuple[Made, str]] = {
     "long frame": (b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.", "ends too early: a frame"),
     "long integer": (whole(b"\x8b\xff\xff\xff\x7f"), "uses pickle's LONG4"),
     "integer of 255 bytes": (whole(b"\x8a\xff" + b"\x7f" * 255), "has an integer of 255 bytes"),
-    "memo of 4 billion": (whole(b"Nr\xff\xff\xff\xffj\xfe\xff\xff\xff"), "recalls value 4294967294, which it has not"),
+    "memo of 4 billion": (whole(b"Nr\xff\xff\xff\xffj\xfe\xff\xff\xff"), "recalls value 4294967294, which does not exist"),
     "protocol 255": (b"\x80\xffN.", "is a pickle of an unknown protocol"),
     "storage of 2^62 elements": (
         zipped(weights(tensor(stored(number(1 << 62))))),
@@ -247,7 +247,7 @@ ATTACKS: dict[str, tuple[Made, str]] = {
     ),
     "stream of another kind": (
         inside(tensor(stream(4).replace(number(MAGIC), number(MAGIC + 1)))),
-        "has a storage that is no stream of torch's",
+        "has a storage that is not a torch stream",
     ),
     "stream with more behind it": (
         inside(tensor(stream(4, end=struct.pack("<q", 4) + b"\0" * 17))),
@@ -294,7 +294,7 @@ ATTACKS: dict[str, tuple[Made, str]] = {
     "numpy void": (inside(scalar(numpy_dtype("V1000000000"), b"C\x00")), "has an array of NumPy's type 'V1000000000'"),
     "numpy fields": (
         inside(numpy_dtype("f4", b"(K\x03" + text("<") + b"N" + text("a") + b"\x85}J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb")),
-        "has a NumPy type with parts",
+        "has a structured NumPy type",
     ),
     "numpy shape": (
         inside(array(numpy_dtype("f4"), number(1 << 60) + b"\x85", b"C\x04" + b"\0" * 4)),
@@ -309,7 +309,7 @@ ATTACKS: dict[str, tuple[Made, str]] = {
         inside(name("numpy._core.multiarray", "_reconstruct"), name("numpy", "dtype"), b"K\x00\x85C\x01b\x87R"),
         r"has an array of class 'numpy\.dtype'",
     ),
-    "safetensors header of 2^60": (struct.pack("<Q", 1 << 60) + b"{" + b" " * 50, "is no checkpoint"),
+    "safetensors header of 2^60": (struct.pack("<Q", 1 << 60) + b"{" + b" " * 50, "is not a checkpoint"),
     "safetensors header of 6 MB": (safetensors(b"{" + b" " * 6_000_000), "has a header of 6,000,001 bytes"),
     "safetensors deep": (safetensors(b'{"a":' + b"[" * 200_000), "has a header that is not JSON"),
     "safetensors outside": (

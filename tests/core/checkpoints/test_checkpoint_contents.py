@@ -209,16 +209,16 @@ def averages() -> dict[str, Any]:
 
 
 FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
-    "modules no dict": (lambda: broken(_modules=[1]), "module EDMPrecond whose _modules is no dict"),
-    "parameters no dict": (lambda: broken(_parameters=None), "module EDMPrecond whose _parameters is no dict"),
-    "buffers missing": (lambda: broken(_buffers=...), "module EDMPrecond whose _buffers is no dict"),
+    "modules no dict": (lambda: broken(_modules=[1]), "module EDMPrecond whose _modules is not a dict"),
+    "parameters no dict": (lambda: broken(_parameters=None), "module EDMPrecond whose _parameters is not a dict"),
+    "buffers missing": (lambda: broken(_buffers=...), "module EDMPrecond whose _buffers is not a dict"),
     "kept buffers": (lambda: broken(_non_persistent_buffers_set=3), "module EDMPrecond whose list of buffers is broken"),
-    "child no module": (lambda: broken(_modules={"model": 3}), "module EDMPrecond whose 'model' is no module"),
+    "child no module": (lambda: broken(_modules={"model": 3}), "module EDMPrecond whose 'model' is not a module"),
     "child of another kind": (
         lambda: broken(_modules={"model": PeerObject("EDMLoss")}),
-        "module EDMPrecond whose 'model' is no module",
+        "module EDMPrecond whose 'model' is not a module",
     ),
-    "parameter no tensor": (lambda: broken(_parameters={"w": "x"}), "module EDMPrecond whose 'w' is no tensor"),
+    "parameter no tensor": (lambda: broken(_parameters={"w": "x"}), "module EDMPrecond whose 'w' is not a tensor"),
     "name with a dot": (
         lambda: broken(_parameters={"a.b": torch.ones(1)}),
         r"module EDMPrecond with the name 'a\.b' in its _parameters",
@@ -234,7 +234,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "cycle": (in_itself, "has a value that contains itself"),
     "no weights": (lambda: broken(_parameters={}), "has a network without weights"),
     "no network": (lambda: {"fid": {"mu": 3}}, "holds no network"),
-    "no dict": (lambda: [1, 2], "holds a list, no checkpoint"),
+    "no dict": (lambda: [1, 2], "holds a list, not a checkpoint"),
     "averages": (averages, "has averages in 'ema' that do not fit their widths"),
     "roles": (lambda: {1: NET, "1": NET}, "holds two networks of one name"),
 }
@@ -252,7 +252,7 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path, name: str) -> None:
     whole = WRITTEN[name][0](tmp_path / "whole").read_bytes()
     for size in (0, 1, 10, len(whole) // 3, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:size])
-        with pytest.raises(FileFormatError, match=r"copy or download it again|is no checkpoint"):
+        with pytest.raises(FileFormatError, match=r"copy or download it again|is not a checkpoint"):
             read_checkpoint(tmp_path / "cut")
 
 
@@ -262,7 +262,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"is not a file; give the path"):
         read_checkpoint(tmp_path)
     (tmp_path / "text").write_text("hello, this is no checkpoint")
-    with pytest.raises(FileFormatError, match=r"text is no checkpoint: neither a pickle, nor torch's zip, nor safetensors"):
+    with pytest.raises(FileFormatError, match=r"text is not a checkpoint: neither a pickle, nor torch's zip, nor safetensors"):
         read_checkpoint(tmp_path / "text")
 
 

@@ -61,7 +61,8 @@ def test_an_import_replaces_what_an_import_made_and_nothing_else(cli: Cli, tmp_p
     run, weights = tmp_path / "run", tiny_bundle.path / "model.safetensors"
     shutil.copytree(tiny_bundle.path, run / "generator")
     (run / "recipe.yaml").write_text("name: x\ndata: digits\n")
-    for out, said in ((run, "holds something that is not a bundle"), (run / "generator", "holds a bundle that no import made")):
+    places = {run: "holds something that is not a bundle", run / "generator": "holds a bundle that was not imported"}
+    for out, said in places.items():
         code, _, errors = cli("import", weights, "--out", out)
         assert (code, errors) == (2, f"error: {out} {said}; name another folder\n")
     assert Bundle.open(run / "generator").spec == tiny_bundle.spec
@@ -172,8 +173,11 @@ def test_every_weight_is_accounted_for(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"peer_class": "StyleGenerator"}, "preconditioning 'StyleGenerator' is not known here; files of EDMPrecond"),
-        ({"spectral": True}, "the network was made with 'spectral', which is not known here"),
+        (
+            {"peer_class": "StyleGenerator"},
+            "preconditioning 'StyleGenerator' is not supported; give a file with one of EDMPrecond",
+        ),
+        ({"spectral": True}, "the network was made with 'spectral', which is not supported"),
         ({"img_channels": "three"}, "the file gives 'three' for img_channels"),
         ({"num_blocks": 10**9}, "the file gives '1000000000' for num_blocks"),
         ({"channel_mult": [1] * 1000}, "for channel_mult"),

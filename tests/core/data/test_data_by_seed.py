@@ -36,7 +36,7 @@ def check_is_read(data: OddData) -> Dataset:
     dataset = open_dataset(data.path)
     assert classes_of(dataset, list(data.classes)) == sorted(data.classes.items())
     assert dataset.image_shape == (data.channels, data.size[1], data.size[0])
-    counted = {what: re.search(rf"(\d+) {what}s? .*?passed over", dataset.note) for what in ("file", "name")}
+    counted = {what: re.search(rf"(\d+) {what}s? .*?skipped", dataset.note) for what in ("file", "name")}
     assert {what: int(found[1]) if found else 0 for what, found in counted.items()} == {
         "file": data.passed_over,
         "name": data.repeated,

@@ -104,7 +104,8 @@ def test_tars_are_read_as_well(tmp_path: Path, cli: Cli) -> None:
         code, output, _ = cli("data", "check", source)
         assert (code, output) == (2, f"{name} in {source} cannot be read: image file is truncated\n")
         assert cli("data", "prepare", source, "--out", tmp_path / "y.zip")[0] == 2
-        assert re.fullmatch(r"1 file \((x/)?b.csv\) passed over, as no images", open_dataset(source).note)
+        hint = r"classes are read from dataset.json or folders, not from (x/)?b.csv"
+        assert re.fullmatch(rf"1 file \((x/)?b.csv\) skipped: not images; {hint}", open_dataset(source).note)
 
 
 def test_colour_in_a_zip_that_says_it_is_grey_is_named(tmp_path: Path, cli: Cli) -> None:
@@ -119,7 +120,27 @@ def test_a_pipe_among_pictures_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(GREY)
     os.mkfifo(tmp_path / "2.png")
     os.symlink("2.png", tmp_path / "3.png")
-    assert check_data(str(tmp_path)).note == "2 files (2.png, 3.png) passed over, as no images"
+    assert check_data(str(tmp_path)).note == "2 files (2.png, 3.png) skipped: not images"
+
+
+def test_a_device_or_a_pipe_is_no_data_set(tmp_path: Path, cli: Cli) -> None:
+    """/dev/zero has no end, and nobody writes into the pipe: either was read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("/dev/zero", "/dev/null", tmp_path / "pipe"):
+        for command in (["data", "check"], ["inspect"], ["data", "prepare", "--out", tmp_path / "x.zip"]):
+            code, _, errors = cli(*command, source)
+            assert (code, str(source) in errors, len(errors.splitlines())) == (2, True, 1)
+
+
+@pytest.mark.parametrize("command", [["data", "check"], ["inspect"], ["data", "prepare", "--out", "x.zip"]])
+def test_an_empty_name_is_not_the_working_folder(
+    tmp_path: Path, cli: Cli, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a script's variable is empty."""
+    (tmp_path / "1.png").write_bytes(GREY)
+    monkeypatch.chdir(tmp_path)
+    assert cli(*command, "")[0] == 2
+    assert cli(*command, ".")[0] == 0
 
 
 def test_a_pipe_is_no_data_set_and_is_not_waited_for(tmp_path: Path, cli: Cli) -> None:

@@ -131,7 +131,7 @@ def test_emoji_of_debian(noto: Path, cli: Cli, tmp_path: Path) -> None:
         pytest.skip("the numbers below are those of Noto Color Emoji 2.042")
     assert direct.fingerprint() == "2a70e00831d5c33b3f35cad7335e3fd81c2efa63711c47b6284931e0e6e2cbca"
     assert np.bincount(prepared.labels).tolist() == [166, 362, 152, 133, 218, 85, 261, 223, 261]
-    assert direct.note == "9 equal to another are left out"
+    assert direct.note == "9 duplicates are left out"
 
 
 @pytest.mark.debian

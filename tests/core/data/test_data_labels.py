@@ -114,7 +114,7 @@ def test_train_and_test_of_fashion_mnist_are_joined_by_name() -> None:
     ("second", "message"),
     [
         ({"levels": (1,), "labels": [0], "side": 8}, r"images of \[1, 4, 4\] and 2 classes, .*\[1, 8, 8\].*--resolution"),
-        ({"levels": (1,), "labels": [0]}, r"2 classes, .* and 1 classes; state the number .*--num-classes"),
+        ({"levels": (1,), "labels": [0]}, r"2 classes, .* and 1 classes; if some lack .*, state the number .*--num-classes"),
         ({"levels": (1,)}, r"2 classes, .* and no classes"),
         (
             {"levels": (1, 2), "labels": [0, 1], "class_names": ["cat", "owl"], "num_classes": 2},

@@ -89,11 +89,11 @@ def test_folders_hold_latents_too_and_pictures_win_over_stray_arrays(tmp_path: P
 
 def test_where_images_are_needed_latents_are_one_clear_line(tmp_path: Path, cli: Cli) -> None:
     path = latent_zip(tmp_path / "latents.zip", moments(2))
-    with pytest.raises(RequestError, match="'latents' holds latents of a VAE, and images are needed here; give the images"):
+    with pytest.raises(RequestError, match="'latents' holds latents of a VAE, but images are needed here; give the images"):
         open_dataset(path).images([0])
     with pytest.raises(RequestError, match="holds latents, which cannot be resized; resize the images"):
         open_dataset(path, resolution=2)
-    with pytest.raises(RequestError, match="holds latents of a VAE, and images are needed here"):
+    with pytest.raises(RequestError, match="holds latents of a VAE, but images are needed here"):
         open_reference(path)
     code, _, errors = cli("evaluate", "digits", "--reference", path)
     assert (code, "holds latents" in errors) == (2, True)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from builders.data_sets import all_images, arrays_dataset, grey_zip, npy, png, zip_of
 from uni_instruct.data import check_data, open_dataset, write_zip
-from uni_instruct.data.image_files import IMAGE_SUFFIXES, NO_PICTURES
+from uni_instruct.data.image_files import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES
 from uni_instruct.errors import FileFormatError, RequestError
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -127,15 +127,15 @@ READ: list[tuple[str, Make | list[Make], int, tuple[str, ...], str]] = [
     ("class folders two down", both({f"a/b/{name}": content for name, content in CATS.items()}), 3, BOTH, ""),
     ("droppings", both({**CATS, **DROPPINGS}), 3, BOTH, ""),
     ("text beside", both({**CATS, "README.md": b"x", "labels.csv": b"x"}), 3, BOTH,
-     r"2 files \(README.md, labels.csv\) passed"),
-    ("films beside", both({**CATS, "cat/a.mp4": b"x"}), 3, BOTH, r"1 file \(cat/a.mp4\) passed over, as no images"),
-    ("hidden image", both({**CATS, "cat/.h.png": GREY}), 3, BOTH, r"1 file \(cat/.h.png\) passed over"),
-    ("no suffix", both({"a/1": GREY, "b/2.jpg_large": GREY2, "b/3": b"text"}), 2, ("a", "b"), r"1 file \(b/3\) passed over"),
+     r"2 files \(README.md, labels.csv\) skipped"),
+    ("films beside", both({**CATS, "cat/a.mp4": b"x"}), 3, BOTH, r"1 file \(cat/a.mp4\) skipped: not images"),
+    ("hidden image", both({**CATS, "cat/.h.png": GREY}), 3, BOTH, r"1 file \(cat/.h.png\) skipped"),
+    ("no suffix", both({"a/1": GREY, "b/2.jpg_large": GREY2, "b/3": b"text"}), 2, ("a", "b"), r"1 file \(b/3\) skipped"),
     ("EDM's shards", both(SHARDS), 3, (), "folders are numbered with their images: read without classes"),
     ("FFHQ's shards", both(FFHQ), 3, (), "folders are numbered with their images: read without classes"),
     ("loose in a zip", files({"1.png": GREY, "cat/2.png": GREY}, zipped=True), 2, (), r"beside them \(1.png\): read without"),
     ("one folder in a zip", files({"pics/1.png": GREY, "pics/2.png": GREY2}, zipped=True), 2, (), ""),
-    ("one class on disk", folder(cat__1_png=b"", **{"cat__1.png": GREY}), 1, ("cat",), r"1 file \(cat/1_png\) passed over"),
+    ("one class on disk", folder(cat__1_png=b"", **{"cat__1.png": GREY}), 1, ("cat",), r"1 file \(cat/1_png\) skipped"),
     ("one part alone", both({"train/cat/1.png": GREY, "train/dog/2.png": GREY}), 2, BOTH, ""),
     ("labels one down", both({**LABELLED, **META_BELOW}), 2, BOTH, ""),
     ("labels named from the top", both(LABELLED, {**LABELS, "labels": [["data/1.png", 0], ["./data/2.png", 1]]}), 2, BOTH, ""),
@@ -150,17 +150,17 @@ READ: list[tuple[str, Make | list[Make], int, tuple[str, ...], str]] = [
     ("npz by content", renamed(npz_labels(0, 1), "samples.dat"), 2, ("0", "1"), ""),
     ("zip by content", renamed(files(CATS, zipped=True), "pets.bin"), 3, BOTH, ""),
     ("zip called npz", renamed(files(CATS, zipped=True), "pets.npz"), 3, BOTH, ""),
-    ("a name twice", named_zip(["a.png", "b.png", "a.png"]), 2, (), r"1 name \(a.png\) passed over, as repeating others"),
+    ("a name twice", named_zip(["a.png", "b.png", "a.png"]), 2, (), r"1 name \(a.png\) skipped: already present"),
     ("backslashes", named_zip(["cat\\1.png", "dog\\2.png"]), 2, BOTH, ""),
     ("dots before names", named_zip(["./cat/1.png", "./dog/2.png"]), 2, BOTH, ""),
     ("accents apart", both({f"caf{APART}/1.png": GREY, "dog/2.png": GREY}), 2, (f"caf{ACCENT}", "dog"), ""),
     ("accents apart in labels", both({f"{ACCENT}.png": GREY}, {"labels": [[f"{APART}.png", 0]]}), 1, ("0",), ""),
     ("accents in both forms", both({f"{ACCENT}/1.png": GREY, f"{APART}/2.png": GREY, "z/3.png": GREY}), 3, ("z", ACCENT), ""),
-    ("link to the parent", linked({"cat/up": ".."}, CATS), 3, BOTH, r"1 name \(cat/up/\) passed over, as repeating others"),
+    ("link to the parent", linked({"cat/up": ".."}, CATS), 3, BOTH, r"1 name \(cat/up/\) skipped: already present"),
     ("link to the folder above", linked({"cat/up": "../.."}, CATS), 3, BOTH, r"1 name \(cat/up/\)"),
     ("link to itself", linked({"cat/self": "."}, CATS), 3, BOTH, r"1 name \(cat/self/\)"),
-    ("link to a class", linked({"ape": "cat"}, CATS), 3, BOTH, r"1 name \(ape/\) passed over"),
-    ("link to a file", linked({"cat/0.png": "1.png"}, CATS), 3, BOTH, r"1 name \(cat/0.png\) passed over"),
+    ("link to a class", linked({"ape": "cat"}, CATS), 3, BOTH, r"1 name \(ape/\) skipped"),
+    ("link to a file", linked({"cat/0.png": "1.png"}, CATS), 3, BOTH, r"1 name \(cat/0.png\) skipped"),
     *((f"{form} {mode}", both(encoded(form, suffix, mode)), 2, (), "") for form, suffix, mode in [
         ("JPEG", ".jfif", "RGB"), ("JPEG", ".jpe", "L"), ("PPM", ".ppm", "RGB"), ("PPM", ".pgm", "L"), ("PPM", ".pnm", "RGB"),
         ("TGA", ".tga", "RGB"), ("PCX", ".pcx", "L"), ("SGI", ".rgb", "RGB"), ("GIF", ".gif", "P"), ("TIFF", ".TIF", "CMYK"),
@@ -170,7 +170,7 @@ READ: list[tuple[str, Make | list[Make], int, tuple[str, ...], str]] = [
     *((f"grey at {at}", both({f"{i}.png": GREY if i == at else COLOUR for i in range(3)}), 3, (), "") for at in range(3)),
     ("colour among grey", both({"0.png": GREY, "1.png": GREY, "2.png": COLOUR}), 3, (), ""),
     ("latents and a note", both({"a.npy": npy(np.ones((8, 2, 2), np.float32)), "b.txt": b"x"}), 1, (),
-     "passed over, as no latents"),
+     "skipped: not latents"),
 ]  # fmt: skip
 CASES = [
     pytest.param(make, *case[2:], id=f"{case[0]}, {'zip' if at else 'folder'}" if isinstance(case[1], list) else case[0])
@@ -194,11 +194,11 @@ def test_nothing_is_lost_in_silence(tmp_path: Path, make: Make, images: int, cla
 # What it is, how it is made, and the line.
 REFUSED: list[tuple[str, Make | list[Make], str]] = [
     ("train and test", both({"train/1.png": GREY, "test/2.png": GREY}),
-     r"has folders test, train: parts of a data set, and no"),
+     r"has folders test, train, which are parts of a data set, not"),
     ("splits of classes", both({f"{part}/{name}": GREY for part in ("train", "val") for name in CATS}), "folders train, val"),
-    ("splits one down", both({"x/Train/1.png": GREY, "x/Test/2.png": GREY}), "has folders Test, Train: parts of a data set"),
+    ("splits one down", both({"x/Train/1.png": GREY, "x/Test/2.png": GREY}), "Test, Train, which are parts of a data set"),
     ("words as labels", both({"1.png": GREY}, {"labels": [["1.png", "cat"]]}),
-     r'label cat, .*: an integer from 0; write .*"class_names": \["cat"\]'),
+     r'label cat, .*: an integer from 0; use numbers from 0 .*"class_names": \["cat"\]'),
     ("two sets", both({"a/1.png": GREY, "b/2.png": GREY, "a/dataset.json": b"{}", "b/dataset.json": b"{}"}),
      "several data sets \\(a, b"),
     ("only droppings", both({"__MACOSX/1.png": GREY, ".hidden/2.png": GREY}), "has no images; "),
@@ -219,8 +219,9 @@ REFUSED: list[tuple[str, Make | list[Make], str]] = [
     ("a checkpoint", lambda tmp: folder_of(tmp, {"x.bin": pickle.dumps({"a": 1}, 2)}) / "x.bin",
      "not a data set but a pickle, which"),
     ("a compressed tar", lambda tmp: tar_of(tmp / "x.tar.gz", {"a/1.png": GREY}, "w:gz"),
-     "is not a data set but a tar archive, which is to be unpacked"),
-    ("a tar without images", lambda tmp: tar_of(tmp / "x.tar", {"a/1.txt": b"1"}), "has no images; give tars of images"),
+     "is not a data set but a tar archive, which must be unpacked first"),
+    ("a tar without images", lambda tmp: tar_of(tmp / "x.tar", {"a/1.txt": b"1"}),
+     r"has no images but 1 file \(a/1.txt\); give tars of images"),
     ("one IDX file", lambda tmp: folder_of(tmp, {"x": b"\0\0\x08\x01\0\0\0\0"}) / "x",
      "but an IDX file, whose folder is the data"),
     ("CIFAR-10 cut", lambda tmp: folder_of(tmp / "x", {"batches.meta": b"\x80\x02", "data_batch_1": b""}),
@@ -298,14 +299,14 @@ def test_images_of_two_forms_are_joined_by_the_options_that_the_error_names(tmp_
 def test_every_suffix_of_pillow_is_read_or_has_a_reason() -> None:
     Image.init()
     opened = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
-    assert opened - IMAGE_SUFFIXES - NO_PICTURES == set()
-    assert not IMAGE_SUFFIXES & NO_PICTURES
+    assert opened - IMAGE_SUFFIXES - UNSUPPORTED_SUFFIXES == set()
+    assert not IMAGE_SUFFIXES & UNSUPPORTED_SUFFIXES
 
 
 def test_a_photo_beyond_pillows_limit_is_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     path = folder_of(tmp_path / "x", {"a.png": png(np.full((8, 8), 9, np.uint8))})  # more than the limit, less than twice
-    with pytest.raises(FileFormatError, match="it is too large to be taken as it is; --resolution makes it smaller"):
+    with pytest.raises(FileFormatError, match="it is too large; resize it with --resolution"):
         open_dataset(path)
     assert all_images(open_dataset(path, resolution=4))[0, :, :, 0].tolist() == [[9] * 4] * 4
     assert check_data(str(path), resolution=4).wrong == ()

@@ -126,11 +126,11 @@ def test_images_in_a_zip_of_class_folders_keep_their_class_accuracy(tmp_path: Pa
     )
     code, output, _ = cli("evaluate", bare, "--reference", path, "--extractor", "classifier")
     assert (code, "images class_accuracy:" in output) == (0, False)
-    assert "note: no class_accuracy: the images have no classes; 1 file (a.csv) passed over, as no images" in output
+    assert "note: no class_accuracy: the images have no classes; 1 file (a.csv) skipped: not images" in output
     # The reference's are named: else they are read as the images' own.
     more = zip_of(tmp_path / "more.zip", files | {"set/a.csv": b"x"})
     code, output, _ = cli("evaluate", path, "--reference", more, "--extractor", "classifier")
-    assert (code, "note: more: 1 file (set/a.csv) passed over, as no images\n" in output) == (0, True), output
+    assert (code, "note: more: 1 file (set/a.csv) skipped: not images\n" in output) == (0, True), output
 
 
 def test_generate_draws_classes_as_in_the_data_of_the_training(tmp_path: Path, cli: Cli) -> None:

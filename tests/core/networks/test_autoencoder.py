@@ -113,7 +113,10 @@ def other(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         (lambda folder: write_vae(folder, act_fn="relu"), "describes a AutoencoderKL of relu"),
         (lambda folder: write_vae(folder, up_block_types=["AttnUpDecoderBlock2D"] * 2), "AttnUpDecoderBlock2D"),
         (lambda folder: write_vae(folder, latent_channels=16), "has 16 channels of latents, the network makes 4"),
-        (lambda folder: write_vae(folder, block_out_channels=None), "is no decoder's: block_out_channels is 'None'"),
+        (
+            lambda folder: write_vae(folder, block_out_channels=None),
+            "does not describe a decoder: block_out_channels is 'None'",
+        ),
         (lambda folder: write_vae(folder, block_out_channels=[8, 14]), r"\[8, 14\] channels do not divide into 4 groups"),
         (lambda folder: write_vae(folder, block_out_channels=[8] * 40), r"describes a decoder with block_out_channels \[8, 8"),
         (lambda folder: write_vae(folder, layers_per_block=10**9), "a decoder of 1000000000 layers"),

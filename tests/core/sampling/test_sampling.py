@@ -278,8 +278,8 @@ def test_a_set_is_read_back(form: str, finished: tuple[Path, tuple[str, ...]]) -
     assert first.seeds.tolist() == seeds[:4]
     assert len(first.images) == 4
     assert len(first.class_ids) == 4  # type: ignore[arg-type]
-    # As data it has no note: the record beside the images is no file that was passed over.
-    assert "passed over" not in open_dataset(str(folder / form)).note
+    # As data it has no note: the record beside the images is not a skipped file.
+    assert "skipped" not in open_dataset(str(folder / form)).note
 
 
 def test_colour_without_classes_is_read_back(tmp_path: Path, cli: Cli) -> None:

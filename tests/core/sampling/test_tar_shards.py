@@ -108,5 +108,5 @@ def test_others_tars_of_mixed_sizes_and_half_classes_are_refused(tars: Path, tmp
     assert "9.png in " in err.splitlines()[-1]
     with pytest.raises(FileFormatError, match=r"half\.tar has no b\.cls; give every image a class, or none"):
         open_dataset(write("half.tar", {"a.png": small, "a.cls": b"1", "b.png": small}))
-    with pytest.raises(FileFormatError, match=r"a\.cls in .* holds 'cat'; write class ids below"):
+    with pytest.raises(FileFormatError, match=r"a\.cls in .* holds 'cat', not a class id; write class ids below"):
         open_dataset(write("words.tar", {"a.png": small, "a.cls": b"cat"}))

@@ -1,1 +1,1 @@
-"""Reads pickles without running them."""
+"""Read pickles without running them."""

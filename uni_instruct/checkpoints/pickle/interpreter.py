@@ -1,7 +1,7 @@
-"""Interprets pickles without being able to run anything: it makes data, and uses no global that is not on a list.
+"""Interpret pickles without being able to run anything: only data are built, from globals that are on a list.
 
-Python's own unpickler cannot be held to limits: it allocates whatever a length announces, has no bound on steps, and copies
-the bytes of every storage. This one leaves out what no checkpoint's writer emits: protocol 0's text, objects by INST, extension
+Python's own unpickler cannot be limited: it allocates any length that a file announces, has no bound on steps, and copies the
+bytes of every storage. This one leaves out what no checkpoint's writer emits: protocol 0's text, objects by INST, extension
 codes, out-of-band buffers, and opcodes that drop values from the stack.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from uni_instruct.checkpoints.budget import FOREIGN, Budget, MalformedFile, shown
+from uni_instruct.checkpoints.budget import UNSUPPORTED, Budget, MalformedFile, shown
 from uni_instruct.checkpoints.pickle.stand_in import AllowedGlobals, StandIn
 from uni_instruct.checkpoints.source import Source
 
 _MAX_NAME_LENGTH = 200
 _MAX_INTEGER_BYTES = 16  # bytes; torch's magic number has ten
-_MAX_INTEGER_KEY = 1 << 60  # below the modulus of Python's hash, so that no two keys share one
+_MAX_INTEGER_KEY = 1 << 60  # below the modulus of Python's hash, so that no two keys have the same hash
 _KEYS = (str, int, bool, bytes, type(None))
 _MAX_PROTOCOL = 5
 _SET_STEPS = 5  # an empty set takes four times the memory of an empty dict
@@ -26,9 +26,9 @@ _Container = TypeVar("_Container", list[object], dict[object, object], set[objec
 
 
 class PickleInterpreter:
-    """One pickle's stack and memo.
+    """The stack and memo of one pickle.
 
-    persistent gives the object that a persistent id stands for; without it no such id is allowed.
+    persistent: a function from a persistent id to its object; without it no such id is allowed.
     """
 
     def __init__(
@@ -49,49 +49,49 @@ class PickleInterpreter:
             self.budget.spend("opcodes", 1)
             step = _STEPS.get(code)
             if step is None:
-                raise MalformedFile(f"uses pickle's {_opcode_name(code)}, which is not allowed", FOREIGN)
+                raise MalformedFile(f"uses pickle's {_opcode_name(code)}, which is not allowed", UNSUPPORTED)
             step(self)
         if len(self.stack) != 1 or self.marked:
             raise MalformedFile("is not a whole pickle")
         return self.stack[0]
 
     def push(self, value: object) -> None:
-        """Puts a value on top of the stack."""
+        """Put a value on top of the stack."""
         self.stack.append(value)
 
     def pop(self) -> object:
-        """The top of the stack, taken off. Raises MalformedFile where there is none."""
+        """Take the top off the stack. Raises MalformedFile if the stack is empty."""
         if not self.stack:
             raise MalformedFile("is not a whole pickle: its stack is empty")
         return self.stack.pop()
 
     def top(self, type_: type[_Container]) -> _Container:
-        """The top of the stack, left there. Raises MalformedFile where it is not of exactly that type."""
-        # Exactly: a subclass could have methods of its own that a list's or a dict's opcode would call.
+        """The top of the stack, which stays there. Raises MalformedFile if it is not of exactly that type."""
+        # Exactly that type: an opcode for lists or dicts would call a subclass's own methods.
         if not self.stack or type(self.stack[-1]) is not type_:
             raise MalformedFile(f"is not a whole pickle: it fills a {type_.__name__} where there is none")
         return self.stack[-1]
 
     def pop_to_mark(self) -> list[object]:
-        """Everything above the last mark."""
+        """Take everything above the last mark off the stack."""
         if not self.marked:
             raise MalformedFile("is not a whole pickle: a mark is missing")
         items, self.stack = self.stack, self.marked.pop()
         return items
 
     def named(self, module: object, name: object) -> object:
-        """What stands in for a global. Raises MalformedFile for one that is not on the list."""
+        """The stand-in for a global. Raises MalformedFile if the global is not on the list."""
         if type(module) is not str or type(name) is not str or len(module) + len(name) > _MAX_NAME_LENGTH:
-            raise MalformedFile(f"names {shown(module)} {shown(name)}, which cannot be a global", FOREIGN)
+            raise MalformedFile(f"names {shown(module)} {shown(name)}, which cannot be a global", UNSUPPORTED)
         full = f"{module}.{name}"
         if full not in self.allowed.names:
-            raise MalformedFile(f"names {shown(full)}, which is not among the globals of a checkpoint", FOREIGN)
+            raise MalformedFile(f"names {shown(full)}, which is not among the globals of a checkpoint", UNSUPPORTED)
         return self.allowed.names[full]
 
     def checked_key(self, key: object) -> object:
-        """The key of a dict or member of a set. Raises MalformedFile where its hash could be slow, or chosen to collide."""
+        """The key of a dict or member of a set. Raises MalformedFile if its hash could be slow, or chosen to collide."""
         if type(key) not in _KEYS or (type(key) is int and abs(key) >= _MAX_INTEGER_KEY):
-            raise MalformedFile(f"has a key of type {type(key).__name__}", FOREIGN)
+            raise MalformedFile(f"has a key of type {type(key).__name__}", UNSUPPORTED)
         if type(key) is int:
             self.budget.spend("keys that are numbers", 1)
         return key
@@ -99,7 +99,7 @@ class PickleInterpreter:
 
 def _protocol(interpreter: PickleInterpreter) -> None:
     if interpreter.source.unsigned(1) > _MAX_PROTOCOL:
-        raise MalformedFile("is a pickle of an unknown protocol", FOREIGN)
+        raise MalformedFile("is a pickle of an unknown protocol", UNSUPPORTED)
 
 
 def _frame(interpreter: PickleInterpreter) -> None:
@@ -123,7 +123,7 @@ def _signed(interpreter: PickleInterpreter) -> None:
 def _long(interpreter: PickleInterpreter) -> None:
     size = interpreter.source.unsigned(1)
     if size > _MAX_INTEGER_BYTES:
-        raise MalformedFile(f"has an integer of {size} bytes", FOREIGN)
+        raise MalformedFile(f"has an integer of {size} bytes", UNSUPPORTED)
     interpreter.push(int.from_bytes(interpreter.source.read(size), "little", signed=True))
 
 
@@ -139,7 +139,7 @@ def _text(interpreter: PickleInterpreter, size: int) -> None:
 
 
 def _python2_text(interpreter: PickleInterpreter, size: int) -> None:
-    # Python 2's strings are bytes: Latin-1 has a letter for each, so that none is lost.
+    # Python 2's strings are bytes. Latin-1 has a character for each byte, so none is lost.
     interpreter.push(_counted(interpreter, interpreter.source.unsigned(size)).decode("latin1"))
 
 
@@ -220,14 +220,14 @@ def _stack_global(interpreter: PickleInterpreter) -> None:
 def _reduce(interpreter: PickleInterpreter) -> None:
     arguments, function = interpreter.pop(), interpreter.pop()
     if not isinstance(function, StandIn) or function.call is None or type(arguments) is not tuple:
-        raise MalformedFile(f"calls {_called(function)}, which is not a function of a checkpoint", FOREIGN)
+        raise MalformedFile(f"calls {_called(function)}, which is not a function of a checkpoint", UNSUPPORTED)
     interpreter.push(function.call(interpreter.budget, arguments))
 
 
 def _new(interpreter: PickleInterpreter) -> None:
     arguments, class_ = interpreter.pop(), interpreter.pop()
     if not isinstance(class_, StandIn) or class_.new is None or type(arguments) is not tuple or arguments:
-        raise MalformedFile(f"makes an object of {_called(class_)}, which is not a class of a checkpoint", FOREIGN)
+        raise MalformedFile(f"makes an object of {_called(class_)}, which is not a class of a checkpoint", UNSUPPORTED)
     interpreter.push(class_.new())
 
 
@@ -236,14 +236,14 @@ def _build(interpreter: PickleInterpreter) -> None:
     target = interpreter.stack[-1] if interpreter.stack else None
     build = interpreter.allowed.builders.get(type(target))
     if build is None:
-        raise MalformedFile(f"gives a state to a {type(target).__name__}", FOREIGN)
+        raise MalformedFile(f"gives a state to a {type(target).__name__}", UNSUPPORTED)
     build(interpreter.budget, target, state)
 
 
 def _persistent_id(interpreter: PickleInterpreter) -> None:
     identity = interpreter.pop()
     if interpreter.persistent is None:
-        raise MalformedFile("refers to an object outside itself by a persistent id", FOREIGN)
+        raise MalformedFile("refers to an object outside itself by a persistent id", UNSUPPORTED)
     interpreter.push(interpreter.persistent(identity))
 
 
@@ -264,7 +264,7 @@ def _remember(interpreter: PickleInterpreter, index: int) -> None:
 def _get(interpreter: PickleInterpreter, size: int) -> None:
     index = interpreter.source.unsigned(size)
     if index not in interpreter.memo:
-        raise MalformedFile(f"is not a whole pickle: it recalls value {index}, which it has not")
+        raise MalformedFile(f"is not a whole pickle: it recalls value {index}, which does not exist")
     interpreter.push(interpreter.memo[index])
 
 
@@ -274,10 +274,10 @@ def _called(value: object) -> str:
 
 def _opcode_name(code: bytes) -> str:
     known = pickletools.code2op.get(code.decode("latin1"))  # type: ignore[attr-defined]
-    return known.name if known else f"opcode 0x{code.hex()}, which is none of its,"
+    return known.name if known else f"unknown opcode 0x{code.hex()}"
 
 
-# Opcode -> what it does. An opcode without a row ends the reading.
+# The function of each opcode. An opcode that is not listed is an error.
 _STEPS: dict[bytes, Callable[[PickleInterpreter], None]] = {
     b"\x80": _protocol,
     b"\x95": _frame,

@@ -1,4 +1,4 @@
-"""What stands in for the globals that a pickle names: functions and classes of ours, by the names of theirs."""
+"""Stand-ins for the globals that a pickle names: functions and classes of this package under their names."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from uni_instruct.checkpoints.budget import Budget
 
 @dataclass(frozen=True, eq=False)
 class StandIn:
-    """What stands in for one global: what it makes of arguments (REDUCE), and of none (NEWOBJ)."""
+    """The stand-in for one global. call: makes its value from arguments (REDUCE). new: makes its value without any (NEWOBJ)."""
 
     name: str
     call: Callable[[Budget, tuple[Any, ...]], object] | None = None
     new: Callable[[], object] | None = None
-    takes_span: bool = False  # its argument stays in the file
+    takes_span: bool = False  # its argument is passed as a Span, which stays in the file
 
 
-# A type of value -> what BUILD, which gives a value its state, does to one of them.
+# The function for BUILD, which sets a value's state, by the type of the value.
 Builders = Mapping[type, Callable[[Budget, Any, object], None]]
 
 
 @dataclass(frozen=True)
 class AllowedGlobals:
-    """The globals that a pickle may name, by 'module.name', and what BUILD may do."""
+    """The globals that a pickle may name, by 'module.name', and the functions for BUILD."""
 
     names: Mapping[str, object]
     builders: Builders
