@@ -25,7 +25,7 @@ from uni_instruct.engines.graph_ports import CLASS_IDS, IMAGES, NOISE
 from uni_instruct.engines.hardware.threads import Threads, usable_cpus
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.noise import Inputs, draw_inputs
-from uni_instruct.progress import progress
+from uni_instruct.system.progress import progress
 
 ONNX, OPENVINO = EngineId("onnx", "fp32"), "openvino"
 SLEEPING = "onnx, sleeping"

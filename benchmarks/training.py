@@ -34,8 +34,8 @@ from uni_instruct.networks.critic import Critic
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.flops import count_flops
 from uni_instruct.networks.one_step import one_step
-from uni_instruct.processes import keep_freed_memory, sleep_while_waiting
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.processes import keep_freed_memory, sleep_while_waiting
 from uni_instruct.train.config import DistillationConfig, LoopConfig, Recipe
 from uni_instruct.train.objective.config import ObjectiveConfig
 from uni_instruct.train.objective.divergences.find import find_divergence

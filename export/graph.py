@@ -22,7 +22,7 @@ from uni_instruct.export.canonical_blocks import NormFactory
 from uni_instruct.export.onnx_file import write_model
 from uni_instruct.networks.denoiser import MixedClasses
 from uni_instruct.networks.one_step import load_one_step, to_uint8
-from uni_instruct.processes import release_freed_memory
+from uni_instruct.system.processes import release_freed_memory
 
 # The newest opset that keeps group normalisation in a form for which CPU runtimes have fast kernels.
 OPSET = 20

@@ -8,7 +8,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.export.card import Rounding
 from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.noise import draw_inputs
-from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.system.progress import ProgressFactory, silent
 
 # At least this many images are compared, with every class among them; fewer for heavy networks (`checked_images`).
 CHECKED_IMAGES = 512

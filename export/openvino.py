@@ -23,7 +23,7 @@ from uni_instruct.export.canonical_blocks import FourDimensionalNorm
 from uni_instruct.export.graph import write_graph
 from uni_instruct.export.openvino_worker import ALL_BF16, FIRST_QUARTER_BF16, FLOAT32_CONVOLUTIONS
 from uni_instruct.export.quantize import check_installed, versions
-from uni_instruct.processes import release_freed_memory
+from uni_instruct.system.processes import release_freed_memory
 
 # Precision -> the ways to build it, from the fastest engine to the most exact.
 WAYS = {"bf16": (ALL_BF16, *FLOAT32_CONVOLUTIONS), "int8": (ALL_BF16, "convolutions in bf16", FIRST_QUARTER_BF16)}

@@ -14,7 +14,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engines.openvino_file import pack
 from uni_instruct.export.mixed_precision import prepare, rounded_convolutions, with_float32_marks
 from uni_instruct.export.quantize import quantized
-from uni_instruct.processes import release_freed_memory, release_large_blocks
+from uni_instruct.system.processes import release_freed_memory, release_large_blocks
 
 ALL_BF16 = "all layers in bf16"
 # Way -> arguments of `sensitive_layers`: which convolutions keep float32. In these ways, sums and norms keep it too.

@@ -18,10 +18,10 @@ from uni_instruct.engines.record import EngineId, EngineRecord, ParityReport
 from uni_instruct.errors import DiskError, ParityError
 from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.export.feature_shift import MAX_SHIFT, feature_shift
-from uni_instruct.files import disk_errors
 from uni_instruct.noise import Inputs, draw_inputs
-from uni_instruct.processes import die_with_parent, release_freed_memory
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import disk_errors
+from uni_instruct.system.processes import die_with_parent, release_freed_memory
 
 # Batch sizes to check: one, two, an odd one, and the largest. Only the largest runs all images, and so every class.
 BATCHES = (1, 2, 7, 64)

@@ -19,8 +19,8 @@ from uni_instruct.engine import Engine, EngineId, load_engine
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.errors import DiskError, UniInstructError
-from uni_instruct.files import disk_errors
-from uni_instruct.processes import release_large_blocks
+from uni_instruct.system.files import disk_errors
+from uni_instruct.system.processes import release_large_blocks
 
 # Batch sizes other than the largest run at least this many images.
 SHORT = 8

@@ -18,11 +18,11 @@ from uni_instruct.export.card import Rounding, published_card, teacher_weights
 from uni_instruct.export.checked_images import check_class_ids, checked_images
 from uni_instruct.export.half_precision import half_precision_changes, rounding_of, too_large, without_half
 from uni_instruct.export.targets import TARGETS, check_exportable, export_engine
-from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, refuse_file_name
 from uni_instruct.generate import by_class, generate_batches, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
-from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import JSON_ERRORS, atomic_file, atomic_folder, refuse_file_name
+from uni_instruct.system.progress import ProgressFactory, silent
 
 # The engine that ships, as it runs on every machine.
 ENGINE = "onnx-fp32"

@@ -18,8 +18,8 @@ from uni_instruct.engines.tensorrt import PACKAGES
 from uni_instruct.errors import MissingExtraError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.capabilities import BATCH_PROFILE, CAPABILITIES
 from uni_instruct.export.parity import verify
-from uni_instruct.files import atomic_folder, sha256
-from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.system.files import atomic_folder, sha256
+from uni_instruct.system.progress import ProgressFactory, silent
 
 # (bundle, path of the file to write, precision) -> versions of the tools.
 Builder = Callable[[Bundle, Path, str], dict[str, str]]

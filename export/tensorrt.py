@@ -17,7 +17,7 @@ from uni_instruct.engines.tensorrt import PACKAGES, last_error, logger
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.export.capabilities import BATCH_PROFILE, BUILDABLE_WITHOUT_GPU
 from uni_instruct.export.graph import write_graph
-from uni_instruct.files import disk_errors
+from uni_instruct.system.files import disk_errors
 
 if TYPE_CHECKING:
     import types

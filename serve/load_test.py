@@ -18,7 +18,7 @@ import numpy as np
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.system.progress import ProgressFactory, silent
 
 # The most requests that wait for an answer at the same time. With more, the test would measure the client's machine.
 _MAX_IN_FLIGHT = 256

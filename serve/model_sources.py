@@ -7,8 +7,8 @@ from pathlib import Path
 
 from uni_instruct.bundle import CONFIG, default_generator, shipped_generators
 from uni_instruct.errors import RequestError
-from uni_instruct.files import JSON_ERRORS
 from uni_instruct.hub import is_on_hub
+from uni_instruct.system.files import JSON_ERRORS
 
 # 'small=runs/small/generator': the user's own name, then the source.
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)

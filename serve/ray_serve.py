@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
-from uni_instruct.ray_cluster import import_ray_serve
 from uni_instruct.serve.model_sources import sources_by_name
 from uni_instruct.serve.settings import Settings, settings_from_environment, variable
+from uni_instruct.system.ray_cluster import import_ray_serve
 
 if TYPE_CHECKING:
     from ray.serve import Application

@@ -20,7 +20,6 @@ import numpy as np
 from starlette.middleware import Middleware
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.processes import die_with_parent
 from uni_instruct.serve.app import create_app
 from uni_instruct.serve.metrics import use_private_folder
 from uni_instruct.serve.models.registry import Models
@@ -29,6 +28,7 @@ from uni_instruct.serve.routes.bento_route import BentoRouteMiddleware, drop_ref
 from uni_instruct.serve.routes.responses import generate_images
 from uni_instruct.serve.routes.schema import GenerateRequest, resolve
 from uni_instruct.serve.settings import settings_from_environment
+from uni_instruct.system.processes import die_with_parent
 
 check_workers_often()
 use_private_folder()

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from uni_instruct.data import Dataset
 from uni_instruct.errors import RequestError
-from uni_instruct.files import JSON_ERRORS, atomic_file
+from uni_instruct.system.files import JSON_ERRORS, atomic_file
 from uni_instruct.train.recipe_changes import DATA_DESCRIPTION, holds_training
 
 

@@ -24,8 +24,8 @@ from uni_instruct.images import latent_preview
 from uni_instruct.networks.denoiser import ClassLabels
 from uni_instruct.networks.one_step import as_tensors, to_uint8
 from uni_instruct.noise import Inputs
-from uni_instruct.progress import progress, silent
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.progress import progress, silent
 from uni_instruct.train.config import LoopConfig
 from uni_instruct.train.monitoring.health import Health
 from uni_instruct.train.monitoring.metrics import Metrics

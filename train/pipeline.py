@@ -20,8 +20,8 @@ from uni_instruct.images import contact_sheet, encode
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.reference import make_reference
-from uni_instruct.progress import progress
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.progress import progress
 from uni_instruct.train.card import model_card
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.data_fingerprint import check_same_data, saved_classes

@@ -9,7 +9,7 @@ from pathlib import Path
 from uni_instruct.checkpoints.import_bundle import open_or_import
 from uni_instruct.data import open_dataset
 from uni_instruct.errors import RequestError, UniInstructError
-from uni_instruct.files import JSON_ERRORS
+from uni_instruct.system.files import JSON_ERRORS
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.recipe import all_keys
 

@@ -13,8 +13,8 @@ import yaml
 from lightning_fabric import Fabric
 
 from uni_instruct.errors import FileFormatError
-from uni_instruct.files import atomic_file, disk_errors
 from uni_instruct.images import contact_sheet, encode
+from uni_instruct.system.files import atomic_file, disk_errors
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.monitoring.clock import Clock
 from uni_instruct.train.monitoring.history import read_record

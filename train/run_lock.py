@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from uni_instruct.errors import RequestError, UniInstructError
-from uni_instruct.files import JSON_ERRORS
+from uni_instruct.system.files import JSON_ERRORS
 
 LOCK = "run.lock"
 # `is_locked` (train --status) holds a shared lock for microseconds. A training that starts meanwhile retries for this long.

@@ -8,7 +8,7 @@ from uni_instruct.data import Dataset
 from uni_instruct.errors import RequestError
 from uni_instruct.evaluate.classifier import MIN_IMAGES
 from uni_instruct.evaluate.extractors import INCEPTION_DIM, INCEPTION_MIN_SIDE, inception_weights
-from uni_instruct.processes import is_nonzero_rank
+from uni_instruct.system.processes import is_nonzero_rank
 from uni_instruct.train.config import AUTO, LoopConfig
 
 log = logging.getLogger(__name__)

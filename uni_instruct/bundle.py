@@ -14,11 +14,11 @@ import numpy as np
 
 from uni_instruct.engines.record import RECORD, EngineId, StoredEngine, id_of_folder
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.file_type import import_of_weights
-from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, sha256
 from uni_instruct.hub import fetch, is_on_hub, names_file
 from uni_instruct.reference import REFERENCE, Reference
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.file_type import import_of_weights
+from uni_instruct.system.files import JSON_ERRORS, atomic_file, atomic_folder, sha256
 from uni_instruct.weights_file import read_weights, stored_precision, write_weights
 
 # Format 2 has noise_shape, latents and decoder in config.json, and reference.npz. Format 1 can still be read.

@@ -11,9 +11,9 @@ from click.exceptions import Exit
 
 from uni_instruct import __version__
 from uni_instruct.errors import UniInstructError
-from uni_instruct.files import as_path_error
-from uni_instruct.processes import is_nonzero_rank, sleep_while_waiting
-from uni_instruct.progress import log_to_stderr
+from uni_instruct.system.files import as_path_error
+from uni_instruct.system.processes import is_nonzero_rank, sleep_while_waiting
+from uni_instruct.system.progress import log_to_stderr
 
 # Name -> (import path, summary), in the order in which a new user needs them.
 COMMANDS = {

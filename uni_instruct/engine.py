@@ -16,7 +16,7 @@ from uni_instruct.engines.record import COMPILED, PRECISIONS, EngineId, StoredEn
 from uni_instruct.engines.runtime import RUNTIMES, Engine, Runtime
 from uni_instruct.engines.trials.trial import Trial, TrialKey, record_speed, recorded_trial, trial_key, try_engine
 from uni_instruct.errors import CompilationError, EngineRefusedError, RequestError, UniInstructError
-from uni_instruct.progress import Progress
+from uni_instruct.system.progress import Progress
 
 __all__ = ["RUNTIMES", "TORCH", "Engine", "EngineId", "EngineStatus", "Outputs", "Runtime", "Selection"]
 __all__ += ["available_engines", "engine_status", "load_engine", "open_engine", "select_engine"]

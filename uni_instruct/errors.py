@@ -1,6 +1,6 @@
 """The errors that users see. Each message states the problem with its value, then the remedy, in one line."""
 
-from uni_instruct.printable import printable
+from uni_instruct.system.printable import printable
 
 MAX_PROBLEM_LENGTH = 1000  # characters of a problem
 

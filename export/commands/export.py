@@ -12,8 +12,8 @@ from uni_instruct.engines.hardware.device import checked_device
 from uni_instruct.engines.record import PRECISIONS, EngineRecord
 from uni_instruct.errors import CompilationError, ParityError, RequestError, UniInstructError
 from uni_instruct.export.targets import ALL, TARGETS, TO, Target, check_exportable, choose_targets, export_engine
-from uni_instruct.processes import release_large_blocks, sigterm_as_interrupt
-from uni_instruct.progress import progress, silent
+from uni_instruct.system.processes import release_large_blocks, sigterm_as_interrupt
+from uni_instruct.system.progress import progress, silent
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -10,8 +10,8 @@ import rich_click as click
 from uni_instruct.bundle import WEIGHTS
 from uni_instruct.export.publish import Publication
 from uni_instruct.export.publish import publish as publish_generator
-from uni_instruct.processes import sigterm_as_interrupt
-from uni_instruct.progress import progress, silent
+from uni_instruct.system.processes import sigterm_as_interrupt
+from uni_instruct.system.progress import progress, silent
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -13,10 +13,10 @@ from uni_instruct.bundle import Bundle, shipped_generators
 from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError, UniInstructError
-from uni_instruct.progress import progress
 from uni_instruct.serve.api_keys import read_keys
 from uni_instruct.serve.load_test import TargetServer, apply_load, count_wrong, summary
 from uni_instruct.serve.settings import variable
+from uni_instruct.system.progress import progress
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from uni_instruct.errors import MissingExtraError
-from uni_instruct.progress import progress
 from uni_instruct.serve.model_sources import sources_by_name
 from uni_instruct.serve.packaging.packed_service import STEPS
+from uni_instruct.system.progress import progress
 
 if TYPE_CHECKING:
     from uni_instruct.serve.packaging.bento import PackagedBento

@@ -17,8 +17,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.engine import select_engine
 from uni_instruct.errors import MissingExtraError
-from uni_instruct.ports import free_address
 from uni_instruct.serve.settings import Settings, as_environment, settings_from_environment, variable
+from uni_instruct.system.ports import free_address
 
 
 class _StopRequested(Exception):

@@ -21,15 +21,15 @@ from uni_instruct.bundle import CARD, CONFIG, DECODER, ENGINES, SAMPLES, WEIGHTS
 from uni_instruct.engine import RUNTIMES
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.errors import RequestError, UniInstructError
-from uni_instruct.files import atomic_file, disk_errors
-from uni_instruct.processes import die_with_parent
-from uni_instruct.progress import Progress
 from uni_instruct.reference import REFERENCE
 from uni_instruct.serve.demo.about import NEIGHBOURS
 from uni_instruct.serve.packaging.packed_service import BUNDLES, CONTENTS, REQUIREMENTS, SERVICE_PY, WHEELS
 from uni_instruct.serve.packaging.pins import pins
 from uni_instruct.serve.packaging.wheel import make_wheel
 from uni_instruct.serve.settings import PREFIX
+from uni_instruct.system.files import atomic_file, disk_errors
+from uni_instruct.system.processes import die_with_parent
+from uni_instruct.system.progress import Progress
 
 # The extra of this package that is installed in a Bento's image. Engines whose runtime needs another extra cannot run there.
 EXTRA = "serve"

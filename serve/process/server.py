@@ -14,8 +14,8 @@ from typing import NoReturn
 import psutil
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.processes import die_with_parent
 from uni_instruct.serve.settings import Settings
+from uni_instruct.system.processes import die_with_parent
 
 SERVICE = "uni_instruct.serve.service:UniInstruct"
 # By then only open pages of the demo have connections, so this is short. Running requests had `grace_s` before (shutdown.py).

@@ -100,7 +100,7 @@ RULES = (
     Rule("needs a model whose weights fill 2 GB", path=r"^export/graph\.py"),
     Rule("asks for memory", remedy="^free memory"),
     Rule(
-        "asks for space on a disk; tests/core/test_files.py fill one",
+        "asks for space on a disk; tests/core/system/test_files.py fill one",
         path=r"^uni_instruct/files\.py",
         problem=r"^cannot write \{\}: \{\}",
     ),

@@ -32,9 +32,9 @@ from uni_instruct.evaluate.extractors import Extractor, choose_extractor
 from uni_instruct.evaluate.statistics import Statistics, open_reference, write_statistics
 from uni_instruct.networks.build import build_preconditioning
 from uni_instruct.noise import checked_inputs, noise, walk_points
-from uni_instruct.ports import free_address
 from uni_instruct.sampling.forms import FORMS, read_samples
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.ports import free_address
 
 PLAIN = ModelSpec(name="plain", noise_shape=(1, 8, 8))
 NAMED = ModelSpec(name="named", noise_shape=(1, 8, 8), num_classes=2, class_names=("0", "1"))
@@ -174,7 +174,7 @@ S, A, V, P = (
     "uni_instruct/spec.py",
     "uni_instruct/checkpoints/autoencoder_kl.py",
     "uni_instruct/data/vae_latents.py",
-    "uni_instruct/ports.py",
+    "uni_instruct/system/ports.py",
 )
 E, C, N, L = (
     "uni_instruct/evaluate/evaluator.py",

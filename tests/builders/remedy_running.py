@@ -47,9 +47,9 @@ from uni_instruct.export.targets import export_engine
 from uni_instruct.generate import mix_classes
 from uni_instruct.networks import autoencoder
 from uni_instruct.noise import noise
-from uni_instruct.progress import silent
 from uni_instruct.reference import REFERENCE
 from uni_instruct.serve.load_test import TargetServer
+from uni_instruct.system.progress import silent
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
 

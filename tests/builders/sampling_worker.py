@@ -13,8 +13,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.noise import noise
-from uni_instruct.progress import silent
 from uni_instruct.sampling import SampleRequest, is_finished, open_run
+from uni_instruct.system.progress import silent
 
 
 class Logged:

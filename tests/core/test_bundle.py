@@ -23,9 +23,9 @@ from uni_instruct import bundle as bundle_module
 from uni_instruct.bundle import CONFIG, WEIGHTS, Bundle, default_generator, shipped_generators
 from uni_instruct.engine import TORCH, open_engine
 from uni_instruct.errors import BundleError, DiskError, RequestError
-from uni_instruct.files import sha256
 from uni_instruct.networks.build import build_denoiser, load_denoiser
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import sha256
 
 SPEC = ModelSpec(
     name="named",

@@ -19,11 +19,11 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.data import open_dataset
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import RequestError
-from uni_instruct.files import sha256
 from uni_instruct.generate import by_class, generate_batches, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet
 from uni_instruct.noise import random_class_ids
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import sha256
 
 Cli = Callable[..., tuple[int, str, str]]
 FORMS = ("out", "out.npz", "out.zip")

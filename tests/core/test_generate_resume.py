@@ -18,10 +18,10 @@ import pytest
 from builders.machine import call_cli, files_of_at_most
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
-from uni_instruct.files import sha256
 from uni_instruct.generate import resolve_class_ids
-from uni_instruct.progress import progress
 from uni_instruct.sampling import SampleRequest, open_run
+from uni_instruct.system.files import sha256
+from uni_instruct.system.progress import progress
 
 Cli = Callable[..., tuple[int, str, str]]
 FORMS = ("out", "out.npz", "out.zip")

@@ -16,8 +16,8 @@ from uni_instruct.engines.onnxruntime import OnnxEngine
 from uni_instruct.engines.outputs import TOLERANCES, agreement
 from uni_instruct.engines.torch import TorchEngine
 from uni_instruct.errors import RequestError
-from uni_instruct.float32 import full_float32
 from uni_instruct.generate import generate_images, resolve_class_ids
+from uni_instruct.networks.float32 import full_float32
 from uni_instruct.noise import draw_inputs, round_robin_class_ids
 
 pytestmark = [

@@ -31,9 +31,9 @@ from uni_instruct.errors import DiskError, MissingExtraError, ParityError, Reque
 from uni_instruct.export import graph, parity
 from uni_instruct.export import onnxruntime as onnxruntime_target
 from uni_instruct.export.targets import TARGETS, export_engine
-from uni_instruct.files import sha256
 from uni_instruct.noise import noise
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import sha256
 
 Cli = Callable[..., tuple[int, str, str]]
 

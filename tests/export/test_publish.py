@@ -27,7 +27,7 @@ from uni_instruct.export.publish import publish, store, without_folders
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.networks import flops
 from uni_instruct.noise import noise
-from uni_instruct.progress import progress
+from uni_instruct.system.progress import progress
 
 Cli = Callable[..., tuple[int, str, str]]
 SEEDS = list(range(5000, 5300))

@@ -13,7 +13,7 @@ from uni_instruct.engines.record import EngineRecord
 from uni_instruct.errors import ParityError, RequestError
 from uni_instruct.export.parity import MARGIN, verify
 from uni_instruct.export.targets import export_engine, find_target
-from uni_instruct.files import sha256
+from uni_instruct.system.files import sha256
 
 
 def test_a_tolerance_is_tightened_in_its_own_unit() -> None:

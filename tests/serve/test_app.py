@@ -19,12 +19,12 @@ from builders.serving import FOREVER_S, app_of, client_of, metric, run
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine, open_engine
 from uni_instruct.engines.record import RECORD
-from uni_instruct.files import sha256
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve.app import create_app
 from uni_instruct.serve.models import registry as models
 from uni_instruct.serve.models import served_model
 from uni_instruct.serve.settings import Settings
+from uni_instruct.system.files import sha256
 
 
 class Held:

@@ -15,8 +15,8 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import MissingExtraError, RequestError
 from uni_instruct.generate import generate_images
-from uni_instruct.ray_cluster import import_ray_serve
 from uni_instruct.serve.ray_serve import Placement, parse
+from uni_instruct.system.ray_cluster import import_ray_serve
 
 
 def test_arguments_are_settings_and_where_they_run(exported_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

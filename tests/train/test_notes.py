@@ -12,10 +12,10 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.data import open_dataset
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.train.config import LoopConfig
+from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 from uni_instruct.train.optimization.auto_precision import resolve_precision_for_run
 from uni_instruct.train.pipeline import train
 from uni_instruct.train.recipe import load_recipe
-from uni_instruct.train.data_fingerprint import check_same_data, saved_classes
 
 Cli = Callable[..., tuple[int, str, str]]
 SHORT = [

@@ -24,7 +24,10 @@ def run_at(folder: Path, **steps: int) -> Path:
 
 def test_a_term_that_brings_networks_is_not_told_to_be_lengthened(tmp_path: Path) -> None:
     folder, without = run_at(tmp_path / "run", generator=700), ["method=sid"]
-    with pytest.raises(RequestError, match=r"contains a run with objective.adversarial_scale=0.0, which a resumed run cannot change to 0.1; leave it at 0.0"):
+    with pytest.raises(
+        RequestError,
+        match=r"contains a run with objective.adversarial_scale=0.0, which a resumed run cannot change to 0.1; leave it at 0.0",
+    ):
         allowed_changes(folder, load_recipe("digits", without), load_recipe("digits", [*without, "adversarial_scale=0.1"]))
 
 

@@ -332,7 +332,6 @@ ROOMS = {
     "uni_instruct/engines/compiled/torch_images.py": ("train", "export", "evaluate"),
     "uni_instruct/engines/compiled/torch_library.py": ("train", "export", "evaluate"),
     "uni_instruct/evaluate": ("evaluate",),
-    "uni_instruct/float32.py": ("train", "export", "evaluate"),
     "uni_instruct/hub.py": ("hub",),
     "uni_instruct/networks": ("train", "export", "evaluate"),
     "uni_instruct/sampler.py": ("train", "export", "evaluate"),
@@ -342,7 +341,7 @@ ROOMS = {
 OPTIONAL = {
     "train/monitoring/trackers.py": "trackers",
     "serve/ray_serve.py": "ray-serve",
-    "uni_instruct/ray_cluster.py": "ray",
+    "uni_instruct/system/ray_cluster.py": "ray",
 }
 # Where a distribution is not called as what is imported from it.
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "yaml": "pyyaml"}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from uni_instruct.errors import RequestError
-from uni_instruct.files import as_path_error
+from uni_instruct.system.files import as_path_error
 
 LONG = "a" * 300
 COMMANDS = (

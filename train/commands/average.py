@@ -9,7 +9,7 @@ import rich_click as click
 from uni_instruct.bundle import Bundle
 from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.errors import RequestError
-from uni_instruct.files import refuse_file_name
+from uni_instruct.system.files import refuse_file_name
 from uni_instruct.train.recipe_keys import MIN_AVERAGE_WIDTH, WIDEST_AVERAGE
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from uni_instruct.errors import RequestError
-from uni_instruct.processes import is_nonzero_rank, keep_freed_memory
+from uni_instruct.system.processes import is_nonzero_rank, keep_freed_memory
 from uni_instruct.train.run_lock import refuse_in_use
 
 if TYPE_CHECKING:

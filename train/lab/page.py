@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from uni_instruct import __version__
-from uni_instruct.files import atomic_file, atomic_folder
+from uni_instruct.system.files import atomic_file, atomic_folder
 from uni_instruct.train.lab.experiments import Lab
 from uni_instruct.train.lab.pictures import draw_distance, draw_paths
 from uni_instruct.train.lab.results import (

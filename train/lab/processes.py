@@ -16,9 +16,9 @@ from typing import Protocol
 import yaml
 
 from uni_instruct.errors import UniInstructError
-from uni_instruct.files import atomic_file
-from uni_instruct.processes import die_with_parent
-from uni_instruct.progress import Progress, progress
+from uni_instruct.system.files import atomic_file
+from uni_instruct.system.processes import die_with_parent
+from uni_instruct.system.progress import Progress, progress
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.lab.experiments import Lab
 from uni_instruct.train.monitoring.status import read_status

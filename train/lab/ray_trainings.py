@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from uni_instruct import __version__
-from uni_instruct.files import atomic_file
-from uni_instruct.ray_cluster import LOCAL, PackedFiles, check_version, connect, contents, import_ray, unpack_files
 from uni_instruct.sampling.pool import MAX_DEATHS, failure
+from uni_instruct.system.files import atomic_file
+from uni_instruct.system.ray_cluster import LOCAL, PackedFiles, check_version, connect, contents, import_ray, unpack_files
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.lab.processes import Training, start_training
 from uni_instruct.train.run_lock import LOCK

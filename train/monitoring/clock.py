@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from uni_instruct.files import JSON_ERRORS, atomic_file
+from uni_instruct.system.files import JSON_ERRORS, atomic_file
 
 TIME_FILE = "time.json"
 TIMED_STAGES = ("teacher", "generator", "run")  # run: what belongs to neither

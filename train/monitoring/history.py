@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from uni_instruct.files import JSON_ERRORS
+from uni_instruct.system.files import JSON_ERRORS
 from uni_instruct.train.monitoring.scores import SELECTION_METRICS
 
 # The present speed is taken over this many lines, because the time of a single line may include an evaluation.

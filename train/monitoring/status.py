@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import JSON_ERRORS
+from uni_instruct.system.files import JSON_ERRORS
 from uni_instruct.train.monitoring.history import History, ScoreLine, WarningLine, read_history
 from uni_instruct.train.recipe_file import built_in_recipes, read_yaml, steps_in
 from uni_instruct.train.run_lock import FAILED, FINISHED, LOCK, RunProcess, is_locked, read_run_process

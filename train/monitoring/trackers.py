@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from uni_instruct.errors import RequestError
-from uni_instruct.files import atomic_file, disk_errors
 from uni_instruct.images import to_pil
+from uni_instruct.system.files import atomic_file, disk_errors
 
 PROJECT = "uni-instruct"
 ID_FILE = "tracking_id"

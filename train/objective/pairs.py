@@ -7,13 +7,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from uni_instruct.files import atomic_file
 from uni_instruct.generate import input_batches
 from uni_instruct.networks.denoiser import Denoiser
 from uni_instruct.networks.one_step import as_tensors
-from uni_instruct.progress import progress
 from uni_instruct.sampler import heun_sample
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import atomic_file
+from uni_instruct.system.progress import progress
 
 # A range of seeds for pairs only: users do not evaluate with these, and the best weights are not chosen by them.
 FIRST_PAIR_SEED = 2**41

@@ -10,11 +10,11 @@ import torch
 
 from uni_instruct.engines.hardware.threads import one_torch_thread
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import JSON_ERRORS, atomic_file
 from uni_instruct.networks.build import build_denoiser
-from uni_instruct.processes import is_nonzero_rank
-from uni_instruct.progress import ProgressFactory, progress, silent
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import JSON_ERRORS, atomic_file
+from uni_instruct.system.processes import is_nonzero_rank
+from uni_instruct.system.progress import ProgressFactory, progress, silent
 from uni_instruct.train.config import AUTO, LoopConfig
 from uni_instruct.train.optimization.distributed import compiled_as_asked, single_process_fabric
 from uni_instruct.train.optimization.precision import arithmetic_of

@@ -12,7 +12,7 @@ from lightning_fabric.strategies import DDPStrategy
 
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import RequestError
-from uni_instruct.processes import is_nonzero_rank
+from uni_instruct.system.processes import is_nonzero_rank
 from uni_instruct.train.config import LoopConfig, Recipe
 from uni_instruct.train.optimization.precision import AUTOCASTS
 

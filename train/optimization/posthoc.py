@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import atomic_file
+from uni_instruct.system.files import atomic_file
 from uni_instruct.train.optimization.ema import power_exponent
 
 _FILE_NAME = re.compile(r"power-(\d\.\d+)-(\d+\.\d{3})kimg\.safetensors")

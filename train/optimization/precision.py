@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_fabric.plugins.precision import MixedPrecision, Precision
 
-from uni_instruct.float32 import full_float32
+from uni_instruct.networks.float32 import full_float32
 
 
 def arithmetic_of(precision: str) -> AbstractContextManager[None]:

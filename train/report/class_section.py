@@ -9,9 +9,9 @@ from torch import Tensor
 from uni_instruct.data import Dataset
 from uni_instruct.evaluate import Evaluator
 from uni_instruct.evaluate.sample_source import reference_class_ids
-from uni_instruct.files import atomic_file
 from uni_instruct.generate import generate_images
 from uni_instruct.images import contact_sheet, encode
+from uni_instruct.system.files import atomic_file
 from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import picture, table, text
 from uni_instruct.train.report.pictures import columns_of_two

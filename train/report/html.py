@@ -5,7 +5,7 @@ import html
 from pathlib import Path
 
 from uni_instruct.errors import MissingExtraError
-from uni_instruct.files import atomic_file
+from uni_instruct.system.files import atomic_file
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #22262a; --paper: #fff; --line: #dcdfe3; --soft: #f4f5f7; --link: #1f5f8b }

@@ -10,8 +10,8 @@ import torch
 
 from uni_instruct import __version__
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.files import atomic_file, atomic_folder
-from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.system.files import atomic_file, atomic_folder
+from uni_instruct.system.progress import ProgressFactory, silent
 from uni_instruct.train.plan import Plan
 from uni_instruct.train.report.class_section import class_section
 from uni_instruct.train.report.command_section import command_section, command_words

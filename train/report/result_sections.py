@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from uni_instruct.evaluate import Evaluator
-from uni_instruct.files import atomic_file
 from uni_instruct.images import contact_sheet, encode
+from uni_instruct.system.files import atomic_file
 from uni_instruct.train.monitoring import scores as selection
 from uni_instruct.train.report.curves import draw, panels, phase_edges
 from uni_instruct.train.report.inputs import ReportInputs

@@ -5,9 +5,9 @@ import time
 from uni_instruct.engine import open_engine
 from uni_instruct.evaluate.class_draw import draw_classes
 from uni_instruct.evaluate.scores import frechet_name
-from uni_instruct.files import atomic_file
 from uni_instruct.generate import generate_batches
 from uni_instruct.spec import evaluations
+from uni_instruct.system.files import atomic_file
 from uni_instruct.train.report.curves import draw_steps
 from uni_instruct.train.report.inputs import ReportInputs
 from uni_instruct.train.report.markdown import duration, picture, table, text

@@ -12,9 +12,9 @@ from uni_instruct.checkpoints.latent_map import EDM2_LATENTS, LatentMap
 from uni_instruct.checkpoints.safetensors_file import CONFIG, looks_like_safetensors, read_safetensors
 from uni_instruct.checkpoints.source import opened
 from uni_instruct.errors import BundleError, FileFormatError, RequestError
-from uni_instruct.files import sha256
 from uni_instruct.hub import fetch, is_on_hub
 from uni_instruct.spec import AUTOENCODER_KL, DecoderSpec
+from uni_instruct.system.files import sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # diffusers' defaults for what config.json may leave out. block_out_channels must be there.

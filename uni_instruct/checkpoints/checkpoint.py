@@ -16,8 +16,8 @@ from uni_instruct.checkpoints.safetensors_file import looks_like_safetensors, re
 from uni_instruct.checkpoints.sharded import check_is_whole, is_index, parts_of
 from uni_instruct.checkpoints.source import Source, opened
 from uni_instruct.checkpoints.torch_file import zipped
-from uni_instruct.file_type import PULL_LFS, FileType, begins_as_lfs
-from uni_instruct.zip_entry import SIGNATURE as ZIP
+from uni_instruct.system.file_type import PULL_LFS, FileType, begins_as_lfs
+from uni_instruct.system.zip_entry import SIGNATURE as ZIP
 
 _PICKLE = b"\x80"
 _HEAD = 32

@@ -17,10 +17,10 @@ from uni_instruct.checkpoints.latent_map import LatentMap, find_latent_map, stat
 from uni_instruct.checkpoints.sharded import content_sha256
 from uni_instruct.checkpoints.state_dict_adapter import Translation, translate
 from uni_instruct.errors import RequestError
-from uni_instruct.files import cache_folder, refuse_file_name
 from uni_instruct.hub import fetch, is_on_hub
-from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ModelSpec, check_name
+from uni_instruct.system.files import cache_folder, refuse_file_name
+from uni_instruct.system.progress import ProgressFactory, silent
 
 # Networks of a training state that denoise at every noise level, and are therefore teachers.
 DENOISERS = ("fake_score", "fake_score_state", "true_score", "true_score_state")

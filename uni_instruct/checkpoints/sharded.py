@@ -7,8 +7,8 @@ from pathlib import Path
 
 from uni_instruct.checkpoints.budget import UNSUPPORTED, MalformedFile, reading, shown
 from uni_instruct.checkpoints.source import Source, opened
-from uni_instruct.file_type import INDEX
-from uni_instruct.files import sha256
+from uni_instruct.system.file_type import INDEX
+from uni_instruct.system.files import sha256
 
 _MAX_INDEX_BYTES = 64 << 20
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.\w+)")

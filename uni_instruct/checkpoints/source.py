@@ -11,7 +11,7 @@ import numpy as np
 
 from uni_instruct.checkpoints.budget import MalformedFile
 from uni_instruct.errors import RequestError
-from uni_instruct.file_type import import_of_weights
+from uni_instruct.system.file_type import import_of_weights
 
 _BLOCK = 1 << 20
 

@@ -15,7 +15,7 @@ from uni_instruct.checkpoints.pickle.interpreter import PickleInterpreter
 from uni_instruct.checkpoints.pickle.legacy_torch import persistent_storages
 from uni_instruct.checkpoints.source import Source, Span
 from uni_instruct.checkpoints.tensors import Element, Storage
-from uni_instruct.zip_entry import entry_start
+from uni_instruct.system.zip_entry import entry_start
 
 _MAX_DIRECTORY_BYTES = 4 << 20  # bytes; the 3,000 storages of a large training state take 0.3 million
 # Exceptions that zipfile raises for a damaged directory.

@@ -19,7 +19,7 @@ from uni_instruct.engines.benchmark.comparison import BenchmarkPlan, compare
 from uni_instruct.engines.hardware.machine import machine_facts
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import RequestError
-from uni_instruct.progress import progress
+from uni_instruct.system.progress import progress
 
 BATCHES = "1,4,16,64"
 MAX_BATCHES, MAX_BATCH_SIZE = 16, 4096

@@ -6,7 +6,7 @@ from typing import TypedDict
 from uni_instruct.engines.benchmark.comparison import EAGER, EngineComparison, SpeedRow
 from uni_instruct.engines.hardware.machine import MachineFacts
 from uni_instruct.errors import MissingExtraError, RequestError
-from uni_instruct.files import atomic_file
+from uni_instruct.system.files import atomic_file
 
 WIDTH = 120  # of the table if the output is not a terminal
 

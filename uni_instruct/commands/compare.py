@@ -25,7 +25,7 @@ from uni_instruct.evaluate.comparison import (
 )
 from uni_instruct.evaluate.result import RoleScores, parse_result
 from uni_instruct.evaluate.scores import MIN_SAMPLES, metric_key
-from uni_instruct.files import JSON_ERRORS
+from uni_instruct.system.files import JSON_ERRORS
 
 # Sets of seeds for each bundle: the fewest that give a useful estimate of the spread.
 SETS = 3

@@ -9,8 +9,8 @@ from uni_instruct.data import Dataset, check_data, open_dataset, write_zip
 from uni_instruct.data.dataset import MAX_CLASSES
 from uni_instruct.data.sources import MAX_RESOLUTION
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import sha256
-from uni_instruct.progress import progress
+from uni_instruct.system.files import sha256
+from uni_instruct.system.progress import progress
 
 _COLOURS = {1: "grey", 3: "colour"}
 

@@ -30,9 +30,9 @@ from uni_instruct.evaluate.measure import measure
 from uni_instruct.evaluate.sample_source import SampleSource, bundle_samples, dataset_samples
 from uni_instruct.evaluate.scores import MIN_SAMPLES, PUBLISHED_SAMPLES, check_count, check_metrics
 from uni_instruct.noise import parse_seeds
-from uni_instruct.progress import progress
 from uni_instruct.sampling.forms import check_finished
 from uni_instruct.sampling.workers import WorkerOptions
+from uni_instruct.system.progress import progress
 
 BATCH = 64
 # A larger number is assumed to be a typing error.

@@ -10,11 +10,9 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.commands.worker_options import ray_option, worker_options_of, workers_option
 from uni_instruct.engine import EngineId, open_engine, select_engine
 from uni_instruct.errors import RequestError
-from uni_instruct.files import atomic_file
 from uni_instruct.generate import by_class, generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet, encode
 from uni_instruct.noise import parse_seeds
-from uni_instruct.progress import progress
 from uni_instruct.sampling import (
     SampleRequest,
     SampleRun,
@@ -28,6 +26,8 @@ from uni_instruct.sampling.pool import ImageJob
 from uni_instruct.sampling.shards import WHOLE, Part
 from uni_instruct.sampling.workers import WorkerOptions
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import atomic_file
+from uni_instruct.system.progress import progress
 
 BATCH = 64
 UNIFORM, DATA = "uniform", "data"

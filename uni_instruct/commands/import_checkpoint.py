@@ -11,8 +11,8 @@ from uni_instruct.bundle import USUAL_VAE, Bundle, is_bundle
 from uni_instruct.commands.option_types import FiniteRange
 from uni_instruct.errors import RequestError
 from uni_instruct.hub import fetch, is_on_hub
-from uni_instruct.progress import progress
 from uni_instruct.spec import DEFAULT_SIGMA_INIT, TEACHER_STEPS, ImageShape
+from uni_instruct.system.progress import progress
 
 _TRAIN = "train RECIPE --set teacher={out} data=DATA.zip --out RUN"
 

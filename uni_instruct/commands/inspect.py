@@ -18,7 +18,7 @@ from uni_instruct.engine import EngineStatusFacts, engine_status
 from uni_instruct.engines.record import ParityReport, StoredEngine
 from uni_instruct.errors import BundleError, RequestError
 from uni_instruct.hub import fetch, names_file
-from uni_instruct.printable import printable
+from uni_instruct.system.printable import printable
 
 CLASSES_SHOWN = 20
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from uni_instruct.file_type import CHECKPOINTS, INDEX, FileType, file_type
+from uni_instruct.system.file_type import CHECKPOINTS, INDEX, FileType, file_type
 
 if TYPE_CHECKING:
     from uni_instruct.checkpoints.checkpoint import StoredNetwork

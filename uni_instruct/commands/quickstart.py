@@ -9,8 +9,8 @@ from pathlib import Path
 import rich_click as click
 
 from uni_instruct.cli import cli
-from uni_instruct.ports import free_address
-from uni_instruct.processes import die_with_parent
+from uni_instruct.system.ports import free_address
+from uni_instruct.system.processes import die_with_parent
 
 
 @click.command()

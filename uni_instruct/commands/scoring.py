@@ -14,8 +14,8 @@ from uni_instruct.evaluate.measure import measure
 from uni_instruct.evaluate.result import EvaluationResult
 from uni_instruct.evaluate.sample_source import bundle_samples
 from uni_instruct.evaluate.scores import check_count
-from uni_instruct.progress import progress
 from uni_instruct.sampling.workers import WorkerOptions
+from uni_instruct.system.progress import progress
 
 BATCH = 64
 

@@ -19,7 +19,7 @@ from uni_instruct.data.storage import FolderStore, Store, ZipStore, name_in_stor
 from uni_instruct.data.tar_files import TarStore, has_class_members, has_tars, is_tar, tar_images
 from uni_instruct.data.vae_latents import read_moments
 from uni_instruct.errors import FileFormatError
-from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.system.progress import ProgressFactory, silent
 
 Shape = tuple[int, ...]
 

@@ -15,7 +15,7 @@ from uni_instruct.checkpoints.pickle.unpickle import read_pickle
 from uni_instruct.data.dataset import ArrayReader, Dataset
 from uni_instruct.data.storage import UNREADABLE, reason_of
 from uni_instruct.errors import FileFormatError
-from uni_instruct.file_type import FileType, file_type
+from uni_instruct.system.file_type import FileType, file_type
 
 FOLDER = "cifar-10-batches-py"
 META = "batches.meta"

@@ -10,8 +10,8 @@ import numpy as np
 from uni_instruct.data.ignored_files import is_ignored
 from uni_instruct.data.storage import FolderStore, Store, natural_order
 from uni_instruct.errors import FileFormatError
-from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic
-from uni_instruct.printable import counted, joined_notes
+from uni_instruct.system.file_type import HEAD, SAVE_HEIC, begins_as_heic
+from uni_instruct.system.printable import counted, joined_notes
 
 # Names of parts of a data set, which are not classes: train, Test, val2017 (COCO), trainA (CycleGAN), images_test.
 _SPLIT = re.compile(

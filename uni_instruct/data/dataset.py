@@ -10,8 +10,8 @@ import numpy as np
 
 from uni_instruct.data.vae_latents import draw_latents
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.printable import printable
 from uni_instruct.spec import ImageShape
+from uni_instruct.system.printable import printable
 
 READ_BATCH = 256
 _SAMPLED = 1024

@@ -17,9 +17,9 @@ from uni_instruct.data.file_kinds import AS_THEY_ARE, ImageForm, content_of, dat
 from uni_instruct.data.labels import META, Meta, read_description, read_meta
 from uni_instruct.data.storage import ZipStore
 from uni_instruct.data.vae_latents import moments_bytes
-from uni_instruct.files import atomic_file
 from uni_instruct.images import encode
-from uni_instruct.progress import Progress
+from uni_instruct.system.files import atomic_file
+from uni_instruct.system.progress import Progress
 
 ZIP_REMEDY = "give a zip of images, as 'data prepare' writes it"
 # The time of every entry, so that the same data set gives the same bytes. It is the earliest that a zip can store.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from uni_instruct.data.dataset import Dataset
 from uni_instruct.data.idx import idx_files, open_idx
-from uni_instruct.download import download
-from uni_instruct.files import cache_folder
+from uni_instruct.system.download import download
+from uni_instruct.system.files import cache_folder
 
 NAME = "fashion-mnist"
 CLASS_NAMES = (

@@ -19,9 +19,9 @@ from uni_instruct.data.labels import META, RECORD, Description
 from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, naturally_sorted
 from uni_instruct.data.vae_latents import CHANNELS, LatentReader, is_latent, read_moments
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.file_type import HEAD, SAVE_HEIC, begins_as_heic, begins_as_image, import_of_weights
-from uni_instruct.printable import counted, joined_notes, printable
 from uni_instruct.spec import ImageShape
+from uni_instruct.system.file_type import HEAD, SAVE_HEIC, begins_as_heic, begins_as_image, import_of_weights
+from uni_instruct.system.printable import counted, joined_notes, printable
 
 _MAX_OPENED = 256
 # Names of files that hold labels in other formats.

@@ -13,7 +13,7 @@ from uni_instruct.data.dataset import ArrayReader, Dataset, number_names
 from uni_instruct.data.labels import first_label_note
 from uni_instruct.data.storage import FolderStore, naturally_sorted
 from uni_instruct.errors import FileFormatError
-from uni_instruct.printable import counted
+from uni_instruct.system.printable import counted
 
 _UNSIGNED_BYTES = 0x08
 _SPLITS = ("train", "t10k")

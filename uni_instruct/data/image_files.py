@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 
 from uni_instruct.data.storage import UNREADABLE, Store, has_suffix, name_in_store, reason_of
 from uni_instruct.errors import FileFormatError
-from uni_instruct.file_type import HEAD, PULL_LFS, SAVE_HEIC, FileType, begins_as_heic, begins_as_lfs
 from uni_instruct.images import to_pil
+from uni_instruct.system.file_type import HEAD, PULL_LFS, SAVE_HEIC, FileType, begins_as_heic, begins_as_lfs
 
 # Every suffix that Pillow opens as a picture. It is listed here because asking Pillow loads all of its plugins at each start.
 _SUFFIXES = (

@@ -12,7 +12,7 @@ from uni_instruct.data.class_folders import FolderClasses, folder_classes
 from uni_instruct.data.dataset import MAX_CLASSES, number_names
 from uni_instruct.data.storage import UNREADABLE, Store, name_in_store, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
-from uni_instruct.printable import counted, joined_notes
+from uni_instruct.system.printable import counted, joined_notes
 
 META = "dataset.json"
 # The file that `generate` writes beside its images: the seeds in order, the request, and for a folder each file's hash.

@@ -20,8 +20,8 @@ from uni_instruct.data.labels import first_label_note
 from uni_instruct.data.storage import UNREADABLE
 from uni_instruct.data.tar_files import has_tars, is_tar, open_tars
 from uni_instruct.errors import FileFormatError, MissingExtraError, RequestError
-from uni_instruct.file_type import CHECKPOINTS, FileType, file_type
-from uni_instruct.printable import counted, joined_notes
+from uni_instruct.system.file_type import CHECKPOINTS, FileType, file_type
+from uni_instruct.system.printable import counted, joined_notes
 
 MAX_RESOLUTION = 4096
 _EMOJI_OF = "emoji:"

@@ -19,7 +19,7 @@ import numpy as np
 
 from uni_instruct.data.ignored_files import is_ignored
 from uni_instruct.errors import FileFormatError
-from uni_instruct.zip_entry import entry_name, entry_start
+from uni_instruct.system.zip_entry import entry_name, entry_start
 
 # Exceptions that zipfile, zlib, Pillow, NumPy and json raise for damaged files. Their parsers can fail in any way that Python
 # code can.

@@ -21,9 +21,9 @@ from uni_instruct.data.image_files import decode, is_image_file
 from uni_instruct.data.labels import META, Description, first_label_note, read_description, read_meta
 from uni_instruct.data.storage import UNREADABLE, FolderStore, naturally_sorted, plain_name, reason_of
 from uni_instruct.errors import FileFormatError
-from uni_instruct.file_type import FileType, file_type
-from uni_instruct.files import JSON_ERRORS
-from uni_instruct.printable import counted, joined_notes
+from uni_instruct.system.file_type import FileType, file_type
+from uni_instruct.system.files import JSON_ERRORS
+from uni_instruct.system.printable import counted, joined_notes
 
 # The file that `generate` writes beside its tars, and the value in it that distinguishes it from other files of that name.
 MANIFEST, LIBRARY = "manifest.json", "uni-instruct"

@@ -16,8 +16,8 @@ from uni_instruct.engines.hardware.threads import Threads
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import StoredEngine
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
-from uni_instruct.files import cache_folder
 from uni_instruct.noise import Inputs
+from uni_instruct.system.files import cache_folder
 
 if TYPE_CHECKING:
     import types

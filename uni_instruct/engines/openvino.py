@@ -18,7 +18,7 @@ from uni_instruct.engines.openvino_file import read_model
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, StoredEngine
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
-from uni_instruct.files import cache_folder
+from uni_instruct.system.files import cache_folder
 
 if TYPE_CHECKING:
     import openvino

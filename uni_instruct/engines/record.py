@@ -10,7 +10,7 @@ from shlex import quote
 from typing import Any, TypedDict
 
 from uni_instruct.errors import BundleError, RequestError
-from uni_instruct.files import JSON_ERRORS, sha256
+from uni_instruct.system.files import JSON_ERRORS, sha256
 
 RECORD = "engine.json"
 # The order in which engines of one runtime are listed and preferred.

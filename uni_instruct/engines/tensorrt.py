@@ -21,7 +21,7 @@ from uni_instruct.engines.hardware.device import device_index
 from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import EngineId, EngineRecord, StoredEngine
 from uni_instruct.errors import BundleError, DiskError, MissingExtraError, UniInstructError
-from uni_instruct.files import atomic_file, cache_folder
+from uni_instruct.system.files import atomic_file, cache_folder
 
 if TYPE_CHECKING:
     import types

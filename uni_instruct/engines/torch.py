@@ -15,10 +15,10 @@ from uni_instruct.engines.outputs import Outputs
 from uni_instruct.engines.record import COMPILED, EngineId
 from uni_instruct.engines.sensitive_layers import sensitive_layers
 from uni_instruct.errors import RequestError
-from uni_instruct.float32 import full_float32
 from uni_instruct.networks.blocks import Conv2d
 from uni_instruct.networks.cuda_graphs import CudaGraphRunner
 from uni_instruct.networks.denoiser import ClassLabels
+from uni_instruct.networks.float32 import full_float32
 from uni_instruct.networks.one_step import OneStep, as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, checked_inputs
 from uni_instruct.sampler import heun_sample

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from uni_instruct.processes import die_with_parent
+from uni_instruct.system.processes import die_with_parent
 
 PROGRESS_INTERVAL_S = 10
 

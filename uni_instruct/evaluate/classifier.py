@@ -31,9 +31,9 @@ from uni_instruct.evaluate.classifier_file import (
     read_classifier,
     shipped_classifier,
 )
-from uni_instruct.files import atomic_file, disk_errors, locked
-from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.spec import ImageShape
+from uni_instruct.system.files import atomic_file, disk_errors, locked
+from uni_instruct.system.progress import ProgressFactory, silent
 
 SEED = 20505
 BATCH = 64

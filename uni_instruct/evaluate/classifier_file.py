@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from uni_instruct.errors import FileFormatError
-from uni_instruct.files import cache_folder
 from uni_instruct.spec import ImageShape
+from uni_instruct.system.files import cache_folder
 
 RECIPE = 1  # increased with every change to the network or its training; it is part of the cached file's name
 FEATURES = 64

@@ -25,8 +25,8 @@ from uni_instruct.evaluate.scores import Available, Comparison, Scores, applicab
 from uni_instruct.evaluate.statistics import Statistics, open_reference
 from uni_instruct.evaluate.summary import KEPT_IMAGES, Summary, SummaryPlan, concatenate_parts, summarise_features
 from uni_instruct.images import checked_images
-from uni_instruct.progress import Progress, ProgressFactory, silent
 from uni_instruct.spec import ImageShape
+from uni_instruct.system.progress import Progress, ProgressFactory, silent
 
 BATCH = 256
 # All features of a reference stay in memory if they take at most REFERENCE_BYTES. _SHARD_IMAGES are summed up at once.

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uni_instruct.data import Dataset
-from uni_instruct.download import download
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.classifier_file import FEATURES, classifier_path, read_classifier, weights_sha256
 from uni_instruct.evaluate.fidelity import create_extractor, fidelity
-from uni_instruct.files import sha256
-from uni_instruct.float32 import full_float32
 from uni_instruct.images import checked_images
-from uni_instruct.progress import ProgressFactory, silent
+from uni_instruct.networks.float32 import full_float32
 from uni_instruct.spec import ImageShape
+from uni_instruct.system.download import download
+from uni_instruct.system.files import sha256
+from uni_instruct.system.progress import ProgressFactory, silent
 
 if TYPE_CHECKING:
     import torch

@@ -14,12 +14,12 @@ from uni_instruct.evaluate.image_sources import BundleImages, DatasetImages, Rea
 from uni_instruct.evaluate.sample_source import SampleSource
 from uni_instruct.evaluate.scores import Scores
 from uni_instruct.evaluate.summary import Summary, SummaryPlan, summarise_features
-from uni_instruct.processes import keep_freed_memory
-from uni_instruct.progress import Progress, ProgressFactory
 from uni_instruct.sampling.pool import Pool, Task
 from uni_instruct.sampling.shards import SHARD_IMAGES, Shard
 from uni_instruct.sampling.workers import WorkerOptions
 from uni_instruct.spec import ImageShape
+from uni_instruct.system.processes import keep_freed_memory
+from uni_instruct.system.progress import Progress, ProgressFactory
 
 # Features are computed in batches of this size. Shards of whole batches make the same bits as all images in one go.
 EXTRACTOR_BATCH = 64

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uni_instruct.errors import FileFormatError, RequestError
 from uni_instruct.evaluate.fidelity import create_extractor, fidelity
-from uni_instruct.files import sha256
+from uni_instruct.system.files import sha256
 
 if TYPE_CHECKING:
     import torch

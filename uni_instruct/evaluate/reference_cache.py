@@ -10,7 +10,7 @@ from uni_instruct.data import Dataset
 from uni_instruct.data.storage import UNREADABLE
 from uni_instruct.errors import DiskError
 from uni_instruct.evaluate.extractors import Extractor
-from uni_instruct.files import atomic_file, cache_folder
+from uni_instruct.system.files import atomic_file, cache_folder
 
 
 class ReferenceFeatures(NamedTuple):

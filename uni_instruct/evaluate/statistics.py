@@ -13,8 +13,8 @@ from uni_instruct.data import Dataset, open_dataset
 from uni_instruct.data.sources import is_npz, read_npz
 from uni_instruct.errors import FileFormatError
 from uni_instruct.evaluate.extractors import INCEPTION, INCEPTION_DIM
-from uni_instruct.file_type import FileType, file_type
-from uni_instruct.files import atomic_file
+from uni_instruct.system.file_type import FileType, file_type
+from uni_instruct.system.files import atomic_file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,8 +9,8 @@ from uni_instruct.engines.outputs import Outputs
 from uni_instruct.networks.flops import is_heavy
 from uni_instruct.networks.one_step import as_tensors, load_one_step, to_uint8
 from uni_instruct.noise import Inputs, noise
-from uni_instruct.progress import ProgressFactory, silent
 from uni_instruct.reference import Reference, reference_inputs
+from uni_instruct.system.progress import ProgressFactory, silent
 
 # Images at once. In a heavy network the activations of 16 images take more memory than the weights, and 4 are as fast.
 _BATCH, _HEAVY_BATCH = 16, 4

@@ -18,11 +18,11 @@ from uni_instruct.data.image_files import decode
 from uni_instruct.data.labels import RECORD
 from uni_instruct.data.storage import UNREADABLE, FolderStore, Store, ZipStore, reason_of
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import JSON_ERRORS, atomic_file, atomic_folder, is_named_as_file
 from uni_instruct.images import encode
 from uni_instruct.sampling.sample_set import RequestFacts, Samples, SampleSet
 from uni_instruct.sampling.tar_shards import read_tar_folder, request_of_tar_folder, write_tar_folder
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import JSON_ERRORS, atomic_file, atomic_folder, is_named_as_file
 
 # The name of the images in an npz, or of a VAE's latents if there is no decoder.
 IMAGES, LATENTS = "arr_0", "latents"

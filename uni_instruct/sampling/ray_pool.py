@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Generic
 
 from uni_instruct import __version__
-from uni_instruct.ray_cluster import LOCAL, check_version, connect, contents, import_ray, unpack_files
 from uni_instruct.sampling.pool import Deaths, Shard, T, Task, WorkerJob, failure
+from uni_instruct.system.ray_cluster import LOCAL, check_version, connect, contents, import_ray, unpack_files
 
 
 class RayPool(Generic[T]):

@@ -21,14 +21,14 @@ import numpy as np
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import Engine
 from uni_instruct.errors import RequestError
-from uni_instruct.files import JSON_ERRORS, atomic_file, disk_errors, locked, make_folder, try_lock
 from uni_instruct.generate import generate_batches, sample_format
-from uni_instruct.progress import Progress
 from uni_instruct.sampling.forms import SampleSet, finished_request, form_of, work_folder
 from uni_instruct.sampling.pool import Pool, Task
 from uni_instruct.sampling.sample_set import RequestFacts
 from uni_instruct.sampling.shards import WHOLE, Part, Shard, Shards, images_per_shard
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import JSON_ERRORS, atomic_file, disk_errors, locked, make_folder, try_lock
+from uni_instruct.system.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import atomic_file, disk_errors, try_lock
 from uni_instruct.sampling.forms import write_npy
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import atomic_file, disk_errors, try_lock
 
 # A killed process loses the shard in progress. So a shard has this many images, or fewer if they are large or take many steps.
 SHARD_IMAGES, SHARD_BYTES = 1024, 2**20

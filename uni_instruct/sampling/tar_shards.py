@@ -16,10 +16,10 @@ import numpy as np
 from uni_instruct.data.edm_zip import dataset_meta
 from uni_instruct.data.tar_files import LIBRARY, MANIFEST, TarStore, class_ids_of, decoded_member, image_members
 from uni_instruct.errors import FileFormatError
-from uni_instruct.files import atomic_folder, sha256
 from uni_instruct.generate import sample_format
 from uni_instruct.images import encode
 from uni_instruct.sampling.sample_set import READ_BATCH, Samples, SampleSet
+from uni_instruct.system.files import atomic_folder, sha256
 
 # The most images of a tar, and about the most bytes of pixels. Large enough for fast sequential reads, small enough that each
 # data loading worker of a training gets some tars.

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from uni_instruct.errors import RequestError
-from uni_instruct.ray_cluster import LOCAL, import_ray
 from uni_instruct.sampling.pool import Pool, WorkerJob
 from uni_instruct.sampling.process_pool import ProcessPool
 from uni_instruct.sampling.ray_pool import RayPool
+from uni_instruct.system.ray_cluster import LOCAL, import_ray
 
 __all__ = ["LOCAL", "MAX_WORKERS", "WorkerOptions"]
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from builders.machine import run_cli
 from uni_instruct.data import open_dataset
-from uni_instruct.files import sha256
+from uni_instruct.system.files import sha256
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -19,9 +19,9 @@ from uni_instruct.engines import onnxruntime as onnx_engine
 from uni_instruct.engines.onnxruntime import OnnxEngine
 from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.errors import BundleError, MissingExtraError, RequestError
-from uni_instruct.files import sha256
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.noise import noise
+from uni_instruct.system.files import sha256
 
 BATCHES = (1, 2, 3, 7, 16, 64)
 SEEDS = list(range(70))

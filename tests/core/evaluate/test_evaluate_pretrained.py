@@ -17,7 +17,7 @@ from uni_instruct.evaluate import PRETRAINED, Evaluator, Statistics
 from uni_instruct.evaluate.extractors import ExtractorFile, open_pretrained, pretrained
 from uni_instruct.evaluate.fidelity import fidelity
 from uni_instruct.evaluate.pretrained import weight_file
-from uni_instruct.files import sha256
+from uni_instruct.system.files import sha256
 
 torch = pytest.importorskip("torch")
 Cli = Callable[..., tuple[int, str, str]]

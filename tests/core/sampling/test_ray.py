@@ -17,9 +17,9 @@ import pytest
 from uni_instruct.bundle import Bundle
 from uni_instruct.engine import open_engine
 from uni_instruct.generate import generate_images, resolve_class_ids
-from uni_instruct.ray_cluster import contents, unpack_files
 from uni_instruct.sampling.pool import ImageJob, Task
 from uni_instruct.sampling.shards import Shard
+from uni_instruct.system.ray_cluster import contents, unpack_files
 
 Cli = Callable[..., tuple[int, str, str]]
 COUNT, SHARD = 6000, 512

@@ -21,11 +21,11 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.data import open_dataset
 from uni_instruct.engine import open_engine
 from uni_instruct.errors import FileFormatError, RequestError
-from uni_instruct.files import sha256
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.images import contact_sheet
 from uni_instruct.sampling import SampleRequest, open_run, read_samples
 from uni_instruct.sampling.shards import SHARD_BYTES, SHARD_IMAGES, Shard, Shards, images_per_shard
+from uni_instruct.system.files import sha256
 
 Cli = Callable[..., tuple[int, str, str]]
 

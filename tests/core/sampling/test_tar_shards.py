@@ -12,8 +12,8 @@ from builders.bundles import random_bundle
 from uni_instruct.bundle import Bundle
 from uni_instruct.data import open_dataset
 from uni_instruct.errors import FileFormatError
-from uni_instruct.files import sha256
 from uni_instruct.sampling import read_samples, tar_shards
+from uni_instruct.system.files import sha256
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -16,10 +16,10 @@ import pytest
 from builders.machine import call_cli
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
-from uni_instruct.files import sha256
 from uni_instruct.sampling.pool import MAX_DEATHS, ImageJob, Task
 from uni_instruct.sampling.process_pool import ProcessPool
 from uni_instruct.sampling.shards import Part, Shard
+from uni_instruct.system.files import sha256
 
 Cli = Callable[..., tuple[int, str, str]]
 COUNT = 2500

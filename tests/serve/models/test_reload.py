@@ -13,9 +13,9 @@ from builders.bundles import random_bundle
 from builders.serving import app_of, client_of, metric, run
 from uni_instruct.bundle import WEIGHTS, Bundle
 from uni_instruct.engine import open_engine
-from uni_instruct.files import atomic_folder
 from uni_instruct.generate import generate_images, resolve_class_ids
 from uni_instruct.serve.models.reload import fingerprint
+from uni_instruct.system.files import atomic_folder
 
 SEED = 7
 

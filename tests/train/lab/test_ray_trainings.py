@@ -21,7 +21,7 @@ from builders.plans import TINY
 from uni_instruct import __version__
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
-from uni_instruct.ray_cluster import contents
+from uni_instruct.system.ray_cluster import contents
 from uni_instruct.train.lab import ray_trainings
 from uni_instruct.train.lab.processes import Training
 from uni_instruct.train.lab.ray_trainings import TrainingActor, TrainingProgress, apply_progress, read_files

@@ -24,8 +24,8 @@ from uni_instruct.engines.runtime import RUNTIMES
 from uni_instruct.errors import RequestError, UniInstructError
 from uni_instruct.generate import resolve_class_ids
 from uni_instruct.noise import Inputs, draw_inputs
-from uni_instruct.progress import ProgressFactory
 from uni_instruct.reference import REFERENCE_IMAGES
+from uni_instruct.system.progress import ProgressFactory
 
 EAGER = "eager fp32"
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from uni_instruct.progress import Progress
+from uni_instruct.system.progress import Progress
 
 # (contender's name, batch size) -> seconds per call, one figure per round.
 Seconds = dict[tuple[str, int], list[float]]

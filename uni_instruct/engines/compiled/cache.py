@@ -22,7 +22,7 @@ from uni_instruct.engines.record import EngineId
 from uni_instruct.engines.runtime import RUNTIMES
 from uni_instruct.engines.worker_process import run_worker
 from uni_instruct.errors import CompilationError, DiskError
-from uni_instruct.files import atomic_file, cache_folder, disk_errors, locked, make_folder
+from uni_instruct.system.files import atomic_file, cache_folder, disk_errors, locked, make_folder
 
 _log = logging.getLogger(__name__)
 

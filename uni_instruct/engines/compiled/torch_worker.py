@@ -15,7 +15,7 @@ from uni_instruct.engines.record import EngineId
 from uni_instruct.engines.torch import load_generator
 from uni_instruct.errors import UniInstructError
 from uni_instruct.networks.denoiser import MixedClasses
-from uni_instruct.processes import die_with_group
+from uni_instruct.system.processes import die_with_group
 
 # The batch size of the example inputs. Any but 1 would do: the tracer takes a size of 1 for a constant.
 _EXAMPLE_BATCH = 4

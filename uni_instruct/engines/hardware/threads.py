@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from uni_instruct.processes import sleep_while_waiting
+from uni_instruct.system.processes import sleep_while_waiting
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Linux's load: the fourth word is 'threads that run or wait for a core / all threads'.

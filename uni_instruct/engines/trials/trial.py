@@ -19,8 +19,8 @@ from uni_instruct.engines.hardware.machine import machine
 from uni_instruct.engines.record import EngineId
 from uni_instruct.engines.worker_process import run_worker
 from uni_instruct.errors import DiskError
-from uni_instruct.files import atomic_file, cache_folder, sha256
 from uni_instruct.reference import REFERENCE
+from uni_instruct.system.files import atomic_file, cache_folder, sha256
 
 TIMEOUT_S = 600
 # Signals that a user or the system sends to a process: death by one of them says nothing about the engine.

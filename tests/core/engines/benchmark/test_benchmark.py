@@ -18,7 +18,7 @@ from uni_instruct.bundle import Bundle
 from uni_instruct.engine import TORCH, engine_status, resolve_engines, select_engine
 from uni_instruct.engines.benchmark import comparison, peak
 from uni_instruct.engines.record import RECORD, EngineId, EngineRecord
-from uni_instruct.files import sha256
+from uni_instruct.system.files import sha256
 
 Cli = Callable[..., tuple[int, str, str]]
 QUICK = ("--rounds", "2", "--seconds", "0.001")

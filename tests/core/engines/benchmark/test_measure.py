@@ -7,7 +7,7 @@ import pytest
 
 from uni_instruct.engines.benchmark import measure, peak
 from uni_instruct.engines.benchmark.measure import Contender, Spread, measure_interleaved, median_seconds, ratio, turns
-from uni_instruct.progress import silent
+from uni_instruct.system.progress import silent
 
 
 class Clock:

@@ -36,7 +36,7 @@ import sys
 import numpy as np
 from uni_instruct.engine import open_engine
 from uni_instruct.noise import round_robin_class_ids, noise
-from uni_instruct.progress import log_to_stderr
+from uni_instruct.system.progress import log_to_stderr
 log_to_stderr("uni_instruct.engines.compiled.cache")
 engine = open_engine(sys.argv[1], sys.argv[2])
 np.save(sys.argv[3], engine(noise(range(5), engine.spec.noise_shape), round_robin_class_ids(engine.spec, 5)))

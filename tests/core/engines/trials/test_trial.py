@@ -22,8 +22,8 @@ from uni_instruct.engines.record import RECORD, EngineRecord
 from uni_instruct.engines.trials import trial as trial_module
 from uni_instruct.engines.trials.trial import recorded_trial, trial_key
 from uni_instruct.errors import BundleError, EngineRefusedError, MissingExtraError
-from uni_instruct.files import sha256
 from uni_instruct.reference import REFERENCE
+from uni_instruct.system.files import sha256
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from uni_instruct.errors import RequestError
-from uni_instruct.files import atomic_file
+from uni_instruct.system.files import atomic_file
 
 TIMEOUT_S = 60
 _log = logging.getLogger(__name__)

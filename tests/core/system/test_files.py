@@ -13,7 +13,7 @@ import pytest
 
 from builders.machine import files_of_at_most
 from uni_instruct.errors import DiskError, RequestError
-from uni_instruct.files import atomic_file, atomic_folder, atomic_folder_if_absent, refuse_file_name, sha256
+from uni_instruct.system.files import atomic_file, atomic_folder, atomic_folder_if_absent, refuse_file_name, sha256
 
 
 def test_a_file_takes_the_old_one_s_place_only_when_whole(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_folder_is_not_made_under_the_name_of_a_file(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_fills_is_not(tmp_path: Path) -> None:
     path = tmp_path / "folder"
-    fill = "from uni_instruct.files import atomic_folder\nfrom pathlib import Path\nimport sys\n"
+    fill = "from uni_instruct.system.files import atomic_folder\nfrom pathlib import Path\nimport sys\n"
     fill += "with atomic_folder(Path(sys.argv[1])) as p:\n (p / 'a').touch(); print(p.name, flush=True); sys.stdin.read()"
     command, pipes = [sys.executable, "-c", fill, str(path)], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as killed, subprocess.Popen(command, text=True, **pipes) as other:

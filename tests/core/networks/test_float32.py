@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from uni_instruct.float32 import full_float32
+from uni_instruct.networks.float32 import full_float32
 
 
 def settings() -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 from typing import BinaryIO
 
-from uni_instruct.zip_entry import SIGNATURE, entry_start
+from uni_instruct.system.zip_entry import SIGNATURE, entry_start
 
 _HEAD = 512
 HEAD = 16  # bytes that `begins_as_image` and `begins_as_heic` need

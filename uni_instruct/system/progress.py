@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from uni_instruct.printable import printable
+from uni_instruct.system.printable import printable
 
 LINE_EVERY_S = 10.0
 

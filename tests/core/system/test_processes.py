@@ -9,7 +9,7 @@ import pytest
 _SCRIPT = """
 import numpy as np
 from pathlib import Path
-from uni_instruct import processes
+from uni_instruct.system import processes
 
 def resident_mb():
     return int(Path('/proc/self/statm').read_text().split()[1]) * 4096 / 1e6

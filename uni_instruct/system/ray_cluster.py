@@ -11,7 +11,7 @@ from types import ModuleType
 from uni_instruct import __version__
 from uni_instruct.engines.hardware.threads import usable_cpus
 from uni_instruct.errors import MissingExtraError, RequestError, UniInstructError
-from uni_instruct.files import atomic_folder_if_absent, cache_folder, sha256
+from uni_instruct.system.files import atomic_folder_if_absent, cache_folder, sha256
 
 # The address that means: start a new Ray on this machine.
 LOCAL = "local"
