@@ -101,13 +101,15 @@ RULES = (
     Rule("asks for memory", remedy="^free memory"),
     Rule(
         "asks for space on a disk; tests/core/system/test_files.py fill one",
-        path=r"^uni_instruct/files\.py",
+        path=r"^uni_instruct/system/files\.py",
         problem=r"^cannot write \{\}: \{\}",
     ),
     Rule("the cache's disk is full", path=r"evaluate/classifier\.py", problem=r"^\{\}$"),
     Rule("workers that die; tests/core/sampling/test_workers.py kills them", path=r"sampling/(pool|process_pool)\.py"),
-    Rule("Ray's cluster; tests/core/sampling/test_ray.py starts and ends one", path=r"(sampling/ray_pool|ray_cluster)\.py"),
-    Rule("asks for the network", path=r"^uni_instruct/(hub|download)\.py"),
+    Rule(
+        "Ray's cluster; tests/core/sampling/test_ray.py starts and ends one", path=r"(sampling/ray_pool|system/ray_cluster)\.py"
+    ),
+    Rule("asks for the network", path=r"^uni_instruct/(hub|system/download)\.py"),
 )
 OPEN = Path(__file__).with_name("remedies_open.txt")
 

@@ -435,6 +435,6 @@ def test_a_scheduler_that_ends_an_export_finds_nothing_half_written(unexported: 
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         errors = process.communicate()[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == "error: interrupted; run the same command again to continue"
     assert not engines.exists()

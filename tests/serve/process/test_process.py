@@ -165,7 +165,7 @@ def test_bentomls_client_gets_arrays(bento: Running, exported_bundle: Bundle, mo
     with bentoml.SyncHTTPClient(bento.url, token=KEY) as client:
         images = np.asarray(client.generate(seeds=[7, 8], classes=["3"]))
         np.testing.assert_array_equal(images[:, :, :, 0], truth(exported_bundle, [7, 8], ["3"]))
-        with pytest.raises(bentoml.exceptions.BentoMLException, match="class dog is outside"):
+        with pytest.raises(bentoml.exceptions.BentoMLException, match="class dog is neither a class name nor an id"):
             client.generate(classes=["dog"])
         with pytest.raises(bentoml.exceptions.NotFound, match="no model 'red' is served; choose one of tiny"):
             client.generate(model="red")
