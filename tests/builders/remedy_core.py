@@ -34,6 +34,7 @@ from uni_instruct.networks.build import build_preconditioning
 from uni_instruct.noise import checked_inputs, noise, walk_points
 from uni_instruct.sampling.forms import FORMS, read_samples
 from uni_instruct.spec import ModelSpec
+from uni_instruct.system.files import atomic_file
 from uni_instruct.system.ports import free_address
 
 PLAIN = ModelSpec(name="plain", noise_shape=(1, 8, 8))
@@ -162,6 +163,11 @@ def read_under(name: str, error: Exception | None) -> object:
     return name
 
 
+def written(path: Path) -> object:
+    with atomic_file(path) as partial:
+        return partial.write_text("x")
+
+
 def listening(host: str, taken: bool) -> object:
     """An address for a server, on a port that another holds, or on one of the system's choice."""
     with closing(socket.socket()) as other:
@@ -263,6 +269,7 @@ CALLED = [
     Value("uni_instruct/sampling/forms.py", "images of {} channels", lambda _: FORMS[".zip"].check(FourChannels, [1]), lambda remedy, _: FORMS[found(r"in (\.\w+)", remedy)].check(FourChannels, [1]) is None),
     Value("uni_instruct/sampling/forms.py", "{} holds no samples", lambda tmp: read_samples(grey_zip(tmp / "x.zip", [1])), lambda remedy, tmp: said(remedy, "uni_instruct.data.open_dataset reads other images", open_dataset(tmp / "x.zip"))),
     Value("uni_instruct/networks/blocks.py", "{} channels do not divide", lambda _: network("adm", channels_per_head=9), lambda remedy, _: network("adm", channels_per_head=9, model_channels=int(found(r"of (\d+)", remedy)))),
+    Value("uni_instruct/system/files.py", "{} itself cannot be written", lambda _: written(Path("..")), lambda remedy, tmp: written(said(remedy, "name a file or folder in it", tmp / "x"))),
     Value(Y, "{} '{}' is unknown", lambda _: network(embedding_type="x"), lambda remedy, _: network(embedding_type=first_choice(remedy))),
     Value(Y, "resample_filter {}", lambda _: network(resample_filter=[1, 2, 1]), lambda remedy, _: [network(resample_filter=json.loads(taps)) for taps in re.findall(r"\[.*?\]", remedy)]),
     Value("uni_instruct/networks/edm2.py", "{} channels cannot be divided", lambda _: network("edm2", model_channels=24, channels_per_head=5), lambda remedy, _: network("edm2", model_channels=24, channels_per_head=said(remedy, "a channels_per_head that divides 48", 24))),

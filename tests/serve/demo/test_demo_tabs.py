@@ -152,7 +152,7 @@ def test_without_classes_and_other_engines_it_shows_what_there_is(browser: Any, 
         seeds = list(range(3, 3 + len(page.pictures("stage-grid"))))
         page.until_nearly_shown("stage-grid", images(seeds))
         page.find("#tab-compare").click()
-        assert "This server has one engine of this model, torch-fp32" in page.find("#compare-lead").text
+        assert "this server has one engine for this model, torch-fp32, and no teacher" in page.find("#compare-lead").text
         assert not page.find(".trio").is_displayed()
     finally:
         running.kill()
