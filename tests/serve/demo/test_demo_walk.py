@@ -56,9 +56,9 @@ def test_dragging_morphs_one_class_into_another(page: Page, engine: Engine, tmp_
     ActionChains(page.browser).click_and_hold(stage).move_by_offset(width // 4, 0).move_by_offset(
         width // 4, 0
     ).release().perform()
-    page.until(lambda: place_of(page) > 0.2)
+    page.until(lambda: place_of(page) > 0.4)  # the first half of the drag ends at 0.25
     at = place_of(page)
-    assert 0.2 < at < 0.8
+    assert at < 0.6
     shown = morphed(engine, [Between(3, 58, at)], at)
     page.until_shown("stage-walk", shown)
     for end in (5, 8):  # neither of them, at the same place of the noise
@@ -67,6 +67,7 @@ def test_dragging_morphs_one_class_into_another(page: Page, engine: Engine, tmp_
     page.until(lambda: f"{100 - percent} % 5, {percent} % 8 · {percent} % of the way" in page.find("#where").text)
     # The same request in code, and from the address.
     page.find("#code-walk summary").click()
+    page.until(lambda: page.find("#code-walk code").is_displayed())
     code = page.find("#code-walk code").text
     assert '"class_ids":[5,8]' in code
     subprocess.run(["bash", "-c", code], cwd=tmp_path, check=True, capture_output=True)
@@ -204,6 +205,7 @@ def test_the_lines_of_code_fetch_the_same_pictures(page: Page, engine: Engine, t
     page.until_shown("stage-walk", shown)
     sheet = np.vstack([np.hstack(shown[:2]), np.hstack(shown[2:])])
     page.find("#code-walk summary").click()
+    page.until(lambda: page.find("#code-walk code").is_displayed())
     for language, command in (("curl", ["bash", "-c"]), ("Python", [sys.executable, "-c"])):
         page.run("document.querySelector(`#code-walk input[value='${arguments[0]}']`).click()", language)
         code = page.find("#code-walk code").text
