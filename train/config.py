@@ -282,7 +282,7 @@ class Recipe:
 
 
 def _refuse_twice(key: str, values: tuple[float, ...] | tuple[str, ...]) -> None:
-    """Raises RequestError where two averages would have one name, in which a number has six digits, or two trackers."""
+    """Raise RequestError if two averages would get one name (numbers have six digits there), or if a tracker is given twice."""
     names = [value if isinstance(value, str) else f"{value:g}" for value in values]
     if len(set(names)) < len(names):
         raise RequestError(f"{key} has {max(names, key=names.count)} twice", remedy="give each once", param="recipe")

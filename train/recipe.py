@@ -24,7 +24,7 @@ METHOD_KEY = "objective.method"
 # A recipe without a section `objective` minimises the exact reverse KL. It needs no density ratio and has trained on every data
 # set tried; Uni-Instruct's forward KL from tmin=0 diverged on digits (docs/objective.md, "Measured on digits").
 DEFAULT_OBJECTIVE = {"method": "sid", "alpha": 0.5}
-# The key that a section's name alone stands for in --set: teacher=... is teacher.bundle=...
+# The key that a section's name alone means in --set: teacher=... is teacher.bundle=...
 SHORT = {"teacher": "teacher.bundle"}
 
 
@@ -209,7 +209,7 @@ def _required(f: dataclasses.Field[Any]) -> bool:
 def _convert(kind: Any, value: Any, key: str) -> Any:
     if _is_section(kind):
         return _build(typing.cast(type, kind), value, prefix=f"{key}.")
-    if isinstance(kind, types.UnionType):  # X | None, or X | str for a word that stands for no X
+    if isinstance(kind, types.UnionType):  # X | None, or X | str for a word that means no X
         first, other = typing.get_args(kind)
         word = isinstance(value, other) and not (first is bool and value in _SWITCHES)
         return value if word else _convert(first, value, key)

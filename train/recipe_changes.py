@@ -51,7 +51,7 @@ def allowed_changes(folder: Path, old: Recipe, new: Recipe) -> Changes:
     """
     before, now = flat(old.to_dict()), flat(new.to_dict())
     changes = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
-    # What was asked for, before what comes with it: a method sets keys of its section that nobody has written.
+    # The method first: it sets other keys of its section, which the user did not write.
     sections = list(dict.fromkeys(key.partition(".")[0] for key in changes))
     ordered = sorted(changes, key=lambda key: (sections.index(key.partition(".")[0]), key != "objective.method"))
     for key in ordered:

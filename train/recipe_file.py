@@ -36,7 +36,7 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def parse_yaml(text: str | bytes) -> object:
-    """The value of a YAML text. Raises one of YAML_ERRORS, or RequestError for a key that stands twice in one mapping."""
+    """The value of a YAML text. Raises one of YAML_ERRORS, or RequestError for a key given twice in one mapping."""
     try:
         return yaml.load(text, _RecipeLoader)  # a SafeLoader
     except (LookupError, TypeError, AttributeError) as error:  # PyYAML's, of a tag such as !!int before what is none
@@ -44,12 +44,12 @@ def parse_yaml(text: str | bytes) -> object:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML as people read it: no key twice in one mapping, of which PyYAML keeps the last without a word, and plain words
-    and numbers as in YAML 1.2. In 1.1 010 is 8, 1:30 is 90, off is false, and a date is no text.
+    """YAML as people expect it. A key given twice is an error; PyYAML silently keeps the last. Plain words and numbers are
+    those of YAML 1.2: in 1.1, 010 is 8, 1:30 is 90, off is false, and a date is not text.
     """
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        """The mapping as it is written: later its merges (<<) are among its keys, and may have them once more."""
+        """The mapping as written. Merges (<<) add their keys later, and may repeat some."""
         node = super().compose_mapping_node(anchor)
         first_lines: dict[str, int] = {}
         for name, line in ((key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)):

@@ -231,7 +231,7 @@ def is_run(source: str | Path) -> bool:
 
 
 def check_place(path: Path) -> None:
-    """Raises RequestError where a folder holds something else than a bundle: photographs, a training, another's work."""
+    """Raise RequestError if the folder contains something other than a bundle, such as photographs or a training."""
     if path.is_dir() and not (path / CONFIG).is_file() and any(path.iterdir()):
         raise RequestError(f"{path} holds something that is not a bundle", remedy="name another folder", param="out")
 

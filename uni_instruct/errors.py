@@ -30,7 +30,7 @@ class UniInstructError(Exception):
 
 
 def _cut(problem: str) -> str:
-    """Without its middle where it is longer than anybody reads: a value in it may be a megabyte of somebody's file."""
+    """Cut the middle out of a long problem: a value in it may be a megabyte of a user's file."""
     return (
         problem
         if len(problem) <= MAX_PROBLEM_LENGTH

@@ -276,7 +276,7 @@ def _values(config: Mapping[str, object], types: Mapping[str, tuple[Any, Any]]) 
 
 
 def check_name(name: str) -> None:
-    """Raises RequestError unless a new model's name is a line of text: it stands in cards, JSON and file names."""
+    """Raise RequestError unless a new model's name is one line of text: it is used in cards, JSON and file names."""
     if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
         shown = name if len(name) <= MAX_NAME_LENGTH else f"{name[:40]}..."
         remedy = f"give a line of text of up to {MAX_NAME_LENGTH} characters, such as mine"

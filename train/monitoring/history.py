@@ -135,7 +135,7 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def read_record(line: str | bytes) -> dict[str, object] | None:
-    """What a line of log.jsonl says; None where it says nothing: a killed run leaves one half written, and people edit."""
+    """Parse a line of log.jsonl; None if it is not a record: a killed run leaves an incomplete line, and users edit files."""
     try:
         record = json.loads(line)
     except JSON_ERRORS:

@@ -54,7 +54,7 @@ class EvaluationResult(TypedDict):
 
 
 def parse_result(facts: object) -> EvaluationResult:
-    """What JSON gave, checked as far as anybody reads it. Raises ValueError unless it is the result of a generator.
+    """Check parsed JSON, as far as it is read later. Raises ValueError unless it is the result of a generator.
 
     Results of earlier versions lack some of the keys; values may be inf or nan, as some metrics of few images are.
     """

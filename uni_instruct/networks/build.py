@@ -64,7 +64,7 @@ def build_denoiser(spec: ModelSpec) -> Denoiser:
     except ResolutionError as error:
         raise _too_coarse(spec.noise_shape, patch, error) from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        # Of a norm over groups of channels, which torch names and nobody has given.
+        # torch's error names a group norm's argument, which is not an argument of the network.
         groups = "num_groups" in str(error)
         remedy = "give model_channels as a multiple of 32" if groups else "see docs/recipes.md for its arguments"
         raise RequestError(f"network '{spec.network}': {error}", remedy=remedy, param="network") from error

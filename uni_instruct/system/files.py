@@ -120,8 +120,8 @@ def atomic_folder_if_absent(path: Path) -> Iterator[Path]:
 
 
 def _refuse_other(path: Path, may_go: bool, what: str) -> None:
-    """Raises RequestError where something else stands at `path` than what is to take its place."""
-    # A pipe or a device is somebody's, as a file in a folder's place is: /dev/null would be gone for the whole machine.
+    """Raise RequestError if `path` exists and is of another kind than what will replace it."""
+    # Renaming onto a device removes it: /dev/null would be gone for the whole machine.
     if path.exists() and not may_go:
         raise RequestError(f"{path} is not a {what}, so it is not replaced", remedy="write elsewhere", param="out")
 
@@ -230,14 +230,14 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def is_named_as_file(path: Path) -> bool:
-    """Whether the name ends as a file's does (.txt, .mp4, .h5), and no folder has it: digits-0.08 and run.v2 are folders."""
+    """Whether the name ends like a file's (.txt, .mp4, .h5) and is not a folder already. digits-0.08 and run.v2 do not."""
     kinds = mimetypes.MimeTypes()  # Python's own table: the system's has .old and .bak, too
     known = {*kinds.types_map[True], *kinds.encodings_map, *_SUFFIXES}
     return path.suffix.lower() in known and not path.is_dir()
 
 
 def refuse_file_name(out: Path) -> None:
-    """Raises RequestError where a folder is to be made under the name of a file."""
+    """Raise RequestError if a folder would be created under a name that ends like a file's."""
     if is_named_as_file(out):
         raise RequestError(
             f"--out {out} ends in {out.suffix}, and a folder is made",
@@ -258,7 +258,7 @@ def cache_folder() -> Path:
 
 
 def _partial(path: Path) -> Path:
-    # What has no name of its own, as '.' and '/', can be no file, and '..' is what others stand in.
+    # '.' and '/' have no name, so nothing can replace them, and '..' contains other files.
     if path.name in ("", ".."):
         raise RequestError(f"{path} itself cannot be written", remedy="name a file or folder in it", param="out")
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
