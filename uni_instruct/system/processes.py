@@ -77,8 +77,11 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
     Does nothing outside the main thread, the only one in which Python handles signals.
     """
+    received = False
 
     def interrupt(*_: object) -> None:
+        nonlocal received
+        received = True
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -87,6 +90,11 @@ def sigterm_as_interrupt() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except Exception as error:
+        # Libraries may turn the interrupt into an error of their own, such as ImportError if it came during an import.
+        if received:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

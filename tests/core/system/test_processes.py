@@ -1,9 +1,13 @@
-"""Freed memory goes back to the system where that was asked for."""
+"""Freed memory goes back to the system when asked for; SIGTERM interrupts, whatever libraries make of it."""
 
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
+
+from uni_instruct.system.processes import sigterm_as_interrupt
 
 # Blocks of 4 MiB are freed while something small, allocated after each of them, stays.
 _SCRIPT = """
@@ -34,3 +38,20 @@ def test_large_blocks_are_given_back_when_they_are_freed() -> None:
     held, left = map(float, done.stdout.split())
     assert held > 130
     assert left < 10
+
+
+def test_sigterm_is_an_interrupt_even_if_a_library_raises_something_else() -> None:
+    """An import that is interrupted may end in an ImportError, which would be reported as a missing package."""
+
+    def missing(interrupted: bool) -> None:
+        with suppress(KeyboardInterrupt), sigterm_as_interrupt():
+            with suppress(KeyboardInterrupt):
+                if interrupted:
+                    signal.raise_signal(signal.SIGTERM)
+            raise ModuleNotFoundError("sympy")
+
+    before = signal.getsignal(signal.SIGTERM)
+    missing(interrupted=True)
+    with pytest.raises(ModuleNotFoundError):
+        missing(interrupted=False)
+    assert signal.getsignal(signal.SIGTERM) is before
