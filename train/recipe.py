@@ -45,6 +45,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
             raise RequestError(f"{source} is a folder, not a recipe", remedy=remedy, param="recipe")
         raise RequestError(f"recipe '{source}' is unknown", remedy=f"give a YAML file or one of {known}", param="recipe")
     values = _with_sections(Recipe, read_yaml(path))
+    # Before the overrides, so that `--set critic_updates=2` changes one key of the default objective and not the objective.
+    values["objective"] = values.get("objective") or dict(DEFAULT_OBJECTIVE)
     changes = [_read_override(override) for override in overrides]
     # The method is changed first, wherever it is on the command line, so that the other overrides apply on top of it.
     for key, value in sorted(changes, key=lambda change: change[0] != METHOD_KEY):

@@ -33,3 +33,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 WITHOUT_DATA = ("data=", "divergence=reverse-kl", "loop.metric=none", "critic_updates=1")
+
+
+def run_at(folder: Path, **steps: int) -> Path:
+    """What is on disk of a run whose stages stand at these steps."""
+    (folder / "state").mkdir(parents=True)
+    for stage, step in steps.items():
+        (folder / "state" / f"{stage}.pt").touch()
+        (folder / "state" / f"{stage}.json").write_text(json.dumps({"step": step}))
+    return folder

@@ -235,6 +235,14 @@ def test_a_recipe_that_says_nothing_of_its_objective_has_one_that_trains() -> No
     assert parse_recipe({"name": "x", "data": "digits", "objective": {"tmin": 150}}).objective.divergence == "forward-kl"
 
 
+def test_one_key_set_leaves_the_rest_of_the_default_objective(tmp_path: Path) -> None:
+    """The key made a section of its own, and so the forward KL of what was the reverse."""
+    (tmp_path / "mine.yaml").write_text("name: x\ndata: digits\n")
+    objective = load_recipe(str(tmp_path / "mine.yaml"), ["critic_updates=2"]).objective
+    assert (objective.method, objective.divergence, objective.alpha, objective.critic_updates) == ("sid", "reverse-kl", 0.5, 2)
+    assert load_recipe(str(tmp_path / "mine.yaml"), ["method=uni-instruct"]).objective.divergence == "forward-kl"
+
+
 def test_what_was_measured_is_not_said_of_a_changed_recipe() -> None:
     measured = load_recipe("digits").measured
     assert "FD(digits-classifier)" in measured

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from builders.runs import run_at
 from uni_instruct.bundle import Bundle
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import Recipe
@@ -51,15 +52,6 @@ TINY = [
     "loop.report=false",
     "trackers=[]",
 ]
-
-
-def run_at(folder: Path, **steps: int) -> Path:
-    """What is on disk of a run whose stages stand at these steps."""
-    (folder / "state").mkdir(parents=True)
-    for stage, step in steps.items():
-        (folder / "state" / f"{stage}.pt").touch()
-        (folder / "state" / f"{stage}.json").write_text(json.dumps({"step": step}))
-    return folder
 
 
 def changed(folder: Path, *overrides: str, base: list[str] = FULL) -> dict[str, tuple[object, object]]:

@@ -1,25 +1,16 @@
 """A run that may not go on as it is asked to: each remedy, followed, is accepted."""
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from builders.runs import run_at
 from uni_instruct.errors import RequestError
 from uni_instruct.train.config import Recipe
 from uni_instruct.train.recipe import load_recipe, recipe_fields
 from uni_instruct.train.recipe_changes import allowed_changes
-
-
-def run_at(folder: Path, **steps: int) -> Path:
-    """What is on disk of a run whose stages stand at these steps."""
-    (folder / "state").mkdir(parents=True)
-    for stage, step in steps.items():
-        (folder / "state" / f"{stage}.pt").touch()
-        (folder / "state" / f"{stage}.json").write_text(json.dumps({"step": step}))
-    return folder
 
 
 def test_a_term_that_brings_networks_is_not_told_to_be_lengthened(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import pathlib
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from builders.state_dicts import State, check_is_whole, saved, state_of
 from uni_instruct.bundle import Bundle
 from uni_instruct.checkpoints.checkpoint import read_checkpoint
 from uni_instruct.checkpoints.import_bundle import choose_network, open_or_import
@@ -20,25 +20,6 @@ from uni_instruct.checkpoints.state_dict_adapter import translate
 from uni_instruct.errors import FileFormatError
 
 Cli = Callable[..., tuple[int, str, str]]
-State = dict[str, Any]
-
-
-def state_of(bundle: Bundle, prefix: str = "", scale: float = 1.0) -> State:
-    weights = bundle.weights().items()
-    return {prefix + name: torch.from_numpy(array * (1 if "resample" in name else scale)).clone() for name, array in weights}
-
-
-def saved(path: Path, value: object) -> Path:
-    torch.save(value, path)
-    return path
-
-
-def check_is_whole(path: Path, bundle: Bundle, network: str | None = None, scale: float = 1.0) -> None:
-    translation = translate(choose_network(read_checkpoint(path), network))
-    expected = bundle.weights()
-    assert translation.weights.keys() == expected.keys()
-    for name, array in expected.items():
-        assert np.allclose(translation.weights[name], array * (1 if "resample" in name else scale)), name
 
 
 def sharded(folder: Path, state: State, *, safetensors: bool = True) -> Path:
